@@ -94,14 +94,19 @@ def _random_bert(name: str, tokenizer, layers: int | None) -> nn.Module:
     config._attn_implementation = "eager"
     return BertModel(config, add_pooling_layer=False)
 
-# %% ../../nbs/encoders/03_text.ipynb #10df789c
-def _pretrained(name: str, layers: int | None):
+# %% ../../nbs/encoders/03_text.ipynb #2a8ac0ac
+def _pretrained(name: str, layers: int | None, weights: bool = True):
     "Model and tokenizer of a folder or hub name; OSError says what to pass when they cannot be had."
     try:
         config = AutoConfig.from_pretrained(name)
         if layers:
             config.num_hidden_layers = layers
-        body = AutoModel.from_pretrained(name, config=config, attn_implementation="eager")
+        if weights:
+            body = AutoModel.from_pretrained(name, config=config, attn_implementation="eager")
+        else:
+            body = AutoModel.from_config(config, attn_implementation="eager")
+        if hasattr(body, "pooler"):
+            body.pooler = None  # never used here, and in no random BERT of ours
         return body, AutoTokenizer.from_pretrained(name)
     except Exception as error:
         raise OSError(
@@ -110,19 +115,20 @@ def _pretrained(name: str, layers: int | None):
             f"layers) or 'tiny-bert' for random weights."
         ) from error
 
-# %% ../../nbs/encoders/03_text.ipynb #cd356888
+# %% ../../nbs/encoders/03_text.ipynb #50bd78c6
 def text_encoder(
     name: str = "tiny-bert",   # "tiny-bert", "bert-base", a folder, or a hub name
     tokenizer: PreTrainedTokenizerFast | None = None,  # needed by the first two; else the folder's own
     layers: int | None = None,  # keep only the first layers (the released MGCA: 6)
     freeze: int = 0,            # freeze the embeddings and this many first layers (LoVT: 6)
+    weights: bool = True,       # False: only the architecture of a folder or hub name, with random weights
     **pooling,                  # words, sentences, whole, word_weights of TextEncoder
 ) -> TextEncoder:
     "Build a text encoder by name. Raises ValueError without a needed tokenizer, OSError when weights cannot be had."
     if name in TEXT_CONFIGS:
         body = _random_bert(name, tokenizer, layers)
     else:
-        body, own = _pretrained(name, layers)
+        body, own = _pretrained(name, layers, weights)
         tokenizer = own if tokenizer is None else tokenizer
     if freeze:
         for part in (body.embeddings, *body.encoder.layer[:freeze]):

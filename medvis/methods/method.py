@@ -57,7 +57,7 @@ def cosine_correspondence(
     return Correspondence(
         regions @ unit(words).mT, regions @ unit(sentences).mT, text.word_mask, text.sentence_mask, grid)
 
-# %% ../../nbs/methods/01_method.ipynb #c182586e
+# %% ../../nbs/methods/01_method.ipynb #16628fec
 @dataclass(frozen=True)
 class MethodConfig:
     "Encoders and projections of a method."
@@ -71,6 +71,8 @@ class MethodConfig:
     "Side in pixels that a ResNet's input is enlarged to."
     text: str = "emilyalsentzer/Bio_ClinicalBERT"
     "Text encoder: a Hugging Face folder or name, or bert-base or tiny-bert for random weights."
+    text_weights: bool = True
+    "False: the architecture of `text` with random weights."
     text_layers: int | None = None
     "Keep only this many layers of the text encoder."
     freeze_text: int = 0
@@ -88,7 +90,7 @@ def phantom_tokenizer(reports: int = 300) -> PreTrainedTokenizerBase:
     phantom = Phantom(size=64, seed=0)
     return train_tokenizer(sentence.text for i in range(reports) for sentence in phantom[i].sentences)
 
-# %% ../../nbs/methods/01_method.ipynb #7ded871c
+# %% ../../nbs/methods/01_method.ipynb #b6b1e3f2
 class Method(nn.Module):
     "Base of all methods: encoders from a configuration, presets, and the two calls `forward` and `correspondence`."
 
@@ -102,7 +104,8 @@ class Method(nn.Module):
         options = {key: getattr(config, key) for key in ("layer", "upsample") if getattr(config, key) is not None}
         self.config, self.recipe, self.preset = config, {}, None
         self.image_encoder = image_encoder(config.image, config.image_weights, **options)
-        self.text_encoder = text_encoder(config.text, tokenizer, config.text_layers, config.freeze_text, **pooling)
+        self.text_encoder = text_encoder(
+            config.text, tokenizer, config.text_layers, config.freeze_text, config.text_weights, **pooling)
 
     @classmethod
     def from_preset(cls, preset: str, tokenizer: PreTrainedTokenizerBase | None = None, **changes) -> "Method":
@@ -138,6 +141,9 @@ class Method(nn.Module):
 
     def start_epoch(self, epoch: int) -> None:
         "Called by the training loop when an epoch begins or is resumed; most methods do nothing."
+
+    def after_step(self) -> None:
+        "Called by the training loop after every optimiser step; most methods do nothing."
 
     def forward(self, batch: Batch) -> Losses:
         raise NotImplementedError(f"{type(self).__name__} does not define a loss")

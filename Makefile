@@ -1,0 +1,61 @@
+# `make demo`: train, measure and show a tiny model.   `make test`: every check.   Both make .venv and install what they need, once.
+# `make demo PYTHON=python3.12` builds .venv with another Python.
+SHELL := /bin/bash
+PYTHON ?= python3
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+unexport PYTHONPATH PYTHONHOME
+
+# pip's hundreds of lines, cut down to those which tell that something large is under way; its errors are not touched.
+install = set -o pipefail; pip install --progress-bar off -e $(1) | awk '\
+	/\([0-9][0-9][0-9]+\.[0-9] MB\)| GB\)/ {print; fflush()} \
+	/^Installing collected/ {print "  Unpacking ..."; fflush()}'
+
+.PHONY: help demo test lab export
+help:
+	@echo "make demo    install, make phantom pairs, pre-train, probe; prints a table and the path of a page"
+	@echo "make test    install the development tools too, and run every check"
+	@echo "make lab     JupyterLab on the notebooks, with nbdev's hooks, which keep them clean"
+	@echo "make export  notebooks -> medvis/ and README.md; cleans the notebooks"
+
+.venv/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "medvis needs Python 3.11 or newer, this is " + sys.version + "; name another: make PYTHON=...")'
+	$(PYTHON) -m venv .venv
+
+.venv/.demo: settings.ini setup.py pyproject.toml | .venv/bin/python
+	@echo "Installing medvis and what it needs into .venv. The first time this fetches PyTorch (on Linux several GB): a few minutes."
+	@$(call install,.)
+	@touch $@
+
+.venv/.dev: settings.ini setup.py pyproject.toml | .venv/bin/python
+	@echo "Installing medvis, what it needs and the development tools into .venv. The first time this fetches PyTorch (on Linux several GB): a few minutes."
+	@$(call install,'.[dev]')
+	@touch .venv/.demo $@
+
+demo: .venv/.demo
+	@medvis demo
+
+# The tree is only read: uncommitted work stays as it is. Two notebooks at a time on two cores, so one thread each; nothing is fetched.
+test: export OMP_NUM_THREADS := 1
+test: export MKL_NUM_THREADS := 1
+test: export TOKENIZERS_PARALLELISM := false
+test: export HF_HUB_OFFLINE := 1
+test: .venv/.dev
+	@echo "== in step, house style, lint"
+	@pytest -q tests/test_sync.py tests/test_house.py
+	@ruff check medvis tests tools setup.py
+	@echo "== notebooks"
+	@timeout 900 nbdev_test --n_workers 2 --timing
+	@echo "== tests, and the notebooks replayed against the installed module"
+	@timeout 1500 pytest -q --durations 10 --cov=medvis tests
+	@echo "medvis: every check passed"
+
+lab: .venv/.dev
+	@nbdev_install_hooks
+	@jupyter lab nbs $(if $(filter 0,$(shell id -u)),--allow-root)
+
+export: .venv/.dev
+	@nbdev_export
+	@python tools/clean.py
+	@nbdev_clean
+	@python tools/readme.py

@@ -1,0 +1,261 @@
+"""The house style of the notebooks (CONTRIBUTING.md), one check a function: notebook -> list of complaints, each naming its cell."""
+import ast
+import functools
+import re
+import subprocess
+
+import pytest
+from IPython.core.inputtransformer2 import TransformerManager
+from notebooks import PATHS, ROOT, Cell, Notebook, label, read
+
+ROOMS = ("data", "encoders", "objectives", "methods", "train", "evaluate", "analyse", "widgets", "studies", "cli")
+LONGEST = 40  # lines of an exported definition, without docstrings, comments and blank lines
+DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+NOTEBOOKS = {path: read(path) for path in PATHS}
+MODULES = {notebook.module: notebook.name for notebook in NOTEBOOKS.values() if notebook.module}
+
+
+@functools.cache
+def parse(source: str) -> ast.Module:
+    "Syntax tree of a code cell, magics turned into calls as IPython does."
+    source = re.sub(r"\A(\s*#\|.*\n)*%%(time|capture|timeit)\b.*\n", "", source)  # these run the lines below them as Python
+    return ast.parse(TransformerManager().transform_cell(source))
+
+
+def code(notebook: Notebook, exported: bool | None = None) -> list[tuple[Cell, ast.Module]]:
+    return [(cell, parse(cell.source)) for cell in notebook.cells if cell.kind == "code" and exported in (None, cell.exported)]
+
+
+def say(cell: Cell, complaint: str) -> str:
+    return f"cell {cell.number}: {complaint}"
+
+
+def imported(node: ast.AST) -> list[str]:
+    "Dotted names that an import statement asks for: `from a.b import c` asks for a.b.c."
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    if isinstance(node, ast.ImportFrom):
+        return ["." * node.level + ".".join(filter(None, (node.module, alias.name))) for alias in node.names]
+    return []
+
+
+def title_and_question(notebook: Notebook) -> list[str]:
+    prose = [cell for cell in notebook.cells if cell.kind == "markdown"]
+    if prose and re.match(r"# \S.*\n+> \S", prose[0].source):
+        return []
+    return ["the first prose cell must be a title, `# ...`, and under it the question that the notebook answers, `> ...`"]
+
+
+def one_module_of_its_room(notebook: Notebook) -> list[str]:
+    if "/" not in notebook.name:
+        return []
+    named = [cell for cell in notebook.cells if "default_exp" in cell.directives]
+    if len(named) != 1 or parse(named[0].source).body or named[0] is not next(cell for cell in notebook.cells if cell.kind == "code"):
+        return ["exactly one cell, the first code cell and otherwise empty, says `#| default_exp room.module`"]
+    found = [] if re.match(r"\d\d[a-z]?_", notebook.name.split("/")[-1]) else ["the file's name must begin with its number, `02_`"]
+    if notebook.module.split(".")[0] != notebook.name.split("/")[0]:
+        found.append(say(named[0], f"module {notebook.module} does not belong to the room of {notebook.name}"))
+    if MODULES.get(notebook.module, notebook.name) != notebook.name:
+        found.append(say(named[0], f"module {notebook.module} is also made by {MODULES[notebook.module]}"))
+    return found
+
+
+def lines_of_code(cell: Cell, definition: ast.AST) -> int:
+    "Lines of a definition that hold code: no blank lines, no comments, no docstrings."
+    docstrings = set()
+    for node in ast.walk(definition):
+        if isinstance(node, DEFINITIONS) and ast.get_docstring(node, clean=False) is not None:
+            docstrings |= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
+    lines = list(enumerate(cell.source.splitlines(), 1))[definition.lineno - 1:definition.end_lineno]
+    return sum(bool(line.strip()) and not line.strip().startswith("#") and number not in docstrings for number, line in lines)
+
+
+def small_exports(notebook: Notebook) -> list[str]:
+    found = []
+    for cell, body in code(notebook, exported=True):
+        definitions = [node for node in body.body if isinstance(node, DEFINITIONS)]
+        if len(definitions) > 1:
+            names = ", ".join(node.name for node in definitions)
+            found.append(say(cell, f"exports {len(definitions)} definitions ({names}); give each its cell and its test"))
+        found += [say(cell, f"{node.name} has {count} lines of code; at most {LONGEST}")
+                  for node in definitions if (count := lines_of_code(cell, node)) > LONGEST]
+    return found
+
+
+def imports_alone(notebook: Notebook) -> list[str]:
+    return [say(cell, "imports and other code share the cell; imports stand alone (they are not replayed against the module)")
+            for cell, body in code(notebook) if not cell.shown_only
+            if 0 < sum(bool(imported(node)) for node in body.body) < sum(not is_magic(node) for node in body.body)]
+
+
+def is_magic(node: ast.AST) -> bool:
+    return isinstance(node, ast.Expr) and ast.unparse(node).startswith("get_ipython()")
+
+
+def plain_exports(notebook: Notebook) -> list[str]:
+    found = []
+    for cell, body in code(notebook, exported=True):
+        for node in ast.walk(body):
+            for name in imported(node):
+                if name.split(".")[0] in ("nbdev", "fastcore", "execnb", "IPython"):
+                    found.append(say(cell, f"imports {name}: notebook tools stay out of exported cells"))
+                if name.endswith(".*"):
+                    found.append(say(cell, f"star import of {name[:-2]}: name what is needed"))
+            if isinstance(node, ast.Global):
+                found.append(say(cell, f"changes the global {', '.join(node.names)}"))
+            if is_magic(node):
+                found.append(say(cell, "a magic in an exported cell: nbdev drops it from the module"))
+    return found
+
+
+def imports_look_left(notebook: Notebook) -> list[str]:
+    if notebook.module is None:
+        return []
+    room, _, module = notebook.module.partition(".")
+    found = []
+    for cell, body in code(notebook, exported=True):
+        for name in (name for node in ast.walk(body) for name in imported(node)):
+            target = name.split(".")[1] if name.startswith("medvis.") else None
+            if name.startswith("."):
+                found.append(say(cell, f"relative import {name}: write `from medvis...` (nbdev makes it relative)"))
+            elif target in ROOMS and ROOMS.index(target) > ROOMS.index(room):
+                found.append(say(cell, f"imports {name}, but {target} stands to the right of {room} in {' -> '.join(ROOMS)}"))
+            elif target == room and module != "__init__" and not earlier(name, notebook):
+                found.append(say(cell, f"imports {name}, which no lower-numbered notebook of {room} makes"))
+    return found
+
+
+def earlier(name: str, notebook: Notebook) -> bool:
+    "Whether `medvis.room.module[.name]` is made by a notebook that comes before this one in its room."
+    parts = name.split(".")[1:]
+    made_by = MODULES.get(".".join(parts[:2]))
+    return made_by is not None and made_by < notebook.name
+
+
+def used_names(body: ast.AST) -> set[str]:
+    "Names a cell mentions as code, those inside a line magic (`%time f(x)`) included."
+    names = {node.id for node in ast.walk(body) if isinstance(node, ast.Name)}
+    names |= {node.attr for node in ast.walk(body) if isinstance(node, ast.Attribute)}
+    return names | {word for node in ast.iter_child_nodes(body) if is_magic(node) for word in re.findall(r"\w+", ast.unparse(node))}
+
+
+def exports_are_used(notebook: Notebook) -> list[str]:
+    """A definition without a later unexported cell that uses it has no lesson and no test. Cells that never run do not count.
+    A class (a record, a configuration) may also be used through a definition that speaks of it and is itself used."""
+    later = [(cell.number, used_names(body)) for cell, body in code(notebook, exported=False) if not cell.shown_only]
+    definitions = [(cell, node) for cell, body in code(notebook, exported=True) for node in body.body if isinstance(node, DEFINITIONS)]
+
+    def used(cell: Cell, node: ast.AST) -> bool:
+        return any(node.name in names for number, names in later if number > cell.number)
+
+    def used_through(record: ast.ClassDef) -> bool:
+        return any(record.name in used_names(node) and used(cell, node) for cell, node in definitions if node is not record)
+
+    return [say(cell, f"{node.name} is exported, but no later cell uses it") for cell, node in definitions
+            if not node.name.startswith("_") and not used(cell, node) and not (isinstance(node, ast.ClassDef) and used_through(node))]
+
+
+def no_stored_errors(notebook: Notebook) -> list[str]:
+    return [say(cell, f"a stored {output['ename']}; an expected error is caught and shown")
+            for cell in notebook.cells for output in cell.outputs if output["output_type"] == "error"]
+
+
+CHECKS = (title_and_question, one_module_of_its_room, small_exports, imports_alone, plain_exports, imports_look_left,
+          exports_are_used, no_stored_errors)
+
+
+@pytest.mark.parametrize("path", PATHS, ids=label)
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+def test_house_style(check, path):
+    notebook = NOTEBOOKS[path]
+    if complaints := check(notebook):
+        pytest.fail(f"nbs/{notebook.name}\n" + "\n".join(complaints), pytrace=False)
+
+
+# Paths of one machine, in anything that is or would be committed.
+MACHINE_PATH = re.compile(r"(?<![\w.~$}])/(work|root|home/\w+|Users/\w+|tmp|var/folders)(/[\w.-]+|\b(?!/))")
+
+
+def machine_paths(text: str) -> list[str]:
+    return [f"line {number}: {found.group()}" for number, line in enumerate(text.splitlines(), 1)
+            for found in MACHINE_PATH.finditer(line)]
+
+
+def test_no_paths_of_one_machine():
+    listed = subprocess.run(["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True,
+                            text=True, check=True).stdout.split("\0")
+    found = []
+    for path in (ROOT / name for name in listed if name):
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (UnicodeDecodeError, FileNotFoundError):  # a binary file, or one deleted and not yet committed
+            continue
+        found += [f"{path.relative_to(ROOT)} {line}" for line in machine_paths(text)]
+    assert not found, "\n".join(found)
+
+
+# The checks can fail: each meets a notebook with its fault, and a sound notebook pleases them all.
+SOUND = ("#| default_exp encoders.zzz", "# Rows\n\n> How long is a row?", "#| export\nimport torch\n\nfrom medvis.data.pairs import Batch",
+         "#| export\ndef unit(x):\n    'Scale to length one.'\n    return x / x.norm()", "%time unit(torch.ones(3))")
+
+
+def notebook_of(*sources: str, name: str = "encoders/99_zzz.ipynb") -> Notebook:
+    "A notebook whose prose cells are those that begin with a title."
+    return Notebook(name, [Cell(number, "markdown" if source.startswith("# ") else "code", source)
+                           for number, source in enumerate(sources, 1)])
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+def test_sound_notebook_passes(check):
+    assert check(notebook_of(*SOUND)) == []
+
+
+LONG = "#| export\ndef long(x):\n    '''One.\n\n    Two.'''\n" + "    # a remark\n\n    x += 1\n" * LONGEST
+FAULTS = [
+    (title_and_question, "# Rows\n\nNo question.", "question"),
+    (one_module_of_its_room, "#| default_exp encoders.other", "exactly one cell"),
+    (small_exports, "#| export\ndef f(): pass\nclass G: pass", "2 definitions (f, G)"),
+    (small_exports, LONG, f"{LONGEST + 1} lines"),
+    (imports_alone, "import os\nos.getcwd()", "share the cell"),
+    (plain_exports, "#| export\nfrom math import *", "star import of math"),
+    (plain_exports, "#| export\nfrom fastcore.basics import patch", "fastcore.basics.patch"),
+    (plain_exports, "#| export\ndef f():\n    global g", "changes the global g"),
+    (plain_exports, "#| export\n%matplotlib inline", "a magic"),
+    (imports_look_left, "#| export\nfrom medvis.methods.method import Method", "methods stands to the right of encoders"),
+    (imports_look_left, "#| export\ndef f():\n    import medvis.cli", "cli stands to the right of encoders"),
+    (imports_look_left, "#| export\nfrom medvis.encoders import ImageFeatures", "no lower-numbered notebook"),
+    (imports_look_left, "#| export\nfrom .heads import Head", "relative import .heads.Head"),
+    (exports_are_used, "#| export\ndef alone(): pass", "alone is exported"),
+]
+
+
+@pytest.mark.parametrize("check, fault, complaint", FAULTS, ids=[check.__name__ for check, *_ in FAULTS])
+def test_fault_is_found(check, fault, complaint):
+    cells = (fault, *SOUND[2:]) if fault.startswith("# ") else (*SOUND, fault)
+    found = check(notebook_of(*cells))
+    assert len(found) == 1 and complaint in found[0], found
+
+
+def test_a_use_before_the_definition_does_not_count():
+    notebook = notebook_of("f()", "#| export\ndef f(): pass", "#| eval: false\nf()")
+    assert exports_are_used(notebook) == ["cell 2: f is exported, but no later cell uses it"]
+
+
+def test_a_record_may_be_used_through_its_maker():
+    record, maker = "#| export\nclass Record: pass", "#| export\ndef make() -> Record: pass"
+    assert exports_are_used(notebook_of(record, maker, "make()")) == []
+    assert len(exports_are_used(notebook_of(record, maker))) == 2
+
+
+def test_lower_numbered_neighbours_may_be_imported(monkeypatch):
+    monkeypatch.setattr(f"{__name__}.MODULES", {"encoders.features": "encoders/01_features.ipynb"})
+    source = "#| export\nfrom medvis.encoders.features import ImageFeatures"
+    ahead = ("#| default_exp encoders.aaa", source)
+    assert imports_look_left(notebook_of(*SOUND, source)) == []
+    assert imports_look_left(notebook_of(*ahead, name="encoders/00_aaa.ipynb")) != []
+
+
+def test_machine_paths_are_found():
+    for folder in ("work/main", "root", "tmp/x", "home/ann/x"):
+        assert machine_paths(f"see '/{folder}'"), folder
+    assert not machine_paths("runs/tmp/x ../work ~/root https://a.b/work/ $TMPDIR/tmp/x")

@@ -1,0 +1,319 @@
+"""Packs and splits: a build killed at any moment ends with the same bytes, whoever did the work; damage is seen."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from medvis.data.pack import ImageRecord, Pack, StudyRecord, write_pack
+from medvis.data.splits import check_leaks, find_leaks, nested_subsets, patient_splits
+
+HERE = Path(__file__).parent
+
+
+def read_study(index: int, pause: float = 0.0, pids: Path | None = None) -> StudyRecord:
+    "Study `index`: noise, two images for every third, a broken image for every tenth"
+    time.sleep(pause)
+    if pids:
+        (pids / str(os.getpid())).touch()
+    rng = np.random.default_rng(index)
+    images = [ImageRecord(f"i{index}-{k}", rng.integers(0, 256, (16, 16), dtype=np.uint8), f"{index}-{k}.png") for k in range(1 + (index % 3 == 0))]
+    rejects = [(f"{index}-x.png", "file not found")] if index % 10 == 9 else []
+    return StudyRecord(f"s{index}", f"p{index // 2}", str(patient_splits([f"p{index // 2}"])[0]), images, f"FINDINGS: Größe {index}. No effusion seen.",
+                       {"Edema": float(index % 2), "Nodule": None if index % 4 else -1.0}, rejects)
+
+
+SETTINGS = dict(size=16, source={"kind": "test"}, labels=("Edema", "Nodule"), part_size=8, progress=False)
+STUDIES = range(80)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> dict[str, bytes]:
+    "The files of a build that nobody disturbed"
+    out = tmp_path_factory.mktemp("whole") / "pack"
+    write_pack(out, STUDIES, read_study, **SETTINGS).verify()
+    return contents(out)
+
+
+def start(out: Path, workers: int, slow: str = "", pids: Path | None = None) -> subprocess.Popen:
+    "Build in another process; `slow` is Python that runs first and slows down what is to be hit"
+    script = (f"import sys, time; from pathlib import Path; from functools import partial; sys.path.insert(0, {str(HERE)!r})\n"
+              f"from medvis.data import pack; from test_pack import *\n{slow}\n"
+              f"if __name__ == '__main__': write_pack({str(out)!r}, STUDIES, partial(read_study, pause=0.01, pids={pids and f'Path({str(pids)!r})'}), workers={workers}, **SETTINGS)")
+    return subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.PIPE, text=True)
+
+
+def kill_when(process: subprocess.Popen, condition) -> None:
+    "SIGKILL the process as soon as the condition holds"
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert process.poll() is None, f"ended before it could be killed: {process.stderr.read()}"
+        assert time.monotonic() < deadline, "the moment to kill never came"
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+
+
+def parts(out: Path) -> int:
+    return len(list(Path(f"{out}.partial/parts").glob("*.json")))
+
+
+BETWEEN = "real = pack._write_atomic\ndef slow(path, data):\n    real(path, data)\n    time.sleep(0.2 if path.suffix == '.u8' else 0)\npack._write_atomic = slow"
+ASSEMBLY = "real = pack._manifest\npack._manifest = lambda *a: (time.sleep(5), real(*a))[1]"
+RENAMED = "real = pack.shutil.rmtree\npack.shutil.rmtree = lambda f, **k: (time.sleep(5 if (f / 'parts').exists() else 0), real(f, **k))"
+MOMENTS = {
+    "before the first part": ("", lambda out: Path(f"{out}.partial/parts").exists()),
+    "after three parts": ("", lambda out: parts(out) >= 3),
+    "between the pixels and the table of a part": (BETWEEN, lambda out: len(list(Path(f"{out}.partial/parts").glob("*.u8"))) > parts(out) > 0),
+    "while the parts are joined": (ASSEMBLY, lambda out: Path(f"{out}.partial/pack/studies.parquet").exists()),
+    "after the last rename": (RENAMED, lambda out: out.exists()),
+}
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_killed_build_ends_with_the_same_bytes(moment, tmp_path, whole):
+    slow, condition = MOMENTS[moment]
+    out = tmp_path / "pack"
+    kill_when(start(out, 0, slow), lambda: condition(out))
+    assert Path(f"{out}.partial").exists() and (out.exists() == (moment == "after the last rename"))
+    if not out.exists():
+        with pytest.raises(ValueError, match="unfinished build"):
+            Pack(out)
+    write_pack(out, STUDIES, read_study, **SETTINGS)
+    assert contents(tmp_path) == {f"pack/{name}": data for name, data in whole.items()}     # and nothing is left beside it
+
+
+def running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks at /proc")
+def test_killed_with_workers_leaves_nobody_behind(tmp_path, whole):
+    out, pids = tmp_path / "pack", tmp_path / "pids"
+    pids.mkdir()
+    kill_when(start(out, 2, pids=pids), lambda: parts(out) >= 2)
+    workers, deadline = [int(path.name) for path in pids.iterdir()], time.monotonic() + 10
+    while any(map(running, workers)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert workers and not any(map(running, workers))
+    write_pack(out, STUDIES, read_study, **SETTINGS)
+    assert contents(out) == whole
+
+
+def fail_late(index: int) -> StudyRecord:
+    if index == 40:
+        raise RuntimeError("the reader is broken")
+    return read_study(index)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_failing_reader_keeps_what_was_read(workers, tmp_path, whole):
+    out = tmp_path / "pack"
+    with pytest.raises(RuntimeError, match="the reader is broken"):
+        write_pack(out, STUDIES, fail_late, workers=workers, **SETTINGS)
+    assert not out.exists() and parts(out) >= (5 if workers == 0 else 0)
+    write_pack(out, STUDIES, read_study, workers=workers, **SETTINGS)
+    assert contents(out) == whole
+
+
+def test_damaged_parts_are_built_again(tmp_path, whole):
+    out = tmp_path / "pack"
+    with pytest.raises(RuntimeError):
+        write_pack(out, STUDIES, fail_late, **SETTINGS)
+    folder = Path(f"{out}.partial/parts")
+    (folder / "000000.u8").write_bytes(b"")
+    (folder / "000001.json").write_text("{")
+    (folder / "000002.u8").unlink()
+    (folder / "000003.json").write_text("[]")
+    (folder / "000004.json.1.tmp").write_text("left by a killed process")
+    write_pack(out, STUDIES, read_study, **SETTINGS)
+    assert contents(out) == whole
+
+
+def test_what_comes_out_is_what_went_in(tmp_path, whole):
+    pack = write_pack(tmp_path / "pack", STUDIES, read_study, **SETTINGS)
+    images = [image for index in STUDIES for image in read_study(index).images]
+    assert len(pack) == len(images) == len(pack.image_table) and pack.image_table.image_id.tolist() == [image.image_id for image in images]
+    assert all((pack.image(k) == image.pixels).all() for k, image in enumerate(images))
+    for row, study in pack.studies.iterrows():
+        record = read_study(row)
+        assert pack.image_table.image_id[study.image_rows].tolist() == [image.image_id for image in record.images]
+        assert (pack.image_table.study[study.image_rows] == row).all() and study.report == record.report
+        assert study.sentences == [f"Größe {row}.", "No effusion seen."]
+        assert pack.labels.Edema[row] == row % 2 and (pack.labels.Nodule[row] == -1 if row % 4 == 0 else np.isnan(pack.labels.Nodule[row]))
+    assert len(pack.rejects) == 8 and pack.image(3).flags.writeable and not pack.images.flags.writeable
+
+
+def test_the_hash_is_of_the_content(tmp_path):
+    base = write_pack(tmp_path / "a", STUDIES, read_study, **SETTINGS)
+    same = write_pack(tmp_path / "b", STUDIES, read_study, **{**SETTINGS, "part_size": 7, "source": {"kind": "elsewhere"}})
+    fewer = write_pack(tmp_path / "c", range(79), read_study, **SETTINGS)
+    unlabelled = write_pack(tmp_path / "d", STUDIES, read_unlabelled, **SETTINGS)
+    assert base.manifest["hash"] == same.manifest["hash"]
+    assert len({p.manifest["hash"] for p in (base, fewer, unlabelled)}) == 3
+
+
+def read_unlabelled(index: int) -> StudyRecord:
+    record = read_study(index)
+    record.labels = {}
+    return record
+
+
+def read_mostly_broken(index: int) -> StudyRecord:
+    return StudyRecord(f"s{index}", "p", "train", [], rejects=[(f"{index}.png", "file not found")]) if index % 2 else read_study(index)
+
+
+def test_too_many_rejects_then_mended(tmp_path, whole):
+    out = tmp_path / "pack"
+    with pytest.raises(ValueError, match=r"40 of 94 images did not get in \(40 x file not found"):
+        write_pack(out, STUDIES, read_mostly_broken, **SETTINGS)
+    assert not out.exists() and len(pd.read_csv(f"{out}.partial/rejects.csv")) == 40
+    write_pack(out, STUDIES, read_study, **SETTINGS)        # the files are there now: tried again
+    assert contents(out) == whole
+
+
+def test_rejects_may_be_allowed(tmp_path):
+    pack = write_pack(tmp_path / "pack", STUDIES, read_mostly_broken, max_rejects=0.5, **SETTINGS)
+    assert len(pack.studies) == 40 and len(pack.rejects) == 40
+    with pytest.raises(ValueError, match="3 of 3 images did not get in"):
+        write_pack(tmp_path / "none", [1, 3, 5], read_mostly_broken, max_rejects=1.0, **SETTINGS)
+
+
+@pytest.mark.parametrize(("change", "complaint"), [
+    (lambda r: r.labels.update(Mass=1.0), "study s3 has labels that were not announced: .'Mass'."),
+    (lambda r: setattr(r.images[0], "pixels", np.zeros((16, 15), np.uint8)), "image i3-0: expected uint8 pixels of 16 x 16, found uint8 of .16, 15."),
+    (lambda r: setattr(r.images[0], "pixels", np.zeros((16, 16))), "found float64"),
+    (lambda r: setattr(r, "study_id", "s2"), "study id s2 occurs more than once"),
+    (lambda r: (setattr(r, "patient_id", "p0"), setattr(r, "split", "test")), "1 patient.s. are in more than one split: p0"),
+])
+def test_readers_are_checked(change, complaint, tmp_path):
+    def read(index: int) -> StudyRecord:
+        record = read_study(index)
+        if index == 3:
+            change(record)
+        return record
+    with pytest.raises(ValueError, match=complaint):
+        write_pack(tmp_path / "pack", range(5), read, **SETTINGS)
+    assert not (tmp_path / "pack").exists()
+
+
+def test_other_things_are_not_overwritten(tmp_path):
+    out = tmp_path / "pack"
+    out.mkdir()
+    write_pack(out, range(5), read_study, **SETTINGS)       # an empty folder is no obstacle
+    for changed in (dict(size=8), dict(labels=("Edema",)), dict(source={}), dict(require_report=False)):
+        with pytest.raises(FileExistsError, match="holds other data or was made with other settings"):
+            write_pack(out, range(5), read_study, **{**SETTINGS, **changed})
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(FileExistsError):
+        write_pack(tmp_path / "file", range(5), read_study, **SETTINGS)
+    assert (tmp_path / "file").read_text() == "mine"
+    with pytest.raises(ValueError, match="there is no study"):
+        write_pack(tmp_path / "none", [], read_study, **SETTINGS)
+
+
+def manifest(change):
+    def damage(out: Path) -> None:
+        content = json.loads((out / "manifest.json").read_text())
+        change(content)
+        (out / "manifest.json").write_text(json.dumps(content))
+    return damage
+
+
+@pytest.mark.parametrize(("damage", "complaint"), [
+    (lambda out: (out / "manifest.json").unlink(), "it has no manifest.json"),
+    (lambda out: (out / "manifest.json").write_text("{"), "manifest.json is not a Pack's manifest"),
+    (lambda out: (out / "manifest.json").write_text("[]"), "manifest.json is not a Pack's manifest"),
+    (manifest(lambda m: m.update(format=9)), "Pack format 9, this medvis reads 1"),
+    (lambda out: (out / "studies.parquet").unlink(), "studies.parquet: expected .* the file is missing"),
+    (lambda out: os.truncate(out / "images.u8", 100), "images.u8: expected 1792 bytes, found 100"),
+])
+def test_damage_is_seen_when_opened(damage, complaint, tmp_path):
+    write_pack(tmp_path / "pack", range(5), read_study, **SETTINGS)
+    damage(tmp_path / "pack")
+    with pytest.raises(ValueError, match=complaint):
+        Pack(tmp_path / "pack")
+
+
+@pytest.mark.parametrize("name", ["images.u8", "images.parquet", "studies.parquet", "rejects.parquet"])
+def test_a_flipped_bit_is_seen_by_verify(name, tmp_path):
+    pack = write_pack(tmp_path / "pack", range(5), read_study, **SETTINGS)
+    data = bytearray((pack.path / name).read_bytes())
+    data[len(data) // 2] ^= 4
+    (pack.path / name).write_bytes(data)
+    with pytest.raises(ValueError, match=f"{name}: content differs"):
+        Pack(pack.path).verify()
+
+
+def test_a_foreign_hash_is_seen_by_verify(tmp_path):
+    pack = write_pack(tmp_path / "pack", range(5), read_study, **SETTINGS)
+    manifest(lambda m: m.update(hash="0" * 64))(pack.path)
+    with pytest.raises(ValueError, match="its hash is not that of the files"):
+        Pack(pack.path).verify()
+
+
+IDS = st.lists(st.text(st.characters(exclude_categories=("Cs",)), max_size=6), min_size=1, max_size=60)
+
+
+@settings(max_examples=80, deadline=None)
+@given(IDS, st.integers(0, 5), st.randoms())
+def test_splits_depend_on_the_patient_alone(patients, seed, random):
+    splits = dict(zip(patients, patient_splits(patients, seed=seed), strict=True))
+    shuffled = random.sample(patients, random.randint(1, len(patients)))
+    assert all(splits[p] == s for p, s in zip(shuffled, patient_splits(shuffled, seed=seed), strict=True))
+    table = pd.DataFrame({"patient_id": patients, "split": patient_splits(patients, seed=seed)})
+    assert find_leaks(table) == []
+    check_leaks(table)
+
+
+@settings(max_examples=80, deadline=None)
+@given(IDS, st.lists(st.floats(0.001, 1.0), min_size=1, max_size=4, unique=True), st.integers(0, 5), st.randoms())
+def test_subsets_are_nested_and_by_patient(patients, fractions, seed, random):
+    patients, total = np.array(patients), len(set(patients))
+    subsets, last = nested_subsets(patients, tuple(fractions), seed), set()
+    for fraction in sorted(fractions):
+        chosen = set(patients[subsets[fraction]])
+        assert last <= chosen and len(chosen) == max(1, round(fraction * total))
+        assert set(np.flatnonzero(np.isin(patients, list(chosen)))) == set(subsets[fraction].tolist())      # all rows of each patient
+        last = chosen
+    order = np.array(random.sample(range(len(patients)), len(patients)))
+    moved = nested_subsets(patients[order], tuple(fractions), seed)
+    assert all(set(patients[order][moved[f]]) == set(patients[subsets[f]]) for f in fractions)
+
+
+def test_splits_stay_as_they_are():
+    "Golden: packs in the field hold these splits; a change of the hash would move patients from train to test"
+    patients = [f"p{i}" for i in range(12)]
+    assert " ".join(patient_splits(patients, seed=3)) == GOLDEN_SPLITS
+    assert nested_subsets(patients, (0.25,), seed=3)[0.25].tolist() == GOLDEN_SUBSET
+
+
+GOLDEN_SPLITS = "train train train validate train validate train test train train validate train"
+GOLDEN_SUBSET = [3, 4, 9]
+
+
+@pytest.mark.parametrize("fractions", [{}, {"train": 0.5}, {"train": 1.5, "test": -0.5}])
+def test_bad_shares(fractions):
+    with pytest.raises(ValueError, match="sum to 1"):
+        patient_splits(["a"], fractions)
+
+
+@pytest.mark.parametrize("fraction", [0.0, -0.1, 1.1])
+def test_bad_fractions(fraction):
+    with pytest.raises(ValueError, match="fractions must be above 0 and at most 1"):
+        nested_subsets(["a"], (fraction,))

@@ -1,0 +1,365 @@
+"""Preparing real files: what comes in any shape goes out right, damage is named or rejected, and a kill leaves no mark."""
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import tyro
+from PIL import Image
+from test_pack import contents, kill_when, parts
+
+from medvis.data.images import AUGMENTATIONS, ImageError, Preprocessing, read_image, to_square
+from medvis.data.pack import Pack
+from medvis.data.prepare import FolderConfig, PhantomConfig, plan_folder, prepare_folder, prepare_phantom
+from medvis.data.reports import ReportRules
+
+REPORT = "FINDINGS: The lungs are clear. IMPRESSION: Normal chest."
+
+
+def gradient(height: int = 48, width: int = 40) -> np.ndarray:
+    return (np.add.outer(np.arange(height) * 2, np.arange(width) * 3) % 256).astype(np.uint8)
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    "Eight images a.png .. h.png in a folder"
+    for name in "abcdefgh":
+        Image.fromarray(gradient()).save(tmp_path / f"{name}.png")
+    return tmp_path
+
+
+def rows(**columns) -> pd.DataFrame:
+    "A good table of eight rows, with columns changed"
+    good = {"image_path": [f"{name}.png" for name in "abcdefgh"], "report": REPORT, "patient_id": [f"{i:03d}" for i in range(8)]}
+    return pd.DataFrame({name: value for name, value in {**good, **columns}.items() if value is not None})
+
+
+def config(folder: Path, table: pd.DataFrame | None = None, **changes) -> FolderConfig:
+    if table is not None:
+        table.to_csv(folder / "table.csv", index=False)
+    return FolderConfig(**{"table": folder / "table.csv", "out": folder / "pack", "size": 32, "progress": False, **changes})
+
+
+# images
+
+def dicom(path: Path, pixels: np.ndarray, **tags) -> Path:
+    pydicom = pytest.importorskip("pydicom")
+    dataset = pydicom.Dataset()
+    dataset.file_meta = pydicom.dataset.FileMetaDataset()
+    dataset.file_meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
+    dataset.file_meta.MediaStorageSOPClassUID = dataset.SOPClassUID = pydicom.uid.DigitalXRayImageStorageForPresentation
+    dataset.file_meta.MediaStorageSOPInstanceUID = dataset.SOPInstanceUID = "1.2.3"
+    dataset.Rows, dataset.Columns = pixels.shape[-2:]
+    dataset.SamplesPerPixel, dataset.PhotometricInterpretation, dataset.PixelRepresentation = 1, "MONOCHROME2", 0
+    dataset.BitsAllocated, dataset.BitsStored, dataset.HighBit = 16, 12, 11
+    if pixels.ndim == 3:
+        dataset.NumberOfFrames = len(pixels)
+    dataset.PixelData = pixels.astype("<u2").tobytes()
+    for name, value in tags.items():
+        setattr(dataset, name, value)
+    dataset.save_as(path, enforce_file_format=True)
+    return path
+
+
+RAMP = np.arange(64 * 64).reshape(64, 64)      # 0 .. 4095: 12 bits
+
+
+def test_dicom(tmp_path):
+    plain = read_image(dicom(tmp_path / "a.dcm", RAMP))
+    assert plain.dtype == np.uint8 and plain.min() == 0 and plain.max() == 255 and (np.diff(plain.ravel().astype(int)) >= 0).all()
+    inverted = read_image(dicom(tmp_path / "b.dcm", RAMP, PhotometricInterpretation="MONOCHROME1"))
+    assert np.abs(plain.astype(int) + inverted - 255).max() <= 1
+    windowed = read_image(dicom(tmp_path / "c.dcm", RAMP, WindowCenter=2048, WindowWidth=1024))
+    assert windowed[:20].max() == 0 and windowed[-20:].min() == 255 and 100 < windowed[32, 0] < 156
+    rescaled = read_image(dicom(tmp_path / "d.dcm", RAMP, RescaleSlope=2, RescaleIntercept=-1000, WindowCenter=3096, WindowWidth=2048))
+    assert np.abs(rescaled.astype(int) - windowed).max() <= 1
+    assert (read_image(dicom(tmp_path / "nosuffix", RAMP)) == plain).all()
+
+
+@pytest.mark.parametrize(("pixels", "tags", "complaint"), [
+    (np.stack([RAMP, RAMP]), {}, "DICOM with 2 frames, expected one"),
+    (RAMP, {"PixelData": b"\0" * 100}, "cannot be decoded"),
+    (RAMP, {"Rows": 4000}, "cannot be decoded"),
+])
+def test_damaged_dicom(pixels, tags, complaint, tmp_path):
+    with pytest.raises(ImageError, match=f"a.dcm: .*{complaint}"):
+        read_image(dicom(tmp_path / "a.dcm", pixels, **tags))
+
+
+def test_dicom_without_pixels(tmp_path):
+    import pydicom
+    path = dicom(tmp_path / "a.dcm", RAMP)
+    dataset = pydicom.dcmread(path)
+    del dataset.PixelData
+    dataset.save_as(path)
+    with pytest.raises(ImageError, match="DICOM without pixel data"):
+        read_image(path)
+
+
+def test_dicom_needs_the_extra(tmp_path, monkeypatch):
+    path = dicom(tmp_path / "a.dcm", RAMP)
+    monkeypatch.setitem(sys.modules, "pydicom", None)
+    with pytest.raises(ImportError, match=r"pip install medvis\[dicom\]"):
+        read_image(path)
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "P", "RGB", "RGBA", "CMYK", "1", "I;16", "I", "F"])
+def test_modes_give_the_same_grey(mode, tmp_path):
+    grey = np.where(np.add.outer(np.arange(30), np.arange(20)) % 7 < 3, 0, 255).astype(np.uint8)
+    picture = Image.fromarray(grey.astype({"I;16": np.uint16, "I": np.int32, "F": np.float32}[mode]) * 16) if mode[0] in "IF" else \
+        Image.fromarray(grey).convert(mode)
+    picture.save(tmp_path / "a.tiff")
+    assert (read_image(tmp_path / "a.tiff") == grey).all()
+
+
+@pytest.mark.parametrize(("name", "data", "complaint"), [
+    ("a.png", b"", "file is empty"),
+    ("a.png", b"not an image", "not a known image format"),
+    ("a.dcm", b"not an image", "cannot be decoded|DICOM without pixel data"),
+    ("a.jpg", "jpeg:200", "cannot be decoded|not a known"),
+    ("a.jpg", "jpeg:-100", "cannot be decoded: OSError: image file is truncated"),
+    ("a.png", "png:60", "cannot be decoded"),
+    ("a.png", "tiny", "has 1 x 1 pixels"),
+])
+def test_damaged_images(name, data, complaint, tmp_path):
+    path = tmp_path / name
+    if isinstance(data, str):
+        kind, _, length = data.partition(":")
+        Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64) if length else (1, 1), dtype=np.uint8)).save(path)
+        data = path.read_bytes()[: int(length)] if length else path.read_bytes()
+    path.write_bytes(data)
+    with pytest.raises(ImageError, match=complaint) as error:
+        read_image(path)
+    assert str(path) in str(error.value) and str(tmp_path) not in error.value.reason and " at 0x" not in error.value.reason
+
+
+def test_directory_and_missing_file(tmp_path):
+    with pytest.raises(ImageError, match="cannot be opened: Is a directory"):
+        read_image(tmp_path)
+    with pytest.raises(ImageError, match="file not found"):
+        read_image(tmp_path / "none.png")
+
+
+@pytest.mark.parametrize("shape", [(100, 60), (60, 100), (33, 77), (20, 20), (3, 500)])
+@pytest.mark.parametrize("size", [16, 65])
+def test_squares(shape, size):
+    image = np.full(shape, 200, np.uint8)
+    square = to_square(image, size)
+    inside = np.argwhere(square == 200)
+    low, high = inside.min(0), inside.max(0) + 1
+    assert square.shape == (size, size) and set(np.unique(square)) <= {0, 200}
+    assert (high - low).max() == size and tuple(high - low) == tuple(max(1, n * size // max(shape)) for n in shape)
+    assert ((size - high) - low >= 0).all() and ((size - high) - low <= 1).all()        # floor at the left and top
+    assert (to_square(image, size, "stretch") == 200).all()
+
+
+def test_area_averaging_keeps_the_mean():
+    noise = np.random.default_rng(0).integers(0, 256, (512, 512), dtype=np.uint8)
+    assert np.abs(to_square(noise, 64) - noise.reshape(64, 8, 64, 8).mean((1, 3))).max() <= 1     # Pillow rounds between its two passes
+
+
+@pytest.mark.parametrize("size", [32, 64, 224])
+@pytest.mark.parametrize("augment", [*AUGMENTATIONS])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_preprocessing(size, augment, channels):
+    image = torch.from_numpy(gradient(256, 256))[None]
+    preprocessing = Preprocessing(size=size, channels=channels, mean=0.4, std=0.2)
+    for transform in (preprocessing.train(augment), preprocessing.eval()):
+        out = transform(image)
+        assert out.shape == (channels, size, size) and out.dtype == torch.float32 and out.isfinite().all()
+        assert -2 - 1e-5 <= out.min() and out.max() <= 3 + 1e-5
+
+
+def test_mgca_crops_are_windows_of_the_resized_image():
+    image = torch.from_numpy(gradient(256, 256))[None]
+    crop = Preprocessing(size=224, channels=1, mean=0.0, std=1.0).train("mgca")(image)[0] * 255
+    windows = torch.from_numpy(gradient(256, 256)).float().unfold(0, 224, 1).unfold(1, 224, 1)
+    assert any(torch.allclose(crop, windows[i, j], atol=1e-3) for i in range(33) for j in range(33))
+
+
+def test_lovt_flips_half_of_the_time():
+    image = torch.zeros(1, 64, 64, dtype=torch.uint8)
+    image[:, :, :32] = 255
+    augment = Preprocessing(size=64, crop=1.0, channels=1).train("lovt")
+    torch.manual_seed(0)
+    left = [bool((view := augment(image))[..., :32].mean() > view[..., 32:].mean()) for _ in range(200)]
+    assert 70 < sum(left) < 130
+
+
+@pytest.mark.parametrize("bad", [dict(size=0), dict(crop=0.0), dict(crop=1.5), dict(channels=2), dict(std=0.0)])
+def test_bad_preprocessing(bad):
+    with pytest.raises(ValueError, match="expected size >= 1"):
+        Preprocessing(**bad)
+
+
+def test_unknown_augmentation():
+    with pytest.raises(ValueError, match="augment is 'simclr'; expected one of mgca, lovt, none"):
+        Preprocessing().train("simclr")
+
+
+# tables
+
+@pytest.mark.parametrize("ending", [".csv", ".tsv", ".parquet", ".csv.gz"])
+def test_table_formats(ending, folder):
+    table, path = rows(Edema=[1, 0, -1, None] * 2), folder / f"table{ending}"
+    table.to_parquet(path) if ending == ".parquet" else table.to_csv(path, index=False, sep="\t" if ending == ".tsv" else ",")
+    pack = prepare_folder(FolderConfig(path, folder / "pack", size=32, label_columns=("Edema",), progress=False))
+    pack.verify()
+    assert len(pack) == 8 and pack.studies.patient_id.tolist() == [f"{i:03d}" for i in range(8)]
+    assert pack.labels.Edema.fillna(9).tolist() == [1, 0, -1, 9] * 2
+    assert pack.studies.sentences[0] == ["The lungs are clear.", "Normal chest."]
+    assert (pack.image(0)[:, 3:29] == to_square(gradient(), 32)[:, 3:29]).all() and pack.image_table.width.unique().tolist() == [40]
+
+
+def test_bom_and_crlf_inside_reports(folder):
+    text = "x\r\n FINDINGS: Größe normal.\r\n \r\n IMPRESSION: Clear lungs."
+    rows(report=text).to_csv(folder / "table.csv", index=False, encoding="utf-8-sig", lineterminator="\r\n")
+    pack = prepare_folder(config(folder))
+    assert pack.studies.sentences[0] == ["Größe normal.", "Clear lungs."] and pack.image_table.path[0] == "a.png"
+
+
+def test_studies_of_several_rows(folder):
+    table = rows(study_id=[1, 1, 2, 3, 3, 3, 4, 4], patient_id=None, report=[REPORT, "", REPORT, None, None, REPORT, REPORT, REPORT],
+                 split=["train", "train", "val", "Test", "test", "testing", "dev", "validation"])
+    pack = prepare_folder(config(folder, table))
+    assert pack.studies.image_rows.tolist() == [[0, 1], [2], [3, 4, 5], [6, 7]] and pack.studies.study_id.tolist() == list("1234")
+    assert pack.studies.split.tolist() == ["train", "validate", "test", "validate"] and pack.studies.patient_id.tolist() == list("1234")
+    assert (pack.studies.report == REPORT).all()
+
+
+def test_classes_filter_and_no_reports(folder):
+    table = rows(report=None, source=["x"] * 6 + ["y"] * 2, kind=["normal", "viral", "bacterial", None, "viral", "normal", "other", "other"])
+    pack = prepare_folder(config(folder, table, where="source == 'x'", class_column="kind", require_report=False))
+    assert len(pack) == 6 and pack.labels.columns.tolist() == ["bacterial", "normal", "viral"]
+    assert pack.labels.fillna(9).astype(int).values.tolist() == [[0, 1, 0], [0, 0, 1], [1, 0, 0], [9, 9, 9], [0, 0, 1], [0, 1, 0]]
+    assert pack.studies.sentences.map(len).sum() == 0 and (pack.studies.report == "").all()
+
+
+def test_splits_are_made_by_patient(tmp_path):
+    names = [f"{i}.png" for i in range(400)]
+    pd.DataFrame({"image_path": names, "report": REPORT, "patient_id": [i // 4 for i in range(400)]}).to_csv(tmp_path / "t.csv", index=False)
+    items, _ = plan_folder(FolderConfig(tmp_path / "t.csv", tmp_path / "o"))
+    splits = pd.DataFrame(items).groupby("patient").split.agg(["nunique", "first"])
+    assert (splits["nunique"] == 1).all() and 70 <= (splits["first"] == "train").sum() <= 90
+    again, _ = plan_folder(FolderConfig(tmp_path / "t.csv", tmp_path / "o", split_seed=1))
+    assert [i["split"] for i in again] != [i["split"] for i in items]
+
+
+WRONG = {
+    "no image column": (rows(image_path=None), {}, r"table.csv: no column 'image_path' \(image_column\); the table has report, patient_id"),
+    "no report column": (rows(report=None), {}, "no column 'report' with reports; name it with report_column, or turn require_report off"),
+    "named column": (rows(), {"study_column": "exam"}, r"no column 'exam' \(study_column\)"),
+    "label column": (rows(), {"label_columns": ("Edema",)}, r"no column 'Edema' \(label_columns\)"),
+    "class column": (rows(), {"class_column": "kind"}, r"no column 'kind' \(class_column\)"),
+    "label value": (rows(Edema=[1, 0, "yes", 0] * 2), {"label_columns": ("Edema",)}, "row 3, column 'Edema': label is 'yes'; expected 1"),
+    "label number": (rows(Edema=[1, 0, 2, 0] * 2), {"label_columns": ("Edema",)}, "row 3, column 'Edema': label is '2"),
+    "split value": (rows(split=["train"] * 7 + ["holdout"]), {}, "row 8: split is 'holdout'; expected train, validate or test"),
+    "split blank": (rows(split=["train"] * 7 + [None]), {}, "row 8: split is blank"),
+    "patient blank": (rows(patient_id=["p"] * 7 + [None]), {}, "row 8: column 'patient_id' is blank"),
+    "same image twice": (rows(image_path=["a.png", "b.png", "./a.png"] + [f"{n}.png" for n in "cdefg"]), {}, "rows 1 and 3 name the same image, a.png"),
+    "path up": (rows(image_path=["a.png", "../b.png"] + [f"{n}.png" for n in "cdefgh"]), {}, "row 2: image path '../b.png' leads out of the folder"),
+    "path away": (rows(image_path=["/etc/passwd"] + [f"{n}.png" for n in "bcdefgh"]), {}, "row 1: image path '/etc/passwd' leads out"),
+    "two reports": (rows(study_id=[1] * 8, patient_id="p", report=[REPORT] * 7 + ["Other."]), {}, "study 1: rows 1 and 8 give it different values of report"),
+    "two patients": (rows(study_id=[1] * 8), {}, "study 1: rows 1 and 2 give it different values of patient"),
+    "leak": (rows(patient_id=list("aabbccdd"), split=["train", "test"] + ["train"] * 6), {}, r"1 patient\(s\) are in more than one split: a;"),
+    "no rows": (rows().head(0), {}, "table.csv: no rows"),
+    "filter": (rows(), {"where": "nonsense == 1"}, "the filter 'nonsense == 1' fails: .*the table has image_path"),
+    "nothing left": (rows(), {"where": "patient_id == 'x'"}, "no rows where patient_id == 'x'"),
+}
+
+
+@pytest.mark.parametrize("kind", WRONG)
+def test_wrong_tables(kind, folder):
+    table, changes, complaint = WRONG[kind]
+    before = {path.name for path in folder.iterdir()} | {"table.csv"}
+    with pytest.raises(ValueError, match=complaint) as error:
+        prepare_folder(config(folder, table, **changes))
+    assert {path.name for path in folder.iterdir()} == before and "lungs" not in str(error.value)      # nothing is written, no report text told
+
+
+@pytest.mark.parametrize(("name", "data", "complaint"), [
+    ("t.csv", b"", "t.csv: No columns"),
+    ("t.csv", b"image_path,report\na.png,x\nb.png,x,y,z\n", "t.csv: .*Expected 2 fields in line 3, saw 4"),
+    ("t.csv", "image_path,report\na.png,größer\n".encode("latin-1"), "t.csv: not UTF-8 text"),
+    ("t.parquet", b"PAR1 is not enough", "t.parquet: "),
+    ("t.parquet", b"", "t.parquet: "),
+    ("t.xlsx", b"PK", "expected a .csv, .tsv .* or .parquet file"),
+])
+def test_unreadable_tables(name, data, complaint, tmp_path):
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(ValueError, match=complaint):
+        prepare_folder(FolderConfig(tmp_path / name, tmp_path / "pack"))
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_missing_table_or_root(folder):
+    with pytest.raises(FileNotFoundError, match="none.csv: no such table"):
+        prepare_folder(FolderConfig(folder / "none.csv", folder / "pack"))
+    with pytest.raises(FileNotFoundError, match="nowhere: no such folder"):
+        prepare_folder(config(folder, rows(), root=folder / "nowhere"))
+
+
+def test_bad_files_and_reports_are_rejects(folder):
+    jpeg = folder / "a.jpg"
+    Image.fromarray(gradient(200, 200)).save(jpeg)
+    jpeg.write_bytes(jpeg.read_bytes()[:-300])
+    (folder / "b.png").write_bytes(b"")
+    (folder / "c.png").write_text("hello")
+    (folder / "d.png").unlink()
+    (folder / "loop.png").symlink_to(folder / "loop.png")
+    paths = ["a.jpg", "b.png", "c.png", "d.png", "loop.png", None, "g.png", "h.png"]
+    table = rows(image_path=paths, report=[REPORT] * 6 + ["IMPRESSION: ___.", REPORT])
+    pack = prepare_folder(config(folder, table, max_rejects=0.9))
+    reasons = dict(pack.rejects.values.tolist())
+    assert reasons.pop("a.jpg").startswith("cannot be decoded: OSError: image file is truncated")
+    assert reasons == {"b.png": "file is empty", "c.png": "not a known image format", "d.png": "file not found",
+                       "loop.png": "cannot be opened: Too many levels of symbolic links", "row 6": "no image path",
+                       "g.png": "report: fewer than 3 words"}
+    assert pack.studies.study_id.tolist() == ["h.png"] and not pack.rejects.reason.str.contains(str(folder)).any()
+
+
+def test_wrong_root_is_an_error_not_an_empty_pack(folder):
+    (folder / "other").mkdir()
+    with pytest.raises(ValueError, match=r"8 of 8 images did not get in \(8 x file not found\)"):
+        prepare_folder(config(folder, rows(), root=folder / "other"))
+    assert not (folder / "pack").exists()
+
+
+def test_rules_reach_the_pack(folder):
+    pack = prepare_folder(config(folder, rows(), rules=ReportRules(sections=("impression",), min_words=2)))
+    assert pack.studies.sentences[0] == ["Normal chest."] and pack.manifest["rules"]["sections"] == ["impression"]
+
+
+def test_workers_change_nothing(tmp_path):
+    for workers in (0, 1):
+        prepare_phantom(PhantomConfig(tmp_path / str(workers), studies=150, workers=workers, progress=False))
+    assert contents(tmp_path / "0") == contents(tmp_path / "1")
+
+
+def test_killed_and_resumed_folder(tmp_path):
+    "A real process, killed in the middle of real JPEGs"
+    (tmp_path / "images").mkdir()
+    noise = np.random.default_rng(0)
+    for index in range(320):
+        Image.fromarray(noise.integers(0, 255, (300, 400), dtype=np.uint8)).save(tmp_path / "images" / f"{index}.jpg")
+    (tmp_path / "images" / "7.jpg").write_bytes(b"broken")
+    pd.DataFrame({"image_path": [f"images/{i}.jpg" for i in range(320)], "report": REPORT}).to_csv(tmp_path / "t.csv", index=False)
+    command = [sys.executable, "-c", "import tyro; from medvis.data.prepare import *; prepare_folder(tyro.cli(FolderConfig))",
+               "--table", str(tmp_path / "t.csv"), "--no-progress", "--size", "64", "--out"]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    kill_when(subprocess.Popen([*command, str(killed)], stderr=subprocess.PIPE, text=True), lambda: parts(killed) >= 2)
+    assert parts(killed) < 5 and not killed.exists()
+    for out in (whole, killed):
+        prepare_folder(FolderConfig(tmp_path / "t.csv", out, size=64, progress=False))
+    assert contents(whole) == contents(killed) and len(Pack(killed)) == 319
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["images", "killed", "t.csv", "whole"]
+
+
+def test_command_line():
+    parsed = tyro.cli(FolderConfig, args="--table t.csv --out o --label-columns A B --where x==1 --no-require-report --rules.min-words 5".split())
+    assert parsed == FolderConfig(Path("t.csv"), Path("o"), label_columns=("A", "B"), where="x==1", require_report=False, rules=ReportRules(min_words=5))
+    with pytest.raises(ValueError, match="studies is 0"):
+        prepare_phantom(PhantomConfig(Path("o"), studies=0))

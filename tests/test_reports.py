@@ -1,0 +1,184 @@
+"""Reports: each kind of error that was seen in real reports, in words of our own, and properties that hold for any text."""
+import re
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from medvis.data.reports import (LOVT_RULES, MGCA_RULES, ReportRules, check_report, filter_reports, find_words, parse_sections,
+                                 report_sentences, section_name, split_sentences)
+
+PIECES = st.sampled_from([
+    "The lungs are clear", "no effusion", "1.5 cm", "2. ", "1. ", "3)", "Dr. ", "J. ", "approx. ", "e.g. ", "vs. ", "a.m. ", "p.m.", "___", "XXXX", ".", ". ",
+    "..", "...", "?", "! ", "\n", "\n\n", "\r\n", "- ", "(a)", "\"", "”", "Größe", "肺野清晰。", "…", "T12.", "L4.L5", "&lt;", " ", "\t", "\u00a0", "FINDINGS: ", "\n IMPRESSION: "])
+TEXTS = st.one_of(st.text(max_size=80), st.lists(PIECES, max_size=25).map("".join))
+
+
+def solid(text: str) -> str:
+    "The text without white space"
+    return "".join(text.split())
+
+
+# sentences, as they should come out; joined by a blank they must fall apart the same way
+KINDS = {
+    "decimals": ["A 1.5 cm nodule.", "It measured 1.2 x 0.9 cm.", "The tube ends 3.0 cm above the carina."],
+    "unit before a full stop": ["The nodule measures 5 mm.", "No effusion.", "The line ends 4 cm. above the carina."],
+    "numbered list": ["1. No pneumonia.", "2. Small effusion.", "3. Old rib fractures."],
+    "item that begins with a measure": ["1. Clear lungs.", "2. 8mm nodule at the left base.", "3. 1.4 cm granuloma."],
+    "bracketed numbers": ["1) No pneumonia.", "2) Large heart."],
+    "abbreviations": ["Seen with Dr. Grey vs. prior.", "The tip lies approx. 2 cm deep, i.e. too deep, e.g. in the right main bronchus.", "St. Jude valve."],
+    "time of day": ["Called at 9:15 a.m. by phone.", "Read at 3 p.m. on ___.", "Done at 4 a.m.", "The tube is new."],
+    "initials": ["Findings were told to Dr. J. R. Grey by phone.", "No change."],
+    "letter at the end": ["Known hepatitis C.", "Lungs are clear."],
+    "blanks of MIMIC": ["Compared with ___.", "___ line is unchanged.", "Dr. ___ was called.", "___."],
+    "blanks of Open-I": ["XXXX opacity.", "XXXX XXXX are normal.", "XXXX.", "Heart is normal."],
+    "small start": ["lungs are clear.", "old rib fractures.", "heart is normal."],
+    "stray full stops": ["No effusion. .", "Please call.", "Clear..", "Normal."],
+    "ellipsis": ["Perhaps ... in the lingula.", "Unclear…", "Follow up."],
+    "questions": ["Pneumonia?", "Yes!", "Treat."],
+    "quotes and brackets": ["The heart is \"boot-shaped.\"", "(No effusion.)", "[Clear.]", "Done."],
+    "vertebrae": ["Narrowing at L4.L5 and T12.", "No fracture."],
+    "German": ["Kein Erguss, z.B. links.", "Ärztlich unauffällig.", "Größe normal."],
+    "French": ["Cœur de taille normale.", "À gauche, épanchement."],
+    "number of something": ["Rib no. 7 is broken.", "Stable."],
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_sentences(kind):
+    assert split_sentences(" ".join(KINDS[kind])) == KINDS[kind]
+
+
+@pytest.mark.parametrize(("text", "sentences"), [
+    ("The lungs are clear.No effusion.Heart is normal.", ["The lungs are clear.", "No effusion.", "Heart is normal."]),
+    ("CLEAR LUNGS.NO EFFUSION.", ["CLEAR LUNGS.", "NO EFFUSION."]),
+    ("1.No pneumonia.2.Large heart.", ["1.No pneumonia.", "2.Large heart."]),
+    ("1. No pneumonia 2. Large heart 3. Old fractures", ["1. No pneumonia", "2. Large heart", "3. Old fractures"]),
+    ("1. No pneumonia\n2. large heart", ["1. No pneumonia", "2. large heart"]),
+    ("- No pneumonia\n- large heart", ["- No pneumonia", "- large heart"]),
+    ("The heart\n is large.  The\n lungs are clear.", ["The heart is large.", "The lungs are clear."]),
+    ("A fracture of rib\n 7. No effusion.", ["A fracture of rib 7.", "No effusion."]),
+    ("Heart size\n\nLungs", ["Heart size", "Lungs"]),
+    ("肺野清晰。心影正常。", ["肺野清晰。", "心影正常。"]),
+    ("See www.example.org or a@b.org today.", ["See www.example.org or a@b.org today."]),
+    ("...", ["..."]), ("1.", ["1."]), ("", []), (" \r\n\t", []),
+])
+def test_sentences_of(text, sentences):
+    assert split_sentences(text) == sentences
+
+
+@settings(max_examples=300, deadline=None)
+@given(TEXTS)
+def test_nothing_is_lost(text):
+    sentences = split_sentences(text)
+    assert solid("".join(sentences)) == solid(text)
+    assert all(sentence == " ".join(sentence.split()) != "" for sentence in sentences)
+
+
+@settings(max_examples=300, deadline=None)
+@given(TEXTS)
+def test_splitting_ends(text):
+    "Splitting sentences again may cut a little more where context is gone, but a third pass changes nothing, and it never joins"
+    def again(sentences):
+        return [part for sentence in sentences for part in split_sentences(sentence)]
+    once = split_sentences(text)
+    twice = again(once)
+    assert len(twice) >= len(once) and again(twice) == again(again(twice))
+
+
+@settings(max_examples=200, deadline=None)
+@given(TEXTS, st.sampled_from([ReportRules(), LOVT_RULES, MGCA_RULES]))
+def test_any_text_gives_clean_sentences(text, rules):
+    sentences, reason = check_report(text, rules)
+    assert isinstance(reason, str) and all(find_words(sentence, rules.count_punctuation) for sentence in sentences)
+    assert all(body == body.strip() != "" for body in parse_sections(text).values())
+    if rules.ascii_only:
+        assert "".join(sentences).isascii()
+
+
+@settings(max_examples=200, deadline=None)
+@given(TEXTS, st.booleans())
+def test_words_are_where_they_are_said_to_be(sentence, punctuation):
+    spans = find_words(sentence, punctuation)
+    assert all(0 <= a < b <= len(sentence) and not re.search(r"\s", sentence[a:b]) for a, b in spans)
+    assert all(b <= c for (_, b), (c, _) in zip(spans, spans[1:], strict=False))
+    if punctuation:
+        assert solid("".join(sentence[a:b] for a, b in spans)) == solid(sentence)
+
+
+MIMIC = """                                 FINAL REPORT
+ EXAMINATION:  CHEST (PA AND LAT)
+ 
+ INDICATION:  ___ year old with cough
+ 
+ FINDINGS: 
+ 
+ Lungs are clear.  NOTE the following: no change.
+ 
+ IMPRESSION: 
+ 
+ No acute process.
+"""
+
+
+@pytest.mark.parametrize("damage", [str, lambda t: t.replace("\n", "\r\n"), lambda t: t.replace("\n", "\r"), lambda t: "\ufeff" + t, str.strip,
+                                    lambda t: t.strip().split("\n", 1)[1].lstrip()])
+def test_mimic_sections(damage):
+    sections = parse_sections(damage(MIMIC))
+    assert sections["findings"] == "Lungs are clear.  NOTE the following: no change." and sections["impression"] == "No acute process."
+    assert sections["indication"] == "___ year old with cough" and sections["examination"] == "CHEST (PA AND LAT)"
+
+
+@pytest.mark.parametrize(("text", "sections"), [
+    ("FINDINGS:\nClear.\n\nIMPRESSION:\nNormal.", {"findings": "Clear.", "impression": "Normal."}),
+    ("Findings: Clear.\nConclusion: Normal.", {"findings": "Clear.", "impression": "Normal."}),
+    ("Some title\nFINDINGS: Clear. Note: old.\nNOTE: new.", {"preamble": "Some title", "findings": "Clear. Note: old.\nNOTE: new."}),
+    ("INDICATION: Cough. FINDINGS: Clear. IMPRESSION: Normal.", {"indication": "Cough.", "findings": "Clear.", "impression": "Normal."}),
+    ("FINDINGS: \nIMPRESSION: Normal.", {"impression": "Normal."}),
+    ("FINDINGS:\nIMPRESSION:\n", {}),
+    ("x\n FINDINGS AND IMPRESSION: Clear.", {"preamble": "x", "impression": "Clear."}),
+    ("x\n IMPRSSION: Clear.", {"preamble": "x", "impression": "Clear."}),
+    ("x\n FINDINGS: Old.\n FINDINGS: New.", {"preamble": "x", "findings": "New."}),
+    ("x\n FINDINGS: Old.\n FINDINGS: \n \n", {"preamble": "x", "findings": "Old."}),
+    ("x\n PORTABLE CHEST: Clear.", {"preamble": "x", "findings": "Clear."}),
+    ("x\n HISTORY: Cough.\n \n Lungs clear.\n \n Heart normal.", {"preamble": "x", "history": "Cough.", "last_paragraph": "Lungs clear.\n \n Heart normal."}),
+    ("Lungs are clear; findings: none.", {"full report": "Lungs are clear; findings: none."}),
+])
+def test_sections_of(text, sections):
+    assert parse_sections(text) == sections
+
+
+def test_mimic_rule_is_strict():
+    "Where MIMIC's rule finds headings, other spellings of headings are text"
+    text = "x\n FINDINGS: Clear.\n Impression: in the text.\n IMPRESSION: Normal."
+    assert parse_sections(text)["findings"] == "Clear.\n Impression: in the text."
+    assert parse_sections("x\n FINDINGS: a\n lower case: b\n CAPS WITH 2 DIGITS: c")["findings"] == "a\n lower case: b\n CAPS WITH 2 DIGITS: c"
+
+
+def test_headings():
+    assert [section_name(h) for h in ("REASON FOR EXAMINATION", "CLINICAL HISTORY", "WETREAD", "FINDNGS", "PA AND LATERAL VIEWS OF THE CHEST",
+                                      "IMPRESSION AND PLAN", "DOSE")] == ["indication", "history", "wet read", "findings", "findings", "impression", "dose"]
+
+
+def test_rules_differ_as_published():
+    text = "x\n FINDINGS: 1. A 1.5 cm nodule. Clear.\n IMPRESSION: Größe normal."
+    assert report_sentences(text) == ["A 1.5 cm nodule.", "Clear.", "Größe normal."]
+    assert report_sentences(text, MGCA_RULES) == ["Gre normal", "5 cm nodule"]     # "A" and "Clear" are single words
+    assert report_sentences("Nothing has a heading here.", LOVT_RULES) == []
+    assert report_sentences("Nothing has a heading here.") == ["Nothing has a heading here."]
+
+
+def test_filter_counts_every_report():
+    texts = ["FINDINGS: Normal chest.", "", None, "IMPRESSION: ___.", "x\n COMPARISON: None.\n FINDINGS: The lungs are clear."]
+    for rules, kept in ((ReportRules(), 1), (LOVT_RULES, 2), (MGCA_RULES, 1)):
+        sentences, counts = filter_reports(texts, rules)
+        assert counts["kept"] == kept == sum(s is not None for s in sentences) and sum(counts.values()) == len(texts)
+
+
+def test_unknown_splitter():
+    with pytest.raises(ValueError, match="splitter is 'nltk'; expected one of 'medvis', 'full stop'"):
+        check_report("Clear.", ReportRules(splitter="nltk"))
+
+
+def test_long_report_is_fast():
+    assert len(split_sentences("The lungs are clear. No effusion of 1.5 cm is seen by Dr. Who. " * 2000)) == 4000
