@@ -61,11 +61,11 @@ def one_module_of_its_room(notebook: Notebook) -> list[str]:
 
 
 def lines_of_code(cell: Cell, definition: ast.AST) -> int:
-    "Lines of a definition that hold code: no blank lines, no comments, no docstrings."
+    "Lines of a definition that hold code: no blank lines, no comments, no docstrings (of functions, classes or fields)."
     docstrings = set()
     for node in ast.walk(definition):
-        if isinstance(node, DEFINITIONS) and ast.get_docstring(node, clean=False) is not None:
-            docstrings |= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+            docstrings |= set(range(node.lineno, node.end_lineno + 1))
     lines = list(enumerate(cell.source.splitlines(), 1))[definition.lineno - 1:definition.end_lineno]
     return sum(bool(line.strip()) and not line.strip().startswith("#") and number not in docstrings for number, line in lines)
 

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['BLOCK', 'Finding', 'Scene', 'tight_box', 'render', 'PhantomStudy', 'patient_number', 'stated_severities', 'Phantom']
 
-# %% ../../nbs/data/01d_phantom.ipynb #8c5891f9
+# %% ../../nbs/data/01d_phantom.ipynb #05099db7
+import operator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -106,20 +107,24 @@ def stated_severities(
         out[f.name] = max(out[f.name] or 0, f.severity)
     return out
 
-# %% ../../nbs/data/01d_phantom.ipynb #873bb751
+# %% ../../nbs/data/01d_phantom.ipynb #feb95457
 class Phantom:
-    "Endless synthetic studies: `Phantom(size, seed)[index]` depends on nothing but these three numbers."
+    """Endless synthetic studies: `Phantom(size, seed)[index]` depends on nothing but these three numbers.
+
+    Index from 0 to 2**60, without making the others. Raises ValueError for a size or seed out of range, IndexError for a negative index.
+    """
 
     def __init__(
         self,
         size: int = 64,  # side of the image, 64 to 512
         seed: int = 0,
     ):
+        size, seed = operator.index(size), operator.index(seed)
         if not 64 <= size <= 512:
             raise ValueError(f"size is {size}; the phantom is drawn at 64 to 512 pixels a side")
         if seed < 0:
             raise ValueError(f"seed is {seed}; it must not be negative")
-        self.size, self.seed = int(size), int(seed)
+        self.size, self.seed = size, seed
 
     def scene(
         self,
@@ -138,9 +143,10 @@ class Phantom:
         return render(scene if findings is None else replace(scene, findings=tuple(findings)), self.size)
 
     def _draw(self, index: int) -> tuple[Scene, int]:
+        index = operator.index(index)
         if index < 0:
             raise IndexError(f"study {index}: the phantom's studies are numbered from 0")
-        owner, index = patient_number(self.seed, int(index)), int(index)
+        owner = patient_number(self.seed, index)
         body, rng = stream(self.seed, 2, owner), stream(self.seed, 3, index)
         usual = sample_state(body)
         state = usual if rng.random() < 0.5 else sample_state(rng)
@@ -150,11 +156,11 @@ class Phantom:
 
     def __getitem__(self, index: int) -> PhantomStudy:
         scene, owner = self._draw(index)
-        report, sentences = write_report(stream(self.seed, 4, int(index)), list(scene.findings), scene.pose.view, scene.patient.female)
+        report, sentences = write_report(stream(self.seed, 4, index), list(scene.findings), scene.pose.view, scene.patient.female)
         image, findings = render(scene, self.size)
         labels = read_labels(sentences)
         return PhantomStudy(
-            image, report, f"patient-{owner:07d}", f"phantom-{int(index):07d}", scene.pose.view, labels,
+            image, report, f"patient-{owner:07d}", f"phantom-{index:07d}", scene.pose.view, labels,
             stated_severities(labels, findings, sentences), findings, sentences)
 
     def __repr__(self) -> str:

@@ -43,7 +43,7 @@ class Patient:
     breast: float = 0.0  # thickness, 0 = none
     tree: int = 0  # which vessel tree, 0 to 255
 
-# %% ../../nbs/data/01a_phantom_anatomy.ipynb #65d8378e
+# %% ../../nbs/data/01a_phantom_anatomy.ipynb #a2fbd510
 def sample_patient(
     rng: np.random.Generator,
 ) -> Patient:
@@ -53,16 +53,17 @@ def sample_patient(
     age = int(np.clip(60 + 17 * z[0], 19, 95))
     girth = float(np.clip(0.35 + 0.25 * z[1], 0, 1))
     return Patient(
-        female, age, width=1 + 0.045 * z[2] - 0.03 * female, tall=0.45 * z[3], girth=girth,
+        female, age, width=1 + 0.055 * z[2] - 0.03 * female, tall=0.7 * z[3], girth=girth,
         heart=1 + 0.045 * z[4] + 0.0008 * (age - 60), aorta=1 + 0.1 * z[5] + 0.004 * (age - 60),
         rib_pitch=0.125 + 0.006 * z[6], rib_phase=u[1], rib_slope=0.36 + 0.05 * z[7],
         bone=0.95 + 0.14 * z[8] - 0.003 * (age - 60), breast=(0.06 + 0.16 * u[2]) * (0.5 + girth) * female,
         tree=int(u[3] * 256))
 
-# %% ../../nbs/data/01a_phantom_anatomy.ipynb #003a3b0a
+# %% ../../nbs/data/01a_phantom_anatomy.ipynb #a52cb9c4
 @dataclass(frozen=True)
 class Pose:
     "One exposure: how the body stood before the detector and what the machine made of it."
+
     view: str = "PA"
     angle: float = 0.0  # in-plane rotation, radians
     scale: float = 1.0
@@ -80,28 +81,46 @@ class Pose:
     marker: str = "L"  # burned-in letter, "" = none
     marker_x: float = 0.8
     marker_y: float = -0.85
-    border: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)  # black left, top, right, bottom, share of the side
+    border: tuple[float, float, float, float] = (
+        0.0,
+        0.0,
+        0.0,
+        0.0,
+    )  # black left, top, right, bottom, share of the side
     noise_key: int = 0
 
-# %% ../../nbs/data/01a_phantom_anatomy.ipynb #b5ac090d
+# %% ../../nbs/data/01a_phantom_anatomy.ipynb #eb977db9
 def sample_pose(
     rng: np.random.Generator,
     portable: bool,  # True: AP, in bed
 ) -> Pose:
     "Draw an exposure; a portable one is turned more, breathes less and keeps its scapulae over the lungs."
     z, u = np.clip(rng.standard_normal(16), -2.2, 2.2).tolist(), rng.random(14).tolist()
-    border = tuple(float(b) for b in np.where(rng.random(4) < 0.3, rng.random(4) * 0.09, 0)) if u[0] < 0.25 else (0.0,) * 4
+    border = (
+        tuple(float(b) for b in np.where(rng.random(4) < 0.3, rng.random(4) * 0.09, 0)) if u[0] < 0.25 else (0.0,) * 4
+    )
     side = "L" if u[1] < 0.7 else "R"
     return Pose(
-        "AP" if portable else "PA", angle=(0.045 if portable else 0.02) * z[0], scale=(1.10 if portable else 1.07) + 0.05 * z[1],
-        dx=0.035 * z[2], dy=0.04 * z[3], turn=(0.6 if portable else 0.25) * z[4],
+        "AP" if portable else "PA",
+        angle=(0.05 if portable else 0.022) * z[0],
+        scale=(1.10 if portable else 1.07) + 0.05 * z[1],
+        dx=(0.05 if portable else 0.035) * z[2],
+        dy=0.045 * z[3],
+        turn=(0.6 if portable else 0.25) * z[4],
         breath=float(np.clip((-0.45 if portable else 0.45) + 0.35 * z[5], -1, 1)),
-        scapula=0.45 + 0.5 * u[2] if portable else 0.35 * u[2], stomach=u[3] if u[4] < 0.55 else 0.0,
-        centre=0.62 + 0.04 * z[6], window=0.225 + 0.025 * z[7] + 0.02 * portable,
-        veil=0.04 * u[6] + 0.05 * portable * u[7], noise=0.010 + 0.016 * u[8] + 0.008 * portable,
-        blur=0.0005 + 0.0022 * u[9] + 0.0012 * portable, marker=side if u[10] < 0.8 else "",
-        marker_x=(0.86 - 0.12 * u[11]) * (1 if side == "L" else -1), marker_y=-0.9 + 0.25 * u[12] + 0.5 * (u[13] < 0.15),
-        border=border, noise_key=int(u[13] * 2**31))
+        scapula=0.45 + 0.5 * u[2] if portable else 0.35 * u[2],
+        stomach=u[3] if u[4] < 0.55 else 0.0,
+        centre=0.62 + 0.055 * z[6],
+        window=0.225 + 0.035 * z[7] + 0.02 * portable,
+        veil=0.10 * u[6] ** 2 + 0.06 * portable * u[7],
+        noise=0.010 + 0.016 * u[8] + 0.008 * portable,
+        blur=0.0005 + 0.0022 * u[9] + 0.0012 * portable,
+        marker=side if u[10] < 0.8 else "",
+        marker_x=(0.86 - 0.12 * u[11]) * (1 if side == "L" else -1),
+        marker_y=-0.9 + 0.25 * u[12] + 0.5 * (u[13] < 0.15),
+        border=border,
+        noise_key=int(u[13] * 2**31),
+    )
 
 # %% ../../nbs/data/01a_phantom_anatomy.ipynb #f1f93209
 @dataclass(frozen=True)
@@ -184,7 +203,7 @@ def ramp(
     t = np.clip(distance * (0.5 / softness) + 0.5, 0, 1)
     return t * t * (3 - 2 * t)
 
-# %% ../../nbs/data/01a_phantom_anatomy.ipynb #9b855e29
+# %% ../../nbs/data/01a_phantom_anatomy.ipynb #d1ac7b86
 def lungs(
     geo: Geometry,
     x: np.ndarray,
@@ -200,7 +219,11 @@ def lungs(
     wall = 1 - qx * qx - qy * qy
     q = (ax - 0.42 * half) / (0.58 * half)
     q2 = q * q
-    below = y - np.where(x < 0, np.float32(geo.dome[0]), np.float32(geo.dome[1])) - np.where(q > 0, 0.13 * q2 + 0.10 * q2 * q2, 0.10 * q2)
+    below = (
+        y
+        - np.where(x < 0, np.float32(geo.dome[0]), np.float32(geo.dome[1]))
+        - np.where(q > 0, 0.13 * q2 + 0.10 * q2 * q2, 0.10 * q2)
+    )
     edge = chord(np.square(1 - np.clip(wall * 1.6, 0, 1)))
     behind = np.exp(np.minimum(-below / 0.10, 0))
     return wall, below, edge * (0.17 * behind + 0.83 * ramp(-below, max(0.014, soft)))
@@ -380,7 +403,7 @@ def slope(
     step = np.diff(path, axis=-1)
     return np.concatenate([step[:, :1], step], -1)
 
-# %% ../../nbs/data/01a_phantom_anatomy.ipynb #891da104
+# %% ../../nbs/data/01a_phantom_anatomy.ipynb #fae33fe8
 def draw(
     canvas: np.ndarray,  # (H, W) float32, added to in place
     pose: Pose,
@@ -396,15 +419,20 @@ def draw(
     dc, dr = slope(column), slope(row)
     step = np.sqrt(dc * dc + dr * dr) + 1e-6
     broad = np.broadcast_to(np.asarray(width) * pose.scale * size / 2, step.shape)
-    across = max(1, int(np.ceil(broad.max() * 1.2)))
+    across = max(1, round(1.1 * float(broad.max())))
     t = ((np.arange(across) + 0.5) * 2 / across - 1).astype(np.float32)
     profile = np.sqrt(1 - t * t) * (1 - rim) + rim * t**4
     profile *= ((1 - rim) * math.pi / 4 + rim / 5) / profile.mean()
     weight = (height * step * np.maximum(broad, 0.5) / across)[..., None] * profile
     shift = (broad / 2 / step)[..., None] * t
-    splat(canvas, (column[..., None] - dr[..., None] * shift).ravel(), (row[..., None] + dc[..., None] * shift).ravel(), weight.ravel())
+    splat(
+        canvas,
+        (column[..., None] - dr[..., None] * shift).ravel(),
+        (row[..., None] + dc[..., None] * shift).ravel(),
+        weight.ravel(),
+    )
 
-# %% ../../nbs/data/01a_phantom_anatomy.ipynb #c4cb8171
+# %% ../../nbs/data/01a_phantom_anatomy.ipynb #2cea318c
 def vessel_tree(
     key: int,
     depth: int = 4,
@@ -414,7 +442,9 @@ def vessel_tree(
     n = 28
     angle = np.tile(np.linspace(-1.35, 1.45, n // 2), 2) + 0.15 * rng.standard_normal(n)
     side = np.repeat([-1.0, 1.0], n // 2)
-    start = np.stack([side * (0.12 + 0.05 * rng.random(n)), -0.03 * side + 0.075 * angle + 0.05 * rng.standard_normal(n)], 1)
+    start = np.stack(
+        [side * (0.12 + 0.05 * rng.random(n)), -0.03 * side + 0.075 * angle + 0.05 * rng.standard_normal(n)], 1
+    )
     width = 0.014 + 0.012 * rng.random(n) + 0.010 * (angle > 0.5)
     length = 0.15 + 0.10 * rng.random(n)
     parts = []
@@ -486,7 +516,7 @@ class Chest:
         "Side of a pixel in body units."
         return 2 / self.size / self.pose.scale
 
-# %% ../../nbs/data/01a_phantom_anatomy.ipynb #e6f0f1c8
+# %% ../../nbs/data/01a_phantom_anatomy.ipynb #28609987
 def build_chest(
     patient: Patient,
     pose: Pose,
@@ -498,18 +528,39 @@ def build_chest(
     x, y = body_frame(pose, size)
     soft = 2 / size / pose.scale
     wall, below, lung = lungs(geo, x, y, soft)
-    bone = ribs(patient, geo, x, y, soft) + clavicles(patient, geo, x, y, soft) + spine(patient, geo, x, y) + shoulders(patient, pose, x, y)
+    bone = (
+        ribs(patient, geo, x, y, soft)
+        + clavicles(patient, geo, x, y, soft)
+        + spine(patient, geo, x, y)
+        + shoulders(patient, pose, x, y)
+    )
     hilum = np.exp(-np.square((np.abs(x - geo.turn) - 0.15) / 0.07) - np.square((y - geo.heart[1] + 0.24) / 0.12))
     extra = 0.06 * hilum - 0.15 * airways(geo, x, y)
     if patient.breast:
         extra += breasts(patient, geo, x, y)
     if pose.stomach:
         dy = y - geo.dome[1] - 0.085
-        gas = np.square((x - 0.28) / (0.12 + 0.06 * pose.stomach)) + np.square(dy / np.where(dy < 0, 0.045, 0.04 + 0.06 * pose.stomach))
+        gas = np.square((x - 0.28) / (0.12 + 0.06 * pose.stomach)) + np.square(
+            dy / np.where(dy < 0, 0.045, 0.04 + 0.06 * pose.stomach)
+        )
         extra -= 0.34 * pose.stomach * chord(gas) * (1 - np.clip(3 * dy, 0, 0.6))
     return Chest(
-        patient, pose, geo, size, x, y, wall, below, lung, mediastinum(geo, x, y), torso(patient, geo, x, y),
-        bone, vessels(patient, pose, geo, size), np.zeros_like(x), extra)
+        patient,
+        pose,
+        geo,
+        size,
+        x,
+        y,
+        wall,
+        below,
+        lung,
+        mediastinum(geo, x, y),
+        torso(patient, geo, x, y),
+        bone,
+        vessels(patient, pose, geo, size),
+        np.zeros_like(x),
+        extra,
+    )
 
 # %% ../../nbs/data/01a_phantom_anatomy.ipynb #38df2152
 def attenuation(

@@ -78,13 +78,15 @@ def cloud(
     shown = water * np.minimum(chest.air, 0.5)
     return shown > level * shown.max()
 
-# %% ../../nbs/data/01b_phantom_findings.ipynb #b56cfe92
+# %% ../../nbs/data/01b_phantom_findings.ipynb #e605e7f8
 def paint_consolidation(chest: Chest, spec: Planted) -> np.ndarray:
     "Dense, even filling with a sharp fissure edge and air bronchograms along the vessels."
     x, y = lung_point(chest.geo, spec.side, spec.down, spec.out)
     r = (0.13 + 0.05 * spec.severity) * spec.extent
     r2 = patch(chest, x, y, 1.15 * r, r, spec.angle) * (1 + 0.22 * waves(chest, spec.key, 0.3))
-    fissure = ramp((chest.y - y) * (1 if spec.zone != "upper" else -1) + 0.62 * r + 0.3 * spec.angle * (chest.x - x), 0.02)
+    fissure = ramp(
+        (chest.y - y) * (1 if spec.zone != "upper" else -1) + 0.62 * r + 0.3 * spec.angle * (chest.x - x), 0.02
+    )
     water = (0.62 + 0.10 * spec.severity) * ramp(1 - r2, 0.55) * fissure * (1 - np.minimum(2.5 * chest.vessel, 0.45))
     return cloud(chest, water, 0.45)
 
@@ -152,7 +154,7 @@ def paint_effusion(chest: Chest, spec: Planted) -> np.ndarray:
         chest.extra += 0.05 * fill * (chest.lung > 0.1)
     return mask
 
-# %% ../../nbs/data/01b_phantom_findings.ipynb #0d1ef5e0
+# %% ../../nbs/data/01b_phantom_findings.ipynb #baceea65
 def paint_pneumothorax(chest: Chest, spec: Planted) -> np.ndarray:
     "The lung shrinks from the wall: a dark rim without vessels outside a fine pleural line."
     geo, sign = chest.geo, 1 if spec.side == "left" else -1
@@ -162,26 +164,35 @@ def paint_pneumothorax(chest: Chest, spec: Planted) -> np.ndarray:
     here = (sign * chest.x > 0.02) & (chest.below < 0.02)
     outside = ramp(-wall, 0.03) * here
     chest.vessel = chest.vessel * (1 - outside)
-    chest.water = np.where(here, 1 - (1 - chest.water) * (1 - (1 - outside) * (0.05 + 0.08 * spec.severity) * (wall > 0)), chest.water)
+    chest.water = np.where(
+        here, 1 - (1 - chest.water) * (1 - (1 - outside) * (0.05 + 0.08 * spec.severity) * (wall > 0)), chest.water
+    )
     chest.extra -= 0.15 * chest.air * outside
     width = max(0.030, 2.2 * chest.pixel)
     chest.extra += 0.10 * np.exp(-np.square(wall / width)) * here * (chest.air > 0.2)
     return (outside * (chest.wall > 0.02) * chest.air) > 0.25
 
-# %% ../../nbs/data/01b_phantom_findings.ipynb #c60b93b6
+# %% ../../nbs/data/01b_phantom_findings.ipynb #ca8fc0b9
 def paint_atelectasis(chest: Chest, spec: Planted) -> np.ndarray:
     "Plate-like bands above the diaphragm, or a collapsed wedge with haze."
     mask = np.zeros(chest.x.shape, bool)
-    for side in (("right", "left") if spec.side == "both" else (spec.side,)):
+    for side in ("right", "left") if spec.side == "both" else (spec.side,):
         sign = 1 if side == "left" else -1
         x, y = lung_point(chest.geo, side, spec.down, spec.out)
         ink = 0.0
         for k in range(spec.severity):
-            r2 = patch(chest, x - 0.04 * sign * k, y - 0.075 * k, (0.17 - 0.03 * k) * spec.extent, max(0.020, 0.8 * chest.pixel), sign * (0.6 * spec.angle - 0.1 * k))
+            r2 = patch(
+                chest,
+                x - 0.04 * sign * k,
+                y - 0.075 * k,
+                (0.17 - 0.03 * k) * spec.extent,
+                max(0.020, 0.8 * chest.pixel),
+                sign * (0.6 * spec.angle - 0.1 * k),
+            )
             ink = np.maximum(ink, np.exp(-np.square(r2) - r2))
         if spec.kind == "collapse":
-            r2 = patch(chest, x, y + 0.03, 0.20 * spec.extent, 0.09 + 0.015 * spec.severity, 0.25 * sign)
-            ink = np.maximum(0.8 * ink, 0.85 * ramp(1 - r2, 0.7))
+            r2 = patch(chest, x - 0.05 * sign, y + 0.03, 0.22 * spec.extent, 0.085 + 0.02 * spec.severity, 0.45 * sign)
+            ink = np.maximum(0.8 * ink, 0.85 * np.exp(-np.square(r2) * (1 + 0.5 * waves(chest, spec.key, 0.22))))
         mask |= cloud(chest, 0.62 * ink, 0.4)
     return mask
 
@@ -196,13 +207,15 @@ def paint_nodule(chest: Chest, spec: Planted) -> np.ndarray:
     chest.extra += (0.22 + 0.03 * spec.severity) * ball
     return ball > 0
 
-# %% ../../nbs/data/01b_phantom_findings.ipynb #304ad24d
+# %% ../../nbs/data/01b_phantom_findings.ipynb #ff638eda
 def paint_cardiomegaly(chest: Chest, spec: Planted) -> np.ndarray:
     "The heart was drawn large already (`enlargement`); its silhouette is the mask."
     cx, cy, a, b = chest.geo.heart
     x = cx + chest.geo.turn
     heart = patch(chest, x, cy, a, b, math.atan2(0.6, 0.8)) < 1
-    atrium = np.square((chest.x - chest.geo.turn + 0.055) / (0.46 * a)) + np.square((chest.y - cy + 0.01) / (0.98 * b)) < 1
+    atrium = (
+        np.square((chest.x - chest.geo.turn + 0.055) / (0.46 * a)) + np.square((chest.y - cy + 0.01) / (0.98 * b)) < 1
+    )
     return (heart | atrium) & (chest.below < 0.06)
 
 # %% ../../nbs/data/01b_phantom_findings.ipynb #0b97dae3
@@ -228,7 +241,7 @@ def curve(
     q = 0.5 * (2 * b + (c - a) * t + (2 * a - 5 * b + 4 * c - d) * t**2 + (3 * b - a - 3 * c + d) * t**3)
     return q[None, :, 0], q[None, :, 1]
 
-# %% ../../nbs/data/01b_phantom_findings.ipynb #943a01dd
+# %% ../../nbs/data/01b_phantom_findings.ipynb #9ffed342
 def device_curves(
     chest: Chest,
     spec: Planted,
@@ -242,13 +255,34 @@ def device_curves(
     if spec.kind == "endotracheal tube":
         return [([(turn + j / 3, -1.4), (turn + j / 2, -0.8), (turn, fork - 0.08 * spec.extent)], 0.040, 0.34, 0.7)]
     if spec.kind == "enteric tube":
-        return [([(turn, -1.4), (0.01, -0.6), (0.03 + j, 0.0), (0.05, geo.dome[1] - 0.02), (0.20, geo.dome[1] + 0.16), (0.36, geo.dome[1] + 0.18)], 0.024, 0.36, 0.5)]
+        return [
+            (
+                [
+                    (turn, -1.4),
+                    (0.01, -0.6),
+                    (0.03 + j, 0.0),
+                    (0.05, geo.dome[1] - 0.02),
+                    (0.20, geo.dome[1] + 0.16),
+                    (0.36, geo.dome[1] + 0.18),
+                ],
+                0.024,
+                0.36,
+                0.5,
+            )
+        ]
     if spec.kind == "jugular line":
         return [([(s * 0.20, -1.3), (s * 0.15, -0.8), (s * 0.09 + j, -0.55), *cava], 0.018, 0.34, 0.0)]
     if spec.kind == "subclavian line":
         return [([(s * 0.62, -0.40), (s * 0.45, -0.60), (s * 0.20, -0.60 + j), *cava], 0.018, 0.34, 0.0)]
     if spec.kind == "PICC":
-        return [([(s * 1.15, 0.3), (s * 1.0, -0.25), (s * 0.75, -0.48), (s * 0.40, -0.55 + j), (s * 0.18, -0.53), *cava], 0.015, 0.32, 0.0)]
+        return [
+            (
+                [(s * 1.15, 0.3), (s * 1.0, -0.25), (s * 0.75, -0.48), (s * 0.40, -0.55 + j), (s * 0.18, -0.53), *cava],
+                0.015,
+                0.32,
+                0.0,
+            )
+        ]
     if spec.kind == "chest tube":
         end = -0.45 if spec.zone == "upper" else 0.12
         return [([(s * 1.15, 0.42), (s * 0.72, 0.26), (s * 0.52, 0.05), (s * 0.38, end + j)], 0.042, 0.26, 0.8)]
@@ -256,9 +290,13 @@ def device_curves(
         vein = [(s * 0.56, -0.38), (s * 0.46, -0.58), (s * 0.22, -0.58), (-0.09, fork - 0.12), (-0.12, fork + 0.2)]
         return [
             ([*vein, (-0.06, tip[1] - 0.06), tip], 0.014, 0.30, 0.0),
-            ([*vein, (-0.15, geo.heart[1] + 0.05), (-0.10, geo.heart[1] - 0.04)], 0.014, 0.26, 0.0)][: spec.severity]
+            ([*vein, (-0.15, geo.heart[1] + 0.05), (-0.10, geo.heart[1] - 0.04)], 0.014, 0.26, 0.0),
+        ][: spec.severity]
     wires = [(-0.55, -0.45), (0.52, -0.48), (0.55, 0.28)]
-    return [([(x, y), (0.6 * x + j, 0.6 * y + 0.2), (0.3 * x + 0.2, 0.5), (0.15 + 0.2 * x, 1.3)], 0.010, 0.30, 0.0) for x, y in wires]
+    return [
+        ([(x, y), (0.6 * x + j, 0.6 * y + 0.2), (0.3 * x + 0.2, 0.5), (0.15 + 0.2 * x, 1.3)], 0.010, 0.30, 0.0)
+        for x, y in wires
+    ]
 
 # %% ../../nbs/data/01b_phantom_findings.ipynb #ab51a2d6
 def paint_device(chest: Chest, spec: Planted) -> np.ndarray:
@@ -276,52 +314,138 @@ def paint_device(chest: Chest, spec: Planted) -> np.ndarray:
     chest.extra += ink
     return ink > 0.06
 
-# %% ../../nbs/data/01b_phantom_findings.ipynb #8254bf70
+# %% ../../nbs/data/01b_phantom_findings.ipynb #b27c45f8
 def paint_foreign(chest: Chest, spec: Planted) -> np.ndarray:
     "Something of metal or plastic which nobody implanted."
     x, y = lung_point(chest.geo, spec.side if spec.side != "none" else "right", spec.down, spec.out)
     ink = np.zeros((chest.size, chest.size), np.float32)
     if spec.kind == "necklace":
         hang = -0.45 + 0.12 * spec.severity
-        draw(ink, chest.pose, *curve([(-0.30, -1.05), (-0.22, -0.75), (0, hang), (0.22, -0.75), (0.30, -1.05)], max(160, 2 * chest.size)), 0.016, 0.55)
+        draw(
+            ink,
+            chest.pose,
+            *curve([(-0.30, -1.05), (-0.22, -0.75), (0, hang), (0.22, -0.75), (0.30, -1.05)], max(160, 2 * chest.size)),
+            0.016,
+            0.55,
+        )
         ink += 0.6 * ramp(1 - patch(chest, 0.0, hang + 0.03, 0.03, 0.04), 0.4)
     elif spec.kind == "clip":
         t = 0.035 * spec.extent
         c, s = t * math.cos(spec.angle), t * math.sin(spec.angle)
-        draw(ink, chest.pose, np.array([[x - c, x + c]]) + np.linspace(0, 0.02, 2)[:, None], np.array([[y - s, y + s]]) * np.ones((2, 1)), 0.014, 0.9)
+        draw(
+            ink,
+            chest.pose,
+            np.array([[x - c, x + c]]) + np.linspace(0, 0.02, 2)[:, None],
+            np.array([[y - s, y + s]]) * np.ones((2, 1)),
+            0.014,
+            0.9,
+        )
     else:
         r = {"coin": 0.060, "button": 0.036, "bullet": 0.036}[spec.kind] * spec.extent
-        disc = ramp(1 - patch(chest, x, y, r, r * (0.55 if spec.kind == "bullet" else 1.0), spec.angle), 0.15 + 2.5 * chest.pixel)
+        disc = ramp(
+            1 - patch(chest, x, y, r, r * (0.55 if spec.kind == "bullet" else 1.0), spec.angle),
+            0.15 + 2.5 * chest.pixel,
+        )
         if spec.kind == "button":
             disc = disc * (1 - 0.7 * ramp(1 - patch(chest, x, y, 0.4 * r, 0.4 * r), 0.4))
         ink += (0.45 if spec.kind == "button" else 0.9) * disc
     chest.extra += ink
     return ink > 0.08
 
-# %% ../../nbs/data/01b_phantom_findings.ipynb #9fb3af25
+# %% ../../nbs/data/01b_phantom_findings.ipynb #8eb7c1a7
 PAINTERS = {
-    "Support Devices": paint_device, "Cardiomegaly": paint_cardiomegaly, "Consolidation": paint_consolidation,
-    "Edema": paint_edema, "Lung Opacity": paint_opacity, "Pleural Effusion": paint_effusion, "Pneumonia": paint_pneumonia,
-    "Pneumothorax": paint_pneumothorax, "Atelectasis": paint_atelectasis, "Nodule": paint_nodule, "Foreign Object": paint_foreign}
+    "Support Devices": paint_device,
+    "Cardiomegaly": paint_cardiomegaly,
+    "Consolidation": paint_consolidation,
+    "Edema": paint_edema,
+    "Lung Opacity": paint_opacity,
+    "Pleural Effusion": paint_effusion,
+    "Pneumonia": paint_pneumonia,
+    "Pneumothorax": paint_pneumothorax,
+    "Atelectasis": paint_atelectasis,
+    "Nodule": paint_nodule,
+    "Foreign Object": paint_foreign,
+}
 
-# %% ../../nbs/data/01b_phantom_findings.ipynb #ca0e2adb
+# %% ../../nbs/data/01b_phantom_findings.ipynb #2c9239db
 STATES = {
     "healthy": (0.37, {"Foreign Object": 0.04}),
-    "heart failure": (0.13, {"Edema": 0.86, "Cardiomegaly": 0.72, "Pleural Effusion": 0.55, "Support Devices": 0.2, "Atelectasis": 0.15, "Lung Opacity": 0.1}),
-    "infection": (0.14, {"Pneumonia": 0.6, "Consolidation": 0.35, "Lung Opacity": 0.4, "Pleural Effusion": 0.22, "Atelectasis": 0.1, "Support Devices": 0.08}),
-    "intensive care": (0.13, {
-        "Support Devices": 0.97, "Atelectasis": 0.45, "Pleural Effusion": 0.4, "Edema": 0.35, "Lung Opacity": 0.3,
-        "Cardiomegaly": 0.25, "Consolidation": 0.18, "Pneumonia": 0.15, "Pneumothorax": 0.12}),
-    "air leak": (0.04, {"Pneumothorax": 0.95, "Support Devices": 0.55, "Atelectasis": 0.35, "Pleural Effusion": 0.2, "Lung Opacity": 0.15}),
-    "after surgery": (0.07, {"Atelectasis": 0.85, "Pleural Effusion": 0.4, "Support Devices": 0.3, "Lung Opacity": 0.25, "Foreign Object": 0.15}),
+    "heart failure": (
+        0.13,
+        {
+            "Edema": 0.86,
+            "Cardiomegaly": 0.72,
+            "Pleural Effusion": 0.55,
+            "Support Devices": 0.2,
+            "Atelectasis": 0.15,
+            "Lung Opacity": 0.1,
+        },
+    ),
+    "infection": (
+        0.14,
+        {
+            "Pneumonia": 0.6,
+            "Consolidation": 0.35,
+            "Lung Opacity": 0.4,
+            "Pleural Effusion": 0.22,
+            "Atelectasis": 0.1,
+            "Support Devices": 0.08,
+        },
+    ),
+    "intensive care": (
+        0.13,
+        {
+            "Support Devices": 0.97,
+            "Atelectasis": 0.45,
+            "Pleural Effusion": 0.4,
+            "Edema": 0.35,
+            "Lung Opacity": 0.3,
+            "Cardiomegaly": 0.25,
+            "Consolidation": 0.18,
+            "Pneumonia": 0.15,
+            "Pneumothorax": 0.12,
+        },
+    ),
+    "air leak": (
+        0.04,
+        {
+            "Pneumothorax": 0.95,
+            "Support Devices": 0.55,
+            "Atelectasis": 0.35,
+            "Pleural Effusion": 0.2,
+            "Lung Opacity": 0.15,
+        },
+    ),
+    "after surgery": (
+        0.07,
+        {
+            "Atelectasis": 0.85,
+            "Pleural Effusion": 0.4,
+            "Support Devices": 0.3,
+            "Lung Opacity": 0.25,
+            "Foreign Object": 0.15,
+        },
+    ),
     "chance find": (0.08, {"Nodule": 0.6, "Foreign Object": 0.3, "Lung Opacity": 0.25, "Atelectasis": 0.1}),
-    "old heart": (0.04, {"Cardiomegaly": 0.85, "Support Devices": 0.5, "Atelectasis": 0.1})}
+    "old heart": (0.04, {"Cardiomegaly": 0.85, "Support Devices": 0.5, "Atelectasis": 0.1}),
+}
 
-# %% ../../nbs/data/01b_phantom_findings.ipynb #68228eb4
+# %% ../../nbs/data/01b_phantom_findings.ipynb #c2e3c400
 DEVICES = {
-    "intensive care": ("endotracheal tube", "enteric tube", "jugular line", "subclavian line", "PICC", "monitor leads", "endotracheal tube"),
-    "air leak": ("chest tube",), "old heart": ("pacemaker",), "heart failure": ("pacemaker", "PICC", "jugular line"),
-    "": ("PICC", "enteric tube", "jugular line", "monitor leads", "pacemaker")}
+    "intensive care": (
+        "endotracheal tube",
+        "enteric tube",
+        "jugular line",
+        "subclavian line",
+        "PICC",
+        "monitor leads",
+        "endotracheal tube",
+    ),
+    "air leak": ("chest tube",),
+    "old heart": ("pacemaker",),
+    "heart failure": ("pacemaker", "PICC", "jugular line"),
+    "": ("PICC", "enteric tube", "jugular line", "monitor leads", "pacemaker"),
+}
 
 # %% ../../nbs/data/01b_phantom_findings.ipynb #1a6dad21
 def sample_state(
@@ -335,7 +459,7 @@ def sample_state(
             break
     return state
 
-# %% ../../nbs/data/01b_phantom_findings.ipynb #2bbbf7e5
+# %% ../../nbs/data/01b_phantom_findings.ipynb #f31ec033
 def place(
     rng: np.random.Generator,
     name: str,
@@ -360,11 +484,23 @@ def place(
     if name == "Foreign Object":
         kind = ("button", "coin", "clip", "necklace", "bullet")[int(5 * u[5])]
         extra["angle"] *= 6
-        return Planted(name, "none", "upper", kind=kind, **extra) if kind == "necklace" else place_lung(name, side, u, taken, extra, kind)
+        return (
+            Planted(name, "none", "upper", kind=kind, **extra)
+            if kind == "necklace"
+            else place_lung(name, side, u, taken, extra, kind)
+        )
     if name == "Atelectasis":
         extra["angle"] *= 0.7
         kind = "collapse" if u[5] < 0.35 else "plate"
-        return Planted(name, "both" if u[6] < 0.25 else side, "lower", kind=kind, down=0.78 + 0.14 * u[7], out=0.58 + 0.12 * u[5], **extra)
+        return Planted(
+            name,
+            "both" if u[6] < 0.25 else side,
+            "lower",
+            kind=kind,
+            down=0.78 + 0.14 * u[7],
+            out=0.58 + 0.12 * u[5],
+            **extra,
+        )
     return place_lung(name, side, u, taken, extra)
 
 # %% ../../nbs/data/01b_phantom_findings.ipynb #00af9463
@@ -395,7 +531,7 @@ def place_device(u: list[float], side: str, state: str, extra: dict) -> Planted:
     zone = ("upper" if u[6] < 0.6 else "lower") if kind == "chest tube" else "none"
     return Planted("Support Devices", side, zone, kind=kind, **extra)
 
-# %% ../../nbs/data/01b_phantom_findings.ipynb #34af5cbe
+# %% ../../nbs/data/01b_phantom_findings.ipynb #282267d2
 def sample_findings(
     rng: np.random.Generator,
     state: str,
@@ -406,7 +542,11 @@ def sample_findings(
         chosen.insert(1, "Support Devices")
     taken: set = set()
     found = [place(rng, name, state, taken) for name in chosen[:5]]
-    return [f for k, f in enumerate(found) if (f.name, f.kind) not in [(g.name, g.kind) for g in found[:k]] or f.name != "Support Devices"]
+    return [
+        f
+        for k, f in enumerate(found)
+        if (f.name, f.kind) not in [(g.name, g.kind) for g in found[:k]] or f.name != "Support Devices"
+    ]
 
 # %% ../../nbs/data/01b_phantom_findings.ipynb #16cd55bb
 def paint(

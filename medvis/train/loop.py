@@ -7,7 +7,7 @@ __all__ = ['TrainConfig', 'learning_rate', 'describe_machine', 'open_run', 'load
            'optimise', 'validate', 'cut_log', 'append_log', 'Trainer', 'save', 'restore', 'take_step', 'train_epoch',
            'end_epoch', 'fit']
 
-# %% ../../nbs/train/03_loop.ipynb #c8a17481
+# %% ../../nbs/train/03_loop.ipynb #789a008c
 import json
 import os
 import platform
@@ -30,11 +30,11 @@ from ..data.pack import Pack
 from ..data.pairs import Batch, Pairs, View, collate, counter_seed, epoch_batches
 from ..encoders.image import image_encoder
 from ..methods import METHODS
-from ..methods.method import Method
+from ..methods.method import Method, known
 from .checkpoint import load_checkpoint, save_checkpoint, save_weights, write_atomic, write_json
 from .schedules import cyclic_cosine, plateau_factor, stopped_improving, warmup_cosine, warmup_linear
 
-# %% ../../nbs/train/03_loop.ipynb #b72fde30
+# %% ../../nbs/train/03_loop.ipynb #9339fbc3
 @dataclass(frozen=True)
 class TrainConfig:
     "How a method is trained, what of the data it sees, and where the run lives."
@@ -96,9 +96,7 @@ class TrainConfig:
     @classmethod
     def of(cls, method: Method, run: str | Path, **changes) -> "TrainConfig":
         "The method's own recipe, with changes; ValueError for a setting that does not exist."
-        unknown = changes.keys() - cls.__dataclass_fields__.keys()
-        if unknown:
-            raise ValueError(f"no training setting {sorted(unknown)[0]!r}; there are: {', '.join(cls.__dataclass_fields__)}")
+        known("training setting", changes, cls.__dataclass_fields__)
         return cls(run=Path(run), **{**method.recipe, **changes})
 
     @property
