@@ -63,7 +63,7 @@ def kill_when(process: subprocess.Popen, condition) -> None:
         assert time.monotonic() < deadline, "the moment to kill never came"
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
-    process.communicate()
+    process.communicate(timeout=15)     # its workers hold the pipe too: they must end as well
 
 
 def parts(out: Path) -> int:

@@ -140,7 +140,7 @@ def written(number: int, seed: int = 0):
     return found, *write_report(stream(seed, 3, number), found, view, number % 3 == 0)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(number=INDICES)
 def test_report_layout_and_sentences(number):
     found, report, sentences = written(number)
@@ -157,7 +157,7 @@ def test_report_layout_and_sentences(number):
         assert sentence.text[0].isupper() and sentence.text.endswith(".") and not re.search(r"[\[\]<>{}|@]|  | \.", sentence.text)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(number=INDICES)
 def test_word_spans(number):
     found, _, sentences = written(number)
@@ -175,7 +175,7 @@ def test_word_spans(number):
                 assert found[index].severity == 3, s.text
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(number=INDICES)
 def test_labels_follow_the_words_and_never_deny_the_truth(number):
     found, _, sentences = written(number)

@@ -40,6 +40,7 @@ KINDS = {
     "vertebrae": ["Narrowing at L4.L5 and T12.", "No fracture."],
     "German": ["Kein Erguss, z.B. links.", "Ärztlich unauffällig.", "Größe normal."],
     "French": ["Cœur de taille normale.", "À gauche, épanchement."],
+    "lost signs": ["Fever of 38.5? C today.", "He had 39?C and 0.8?103/?L cells.", "Zone 3?", "Clear."],
     "number of something": ["Rib no. 7 is broken.", "Stable."],
 }
 

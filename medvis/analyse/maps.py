@@ -32,7 +32,7 @@ def upsample(
 OUTLINE = "#35d6ed"
 SIDE = 256
 
-# %% ../../nbs/analyse/01_maps.ipynb #f539cd70
+# %% ../../nbs/analyse/01_maps.ipynb #fc10cea2
 def heat(
     scores, # (N,)
     grid: tuple[int, int],
@@ -43,7 +43,7 @@ def heat(
     spread = smooth.max() - smooth.min()
     share = (smooth - smooth.min()) / spread if spread > 0 else np.zeros_like(smooth)
     rgba = matplotlib.colormaps["inferno"](0.25 + 0.7 * share)
-    rgba[..., 3] = opacity * share**1.5
+    rgba[..., 3] = opacity * share**2
     return rgba
 
 # %% ../../nbs/analyse/01_maps.ipynb #39be55ce

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['GLYPHS', 'stream', 'Patient', 'sample_patient', 'Pose', 'sample_pose', 'Geometry', 'geometry', 'lung_point',
            'body_frame', 'to_pixels', 'chord', 'ramp', 'lungs', 'mediastinum', 'torso', 'breasts', 'hollow', 'ribs',
-           'clavicles', 'spine', 'shoulders', 'airways', 'splat', 'slope', 'draw', 'vessel_tree', 'vessel_paths',
-           'vessels', 'Chest', 'build_chest', 'attenuation', 'burn_marker', 'expose']
+           'clavicles', 'spine', 'shoulders', 'airways', 'stomach_gas', 'splat', 'slope', 'draw', 'vessel_tree',
+           'vessel_paths', 'vessels', 'Chest', 'build_chest', 'attenuation', 'burn_marker', 'expose']
 
 # %% ../../nbs/data/01a_phantom_anatomy.ipynb #ccdbfb8d
 import math
@@ -16,13 +16,13 @@ from functools import lru_cache
 import numpy as np
 from scipy.ndimage import gaussian_filter
 
-# %% ../../nbs/data/01a_phantom_anatomy.ipynb #4cd41ab5
+# %% ../../nbs/data/01a_phantom_anatomy.ipynb #f4b27084
 def stream(
     seed: int,  # 0 .. 2**64 - 1
     which: int = 0,  # 0 .. 7, what the numbers are for
     index: int = 0,  # whose numbers, 0 .. 2**60
 ) -> np.random.Generator:
-    "A random generator that depends on its arguments alone: Philox turns a key into numbers without any state before it."
+    "A random generator (Philox) that depends on its arguments alone."
     return np.random.Generator(np.random.Philox(key=np.array([seed, 8 * index + which], np.uint64)))
 
 # %% ../../nbs/data/01a_phantom_anatomy.ipynb #6579b8f4
@@ -377,6 +377,19 @@ def airways(
     bronchus = chord(np.square((ax - path) / 0.036)) * np.clip(down / 0.03, 0, 1) * np.clip((0.19 - down) / 0.10, 0, 1)
     return np.maximum(trachea, 0.7 * bronchus)
 
+# %% ../../nbs/data/01a_phantom_anatomy.ipynb #1116621a
+def stomach_gas(
+    pose: Pose,
+    geo: Geometry,
+    x: np.ndarray,
+    y: np.ndarray,
+) -> np.ndarray:  # thickness of air
+    "The bubble under the left dome, round above and fading downwards."
+    dy = y - geo.dome[1] - 0.085
+    half = np.where(dy < 0, np.float32(0.045), np.float32(0.04 + 0.06 * pose.stomach))
+    r2 = np.square((x - 0.28) / (0.12 + 0.06 * pose.stomach)) + np.square(dy / half)
+    return chord(r2) * (1 - np.clip(3 * dy, 0, 0.6))
+
 # %% ../../nbs/data/01a_phantom_anatomy.ipynb #85dca9e7
 def splat(
     canvas: np.ndarray,  # (H, W) float32, added to in place
@@ -516,7 +529,7 @@ class Chest:
         "Side of a pixel in body units."
         return 2 / self.size / self.pose.scale
 
-# %% ../../nbs/data/01a_phantom_anatomy.ipynb #28609987
+# %% ../../nbs/data/01a_phantom_anatomy.ipynb #7facafdf
 def build_chest(
     patient: Patient,
     pose: Pose,
@@ -528,39 +541,17 @@ def build_chest(
     x, y = body_frame(pose, size)
     soft = 2 / size / pose.scale
     wall, below, lung = lungs(geo, x, y, soft)
-    bone = (
-        ribs(patient, geo, x, y, soft)
-        + clavicles(patient, geo, x, y, soft)
-        + spine(patient, geo, x, y)
-        + shoulders(patient, pose, x, y)
-    )
+    parts = (ribs(patient, geo, x, y, soft), clavicles(patient, geo, x, y, soft), spine(patient, geo, x, y))
+    bone = sum(parts, shoulders(patient, pose, x, y))
     hilum = np.exp(-np.square((np.abs(x - geo.turn) - 0.15) / 0.07) - np.square((y - geo.heart[1] + 0.24) / 0.12))
     extra = 0.06 * hilum - 0.15 * airways(geo, x, y)
     if patient.breast:
         extra += breasts(patient, geo, x, y)
     if pose.stomach:
-        dy = y - geo.dome[1] - 0.085
-        gas = np.square((x - 0.28) / (0.12 + 0.06 * pose.stomach)) + np.square(
-            dy / np.where(dy < 0, 0.045, 0.04 + 0.06 * pose.stomach)
-        )
-        extra -= 0.34 * pose.stomach * chord(gas) * (1 - np.clip(3 * dy, 0, 0.6))
-    return Chest(
-        patient,
-        pose,
-        geo,
-        size,
-        x,
-        y,
-        wall,
-        below,
-        lung,
-        mediastinum(geo, x, y),
-        torso(patient, geo, x, y),
-        bone,
-        vessels(patient, pose, geo, size),
-        np.zeros_like(x),
-        extra,
-    )
+        extra -= 0.34 * pose.stomach * stomach_gas(pose, geo, x, y)
+    centre, depth, tree = mediastinum(geo, x, y), torso(patient, geo, x, y), vessels(patient, pose, geo, size)
+    dry = np.zeros_like(x)
+    return Chest(patient, pose, geo, size, x, y, wall, below, lung, centre, depth, bone, tree, dry, extra)
 
 # %% ../../nbs/data/01a_phantom_anatomy.ipynb #38df2152
 def attenuation(

@@ -109,7 +109,7 @@ def _list_items(text: str) -> list[int]:
             last = number or 0
     return starts
 
-# %% ../../nbs/data/02_reports.ipynb #4051e5e1
+# %% ../../nbs/data/02_reports.ipynb #02d6cfb6
 NEVER_LAST = frozenset("dr drs mr mrs ms prof st vs approx e.g i.e ca cf fig figs viz resp incl z.b d.h u.a bzw".split())
 SELDOM_LAST = frozenset("a.m p.m am pm etc al cm mm m ml hr hrs min sec yr yrs wk wks lat no nos pt post ant inf sup".split())
 _STOP = re.compile(r"[.!?…]+(?:\s+[.!?…]+(?!\S))*[\"')\]>”’]*|[。！？]+")
@@ -124,8 +124,11 @@ def _ends_sentence(before: str, mark: str, after: str) -> bool:
     word = words[-1].lstrip("([\"'").lower() if words else ""
     if re.fullmatch(r"\W*\d{0,2}\W*", before):                                      # a list number on its own
         return False
-    if rest is after:                                                               # no blank: "clear.No", but not 1.5, e.g, L4.L5
+    if mark[0] == "?" and before[-1:].isdigit() and re.match(r"[CF]\b", rest):       # 38? C: a lost degree sign
+        return False
+    if not after[0].isspace():                                                      # no blank: "clear.No", but not 1.5, e.g, L4.L5
         real = len(re.sub(r"\W", "", word.rpartition(".")[2])) > 1 and word not in NEVER_LAST
+        real = real and (before[-1].isalnum() or before[-1] in ")]_")
         return real and rest[0].isupper() and (rest[1:2].isalpha() or rest[1:2].isspace())
     if mark[0] in "!?":
         return True

@@ -51,11 +51,11 @@ def _out_channels(layer: nn.Module) -> int:
     "Output width of a residual stage: that of the last normalisation on its main path."
     return [m for m in layer[-1].children() if isinstance(m, nn.BatchNorm2d)][-1].num_features
 
-# %% ../../nbs/encoders/02_image.ipynb #212eb604
+# %% ../../nbs/encoders/02_image.ipynb #39d33406
 class TinyResNet(nn.Module):
     "Stem and four single-block stages; strides 2, 2, 2, 1, 2, so that layer 3 has 1/8 and layer 4 1/16 of the side."
 
-    def __init__(self, channels: int = 1, widths: tuple[int, ...] = (16, 32, 64, 128, 192)):
+    def __init__(self, channels: int = 1, widths: tuple[int, ...] = (16, 24, 48, 96, 160)):
         super().__init__()
         self.conv1 = nn.Conv2d(channels, widths[0], 5, stride=2, padding=2, bias=False)
         self.bn1, self.relu, self.maxpool = nn.BatchNorm2d(widths[0]), nn.ReLU(), nn.Identity()

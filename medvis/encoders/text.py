@@ -79,9 +79,10 @@ class TextEncoder(nn.Module):
             weights = pool_tokens(attention, word_index, "sum")[0][..., 0]
         return TextFeatures(tokens, words, word_mask, sentences, sentence_mask, whole, weights)
 
-# %% ../../nbs/encoders/03_text.ipynb #8373b740
+# %% ../../nbs/encoders/03_text.ipynb #22afacfd
 TEXT_CONFIGS = {
-    "tiny-bert": dict(hidden_size=128, num_hidden_layers=2, num_attention_heads=4, intermediate_size=256),
+    "tiny-bert": dict(
+        hidden_size=96, num_hidden_layers=2, num_attention_heads=2, intermediate_size=192, attention_probs_dropout_prob=0.0),
     "bert-base": dict(hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=3072),
 }
 

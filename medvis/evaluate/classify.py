@@ -51,7 +51,7 @@ def frozen(encoder: nn.Module):
         for module, mode in modes:
             module.training = mode
 
-# %% ../../nbs/evaluate/02_classify.ipynb #db23e996
+# %% ../../nbs/evaluate/02_classify.ipynb #f730023d
 def encode_images(
     encoder: nn.Module, # encoder(image).whole is (B, D'); has .preprocessing
     pack, # .image(row) -> (H, W) uint8
@@ -64,8 +64,8 @@ def encode_images(
     prepare, features = encoder.preprocessing.eval(), []
     with frozen(encoder.to(device)):
         for start in tqdm(range(0, len(rows), batch_size), desc="encode", leave=False, delay=2):
-            images = [torch.from_numpy(np.array(pack.image(row)))[None] for row in rows[start:start + batch_size]]
-            batch = torch.stack([prepare(image) for image in images]).to(device)
+            images = torch.from_numpy(np.stack([pack.image(row) for row in rows[start:start + batch_size]]))
+            batch = prepare(images[:, None].to(device))
             features.append(encoder(batch).whole.float().cpu().numpy())
     return np.concatenate(features)
 

@@ -141,22 +141,24 @@ class Target:
     role: str # see word_role
     mask: np.ndarray # (size, size) bool, in the encoder's view of the image
 
-# %% ../../nbs/evaluate/03_ground.ipynb #269ffccd
+# %% ../../nbs/evaluate/03_ground.ipynb #ae9bf4ef
 def phantom_targets(
     pairs: Pairs, # of a phantom Pack, not augmented
     items=None, # which pairs; None: all
 ) -> list[Target]:
     """All words that speak of a finding, with its mask as the encoder would see it; findings outside the crop are no targets.
 
-    Raises ValueError if the pairs are not of a phantom, or are augmented: then nobody knows where things are."""
+    Raises ValueError if the pairs are not of a phantom, are augmented, or were drawn by another version of the phantom: then
+    nobody knows where things are."""
     source = pairs.pack.manifest["source"]
     if source.get("kind") != "phantom" or pairs.train:
         raise ValueError(f"targets are known only for a phantom's pairs with train=False; these have source {source.get('kind')!r}, train={pairs.train}")
     phantom, view, targets = Phantom(source["size"], source["seed"]), pairs.preprocessing.mask(), []
-    names = pairs.pack.studies["study_id"].tolist()
     for item in range(len(pairs)) if items is None else items:
-        report, study = pairs.report(item), phantom[int(names[pairs.items[item][0]].rpartition("-")[2])]
-        words = report.words
+        packed, report = pairs.pack.studies.iloc[pairs.items[item][0]], pairs.report(item)
+        study, words = phantom[int(packed["study_id"].rpartition("-")[2])], report.words
+        if study.report != packed["report"]:
+            raise ValueError(f"{packed['study_id']} has another report in {pairs.pack.path} than this version of the phantom writes: prepare the pack again")
         for word, index in phantom_words(report, study).items():
             finding = study.findings[index]
             mask = view(torch.from_numpy(finding.mask)).numpy()

@@ -227,7 +227,7 @@ class Run:
 class Diverged(RuntimeError):
     "A loss or gradient that is not finite; says which studies were in the batch."
 
-# %% ../../nbs/train/03_loop.ipynb #66944aa8
+# %% ../../nbs/train/03_loop.ipynb #3ea5ddec
 def optimise(
     method: torch.nn.Module,     # as prepared by accelerate
     optimizer: torch.optim.Optimizer,
@@ -247,7 +247,7 @@ def optimise(
         with accelerator.no_sync(method) if not last else accelerator.autocast():
             losses = method(batch.to(accelerator.device))
             accelerator.backward(losses.total / len(batches))
-        for name, part in (("loss", losses.total), *losses.parts.items()):
+        for name, part in (("loss", losses.total.detach()), *losses.parts.items()):
             told[name] = told.get(name, 0.0) + float(part) / len(batches)
     scaled = accelerator.scaler is not None
     norm = accelerator.clip_grad_norm_(method.parameters(), float("inf") if clip_norm is None else clip_norm)
