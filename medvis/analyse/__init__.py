@@ -6,10 +6,30 @@
 __all__ = ['draw_correspondence', 'draw_map', 'pick_words', 'Section', 'correspondence_card', 'curves_figure', 'headlines',
            'pointing_figure', 'probe_figure', 'run_sections', 'write_page']
 
-# %% ../../nbs/analyse/00_doors.ipynb #cd020c25
+# %% ../../nbs/analyse/00_doors.ipynb #05b2597c
 from .maps import draw_correspondence, draw_map, pick_words
-from .page import Section, correspondence_card, curves_figure, headlines, pointing_figure, probe_figure, run_sections, write_page
+from medvis.analyse.page import (
+    Section,
+    correspondence_card,
+    curves_figure,
+    headlines,
+    pointing_figure,
+    probe_figure,
+    run_sections,
+    write_page,
+)
 
-# %% ../../nbs/analyse/00_doors.ipynb #a73a30e6
-_all_ = ["draw_correspondence", "draw_map", "pick_words", "Section", "correspondence_card", "curves_figure",
-         "headlines", "pointing_figure", "probe_figure", "run_sections", "write_page"]
+# %% ../../nbs/analyse/00_doors.ipynb #95687f16
+_all_ = [
+    "draw_correspondence",
+    "draw_map",
+    "pick_words",
+    "Section",
+    "correspondence_card",
+    "curves_figure",
+    "headlines",
+    "pointing_figure",
+    "probe_figure",
+    "run_sections",
+    "write_page",
+]

@@ -16,28 +16,30 @@ from torch.nn.functional import interpolate
 from ..evaluate.ground import point
 from ..methods.method import Correspondence
 
-# %% ../../nbs/analyse/01_maps.ipynb #f3920907
+# %% ../../nbs/analyse/01_maps.ipynb #7472eaf3
 def upsample(
-    scores, # (N,) row-major
-    grid: tuple[int, int], # (h, w)
-    size: tuple[int, int], # (H, W)
-) -> np.ndarray: # (H, W) float32
-    """Interpolate a map bilinearly, each score staying at the centre of its region. Raises ValueError if N is not h*w."""
+    scores,  # (N,) row-major
+    grid: tuple[int, int],  # (h, w)
+    size: tuple[int, int],  # (H, W)
+) -> np.ndarray:  # (H, W) float32
+    """Interpolate a map bilinearly, each score staying at the centre of its region. ValueError if N is not h*w."""
     scores = torch.as_tensor(scores, dtype=torch.float32)
     if scores.shape != (grid[0] * grid[1],):
-        raise ValueError(f"a grid of {grid[0]} x {grid[1]} needs {grid[0] * grid[1]} scores; got shape {tuple(scores.shape)}")
+        raise ValueError(
+            f"a grid of {grid[0]} x {grid[1]} needs {grid[0] * grid[1]} scores; got shape {tuple(scores.shape)}"
+        )
     return interpolate(scores.view(1, 1, *grid), size=size, mode="bilinear", align_corners=False)[0, 0].numpy()
 
 # %% ../../nbs/analyse/01_maps.ipynb #acf70473
 OUTLINE = "#35d6ed"
 SIDE = 256
 
-# %% ../../nbs/analyse/01_maps.ipynb #fc10cea2
+# %% ../../nbs/analyse/01_maps.ipynb #2aa34d99
 def heat(
-    scores, # (N,)
+    scores,  # (N,)
     grid: tuple[int, int],
-    opacity: float = 0.75, # of the highest score
-) -> np.ndarray: # (SIDE, SIDE, 4) RGBA in 0..1
+    opacity: float = 0.75,  # of the highest score
+) -> np.ndarray:  # (SIDE, SIDE, 4) RGBA in 0..1
     """Colour and transparency of a map, scaled from its lowest to its highest score; a constant map is transparent."""
     smooth = upsample(scores, grid, (SIDE, SIDE))
     spread = smooth.max() - smooth.min()
@@ -46,21 +48,21 @@ def heat(
     rgba[..., 3] = opacity * share**2
     return rgba
 
-# %% ../../nbs/analyse/01_maps.ipynb #39be55ce
+# %% ../../nbs/analyse/01_maps.ipynb #09bc28ba
 def as_picture(
-    image, # (H, W) or (C, H, W), array or tensor, any scale
-) -> np.ndarray: # (H, W)
+    image,  # (H, W) or (C, H, W), array or tensor, any scale
+) -> np.ndarray:  # (H, W)
     """The grey picture of an image as a pack or an encoder has it."""
     image = torch.as_tensor(image).detach().cpu().numpy()
     return image[0] if image.ndim == 3 else image
 
-# %% ../../nbs/analyse/01_maps.ipynb #8b8c2bb8
+# %% ../../nbs/analyse/01_maps.ipynb #8e747a5c
 def draw_map(
     ax: Axes,
-    image, # (H, W) or (C, H, W), as the encoder saw it
-    scores=None, # (N,) one map; None: the image alone
+    image,  # (H, W) or (C, H, W), as the encoder saw it
+    scores=None,  # (N,) one map; None: the image alone
     grid: tuple[int, int] | None = None,
-    mask=None, # (H, W) bool, true extent
+    mask=None,  # (H, W) bool, true extent
     title: str = "",
 ) -> None:
     """Draw a heat map over a radiograph, a ring around its highest region, and the outline of a mask."""
@@ -74,7 +76,15 @@ def draw_map(
         ax.imshow(heat(scores, grid), interpolation="bilinear", **place)
         row, column = divmod(int(scores.argmax()), grid[1])
         for colour, line in (("black", 3.2), ("white", 1.6)):
-            ax.plot((column + 0.5) * width / grid[1], (row + 0.5) * height / grid[0], "o", ms=9, mfc="none", mec=colour, mew=line)
+            ax.plot(
+                (column + 0.5) * width / grid[1],
+                (row + 0.5) * height / grid[0],
+                "o",
+                ms=9,
+                mfc="none",
+                mec=colour,
+                mew=line,
+            )
     if mask is not None and np.any(mask):
         closed = np.pad(np.asarray(mask, dtype=float), 1)
         y, x = (np.arange(-0.5, side + 1) for side in (height, width))
@@ -83,28 +93,28 @@ def draw_map(
     ax.spines[:].set_visible(False)
     ax.set_title(title, fontsize=10, parse_math=False)
 
-# %% ../../nbs/analyse/01_maps.ipynb #0f7d079a
+# %% ../../nbs/analyse/01_maps.ipynb #611393d9
 def pick_words(
     correspondence: Correspondence,
-    index: int, # row of the batch
+    index: int,  # row of the batch
     count: int = 5,
-) -> list[int]: # in reading order
+) -> list[int]:  # in reading order
     """The words of a report whose maps stand out most."""
-    scores = correspondence.words[index].detach().float().cpu()                      # (N, W)
+    scores = correspondence.words[index].detach().float().cpu()  # (N, W)
     pointed = (scores.max(0).values - scores.mean(0)) / scores.std(0).clamp_min(1e-6)
     pointed[~correspondence.word_mask[index].cpu()] = -torch.inf
-    best = pointed.argsort(descending=True)[:min(count, int(correspondence.word_mask[index].sum()))]
+    best = pointed.argsort(descending=True)[: min(count, int(correspondence.word_mask[index].sum()))]
     return sorted(best.tolist())
 
-# %% ../../nbs/analyse/01_maps.ipynb #40da2e21
+# %% ../../nbs/analyse/01_maps.ipynb #d2004ef9
 def draw_correspondence(
-    image, # (H, W) or (C, H, W) of this row, as the encoder saw it
+    image,  # (H, W) or (C, H, W) of this row, as the encoder saw it
     correspondence: Correspondence,
-    index: int, # row of the batch
-    words: list[str], # of this row's report
-    pick: list[int] | None = None, # which words; None: those with a mask, or else those that stand out
-    masks: dict | None = None, # word -> (H, W) bool
-    width: float = 2.0, # of a panel, in inches
+    index: int,  # row of the batch
+    words: list[str],  # of this row's report
+    pick: list[int] | None = None,  # which words; None: those with a mask, or else those that stand out
+    masks: dict | None = None,  # word -> (H, W) bool
+    width: float = 2.0,  # of a panel, in inches
 ) -> Figure:
     """A row of panels: the radiograph, then one map a word, with the true extent and whether the point lies in it."""
     masks = masks or {}

@@ -11,7 +11,19 @@ from .classify import encode, linear_probe, paired_gain, probe_predictions, prob
 from .ground import Pointing, phantom_pointing, phantom_targets, pointing_game
 from .stats import Interval, auroc, bootstrap_auroc
 
-# %% ../../nbs/evaluate/00_doors.ipynb #63821a93
-_all_ = ["encode", "linear_probe", "paired_gain", "probe_predictions", "probe_table", "random_like",
-         "Pointing", "phantom_pointing", "phantom_targets", "pointing_game", "Interval", "auroc",
-         "bootstrap_auroc"]
+# %% ../../nbs/evaluate/00_doors.ipynb #b8d4cc5f
+_all_ = [
+    "encode",
+    "linear_probe",
+    "paired_gain",
+    "probe_predictions",
+    "probe_table",
+    "random_like",
+    "Pointing",
+    "phantom_pointing",
+    "phantom_targets",
+    "pointing_game",
+    "Interval",
+    "auroc",
+    "bootstrap_auroc",
+]

@@ -27,9 +27,9 @@ from tqdm import tqdm
 from ..data.splits import check_leaks, nested_subsets
 from .stats import auroc, interval, resample
 
-# %% ../../nbs/evaluate/02_classify.ipynb #23375002
+# %% ../../nbs/evaluate/02_classify.ipynb #6ac329e3
 def encoder_hash(encoder: nn.Module) -> str:
-    """SHA-256 of what an encoder computes: its architecture as printed, its preprocessing, its parameters and buffers."""
+    """SHA-256 of what an encoder computes: architecture as printed, preprocessing, parameters and buffers."""
     architecture = re.sub(r" at 0x[0-9a-f]+", "", f"{type(encoder)} {encoder!r} {encoder.preprocessing!r}")
     digest = hashlib.sha256(architecture.encode())
     for name, value in sorted(encoder.state_dict().items()):
@@ -51,33 +51,33 @@ def frozen(encoder: nn.Module):
         for module, mode in modes:
             module.training = mode
 
-# %% ../../nbs/evaluate/02_classify.ipynb #f730023d
+# %% ../../nbs/evaluate/02_classify.ipynb #be30a25a
 def encode_images(
-    encoder: nn.Module, # encoder(image).whole is (B, D'); has .preprocessing
-    pack, # .image(row) -> (H, W) uint8
-    rows, # image rows
+    encoder: nn.Module,  # encoder(image).whole is (B, D'); has .preprocessing
+    pack,  # .image(row) -> (H, W) uint8
+    rows,  # image rows
     batch_size: int = 64,
-    device: str | torch.device | None = None, # None: where the encoder is
-) -> np.ndarray: # (n, D') float32
+    device: str | torch.device | None = None,  # None: where the encoder is
+) -> np.ndarray:  # (n, D') float32
     """Whole-image features of the frozen encoder, without augmentation."""
     device = device or next(encoder.parameters()).device
     prepare, features = encoder.preprocessing.eval(), []
     with frozen(encoder.to(device)):
         for start in tqdm(range(0, len(rows), batch_size), desc="encode", leave=False, delay=2):
-            images = torch.from_numpy(np.stack([pack.image(row) for row in rows[start:start + batch_size]]))
+            images = torch.from_numpy(np.stack([pack.image(row) for row in rows[start : start + batch_size]]))
             batch = prepare(images[:, None].to(device))
             features.append(encoder(batch).whole.float().cpu().numpy())
     return np.concatenate(features)
 
-# %% ../../nbs/evaluate/02_classify.ipynb #85bdbdc3
+# %% ../../nbs/evaluate/02_classify.ipynb #b769e27b
 def encode(
     encoder: nn.Module,
-    pack, # a Pack
-    rows=None, # study rows; None: all
+    pack,  # a Pack
+    rows=None,  # study rows; None: all
     batch_size: int = 64,
     device: str | torch.device | None = None,
-    cache: str | Path | None = None, # folder in which features are kept
-) -> np.ndarray: # (n, D') float32, one row a study
+    cache: str | Path | None = None,  # folder in which features are kept
+) -> np.ndarray:  # (n, D') float32, one row a study
     """Features of studies: the mean over their images of `encoder(image).whole`.
 
     With `cache` they are read from there if they were computed before for this very encoder, pack and rows.
@@ -145,32 +145,37 @@ def _redraw(module: nn.Module) -> None:
 UNCERTAIN = {"ignore": np.nan, "positive": 1.0, "negative": 0.0}
 BLANK = {"ignore": np.nan, "negative": 0.0}
 
-# %% ../../nbs/evaluate/02_classify.ipynb #0e2671cd
+# %% ../../nbs/evaluate/02_classify.ipynb #d4c685ed
 def label_targets(
-    labels: pd.DataFrame, # 1, 0, -1 uncertain, NaN blank
-    uncertain: str = "ignore", # or "positive" (CheXpert's U-Ones), "negative" (U-Zeros)
-    blank: str = "negative", # as with CheXpert labels; or "ignore"
-) -> pd.DataFrame: # 1, 0 and NaN = not used
-    """Turn CheXpert-style labels into targets. Raises ValueError for another policy or another value, naming the column."""
+    labels: pd.DataFrame,  # 1, 0, -1 uncertain, NaN blank
+    uncertain: str = "ignore",  # or "positive" (CheXpert's U-Ones), "negative" (U-Zeros)
+    blank: str = "negative",  # as with CheXpert labels; or "ignore"
+) -> pd.DataFrame:  # 1, 0 and NaN = not used
+    """Turn CheXpert-style labels into targets. Raises ValueError for another policy or value, naming the column."""
     if uncertain not in UNCERTAIN or blank not in BLANK:
-        raise ValueError(f"uncertain must be one of {list(UNCERTAIN)} and blank one of {list(BLANK)}; got {uncertain!r} and {blank!r}")
+        raise ValueError(
+            f"uncertain must be one of {list(UNCERTAIN)} and blank one of {list(BLANK)}; "
+            f"got {uncertain!r} and {blank!r}"
+        )
     labels = labels.astype(float)
     strange = labels.notna() & ~labels.isin([1.0, 0.0, -1.0])
     if strange.to_numpy().any():
         column = strange.columns[strange.any()][0]
-        raise ValueError(f"label column {column!r} has the value {labels[column][strange[column]].iloc[0]}; "
-                         "expected 1, 0, -1 (uncertain) or blank")
+        raise ValueError(
+            f"label column {column!r} has the value {labels[column][strange[column]].iloc[0]}; "
+            "expected 1, 0, -1 (uncertain) or blank"
+        )
     return labels.fillna(BLANK[blank]).replace(-1.0, UNCERTAIN[uncertain])
 
 # %% ../../nbs/evaluate/02_classify.ipynb #2afb8065
 LOGIT_VARIANCE = 3.0
 
-# %% ../../nbs/evaluate/02_classify.ipynb #5e42c34d
+# %% ../../nbs/evaluate/02_classify.ipynb #69c5fe76
 def fit_scores(
-    train, # (n, D') features
-    targets, # (n,) 1, 0 or NaN = not used
-    test, # (m, D') features
-) -> np.ndarray: # (m,) logits; all zero if the targets hold only one class
+    train,  # (n, D') features
+    targets,  # (n,) 1, 0 or NaN = not used
+    test,  # (m, D') features
+) -> np.ndarray:  # (m,) logits; all zero if the targets hold only one class
     """Train a logistic regression on the targets that are 1 or 0 and score the test features."""
     known = ~np.isnan(targets)
     if len(np.unique(targets[known])) < 2:
@@ -178,22 +183,24 @@ def fit_scores(
     model = LogisticRegression(C=LOGIT_VARIANCE / train.shape[1], max_iter=1000)
     return model.fit(train[known], targets[known]).decision_function(test)
 
-# %% ../../nbs/evaluate/02_classify.ipynb #72ed5692
+# %% ../../nbs/evaluate/02_classify.ipynb #080220be
 def _split_rows(studies: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
     """Rows of the splits train and test; ValueError if one is empty or if they share a patient."""
     rows = [np.flatnonzero(studies["split"] == name) for name in ("train", "test")]
     if not all(map(len, rows)):
-        raise ValueError(f"a probe needs studies in the splits 'train' and 'test'; found {studies['split'].value_counts().to_dict()}")
+        raise ValueError(
+            f"a probe needs studies in the splits 'train' and 'test'; found {studies['split'].value_counts().to_dict()}"
+        )
     check_leaks(studies.iloc[np.concatenate(rows)])
     return rows[0], rows[1]
 
-# %% ../../nbs/evaluate/02_classify.ipynb #3f9f13cf
+# %% ../../nbs/evaluate/02_classify.ipynb #a7d10882
 def _probe_encoder(
     name: str,
-    features, # (train (n, D'), test (m, D'))
-    targets: tuple[pd.DataFrame, pd.DataFrame], # train (n rows), test (m rows)
-    studies: pd.DataFrame, # of the test split: study_id, patient_id
-    subsets, # (seed, fraction, rows of train) each
+    features,  # (train (n, D'), test (m, D'))
+    targets: tuple[pd.DataFrame, pd.DataFrame],  # train (n rows), test (m rows)
+    studies: pd.DataFrame,  # of the test split: study_id, patient_id
+    subsets,  # (seed, fraction, rows of train) each
 ):
     """Yield the predictions of one encoder, a table for each subset and finding; equal subsets are fitted once."""
     (train, test), fitted = features, {}
@@ -203,66 +210,86 @@ def _probe_encoder(
             known, unseen = scaler.transform(train[rows]), scaler.transform(test)
             fitted[key] = {finding: fit_scores(known, chosen[finding].to_numpy(), unseen) for finding in chosen}
         for finding, scores in fitted[key].items():
-            yield studies.assign(encoder=name, fraction=fraction, seed=seed, finding=finding, label=targets[1][finding].to_numpy(),
-                                 score=scores, n=len(rows), positives=int((targets[0][finding].iloc[rows] == 1).sum()))
+            yield studies.assign(
+                encoder=name,
+                fraction=fraction,
+                seed=seed,
+                finding=finding,
+                label=targets[1][finding].to_numpy(),
+                score=scores,
+                n=len(rows),
+                positives=int((targets[0][finding].iloc[rows] == 1).sum()),
+            )
 
-# %% ../../nbs/evaluate/02_classify.ipynb #967daf89
+# %% ../../nbs/evaluate/02_classify.ipynb #66360308
 def probe_predictions(
-    encoder, # an image encoder, or a dict name -> image encoder
-    data, # a Pack with the splits train and test
-    fractions: tuple[float, ...] = (0.01, 0.1, 1.0), # shares of the training patients
-    seeds: tuple[int, ...] = (0, 1, 2), # each draws other subsets, and another random baseline
-    findings: list[str] | None = None, # label columns; None: all
-    baseline: str | None = "random", # name of the untaught copy of the first encoder; None: without it
+    encoder,  # an image encoder, or a dict name -> image encoder
+    data,  # a Pack with the splits train and test
+    fractions: tuple[float, ...] = (0.01, 0.1, 1.0),  # shares of the training patients
+    seeds: tuple[int, ...] = (0, 1, 2),  # each draws other subsets, and another random baseline
+    findings: list[str] | None = None,  # label columns; None: all
+    baseline: str | None = "random",  # name of the untaught copy of the first encoder; None: without it
     uncertain: str = "ignore",
     blank: str = "negative",
-    **encoding, # batch_size, device, cache: see encode
-) -> pd.DataFrame: # study_id, patient_id, encoder, fraction, seed, finding, label, score, n, positives
+    **encoding,  # batch_size, device, cache: see encode
+) -> pd.DataFrame:  # study_id, patient_id, encoder, fraction, seed, finding, label, score, n, positives
     """Scores of every test study by every probe: encoders x fractions x seeds x findings.
 
-    A baseline of that name among the encoders is used as it is. Raises ValueError for unknown findings or missing splits."""
+    An encoder of the baseline's name is used as it is. Raises ValueError for unknown findings or missing splits."""
     encoders = dict(encoder) if isinstance(encoder, Mapping) else {"encoder": encoder}
     findings = list(data.labels.columns) if findings is None else list(findings)
     if missing := [finding for finding in findings if finding not in data.labels.columns] or not findings:
-        raise ValueError(f"no label column for findings {missing or findings}; the pack has {list(data.labels.columns)}")
+        raise ValueError(
+            f"no label column for findings {missing or findings}; the pack has {list(data.labels.columns)}"
+        )
     targets = label_targets(data.labels[findings], uncertain, blank)
     split = _split_rows(data.studies)
     studies = data.studies[["study_id", "patient_id"]].iloc[split[1]].astype(str)
     patients = data.studies["patient_id"].to_numpy()[split[0]]
-    subsets = [(seed, *pair) for seed in seeds for pair in nested_subsets(patients, tuple(sorted(fractions)), seed).items()]
+    subsets = [
+        (seed, *pair) for seed in seeds for pair in nested_subsets(patients, tuple(sorted(fractions)), seed).items()
+    ]
     jobs = [(name, model, subsets) for name, model in encoders.items()]
     if baseline and baseline not in encoders:
         first = next(iter(encoders.values()))
-        jobs += [(baseline, random_like(first, seed), [subset for subset in subsets if subset[0] == seed]) for seed in seeds]
+        jobs += [
+            (baseline, random_like(first, seed), [subset for subset in subsets if subset[0] == seed]) for seed in seeds
+        ]
     tables = []
     for name, model, chosen in jobs:
         features = [encode(model, data, rows, **encoding) for rows in split]
         tables += _probe_encoder(name, features, [targets.iloc[rows] for rows in split], studies, chosen)
-    return pd.concat(tables, ignore_index=True).astype({name: "category" for name in ("study_id", "patient_id", "encoder", "finding")})
+    return pd.concat(tables, ignore_index=True).astype(
+        {name: "category" for name in ("study_id", "patient_id", "encoder", "finding")}
+    )
 
 # %% ../../nbs/evaluate/02_classify.ipynb #587ea851
 _PROBE = ["encoder", "fraction", "finding", "seed"]
 
-# %% ../../nbs/evaluate/02_classify.ipynb #343ba006
+# %% ../../nbs/evaluate/02_classify.ipynb #77cc8663
 def replicates(
-    predictions: pd.DataFrame, # of probe_predictions
+    predictions: pd.DataFrame,  # of probe_predictions
     resamples: int = 500,
-) -> pd.DataFrame: # one row a probe (encoder, fraction, finding, seed), 1 + R columns: AUROC on the sample and on each draw
-    """AUROC of every probe on the same draws of test patients. Raises ValueError if the probes scored different studies."""
+) -> (
+    pd.DataFrame
+):  # one row a probe (encoder, fraction, finding, seed), 1 + R columns: AUROC on the sample and on each draw
+    """AUROC of every probe on the same draws of test patients. ValueError if the probes scored different studies."""
     weights, order, rows = None, None, {}
     for key, group in predictions.groupby(_PROBE, sort=False, observed=True):
         studies = group["study_id"].astype(str).to_numpy()
         if weights is None:
             order, weights = studies, resample(group["patient_id"].astype(str), resamples)
         if not np.array_equal(order, studies):
-            raise ValueError(f"probe {key} scored other test studies, or in another order, than the first: they cannot be compared")
+            raise ValueError(
+                f"probe {key} scored other test studies, or in another order, than the first: they cannot be compared"
+            )
         rows[key] = auroc(group["score"], group["label"], weights)
     return pd.DataFrame.from_dict(rows, orient="index").set_axis(pd.MultiIndex.from_tuples(rows, names=_PROBE))
 
-# %% ../../nbs/evaluate/02_classify.ipynb #ab7d69e0
+# %% ../../nbs/evaluate/02_classify.ipynb #7b8e4a39
 def _averages(
-    draws: pd.DataFrame, # of replicates
-) -> pd.DataFrame: # (encoder, fraction, finding) x (1 + R), with the finding "macro" after each fraction's findings
+    draws: pd.DataFrame,  # of replicates
+) -> pd.DataFrame:  # (encoder, fraction, finding) x (1 + R), with the finding "macro" after each fraction's findings
     """Mean over seeds; and over the findings that have both classes."""
     findings = draws.groupby(level=_PROBE[:3], sort=False).mean()
     macro = findings.groupby(level=_PROBE[:2], sort=False).mean()
@@ -271,12 +298,14 @@ def _averages(
     both = pd.concat([findings, macro])
     return both.iloc[np.argsort([order[key[:2]] for key in both.index], kind="stable")]
 
-# %% ../../nbs/evaluate/02_classify.ipynb #26b5b78d
+# %% ../../nbs/evaluate/02_classify.ipynb #b84e9274
 def probe_table(
-    predictions: pd.DataFrame, # of probe_predictions
+    predictions: pd.DataFrame,  # of probe_predictions
     resamples: int = 500,
     level: float = 0.95,
-) -> pd.DataFrame: # encoder, finding, fraction, auroc, low, high, n; spread, positives, n_test, positives_test, constant, seeds
+) -> (
+    pd.DataFrame
+):  # encoder, finding, fraction, auroc, low, high, n; spread, positives, n_test, positives_test, constant, seeds
     """AUROC of every finding, and macro, with patient-bootstrap intervals.
 
     n: training studies; spread: standard deviation over seeds; positives: of n, mean over seeds; n_test: labelled test
@@ -284,48 +313,78 @@ def probe_table(
     A finding without both classes in the test split has AUROC NaN and is no part of macro."""
     draws = replicates(predictions, resamples)
     means = _averages(draws)
-    found = pd.DataFrame([interval(row, level) for row in means.to_numpy()], index=means.index, columns=["auroc", "low", "high"])
-    probes = predictions.assign(known=predictions["label"].notna(), hit=predictions["label"] == 1).groupby(_PROBE, sort=False, observed=True)
-    facts = probes.agg(n=("n", "first"), positives=("positives", "first"), n_test=("known", "sum"), positives_test=("hit", "sum"),
-                       constant=("score", lambda score: score.nunique() == 1))
+    found = pd.DataFrame(
+        [interval(row, level) for row in means.to_numpy()], index=means.index, columns=["auroc", "low", "high"]
+    )
+    probes = predictions.assign(known=predictions["label"].notna(), hit=predictions["label"] == 1).groupby(
+        _PROBE, sort=False, observed=True
+    )
+    facts = probes.agg(
+        n=("n", "first"),
+        positives=("positives", "first"),
+        n_test=("known", "sum"),
+        positives_test=("hit", "sum"),
+        constant=("score", lambda score: score.nunique() == 1),
+    )
     facts = facts.groupby(level=_PROBE[:3], sort=False).agg(
-        {"n": "mean", "positives": "mean", "n_test": "first", "positives_test": "first", "constant": "sum"})
+        {"n": "mean", "positives": "mean", "n_test": "first", "positives_test": "first", "constant": "sum"}
+    )
     whole = facts.groupby(level=_PROBE[:2], sort=False).agg({"n": "first", "n_test": "max", "constant": "sum"})
     facts = pd.concat([facts, whole.assign(finding="macro").set_index("finding", append=True)])
     spread = pd.concat([_averages(one.to_frame()) for _, one in draws[0].groupby(level="seed")], axis=1).std(axis=1)
-    table = found.join(facts).assign(n=lambda t: t["n"].round().astype(int), spread=spread, seeds=predictions["seed"].nunique())
-    return table.reset_index()[["encoder", "finding", "fraction", "auroc", "low", "high", "n", "spread", "positives", "n_test",
-                                "positives_test", "constant", "seeds"]]
+    table = found.join(facts).assign(
+        n=lambda t: t["n"].round().astype(int), spread=spread, seeds=predictions["seed"].nunique()
+    )
+    return table.reset_index()[
+        [
+            "encoder",
+            "finding",
+            "fraction",
+            "auroc",
+            "low",
+            "high",
+            "n",
+            "spread",
+            "positives",
+            "n_test",
+            "positives_test",
+            "constant",
+            "seeds",
+        ]
+    ]
 
-# %% ../../nbs/evaluate/02_classify.ipynb #70e2b19f
+# %% ../../nbs/evaluate/02_classify.ipynb #bbd153c6
 def paired_gain(
-    predictions: pd.DataFrame, # of probe_predictions
+    predictions: pd.DataFrame,  # of probe_predictions
     baseline: str = "random",
     resamples: int = 500,
     level: float = 0.95,
-) -> pd.DataFrame: # encoder, fraction, gain, low, high
+) -> pd.DataFrame:  # encoder, fraction, gain, low, high
     """Macro AUROC of every other encoder minus that of the baseline, with the interval of the paired difference."""
     macro = _averages(replicates(predictions, resamples)).xs("macro", level="finding")
     if baseline not in macro.index.get_level_values("encoder"):
         raise ValueError(f"no baseline {baseline!r} among {list(macro.index.unique('encoder'))}")
-    rows = [(name, fraction, *interval(macro.loc[(name, fraction)] - macro.loc[(baseline, fraction)], level))
-            for name, fraction in macro.index if name != baseline]
+    rows = [
+        (name, fraction, *interval(macro.loc[(name, fraction)] - macro.loc[(baseline, fraction)], level))
+        for name, fraction in macro.index
+        if name != baseline
+    ]
     return pd.DataFrame(rows, columns=["encoder", "fraction", "gain", "low", "high"])
 
-# %% ../../nbs/evaluate/02_classify.ipynb #1cdea1d0
+# %% ../../nbs/evaluate/02_classify.ipynb #43d11169
 def linear_probe(
-    encoder, # an image encoder, or a dict name -> image encoder
-    data, # a Pack with the splits train and test
-    fractions: tuple[float, ...] = (0.01, 0.1, 1.0), # shares of the training patients
+    encoder,  # an image encoder, or a dict name -> image encoder
+    data,  # a Pack with the splits train and test
+    fractions: tuple[float, ...] = (0.01, 0.1, 1.0),  # shares of the training patients
     seeds: tuple[int, ...] = (0, 1, 2),
     findings: list[str] | None = None,
     baseline: str | None = "random",
     uncertain: str = "ignore",
     blank: str = "negative",
     resamples: int = 500,
-    out: str | Path | None = None, # folder for predictions.parquet and probe.csv
-    **encoding, # batch_size, device, cache: see encode
-) -> pd.DataFrame: # encoder, finding, fraction, auroc, low, high, n, ...: see probe_table
+    out: str | Path | None = None,  # folder for predictions.parquet and probe.csv
+    **encoding,  # batch_size, device, cache: see encode
+) -> pd.DataFrame:  # encoder, finding, fraction, auroc, low, high, n, ...: see probe_table
     """Linear classification from frozen features with few and many labels, against random initialisation.
 
     See probe_predictions for the protocol's settings and probe_table for the columns."""

@@ -22,19 +22,21 @@ from .classify import frozen
 from .stats import Interval, bootstrap_mean
 from ..methods.method import Correspondence
 
-# %% ../../nbs/evaluate/03_ground.ipynb #6d82b9b7
+# %% ../../nbs/evaluate/03_ground.ipynb #a31695b9
 def point(
-    scores, # (K, N) one map a target, regions row-major
-    masks, # (K, H, W) bool, the target in the same view of the image
-    grid: tuple[int, int], # (h, w), N = h*w
-) -> tuple[np.ndarray, np.ndarray]: # hits (K,) in 0..1, chance (K,) area share
+    scores,  # (K, N) one map a target, regions row-major
+    masks,  # (K, H, W) bool, the target in the same view of the image
+    grid: tuple[int, int],  # (h, w), N = h*w
+) -> tuple[np.ndarray, np.ndarray]:  # hits (K,) in 0..1, chance (K,) area share
     """Whether the highest region's centre lies in the mask, and how likely a blind throw is to do so.
 
     Ties share the hit. Raises ValueError when shapes do not fit or a score is not a number."""
     scores, masks = np.asarray(scores, dtype=np.float64), np.asarray(masks, dtype=bool)
     (h, w), (count, height, width) = grid, masks.shape
     if scores.shape != (count, h * w):
-        raise ValueError(f"{count} masks on a grid of {h} x {w} need scores of shape ({count}, {h * w}); got {scores.shape}")
+        raise ValueError(
+            f"{count} masks on a grid of {h} x {w} need scores of shape ({count}, {h * w}); got {scores.shape}"
+        )
     if np.isnan(scores).any():
         raise ValueError(f"{int(np.isnan(scores).any(1).sum())} of {count} maps hold scores that are not numbers")
     rows = ((np.arange(h) + 0.5) * height / h).astype(int)
@@ -43,24 +45,26 @@ def point(
     highest = scores == scores.max(1, keepdims=True)
     return (on_target & highest).sum(1) / highest.sum(1), masks.mean((1, 2))
 
-# %% ../../nbs/evaluate/03_ground.ipynb #64966249
+# %% ../../nbs/evaluate/03_ground.ipynb #66404b3c
 @dataclass(frozen=True)
 class Pointing:
     """Result of a pointing game: means over targets, with intervals from drawing whole groups (patients)."""
+
     hit_rate: Interval
     chance: Interval
-    gain: Interval # hit rate minus chance, on the same draws
+    gain: Interval  # hit rate minus chance, on the same draws
     targets: int
     groups: int
 
     def __str__(self):
-        return f"{self.hit_rate} against {self.chance.value:.3f} by chance ({self.targets} words of {self.groups} patients)"
+        sizes = f"({self.targets} words of {self.groups} patients)"
+        return f"{self.hit_rate} against {self.chance.value:.3f} by chance {sizes}"
 
-# %% ../../nbs/evaluate/03_ground.ipynb #2cced33f
+# %% ../../nbs/evaluate/03_ground.ipynb #5b4feee7
 def pointing_rate(
-    hits, # (K,)
-    chance, # (K,)
-    groups, # (K,) patient or study of each target
+    hits,  # (K,)
+    chance,  # (K,)
+    groups,  # (K,) patient or study of each target
     resamples: int = 500,
     level: float = 0.95,
 ) -> Pointing:
@@ -69,16 +73,18 @@ def pointing_rate(
     rates = [bootstrap_mean(values, groups, resamples, level=level) for values in (hits, chance, hits - chance)]
     return Pointing(*rates, targets=len(hits), groups=len(set(groups)))
 
-# %% ../../nbs/evaluate/03_ground.ipynb #d3edb9ff
+# %% ../../nbs/evaluate/03_ground.ipynb #87c773be
 def pointing_game(
     correspondence: Correspondence,
-    masks, # dict (row, word) -> (H, W) bool; or (B, W, H, W') bool, empty = no target
-    groups=None, # (B,) patient of each row; None: every row is its own
+    masks,  # dict (row, word) -> (H, W) bool; or (B, W, H, W') bool, empty = no target
+    groups=None,  # (B,) patient of each row; None: every row is its own
     resamples: int = 500,
 ) -> Pointing:
-    """Hit rate and chance of the words that have a mask. Words that the correspondence does not hold (cut off) are no targets."""
+    """Hit rate and chance of the words that have a mask. Words that the correspondence does not hold are no targets."""
     masks, valid = _sparse(masks), correspondence.word_mask.cpu().numpy()
-    targets = [(row, word) for row, word in masks if word < valid.shape[1] and valid[row, word] and np.any(masks[row, word])]
+    targets = [
+        (row, word) for row, word in masks if word < valid.shape[1] and valid[row, word] and np.any(masks[row, word])
+    ]
     if not targets:
         return pointing_rate([], [], [], resamples)
     rows, words = map(list, zip(*targets))
@@ -93,31 +99,39 @@ def _sparse(masks) -> dict[tuple[int, int], np.ndarray]:
     masks = np.asarray(masks, dtype=bool)
     return {(int(row), int(word)): masks[row, word] for row, word in zip(*np.nonzero(masks.any((2, 3))))}
 
-# %% ../../nbs/evaluate/03_ground.ipynb #cc4663f3
-PLACES = frozenset("""left right bilateral both side sides sided upper lower mid midlung middle central lobe lobes lung lungs base bases basal
-    basilar bibasilar apex apical zone field region perihilar chest hemithorax wall""".split())
-OTHERS = frozenset("""a an the of in at is and with like possible questionable early adjacent mild minimal slight moderate severe marked extensive
-    small tiny trace sized large substantial mildly slightly moderately severely markedly subtle faint vague patchy hazy ill well defined
-    confluent dense diffuse multifocal single solitary round rounded dominant subcentimeter circumscribed size area increased mm cm""".split())
+# %% ../../nbs/evaluate/03_ground.ipynb #e6f5aec1
+PLACES = frozenset(
+    """left right bilateral both side sides sided upper lower mid midlung middle central lobe lobes lung lungs base
+    bases basal basilar bibasilar apex apical zone field region perihilar chest hemithorax wall""".split()
+)
+OTHERS = frozenset(
+    """a an the of in at is and with like possible questionable early adjacent mild minimal slight moderate severe
+    marked extensive small tiny trace sized large substantial mildly slightly moderately severely markedly subtle faint vague
+    patchy hazy ill well defined confluent dense diffuse multifocal single solitary round rounded dominant subcentimeter
+    circumscribed size area increased mm cm""".split()
+)
 
-# %% ../../nbs/evaluate/03_ground.ipynb #95c2894f
+# %% ../../nbs/evaluate/03_ground.ipynb #144ee8c1
 def word_role(
     word: str,
-) -> str: # "name", "place" or "other" (how much, how sure, how large; function words)
+) -> str:  # "name", "place" or "other" (how much, how sure, how large; function words)
     """What a word of a finding's phrase contributes."""
     word = word.lower()
     return "place" if word in PLACES else "other" if word in OTHERS or word.isdigit() else "name"
 
-# %% ../../nbs/evaluate/03_ground.ipynb #58b398fb
+# %% ../../nbs/evaluate/03_ground.ipynb #11a36bdf
 def phantom_words(
-    report: Report, # sentences and word_spans, as the method sees them
+    report: Report,  # sentences and word_spans, as the method sees them
     study: PhantomStudy,
-) -> dict[int, int]: # word -> index of the finding it speaks of
+) -> dict[int, int]:  # word -> index of the finding it speaks of
     """Which words of a tokenised report speak of which finding of the phantom."""
     known = defaultdict(list)
     for sentence in study.sentences:
         known[_plain(sentence.text)].append(sentence)
-    truth = [(same.pop(0) if len(same) > 1 else same[0]) if (same := known.get(_plain(text))) else None for text in report.sentences]
+    truth = [
+        (same.pop(0) if len(same) > 1 else same[0]) if (same := known.get(_plain(text))) else None
+        for text in report.sentences
+    ]
     found = {}
     for word, (sentence, start, end) in enumerate(report.word_spans):
         spans = truth[sentence].words if truth[sentence] else []
@@ -130,35 +144,42 @@ def phantom_words(
 def _plain(text: str) -> str:
     return " ".join(text.lower().split()).rstrip(" .")
 
-# %% ../../nbs/evaluate/03_ground.ipynb #37d8486d
+# %% ../../nbs/evaluate/03_ground.ipynb #76cb9a11
 @dataclass(frozen=True)
 class Target:
     """A word of a report and the place in the image that it speaks of."""
-    item: int # of the pairs
-    word: int # of the report
+
+    item: int  # of the pairs
+    word: int  # of the report
     text: str
     finding: str
-    role: str # see word_role
-    mask: np.ndarray # (size, size) bool, in the encoder's view of the image
+    role: str  # see word_role
+    mask: np.ndarray  # (size, size) bool, in the encoder's view of the image
 
-# %% ../../nbs/evaluate/03_ground.ipynb #ae9bf4ef
+# %% ../../nbs/evaluate/03_ground.ipynb #1769e80c
 def phantom_targets(
-    pairs: Pairs, # of a phantom Pack, not augmented
-    items=None, # which pairs; None: all
+    pairs: Pairs,  # of a phantom Pack, not augmented
+    items=None,  # which pairs; None: all
 ) -> list[Target]:
-    """All words that speak of a finding, with its mask as the encoder would see it; findings outside the crop are no targets.
+    """All words that speak of a finding, with its mask as the encoder would see it; those outside the crop are left out.
 
-    Raises ValueError if the pairs are not of a phantom, are augmented, or were drawn by another version of the phantom: then
-    nobody knows where things are."""
+    Raises ValueError if the pairs are not of a phantom, are augmented, or were drawn by another version of the phantom:
+    then nobody knows where things are."""
     source = pairs.pack.manifest["source"]
     if source.get("kind") != "phantom" or pairs.train:
-        raise ValueError(f"targets are known only for a phantom's pairs with train=False; these have source {source.get('kind')!r}, train={pairs.train}")
+        raise ValueError(
+            f"targets are known only for a phantom's pairs with train=False; "
+            f"these have source {source.get('kind')!r}, train={pairs.train}"
+        )
     phantom, view, targets = Phantom(source["size"], source["seed"]), pairs.preprocessing.mask(), []
     for item in range(len(pairs)) if items is None else items:
         packed, report = pairs.pack.studies.iloc[pairs.items[item][0]], pairs.report(item)
         study, words = phantom[int(packed["study_id"].rpartition("-")[2])], report.words
         if study.report != packed["report"]:
-            raise ValueError(f"{packed['study_id']} has another report in {pairs.pack.path} than this version of the phantom writes: prepare the pack again")
+            raise ValueError(
+                f"{packed['study_id']} has another report in {pairs.pack.path} than this version of the phantom writes; "
+                "prepare the pack again"
+            )
         for word, index in phantom_words(report, study).items():
             finding = study.findings[index]
             mask = view(torch.from_numpy(finding.mask)).numpy()
@@ -166,11 +187,12 @@ def phantom_targets(
                 targets.append(Target(int(item), word, words[word], finding.name, word_role(words[word]), mask))
     return targets
 
-# %% ../../nbs/evaluate/03_ground.ipynb #1aa9ed7c
+# %% ../../nbs/evaluate/03_ground.ipynb #56cd2637
 @dataclass
 class PhantomPointing:
     """The pointing game of a method on a phantom: one row a target, and sums over them."""
-    table: pd.DataFrame # item, patient, word, text, finding, role, hit, chance
+
+    table: pd.DataFrame  # item, patient, word, text, finding, role, hit, chance
 
     def rate(self, role: str | None = "name", finding: str | None = None, resamples: int = 500) -> Pointing:
         """Hit rate and chance of the targets of a role and a finding (None = of any)."""
@@ -179,26 +201,41 @@ class PhantomPointing:
         t = t[t["finding"] == finding] if finding else t
         return pointing_rate(t["hit"], t["chance"], t["patient"], resamples)
 
-    def by_finding(self, role: str | None = "name", resamples: int = 500) -> pd.DataFrame: # finding, hit_rate, low, high, chance, targets
+    def by_finding(
+        self, role: str | None = "name", resamples: int = 500
+    ) -> pd.DataFrame:  # finding, hit_rate, low, high, chance, targets
         """The rate of each finding, and of all."""
-        rates = {name: self.rate(role, name, resamples) for name in sorted(set(self.table["finding"]))} | {"all": self.rate(role, None, resamples)}
-        return pd.DataFrame([{"finding": name, "hit_rate": r.hit_rate.value, "low": r.hit_rate.low, "high": r.hit_rate.high,
-                              "chance": r.chance.value, "targets": r.targets} for name, r in rates.items()])
+        rates = {name: self.rate(role, name, resamples) for name in sorted(set(self.table["finding"]))} | {
+            "all": self.rate(role, None, resamples)
+        }
+        return pd.DataFrame(
+            [
+                {
+                    "finding": name,
+                    "hit_rate": r.hit_rate.value,
+                    "low": r.hit_rate.low,
+                    "high": r.hit_rate.high,
+                    "chance": r.chance.value,
+                    "targets": r.targets,
+                }
+                for name, r in rates.items()
+            ]
+        )
 
-# %% ../../nbs/evaluate/03_ground.ipynb #3f5f5bde
+# %% ../../nbs/evaluate/03_ground.ipynb #550bc6a2
 def phantom_pointing(
-    method: nn.Module, # .correspondence(batch)
-    pairs: Pairs, # of a phantom Pack, not augmented
+    method: nn.Module,  # .correspondence(batch)
+    pairs: Pairs,  # of a phantom Pack, not augmented
     items=None,
     batch_size: int = 32,
-    device: str | torch.device | None = None, # None: where the method is
+    device: str | torch.device | None = None,  # None: where the method is
 ) -> PhantomPointing:
     """Play the pointing game with every word that speaks of a finding."""
     device = device or next(method.parameters()).device
     items, rows = list(range(len(pairs)) if items is None else items), []
     with frozen(method.to(device)):
         for start in range(0, len(items), batch_size):
-            samples = [(item, pairs[item]) for item in items[start:start + batch_size]]
+            samples = [(item, pairs[item]) for item in items[start : start + batch_size]]
             place = {item: row for row, item in enumerate(item for item, sample in samples if not sample.error)}
             if not place:
                 continue
@@ -207,6 +244,19 @@ def phantom_pointing(
             scores = [told.words[place[target.item], :, target.word].float().cpu().numpy() for target in targets]
             hits, chance = point(scores, [target.mask for target in targets], told.grid) if targets else ([], [])
             patients = {item: sample.patient_id for item, sample in samples}
-            rows += [{"item": t.item, "patient": patients[t.item], "word": t.word, "text": t.text, "finding": t.finding, "role": t.role,
-                      "hit": hit, "chance": luck} for t, hit, luck in zip(targets, hits, chance)]
-    return PhantomPointing(pd.DataFrame(rows, columns=["item", "patient", "word", "text", "finding", "role", "hit", "chance"]))
+            rows += [
+                {
+                    "item": t.item,
+                    "patient": patients[t.item],
+                    "word": t.word,
+                    "text": t.text,
+                    "finding": t.finding,
+                    "role": t.role,
+                    "hit": hit,
+                    "chance": luck,
+                }
+                for t, hit, luck in zip(targets, hits, chance)
+            ]
+    return PhantomPointing(
+        pd.DataFrame(rows, columns=["item", "patient", "word", "text", "finding", "role", "hit", "chance"])
+    )

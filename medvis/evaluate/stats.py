@@ -10,15 +10,15 @@ from typing import NamedTuple
 
 import numpy as np
 
-# %% ../../nbs/evaluate/01_stats.ipynb #403dfeee
+# %% ../../nbs/evaluate/01_stats.ipynb #8e581fa4
 def resample(
-    groups, # (n,) whose row this is: the patient, or the study; drawn together
-    resamples: int = 500, # R
+    groups,  # (n,) whose row this is: the patient, or the study; drawn together
+    resamples: int = 500,  # R
     seed: int = 0,
-) -> np.ndarray: # (1 + R, n) float64 weights; row 0 is all ones
+) -> np.ndarray:  # (1 + R, n) float64 weights; row 0 is all ones
     """Draw groups with replacement; each row of the result says how often each item came up.
 
-    Row 0 is the sample itself. The draws depend on `seed`, the number of groups and the order of their first appearance."""
+    Row 0 is the sample itself. The draws depend on the seed, the number of groups and their order of appearance."""
     groups = np.asarray(groups)
     _, first, inverse = np.unique(groups, return_index=True, return_inverse=True)
     codes = np.argsort(np.argsort(first))[inverse]
@@ -26,22 +26,26 @@ def resample(
     drawn = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / max(count, 1)), size=resamples)
     return np.concatenate([np.ones((1, len(groups))), drawn[:, codes]])
 
-# %% ../../nbs/evaluate/01_stats.ipynb #2d621fb2
+# %% ../../nbs/evaluate/01_stats.ipynb #03af5ebe
 def auroc(
-    scores, # (n,) higher means more likely positive
-    labels, # (n,) 1 or 0; rows of any other label (NaN, -1) are left out
-    weights=None, # (n,) or (R, n) non-negative; None counts every row once
-): # float, or (R,) one AUROC for each row of weights
+    scores,  # (n,) higher means more likely positive
+    labels,  # (n,) 1 or 0; rows of any other label (NaN, -1) are left out
+    weights=None,  # (n,) or (R, n) non-negative; None counts every row once
+):  # float, or (R,) one AUROC for each row of weights
     """Weighted area under the ROC curve, ties counted one half; NaN where a class has no weight.
 
     Raises ValueError when the lengths differ or a score of a labelled row is NaN."""
     scores, labels = np.asarray(scores, dtype=np.float64), np.asarray(labels, dtype=np.float64)
     weights = np.ones(len(scores)) if weights is None else np.asarray(weights, dtype=np.float64)
     if not scores.shape == labels.shape == weights.shape[-1:]:
-        raise ValueError(f"auroc needs one score, label and weight a row; got {scores.shape}, {labels.shape} and {weights.shape}")
+        raise ValueError(
+            f"auroc needs one score, label and weight a row; got {scores.shape}, {labels.shape} and {weights.shape}"
+        )
     positive, negative = np.flatnonzero(labels == 1), np.flatnonzero(labels == 0)
     if np.isnan(scores[positive]).any() or np.isnan(scores[negative]).any():
-        raise ValueError(f"auroc got NaN scores in {int(np.isnan(scores).sum())} of {len(scores)} rows: did the classifier diverge?")
+        raise ValueError(
+            f"auroc got NaN scores in {int(np.isnan(scores).sum())} of {len(scores)} rows: did the classifier diverge?"
+        )
     negative = negative[np.argsort(scores[negative], kind="stable")]
     below = np.zeros((*weights.shape[:-1], len(negative) + 1))
     np.cumsum(weights[..., negative], axis=-1, out=below[..., 1:])
@@ -51,9 +55,10 @@ def auroc(
     result = np.divide(gained, total, out=np.full(np.shape(total), np.nan), where=total > 0)
     return result if weights.ndim > 1 else float(result)
 
-# %% ../../nbs/evaluate/01_stats.ipynb #d468028e
+# %% ../../nbs/evaluate/01_stats.ipynb #18e6997c
 class Interval(NamedTuple):
     """A number and its percentile interval."""
+
     value: float
     low: float
     high: float
@@ -61,9 +66,9 @@ class Interval(NamedTuple):
     def __str__(self):
         return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
-# %% ../../nbs/evaluate/01_stats.ipynb #17b1be73
+# %% ../../nbs/evaluate/01_stats.ipynb #11a5fc32
 def interval(
-    replicates, # (1 + R,) the statistic on the sample, then on each draw
+    replicates,  # (1 + R,) the statistic on the sample, then on each draw
     level: float = 0.95,
 ) -> Interval:
     """Percentile bootstrap interval. Draws on which the statistic does not exist (NaN) are left out."""
@@ -74,11 +79,11 @@ def interval(
     low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])
     return Interval(float(replicates[0]), float(low), float(high))
 
-# %% ../../nbs/evaluate/01_stats.ipynb #e8a19d60
+# %% ../../nbs/evaluate/01_stats.ipynb #feaa8443
 def bootstrap_auroc(
-    scores, # (n,)
-    labels, # (n,)
-    patients, # (n,) drawn together
+    scores,  # (n,)
+    labels,  # (n,)
+    patients,  # (n,) drawn together
     resamples: int = 500,
     seed: int = 0,
     level: float = 0.95,
@@ -86,10 +91,10 @@ def bootstrap_auroc(
     """AUROC with its patient-level bootstrap interval."""
     return interval(auroc(scores, labels, resample(patients, resamples, seed)), level)
 
-# %% ../../nbs/evaluate/01_stats.ipynb #91b98ada
+# %% ../../nbs/evaluate/01_stats.ipynb #9cd9f3ee
 def bootstrap_mean(
-    values, # (n,)
-    groups, # (n,) drawn together
+    values,  # (n,)
+    groups,  # (n,) drawn together
     resamples: int = 500,
     seed: int = 0,
     level: float = 0.95,
@@ -101,14 +106,16 @@ def bootstrap_mean(
     weights = resample(groups, resamples, seed)
     return interval((weights @ values) / weights.sum(1), level)
 
-# %% ../../nbs/evaluate/01_stats.ipynb #b2cd4805
+# %% ../../nbs/evaluate/01_stats.ipynb #154e78e1
 def paired_difference(
-    first, # (1 + R,) replicates
-    second, # (1 + R,) replicates on the same draws
+    first,  # (1 + R,) replicates
+    second,  # (1 + R,) replicates on the same draws
     level: float = 0.95,
 ) -> Interval:
     """Interval of first minus second, taken draw by draw. Raises ValueError if the numbers of draws differ."""
     first, second = np.asarray(first), np.asarray(second)
     if first.shape != second.shape:
-        raise ValueError(f"paired replicates must come from the same draws; got shapes {first.shape} and {second.shape}")
+        raise ValueError(
+            f"paired replicates must come from the same draws; got shapes {first.shape} and {second.shape}"
+        )
     return interval(first - second, level)
