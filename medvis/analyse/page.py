@@ -422,13 +422,13 @@ def write_page(
     os.replace(beside, path)
     return path
 
-# %% ../../nbs/analyse/02_page.ipynb #fc5b20a8
+# %% ../../nbs/analyse/02_page.ipynb #5fb695ed
 ABOUT = {
     "Linear probe": "The encoder is frozen; a logistic regression reads each finding off its features, from a share of "
     "the training patients' labels. AUROC on test patients, mean over seeds; bars are 95 % intervals from drawing "
     "patients.",
-    "Pointing game": "Does the highest region of a word's map lie in the finding that the word names? Chance is the share "
-    "of the image that the finding covers. Number of words in brackets.",
+    "Pointing game": "Does the highest region of a word's map lie in the finding that the word names? Chance is the "
+    "share of the image that the finding covers. Number of words in brackets.",
     "Words and regions": "Brighter is a better fit of region and word, each map on its own scale; the ring is its "
     "highest region, the outline the true extent.",
 }

@@ -266,14 +266,14 @@ def probe_predictions(
 # %% ../../nbs/evaluate/02_classify.ipynb #587ea851
 _PROBE = ["encoder", "fraction", "finding", "seed"]
 
-# %% ../../nbs/evaluate/02_classify.ipynb #77cc8663
+# %% ../../nbs/evaluate/02_classify.ipynb #ab9b7627
 def replicates(
     predictions: pd.DataFrame,  # of probe_predictions
     resamples: int = 500,
-) -> (
-    pd.DataFrame
-):  # one row a probe (encoder, fraction, finding, seed), 1 + R columns: AUROC on the sample and on each draw
-    """AUROC of every probe on the same draws of test patients. ValueError if the probes scored different studies."""
+) -> pd.DataFrame:  # (encoder, fraction, finding, seed) x (1 + R)
+    """AUROC of every probe on the sample and on the same draws of test patients.
+
+    Raises ValueError if the probes scored different studies."""
     weights, order, rows = None, None, {}
     for key, group in predictions.groupby(_PROBE, sort=False, observed=True):
         studies = group["study_id"].astype(str).to_numpy()
@@ -298,60 +298,39 @@ def _averages(
     both = pd.concat([findings, macro])
     return both.iloc[np.argsort([order[key[:2]] for key in both.index], kind="stable")]
 
-# %% ../../nbs/evaluate/02_classify.ipynb #b84e9274
+# %% ../../nbs/evaluate/02_classify.ipynb #fc338284
+def _sizes(predictions: pd.DataFrame) -> pd.DataFrame:  # (encoder, fraction, finding) -> the numbers behind an AUROC
+    """How many studies and positives each AUROC rests on, and how many of its probes were constant."""
+    told = predictions.assign(known=predictions["label"].notna(), hit=predictions["label"] == 1)
+    probes = told.groupby(_PROBE, sort=False, observed=True)
+    sizes = probes.agg(n=("n", "first"), positives=("positives", "first"), n_test=("known", "sum"))
+    sizes["positives_test"], sizes["constant"] = probes["hit"].sum(), probes["score"].nunique() == 1
+    how = {"n": "mean", "positives": "mean", "n_test": "first", "positives_test": "first", "constant": "sum"}
+    sizes = sizes.groupby(level=_PROBE[:3], sort=False).agg(how).assign(n=lambda table: table["n"].round().astype(int))
+    whole = sizes.groupby(level=_PROBE[:2], sort=False).agg({"n": "first", "n_test": "max", "constant": "sum"})
+    return pd.concat([sizes, whole.assign(finding="macro").set_index("finding", append=True)])
+
+# %% ../../nbs/evaluate/02_classify.ipynb #796b0614
 def probe_table(
     predictions: pd.DataFrame,  # of probe_predictions
     resamples: int = 500,
     level: float = 0.95,
-) -> (
-    pd.DataFrame
-):  # encoder, finding, fraction, auroc, low, high, n; spread, positives, n_test, positives_test, constant, seeds
+) -> pd.DataFrame:  # encoder, finding, fraction, auroc, low, high, n, and what the docstring lists
     """AUROC of every finding, and macro, with patient-bootstrap intervals.
 
     n: training studies; spread: standard deviation over seeds; positives: of n, mean over seeds; n_test: labelled test
-    studies; constant: how many probes saw one class only and scored every study alike (AUROC 0.5, part of the mean).
-    A finding without both classes in the test split has AUROC NaN and is no part of macro."""
+    studies; positives_test: of these; constant: how many probes saw one class only and scored every study alike (AUROC
+    0.5, part of the mean); seeds: how many. A finding without both classes in the test split has AUROC NaN and is no
+    part of macro."""
     draws = replicates(predictions, resamples)
     means = _averages(draws)
-    found = pd.DataFrame(
-        [interval(row, level) for row in means.to_numpy()], index=means.index, columns=["auroc", "low", "high"]
-    )
-    probes = predictions.assign(known=predictions["label"].notna(), hit=predictions["label"] == 1).groupby(
-        _PROBE, sort=False, observed=True
-    )
-    facts = probes.agg(
-        n=("n", "first"),
-        positives=("positives", "first"),
-        n_test=("known", "sum"),
-        positives_test=("hit", "sum"),
-        constant=("score", lambda score: score.nunique() == 1),
-    )
-    facts = facts.groupby(level=_PROBE[:3], sort=False).agg(
-        {"n": "mean", "positives": "mean", "n_test": "first", "positives_test": "first", "constant": "sum"}
-    )
-    whole = facts.groupby(level=_PROBE[:2], sort=False).agg({"n": "first", "n_test": "max", "constant": "sum"})
-    facts = pd.concat([facts, whole.assign(finding="macro").set_index("finding", append=True)])
+    found = [interval(row, level) for row in means.to_numpy()]
+    table = pd.DataFrame(found, index=means.index, columns=["auroc", "low", "high"]).join(_sizes(predictions))
     spread = pd.concat([_averages(one.to_frame()) for _, one in draws[0].groupby(level="seed")], axis=1).std(axis=1)
-    table = found.join(facts).assign(
-        n=lambda t: t["n"].round().astype(int), spread=spread, seeds=predictions["seed"].nunique()
-    )
-    return table.reset_index()[
-        [
-            "encoder",
-            "finding",
-            "fraction",
-            "auroc",
-            "low",
-            "high",
-            "n",
-            "spread",
-            "positives",
-            "n_test",
-            "positives_test",
-            "constant",
-            "seeds",
-        ]
-    ]
+    table.insert(table.columns.get_loc("n") + 1, "spread", spread)
+    table = table.assign(seeds=predictions["seed"].nunique()).reset_index()
+    table.insert(1, "finding", table.pop("finding"))
+    return table
 
 # %% ../../nbs/evaluate/02_classify.ipynb #bbd153c6
 def paired_gain(

@@ -99,16 +99,16 @@ def _sparse(masks) -> dict[tuple[int, int], np.ndarray]:
     masks = np.asarray(masks, dtype=bool)
     return {(int(row), int(word)): masks[row, word] for row, word in zip(*np.nonzero(masks.any((2, 3))))}
 
-# %% ../../nbs/evaluate/03_ground.ipynb #e6f5aec1
+# %% ../../nbs/evaluate/03_ground.ipynb #08ed7da8
 PLACES = frozenset(
     """left right bilateral both side sides sided upper lower mid midlung middle central lobe lobes lung lungs base
     bases basal basilar bibasilar apex apical zone field region perihilar chest hemithorax wall""".split()
 )
 OTHERS = frozenset(
     """a an the of in at is and with like possible questionable early adjacent mild minimal slight moderate severe
-    marked extensive small tiny trace sized large substantial mildly slightly moderately severely markedly subtle faint vague
-    patchy hazy ill well defined confluent dense diffuse multifocal single solitary round rounded dominant subcentimeter
-    circumscribed size area increased mm cm""".split()
+    marked extensive small tiny trace sized large substantial mildly slightly moderately severely markedly subtle faint
+    vague patchy hazy ill well defined confluent dense diffuse multifocal single solitary round rounded dominant
+    subcentimeter circumscribed size area increased mm cm""".split()
 )
 
 # %% ../../nbs/evaluate/03_ground.ipynb #144ee8c1
@@ -156,12 +156,12 @@ class Target:
     role: str  # see word_role
     mask: np.ndarray  # (size, size) bool, in the encoder's view of the image
 
-# %% ../../nbs/evaluate/03_ground.ipynb #1769e80c
+# %% ../../nbs/evaluate/03_ground.ipynb #1c578189
 def phantom_targets(
     pairs: Pairs,  # of a phantom Pack, not augmented
     items=None,  # which pairs; None: all
 ) -> list[Target]:
-    """All words that speak of a finding, with its mask as the encoder would see it; those outside the crop are left out.
+    """All words that speak of a finding, with its mask as the encoder sees it; those outside the crop are left out.
 
     Raises ValueError if the pairs are not of a phantom, are augmented, or were drawn by another version of the phantom:
     then nobody knows where things are."""
@@ -177,7 +177,7 @@ def phantom_targets(
         study, words = phantom[int(packed["study_id"].rpartition("-")[2])], report.words
         if study.report != packed["report"]:
             raise ValueError(
-                f"{packed['study_id']} has another report in {pairs.pack.path} than this version of the phantom writes; "
+                f"{packed['study_id']} has another report in {pairs.pack.path} than this phantom writes; "
                 "prepare the pack again"
             )
         for word, index in phantom_words(report, study).items():

@@ -19,7 +19,7 @@ from ..objectives.contrastive import clip_loss, unit
 from ..objectives.prototypes import prototype_loss
 from ..objectives.tokens import clip_weights, matching_scores, token_alignment_loss
 
-# %% ../../nbs/methods/03_mgca.ipynb #affba4bc
+# %% ../../nbs/methods/03_mgca.ipynb #4a818372
 @dataclass(frozen=True)
 class MGCAConfig(MethodConfig):
     "Settings of MGCA."
@@ -53,6 +53,8 @@ class MGCAConfig(MethodConfig):
     "Leave padded words out of CTA's rivals and of batch statistics; False as released."
     unit_region_context: bool = True
     "Normalise what a region gathered; False as released for the ViT."
+    whole_text: str = "cls"
+    "Report vector: cls, or mean or max over all tokens, which a text encoder without pre-training learns faster."
     word_weights: str = "attention"
     "Words weigh by their own attention, or by the next token's (shifted, as released)."
 
@@ -88,7 +90,7 @@ def token_loss(method: "MGCA", image: ImageFeatures, text: TextFeatures) -> Tens
         regions, words, text.word_mask, c.tau_token, region_weights, clip_weights(text.word_weights), c.mask_padding,
         c.unit_region_context, method.word_attention, method.region_attention)
 
-# %% ../../nbs/methods/03_mgca.ipynb #ce54c21a
+# %% ../../nbs/methods/03_mgca.ipynb #8c1041a0
 class MGCA(Method):
     "Multi-Granularity Cross-modal Alignment (NeurIPS 2022): losses `instance`, `token` and `prototype`."
 
@@ -96,7 +98,7 @@ class MGCA(Method):
     presets = PRESETS
 
     def __init__(self, config: MGCAConfig, tokenizer=None):
-        super().__init__(config, tokenizer, sentences="mean", word_weights=config.word_weights)
+        super().__init__(config, tokenizer, sentences="mean", whole=config.whole_text, word_weights=config.word_weights)
         if config.directions not in ("mean", "sum"):
             raise ValueError(f"directions is {config.directions!r}, expected 'mean' or 'sum'")
         image, text, size = self.image_encoder, self.text_encoder, (config.hidden, config.dim)

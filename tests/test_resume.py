@@ -1,0 +1,146 @@
+"""A run that is killed (SIGKILL, a real process) and started again ends with the very weights of one never killed."""
+import multiprocessing
+import os
+import signal
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+
+from medvis.data.pack import Pack
+from medvis.data.prepare import PhantomConfig, prepare_phantom
+from medvis.methods import MGCA
+from medvis.methods.method import phantom_tokenizer
+from medvis.train import TrainConfig, checkpoint, loop
+
+FORK = multiprocessing.get_context("fork")
+
+
+@pytest.fixture(scope="module")
+def pack(tmp_path_factory) -> Path:
+    return prepare_phantom(PhantomConfig(out=tmp_path_factory.mktemp("data") / "pack", studies=120, progress=False)).path
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return phantom_tokenizer(60)
+
+
+def train(pack: Path, tokenizer, run: Path, sabotage=None, **changes) -> None:
+    "Three epochs of 6 batches of a small MGCA with every kind of randomness: crops, swapped sentences, dropout."
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    method = MGCA.from_preset("tiny", tokenizer, hidden=32, dim=16)
+    settings = dict(epochs=3, batch_size=16, save_every=4, augment="lovt", swap=0.4, progress=False, device="cpu")
+    if sabotage:
+        sabotage()
+    loop.fit(method, Pack(pack), TrainConfig.of(method, run, **{**settings, **changes}))
+
+
+def in_process(*args, **kwargs) -> int:
+    "Train in a process of its own; its exit code."
+    process = FORK.Process(target=train, args=args, kwargs=kwargs)
+    process.start()
+    process.join(300)
+    return process.exitcode
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def die_at_call(owner, name: str, call: int):
+    "Replace a function so that its nth call kills the process before doing anything."
+    def sabotage():
+        real, calls = getattr(owner, name), [0]
+
+        def deadly(*args, **kwargs):
+            calls[0] += 1
+            if calls[0] == call:
+                die()
+            return real(*args, **kwargs)
+        setattr(owner, name, deadly)
+    return sabotage
+
+
+def die_in_write(call: int):
+    "Kill the process when half of the nth checkpoint's bytes are in the file."
+    def sabotage():
+        real, calls = torch.save, [0]
+
+        def half(state, file):
+            calls[0] += 1
+            if calls[0] < call:
+                return real(state, file)
+            real(state, file)
+            file.flush()
+            os.ftruncate(file.fileno(), os.fstat(file.fileno()).st_size // 2)
+            die()
+        checkpoint.torch.save = half
+    return sabotage
+
+
+def same_run(run: Path, wanted: Path) -> None:
+    for name in ("last.safetensors", "weights.safetensors"):
+        assert (run / name).read_bytes() == (wanted / name).read_bytes(), f"{name} differs"
+    pd.testing.assert_frame_equal(loop.Run(run).metrics, loop.Run(wanted).metrics)
+    assert not list(run.rglob("*.partial"))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(pack, tokenizer, tmp_path_factory):
+    "The run never killed, for each setting that changes what is computed."
+    made = {}
+
+    def of(**changes) -> Path:
+        key = tuple(sorted(changes.items()))
+        if key not in made:
+            made[key] = tmp_path_factory.mktemp("undisturbed") / "run"
+            assert in_process(pack, tokenizer, made[key], **changes) == 0
+        return made[key]
+    return of
+
+
+POINTS = {
+    "before the first step": (die_at_call(loop, "take_step", 1), {}),
+    "in the middle of an epoch": (die_at_call(loop, "take_step", 9), {}),
+    "between forward and optimiser step": (die_at_call(torch.nn.utils, "clip_grad_norm_", 8), {}),
+    "in the middle of an accumulation": (die_at_call(MGCA, "forward", 11), {"accumulate": 2}),
+    "while workers load": (die_at_call(loop, "take_step", 9), {"workers": 2}),
+    "in validation": (die_at_call(loop, "validate", 2), {}),
+    "between the best weights and the checkpoint": (die_at_call(loop, "save", 5), {}),
+    "in a checkpoint write": (die_in_write(3), {}),
+    "before a checkpoint's rename": (die_at_call(checkpoint.os, "replace", 6), {}),
+}
+
+
+@pytest.mark.parametrize("point", POINTS)
+def test_killed_run_resumes_exactly(point, pack, tokenizer, tmp_path, undisturbed):
+    sabotage, changes = POINTS[point]
+    wanted = undisturbed(**{key: value for key, value in changes.items() if key != "workers"})
+    run = tmp_path / "run"
+    assert in_process(pack, tokenizer, run, sabotage, **changes) == -signal.SIGKILL, "the run was to be killed"
+    assert not (run / "last.safetensors").exists()
+    assert in_process(pack, tokenizer, run, **changes) == 0
+    same_run(run, wanted)
+
+
+def test_killed_from_outside_and_again(pack, tokenizer, tmp_path, undisturbed):
+    "Killed by another process whenever ten more lines are in the log, until it gets to the end."
+    run, log, kills = tmp_path / "run", tmp_path / "run" / "metrics.jsonl", 0
+    for _ in range(10):
+        process = FORK.Process(target=train, args=(pack, tokenizer, run))
+        process.start()
+        before = log.read_text().count("\n") if log.exists() else 0
+        while process.is_alive() and (log.read_text().count("\n") if log.exists() else 0) < before + 10:
+            time.sleep(0.01)
+        if process.exitcode is None:
+            process.kill()
+            kills += 1
+        process.join(60)
+        if process.exitcode == 0:
+            break
+    assert process.exitcode == 0 and kills >= 1
+    same_run(run, undisturbed())
