@@ -4,9 +4,8 @@
 
 # %% auto #0
 __all__ = ['INK', 'FAINT', 'GREY', 'SERIES', 'MARKS', 'DARK', 'STYLE', 'CSS', 'ABOUT', 'Html', 'to_html', 'short', 'themed_svg',
-           'draw_curve', 'curve_names', 'curves_figure', 'colours', 'draw_forest', 'probe_figure', 'probe_summary',
-           'pointing_figure', 'marked_text', 'tile', 'correspondence_card', 'headlines', 'Section', 'page',
-           'write_page', 'run_sections']
+           'curve_names', 'curves_figure', 'probe_figure', 'probe_summary', 'pointing_figure', 'marked_text', 'tile',
+           'correspondence_card', 'headlines', 'Section', 'page', 'write_page', 'run_sections']
 
 # %% ../../nbs/analyse/02_page.ipynb #e0980abf
 import base64
@@ -127,8 +126,8 @@ def _figure(part: Figure) -> Html:
     label = " · ".join(ax.get_title(loc) for ax in part.axes for loc in ("left", "center") if ax.get_title(loc))
     return Html(f'<img class="chart" alt="{escape(label or "chart")}" src="data:image/svg+xml;base64,{data}">')
 
-# %% ../../nbs/analyse/02_page.ipynb #bd7946e7
-def draw_curve(
+# %% ../../nbs/analyse/02_page.ipynb #42102ee8
+def _draw_curve(
     ax: Axes,
     metrics: pd.DataFrame,  # step, split ("train", "validate"), and the column named
     name: str,
@@ -157,7 +156,7 @@ def curve_names(metrics: pd.DataFrame) -> list[str]:
     ]
     return [name for name in ("loss", *parts) if name in metrics.columns and metrics[name].notna().any()]
 
-# %% ../../nbs/analyse/02_page.ipynb #2a2fba14
+# %% ../../nbs/analyse/02_page.ipynb #ebdd43f6
 @matplotlib.rc_context(STYLE)
 def curves_figure(
     metrics: pd.DataFrame,  # step, epoch, split, loss, parts by name
@@ -167,25 +166,25 @@ def curves_figure(
     names = curve_names(metrics) if names is None else list(names)
     figure = Figure(figsize=(2.65 * max(len(names), 1), 2.2), dpi=80)
     for ax, name in zip(figure.subplots(1, max(len(names), 1), squeeze=False)[0], names):
-        draw_curve(ax, metrics, name)
+        _draw_curve(ax, metrics, name)
     return figure
 
-# %% ../../nbs/analyse/02_page.ipynb #338d8eb4
-def colours(names: Sequence[str], baseline: str = "random") -> dict[str, tuple[str, str]]:  # name -> colour, mark
+# %% ../../nbs/analyse/02_page.ipynb #54332d62
+def _colours(names: Sequence[str], baseline: str = "random") -> dict[str, tuple[str, str]]:  # name -> colour, mark
     """A colour and a mark for each encoder, grey for the baseline."""
     others = [name for name in names if name != baseline]
     looks = {name: (SERIES[k % len(SERIES)], MARKS[k % len(MARKS)]) for k, name in enumerate(others)}
     return {name: looks.get(name, (GREY, "X")) for name in names}
 
-# %% ../../nbs/analyse/02_page.ipynb #566d9600
-def draw_forest(
+# %% ../../nbs/analyse/02_page.ipynb #7fb72bb1
+def _draw_forest(
     ax: Axes,
     table: pd.DataFrame,  # of linear_probe, one fraction
     order: Sequence[str],  # findings from top to bottom
 ) -> None:
     """Draw the AUROC of each finding and encoder with its interval."""
     names = list(dict.fromkeys(table["encoder"]))
-    for k, (name, (colour, mark)) in enumerate(colours(names).items()):
+    for k, (name, (colour, mark)) in enumerate(_colours(names).items()):
         rows = table[table["encoder"] == name].set_index("finding").reindex(order)
         y = np.arange(len(order)) + 0.5 * (k - (len(names) - 1) / 2) / len(names)
         ax.hlines(y, rows["low"], rows["high"], color=colour, lw=1.6)
@@ -201,7 +200,7 @@ def draw_forest(
     )
     ax.grid(axis="y", visible=False)
 
-# %% ../../nbs/analyse/02_page.ipynb #0306c631
+# %% ../../nbs/analyse/02_page.ipynb #46f2f7de
 @matplotlib.rc_context(STYLE)
 def probe_figure(
     table: pd.DataFrame,  # of linear_probe
@@ -214,7 +213,7 @@ def probe_figure(
     scale = table.loc[:, ["auroc", "low", "high"]].to_numpy()
     figure = Figure(figsize=(3.6 * len(fractions), 1.1 + 0.3 * len(order)), dpi=80)
     for ax, fraction in zip(figure.subplots(1, len(fractions), squeeze=False, sharex=True)[0], fractions):
-        draw_forest(ax, table[table["fraction"] == fraction], order)
+        _draw_forest(ax, table[table["fraction"] == fraction], order)
         ax.set_xlim(min(0.45, np.nanmin(scale, initial=0.5)) - 0.01, 1.0)
     figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=4)
     return figure

@@ -20,7 +20,7 @@ from ..methods import METHODS
 from .show import show_run, held_out_pairs
 from ..train import TrainConfig, fit
 
-# %% ../../nbs/studies/02_demo.ipynb #9ed90831
+# %% ../../nbs/studies/02_demo.ipynb #f79297d7
 @dataclass
 class DemoConfig:
     "From nothing to a trained, measured model of phantom radiographs."
@@ -28,7 +28,7 @@ class DemoConfig:
     "Folder of the pack, the run and the page."
     method: str = "mgca"
     "Method to pre-train, at its tiny preset."
-    studies: int = 4000
+    studies: int = 8000
     "Phantom studies; 80 % of their patients are trained on, 10 % test."
     epochs: int | None = None
     "Passes over them; None = the preset's."

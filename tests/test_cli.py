@@ -1,0 +1,328 @@
+"""The command line as a user meets it: the two ways from data to a page, and what it says when something is wrong."""
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+
+from medvis.cli import COMMANDS, main
+from medvis.data.pack import Pack
+from medvis.data.phantom import FINDINGS, Phantom
+from medvis.methods import METHODS
+from medvis.train import Run
+
+SMALL = ["--epochs", "1", "--hidden", "32", "--dim", "16", "--batch-size", "16", "--no-progress"]
+PROBE = ["--fractions", "0.1", "1.0", "--seeds", "0"]
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    torch.set_num_threads(1)
+
+
+def installed(*argv: str) -> subprocess.CompletedProcess:
+    "Run the command that pip installed, as a user does."
+    command = Path(sys.executable).with_name("medvis")
+    return subprocess.run([command, *argv], capture_output=True, text=True, timeout=300, env={**os.environ, "COLUMNS": "100"})
+
+
+def run(capsys, *argv) -> tuple[int, str, str]:
+    "Exit code, output and error output of a command."
+    capsys.readouterr()
+    try:
+        code = main([str(word) for word in argv])
+    except SystemExit as stop:      # tyro's own: help, and words that it does not know
+        code = stop.code
+    told = capsys.readouterr()
+    return code or 0, told.out, told.err
+
+
+def succeeds(capsys, *argv) -> str:
+    code, out, err = run(capsys, *argv)
+    assert code == 0, err
+    return out
+
+
+def fails(capsys, *argv) -> str:
+    "The one line that a command fails with."
+    code, _, err = run(capsys, *argv)
+    lines = [line for line in err.splitlines() if line.startswith("medvis: ")]
+    assert code == 1 and len(lines) == 1 and err.rstrip().endswith(lines[0]), err
+    assert "Traceback" not in err
+    return lines[0]
+
+
+def misused(capsys, *argv) -> str:
+    "What the parser says of words that it does not know, without its frame."
+    code, _, err = run(capsys, *argv)
+    assert code == 2 and "Traceback" not in err, err
+    return " ".join(re.sub(r"[─-╿]", " ", err).split())
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+# ---- the phantom's way
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory) -> Path:
+    "A phantom pack and a run on it, made by the commands."
+    home = tmp_path_factory.mktemp("home")
+    assert main(["prepare", "phantom", "--out", str(home / "pack"), "--studies", "150", "--no-progress"]) == 0
+    assert main(["pretrain", "mgca", "--data", str(home / "pack"), "--run", str(home / "run"), *SMALL]) == 0
+    return home
+
+
+def test_phantom_way(home, capsys):
+    assert len(Pack(home / "pack").studies) == 150
+    made = Run(home / "run")
+    assert made.config["method"] == "mgca" and made.config["config"]["hidden"] == 32 and made.config["preset"] == "tiny"
+    assert (home / "run" / "last.safetensors").exists()
+
+    before = tree(home / "run")
+    out = succeeds(capsys, "pretrain", "mgca", "--data", home / "pack", "--run", home / "run", *SMALL)
+    assert f"Run: {home / 'run'}" in out
+    assert tree(home / "run") == before, "a finished run is left as it is"
+
+    out = succeeds(capsys, "probe", "--data", home / "pack", "--encoders", home / "run", "random", *PROBE)
+    table = pd.read_csv(home / "run" / "probe" / "probe.csv")
+    assert set(table.encoder) == {"run", "random"} and set(table.finding) == {*FINDINGS, "macro"}
+    for row in table[table.finding == "macro"].itertuples():
+        assert f"{row.auroc:.3f}" in out
+    assert str(home / "run" / "probe" / "probe.csv") in out
+
+    out = succeeds(capsys, "show", home / "run", "--studies", "2")
+    page = (home / "run" / "page.html").read_text()
+    assert f"Page: {home / 'run' / 'page.html'}" in out and "<svg" in page and "macro AUROC" in page
+    succeeds(capsys, "show", home / "run", "--data", home / "pack", "--out", home / "other.html", "--studies", "1")
+    assert (home / "other.html").exists() and not list(home.rglob("*.partial"))
+
+
+def test_init_from_a_run(home, tmp_path, capsys):
+    succeeds(capsys, "prepare", "phantom", "--out", tmp_path / "pack", "--studies", "60", "--seed", "1", "--no-progress")
+    more = ["--data", tmp_path / "pack", "--run", tmp_path / "run", "--init", home / "run", *SMALL]
+    succeeds(capsys, "pretrain", "mgca", *more, "--lr", "0")
+    old, new = Run(home / "run").method("last"), Run(tmp_path / "run").method("last")
+    for (name, value), (_, other) in zip(old.named_parameters(), new.named_parameters(), strict=True):
+        torch.testing.assert_close(value, other, rtol=0, atol=1e-6, msg=name)     # a rate of 0 changes nothing
+    assert old.tokenizer.get_vocab() == new.tokenizer.get_vocab()
+    told = fails(capsys, "pretrain", "mgca", *more[:2], "--run", tmp_path / "new", "--init", home / "run", "--epochs", "1")
+    assert str(home / "run") in told and not (tmp_path / "new").exists()
+
+
+# ---- the real way: a folder of pictures and a table
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    "Sixty PNG files of several sizes and depths, two a patient, and a table of them with reports and labels."
+    folder = tmp_path_factory.mktemp("folder")
+    (folder / "png").mkdir()
+    rows = []
+    for i in range(60):
+        study = Phantom(size=96, seed=2)[i]
+        image = np.pad(study.image, ((0, 0), (i % 7, 0)))
+        Image.fromarray(image.astype(np.uint16) * 257 if i % 2 else image).save(folder / "png" / f"{i}.png")
+        labels = {name: study.labels[name] for name in ("Pleural Effusion", "Cardiomegaly")}
+        rows.append({"file": f"png/{i}.png", "text": study.report, "who": f"p{i // 2}", **labels})
+    pd.DataFrame(rows).to_csv(folder / "table.csv", index=False)
+    return folder
+
+
+COLUMNS = ["--image-column", "file", "--report-column", "text", "--patient-column", "who"]
+
+
+def test_folder_way(folder, tmp_path, capsys):
+    out = succeeds(capsys, "prepare", "folder", "--table", folder / "table.csv", "--out", tmp_path / "pack", "--size", "64", *COLUMNS,
+                   "--label-columns", "Pleural Effusion", "Cardiomegaly", "--no-progress")
+    assert "60 images, 60 studies, 30 patients" in out
+    data = Pack(tmp_path / "pack")
+    assert list(data.labels) == ["Pleural Effusion", "Cardiomegaly"] and set(data.studies["split"]) == {"train", "validate", "test"}
+    succeeds(capsys, "pretrain", "convirt", "--data", data.path, "--run", tmp_path / "run", *SMALL)
+    out = succeeds(capsys, "probe", "--data", data.path, "--encoders", tmp_path / "run", "--names", "mine", *PROBE, "--out", tmp_path / "probe",
+                   "--findings", "Cardiomegaly")
+    table = pd.read_csv(tmp_path / "probe" / "probe.csv")
+    assert "mine" in out and set(table.encoder) == {"mine", "random"} and set(table.finding) == {"Cardiomegaly", "macro"}
+    out = succeeds(capsys, "show", tmp_path / "run")
+    page = (tmp_path / "run" / "page.html").read_text()
+    held_out = data.studies[data.studies["split"] == "test"]
+    assert "<svg" in page and not any(sentence in page for sentences in held_out["sentences"] for sentence in sentences)
+    succeeds(capsys, "show", tmp_path / "run", "--show-text", "True")
+    assert any(sentence in (tmp_path / "run" / "page.html").read_text() for sentences in held_out["sentences"] for sentence in sentences)
+
+
+def test_rejects_are_told(folder, tmp_path, capsys):
+    table = pd.read_csv(folder / "table.csv").head(20)
+    table.loc[3, "file"] = "png/missing.png"
+    table.loc[4, "text"] = ""
+    table.to_csv(tmp_path / "table.csv", index=False)
+    out = succeeds(capsys, "prepare", "folder", "--table", tmp_path / "table.csv", "--root", folder, "--out", tmp_path / "pack", *COLUMNS,
+                   "--size", "64", "--no-progress")
+    assert "18 images" in out and out.count("left out: 1 x ") == 2
+    assert "png/missing.png" in set(Pack(tmp_path / "pack").rejects["item"])
+
+
+# ---- what is wrong is told in a line
+
+def test_missing_pack(home, tmp_path, capsys):
+    nowhere = tmp_path / "nowhere"
+    for argv in (["pretrain", "mgca", "--run", tmp_path / "run"], ["probe", "--encoders", home / "run"], ["show", home / "run"]):
+        told = fails(capsys, *argv, "--data", nowhere)
+        assert str(nowhere) in told and "Pack" in told
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("changes, told", [
+    (["--image-column", "nope"], ["table.csv", "'nope'", "file, text, who"]),
+    (["--report-column", "nope"], ["table.csv", "'nope'", "file, text, who"]),
+    (["--label-columns", "nope"], ["table.csv", "'nope'", "file, text, who"]),
+    (["--label-columns", "text"], ["row 1", "'text'"]),
+    (["--root", "/nowhere/at/all"], ["/nowhere/at/all"]),
+    (["--table", "/nowhere/table.csv"], ["/nowhere/table.csv"]),
+    (["--where", "nope == 1"], ["table.csv", "nope"]),
+])
+def test_bad_tables(changes, told, folder, tmp_path, capsys):
+    line = fails(capsys, "prepare", "folder", "--table", folder / "table.csv", "--out", tmp_path / "pack", *COLUMNS, "--no-progress", *changes)
+    assert all(word in line for word in told), line
+    assert not any(tmp_path.iterdir())
+
+
+def test_all_images_missing(folder, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    line = fails(capsys, "prepare", "folder", "--table", folder / "table.csv", "--root", tmp_path / "empty", "--out", tmp_path / "pack", *COLUMNS,
+                 "--no-progress")
+    assert "60 of 60 images" in line and str(tmp_path / "pack.partial" / "rejects.csv") in line
+    assert not (tmp_path / "pack").exists() and len(pd.read_csv(tmp_path / "pack.partial" / "rejects.csv")) == 60
+
+
+def test_place_is_taken(home, tmp_path, capsys):
+    told = fails(capsys, "prepare", "phantom", "--out", home / "pack", "--studies", "30", "--no-progress")
+    assert str(home / "pack") in told and len(Pack(home / "pack").studies) == 150
+
+
+def test_run_of_another(home, capsys):
+    before = tree(home / "run")
+    here = ["--data", home / "pack", "--run", home / "run", *SMALL]
+    for name, argv in {"lr": ["mgca", *here, "--lr", "0.5"], "dim": ["mgca", *here, "--dim", "8"], "method": ["convirt", *here]}.items():
+        told = fails(capsys, "pretrain", *argv)
+        assert str(home / "run") in told and "another run" in told and name in told
+    assert tree(home / "run") == before
+
+
+def test_unknown_words(home, tmp_path, capsys):
+    here = ["--data", home / "pack", "--run", tmp_path / "run"]
+    assert "nonsense" in misused(capsys, "nonsense")
+    assert "nonsense" in (told := misused(capsys, "pretrain", "nonsense", *here)) and all(name in told for name in METHODS)
+    assert "nonsense" in (told := fails(capsys, "pretrain", "mgca", "--preset", "nonsense", *here)) and "released-resnet50" in told
+    assert "nonsense" in (told := fails(capsys, "pretrain", "mgca", "--preset=nonsense", *here)) and "released-resnet50" in told
+    assert "--nonsense" in misused(capsys, "pretrain", "mgca", *here, "--nonsense", "1")
+    assert "--schedule" in misused(capsys, "pretrain", "mgca", *here, "--schedule", "nonsense")
+    assert "--epochs" in misused(capsys, "pretrain", "mgca", *here, "--epochs", "many")
+    assert "--data" in misused(capsys, "pretrain", "mgca", "--run", tmp_path / "run")
+    assert "nonsense" in misused(capsys, "prepare", "nonsense")
+    assert "--nonsense" in misused(capsys, "demo", "--nonsense")
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("setting", [
+    "image", "text", "layer", "negatives", "directions", "whole-text", "word-weights", "augment", "image-weights"])
+def test_settings_that_do_not_exist(setting, home, tmp_path, capsys):
+    "Every setting that is a word is checked before the run begins."
+    code, _, err = run(capsys, "pretrain", "mgca", "--data", home / "pack", "--run", tmp_path / "run", *SMALL, f"--{setting}", "nonsense")
+    assert code and "nonsense" in err and "Traceback" not in err
+    assert not (tmp_path / "run").exists(), "the run was begun before its settings were checked"
+
+
+@pytest.mark.parametrize("setting, value", [
+    ("batch-size", 0), ("accumulate", 0), ("save-every", 0), ("max-tokens", 2), ("max-tokens", 100_000), ("hidden", 0), ("epochs", 0)])
+def test_numbers_out_of_range(setting, value, home, tmp_path, capsys):
+    argv = ["pretrain", "mgca", "--data", home / "pack", "--run", tmp_path / "run", *SMALL, f"--{setting}", str(value)]
+    told = fails(capsys, *argv)
+    assert str(value) in told and (setting in told or setting.replace("-", "_") in told or setting == "batch-size")
+    assert not (tmp_path / "run").exists()
+
+
+def test_unknown_method_of_demo(tmp_path, capsys):
+    code, _, err = run(capsys, "demo", "--method", "nonsense", "--out", tmp_path / "demo", "--studies", "20")
+    assert code and "nonsense" in err and "mgca" in err and "Traceback" not in err
+    assert not (tmp_path / "demo").exists()
+
+
+def test_probe_of_what_is_not_there(home, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    here = ["probe", "--data", home / "pack", *PROBE]
+    assert "no-such-encoder" in fails(capsys, *here, "--encoders", "no-such-encoder")
+    (tmp_path / "text.pt").write_text("not weights")
+    assert "text.pt" in fails(capsys, *here, "--encoders", "text.pt")
+    assert "nonsense" in fails(capsys, *here, "--encoders", "random", "--image", "nonsense")
+    assert "nonsense" in fails(capsys, *here, "--encoders", "random", "--image", "tiny_resnet", "--findings", "nonsense")
+    assert "--names" in fails(capsys, *here, "--encoders", home / "run", home / "run")
+    assert [path.name for path in tmp_path.iterdir()] == ["text.pt"]
+
+
+def test_probe_without_labels(folder, home, tmp_path, capsys):
+    succeeds(capsys, "prepare", "folder", "--table", folder / "table.csv", "--out", tmp_path / "pack", "--size", "64", *COLUMNS, "--no-progress")
+    told = fails(capsys, "probe", "--data", tmp_path / "pack", "--encoders", home / "run", *PROBE, "--out", tmp_path / "probe")
+    assert "label" in told and not (tmp_path / "probe").exists()
+
+
+def test_show_of_what_is_not_a_run(home, tmp_path, capsys):
+    told = fails(capsys, "show", tmp_path / "nowhere")
+    assert str(tmp_path / "nowhere") in told and "run" in told
+    told = fails(capsys, "show", home / "pack")
+    assert str(home / "pack") in told
+    assert not any(tmp_path.iterdir())
+
+
+# ---- help, and the command that pip installed
+
+HELP = {(name,): kind.__doc__ for name, (kind, _) in COMMANDS.items()} | {
+    ("prepare", "folder"): "one row per image", ("prepare", "phantom"): "synthetic radiographs",
+    ("pretrain", "mgca"): "MGCA", ("pretrain", "convirt"): "", ("pretrain", "mgca", "--preset", "paper"): "--tau-instance"}
+
+
+@pytest.mark.parametrize("argv", HELP, ids=" ".join)
+def test_help(argv, capsys):
+    "Every command says what it does, and every option what it means."
+    code, out, err = run(capsys, *argv, "--help")
+    assert code == 0 and not err and out.startswith(f"usage: medvis {argv[0]}")
+    plain = " ".join(re.sub(r"[─-╿]", " ", out).split())
+    assert HELP[argv].split(":")[0].lower() in plain.lower()
+    assert "MISSING" not in plain and "<" not in plain and "Args:" not in plain
+    assert max(map(len, out.splitlines())) <= 120
+    options = re.split(r" (?=--[a-z])", plain[plain.index("show this help"):])[1:]
+    for option in options:
+        words = re.sub(r"\(default: [^)]*\)|\(required\)|--[\w-]+,?|\{[^}]*\}|\[[^\]]*\]+|\b[A-Z]+\b|\|", " ", option).split()
+        assert words or "--no-" in plain, f"{option!r} does not say what it means"
+
+
+def test_installed_command():
+    told = installed("--help")
+    assert told.returncode == 0 and not told.stderr and all(name in told.stdout for name in COMMANDS)
+
+
+def test_installed_command_fails_in_a_line(tmp_path):
+    told = installed("probe", "--data", str(tmp_path / "nowhere"), "--encoders", "random")
+    assert told.returncode == 1 and not told.stdout
+    assert re.fullmatch(r"medvis: .*nowhere is not a Pack.*\n", told.stderr)
+
+
+def test_demo(tmp_path, capsys):
+    "From nothing to a page; a second time most of it is there already."
+    argv = ["demo", "--studies", "150", "--epochs", "1", "--out", tmp_path / "demo", "--no-progress"]
+    first = succeeds(capsys, *argv)
+    page = tmp_path / "demo" / "run" / "page.html"
+    assert f"Page: {page}" in first and "Pointing game" in first and "macro AUROC" in first and "gain over random" in first
+    assert "<svg" in page.read_text()
+    kept = {name: value for name, value in tree(tmp_path / "demo").items() if name.startswith(("pack/", "run/")) and "probe" not in name}
+    kept.pop("run/page.html")
+    second = succeeds(capsys, *argv)
+    assert re.sub(r"\(\d.*", "", second) == re.sub(r"\(\d.*", "", first), "the same numbers again"
+    assert {name: tree(tmp_path / "demo")[name] for name in kept} == kept
+    assert not list(tmp_path.rglob("*.partial"))
