@@ -6,6 +6,12 @@
 __all__ = ['COMMANDS', 'pretrain_options', 'pretrain', 'ProbeConfig', 'probe', 'ShowConfig', 'show', 'PretrainConfig',
            'PrepareConfig', 'prepare', 'run_command', 'main']
 
+# %% ../nbs/cli/01_cli.ipynb #292ef69c
+import os
+
+# %% ../nbs/cli/01_cli.ipynb #d0a9c500
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 # %% ../nbs/cli/01_cli.ipynb #09dedb26
 import sys
 from collections.abc import Sequence
@@ -98,7 +104,7 @@ class ProbeConfig:
     out: Path | None = None
     "Folder for the table and the predictions; without, the folder probe of the first run."
 
-# %% ../nbs/cli/01_cli.ipynb #6c3c69d1
+# %% ../nbs/cli/01_cli.ipynb #9ca30c1e
 def probe(config: ProbeConfig) -> pd.DataFrame:
     "Probe encoders, print the macro rows and save table and predictions."
     names = config.names or tuple(Path(name).name for name in config.encoders)
@@ -109,7 +115,7 @@ def probe(config: ProbeConfig) -> pd.DataFrame:
     out = config.out or (first / "probe" if first.is_dir() else Path("probe"))
     table = linear_probe(
         encoders, Pack(config.data), config.fractions, config.seeds, list(config.findings) or None,
-        uncertain=config.uncertain, blank=config.blank, out=out)
+        uncertain=config.uncertain, blank=config.blank, out=out, cache=out / "features")
     print("\n".join(probe_lines(table, paired_gain(pd.read_parquet(out / "predictions.parquet")))))
     print(f"Table: {out / 'probe.csv'}")
     return table

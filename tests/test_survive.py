@@ -81,7 +81,7 @@ def batch_of_step(data: Pack, step: int, batch_size: int = 16) -> list[int]:
 
 
 def poison(method, row: int, where: str) -> list[dict]:
-    "Any batch with this study has a loss, or only a gradient, of nan. Returns the states that the method had before its steps."
+    "Any batch with this study has a loss, or only a gradient, of nan. Returns the states before every step."
     states = []
 
     def before(module, args):
@@ -268,8 +268,8 @@ def test_unreadable_image(kind, pack, tokenizer, tmp_path):
     fit(method, data, settings(method, tmp_path / "run"))
     [line] = log(tmp_path / "run", "reject")
     assert line["study_id"] == name and "Input/output error" in line["reason"]
-    assert [one["step"] for one in log(tmp_path / "run", "train")] == list(range(1, len(log(tmp_path / "run", "train")) + 1))
-    assert np.isfinite([one["loss"] for one in log(tmp_path / "run", "train")]).all()
+    steps = log(tmp_path / "run", "train")
+    assert [one["step"] for one in steps] == list(range(1, len(steps) + 1)) and np.isfinite([one["loss"] for one in steps]).all()
     tells_no_text(data, (tmp_path / "run" / "metrics.jsonl").read_text())
 
     stopped = build(kind, tokenizer)
@@ -381,7 +381,7 @@ def test_strange_reports(kind, batch_size, strange, strange_words, tmp_path):
     assert np.isfinite(losses).all() and not log(run, "reject") and not log(run, "validate")
     for name, value in load_method(run).state_dict().items():
         assert torch.isfinite(value).all(), name
-    tells_no_text(strange, (run / "metrics.jsonl").read_text(), (run / "config.json").read_text(), (run / "manifest.json").read_text())
+    tells_no_text(strange, *((run / name).read_text() for name in ("metrics.jsonl", "config.json", "manifest.json")))
 
 
 @every_method

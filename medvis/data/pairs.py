@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['counter_seed', 'seeded', 'epoch_batches', 'Report', 'tokenise', 'Batch', 'Sample', 'collate', 'View',
-           'choose_sentences', 'select_samples', 'Pairs']
+           'choose_sentences', 'select_samples', 'Pairs', 'read_batch']
 
 # %% ../../nbs/data/07_pairs.ipynb #6496e146
 from collections.abc import Sequence
@@ -262,3 +262,11 @@ class Pairs(Dataset):
         except (OSError, ValueError) as error:
             sample.error = f"image could not be read: {error}"
         return sample
+
+# %% ../../nbs/data/07_pairs.ipynb #6ee0173c
+def read_batch(
+    pairs: Pairs,
+    keys: Sequence[int | tuple[int, int]],  # indices, or (epoch, index)
+) -> Batch | None:                          # None when not one of the samples could be read
+    "The batch of these samples."
+    return collate([pairs[key] for key in keys])

@@ -7,13 +7,14 @@ __all__ = ['TrainConfig', 'learning_rate', 'describe_machine', 'open_run', 'load
            'optimise', 'validate', 'cut_log', 'append_log', 'Trainer', 'save', 'restore', 'take_step', 'train_epoch',
            'end_epoch', 'fit']
 
-# %% ../../nbs/train/03_loop.ipynb #789a008c
+# %% ../../nbs/train/03_loop.ipynb #34d15468
 import json
 import os
 import platform
 import subprocess
 import time
 from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields
 from importlib import metadata
 from pathlib import Path
@@ -227,7 +228,7 @@ class Run:
 class Diverged(RuntimeError):
     "A loss or gradient that is not finite; says which studies were in the batch."
 
-# %% ../../nbs/train/03_loop.ipynb #3ea5ddec
+# %% ../../nbs/train/03_loop.ipynb #fa71074c
 def optimise(
     method: torch.nn.Module,     # as prepared by accelerate
     optimizer: torch.optim.Optimizer,
@@ -244,7 +245,7 @@ def optimise(
     for i, (batch, seed) in enumerate(zip(batches, seeds, strict=True)):
         last = i == len(batches) - 1
         torch.manual_seed(seed)
-        with accelerator.no_sync(method) if not last else accelerator.autocast():
+        with nullcontext() if last else accelerator.no_sync(method):
             losses = method(batch.to(accelerator.device))
             accelerator.backward(losses.total / len(batches))
         for name, part in (("loss", losses.total.detach()), *losses.parts.items()):
