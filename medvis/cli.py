@@ -60,7 +60,7 @@ def pretrain_options(
         train: How it is trained."""
     return made
 
-# %% ../nbs/cli/01_cli.ipynb #453806cc
+# %% ../nbs/cli/01_cli.ipynb #0b870ef3
 def pretrain(method: str, options) -> Run:
     "Pre-train a method as `pretrain_options` says."
     data, kind = Pack(options.data), METHODS[method]
@@ -68,7 +68,10 @@ def pretrain(method: str, options) -> Run:
     if options.init is not None:
         start = load_method(options.init)
         made = kind(options.settings, start.tokenizer)
-        made.load_state_dict(start.state_dict())
+        try:
+            made.load_state_dict(start.state_dict())
+        except RuntimeError as error:
+            raise ValueError(f"{options.init} does not fit these settings: its networks are {start.config}") from error
     else:
         train = data.studies[data.studies["split"] == "train"]
         own = options.settings.text in ("tiny-bert", "bert-base")

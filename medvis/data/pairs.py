@@ -135,15 +135,15 @@ class Sample:
     name: str = ""
     error: str = ""
 
-# %% ../../nbs/data/07_pairs.ipynb #ce848631
+# %% ../../nbs/data/07_pairs.ipynb #e3f41590
 def collate(
     samples: list[Sample],
-) -> Batch | None:   # None when not one of the samples could be read
+) -> Batch:   # of length 0 when not one of the samples could be read
     "Pad the reports of a batch to the longest of them; samples that could not be read are left out and listed."
     rejects = [(sample.name, sample.error) for sample in samples if sample.error]
     samples = [sample for sample in samples if not sample.error]
     if not samples:
-        return None
+        return Batch(*[torch.zeros(0, dtype=torch.long)] * 7, rejects=rejects)
     longest = max(len(sample.report.input_ids) for sample in samples)
 
     def padded(name: str, fill: int) -> Tensor:
@@ -263,10 +263,10 @@ class Pairs(Dataset):
             sample.error = f"image could not be read: {error}"
         return sample
 
-# %% ../../nbs/data/07_pairs.ipynb #6ee0173c
+# %% ../../nbs/data/07_pairs.ipynb #e75d6f26
 def read_batch(
     pairs: Pairs,
     keys: Sequence[int | tuple[int, int]],  # indices, or (epoch, index)
-) -> Batch | None:                          # None when not one of the samples could be read
+) -> Batch:
     "The batch of these samples."
     return collate([pairs[key] for key in keys])

@@ -6,7 +6,8 @@
 __all__ = ['IMAGE_ENCODERS', 'ResNetEncoder', 'TinyResNet', 'cls_attention', 'ViTEncoder', 'read_state', 'load_weights',
            'image_encoder']
 
-# %% ../../nbs/encoders/02_image.ipynb #b65733a0
+# %% ../../nbs/encoders/02_image.ipynb #873facdc
+import inspect
 from pathlib import Path
 
 import timm
@@ -20,7 +21,7 @@ from torchvision.models.resnet import BasicBlock
 from ..data.images import Preprocessing
 from .features import ImageFeatures
 
-# %% ../../nbs/encoders/02_image.ipynb #6d08b4e1
+# %% ../../nbs/encoders/02_image.ipynb #b74965fe
 class ResNetEncoder(nn.Module):
     "A torchvision-style ResNet that returns one layer as regions and its pooled last layer as the whole image."
 
@@ -34,6 +35,8 @@ class ResNetEncoder(nn.Module):
         super().__init__()
         self.body, self.preprocessing, self.layer, self.upsample = body, preprocessing, layer, upsample
         widths = {name: _out_channels(getattr(body, name)) for name in ("layer3", "layer4")}
+        if layer not in widths:
+            raise ValueError(f"no regions from layer {layer!r}; expected {' or '.join(widths)}")
         self.region_dim, self.whole_dim = widths[layer], widths["layer4"]
 
     def forward(self, image: Tensor) -> ImageFeatures:  # (B, C, H, W) preprocessed
@@ -139,7 +142,7 @@ def _pretrained_state(name: str, weights: str) -> dict[str, Tensor]:
         ) from error
     raise ValueError(f"there are no {weights!r} weights for {name!r}; pass a path, or None for random weights")
 
-# %% ../../nbs/encoders/02_image.ipynb #5a0562c1
+# %% ../../nbs/encoders/02_image.ipynb #d1ce67a2
 def read_state(
     path: str | Path,  # .safetensors, or .pt / .pth / .bin; or a folder that holds model.safetensors or pytorch_model.bin
 ) -> dict[str, Tensor]:
@@ -155,7 +158,7 @@ def read_state(
     try:
         state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise ValueError(f"{path} is not a state dict that can be read safely: {error}") from error
+        raise ValueError(f"{path} is not a state dict that can be read safely ({type(error).__name__})") from error
     return state.get("state_dict", state)
 
 # %% ../../nbs/encoders/02_image.ipynb #90319a0f
@@ -172,7 +175,7 @@ def load_weights(body: nn.Module, state: dict[str, Tensor], origin: str = "the s
         raise ValueError(f"{origin} does not fit this backbone: {told}")
     body.load_state_dict(state, strict=False)
 
-# %% ../../nbs/encoders/02_image.ipynb #ea8c89ff
+# %% ../../nbs/encoders/02_image.ipynb #8af8a2bd
 def image_encoder(
     name: str = "tiny_resnet",     # a key of IMAGE_ENCODERS
     weights: str | None = None,    # None, "imagenet", "imagenet-v2", or a path
@@ -181,6 +184,10 @@ def image_encoder(
     "Build an image encoder by name. Raises ValueError for an unknown name, OSError when weights cannot be had."
     if name not in IMAGE_ENCODERS:
         raise ValueError(f"no image encoder {name!r}; there are: {', '.join(IMAGE_ENCODERS)}")
+    takes = inspect.signature(IMAGE_ENCODERS[name]).parameters
+    for option in options:
+        if option not in takes:
+            raise ValueError(f"{name} has no {option}: leave it out (None); it has {', '.join(takes)}")
     encoder = IMAGE_ENCODERS[name](**options)
     if weights is not None:
         published = str(weights) in ("imagenet", "imagenet-v2")

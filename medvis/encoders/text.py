@@ -37,7 +37,7 @@ def train_tokenizer(
     names = dict(pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]", mask_token="[MASK]")
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
 
-# %% ../../nbs/encoders/03_text.ipynb #6ba35c54
+# %% ../../nbs/encoders/03_text.ipynb #977893a9
 class TextEncoder(nn.Module):
     "A Hugging Face encoder whose tokens are pooled to words, sentences and the whole report."
 
@@ -51,6 +51,9 @@ class TextEncoder(nn.Module):
         word_weights: str | None = None,  # "attention" of [CLS] to every word (eager attention only), or "shifted" by one token
     ):
         super().__init__()
+        if whole not in ("cls", "max", "mean") or word_weights not in (None, "attention", "shifted"):
+            raise ValueError(f"expected whole text cls, max or mean, and word weights attention or shifted; "
+                             f"found {whole!r} and {word_weights!r}")
         self.body, self.tokenizer, self.word_weights = body, tokenizer, word_weights
         self.words, self.sentences, self.whole = words, sentences, whole
         self.dim = body.config.hidden_size

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DemoConfig', 'probe_lines', 'demo']
 
-# %% ../../nbs/studies/02_demo.ipynb #1f16dec2
+# %% ../../nbs/studies/02_demo.ipynb #c2975b9d
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +17,7 @@ from ..data.prepare import PhantomConfig, prepare_phantom
 from ..encoders import train_tokenizer
 from ..evaluate import linear_probe, paired_gain, phantom_pointing
 from ..methods import METHODS
+from ..methods.method import known
 from .show import show_run, held_out_pairs
 from ..train import TrainConfig, fit
 
@@ -48,9 +49,10 @@ def probe_lines(table: pd.DataFrame, gains: pd.DataFrame) -> list[str]:
         lines.append(f"{row.fraction:>8.0%} {row.n:>8}  {row.encoder:<12} {score:<24} {told}".rstrip())
     return lines
 
-# %% ../../nbs/studies/02_demo.ipynb #774ba7ea
+# %% ../../nbs/studies/02_demo.ipynb #49f048e8
 def demo(config: DemoConfig) -> Path:  # of the page
     "Make a phantom pack, pre-train, probe, point, and write a page; what is done already is not done again."
+    known("method", [config.method], METHODS)
     start, out = time.time(), Path(config.out)
     data = prepare_phantom(PhantomConfig(out=out / "pack", studies=config.studies, seed=config.seed, progress=config.progress))
     train = data.studies[data.studies["split"] == "train"]

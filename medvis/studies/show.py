@@ -76,7 +76,7 @@ def top_numbers(probe: pd.DataFrame | None, gains: pd.DataFrame | None, pointing
                         f"{rate.hit_rate.low:.3f} to {rate.hit_rate.high:.3f}; chance {rate.chance.value:.3f}"))
     return headlines(numbers)
 
-# %% ../../nbs/studies/01_show.ipynb #8cff9aaa
+# %% ../../nbs/studies/01_show.ipynb #02873948
 def show_run(
     run: Run,
     data: Pack | None = None,        # None: the pack it was trained on
@@ -85,8 +85,8 @@ def show_run(
     show_text: bool | None = None,   # None: only the phantom's reports
 ) -> Path:
     "Write the page of a run. FileNotFoundError when the run or its pack is not there."
-    data = Pack(run.manifest["data"]["path"]) if data is None else data
     method, probe, gains, pointing = load_method(run.path), None, None, None
+    data = Pack(run.manifest["data"]["path"]) if data is None else data
     phantom = data.manifest["source"].get("kind") == "phantom"
     pairs = held_out_pairs(method, data)
     chosen = {item: [] for item in range(min(studies, len(pairs)))}

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from safetensors.torch import save
 
-# %% ../../nbs/train/02_checkpoint.ipynb #00e0206c
+# %% ../../nbs/train/02_checkpoint.ipynb #65391b34
 def write_atomic(
     path: str | Path,
     write: Callable,   # called with the open binary file
@@ -32,7 +32,8 @@ def write_atomic(
         os.replace(partial, path)
     except (OSError, RuntimeError) as error:
         partial.unlink(missing_ok=True)
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        cause = error if isinstance(error, OSError) else error.__context__   # torch.save hides a full disk behind its own
+        reason = getattr(cause, "strerror", None) or str(error).splitlines()[0]
         raise OSError(f"could not write {path}: {reason}. Free some space or choose another folder, then run again.") from error
 
 # %% ../../nbs/train/02_checkpoint.ipynb #d68f4348

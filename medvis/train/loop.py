@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['TrainConfig', 'learning_rate', 'describe_machine', 'open_run', 'load_method', 'load_encoder', 'Run', 'Diverged',
            'optimise', 'validate', 'cut_log', 'append_log', 'Trainer', 'save', 'restore', 'take_step', 'train_epoch',
-           'end_epoch', 'fit']
+           'validate_epoch', 'end_epoch', 'fit']
 
-# %% ../../nbs/train/03_loop.ipynb #34d15468
+# %% ../../nbs/train/03_loop.ipynb #df345b69
 import json
 import os
 import platform
+import shutil
 import subprocess
 import time
 from collections.abc import Iterable
@@ -35,7 +36,7 @@ from ..methods.method import Method, known
 from .checkpoint import load_checkpoint, save_checkpoint, save_weights, write_atomic, write_json
 from .schedules import cyclic_cosine, plateau_factor, stopped_improving, warmup_cosine, warmup_linear
 
-# %% ../../nbs/train/03_loop.ipynb #9339fbc3
+# %% ../../nbs/train/03_loop.ipynb #4d3a7215
 @dataclass(frozen=True)
 class TrainConfig:
     "How a method is trained, what of the data it sees, and where the run lives."
@@ -94,6 +95,11 @@ class TrainConfig:
     progress: bool = True
     "Show a progress bar."
 
+    def __post_init__(self):
+        for name, least in {"epochs": 1, "batch_size": 1, "accumulate": 1, "save_every": 1, "max_tokens": 3}.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected at least {least}")
+
     @classmethod
     def of(cls, method: Method, run: str | Path, **changes) -> "TrainConfig":
         "The method's own recipe, with changes; ValueError for a setting that does not exist."
@@ -139,7 +145,7 @@ def describe_machine() -> dict[str, Any]:
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
 
-# %% ../../nbs/train/03_loop.ipynb #896fc56c
+# %% ../../nbs/train/03_loop.ipynb #e858a590
 _FREE = ("run", "workers", "progress", "save_every", "device")  # may differ when a run goes on
 
 
@@ -162,8 +168,12 @@ def open_run(method: Method, data: Pack, config: TrainConfig) -> None:
                 raise ValueError(f"{config.run} holds another run: {part} differs in {', '.join(keys) or 'its settings'}. "
                                  f"Choose another run folder, or the same settings to go on.")
         return
-    method.tokenizer.save_pretrained(config.run / "text")
-    method.text_encoder.body.config.save_pretrained(config.run / "text")
+    try:
+        method.tokenizer.save_pretrained(config.run / "text")
+        method.text_encoder.body.config.save_pretrained(config.run / "text")
+    except Exception as error:  # tokenizers has no exception of its own for a full disk
+        shutil.rmtree(config.run / "text", ignore_errors=True)
+        raise OSError(f"could not write {config.run / 'text'}: {error}. Free some space, then run again.") from error
     write_json(config.run / "manifest.json", {"started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), **manifest})
     write_json(there, told)
 
@@ -261,21 +271,23 @@ def optimise(
     inner.after_step()
     return told
 
-# %% ../../nbs/train/03_loop.ipynb #1ec20ea2
+# %% ../../nbs/train/03_loop.ipynb #4b140311
 @torch.no_grad()
-def validate(method: torch.nn.Module, loader: Iterable[Batch | None], accelerator: Accelerator) -> dict[str, float]:
-    "Mean losses over a loader, weighted by batch size, without augmentation or dropout; the method is left in training mode."
+def validate(method: torch.nn.Module, loader: Iterable[Batch], accelerator: Accelerator) -> dict[str, float]:
+    "Mean losses over a loader, weighted by batch size, without augmentation or dropout; the method is left in training mode. Raises Diverged."
     method.eval()
     total, count = {}, 0
     for batch in loader:
-        if batch is not None:
+        if batch:
             losses = method(batch.to(accelerator.device))
+            if not torch.isfinite(losses.total):
+                raise Diverged(f"loss {float(losses.total):g}")
             for name, part in (("loss", losses.total), *losses.parts.items()):
                 total[name] = total.get(name, 0.0) + float(part) * len(batch)
             count += len(batch)
     method.train()
     names = sorted(total)
-    mean = torch.tensor([total[name] / count for name in names], device=accelerator.device)
+    mean = torch.tensor([total[name] / max(count, 1) for name in names], device=accelerator.device)
     return dict(zip(names, accelerator.reduce(mean, "mean").tolist()))
 
 # %% ../../nbs/train/03_loop.ipynb #c875809c
@@ -300,7 +312,7 @@ def append_log(path: Path, lines: list[dict[str, Any]]) -> None:
     except OSError as error:
         raise OSError(f"could not write {path}: {error.strerror}. Free some space, then run again to go on.") from error
 
-# %% ../../nbs/train/03_loop.ipynb #be51a0ab
+# %% ../../nbs/train/03_loop.ipynb #6bf6b903
 @dataclass
 class Trainer:
     "One run in progress."
@@ -315,6 +327,9 @@ class Trainer:
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         ddp = DistributedDataParallelKwargs(find_unused_parameters=True)
         self.accelerator = Accelerator(mixed_precision=c.precision, cpu=c.device == "cpu", kwargs_handlers=[ddp])
+        room = getattr(method.text_encoder.body.config, "max_position_embeddings", c.max_tokens)
+        if c.max_tokens > room:
+            raise ValueError(f"max_tokens is {c.max_tokens}; the text encoder {method.config.text} reads at most {room}")
         settings = dict(preprocessing=method.preprocessing, tokenizer=method.tokenizer, view=c.view, seed=c.seed)
         self.pairs = {split: Pairs(self.data, split=split, train=split == "train", **settings) for split in ("train", "validate")}
         if len(self.pairs["train"]) == 0:
@@ -336,6 +351,12 @@ class Trainer:
         return DataLoader(
             self.pairs[split], batch_sampler=batches, collate_fn=collate, num_workers=self.config.workers,
             generator=torch.Generator(), pin_memory=self.accelerator.device.type == "cuda")
+
+    def diverged(self, what: str, rows: list[int]) -> Diverged:
+        "What to raise, with the names of the studies, when a checkpoint of the steps done is kept."
+        names = ", ".join(self.data.studies["study_id"].iloc[rows].astype(str))
+        return Diverged(f"{what} in {self.config.run}. Its studies: {names}. The checkpoint of step {self.step} is kept; "
+                        f"look at these studies, or lower lr.")
 
     def tell(self, split: str, **values) -> None:
         "Add a line to the log."
@@ -364,14 +385,14 @@ def restore(trainer: Trainer) -> None:
     if trainer.accelerator.scaler:
         trainer.accelerator.scaler.load_state_dict(state["scaler"])
 
-# %% ../../nbs/train/03_loop.ipynb #be4c888e
-def take_step(trainer: Trainer, keys: list[list[tuple[int, int]]], batches: list[Batch | None]) -> dict[str, float]:
+# %% ../../nbs/train/03_loop.ipynb #979b9767
+def take_step(trainer: Trainer, keys: list[list[tuple[int, int]]], batches: list[Batch]) -> dict[str, float]:
     "One optimiser step from the batches that could be read. Diverged names the studies, and leaves a checkpoint behind."
     t, c = trainer, trainer.config
-    for name, reason in (reject for batch in batches if batch for reject in batch.rejects):
-        t.tell("reject", study_id=name, reason=reason)
+    for name, reason in (reject for batch in batches for reject in batch.rejects):
+        t.tell("reject", step=t.step + 1, study_id=name, reason=reason)
     seeds = [counter_seed(c.seed, t.step, i, t.accelerator.process_index, 3) for i in range(len(batches))]
-    good = [(batch, seed) for batch, seed in zip(batches, seeds, strict=True) if batch is not None]
+    good = [(batch, seed) for batch, seed in zip(batches, seeds, strict=True) if batch]
     if not good:
         return {}
     rate = learning_rate(c, t.step, t.steps_per_epoch, t.history)
@@ -383,12 +404,9 @@ def take_step(trainer: Trainer, keys: list[list[tuple[int, int]]], batches: list
     except Diverged as error:
         save(t)
         rows = [t.pairs["train"].items[i][0] for batch in keys for _, i in batch]
-        names = ", ".join(t.data.studies["study_id"].iloc[rows].astype(str))
-        raise Diverged(
-            f"step {t.step + 1} is not finite ({error}) in {c.run}. Its studies: {names}. The checkpoint of step {t.step} "
-            f"is kept; look at these studies, or lower lr.") from None
+        raise t.diverged(f"step {t.step + 1} is not finite ({error})", rows) from None
 
-# %% ../../nbs/train/03_loop.ipynb #40352f2c
+# %% ../../nbs/train/03_loop.ipynb #ef48a0f3
 def train_epoch(trainer: Trainer, bar: tqdm) -> None:
     "The steps of the running epoch that are not done yet. ValueError when too many samples cannot be read."
     t, c, epoch = trainer, trainer.config, len(trainer.history)
@@ -402,23 +420,47 @@ def train_epoch(trainer: Trainer, bar: tqdm) -> None:
         loaded = [next(loader) for _ in keys]
         told = take_step(t, keys, loaded)
         wanted = sum(map(len, keys))
-        seen, bad = seen + wanted, bad + wanted - sum(len(batch) for batch in loaded if batch)
+        seen, bad = seen + wanted, bad + wanted - sum(map(len, loaded))
         if bad > c.max_rejects * max(seen, len(t.pairs["train"])):
             raise ValueError(f"{bad} of {seen} samples could not be read; {c.run / 'metrics.jsonl'} lists them as rejects")
         t.step += 1
         t.tell("train", **told)
         bar.update()
         bar.set_postfix({name: f"{value:.3f}" for name, value in told.items() if name != "lr"}, refresh=False)
-        if t.step % c.save_every == 0:
+        if t.step % c.save_every == 0 and t.step < (epoch + 1) * t.steps_per_epoch:   # the end of an epoch saves by itself
             save(t)
 
-# %% ../../nbs/train/03_loop.ipynb #d04e9844
+# %% ../../nbs/train/03_loop.ipynb #70ca9b97
+def validate_epoch(trainer: Trainer) -> dict[str, float]:
+    "Log the validation losses, and return them. Diverged names the studies; ValueError when too many cannot be read."
+    t, c, rejects, rows = trainer, trainer.config, [], []
+    keys = t.batches("validate", 0)
+
+    def watched() -> Iterable[Batch]:
+        for batch in t.load("validate", keys):
+            rejects.extend(batch.rejects)
+            rows[:] = batch.study_id.tolist()
+            yield batch
+
+    try:
+        told = validate(t.prepared, watched(), t.accelerator)
+    except Diverged as error:
+        save(t)
+        raise t.diverged(f"validation after step {t.step} is not finite ({error})", rows) from None
+    for name, reason in rejects:
+        t.tell("reject", study_id=name, reason=reason)
+    if len(rejects) > c.max_rejects * sum(map(len, keys)):
+        raise ValueError(f"{len(rejects)} of {sum(map(len, keys))} validation samples could not be read; "
+                         f"{c.run / 'metrics.jsonl'} lists them as rejects")
+    t.tell("validate", **told)
+    return told
+
+# %% ../../nbs/train/03_loop.ipynb #67292a64
 def end_epoch(trainer: Trainer) -> None:
     "Validate, keep the weights if they are the best so far, and write a checkpoint."
     t, told = trainer, {"loss": float("nan")}
     if len(t.pairs["validate"]):
-        told = validate(t.prepared, t.load("validate", t.batches("validate", 0)), t.accelerator)
-        t.tell("validate", **told)
+        told = validate_epoch(t)
     t.history.append(told["loss"])
     if t.accelerator.is_main_process and not told["loss"] > min(t.history):
         save_weights(t.config.run / "weights.safetensors", t.method)
