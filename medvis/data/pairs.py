@@ -30,12 +30,12 @@ def counter_seed(
     "A seed that depends on all the numbers and their order, and on nothing else."
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
 
-# %% ../../nbs/data/07_pairs.ipynb #59214b9a
+# %% ../../nbs/data/07_pairs.ipynb #6d2d435a
 @contextmanager
 def seeded(*numbers: int):
-    "Seed torch's global generator from counters, and put it back as it was."
+    "Seed torch's global CPU generator from counters, and put it back as it was."
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(counter_seed(*numbers))
+        torch.default_generator.manual_seed(counter_seed(*numbers))
         yield
 
 # %% ../../nbs/data/07_pairs.ipynb #50c6f4ba

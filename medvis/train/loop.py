@@ -238,7 +238,7 @@ class Run:
 class Diverged(RuntimeError):
     "A loss or gradient that is not finite; says which studies were in the batch."
 
-# %% ../../nbs/train/03_loop.ipynb #fa71074c
+# %% ../../nbs/train/03_loop.ipynb #7d7a3f6a
 def optimise(
     method: torch.nn.Module,     # as prepared by accelerate
     optimizer: torch.optim.Optimizer,
@@ -254,7 +254,9 @@ def optimise(
     optimizer.zero_grad()
     for i, (batch, seed) in enumerate(zip(batches, seeds, strict=True)):
         last = i == len(batches) - 1
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
+        if accelerator.device.type == "cuda":
+            torch.cuda.manual_seed(seed)
         with nullcontext() if last else accelerator.no_sync(method):
             losses = method(batch.to(accelerator.device))
             accelerator.backward(losses.total / len(batches))
