@@ -147,11 +147,11 @@ def _read_part(plan: _Plan, number: int) -> dict | None:
         return None
     return table if whole else None
 
-# %% ../../nbs/data/05_pack.ipynb #b4c1366c
+# %% ../../nbs/data/05_pack.ipynb #d5657df5
 def _end_with_parent() -> None:
     "In a worker: watch the main process, and exit when it has gone"
     if parent := multiprocessing.parent_process():
-        threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+        threading.Thread(target=lambda: (parent.join(), os._exit(1)), name="end-with-parent", daemon=True).start()
 
 # %% ../../nbs/data/05_pack.ipynb #6e05080b
 def _build_parts(plan: _Plan, jobs: dict[int, Sequence], workers: int) -> Iterator[int]:
