@@ -430,3 +430,15 @@ def test_nothing_to_train_on(tmp_path):
     with pytest.raises(ValueError, match="pack has no study with text in its train split"):
         fit(method, data, settings(method, tmp_path / "run"))
     assert not (tmp_path / "run").exists()
+
+
+@every_method
+def test_bfloat16(kind, pack, tokenizer, tmp_path):
+    "Mixed precision goes through the same losses: finite, and near those in single precision at the first step."
+    first = {}
+    for precision in ("no", "bf16"):
+        method = build(kind, tokenizer)
+        run = fit(method, Pack(pack), settings(method, tmp_path / precision, precision=precision))
+        first[precision] = run.metrics["loss"].iloc[0]
+        assert run.metrics["loss"].notna().all()
+    assert abs(first["bf16"] - first["no"]) < 0.2 * first["no"]

@@ -40,7 +40,7 @@ def group_matrix(
     groups = max(int(index.max()) + 1, 1) if index.numel() else 1
     return index[:, None, :] == torch.arange(groups, device=index.device)[None, :, None]
 
-# %% ../../nbs/encoders/01_features.ipynb #6bc5fee3
+# %% ../../nbs/encoders/01_features.ipynb #4ccef6ff
 def pool_tokens(
     tokens: Tensor,       # (B, T, D)
     index: Tensor,        # (B, T) int64 group of every token, -1 = none
@@ -53,7 +53,7 @@ def pool_tokens(
     if mode == "max":
         slot = index.clamp(min=0)[..., None].expand_as(tokens)
         low = tokens.masked_fill((index < 0)[..., None], -torch.inf)
-        top = torch.full_like(total, -torch.inf).scatter_reduce(1, slot, low, "amax")
+        top = tokens.new_full(total.shape, -torch.inf).scatter_reduce(1, slot, low, "amax")
         return top.masked_fill(~mask[..., None], 0), mask
     size = member.sum(-1, keepdim=True).clamp(min=1)
     return {"sum": total, "mean": total / size}[mode], mask

@@ -7,7 +7,7 @@ __all__ = ['TrainConfig', 'learning_rate', 'describe_machine', 'open_run', 'load
            'optimise', 'validate', 'cut_log', 'append_log', 'Trainer', 'save', 'restore', 'take_step', 'train_epoch',
            'validate_epoch', 'end_epoch', 'fit']
 
-# %% ../../nbs/train/03_loop.ipynb #df345b69
+# %% ../../nbs/train/03_loop.ipynb #65799a4e
 import json
 import os
 import platform
@@ -24,6 +24,7 @@ from typing import Any, Literal
 import pandas as pd
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
@@ -314,7 +315,7 @@ def append_log(path: Path, lines: list[dict[str, Any]]) -> None:
     except OSError as error:
         raise OSError(f"could not write {path}: {error.strerror}. Free some space, then run again to go on.") from error
 
-# %% ../../nbs/train/03_loop.ipynb #6bf6b903
+# %% ../../nbs/train/03_loop.ipynb #0cc2d6a7
 @dataclass
 class Trainer:
     "One run in progress."
@@ -328,6 +329,8 @@ class Trainer:
         c, method = self.config, self.method
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         ddp = DistributedDataParallelKwargs(find_unused_parameters=True)
+        if int(os.environ.get("WORLD_SIZE", 1)) == 1:  # accelerate keeps the precision and device of an earlier run in this process
+            AcceleratorState._reset_state(reset_partial_state=True)
         self.accelerator = Accelerator(mixed_precision=c.precision, cpu=c.device == "cpu", kwargs_handlers=[ddp])
         room = getattr(method.text_encoder.body.config, "max_position_embeddings", c.max_tokens)
         if c.max_tokens > room:
