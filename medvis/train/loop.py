@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TrainConfig', 'learning_rate', 'describe_machine', 'open_run', 'load_method', 'load_encoder', 'Run', 'Diverged',
-           'optimise', 'validate', 'cut_log', 'append_log', 'Trainer', 'save', 'restore', 'take_step', 'train_epoch',
-           'validate_epoch', 'end_epoch', 'fit']
+           'optimise', 'validate', 'cut_log', 'append_log', 'make_accelerator', 'Trainer', 'save', 'restore',
+           'take_step', 'train_epoch', 'validate_epoch', 'end_epoch', 'fit']
 
 # %% ../../nbs/train/03_loop.ipynb #65799a4e
 import json
@@ -315,7 +315,15 @@ def append_log(path: Path, lines: list[dict[str, Any]]) -> None:
     except OSError as error:
         raise OSError(f"could not write {path}: {error.strerror}. Free some space, then run again to go on.") from error
 
-# %% ../../nbs/train/03_loop.ipynb #0cc2d6a7
+# %% ../../nbs/train/03_loop.ipynb #7320138b
+def make_accelerator(config: TrainConfig) -> Accelerator:
+    "Device and precision of a run. Accelerate keeps those of an earlier run in the same process: alone, we forget them first."
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        AcceleratorState._reset_state(reset_partial_state=True)
+    ddp = DistributedDataParallelKwargs(find_unused_parameters=True)
+    return Accelerator(mixed_precision=config.precision, cpu=config.device == "cpu", kwargs_handlers=[ddp])
+
+# %% ../../nbs/train/03_loop.ipynb #add59250
 @dataclass
 class Trainer:
     "One run in progress."
@@ -328,10 +336,7 @@ class Trainer:
     def __post_init__(self):
         c, method = self.config, self.method
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-        ddp = DistributedDataParallelKwargs(find_unused_parameters=True)
-        if int(os.environ.get("WORLD_SIZE", 1)) == 1:  # accelerate keeps the precision and device of an earlier run in this process
-            AcceleratorState._reset_state(reset_partial_state=True)
-        self.accelerator = Accelerator(mixed_precision=c.precision, cpu=c.device == "cpu", kwargs_handlers=[ddp])
+        self.accelerator = make_accelerator(c)
         room = getattr(method.text_encoder.body.config, "max_position_embeddings", c.max_tokens)
         if c.max_tokens > room:
             raise ValueError(f"max_tokens is {c.max_tokens}; the text encoder {method.config.text} reads at most {room}")
