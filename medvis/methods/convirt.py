@@ -32,7 +32,7 @@ class ConVIRTConfig(MethodConfig):
     weight: float = 1.0
     "Factor of the loss: 2 makes the half-half mean of the directions their sum."
 
-# %% ../../nbs/methods/02_convirt.ipynb #a1452a9b
+# %% ../../nbs/methods/02_convirt.ipynb #486515ce
 _PAPER = dict(freeze_text=6)
 _PAPER_RECIPE = dict(
     optimizer="adam", lr=1e-4, weight_decay=1e-6, batch_size=32, epochs=500, schedule="plateau", plateau_patience=12,
@@ -46,7 +46,7 @@ _MGCA_RECIPE = dict(
 _TINY = dict(image="tiny_resnet", image_weights=None, text="tiny-bert", hidden=256, dim=128, negatives="other-patient")
 _TINY_RECIPE = dict(
     lr=1e-3, weight_decay=0.05, batch_size=64, epochs=8, schedule="warmup-cosine", warmup=0.1, augment="mgca",
-    sentences="one", max_tokens=96)
+    sentences="one", max_tokens=128)
 
 # %% ../../nbs/methods/02_convirt.ipynb #9680ca38
 class ConVIRT(Method):

@@ -58,7 +58,7 @@ class MGCAConfig(MethodConfig):
     word_weights: str = "attention"
     "Words weigh by their own attention, or by the next token's (shifted, as released)."
 
-# %% ../../nbs/methods/03_mgca.ipynb #e003ae19
+# %% ../../nbs/methods/03_mgca.ipynb #eef5bae8
 _RESNET50 = dict(image="resnet50", layer="layer3", upsample=299)
 _RELEASED = dict(
     text_layers=6, tau_instance=0.07, tau_token=0.1, directions="sum", learned_attention=False, mask_padding=False,
@@ -70,7 +70,7 @@ _TINY = dict(
     image="tiny_resnet", image_weights=None, text="tiny-bert", whole_text="mean", hidden=256, prototypes=50,
     learned_attention=False, negatives="other-patient")
 _TINY_RECIPE = dict(
-    lr=2e-3, weight_decay=0.05, batch_size=64, epochs=4, schedule="warmup-cosine", warmup=0.1, augment="mgca", max_tokens=96)
+    lr=2e-3, weight_decay=0.05, batch_size=64, epochs=4, schedule="warmup-cosine", warmup=0.1, augment="mgca", max_tokens=128)
 PRESETS = {
     "paper": ({}, _RECIPE),
     "paper-resnet50": (_RESNET50, _RECIPE),
