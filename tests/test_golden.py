@@ -1,32 +1,12 @@
 """The objectives against numbers that the published code of MGCA computed (`golden/`), gradients included."""
-from pathlib import Path
-
-import numpy as np
 import pytest
 import torch
+from goldens import golden, leaves, same, same_gradients
 
 from medvis.encoders.heads import ProjectionHead
 from medvis.objectives.contrastive import clip_loss
 from medvis.objectives.prototypes import prototype_loss, sinkhorn
 from medvis.objectives.tokens import clip_weights, gather_context, token_alignment_loss, unit
-
-
-def golden(name: str) -> dict[str, torch.Tensor]:
-    with np.load(Path(__file__).parent / "golden" / f"{name}.npz") as file:
-        return {key: torch.tensor(file[key]) for key in file.files}
-
-
-def leaves(g: dict, *names: str) -> list[torch.Tensor]:
-    return [g[name].clone().requires_grad_() for name in names]
-
-
-def same(found: torch.Tensor, wanted: torch.Tensor, rtol: float = 1e-9, atol: float = 1e-12) -> None:
-    torch.testing.assert_close(found.double(), wanted.double(), rtol=rtol, atol=atol)
-
-
-def same_gradients(loss: torch.Tensor, of: list, wanted: list, **tolerance) -> None:
-    for found, want in zip(torch.autograd.grad(loss, of, retain_graph=True), wanted, strict=True):
-        same(found, want, **tolerance)
 
 
 def test_instance():
