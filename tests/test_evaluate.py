@@ -305,5 +305,5 @@ def test_pointing_game_door(pairs):
     told = player.correspondence(batch)
     masks = {(t.item, t.word): t.mask for t in ground.phantom_targets(pairs, range(8))}
     found = ground.pointing_game(told, masks, groups=batch.patient_id.tolist())
-    table = ground.phantom_pointing(player, pairs, range(8)).table
+    table = ground.phantom_pointing(player, pairs, range(8)).select(role=None)
     assert np.isclose(found.hit_rate.value, table["hit"].mean()) and found.groups == table["patient"].nunique()

@@ -142,13 +142,27 @@ def _mgca_augmentation(size: int, crop: float) -> list[Callable]:
     "MGCA's training augmentation: a crop at a random place, of the share of the side that evaluation keeps"
     return [v2.Resize(round(size / crop), antialias=True), v2.RandomCrop(size)]
 
-# %% ../../nbs/data/03_images.ipynb #d0e0c93c
+# %% ../../nbs/data/03_images.ipynb #60c1dcba
+def _local_mi_augmentation(size: int, crop: float) -> list[Callable]:
+    "local-mi's training augmentation: rotated and shifted before the centre is cropped (released code)"
+    motion = v2.RandomAffine(20, translate=(0.1, 0.1), interpolation=InterpolationMode.NEAREST, fill=0)
+    return [v2.Resize(round(size / crop), antialias=True), motion, v2.CenterCrop(size)]
+
+# %% ../../nbs/data/03_images.ipynb #7cacf690
 def _no_augmentation(size: int, crop: float) -> list[Callable]:
     "What evaluation does: the whole image resized, its centre kept"
     return [v2.Resize(round(size / crop), antialias=True), v2.CenterCrop(size)]
 
 
-AUGMENTATIONS = {"mgca": _mgca_augmentation, "lovt": _lovt_augmentation, "none": _no_augmentation}
+AUGMENTATIONS = {
+    "mgca": _mgca_augmentation, "lovt": _lovt_augmentation, "local-mi": _local_mi_augmentation, "none": _no_augmentation}
+
+# %% ../../nbs/data/03_images.ipynb #aea59bca
+def _by_own_maximum(
+    image: torch.Tensor,    # (..., C, H, W)
+) -> torch.Tensor:
+    "Divide each image by its maximum, a black one by a thousandth (local-mi, released code)"
+    return image / image.amax((-3, -2, -1), keepdim=True).clamp(min=1e-3)
 
 # %% ../../nbs/data/03_images.ipynb #23bba28f
 def _on_stack(
@@ -159,7 +173,7 @@ def _on_stack(
     out = transform(masks.reshape(-1, *masks.shape[-2:]))
     return out.reshape(*masks.shape[:-2], *out.shape[-2:])
 
-# %% ../../nbs/data/03_images.ipynb #407dd59f
+# %% ../../nbs/data/03_images.ipynb #c99c27ed
 @dataclass(frozen=True)
 class Preprocessing:
     """The geometry and intensities that an encoder expects: from a (1, H, W) uint8 square to (channels, size, size) float32."""
@@ -174,16 +188,19 @@ class Preprocessing:
     """Subtracted after scaling to 0 .. 1."""
     std: float = 0.5
     """Divided by."""
+    scale: Literal["unit", "max"] = "unit"
+    """What becomes 1 before that: grey level 255 (unit), or the image's own maximum (max; local-mi)."""
 
     def __post_init__(self):
-        if not (self.size >= 1 and 0 < self.crop <= 1 and self.channels in (1, 3) and self.std > 0):
-            raise ValueError(f"expected size >= 1, 0 < crop <= 1, 1 or 3 channels and std > 0, found {self}")
+        if not (self.size >= 1 and 0 < self.crop <= 1 and self.channels in (1, 3) and self.std > 0 and self.scale in ("unit", "max")):
+            raise ValueError(f"expected size >= 1, 0 < crop <= 1, 1 or 3 channels, std > 0 and scale unit or max, found {self}")
 
     def _finish(self) -> list[Callable]:
-        return [v2.ToDtype(torch.float32, scale=True), v2.Normalize([self.mean], [self.std]), v2.Grayscale(self.channels)]
+        scaled = {"unit": [v2.ToDtype(torch.float32, scale=True)], "max": [v2.ToDtype(torch.float32), _by_own_maximum]}
+        return [*scaled[self.scale], v2.Normalize([self.mean], [self.std]), v2.Grayscale(self.channels)]
 
     def eval(self) -> v2.Compose:
-        "(1, H, W) uint8 -> (channels, size, size) float32: resize to size / crop, centre crop, scale to 0 .. 1, normalise"
+        "(1, H, W) uint8 -> (channels, size, size) float32: resize to size / crop, centre crop, scale, normalise"
         return v2.Compose(_no_augmentation(self.size, self.crop) + self._finish())
 
     def train(self, augment: str = "mgca") -> v2.Compose:

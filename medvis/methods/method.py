@@ -98,7 +98,7 @@ def known(what: str, names: Iterable[str], there: Iterable[str]) -> None:
         if name not in there:
             raise ValueError(f"{name!r} is no {what}; there are: {', '.join(there)}")
 
-# %% ../../nbs/methods/01_method.ipynb #64ab4f6c
+# %% ../../nbs/methods/01_method.ipynb #c5d04a9a
 NEGATIVES = ("all", "other-study", "other-patient")
 
 
@@ -112,7 +112,7 @@ class Method(nn.Module):
         super().__init__()
         if tokenizer is None and config.text in ("tiny-bert", "bert-base"):
             tokenizer = phantom_tokenizer()
-        options = {key: getattr(config, key) for key in ("layer", "upsample") if getattr(config, key) is not None}
+        options = {key: value for key in ("layer", "upsample", "local_grid") if (value := getattr(config, key, None)) is not None}
         known("rule for negatives", [config.negatives], NEGATIVES)
         self.config, self.recipe, self.preset = config, {}, None
         self.image_encoder = image_encoder(config.image, config.image_weights, **options)

@@ -5,15 +5,15 @@
 # %% auto #0
 __all__ = ['sinkhorn', 'prototype_loss']
 
-# %% ../../nbs/objectives/03_prototypes.ipynb #390d8015
+# %% ../../nbs/objectives/03_prototypes.ipynb #5ac7077e
 import math
 
 import torch
 from torch import Tensor
 
-from .contrastive import unit
+from .contrastive import single, unit
 
-# %% ../../nbs/objectives/03_prototypes.ipynb #e86afec8
+# %% ../../nbs/objectives/03_prototypes.ipynb #34a2ecaa
 @torch.no_grad()
 def sinkhorn(
     scores: Tensor,          # (B, K) cosines of samples and prototypes
@@ -22,13 +22,13 @@ def sinkhorn(
 ) -> Tensor:                 # (B, K) codes, rows sum to 1; no gradient
     "Balanced soft assignment of samples to prototypes (SwAV; MGCA 3.2)."
     B, K = scores.shape
-    log_q = (scores.float() if scores.dtype in (torch.float16, torch.bfloat16) else scores) / epsilon
+    log_q = single(scores) / epsilon
     for _ in range(iterations):
         log_q = log_q - log_q.logsumexp(0, keepdim=True) - math.log(K)
         log_q = log_q - log_q.logsumexp(1, keepdim=True) - math.log(B)
     return log_q.softmax(1)
 
-# %% ../../nbs/objectives/03_prototypes.ipynb #5b18604a
+# %% ../../nbs/objectives/03_prototypes.ipynb #25f71756
 def prototype_loss(
     image: Tensor,              # (B, d) projected images
     text: Tensor,               # (B, d) the reports of the same rows
@@ -39,9 +39,9 @@ def prototype_loss(
 ) -> Tensor:                    # scalar
     "Each side predicts the other side's prototype assignment (MGCA Eq. 7-9)."
     with torch.autocast(image.device.type, enabled=False):
+        image, text, prototypes = unit(image), unit(text), single(prototypes).to(unit(image).dtype)
         prototypes = prototypes / prototypes.detach().norm(dim=-1, keepdim=True)
-        prototypes = prototypes.to(unit(image).dtype)
-        score_image, score_text = unit(image) @ prototypes.T, unit(text) @ prototypes.T
+        score_image, score_text = image @ prototypes.T, text @ prototypes.T
         code_image, code_text = sinkhorn(score_image, epsilon, iterations), sinkhorn(score_text, epsilon, iterations)
         from_image = (code_text * (score_image / temperature).log_softmax(1)).sum(1)
         from_text = (code_image * (score_text / temperature).log_softmax(1)).sum(1)
