@@ -28,11 +28,11 @@ def soft_dice(
     both, total = (probability * target).sum(dims), probability.sum(dims) + target.sum(dims)
     return (2 * both + smooth) / (total + smooth).clamp(min=1e-7)
 
-# %% ../../nbs/evaluate/06_segment.ipynb #14f347f3
+# %% ../../nbs/evaluate/06_segment.ipynb #55f7e6b4
 def dice_loss(
     logits: Tensor,  # (B, H, W) or (B, C, H, W)
     target: Tensor,  # same shape, 0..1
-    per_class: bool = False,  # a Dice for each class of axis 1, then their mean; False: all classes in one sum (LoVT's code)
+    per_class: bool = False,  # the mean of a Dice for each class of axis 1; False: all in one sum (LoVT's code)
 ) -> Tensor:  # scalar in 0..1
     """Soft Dice loss over the batch; 0, with no gradient, for a class (or batch) without a positive pixel."""
     dims = tuple(axis for axis in range(logits.ndim) if not (per_class and axis == 1))
