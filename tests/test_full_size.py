@@ -9,15 +9,23 @@ import torch
 
 from medvis.data.pairs import Pairs, collate
 from medvis.data.prepare import PhantomConfig, prepare_phantom
-from medvis.methods import MGCA, METHODS, ConVIRT
+from medvis.methods import CLIP, METHODS, MGCA, ConVIRT, GlobalMI, GLoRIA, LocalMI, LoVT, MixtureMI
 from medvis.methods.method import phantom_tokenizer
 from medvis.train import TrainConfig, load_encoder
+from medvis.train.loop import parameter_groups
 
 FULL = {
     "MGCA with ViT-B/16": (MGCA, "paper", (14, 14)),
     "MGCA with ResNet-50": (MGCA, "paper-resnet50", (19, 19)),
     "ConVIRT with ResNet-50": (ConVIRT, "paper", (7, 7)),
+    "CLIP with ResNet-50": (CLIP, "paper", (7, 7)),
+    "GLoRIA with ResNet-50": (GLoRIA, "paper", (19, 19)),
+    "LoVT with ResNet-50": (LoVT, "paper", (7, 7)),
+    "global-mi with ResNet-256": (GlobalMI, "paper", (4, 4)),
+    "local-mi with ResNet-256": (LocalMI, "paper", (4, 4)),
+    "mixture-mi with ResNet-50": (MixtureMI, "full", (14, 14)),
 }
+BEHIND_THE_REGIONS = {LocalMI: ("layer6",), MixtureMI: ("layer4",)}  # these regions come from an earlier layer
 
 
 @pytest.fixture(scope="module")
@@ -40,20 +48,25 @@ def test_one_step(name, pack, tokenizer):
     body = method.text_encoder.body.config
     assert (body.num_hidden_layers, body.hidden_size, body.num_attention_heads) == (12, 768, 12)
     pairs = Pairs(pack, method.tokenizer, method.preprocessing, method.view, train=True)
-    batch = collate([pairs[0], pairs[1]])
-    assert batch.image.shape == (2, 3, 224, 224)
+    batch = collate([pairs[0], pairs[len(pairs) - 1]])
+    assert batch.patient_id[0] != batch.patient_id[1], "two patients, since some methods contrast only these"
+    side = 256 if method.config.image == "resnet256" else 224
+    assert batch.image.shape[0] == 2 and batch.image.shape[2:] == (side, side)
 
     config = TrainConfig.of(method, "run")
     learned = {key: value for key, value in method.named_parameters() if value.requires_grad}
+    groups = parameter_groups(method, config)
+    rates = [group.pop("config").lr for group in groups]
     made = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.optimizer]
-    optimizer = made(learned.values(), lr=config.lr, weight_decay=config.weight_decay)
+    optimizer = made([{**group, "lr": lr} for group, lr in zip(groups, rates, strict=True)], betas=config.betas)
     method.train()
     losses = method(batch)
     losses.total.backward()
-    assert torch.isfinite(losses.total) and losses.total > 0
+    assert torch.isfinite(losses.total) and losses.total != 0
     assert torch.isclose(sum(losses.parts.values()), losses.total.detach())
     unused = {key for key, value in learned.items() if value.grad is None}
-    assert unused == {key for key in learned if ".body.fc." in key}, "these parts take no part in the loss"
+    behind = (".body.fc.", *(f".body.{layer}." for layer in BEHIND_THE_REGIONS.get(kind, ())))
+    assert unused == {key for key in learned if any(part in key for part in behind)}, "these parts take no part in the loss"
     assert all(torch.isfinite(value.grad).all() for key, value in learned.items() if key not in unused)
 
     before = {key: value.detach().clone() for key, value in method.named_parameters()}
@@ -81,7 +94,7 @@ def test_presets_are_complete(name, tmp_path):
     method.recipe = dict(recipe)
     assert TrainConfig.of(method, tmp_path).batch_size > 1
     parameters = sum(value.numel() for value in method.parameters())
-    assert parameters > (5e7 if preset != "tiny" else 1e6)
+    assert parameters > (5e7 if preset != "tiny" else 2e5)
     assert len(method.text_encoder.body.encoder.layer) == (config.get("text_layers") or 12)
 
 

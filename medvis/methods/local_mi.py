@@ -40,7 +40,7 @@ class MutualInformationConfig(MethodConfig):
     chunk: int = 65_536
     "Most pairs judged at a time; beyond that they are judged again in the backward pass, to save memory."
 
-# %% ../../nbs/methods/05_local_mi.ipynb #bf1d3922
+# %% ../../nbs/methods/05_local_mi.ipynb #75f325e3
 BOUNDS = {"cpc": cpc_bound, "mine": dv_bound, "cpc-released": released_cpc}
 
 
@@ -81,14 +81,14 @@ class MutualInformation(Method):
         text = encode_sentences(self.text_encoder, *inputs, batch.word_index, batch.sentence_index)
         words = encode_sentences(self.text_encoder, *inputs, batch.word_index, batch.word_index).sentences
         scores = [
-            torch.stack([self.discriminator.scores(*one, self.config.chunk) for one in zip(self.places(image), targets, strict=True)])
-            for targets in (words, text.sentences)]
+            torch.stack([self.discriminator.scores(*one, self.config.chunk) for one in zip(self.places(image), of, strict=True)])
+            for of in (words, text.sentences)]
         return Correspondence(*scores, text.word_mask, text.sentence_mask, image.grid)
 
-# %% ../../nbs/methods/05_local_mi.ipynb #794ed88e
+# %% ../../nbs/methods/05_local_mi.ipynb #b46e649c
 _RECIPE = dict(
-    optimizer="adamw", lr=5e-4, schedule="constant", text_lr=2e-5, text_weight_decay=0.1, text_schedule="warmup-linear", warmup=0.1,
-    epochs=5, batch_size=8, augment="local-mi", per="image", max_tokens=320)
+    optimizer="adamw", lr=5e-4, schedule="constant", text_lr=2e-5, text_weight_decay=0.1, text_schedule="warmup-linear",
+    warmup=0.1, epochs=5, batch_size=8, augment="local-mi", per="image", max_tokens=320)
 _TINY = dict(
     image="tiny_resnet", image_weights=None, local_grid=None, layer="layer4", text="tiny-bert", text_feature="mean",
     hidden=(256, 128), negatives="other-patient")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-# %% ../../nbs/objectives/04_mutual_information.ipynb #dff511f7
+# %% ../../nbs/objectives/04_mutual_information.ipynb #e727e590
 class Discriminator(nn.Module):
     "How well an image feature and a text feature fit: a perceptron on the two side by side, in single precision at least."
 
@@ -46,7 +46,8 @@ class Discriminator(nn.Module):
     ) -> Tensor:                    # (B, C)
         "Scores of all pairs: every image in a row, every text in a column."
         if text.ndim != 2 or image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[1] != len(text)):
-            raise ValueError(f"expected images (B, Di) or (B, C, Di) and texts (C, Dt); found {tuple(image.shape)}, {tuple(text.shape)}")
+            found = f"{tuple(image.shape)} and {tuple(text.shape)}"
+            raise ValueError(f"expected images (B, Di) or (B, C, Di), and texts (C, Dt); found {found}")
         with torch.autocast(image.device.type, enabled=False):
             text, step = self._first("text", text), len(image) if chunk is None else max(chunk // max(len(text), 1), 1)
 
