@@ -12,7 +12,7 @@ import os
 # %% ../nbs/cli/01_cli.ipynb #d0a9c500
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-# %% ../nbs/cli/01_cli.ipynb #09dedb26
+# %% ../nbs/cli/01_cli.ipynb #2097e6b4
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, make_dataclass
@@ -29,6 +29,7 @@ from .encoders import train_tokenizer
 from .evaluate import linear_probe, paired_gain
 from .methods import METHODS
 from .studies.demo import DemoConfig, demo, probe_lines
+from .studies.grounding import GroundingConfig, grounding
 from .studies.show import show_run
 from .train import Diverged, Run, TrainConfig, fit, load_encoder, load_method
 
@@ -173,13 +174,14 @@ def prepare(config: PrepareConfig) -> Pack:
         print(f"  left out: {count} x {reason}")
     return pack
 
-# %% ../nbs/cli/01_cli.ipynb #a135c733
+# %% ../nbs/cli/01_cli.ipynb #8d9d4d72
 COMMANDS = {
     "demo": (DemoConfig, demo),
     "prepare": (PrepareConfig, prepare),
     "pretrain": (PretrainConfig, None),
     "probe": (ProbeConfig, probe),
     "show": (ShowConfig, show),
+    "grounding": (GroundingConfig, grounding),
 }
 
 # %% ../nbs/cli/01_cli.ipynb #35769787

@@ -232,7 +232,7 @@ def test_unknown_words(home, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("setting", [
-    "image", "text", "layer", "negatives", "directions", "whole-text", "word-weights", "augment", "image-weights"])
+    "image", "text", "layer", "negatives", "directions", "whole-text", "augment", "image-weights"])
 def test_settings_that_do_not_exist(setting, home, tmp_path, capsys):
     "Every setting that is a word is checked before the run begins."
     argv = ["pretrain", "mgca", "--data", home / "pack", "--run", tmp_path / "run", *SMALL, f"--{setting}", "nonsense"]
@@ -288,6 +288,22 @@ def test_show_of_what_is_not_a_run(home, tmp_path, capsys):
     told = fails(capsys, "show", home / "pack")
     assert f"{home / 'pack'} is not a run" in told
     assert not any(tmp_path.iterdir())
+
+
+# ---- every method
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_pretrains(method, home, tmp_path, capsys):
+    "From the command line, at its tiny preset, to weights that load; another preset's options are there to see."
+    argv = ["pretrain", method, "--preset", "tiny", "--data", home / "pack", "--run", tmp_path / "run", "--no-progress"]
+    succeeds(capsys, *argv, "--epochs", "1", "--batch-size", "16", "--max-tokens", "64")
+    made = Run(tmp_path / "run")
+    assert made.config["method"] == method and made.metrics.loss.notna().all()
+    loaded = made.method()
+    assert type(loaded) is METHODS[method] and loaded.preset == "tiny"
+    full = [preset for preset in METHODS[method].presets if preset != "tiny"]
+    code, out, _ = run(capsys, "pretrain", method, "--preset", full[0], "--help")
+    assert code == 0 and all(preset in out for preset in full)
 
 
 # ---- help, and the command that pip installed

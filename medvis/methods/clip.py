@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from .convirt import ConVIRT, ConVIRTConfig
 
-# %% ../../nbs/methods/06_clip.ipynb #b77f8d79
+# %% ../../nbs/methods/06_clip.ipynb #f0b680e5
 @dataclass(frozen=True)
 class CLIPConfig(ConVIRTConfig):
     "Settings of CLIP as LoVT configured it."
@@ -18,7 +18,7 @@ class CLIPConfig(ConVIRTConfig):
     "Image vector: attention pooling of the regions, or the encoder's own."
     norm: str = "hidden"
     "Batch normalisation of the heads: none, hidden or both."
-    init: str = "kaiming"
+    head_init: str = "kaiming"
     "First weights of the heads: torch, or kaiming (LoVT)."
 
 # %% ../../nbs/methods/06_clip.ipynb #f950507b

@@ -13,7 +13,7 @@ from ..encoders.heads import AttentionPool, ProjectionHead
 from .method import Correspondence, Losses, Method, MethodConfig, add_up, cosine_correspondence, known, negatives
 from ..objectives.contrastive import clip_loss
 
-# %% ../../nbs/methods/02_convirt.ipynb #1a03c415
+# %% ../../nbs/methods/02_convirt.ipynb #faf1141e
 @dataclass(frozen=True)
 class ConVIRTConfig(MethodConfig):
     "Settings of ConVIRT."
@@ -25,7 +25,7 @@ class ConVIRTConfig(MethodConfig):
     "Report vector: max over all tokens, mean, or cls."
     norm: str = "none"
     "Batch normalisation of the heads: none, hidden or both."
-    init: str = "torch"
+    head_init: str = "torch"
     "First weights of the heads: torch, or kaiming (LoVT)."
     dim: int = 512
     "Width of the shared space."
@@ -36,8 +36,8 @@ class ConVIRTConfig(MethodConfig):
     weight: float = 1.0
     "Factor of the loss: 2 makes the half-half mean of the directions their sum."
 
-# %% ../../nbs/methods/02_convirt.ipynb #5a8c9a9c
-_PAPER = dict(freeze_text=6, init="kaiming")
+# %% ../../nbs/methods/02_convirt.ipynb #62d8c48c
+_PAPER = dict(freeze_text=6, head_init="kaiming")
 _PAPER_RECIPE = dict(
     optimizer="adam", lr=1e-4, weight_decay=1e-6, batch_size=32, epochs=500, schedule="plateau", plateau_patience=12,
     patience=15, augment="lovt", sentences="one", per="study", punctuation=True)
@@ -59,7 +59,7 @@ PRESETS = {
     "tiny": (_TINY, _TINY_RECIPE),
 }
 
-# %% ../../nbs/methods/02_convirt.ipynb #6cb94dfe
+# %% ../../nbs/methods/02_convirt.ipynb #61164b69
 class ConVIRT(Method):
     "Contrast of whole images and whole texts (ConVIRT, as configured by LoVT and by MGCA)."
 
@@ -71,8 +71,8 @@ class ConVIRT(Method):
         known("image vector", [config.whole_image], ("encoder", "attention"))
         attends, image, size = config.whole_image == "attention", self.image_encoder, (config.hidden, config.dim)
         self.pool = AttentionPool(image.region_dim) if attends else None
-        self.image_head = ProjectionHead(image.region_dim if attends else image.whole_dim, *size, config.norm, config.init)
-        self.text_head = ProjectionHead(self.text_encoder.dim, *size, config.norm, config.init)
+        self.image_head = ProjectionHead(image.region_dim if attends else image.whole_dim, *size, config.norm, config.head_init)
+        self.text_head = ProjectionHead(self.text_encoder.dim, *size, config.norm, config.head_init)
 
     def forward(self, batch: Batch) -> Losses:
         "The contrastive loss of a batch."
