@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from medvis.data.pairs import Sample, collate, tokenise
+from medvis.encoders.features import ImageFeatures
 from medvis.encoders.text import encode_sentences
 from medvis.methods.local_mi import BOUNDS, GlobalMI, LocalMI
 from medvis.methods.method import phantom_tokenizer
@@ -324,6 +325,18 @@ def test_local_loss(bound, region_select, negatives_regions, tokenizer):
     losses = method(batch)
     torch.testing.assert_close(losses.total, -wanted)
     torch.testing.assert_close(losses.parts, {"mutual_information": -wanted.detach()})
+
+
+def test_selection_by_bound_leaves_out_what_the_loss_does(tokenizer):
+    "Texts of the same study are no candidates when a region is selected, either."
+    torch.manual_seed(0)
+    method = LocalMI.from_preset("tiny", tokenizer, bound="cpc", region_select="bound").double().eval()
+    regions, text = 9 * torch.randn(6, 16, 160).double(), 9 * torch.randn(6, 96).double()
+    image, valid = ImageFeatures(regions, regions.mean(1), (4, 4)), valid_pairs(torch.tensor([0, 0, 0, 1, 1, 1]))
+    every = region_scores(method.discriminator, regions, text)
+    index = select_by_bound(every, valid)
+    assert not torch.equal(index, select_by_bound(every))
+    torch.testing.assert_close(method.pair_scores(image, text, valid).detach(), every[torch.arange(6), index])
 
 
 @pytest.mark.parametrize("kind", [LocalMI, GlobalMI])

@@ -178,7 +178,7 @@ def collate(
         rejects=rejects,
     )
 
-# %% ../../nbs/data/07_pairs.ipynb #784a9d18
+# %% ../../nbs/data/07_pairs.ipynb #8ff3f602
 @dataclass(frozen=True)
 class View:
     "What of a study a method sees."
@@ -188,6 +188,8 @@ class View:
     "Image augmentation in training: mgca, lovt or none."
     sentences: Literal["all", "one"] = "all"
     "The whole report, or one random sentence of it (ConVIRT, CLIP, GLoRIA)."
+    most_sentences: int | None = None
+    "In training at most this many random sentences of a report, in its order; None = all."
     swap: float = 0.0
     "LoVT's sentence swapping: the number of swaps n has probability swap * (1 - swap)^n; 0 = never."
     max_tokens: int = 256
@@ -218,17 +220,21 @@ def swapped(
         items[a], items[b] = items[b], items[a]
     return items
 
-# %% ../../nbs/data/07_pairs.ipynb #7bc9f1fb
+# %% ../../nbs/data/07_pairs.ipynb #3732b628
 def choose_sentences(
     sentences: list[str],
     view: View,
     rng: np.random.Generator,
     train: bool = True,
 ) -> list[str]:
-    "The sentences of a sample: one of them, or all of them with some swapped in training (LoVT 2.6)."
+    "The sentences of a sample: one of them, or all; in training some may be left out or swapped (LoVT 2.6)."
     if view.sentences == "one" and sentences:
         return [sentences[rng.integers(len(sentences))]]
-    return swapped(sentences, draw_swaps(len(sentences), view.swap, rng)) if train else list(sentences)
+    if not train:
+        return list(sentences)
+    if view.most_sentences is not None and len(sentences) > view.most_sentences:
+        sentences = [sentences[i] for i in sorted(rng.choice(len(sentences), view.most_sentences, replace=False))]
+    return swapped(sentences, draw_swaps(len(sentences), view.swap, rng))
 
 # %% ../../nbs/data/07_pairs.ipynb #f6a4d696
 def select_samples(
@@ -244,7 +250,7 @@ def select_samples(
     images = studies["image_rows"].tolist()
     return [(int(r), int(i)) for r in np.flatnonzero(wanted) for i in (images[r] if per == "image" else images[r][:1])]
 
-# %% ../../nbs/data/07_pairs.ipynb #119ae520
+# %% ../../nbs/data/07_pairs.ipynb #f3730191
 class Pairs(Dataset):
     """Image-report pairs of a Pack. `pairs[epoch, i]` is decided by (seed, epoch, i) alone; `pairs[i]` is `pairs[0, i]`.
 
@@ -270,7 +276,7 @@ class Pairs(Dataset):
     def report(self, i: int, epoch: int = 0) -> Report:
         "The tokenised report of sample i, as the batch sees it; reports that never change are tokenised once."
         row, view = self.items[i][0], self.view
-        fixed = view.sentences == "all" and not (self.train and view.swap)
+        fixed = view.sentences == "all" and not (self.train and (view.swap or view.most_sentences))
         if not fixed or row not in self._reports:
             rng = np.random.default_rng(counter_seed(self.seed, epoch, i, 1))
             sentences = choose_sentences(list(self.pack.studies["sentences"].iloc[row]), view, rng, self.train)

@@ -40,13 +40,14 @@ def sentence_pairs(
     others = owner[:, None] != owner
     return matched | (others if valid is None else others & valid[owner][:, owner])
 
-# %% ../../nbs/methods/08_mixture_mi.ipynb #7c03bf80
+# %% ../../nbs/methods/08_mixture_mi.ipynb #310331f1
 _FULL_RECIPE = dict(
     lr=2e-5, weight_decay=0.05, batch_size=128, epochs=50, schedule="warmup-cosine", warmup=0.1, patience=5, augment="mgca",
-    per="image", max_tokens=256)
+    per="image", most_sentences=4, max_tokens=256)
 _TINY = dict(image="tiny_resnet_fine", layer=None, image_weights=None, text="tiny-bert", hidden=256, dim=128)
 _TINY_RECIPE = dict(
-    lr=2e-3, weight_decay=0.05, batch_size=64, epochs=6, schedule="warmup-cosine", warmup=0.1, augment="mgca", max_tokens=256)
+    lr=2e-3, weight_decay=0.05, batch_size=64, epochs=6, schedule="warmup-cosine", warmup=0.1, augment="mgca", max_tokens=256,
+    most_sentences=4)
 
 # %% ../../nbs/methods/08_mixture_mi.ipynb #65a3b3e4
 class MixtureMI(Method):
