@@ -4,17 +4,21 @@
 
 # %% auto #0
 __all__ = ['FOCAL', 'GroundingConfig', 'make_subject', 'OtherImages', 'pointing_rows', 'example_maps', 'run_subject', 'gather',
-           'grounding', 'pointing_summary', 'summary']
+           'grounding', 'pointing_summary', 'summary', 'draw_summary', 'draw_findings', 'draw_examples']
 
-# %% ../../nbs/studies/03_grounding.ipynb #ad80772e
+# %% ../../nbs/studies/03_grounding.ipynb #d5a548ce
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import torch
+from matplotlib.figure import Figure
 
+from ..analyse.maps import draw_map
 from ..data.pack import Pack
 from ..data.pairs import Batch, Pairs, collate
+from ..data.phantom import Phantom
 from ..data.prepare import PhantomConfig, prepare_phantom
 from ..encoders import train_tokenizer
 from ..evaluate import linear_probe, phantom_pointing
@@ -166,3 +170,59 @@ def summary(pointing: pd.DataFrame, probe: pd.DataFrame) -> pd.DataFrame:  # one
             told[f"{grain}_{name}times_chance"] = of.hit_rate.mean() / of.chance.mean()
             told[f"{grain}_{name}other"], told[f"{grain}_{name}cnr"] = of.other_image.mean(), of.cnr.mean()
     return told.sort_values("word_focal_hit", ascending=False)
+
+# %% ../../nbs/studies/03_grounding.ipynb #7a30778d
+def draw_summary(pointing: pd.DataFrame, grain: str = "word") -> Figure:
+    "Hit rates by method, for all findings and for the focal ones: own image, another patient's image, chance."
+    panels = {"all findings": None, "focal: " + ", ".join(FOCAL).lower(): FOCAL}
+    order = pointing_summary(pointing, FOCAL, grain).hit_rate.groupby("subject").mean().sort_values().index
+    figure = Figure(figsize=(9, 0.6 + 0.34 * len(order)), dpi=90, layout="constrained")
+    for ax, (title, findings) in zip(figure.subplots(1, 2, sharey=True), panels.items()):
+        runs = pointing_summary(pointing, findings, grain)
+        for y, subject in enumerate(order):
+            own, other, chance = (runs.loc[subject, name] for name in ("hit_rate", "other_image", "chance"))
+            ax.plot([other.mean(), own.mean()], [y, y], color="0.75", zorder=1)
+            ax.scatter(other, [y] * len(other), s=28, facecolors="white", edgecolors="#d55e00", zorder=2)
+            ax.scatter(own, [y] * len(own), s=28, color="#0072b2", zorder=3)
+        ax.axvline(chance.mean(), color="black", linestyle=":")
+        ax.set(title=title, xlabel=f"hit rate of {grain}s", yticks=range(len(order)), yticklabels=order, xlim=(0, None))
+        ax.spines[["top", "right"]].set_visible(False)
+    for label, style in {"own image": dict(color="#0072b2"), "another patient's": dict(facecolors="white", edgecolors="#d55e00")}.items():
+        ax.scatter([], [], s=28, label=label, **style)
+    ax.plot([], [], color="black", linestyle=":", label="chance")
+    ax.legend(frameon=False, loc="lower right", fontsize=8)
+    return figure
+
+# %% ../../nbs/studies/03_grounding.ipynb #a1868194
+def draw_findings(pointing: pd.DataFrame, grain: str = "word") -> Figure:
+    "Hit rate of every method on every finding, mean over seeds, shaded by what is lost on another patient's image."
+    rows = pointing[(pointing.grain == grain) & (pointing.finding != "all")]
+    hits, other = (rows.pivot_table(index="subject", columns="finding", values=name) for name in ("hit_rate", "other_image"))
+    order = hits.mean(axis=1).sort_values(ascending=False).index
+    columns = rows.groupby("finding").chance.mean().sort_values().index
+    hits, gain = hits.loc[order, columns], (hits - other).loc[order, columns]
+    figure = Figure(figsize=(9, 1.2 + 0.3 * len(order)), dpi=90, layout="constrained")
+    ax = figure.subplots()
+    shown = ax.imshow(gain, cmap="cividis", vmin=0, vmax=0.6, aspect="auto")
+    for y, x in np.ndindex(hits.shape):
+        ax.text(x, y, f"{hits.iloc[y, x]:.2f}", ha="center", va="center", color="white" if gain.iloc[y, x] < 0.35 else "black", fontsize=8)
+    chance = rows.groupby("finding").chance.mean()[columns]
+    ax.set_xticks(range(len(columns)), [f"{name}\n({chance[name]:.3f})" for name in columns], rotation=40, ha="right", fontsize=8)
+    ax.set_yticks(range(len(order)), order)
+    figure.colorbar(shown, label="lost on another image", shrink=0.9)
+    return figure
+
+# %% ../../nbs/studies/03_grounding.ipynb #011972a4
+def draw_examples(maps: pd.DataFrame, subjects: list[str], findings: tuple[str, ...], phantom: Phantom) -> Figure:
+    "One word of each finding (columns) as each method (rows) sees it, with the true extent; the first such word of the table."
+    figure = Figure(figsize=(1.5 * len(findings) + 0.6, 1.62 * len(subjects)), dpi=80, layout="constrained")
+    axes = figure.subplots(len(subjects), len(findings), squeeze=False)
+    for row, subject in zip(axes, subjects):
+        own = maps[(maps.subject == subject) & (maps.seed == maps.seed.min())]
+        for ax, finding in zip(row, findings):
+            word = own[own.finding == finding].iloc[0]
+            study = phantom[int(word.study.rpartition("-")[2])]
+            mask = np.any([found.mask for found in study.findings if found.name == finding], axis=0)
+            draw_map(ax, study.image, word.scores, (word.side, word.side), mask, word.text if subject == subjects[0] else "")
+        row[0].set_ylabel(subject, fontsize=9)
+    return figure
