@@ -96,7 +96,7 @@ def example_maps(method: Method, pairs: Pairs, studies: int = 6) -> pd.DataFrame
                 rows.append({"study": study, "text": target.text, "finding": target.finding, "scores": scores, "side": found.grid[0]})
     return pd.DataFrame(rows)
 
-# %% ../../nbs/studies/03_grounding.ipynb #5609786d
+# %% ../../nbs/studies/03_grounding.ipynb #766600f7
 def run_subject(subject: str, seed: int, data: Pack, config: GroundingConfig) -> Path:  # of the results
     "Train and measure one subject with one seed; done already, it is left as it is."
     name = f"{subject.replace(':', '-')}-{seed}"
@@ -108,7 +108,7 @@ def run_subject(subject: str, seed: int, data: Pack, config: GroundingConfig) ->
         fit(method, data, TrainConfig.of(method, run, seed=seed, progress=config.progress))
     pairs = held_out_pairs(method.eval(), data)
     tables = {"pointing": pointing_rows(method, pairs), "maps": example_maps(method, pairs)}
-    probe = linear_probe({subject: method.image_encoder}, data, (0.01, 0.1, 1.0), (0, 1, 2), baseline=None)
+    probe = linear_probe({subject: method.image_encoder}, data, (0.01, 0.1, 1.0), (0, 1, 2))
     for kind, table in {**tables, "probe": probe[probe.finding == "macro"]}.items():
         table = table.assign(subject=subject, seed=seed)
         suffix, write = ("parquet", table.to_parquet) if kind == "maps" else ("csv", table.to_csv)
@@ -156,11 +156,12 @@ def pointing_summary(
     total = values.mul(rows.targets, axis=0).groupby(keys).sum()
     return total.div(rows.targets.groupby(keys).sum(), axis=0)
 
-# %% ../../nbs/studies/03_grounding.ipynb #0716ae37
+# %% ../../nbs/studies/03_grounding.ipynb #ad941525
 def summary(pointing: pd.DataFrame, probe: pd.DataFrame) -> pd.DataFrame:  # one row a subject
-    "Probe and pointing of every subject: mean over seeds, with the lowest and the highest seed of the first of each."
-    tenth = probe[probe.fraction == 0.1].groupby("subject").auroc
-    told = pd.DataFrame({"auroc": tenth.mean(), "auroc_low": tenth.min(), "auroc_high": tenth.max(), "seeds": tenth.size()})
+    "Probe (10 % of labels) and pointing of every subject: means over seeds, with the lowest and the highest seed."
+    tenth = probe[probe.fraction == 0.1]
+    own, random = (tenth[chosen].groupby("subject").auroc for chosen in (tenth.encoder != "random", tenth.encoder == "random"))
+    told = pd.DataFrame({"auroc": own.mean(), "auroc_low": own.min(), "auroc_high": own.max(), "random": random.mean(), "seeds": own.size()})
     for grain in ("word", "sentence"):
         for name, findings in (("", None), ("focal_", FOCAL)):
             runs = pointing_summary(pointing, findings, grain)
