@@ -36,7 +36,7 @@ def cyclic_cosine(step: int, steps_per_epoch: int, lr: float) -> float:
     "A cosine of period two epochs, never restarted (LoVT 2.5)."
     return lr * (1 + math.cos(math.pi * step / steps_per_epoch)) / 2
 
-# %% ../../nbs/train/01_schedules.ipynb #286cd7a6
+# %% ../../nbs/train/01_schedules.ipynb #10e2235f
 def plateau_factor(
     history: Sequence[float],  # validation loss of every finished epoch
     patience: int,             # epochs without improvement that are borne
@@ -46,7 +46,7 @@ def plateau_factor(
     "What the base rate is multiplied with after these epochs: `factor` to the number of plateaus."
     best, waited, scale = math.inf, 0, 1.0
     for loss in history:
-        if loss < best * (1 - threshold):
+        if best == math.inf or loss < best - threshold * abs(best):
             best, waited = loss, 0
         else:
             waited += 1
