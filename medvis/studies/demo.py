@@ -21,13 +21,13 @@ from ..methods.method import known
 from .show import show_run, held_out_pairs
 from ..train import TrainConfig, fit
 
-# %% ../../nbs/studies/02_demo.ipynb #9d370a65
+# %% ../../nbs/studies/02_demo.ipynb #7f8676a7
 @dataclass
 class DemoConfig:
     "From nothing to a trained, measured model of phantom radiographs."
     out: Path = Path("demo")
     "Folder of the pack, the run and the page."
-    method: str = "mixture-mi"
+    method: str = "mgca"
     "Method to pre-train, at its tiny preset."
     studies: int = 6000
     "Phantom studies; 80 % of their patients are trained on, 10 % test."

@@ -6,7 +6,7 @@
 __all__ = ['FOCAL', 'GroundingConfig', 'make_subject', 'OtherImages', 'pointing_rows', 'example_maps', 'run_subject', 'gather',
            'grounding', 'pointing_summary', 'summary', 'draw_summary', 'draw_findings', 'draw_examples']
 
-# %% ../../nbs/studies/03_grounding.ipynb #d5a548ce
+# %% ../../nbs/studies/03_grounding.ipynb #ea3ab66f
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -27,7 +27,8 @@ from ..methods import METHODS, Correspondence, Method
 from ..methods.method import known
 from .show import held_out_pairs, pick_targets
 from ..train import TrainConfig, fit
-from ..train.checkpoint import write_atomic
+from ..train.checkpoint import write_atomic, write_json
+from ..train.loop import describe_machine
 
 # %% ../../nbs/studies/03_grounding.ipynb #006a42f3
 @dataclass
@@ -122,12 +123,13 @@ def gather(results: Path, kind: str) -> pd.DataFrame:  # one table of all runs; 
     found = sorted(results.glob(f"*/{kind}.*"))
     return pd.concat([read(path) for path in found], ignore_index=True)
 
-# %% ../../nbs/studies/03_grounding.ipynb #352714b2
+# %% ../../nbs/studies/03_grounding.ipynb #8379008c
 def grounding(config: GroundingConfig) -> pd.DataFrame:  # the table of `summary`
     "Train and measure all subjects with all seeds, and write the tables; goes on where it was stopped."
     out = Path(config.out)
     data = prepare_phantom(PhantomConfig(
         out=out / "pack", studies=config.studies, size=config.size, seed=0, progress=config.progress))
+    write_json(out / "manifest.json", {"data": data.manifest["hash"], "source": data.manifest["source"], **describe_machine()})
     for seed in config.seeds:
         for subject in config.subjects:
             run_subject(subject, seed, data, config)
