@@ -196,7 +196,7 @@ def test_bad_preprocessing(bad):
 
 
 def test_unknown_augmentation():
-    with pytest.raises(ValueError, match="augment is 'simclr'; expected one of mgca, lovt, none"):
+    with pytest.raises(ValueError, match="augment is 'simclr'; expected one of mgca, lovt, local-mi, none"):
         Preprocessing().train("simclr")
 
 
