@@ -178,14 +178,14 @@ def collate(
         rejects=rejects,
     )
 
-# %% ../../nbs/data/07_pairs.ipynb #8ff3f602
+# %% ../../nbs/data/07_pairs.ipynb #d5755b2c
 @dataclass(frozen=True)
 class View:
     "What of a study a method sees."
     per: Literal["study", "image"] = "study"
     "One sample a study, with a random frontal view (LoVT), or one sample an image (MGCA)."
     augment: str = "mgca"
-    "Image augmentation in training: mgca, lovt or none."
+    "Image augmentation in training: mgca, lovt, local-mi or none."
     sentences: Literal["all", "one"] = "all"
     "The whole report, or one random sentence of it (ConVIRT, CLIP, GLoRIA)."
     most_sentences: int | None = None

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['CosineCritic', 'mixture_scores']
 
-# %% ../../nbs/objectives/06_mixture.ipynb #a4c80b29
+# %% ../../nbs/objectives/06_mixture.ipynb #8dd0facd
 import torch
 from torch import Tensor, nn
 
 from ..encoders.heads import ProjectionHead
-from .contrastive import unit
+from .contrastive import single, unit
 from .mutual_information import Discriminator
 
 # %% ../../nbs/objectives/06_mixture.ipynb #94cf1c02
@@ -41,7 +41,7 @@ class CosineCritic(nn.Module):
         with torch.autocast(image.device.type, enabled=False):
             return unit(self.image(image)) @ unit(self.text(text)).T / self.temperature
 
-# %% ../../nbs/objectives/06_mixture.ipynb #8bea1e74
+# %% ../../nbs/objectives/06_mixture.ipynb #02e08dbc
 def mixture_scores(
     critic: Discriminator | CosineCritic,
     regions: Tensor,           # (B, N, Di)
@@ -49,7 +49,6 @@ def mixture_scores(
     chunk: int | None = None,  # most pairs judged at a time
 ) -> Tensor:                   # (B, C) F; between the highest region score less log N and the highest region score
     "Scores of all images with all sentences, the region that a sentence means being hidden (log of a mean of exponentials)."
-    scores = critic.scores(regions.flatten(0, 1), sentence, chunk).unflatten(0, regions.shape[:2])
-    scores = scores.float() if scores.dtype in (torch.float16, torch.bfloat16) else scores
+    scores = single(critic.scores(regions.flatten(0, 1), sentence, chunk).unflatten(0, regions.shape[:2]))
     highest = scores.detach().amax(1)  # taken out so that nothing overflows; faster than logsumexp, whose backward looks again
     return (scores - highest[:, None]).exp().mean(1).log() + highest

@@ -6,11 +6,13 @@
 __all__ = ['Discriminator', 'score_table', 'dv_bound', 'cpc_bound', 'released_cpc', 'select_regions', 'region_scores',
            'select_by_bound', 'reselect_negatives', 'local_scores']
 
-# %% ../../nbs/objectives/04_mutual_information.ipynb #b04a709a
+# %% ../../nbs/objectives/04_mutual_information.ipynb #9dd84cf4
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
+
+from .contrastive import single
 
 # %% ../../nbs/objectives/04_mutual_information.ipynb #e727e590
 class Discriminator(nn.Module):
@@ -60,7 +62,7 @@ class Discriminator(nn.Module):
             parts = image.split(step)
             return torch.cat([checkpoint(rows, part, use_reentrant=False, preserve_rng_state=False) for part in parts])
 
-# %% ../../nbs/objectives/04_mutual_information.ipynb #5b47ffc0
+# %% ../../nbs/objectives/04_mutual_information.ipynb #442aca4d
 def score_table(
     scores: Tensor,         # (B, C), C >= B: text i belongs to image i, texts beyond B to none
     valid: Tensor | None,   # (B, C) bool; None = all
@@ -71,8 +73,7 @@ def score_table(
     if valid is not None and (valid.shape != scores.shape or valid.dtype != torch.bool):
         raise ValueError(f"valid is {tuple(valid.shape)} of {valid.dtype}; expected {tuple(scores.shape)} of torch.bool")
     matched = torch.eye(*scores.shape, dtype=torch.bool, device=scores.device)
-    scores = scores.float() if scores.dtype in (torch.float16, torch.bfloat16) else scores
-    return scores, matched, torch.ones_like(matched) if valid is None else valid | matched
+    return single(scores), matched, torch.ones_like(matched) if valid is None else valid | matched
 
 # %% ../../nbs/objectives/04_mutual_information.ipynb #39c64d72
 def dv_bound(
