@@ -6,9 +6,11 @@
 __all__ = ['LOCAL_GRIDS', 'IMAGE_ENCODERS', 'ResNetEncoder', 'residual_stage', 'he_init', 'TinyResNet', 'ResNet256',
            'cls_attention', 'ViTEncoder', 'read_state', 'load_weights', 'image_encoder']
 
-# %% ../../nbs/encoders/02_image.ipynb #c34f7bb6
+# %% ../../nbs/encoders/02_image.ipynb #04b01ccc
 import inspect
 import math
+import operator
+from itertools import accumulate
 from pathlib import Path
 
 import timm
@@ -22,7 +24,7 @@ from torchvision.models.resnet import BasicBlock
 from ..data.images import Preprocessing
 from .features import ImageFeatures
 
-# %% ../../nbs/encoders/02_image.ipynb #b53bffd8
+# %% ../../nbs/encoders/02_image.ipynb #23ad6fdf
 class ResNetEncoder(nn.Module):
     "A torchvision-style ResNet that returns one layer as regions and its pooled last layer as the whole image."
 
@@ -41,16 +43,28 @@ class ResNetEncoder(nn.Module):
             raise ValueError(f"no regions from layer {layer!r}; expected one of {', '.join(widths)}")
         self.stages, self.region_dim = tuple(widths), widths[layer] * merge**2
         self.whole_dim = widths[self.stages[-1]] * math.prod(body.avgpool.output_size)
+        self.pyramid_dims = [body.conv1.in_channels, body.conv1.out_channels, *widths.values()]
+        steps = [getattr(body, name)[0].stride for name in self.stages]
+        steps[0] *= getattr(body.maxpool, "stride", 1)
+        self.pyramid_strides = list(accumulate([1, body.conv1.stride[0], *steps], operator.mul))
+
+    def pyramid(
+        self, image: Tensor,  # (B, C, H, W) preprocessed; never enlarged
+    ) -> list[Tensor]:        # (B, pyramid_dims[s], H / pyramid_strides[s], ...): the image, the stem after ReLU, the layers
+        "All maps, finest first."
+        maps = [image, self.body.relu(self.body.bn1(self.body.conv1(image)))]
+        x = self.body.maxpool(maps[1])
+        for name in self.stages:
+            x = getattr(self.body, name)(x)
+            maps.append(x)
+        return maps
 
     def forward(self, image: Tensor) -> ImageFeatures:  # (B, C, H, W) preprocessed
         if self.upsample:
             image = F.interpolate(image, size=(self.upsample,) * 2, mode="bilinear", align_corners=True)
-        x = self.body.maxpool(self.body.relu(self.body.bn1(self.body.conv1(image))))
-        maps = {}
-        for name in self.stages:
-            maps[name] = x = getattr(self.body, name)(x)
-        local = F.pixel_unshuffle(maps[self.layer], self.merge)
-        return ImageFeatures(local.flatten(2).transpose(1, 2), self.body.avgpool(x).flatten(1), tuple(local.shape[2:]))
+        maps = dict(zip(self.stages, self.pyramid(image)[2:]))
+        local, last = F.pixel_unshuffle(maps[self.layer], self.merge), maps[self.stages[-1]]
+        return ImageFeatures(local.flatten(2).transpose(1, 2), self.body.avgpool(last).flatten(1), tuple(local.shape[2:]))
 
 # %% ../../nbs/encoders/02_image.ipynb #e68232ec
 def _out_channels(layer: nn.Module) -> int:
@@ -127,7 +141,7 @@ def cls_attention(
     scores = (q * attention.scale) @ k.transpose(-2, -1)
     return scores.softmax(-1).mean(1)[:, 0, prefix:]
 
-# %% ../../nbs/encoders/02_image.ipynb #6280415f
+# %% ../../nbs/encoders/02_image.ipynb #c067d8ca
 class ViTEncoder(nn.Module):
     "A timm VisionTransformer that returns its patch tokens as regions, CLS as the whole, and the CLS attention as weights."
 
@@ -135,6 +149,15 @@ class ViTEncoder(nn.Module):
         super().__init__()
         self.body, self.preprocessing = body, preprocessing
         self.region_dim = self.whole_dim = body.num_features
+        self.pyramid_dims = [body.patch_embed.proj.in_channels, self.region_dim]
+        self.pyramid_strides = [1, body.patch_embed.patch_size[0]]
+
+    def pyramid(
+        self, image: Tensor,  # (B, C, H, W) preprocessed
+    ) -> list[Tensor]:        # (B, C, H, W), (B, D, h, w)
+        "The image, and the one map that there is."
+        features = self(image)
+        return [image, features.regions.mT.unflatten(2, features.grid)]
 
     def forward(self, image: Tensor) -> ImageFeatures:  # (B, C, H, W) preprocessed
         body, prefix = self.body, self.body.num_prefix_tokens
@@ -162,18 +185,24 @@ def _tiny_resnet(layer: str = "layer3", size: int = 64, crop: float = 1.0) -> nn
 def _tiny_resnet_fine(size: int = 64, crop: float = 1.0) -> nn.Module:
     return ResNetEncoder(TinyResNet(widths=(16, 32, 64), strides=(2, 1)), Preprocessing(size=size, crop=crop, channels=1), "layer2")
 
+# %% ../../nbs/encoders/02_image.ipynb #80c5a97f
+def _small_resnet_fine(size: int = 128, crop: float = 1.0) -> nn.Module:
+    body = TinyResNet(widths=(16, 32, 64, 96), strides=(2, 2, 1))
+    return ResNetEncoder(body, Preprocessing(size=size, crop=crop, channels=1), "layer3")
+
 # %% ../../nbs/encoders/02_image.ipynb #3dfa4568
 def _tiny_vit(size: int = 64, crop: float = 1.0, patch: int = 8, width: int = 128, depth: int = 4) -> nn.Module:
     body = timm.models.VisionTransformer(size, patch, in_chans=1, embed_dim=width, depth=depth, num_heads=4, num_classes=0)
     return ViTEncoder(body, Preprocessing(size=size, crop=crop, channels=1))
 
-# %% ../../nbs/encoders/02_image.ipynb #6fcb7eff
+# %% ../../nbs/encoders/02_image.ipynb #5f0dfd85
 IMAGE_ENCODERS = {
     "resnet50": _resnet50,
     "vit_base_patch16_224": _vit_base,
     "resnet256": _resnet256,
     "tiny_resnet": _tiny_resnet,
     "tiny_resnet_fine": _tiny_resnet_fine,
+    "small_resnet_fine": _small_resnet_fine,
     "tiny_vit": _tiny_vit,
 }
 
@@ -230,12 +259,12 @@ def load_weights(body: nn.Module, state: dict[str, Tensor], origin: str = "the s
         raise ValueError(f"{origin} does not fit this backbone: {told}")
     body.load_state_dict(state, strict=False)
 
-# %% ../../nbs/encoders/02_image.ipynb #8af8a2bd
+# %% ../../nbs/encoders/02_image.ipynb #bb24abd8
 def image_encoder(
     name: str = "tiny_resnet",     # a key of IMAGE_ENCODERS
     weights: str | None = None,    # None, "imagenet", "imagenet-v2", or a path
     **options,                     # of the encoder: layer, upsample, size, ...
-) -> nn.Module:                    # forward(image) -> ImageFeatures; .preprocessing, .region_dim, .whole_dim
+) -> nn.Module:                    # forward(image) -> ImageFeatures; .preprocessing, .region_dim, .whole_dim; .pyramid(image)
     "Build an image encoder by name. Raises ValueError for an unknown name, OSError when weights cannot be had."
     if name not in IMAGE_ENCODERS:
         raise ValueError(f"no image encoder {name!r}; there are: {', '.join(IMAGE_ENCODERS)}")

@@ -40,21 +40,24 @@ def sentence_pairs(
     others = owner[:, None] != owner
     return matched | (others if valid is None else others & valid[owner][:, owner])
 
-# %% ../../nbs/methods/08_mixture_mi.ipynb #310331f1
+# %% ../../nbs/methods/08_mixture_mi.ipynb #e418e1d0
 _FULL_RECIPE = dict(
     lr=2e-5, weight_decay=0.05, batch_size=128, epochs=50, schedule="warmup-cosine", warmup=0.1, patience=5, augment="mgca",
     per="image", most_sentences=4, max_tokens=256)
-_TINY = dict(image="tiny_resnet_fine", layer=None, image_weights=None, text="tiny-bert", hidden=256, dim=128)
+_TINY = dict(image="tiny_resnet_fine", layer=None, image_weights=None, text="tiny-bert", hidden=256, dim=64)
 _TINY_RECIPE = dict(
-    lr=2e-3, weight_decay=0.05, batch_size=64, epochs=6, schedule="warmup-cosine", warmup=0.1, augment="mgca", max_tokens=256,
+    lr=3e-3, weight_decay=0.05, batch_size=64, epochs=7, schedule="warmup-cosine", warmup=0.1, augment="mgca", max_tokens=256,
     most_sentences=4)
 
-# %% ../../nbs/methods/08_mixture_mi.ipynb #65a3b3e4
+_SMALL = dict(_TINY, image="small_resnet_fine")
+_SMALL_RECIPE = dict(_TINY_RECIPE, epochs=15)
+
+# %% ../../nbs/methods/08_mixture_mi.ipynb #201278ad
 class MixtureMI(Method):
     "Mutual information of a sentence and the hidden region it means: loss `mutual_information`."
 
     Config = MixtureMIConfig
-    presets = {"full": ({}, _FULL_RECIPE), "tiny": (_TINY, _TINY_RECIPE)}
+    presets = {"full": ({}, _FULL_RECIPE), "small": (_SMALL, _SMALL_RECIPE), "tiny": (_TINY, _TINY_RECIPE)}
 
     def __init__(self, config: MixtureMIConfig, tokenizer=None):
         super().__init__(config, tokenizer, words="mean", whole="mean")
