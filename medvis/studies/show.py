@@ -61,7 +61,7 @@ def study_cards(
             batch.image[0].cpu(), found, 0, pairs.report(item), list(masks)[:6] or None, masks, str(name), show_text))
     return cards
 
-# %% ../../nbs/studies/01_show.ipynb #ea7cede0
+# %% ../../nbs/studies/01_show.ipynb #776f4351
 def top_numbers(probe: pd.DataFrame | None, gains: pd.DataFrame | None, pointing: PhantomPointing | None) -> Html:
     "The run in a few large numbers, each with its interval."
     numbers = []
@@ -71,27 +71,29 @@ def top_numbers(probe: pd.DataFrame | None, gains: pd.DataFrame | None, pointing
             numbers.append((f"{macro.auroc:.3f}", f"macro AUROC, {row.encoder}, {row.fraction:.0%} of labels",
                             f"{row.gain:+.3f} ({row.low:+.3f} to {row.high:+.3f}) over random initialisation"))
     if pointing is not None:
-        rate = pointing.rate()
-        numbers.append((f"{rate.hit_rate.value:.3f}", "of the words that name a finding point at it",
-                        f"{rate.hit_rate.low:.3f} to {rate.hit_rate.high:.3f}; chance {rate.chance.value:.3f}"))
+        for grain in ("sentence", "word"):
+            rate = pointing.rate(grain=grain)
+            numbers.append((f"{rate.hit_rate.value:.3f}", f"of the {grain}s that name a finding point at it",
+                            f"{rate.hit_rate.low:.3f} to {rate.hit_rate.high:.3f}; chance {rate.chance.value:.3f}"))
     return headlines(numbers)
 
-# %% ../../nbs/studies/01_show.ipynb #02873948
+# %% ../../nbs/studies/01_show.ipynb #d6c2c5b0
 def show_run(
     run: Run,
     data: Pack | None = None,        # None: the pack it was trained on
     out: str | Path | None = None,   # None: page.html in the run folder
     studies: int = 4,                # shown with their word maps
     show_text: bool | None = None,   # None: only the phantom's reports
+    pointing: PhantomPointing | None = None,  # None: play the game now, if it is a phantom
 ) -> Path:
     "Write the page of a run. FileNotFoundError when the run or its pack is not there."
-    method, probe, gains, pointing = load_method(run.path), None, None, None
+    method, probe, gains = load_method(run.path), None, None
     data = Pack(run.manifest["data"]["path"]) if data is None else data
     phantom = data.manifest["source"].get("kind") == "phantom"
     pairs = held_out_pairs(method, data)
     chosen = {item: [] for item in range(min(studies, len(pairs)))}
     if phantom:
-        pointing, chosen = phantom_pointing(method, pairs), pick_targets(phantom_targets(pairs), studies)
+        pointing, chosen = pointing or phantom_pointing(method, pairs), pick_targets(phantom_targets(pairs), studies)
     if (run.path / "probe" / "probe.csv").exists():
         probe = pd.read_csv(run.path / "probe" / "probe.csv")
         gains = paired_gain(pd.read_parquet(run.path / "probe" / "predictions.parquet"))
