@@ -330,7 +330,7 @@ def test_local_loss(bound, region_select, negatives_regions, tokenizer):
 def test_selection_by_bound_leaves_out_what_the_loss_does(tokenizer):
     "Texts of the same study are no candidates when a region is selected, either."
     torch.manual_seed(0)
-    method = LocalMI.from_preset("tiny", tokenizer, bound="cpc", region_select="bound").double().eval()
+    method = LocalMI.from_preset("tiny", tokenizer, region_select="bound", negatives_regions="selected").double().eval()
     regions, text = 99 * torch.randn(6, 16, 160).double(), 99 * torch.randn(6, 96).double()
     image, valid = ImageFeatures(regions, regions.mean(1), (4, 4)), valid_pairs(torch.tensor([0, 0, 0, 1, 1, 1]))
     every = region_scores(method.discriminator, regions, text)

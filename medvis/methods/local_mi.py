@@ -40,7 +40,7 @@ class MutualInformationConfig(MethodConfig):
     chunk: int = 65_536
     "Most pairs judged at a time; beyond that they are judged again in the backward pass, to save memory."
 
-# %% ../../nbs/methods/05_local_mi.ipynb #75f325e3
+# %% ../../nbs/methods/05_local_mi.ipynb #655ec710
 BOUNDS = {"cpc": cpc_bound, "mine": dv_bound, "cpc-released": released_cpc}
 
 
@@ -85,6 +85,9 @@ class MutualInformation(Method):
             for of in (words, text.sentences)]
         return Correspondence(*scores, text.word_mask, text.sentence_mask, image.grid)
 
+    def embed_text(self, batch: Batch) -> Tensor:  # (B, Dt)
+        return self.read(batch).whole
+
 # %% ../../nbs/methods/05_local_mi.ipynb #b46e649c
 _RECIPE = dict(
     optimizer="adamw", lr=5e-4, schedule="constant", text_lr=2e-5, text_weight_decay=0.1, text_schedule="warmup-linear",
@@ -102,7 +105,7 @@ class GlobalMIConfig(MutualInformationConfig):
     local_grid: str | None = "4x4x192"
     "Regions of ResNet-256 for maps: of the layer that the whole is pooled from."
 
-# %% ../../nbs/methods/05_local_mi.ipynb #c4bc623f
+# %% ../../nbs/methods/05_local_mi.ipynb #0d3675b2
 class GlobalMI(MutualInformation):
     "Mutual information of whole images and whole reports (MICCAI 2021, global-mi): loss `mutual_information`."
 
@@ -119,6 +122,13 @@ class GlobalMI(MutualInformation):
 
     def pair_scores(self, image: ImageFeatures, text: Tensor, valid: Tensor | None) -> Tensor:
         return self.discriminator.scores(image.whole, text, self.config.chunk)
+
+    def embed_image(self, image: Tensor) -> Tensor:  # (B, Di)
+        return self.image_encoder(image).whole
+
+    def similarity(self, image: Tensor, text: Tensor) -> Tensor:
+        "The discriminator's scores."
+        return self.discriminator.scores(image, text, self.config.chunk)
 
     def places(self, image: ImageFeatures) -> Tensor:
         "An image that looks like the region everywhere. ValueError when the whole is not pooled from the regions."
@@ -139,14 +149,14 @@ class LocalMIConfig(MutualInformationConfig):
     negatives_regions: str = "selected"
     "Shuffled pairs use the image's selected region, or the one that maximises their own score (max)."
 
-# %% ../../nbs/methods/05_local_mi.ipynb #27eb2ba0
+# %% ../../nbs/methods/05_local_mi.ipynb #5dc7272e
 class LocalMI(MutualInformation):
     "Mutual information of a sentence and its best region (MICCAI 2021, local-mi): loss `mutual_information`."
 
     Config = LocalMIConfig
     presets = {
         "paper": ({}, {**_RECIPE, "sentences": "one"}),
-        "tiny": (dict(_TINY, region_select="bound"), {**_TINY_RECIPE, "sentences": "one"}),
+        "tiny": (dict(_TINY, negatives_regions="max"), {**_TINY_RECIPE, "sentences": "one"}),
     }
 
     def __init__(self, config: LocalMIConfig, tokenizer=None):
@@ -166,6 +176,13 @@ class LocalMI(MutualInformation):
         index = select_regions(*pair) if c.region_select == "score" else select_by_bound(every, valid)
         index = index if c.negatives_regions == "selected" else reselect_negatives(every, index)
         return local_scores(*pair, index, c.chunk)
+
+    def embed_image(self, image: Tensor) -> Tensor:  # (B, N, Di)
+        return self.image_encoder(image).regions
+
+    def similarity(self, image: Tensor, text: Tensor) -> Tensor:
+        "The discriminator's score of each text with the region that fits it best."
+        return region_scores(self.discriminator, image, text, self.config.chunk).amax(1)
 
     def places(self, image: ImageFeatures) -> Tensor:
         return image.regions
