@@ -7,7 +7,7 @@ __all__ = ['Schedule', 'TrainConfig', 'learning_rate', 'parameter_groups', 'desc
            'load_encoder', 'Run', 'Diverged', 'optimise', 'validate', 'cut_log', 'append_log', 'make_accelerator',
            'Trainer', 'save', 'restore', 'take_step', 'train_epoch', 'validate_epoch', 'end_epoch', 'fit']
 
-# %% ../../nbs/train/03_loop.ipynb #9611cb03
+# %% ../../nbs/train/03_loop.ipynb #bdeb0943
 import json
 import os
 import platform
@@ -32,7 +32,8 @@ from tqdm.auto import tqdm
 
 from ..data.pack import Pack
 from ..data.pairs import Batch, Pairs, View, collate, counter_seed, epoch_batches
-from ..encoders.image import image_encoder
+from ..encoders.image import image_encoder, load_weights, read_state
+from ..encoders.pretrained import architecture_of, is_pretrained, pretrained_encoder
 from ..methods import METHODS
 from ..methods.method import Method, known
 from .checkpoint import load_checkpoint, save_checkpoint, save_weights, write_atomic, write_json
@@ -161,7 +162,7 @@ def describe_machine() -> dict[str, Any]:
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
 
-# %% ../../nbs/train/03_loop.ipynb #e858a590
+# %% ../../nbs/train/03_loop.ipynb #89b802b1
 _FREE = ("run", "workers", "progress", "save_every", "device")  # may differ when a run goes on
 
 
@@ -171,7 +172,8 @@ def open_run(method: Method, data: Pack, config: TrainConfig) -> None:
     train = {key: value for key, value in asdict(config).items() if key != "run"}
     told = {"method": name, "preset": method.preset, "config": asdict(method.config), "train": train}
     told = json.loads(json.dumps(told, default=str))
-    manifest = {"data": {"hash": data.manifest["hash"], "path": str(data.path)}, "seed": config.seed, **describe_machine()}
+    told_data = {"hash": data.manifest["hash"], "path": str(data.path), "fit": data.manifest["source"].get("fit")}
+    manifest = {"data": told_data, "seed": config.seed, **describe_machine()}
     there = config.run / "config.json"
     if there.exists():
         old, old_manifest = json.loads(there.read_text()), json.loads((config.run / "manifest.json").read_text())
@@ -193,7 +195,7 @@ def open_run(method: Method, data: Pack, config: TrainConfig) -> None:
     write_json(config.run / "manifest.json", {"started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), **manifest})
     write_json(there, told)
 
-# %% ../../nbs/train/03_loop.ipynb #e6d17f22
+# %% ../../nbs/train/03_loop.ipynb #43e353ff
 def load_method(
     path: str | Path,                        # a run folder
     which: Literal["best", "last"] = "best",
@@ -201,7 +203,7 @@ def load_method(
     "The trained method of a run, from the run folder alone. FileNotFoundError when it is not one."
     path = Path(path)
     weights = path / {"best": "weights.safetensors", "last": "last.safetensors"}[which]
-    for needed in (path / "config.json", weights):
+    for needed in (path / "config.json", path / "manifest.json", weights):
         if not needed.exists():
             raise FileNotFoundError(f"{path} is not a run with {which} weights: {needed.name} is missing")
     told = json.loads((path / "config.json").read_text())
@@ -211,18 +213,31 @@ def load_method(
     method.load_state_dict(load_file(weights))
     method.config, method.preset = kind.Config(**told["config"]), told["preset"]
     method.recipe = {key: value for key, value in told["train"].items() if key in View.__dataclass_fields__}
+    fit = json.loads((path / "manifest.json").read_text())["data"].get("fit")
+    method.image_encoder.preprocessing = replace(method.preprocessing, fit=fit)
     return method.eval()
 
-# %% ../../nbs/train/03_loop.ipynb #0a56d8fc
+# %% ../../nbs/train/03_loop.ipynb #7abee1c1
 def load_encoder(
-    name_or_path: str | Path,       # a run folder, a state-dict file, "random" or "imagenet"
-    image: str = "resnet50",        # architecture, for everything but a run
-    **options,                      # of the architecture: layer, size, ...
-) -> torch.nn.Module:               # image encoder with its preprocessing, in evaluation mode
-    "An image encoder with its preprocessing, wherever it comes from."
-    if (Path(name_or_path) / "config.json").exists() and (Path(name_or_path) / "text").is_dir():
-        return load_method(name_or_path).image_encoder
-    return image_encoder(image, None if str(name_or_path) == "random" else str(name_or_path), **options).eval()
+    name_or_path: str | Path,   # a run folder, "random", "imagenet", a state-dict file or folder, or a Hugging Face folder or name
+    image: str | None = None,   # architecture of "random" and "imagenet" (None: resnet50) and of a state dict (None: that it fits)
+    **options,                  # of the architecture: layer, size, ...; of a Hugging Face model: size
+) -> torch.nn.Module:           # image encoder with its preprocessing, in evaluation mode
+    """An image encoder with its preprocessing, wherever it comes from. Only a name goes to the network.
+
+    OSError (FileNotFoundError) when it is not there, ValueError when it does not fit."""
+    path, published = Path(name_or_path), str(name_or_path) in ("random", "imagenet", "imagenet-v2")
+    if (path / "config.json").exists() and (path / "text").is_dir():
+        return load_method(path).image_encoder
+    if not published and is_pretrained(name_or_path):
+        return pretrained_encoder(name_or_path, **options)
+    if published:
+        weights = None if str(name_or_path) == "random" else str(name_or_path)
+        return image_encoder(image or "resnet50", weights, **options).eval()
+    state = read_state(path)
+    encoder = image_encoder(image or architecture_of(state, str(path)), **options)
+    load_weights(encoder.body, state, str(path))
+    return encoder.eval()
 
 # %% ../../nbs/train/03_loop.ipynb #1053bdde
 @dataclass(frozen=True)
