@@ -5,8 +5,10 @@
 # %% auto #0
 __all__ = ['PRESETS', 'ConVIRTConfig', 'ConVIRT']
 
-# %% ../../nbs/methods/02_convirt.ipynb #e90280ec
+# %% ../../nbs/methods/02_convirt.ipynb #5a62080c
 from dataclasses import dataclass
+
+from torch import Tensor
 
 from ..data.pairs import Batch
 from ..encoders.heads import AttentionPool, ProjectionHead
@@ -59,7 +61,7 @@ PRESETS = {
     "tiny": (_TINY, _TINY_RECIPE),
 }
 
-# %% ../../nbs/methods/02_convirt.ipynb #61164b69
+# %% ../../nbs/methods/02_convirt.ipynb #65fea71f
 class ConVIRT(Method):
     "Contrast of whole images and whole texts (ConVIRT, as configured by LoVT and by MGCA)."
 
@@ -76,10 +78,15 @@ class ConVIRT(Method):
 
     def forward(self, batch: Batch) -> Losses:
         "The contrastive loss of a batch."
-        c, (image, text) = self.config, self.encode(batch)
-        whole = image.whole if self.pool is None else self.pool(image.regions)[0]
-        v, t = self.image_head(whole), self.text_head(text.whole)
+        c, t, v = self.config, self.embed_text(batch), self.embed_image(batch.image)
         return add_up(instance=c.weight * clip_loss(v, t, c.temperature, c.image_weight, negatives(batch, c.negatives)))
+
+    def embed_image(self, image: Tensor) -> Tensor:  # (B, d)
+        seen = self.image_encoder(image)
+        return self.image_head(seen.whole if self.pool is None else self.pool(seen.regions)[0])
+
+    def embed_text(self, batch: Batch) -> Tensor:  # (B, d)
+        return self.text_head(self.read(batch).whole)
 
     def correspondence(self, batch: Batch) -> Correspondence:
         "Regions, words and sentences through the heads of the wholes; nothing trained them to fit, so expect little."

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PRESETS', 'GLoRIAConfig', 'cls_and_words', 'GLoRIA']
 
-# %% ../../nbs/methods/07_gloria.ipynb #2a7c8dd5
+# %% ../../nbs/methods/07_gloria.ipynb #4997f4f2
 from dataclasses import dataclass
 
 import torch
@@ -16,8 +16,8 @@ from ..data.pairs import Batch
 from ..encoders.features import TextFeatures
 from ..encoders.text import encode_sentences
 from .method import Correspondence, Losses, Method, MethodConfig, add_up, cosine_correspondence, negatives
-from ..objectives.contrastive import clip_loss
-from ..objectives.tokens import gloria_loss
+from ..objectives.contrastive import clip_loss, unit
+from ..objectives.tokens import gloria_loss, gloria_scores
 
 # %% ../../nbs/methods/07_gloria.ipynb #4468fc52
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def cls_and_words(text: TextFeatures) -> tuple[Tensor, Tensor]:  # (B, 1 + W, D)
     "The words that GLoRIA contrasts, [CLS] first, and their mask."
     return torch.cat([text.tokens[:, :1], text.words], 1), F.pad(text.word_mask, (1, 0), value=True)
 
-# %% ../../nbs/methods/07_gloria.ipynb #795350bd
+# %% ../../nbs/methods/07_gloria.ipynb #96b703eb
 class GLoRIA(Method):
     "Global and local contrast of images and sentences (ICCV 2021): losses `global` and `local`."
 
@@ -95,3 +95,17 @@ class GLoRIA(Method):
             self.text_encoder, batch.input_ids, batch.attention_mask, batch.word_index, batch.sentence_index)
         image = self.image_encoder(batch.image)
         return cosine_correspondence(self.local_image(image.regions), text.words, text.sentences, text, image.grid)
+
+    def embed_image(self, image: Tensor) -> tuple[Tensor, Tensor]:  # (B, D) global; (B, N, D) regions
+        seen = self.image_encoder(image)
+        return self.global_image(seen.whole), self.local_image(seen.regions)
+
+    def embed_text(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:  # (B, D) global; (B, 1 + W, D) words and mask
+        text = self.read(batch)
+        return text.whole, *cls_and_words(text)
+
+    def similarity(self, image: tuple[Tensor, Tensor], text: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+        "Both scores that are trained, weighted as their losses are: cosines of the wholes, and what the words find."
+        c, (whole, regions), (sentence, words, mask) = self.config, image, text
+        local = gloria_scores(regions, words, mask, c.attention_scale, c.word_scale, c.average, c.chunk) if c.weight_local else 0
+        return c.weight_global * unit(whole) @ unit(sentence).T + c.weight_local * local

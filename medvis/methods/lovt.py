@@ -128,7 +128,7 @@ def global_correspondence(method: "LoVT", image: ImageFeatures, text: TextFeatur
     regions, words, sentences = method.global_image(regions), method.global_text(words), method.global_text(sentences)
     return cosine_correspondence(regions, words, sentences, text, image.grid)
 
-# %% ../../nbs/methods/04_lovt.ipynb #f47d6931
+# %% ../../nbs/methods/04_lovt.ipynb #617a8e9e
 class LoVT(Method):
     "Localized representation learning from Vision and Text (ECCV 2022): losses `global`, `local_image`, `local_report`."
 
@@ -176,3 +176,16 @@ class LoVT(Method):
             self.attention.scores(regions, self.local_text(x, mask))
             for x, mask in ((text.words, text.word_mask), (text.sentences, text.sentence_mask))]
         return Correspondence(*scores, text.word_mask, text.sentence_mask, image.grid)
+
+    def embed_image(self, image: Tensor) -> Tensor:  # (B, d); ValueError without the global loss
+        seen = self.image_encoder(image)
+        return self._global("image")(seen.whole if self.image_pool is None else self.image_pool(seen.regions)[0])
+
+    def embed_text(self, batch: Batch) -> Tensor:  # (B, d); ValueError without the global loss
+        text = self.read(batch)
+        return self._global("text")(text.whole if self.text_pool is None else self.text_pool(text.sentences, text.sentence_mask)[0])
+
+    def _global(self, side: str) -> ProjectionHead:
+        if not self.config.weight_global:
+            raise ValueError(f"LoVT without its global loss (weight_global=0) has no vector of a whole {side}")
+        return {"image": self.global_image, "text": self.global_text}[side]

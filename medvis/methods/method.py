@@ -98,12 +98,12 @@ def known(what: str, names: Iterable[str], there: Iterable[str]) -> None:
         if name not in there:
             raise ValueError(f"{name!r} is no {what}; there are: {', '.join(there)}")
 
-# %% ../../nbs/methods/01_method.ipynb #c5d04a9a
+# %% ../../nbs/methods/01_method.ipynb #5a50da4e
 NEGATIVES = ("all", "other-study", "other-patient")
 
 
 class Method(nn.Module):
-    "Base of all methods: encoders from a configuration, presets, and the two calls `forward` and `correspondence`."
+    "Base of all methods: encoders from a configuration, presets, and the calls `forward`, `correspondence`, `similarity`."
 
     Config = MethodConfig
     presets: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {}  # name -> (configuration, training recipe)
@@ -142,9 +142,18 @@ class Method(nn.Module):
         "What of a study this method sees, by its recipe."
         return View(**{key: self.recipe[key] for key in View.__dataclass_fields__ if key in self.recipe})
 
+    @property
+    def text_unit(self) -> str:
+        "What one text is to this method: a whole report, or a sentence when it is trained on one at a time."
+        return "sentence" if self.view.sentences == "one" else "report"
+
+    def read(self, batch: Batch) -> TextFeatures:
+        "Run the text encoder."
+        return self.text_encoder(batch.input_ids, batch.attention_mask, batch.word_index, batch.sentence_index)
+
     def encode(self, batch: Batch) -> tuple[ImageFeatures, TextFeatures]:
         "Run both encoders."
-        text = self.text_encoder(batch.input_ids, batch.attention_mask, batch.word_index, batch.sentence_index)
+        text = self.read(batch)
         return self.image_encoder(batch.image), text
 
     def start_epoch(self, epoch: int) -> None:
@@ -158,6 +167,16 @@ class Method(nn.Module):
 
     def correspondence(self, batch: Batch) -> Correspondence:
         raise NotImplementedError(f"{type(self).__name__} does not define a correspondence")
+
+    def embed_image(self, image: Tensor) -> Any:  # (B, C, H, W) -> what `similarity` wants of B images
+        raise NotImplementedError(f"{type(self).__name__} does not embed images")
+
+    def embed_text(self, batch: Batch) -> Any:    # what `similarity` wants of B texts; the batch's images are not looked at
+        raise NotImplementedError(f"{type(self).__name__} does not embed texts")
+
+    def similarity(self, image: Any, text: Any) -> Tensor:  # (I, T), higher = fits better
+        "How well every image fits every text, from their embeddings: cosines, unless the method trains another score."
+        return unit(image) @ unit(text).mT
 
 # %% ../../nbs/methods/01_method.ipynb #13bfb585
 def negatives(

@@ -121,7 +121,7 @@ def _attentions(config: MGCAConfig) -> tuple[nn.Module | None, nn.Module | None]
         return None, None
     return nn.MultiheadAttention(config.dim, 1, batch_first=True), nn.MultiheadAttention(config.dim, 1, batch_first=True)
 
-# %% ../../nbs/methods/03_mgca.ipynb #d463c3ca
+# %% ../../nbs/methods/03_mgca.ipynb #b69f8091
 class MGCA(Method):
     "Multi-Granularity Cross-modal Alignment (NeurIPS 2022): losses `instance`, `token` and `prototype`."
 
@@ -153,7 +153,7 @@ class MGCA(Method):
         "The three losses of a batch, weighted; those of weight 0 are not computed."
         c, (image, text) = self.config, self.encode(batch)
         both, valid = 2.0 if c.directions == "sum" else 1.0, negatives(batch, c.negatives)
-        v, t = self.global_image(image.whole), self.global_text(text.whole)
+        v, t = self.global_image(image.whole), self.global_text(text.whole)  # as embed_image and embed_text
         balance = (c.tau_prototype, c.epsilon, c.sinkhorn_iterations)
         parts = {
             "instance": (c.weight_instance, lambda: both * clip_loss(v, t, c.tau_instance, valid=valid)),
@@ -171,3 +171,9 @@ class MGCA(Method):
         scores = [matching_scores(unit(read(x, mask)), regions, self.word_attention).mT
                   for x, mask in ((words, word_mask), (text.sentences, text.sentence_mask))]
         return Correspondence(*scores, word_mask, text.sentence_mask, image.grid)
+
+    def embed_image(self, image: Tensor) -> Tensor:  # (B, d)
+        return self.global_image(self.image_encoder(image).whole)
+
+    def embed_text(self, batch: Batch) -> Tensor:  # (B, d)
+        return self.global_text(self.read(batch).whole)

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['MixtureMIConfig', 'sentence_pairs', 'MixtureMI']
 
-# %% ../../nbs/methods/08_mixture_mi.ipynb #6b550656
+# %% ../../nbs/methods/08_mixture_mi.ipynb #aa89e294
+import math
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 from ..data.pairs import Batch
 from ..encoders.text import encode_sentences
 from .method import Correspondence, Losses, Method, MethodConfig, add_up, cosine_correspondence, negatives
+from ..objectives.contrastive import unit
 from ..objectives.mixture import CosineCritic, mixture_scores
 from ..objectives.mutual_information import cpc_bound
 
@@ -50,9 +52,9 @@ _TINY_RECIPE = dict(
     most_sentences=4)
 
 _SMALL = dict(_TINY, image="small_resnet_fine")
-_SMALL_RECIPE = dict(_TINY_RECIPE, epochs=15)
+_SMALL_RECIPE = dict(_TINY_RECIPE, epochs=8)
 
-# %% ../../nbs/methods/08_mixture_mi.ipynb #201278ad
+# %% ../../nbs/methods/08_mixture_mi.ipynb #e762975b
 class MixtureMI(Method):
     "Mutual information of a sentence and the hidden region it means: loss `mutual_information`."
 
@@ -84,3 +86,18 @@ class MixtureMI(Method):
         image, text = self.image_encoder(batch.image), self.encode_text(batch)
         words, sentences = self.critic.text(text.words), self.critic.text(text.sentences)
         return cosine_correspondence(self.critic.image(image.regions), words, sentences, text, image.grid)
+
+    @property
+    def text_unit(self) -> str:
+        return "sentence"
+
+    def embed_image(self, image: Tensor) -> Tensor:  # (B, N, d)
+        return unit(self.critic.image(self.image_encoder(image).regions))
+
+    def embed_text(self, batch: Batch) -> Tensor:  # (B, d), of texts of one sentence
+        return unit(self.critic.text(self.encode_text(batch).whole))
+
+    def similarity(self, image: Tensor, text: Tensor) -> Tensor:
+        "The mixture scores of the loss, from projections that were made once."
+        scores = image @ text.T / self.config.temperature  # (I, N, T)
+        return scores.logsumexp(1) - math.log(scores.shape[1])
