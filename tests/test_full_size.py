@@ -9,6 +9,9 @@ import torch
 
 from medvis.data.pairs import Pairs, collate
 from medvis.data.prepare import PhantomConfig, prepare_phantom
+from medvis.encoders.image import image_encoder
+from medvis.evaluate.detect import YoloV3
+from medvis.evaluate.segment import LinearSegmenter, SetrDecoder, SmpUNet, UNet
 from medvis.methods import CLIP, METHODS, MGCA, ConVIRT, GlobalMI, GLoRIA, LocalMI, LoVT, MixtureMI
 from medvis.methods.method import phantom_tokenizer
 from medvis.train import TrainConfig, load_encoder
@@ -83,6 +86,69 @@ def test_one_step(name, pack, tokenizer):
     assert found.grid == grid and found.words.shape[:2] == (2, grid[0] * grid[1]) and torch.isfinite(found.words).all()
     del method, optimizer, learned, losses, before, found
     gc.collect()
+
+
+def conv(width_in, width, side, norm=False, bias=True):
+    "Weights of a convolution, with bias, and with the two numbers a channel of a batch normalisation."
+    return width_in * width * side**2 + (bias + 2 * norm) * width
+
+
+def yolo_scale(width_in, width, classes=1):
+    there, back, wide = conv(width_in, width, 1, True, False), conv(2 * width, width, 1, True, False), conv(width, 2 * width, 3, True, False)
+    return there + 2 * back + 3 * wide + conv(2 * width, 3 * (5 + classes), 1)
+
+
+UP = ((2048, 1024, 1024), (1024, 512, 512), (512, 256, 256), (256, 64, 128), (128, 3, 64))  # from, skip, to (systems.md 4)
+SMP = ((2048, 1024, 256), (256, 512, 128), (128, 256, 64), (64, 64, 32), (32, 0, 16))
+HEADS = {  # head, encoder, what of it is trained, its weights counted by hand
+    "LoVT's linear": (LinearSegmenter, "resnet50", False, 2048 + 1),
+    "LoVT's U-Net": (UNet, "resnet50", True, 2 * conv(2048, 2048, 3, True) + conv(64, 1, 1) + sum(
+        conv(before, to, 2) + conv(to + skip, to, 3, True) + conv(to, to, 3, True) for before, skip, to in UP)),
+    "MGCA's U-Net": (SmpUNet, "resnet50", False, conv(16, 1, 3) + sum(
+        conv(before + skip, to, 3, True, False) + conv(to, to, 3, True, False) for before, skip, to in SMP)),
+    "MGCA's SETR": (SetrDecoder, "vit_base_patch16_224", False, conv(768, 768, 1) + conv(64, 1, 3) + sum(
+        conv(before, to, 3, True) for before, to in ((768, 512), (512, 256), (256, 128), (128, 64)))),
+    "YOLOv3": (YoloV3, "resnet50", True, conv(512, 256, 1, True, False) + conv(256, 128, 1, True, False)
+               + yolo_scale(2048, 512) + yolo_scale(1024 + 256, 256) + yolo_scale(512 + 128, 128)),
+}
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_one_step_of_a_head(name):
+    "One image at 224 pixels, one step of training and one of evaluation: sizes and shapes are the papers'."
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    kind, encoder, tuned, weights = HEADS[name]
+    encoder, images = image_encoder(encoder), torch.rand(1, 3, 224, 224)
+    head = kind(encoder, ("finding",))
+    assert sum(value.numel() for value in head.parameters()) == weights
+    target = [[[60.0, 80, 120, 150, 0]]] if kind is YoloV3 else torch.zeros(1, 1, 224, 224).index_fill_(2, torch.arange(60, 90), 1)
+    seen = lambda: encoder(images).regions if head.needs == "regions" else encoder.pyramid(images)
+    encoder.train(tuned).requires_grad_(tuned)
+    learned = {**dict(head.named_parameters()), **{f"encoder.{key}": value for key, value in encoder.named_parameters() if tuned}}
+    before = {key: value.detach().clone() for key, value in learned.items()}
+    raw = head(seen())
+    loss = head.loss(raw, target)
+    loss.total.backward()
+    torch.optim.AdamW(learned.values(), 1e-3).step()
+    assert loss.total.isfinite() and loss.total > 0
+    assert {key for key, value in learned.items() if torch.equal(value, before[key])} <= {"encoder.body.fc.weight", "encoder.body.fc.bias"}
+    if kind is YoloV3:
+        assert [tuple(part.shape) for part in raw] == [(1, 18, side, side) for side in (7, 14, 28)]
+    else:
+        assert raw.shape == (1, 1, 224, 224)
+
+    encoder.eval(), head.eval()
+    with torch.no_grad():
+        maps = seen()
+        if kind is UNet:
+            x, sides = head.bridge(maps[-1]), []
+            for step, skip in zip(head.steps, maps[-2::-1], strict=True):
+                x = step(x, skip)
+                sides.append(tuple(x.shape[1:]))
+            assert sides == [(1024, 14, 14), (512, 28, 28), (256, 56, 56), (128, 112, 112), (64, 224, 224)]
+        said = head.predict(head(maps))
+    assert set(said.image) <= {0} if kind is YoloV3 else said.shape == (1, 1, 224, 224) and ((said >= 0) & (said <= 1)).all()
 
 
 @pytest.mark.parametrize("name", [(key, preset) for key, kind in METHODS.items() for preset in kind.presets])
