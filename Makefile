@@ -47,7 +47,7 @@ test: .venv/.dev
 	@echo "== notebooks"
 	@timeout 900 nbdev_test --n_workers 2 --timing
 	@echo "== tests, and the notebooks replayed against the installed module"
-	@timeout 1900 pytest -q --durations 10 --cov=medvis tests
+	@timeout 1900 pytest -q -n 2 --dist loadfile --durations 10 --cov=medvis tests
 	@echo "medvis: every check passed"
 
 lab: .venv/.dev
