@@ -413,3 +413,11 @@ def test_text_features(tokenizer):
 def test_unknown_rules_are_refused(change, tokenizer):
     with pytest.raises(ValueError, match=f"{list(change.values())[0]!r} is no .*there are"):
         LocalMI.from_preset("tiny", tokenizer, **change)
+
+
+def test_what_regions_are_selected_by_has_no_gradient():
+    "The argmax would hide a missing stop; the graph of all regions with all sentences would still be kept in memory."
+    torch.manual_seed(0)
+    regions, sentence = torch.randn(3, 4, 5, requires_grad=True), torch.randn(3, 6, requires_grad=True)
+    every = region_scores(Discriminator(5, 6, hidden=(8, 4)), regions, sentence)
+    assert every.shape == (3, 4, 3) and not every.requires_grad
