@@ -238,6 +238,6 @@ def draw_examples(maps: pd.DataFrame, subjects: list[str], findings: tuple[str, 
             word = own[own.finding == finding].iloc[0]
             study = phantom[int(word.study.rpartition("-")[2])]
             mask = np.any([found.mask for found in study.findings if found.name == finding], axis=0)
-            draw_map(ax, study.image, word.scores, (word.side, word.side), mask, word.text if subject == subjects[0] else "")
+            draw_map(ax, study.image, list(word.scores), (word.side, word.side), mask, word.text if subject == subjects[0] else "")
         row[0].set_ylabel(subject, fontsize=9)
     return figure
