@@ -507,7 +507,7 @@ def test_table_of_pointing_sums_up_its_rows():
     rng = np.random.default_rng(0)
     n = 60
     table = pd.DataFrame({"patient": rng.integers(0, 9, n), "grain": rng.choice(["word", "sentence"], n), "finding": rng.choice(["Edema", "Nodule"], n),
-                          "side": rng.choice(["left", "right"], n), "role": rng.choice(["name", "place"], n), "hit": rng.random(n), "chance": rng.random(n), "cnr": rng.normal(size=n)})
+                          "side": rng.choice(["left", "right"], n), "role": rng.choice(["name", "place"], n), "hit": rng.random(n), "chance": rng.random(n), "cnr": rng.normal(size=n), **{name: rng.random(n) for name in ("miou", "dice", "best_dice")}})
     table.loc[3, "cnr"] = np.nan
     found = ground.PhantomPointing(table, rng.random((n, 4)) < 0.5)
     for grain in ground.GRAINS:
@@ -516,6 +516,7 @@ def test_table_of_pointing_sums_up_its_rows():
             t = table[(table["grain"] == grain) & (table["role"] == "name") & ((table["finding"] == finding) | (finding == "all"))]
             row = rows.loc[finding]
             np.testing.assert_allclose(row[["hit_rate", "chance", "cnr", "absolute_cnr"]].astype(float), [t["hit"].mean(), t["chance"].mean(), t["cnr"].mean(), t["cnr"].abs().mean()])
+            np.testing.assert_allclose(row[["miou", "dice", "best_dice"]].astype(float), t[["miou", "dice", "best_dice"]].mean())
             assert row["targets"] == len(t) and row["low"] <= row["hit_rate"] <= row["high"] and row["cnr_low"] <= row["cnr"] <= row["cnr_high"]
             assert np.isclose(row["best_fixed_point"], ground.best_fixed_point(found.cells[t.index], t["finding"]))
             assert np.isclose(row["best_fixed_side"], ground.best_fixed_point(found.cells[t.index], t["finding"] + t["side"]))

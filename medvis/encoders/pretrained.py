@@ -93,7 +93,7 @@ def _trial(encoder: nn.Module) -> tuple[ImageFeatures, list[Tensor]]:
         )
     return first, encoder.pyramid(noise)
 
-# %% ../../nbs/encoders/05_pretrained.ipynb #0b42f86d
+# %% ../../nbs/encoders/05_pretrained.ipynb #143f535f
 _CLS = frozenset({"blip_vision_model", "blip_2_vision_model", "instructblip_vision_model"})
 
 
@@ -110,38 +110,33 @@ class PretrainedEncoder(nn.Module):
         self.body, self.preprocessing = body, preprocessing
         self._options = {}
         if "interpolate_pos_encoding" in inspect.signature(body.forward).parameters:
-            self._options["interpolate_pos_encoding"] = preprocessing.size != getattr(
-                body.config, "image_size", preprocessing.size
-            )
+            made_for = getattr(body.config, "image_size", preprocessing.size)
+            self._options["interpolate_pos_encoding"] = preprocessing.size != made_for
         first, maps = _trial(self)
         self.region_dim, self.whole_dim, self.grid = first.regions.shape[-1], first.whole.shape[-1], first.grid
         self.pyramid_dims = [level.shape[1] for level in maps]
         self.pyramid_strides = [preprocessing.size // level.shape[-1] for level in maps]
 
     def forward(self, image: Tensor) -> ImageFeatures:  # (B, C, H, W) preprocessed
-        out = self.body(pixel_values=image, **self._options)
-        hidden, pooled = out.last_hidden_state, out.get("pooler_output")
-        first, pooled = 0, None if self.body.config.model_type in _CLS else pooled
+        return self._features(self.body(pixel_values=image, **self._options), image.shape[-1])
+
+    def _features(self, out, side: int) -> ImageFeatures:
+        hidden, pooled, first = out.last_hidden_state, out.get("pooler_output"), 0
         if hidden.ndim == 4:
             grid, hidden = tuple(hidden.shape[2:]), hidden.flatten(2).mT
         else:
-            first, side = token_grid(hidden.shape[1], image.shape[-1], self.body.config)
-            grid = (side, side)
-        if pooled is None:
+            first, cells = token_grid(hidden.shape[1], side, self.body.config)
+            grid = (cells, cells)
+        if pooled is None or self.body.config.model_type in _CLS:
             pooled = hidden[:, 0] if first else hidden.mean(1)
         return ImageFeatures(hidden[:, first:], pooled.flatten(1), grid)
 
-    def pyramid(
-        self,
-        image: Tensor,  # (B, C, H, W) preprocessed
-    ) -> list[
-        Tensor
-    ]:  # (B, pyramid_dims[s], H / pyramid_strides[s], ...): the image, then the stages (convolutional) or the one map
-        "All maps, finest first."
+    def pyramid(self, image: Tensor) -> list[Tensor]:  # (B, pyramid_dims[s], H / pyramid_strides[s], ...)
+        "The image and all maps, finest first: the stages of a convolutional network, or the one map of the tokens."
         out = self.body(pixel_values=image, output_hidden_states=True, **self._options)
         if out.last_hidden_state.ndim == 4:
             return [image, *out.hidden_states[1:]]
-        features = self(image)
+        features = self._features(out, image.shape[-1])
         return [image, features.regions.mT.unflatten(2, features.grid)]
 
 # %% ../../nbs/encoders/05_pretrained.ipynb #a27f8f35
@@ -152,7 +147,7 @@ def _preprocessor(name: str) -> dict:
         return {}
     return ImageProcessingMixin.get_image_processor_dict(name)[0]
 
-# %% ../../nbs/encoders/05_pretrained.ipynb #5d30f64e
+# %% ../../nbs/encoders/05_pretrained.ipynb #0fce4547
 def _fetch(name: str) -> tuple[nn.Module, set[str], dict]:
     "Model, names of weights that were not there, and what is told of its images. OSError says what to pass instead."
     try:
@@ -163,7 +158,7 @@ def _fetch(name: str) -> tuple[nn.Module, set[str], dict]:
         return model, set(report["missing_keys"]), _preprocessor(name)
     except Exception as error:
         raise OSError(
-            f"the vision model {name!r} could not be loaded ({type(error).__name__}): no such folder or no weights in it, "
+            f"the vision model {name!r} could not be loaded ({type(error).__name__}): no such folder, no weights in it, "
             "or no network. Pass the path of a folder with config.json and model.safetensors, of a run, or of a "
             "state-dict file (.safetensors, .pt, .pth), or 'random'."
         ) from error

@@ -15,7 +15,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -231,7 +231,7 @@ def run_rows(
     test = load_predictions(folder / "predictions.npz")
     said = test.predicted.table() if isinstance(test.predicted, Boxes) else test.predicted
     mark = fingerprint(said) if test.kind not in ("masks", "boxes") or len(said) and np.any(said) else None  # silence is no copy
-    first = {"task": told["task"], "fraction": told["fraction"], "seed": told["seed"]}
+    first = {"task": told["task"], "kind": told["kind"], "fraction": told["fraction"], "seed": told["seed"]}
     last = {"lr": told["lr"], "best_epoch": told["best_epoch"], "validation": told["validation"], "predictions": mark,
             "encoder_hash": told["encoder_hash"], "task_hash": told["task_hash"], "run": folder.name}
     table = score_table(test, told["recipe"]["batch_size"])
@@ -319,16 +319,16 @@ def summary(
     baseline: str | None = None,    # encoder that the others are tested against
 ) -> pd.DataFrame:                  # task, protocol, fraction, metric, encoder, mean, low, high, std, n (runs), ...: see stats.compare
     "The headline metric of every encoder, over seeds."
-    chosen = table[table["metric"].isin(HEADLINE.values())]
+    chosen = table[table["metric"] == table["kind"].map(HEADLINE)]
     return compare(chosen, baseline, keys=("task", "protocol", "fraction", "metric"))
 
 # %% ../../nbs/evaluate/08_protocol.ipynb #7b338c95
 @dataclass
 class EvaluateConfig:
-    "Evaluate encoders on a task by a protocol of the papers, or a tiny one for the phantom: predictions, all metrics, intervals over seeds."
+    "Evaluate encoders on a task by a protocol of the papers or a tiny one, with all metrics and intervals over seeds."
 
-    protocol: tyro.conf.Positional[Literal[tuple(PROTOCOLS)]]
-    "How: head, what is trained, rates, patience."
+    protocol: tyro.conf.Positional[Annotated[Literal[tuple(PROTOCOLS)], tyro.conf.arg(metavar="PROTOCOL")]]
+    "How: head, what is trained, rates, patience; a wrong name is answered with those there are."
     data: Path
     "Folder of the Pack."
     encoder: tuple[str, ...]
@@ -336,7 +336,7 @@ class EvaluateConfig:
     out: Path
     "Folder of the runs and results.csv. Finished runs that stand there are not repeated."
     targets: Path | None = None
-    "Table (.csv, .parquet) of labels or grades (first column: image or study id) or of boxes (image_id, x0, y0, x1, y1 in pixels of the original image, class), or folder of mask pictures <image id>.png (several classes: a folder each). Without: the labels of the Pack; of a phantom, what its pictures show."
+    "Table (.csv, .parquet) of labels or grades (first column: image or study id) or of boxes (image_id, x0, y0, x1, y1 in pixels of the original image, class), or folder of mask pictures, png files named by image id (several classes: a folder each). Without: the labels of the Pack; of a phantom, what its pictures show."
     kind: Literal["labels", "classes", "ordinal"] = "labels"
     "What a classifier is asked: independent findings, exclusive classes, or grades."
     classes: tuple[str, ...] = ()

@@ -92,7 +92,7 @@ def protocol_rows(family: str, methods: dict[str, list[Method]], data: Pack, con
     encoders = {name: [method.image_encoder for method in each] for name, each in methods.items()}
     table = run_protocol(
         encoders, task, protocol, config.out / "protocols", (config.fraction,), range(len(config.runs)), progress=config.progress)
-    return table[table.metric.isin(HEADLINE.values())]
+    return table[table.metric == HEADLINE[kind]]
 
 # %% ../../nbs/studies/04_downstream.ipynb #23b48f4e
 def downstream(config: DownstreamConfig) -> pd.DataFrame:  # family, metric, encoder, mean, low, high, gain, ...: see stats.compare
