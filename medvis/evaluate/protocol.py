@@ -7,7 +7,7 @@ __all__ = ['HEADS', 'LOVT', 'MGCA', 'LOCALMI', 'TINY', 'PROTOCOLS', 'RELEASED', 
            'identity', 'split_rows', 'run_one', 'run_rows', 'tune', 'find_protocol', 'add_results', 'run_protocol',
            'summary', 'EvaluateConfig', 'read_table', 'read_masks', 'read_boxes', 'config_task', 'evaluate_task']
 
-# %% ../../nbs/evaluate/08_protocol.ipynb #1c82a71a
+# %% ../../nbs/evaluate/08_protocol.ipynb #9c1d82a2
 import functools
 import hashlib
 import json
@@ -221,7 +221,7 @@ def run_one(
         "validation": best["score"], "best_epoch": int(best["epoch"]), "epochs": len(history), "test_loss": loss, "machine": _machine()})
     return folder
 
-# %% ../../nbs/evaluate/08_protocol.ipynb #7073bb73
+# %% ../../nbs/evaluate/08_protocol.ipynb #26e65136
 def run_rows(
     folder: str | Path,     # of a run
 ) -> pd.DataFrame:          # one row a metric
@@ -310,7 +310,7 @@ def run_protocol(
     add_results(out / "results.csv", table)
     return table
 
-# %% ../../nbs/evaluate/08_protocol.ipynb #596537b0
+# %% ../../nbs/evaluate/08_protocol.ipynb #81248dee
 HEADLINE = {"labels": "AUROC, macro", "classes": "accuracy, all", "ordinal": "AUROC, macro", "masks": "Dice, pooled pixels", "boxes": "mAP, COCO-style"}
 
 
@@ -322,7 +322,7 @@ def summary(
     chosen = table[table["metric"] == table["kind"].map(HEADLINE)]
     return compare(chosen, baseline, keys=("task", "protocol", "fraction", "metric"))
 
-# %% ../../nbs/evaluate/08_protocol.ipynb #7b338c95
+# %% ../../nbs/evaluate/08_protocol.ipynb #81998c3b
 @dataclass
 class EvaluateConfig:
     "Evaluate encoders on a task by a protocol of the papers or a tiny one, with all metrics and intervals over seeds."
@@ -392,7 +392,7 @@ def read_masks(folder: Path, pack: Pack, classes: Sequence[str]) -> dict[str, np
         raise FileNotFoundError(f"{folder} holds no mask pictures <image id>.png" + (f" in folders {', '.join(classes)}" if len(classes) > 1 else ""))
     return masks
 
-# %% ../../nbs/evaluate/08_protocol.ipynb #52305a68
+# %% ../../nbs/evaluate/08_protocol.ipynb #b3f29dac
 def read_boxes(path: Path, pack: Pack, classes: Sequence[str]) -> Task:
     "The task of a table of boxes in pixels of the original images."
     table, images = read_table(path), pack.image_table.set_index(pack.image_table["image_id"].astype(str))
