@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COMMANDS', 'pretrain_options', 'pretrain', 'ProbeConfig', 'probe', 'ShowConfig', 'show', 'RetrieveConfig', 'find',
-           'PretrainConfig', 'PrepareConfig', 'prepare', 'run_command', 'main']
+           'PhrasesConfig', 'ground', 'PretrainConfig', 'PrepareConfig', 'prepare', 'run_command', 'main']
 
 # %% ../nbs/cli/01_cli.ipynb #292ef69c
 import os
@@ -12,7 +12,7 @@ import os
 # %% ../nbs/cli/01_cli.ipynb #d0a9c500
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-# %% ../nbs/cli/01_cli.ipynb #4368bb60
+# %% ../nbs/cli/01_cli.ipynb #da0e3e22
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, make_dataclass
@@ -24,17 +24,19 @@ import torch
 import tyro
 
 from .data.pack import Pack
+from .data.phrases import find_phrases, phantom_phrases, read_ms_cxr
 from .data.prepare import FolderConfig, PhantomConfig, prepare_folder, prepare_phantom
 from .encoders import train_tokenizer
-from .evaluate import linear_probe, paired_gain
+from .evaluate import ground_phrases, grounding_table, linear_probe, paired_gain
 from .evaluate.protocol import EvaluateConfig, evaluate_task
-from .evaluate.retrieve import retrieve, zero_shot
+from .evaluate.retrieve import read_prompts, retrieve, zero_shot
 from .methods import METHODS
 from .studies.demo import DemoConfig, demo, probe_lines
 from .studies.downstream import DownstreamConfig, downstream
 from .studies.grounding import GroundingConfig, grounding
 from .studies.show import show_run
 from .train import Diverged, Run, TrainConfig, fit, load_encoder, load_method
+from .train.checkpoint import write_atomic
 
 # %% ../nbs/cli/01_cli.ipynb #3a155f98
 def pretrain_options(
@@ -150,7 +152,7 @@ def show(config: ShowConfig) -> Path:
     print(f"Page: {page}")
     return page
 
-# %% ../nbs/cli/01_cli.ipynb #61cf5c3e
+# %% ../nbs/cli/01_cli.ipynb #dcc23397
 @dataclass
 class RetrieveConfig:
     "Find reports by images and images by reports, and name findings by prompts alone, on the test split."
@@ -158,18 +160,52 @@ class RetrieveConfig:
     "Run folder."
     data: Path | None = None
     "Folder of the Pack; without, the one the run was trained on."
+    per_class: int | None = None
+    "At most so many studies of each class are searched for their class; without, all."
+    prompts: Path | None = None
+    "Table (.csv: finding, sign, pair, prompt) of prompts; without, medvis' own."
     out: Path | None = None
     "Folder of the scores and tables; without, retrieval in the run folder."
 
-# %% ../nbs/cli/01_cli.ipynb #38e84e83
+# %% ../nbs/cli/01_cli.ipynb #b5e777ac
 def find(config: RetrieveConfig) -> pd.DataFrame:  # of evaluate.retrieve.retrieval_table
     "Retrieval and zero-shot classification of a run; print the tables and say where they are."
     run, out = Run(config.run), config.out or config.run / "retrieval"
     method, data = load_method(config.run), Pack(config.data or run.manifest["data"]["path"])
-    table = retrieve(method, data, out=out)
-    found = zero_shot(method, data, out=out)["findings"]
+    prompts = None if config.prompts is None else read_prompts(config.prompts)
+    table = retrieve(method, data, per_class=config.per_class, out=out)
+    found = zero_shot(method, data, prompts, out=out)["findings"]
     for told in (table.drop(columns="reported_by"), found[found.metric == "AUROC"]):
         print(told.round(3).to_string(index=False))
+    print(f"Tables: {out}")
+    return table
+
+# %% ../nbs/cli/01_cli.ipynb #ea909a1c
+@dataclass
+class PhrasesConfig:
+    "Find the places that phrases speak of: pointing game, contrast-to-noise ratio, mIoU and Dice, on the image and on another patient's."
+    run: tyro.conf.Positional[Path]
+    "Run folder."
+    phrases: Path | None = None
+    "Phrases with boxes in the format of MS-CXR (.json or .csv); without, what a phantom's test reports say."
+    data: Path | None = None
+    "Folder of the Pack that holds their images; without, the one the run was trained on."
+    out: Path | None = None
+    "Folder of the tables; without, phrases in the run folder."
+
+# %% ../nbs/cli/01_cli.ipynb #8ce9fd90
+def ground(config: PhrasesConfig) -> pd.DataFrame:  # of evaluate.ground.grounding_table
+    "Measure a run on phrases; print how well it does over all, and write that by finding and by phrase."
+    run, out = Run(config.run), config.out or config.run / "phrases"
+    method, data = load_method(config.run), Pack(config.data or run.manifest["data"]["path"])
+    phrases = phantom_phrases(data) if config.phrases is None else read_ms_cxr(config.phrases)
+    rows = ground_phrases(method, data, phrases)
+    table = grounding_table(rows)
+    for name, each in (("phrases", rows), ("findings", table)):
+        write_atomic(out / f"{name}.csv", lambda file: each.to_csv(file, index=False))
+    splits = data.studies["split"].to_numpy()[data.image_table["study"].to_numpy()[find_phrases(phrases, data)]]
+    print("Phrases by split: " + ", ".join(f"{name} {count}" for name, count in pd.Series(splits).value_counts().items()))
+    print(table[table["finding"] == "all"].drop(columns=["finding", "definition"]).round(3).to_string(index=False))
     print(f"Tables: {out}")
     return table
 
@@ -200,7 +236,7 @@ def prepare(config: PrepareConfig) -> Pack:
         print(f"  left out: {count} x {reason}")
     return pack
 
-# %% ../nbs/cli/01_cli.ipynb #76deec7c
+# %% ../nbs/cli/01_cli.ipynb #8ea98ad4
 COMMANDS = {
     "demo": (DemoConfig, demo),
     "prepare": (PrepareConfig, prepare),
@@ -208,6 +244,7 @@ COMMANDS = {
     "probe": (ProbeConfig, probe),
     "evaluate": (EvaluateConfig, evaluate_task),
     "retrieve": (RetrieveConfig, find),
+    "phrases": (PhrasesConfig, ground),
     "show": (ShowConfig, show),
     "grounding": (GroundingConfig, grounding),
     "downstream": (DownstreamConfig, downstream),

@@ -275,11 +275,13 @@ def ill(findings, count=8):
 def learn(encoder, head, images, target, lr, steps):
     model = nn.ModuleList([encoder, head]).train()
     optimizer = torch.optim.Adam(model.parameters(), lr)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     images = encoder.preprocessing.eval()(images)
     for _ in range(steps):
         optimizer.zero_grad()
         head.loss(head(encoder.pyramid(images)), target).total.backward()
         optimizer.step()
+        schedule.step()
     model.eval()
     with torch.no_grad():
         return head.predict(head(encoder.pyramid(images)))
@@ -289,7 +291,7 @@ def test_unet_learns_by_heart():
     encoder = image_encoder("tiny_resnet")
     images, studies = ill(("Pleural Effusion",))
     masks = np.stack([np.any([f.mask for f in study.findings if f.name == "Pleural Effusion"], 0) for study in studies])[:, None]
-    painted = learn(encoder, UNet(encoder, ("effusion",)), images, torch.from_numpy(masks).float(), lr=0.005, steps=80)
+    painted = learn(encoder, UNet(encoder, ("effusion",)), images, torch.from_numpy(masks).float(), lr=0.008, steps=80)
     assert dice_table(count_pixels(painted.numpy(), masks))["value"].iloc[0] > 0.95
 
 
@@ -297,5 +299,5 @@ def test_yolo_learns_by_heart():
     encoder, names = image_encoder("tiny_resnet"), ("Cardiomegaly", "Nodule", "Pleural Effusion")
     images, studies = ill(names)
     boxes = [np.array([[*f.box, names.index(f.name)] for f in study.findings if f.name in names]) for study in studies]
-    found = learn(encoder, YoloV3(encoder, names), images, boxes, lr=0.005, steps=75)
+    found = learn(encoder, YoloV3(encoder, names), images, boxes, lr=0.006, steps=60)
     assert mean_ap(found, Targets.stack(boxes).corners(), (0.5,), len(names)) > 0.9

@@ -136,7 +136,7 @@ def test_features_are_computed_once(pack, tmp_path):
     first = classify.encode(encoder, pack, rows=range(10), cache=tmp_path)
     again = classify.encode(encoder, pack, rows=range(10), cache=tmp_path)
     assert calls == [1] and np.array_equal(first, again)
-    encoder.preprocessing = Preprocessing(size=64, crop=0.8, channels=1)               # looks at something else: must not be read from the cache
+    encoder.preprocessing = Preprocessing(size=48, crop=0.75, channels=1)              # looks at something else: must not be read from the cache
     assert not np.allclose(classify.encode(encoder, pack, rows=range(10), cache=tmp_path), first) and len(calls) == 2
 
 
@@ -174,7 +174,7 @@ class Columns:
                                      "split": np.where(np.arange(studies) < 60, "train", "test"), "image_rows": [[i] for i in range(studies)]})
         self.pixels = np.random.default_rng(0).integers(0, 60, (studies, 64, 64)).astype(np.uint8)
         self.pixels[:, :32] += (60 * kind)[:, None, None].astype(np.uint8)
-        self.manifest = {"hash": "columns"}
+        self.path, self.size, self.manifest = "columns", 64, {"hash": "columns", "source": {}}
 
     def image(self, row):
         return self.pixels[row]

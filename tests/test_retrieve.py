@@ -201,6 +201,7 @@ class Films:
         self.studies = pd.DataFrame({"study_id": [f"s{i}" for i in range(studies)], "patient_id": [f"p{i // 2}" for i in range(studies)], "split": "test",
                                      "image_rows": [list(row) for row in rows], "sentences": [["Clear lungs."] if i != 3 else [] for i in range(studies)]})
         self.image_table = pd.DataFrame({"image_id": [f"i{i}" for i in range(sum(counts))], "study": np.repeat(np.arange(studies), counts)})
+        self.path, self.size, self.manifest = "films", 8, {"source": {}}
         self.labels = pd.DataFrame({"Edema": [1.0, 0, 1, 0, 1, 0, 0, -1, 0], "Nodule": [0.0, 1, 0, 1, 0, 1, 0, 1, np.nan]}).iloc[:studies]
 
     def __len__(self):
@@ -217,7 +218,7 @@ class Knows(torch.nn.Module):
     def __init__(self, tokenizer, told):
         super().__init__()
         self.weight, self.tokenizer, self.told = torch.nn.Parameter(torch.zeros(1)), tokenizer, told
-        self.preprocessing = SimpleNamespace(eval=lambda: lambda images: images)
+        self.preprocessing = SimpleNamespace(size=8, crop=1.0, fit=None, eval=lambda: lambda images: images)
 
     def embed_image(self, image):
         return image[:, 0, 0, 0].long()

@@ -95,7 +95,7 @@ def encode_images(
             features.append(encoder(batch).whole.float().cpu().numpy())
     return np.concatenate(features)
 
-# %% ../../nbs/evaluate/02_classify.ipynb #b769e27b
+# %% ../../nbs/evaluate/02_classify.ipynb #e00f6fe0
 def encode(
     encoder: nn.Module,
     pack,  # a Pack
@@ -107,7 +107,9 @@ def encode(
     """Features of studies: the mean over their images of `encoder(image).whole`.
 
     With `cache` they are read from there if they were computed before for this very encoder, pack and rows.
-    Raises ValueError naming the studies that have no image or whose features are not finite."""
+    Raises ValueError naming the studies that have no image or whose features are not finite, or if the pack's images are
+    not such as the encoder expects."""
+    check_preprocessing(encoder, pack)
     rows = np.arange(len(pack.studies)) if rows is None else np.asarray(rows, dtype=np.int64)
     key = f"{encoder_hash(encoder)} {pack.manifest['hash']} {hashlib.sha256(rows.tobytes()).hexdigest()}"
     kept = cache and Path(cache) / f"features-{hashlib.sha256(key.encode()).hexdigest()[:32]}.npy"

@@ -6,10 +6,10 @@
 __all__ = ['DIRECTIONS', 'TEMPLATES', 'NAMES', 'COMBINE', 'ZERO_SHOT', 'PairScores', 'save_pairs', 'load_pairs', 'embed_images',
            'embed_texts', 'similarity_table', 'retrieval_scores', 'cosine_scores', 'first_relevant', 'hit_at',
            'expected_rank', 'precision_at', 'blind_median_rank', 'retrieval_metrics', 'exclusive_class',
-           'retrieval_table', 'prompt_table', 'zero_shot_scores', 'finding_scores', 'zero_shot_targets',
+           'retrieval_table', 'prompt_table', 'read_prompts', 'zero_shot_scores', 'finding_scores', 'zero_shot_targets',
            'zero_shot_table', 'prompt_breakdown', 'class_table', 'retrieve', 'zero_shot']
 
-# %% ../../nbs/evaluate/09_retrieve.ipynb #9614285a
+# %% ../../nbs/evaluate/09_retrieve.ipynb #0e9ca100
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,12 +20,12 @@ import pandas as pd
 import torch
 from scipy.stats import hypergeom
 from sklearn.metrics import average_precision_score
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from ..data.pack import Pack
 from ..data.pairs import Sample, collate, tokenise
 from ..data.tasks import label_targets, pack_images
-from .classify import frozen
+from .classify import check_preprocessing, frozen
 from .metrics import classification_table
 from .stats import auroc, bootstrap, bootstrap_mean, interval
 from ..methods.method import Method, known
@@ -77,14 +77,15 @@ def load_pairs(path: str | Path) -> PairScores:
         }
         return PairScores(file["scores"], **tables)
 
-# %% ../../nbs/evaluate/09_retrieve.ipynb #2ed95104
+# %% ../../nbs/evaluate/09_retrieve.ipynb #a9b48a0e
 def embed_images(
     method: Method,
     pack: Pack,
     rows,  # image rows
     batch_size: int = 64,
 ) -> list[Any]:
-    """What the method's `similarity` wants of these images, batch by batch, without augmentation."""
+    """What the method's `similarity` wants of these images, batch by batch, without augmentation. ValueError if the Pack's do not suit it."""
+    check_preprocessing(method, pack)
     prepare, device, found = method.preprocessing.eval(), next(method.parameters()).device, []
     with frozen(method):
         for start in tqdm(range(0, len(rows), batch_size), desc="images", leave=False, delay=2):
@@ -346,6 +347,21 @@ def prompt_table(
             prompts = [template.format(name) for template in both]
             rows += [(finding, sign, pair, prompt[0].upper() + prompt[1:]) for sign, prompt in zip((1, -1), prompts)]
     return pd.DataFrame(rows, columns=["finding", "sign", "pair", "prompt"])
+
+# %% ../../nbs/evaluate/09_retrieve.ipynb #cb1a1a62
+def read_prompts(
+    path: str | Path,  # .csv with the columns of prompt_table
+) -> pd.DataFrame:
+    """A table of prompts. FileNotFoundError, or ValueError that names what is missing: a column, a word, a sign."""
+    table = pd.read_csv(path, dtype={"finding": str, "prompt": str}, encoding="utf-8-sig")
+    if missing := [name for name in ("finding", "sign", "pair", "prompt") if name not in table]:
+        raise ValueError(f"{path} lacks the columns {', '.join(missing)}; it has {', '.join(table)}")
+    wrong = ~table["sign"].isin([1, -1]) | table["pair"].isna() | ~table["prompt"].fillna("").str.contains(r"\w") | table["finding"].isna()
+    if wrong.any():
+        raise ValueError(f"{path}, line {int(wrong.to_numpy().argmax()) + 2}: a prompt needs a finding, sign 1 or -1, the number of its pair, and words")
+    if single := [name for name, of in table.groupby("finding") if of["sign"].nunique() < 2]:
+        raise ValueError(f"{path}: {', '.join(single)} needs prompts of both signs, present (1) and absent (-1)")
+    return table
 
 # %% ../../nbs/evaluate/09_retrieve.ipynb #a9b5e58f
 def zero_shot_scores(
