@@ -12,7 +12,7 @@ import os
 # %% ../nbs/cli/01_cli.ipynb #d0a9c500
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-# %% ../nbs/cli/01_cli.ipynb #da0e3e22
+# %% ../nbs/cli/01_cli.ipynb #ad126305
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, make_dataclass
@@ -28,6 +28,8 @@ from .data.phrases import find_phrases, phantom_phrases, read_ms_cxr
 from .data.prepare import FolderConfig, PhantomConfig, prepare_folder, prepare_phantom
 from .encoders import train_tokenizer
 from .evaluate import ground_phrases, grounding_table, linear_probe, paired_gain
+from .evaluate.classify import about
+from .evaluate.ground import MEASURES
 from .evaluate.protocol import EvaluateConfig, evaluate_task
 from .evaluate.retrieve import read_prompts, retrieve, zero_shot
 from .methods import METHODS
@@ -36,7 +38,7 @@ from .studies.downstream import DownstreamConfig, downstream
 from .studies.grounding import GroundingConfig, grounding
 from .studies.show import show_run
 from .train import Diverged, Run, TrainConfig, fit, load_encoder, load_method
-from .train.checkpoint import write_atomic
+from .train.checkpoint import write_atomic, write_json
 
 # %% ../nbs/cli/01_cli.ipynb #3a155f98
 def pretrain_options(
@@ -88,7 +90,7 @@ def pretrain(method: str, options) -> Run:
     print(f"Run: {run.path}")
     return run
 
-# %% ../nbs/cli/01_cli.ipynb #1d34dccd
+# %% ../nbs/cli/01_cli.ipynb #9b01da18
 @dataclass
 class ProbeConfig:
     "Linear probe: frozen encoders, few and many labels, AUROC with intervals, against random initialisation."
@@ -98,8 +100,10 @@ class ProbeConfig:
     "Run folders, state-dict files, or imagenet."
     names: tuple[str, ...] = ()
     "Their names in the table; without, the names of the folders."
-    image: str = "resnet50"
-    "Architecture of state-dict files."
+    image: str | None = None
+    "Architecture of state-dict files and of imagenet; without, the one that the file fits, and resnet50."
+    size: int | None = None
+    "Side in pixels of the images that encoders other than runs are shown; without, their own."
     fractions: tuple[float, ...] = (0.01, 0.1, 1.0)
     "Shares of the training patients whose labels are used."
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -113,13 +117,14 @@ class ProbeConfig:
     out: Path | None = None
     "Folder for the table and the predictions; without, the folder probe of the first run."
 
-# %% ../nbs/cli/01_cli.ipynb #9ca30c1e
+# %% ../nbs/cli/01_cli.ipynb #4f38b65a
 def probe(config: ProbeConfig) -> pd.DataFrame:
     "Probe encoders, print the macro rows and save table and predictions."
     names = config.names or tuple(Path(name).name for name in config.encoders)
     if len(set(names)) != len(config.encoders):
         raise ValueError(f"{len(config.encoders)} encoders need as many different names, found {', '.join(names)}: pass --names")
-    encoders = {name: load_encoder(path, config.image) for name, path in zip(names, config.encoders, strict=True)}
+    options = {} if config.size is None else {"size": config.size}
+    encoders = {name: load_encoder(path, config.image, **options) for name, path in zip(names, config.encoders, strict=True)}
     first = Path(config.encoders[0])
     out = config.out or (first / "probe" if first.is_dir() else Path("probe"))
     table = linear_probe(
@@ -193,7 +198,7 @@ class PhrasesConfig:
     out: Path | None = None
     "Folder of the tables; without, phrases in the run folder."
 
-# %% ../nbs/cli/01_cli.ipynb #8ce9fd90
+# %% ../nbs/cli/01_cli.ipynb #9553baec
 def ground(config: PhrasesConfig) -> pd.DataFrame:  # of evaluate.ground.grounding_table
     "Measure a run on phrases; print how well it does over all, and write that by finding and by phrase."
     run, out = Run(config.run), config.out or config.run / "phrases"
@@ -204,6 +209,8 @@ def ground(config: PhrasesConfig) -> pd.DataFrame:  # of evaluate.ground.groundi
     for name, each in (("phrases", rows), ("findings", table)):
         write_atomic(out / f"{name}.csv", lambda file: each.to_csv(file, index=False))
     splits = data.studies["split"].to_numpy()[data.image_table["study"].to_numpy()[find_phrases(phrases, data)]]
+    rules = dict(phrases=str(config.phrases or "of the phantom's test reports"), count=len(phrases), metrics=MEASURES)
+    write_json(out / "phrases.json", about({"method": method}, data, **rules))
     print("Phrases by split: " + ", ".join(f"{name} {count}" for name, count in pd.Series(splits).value_counts().items()))
     print(table[table["finding"] == "all"].drop(columns=["finding", "definition"]).round(3).to_string(index=False))
     print(f"Tables: {out}")

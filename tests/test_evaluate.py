@@ -18,6 +18,7 @@ from medvis.encoders.image import image_encoder
 from medvis.evaluate import classify, ground
 from medvis.evaluate.stats import auroc, bootstrap_auroc, bootstrap_mean, interval, paired_difference, resample
 from medvis.methods.method import Correspondence, phantom_tokenizer
+from medvis.train import checkpoint
 
 
 # ---------------------------------------------------------------- statistics
@@ -145,7 +146,7 @@ def test_a_failed_write_leaves_nothing(tmp_path):
         file.write(b"half")
         raise OSError("no space left on device")
     with pytest.raises(OSError):
-        classify._write(tmp_path / "probe.csv", fails)
+        checkpoint.write_atomic(tmp_path / "probe.csv", fails)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -65,7 +65,8 @@ def test_predictions_compared_by_hand():
     draw = np.random.default_rng(2)
     labels, patients = draw.integers(0, 2, 50), draw.integers(0, 20, 50)
     methods = {name: draw.normal(size=50) + skill * labels for name, skill in (("a", 2), ("b", 0), ("c", 1))}
-    table = compare_predictions(methods, labels, patients, auroc, "b", resamples=99, seed=4, correction="none").set_index("method")
+    told, metric = {name: np.stack([scores, labels], 1) for name, scores in methods.items()}, lambda told: auroc(*told.T)
+    table = compare_predictions(told, patients, metric, "b", resamples=99, seed=4, correction="none").set_index("method")
     weights = resample(patients, 99, seed=4)
     for name, scores in methods.items():
         draws = auroc(scores, labels, weights)
@@ -76,11 +77,11 @@ def test_predictions_compared_by_hand():
             far = min((gain[1:] <= 0).sum(), (gain[1:] >= 0).sum())
             assert np.isclose(table.loc[name, "p"], min(1, 2 * (far + 1) / 100)) and table.loc[name, "p_corrected"] == table.loc[name, "p"]
     assert table.loc["b", ["gain", "p"]].isna().all() and (table["groups"] == len(set(patients))).all() and (table["n"] == 50).all()
-    one = compare_predictions(methods, labels, np.zeros(50), auroc, "b", resamples=9)
+    one = compare_predictions(told, np.zeros(50), metric, "b", resamples=9)
     assert one["p"].isna().all(), "one patient cannot tell"
-    for wrong in (dict(baseline="z"), dict(labels=labels[:9]), dict(predictions={**methods, "d": np.zeros(3)})):
-        with pytest.raises(ValueError, match="the same 50 rows"):
-            compare_predictions(**{"predictions": methods, "labels": labels, "groups": patients, "metric": auroc, "baseline": "b", **wrong})
+    for wrong in (dict(baseline="z"), dict(groups=patients[:9]), dict(predictions={**told, "d": np.zeros((3, 2))})):
+        with pytest.raises(ValueError, match="the same (50|9) rows"):
+            compare_predictions(**{"predictions": told, "groups": patients, "metric": metric, "baseline": "b", **wrong})
 
 
 # ---------------------------------------------------------------- seeds
@@ -189,7 +190,8 @@ def test_duplicate_runs_are_refused_by_name():
     assert "linear" not in str(error.value)
     stats.check_runs(same.drop(columns="predictions"))
     stats.check_runs(same.assign(predictions=None))                                              # not known: nothing to say
-    stats.check_runs(results.assign(predictions=results["predictions"].replace("mgca u-net 1", "random u-net 1")))  # another encoder
+    with pytest.raises(ValueError, match="encoder mgca, protocol u-net, fraction 0.1, seed 1; encoder random, protocol u-net, fraction 0.1, seed 1"):
+        stats.check_runs(results.assign(predictions=results["predictions"].replace("mgca u-net 1", "random u-net 1")))
     twice = pd.concat([results.assign(metric=name) for name in ("auroc", "f1")])                  # two metrics of the same runs
     stats.check_runs(twice)
 

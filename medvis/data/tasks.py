@@ -115,20 +115,21 @@ def make_task(
     "A task for some images of a Pack."
     return Task(name, kind, tuple(map(str, classes)), pack, pack_images(pack).iloc[rows].reset_index(drop=True), targets)
 
-# %% ../../nbs/data/08_tasks.ipynb #27890bcb
+# %% ../../nbs/data/08_tasks.ipynb #133b982a
 UNCERTAIN = {"ignore": np.nan, "positive": 1.0, "negative": 0.0}
 BLANK = {"ignore": np.nan, "negative": 0.0}
 
 
 def label_targets(
     labels: pd.DataFrame,  # 1, 0, -1 uncertain, NaN blank
-    uncertain: str = "ignore",  # or "positive" (CheXpert's U-Ones), "negative" (U-Zeros)
+    uncertain: str | Mapping[str, str] = "ignore",  # or "positive" (CheXpert's U-Ones), "negative" (U-Zeros); or column by column
     blank: str = "negative",  # as with CheXpert labels; or "ignore"
 ) -> pd.DataFrame:  # 1, 0 and NaN = not used
     """Turn CheXpert-style labels into targets. Raises ValueError for another policy or value, naming the column."""
-    if uncertain not in UNCERTAIN or blank not in BLANK:
+    policies = uncertain if isinstance(uncertain, Mapping) else dict.fromkeys(labels, uncertain)
+    if not {*policies.values()} <= {*UNCERTAIN} or blank not in BLANK or not {*labels} <= {*policies}:
         raise ValueError(
-            f"uncertain must be one of {list(UNCERTAIN)} and blank one of {list(BLANK)}; "
+            f"uncertain must be one of {list(UNCERTAIN)}, for all columns or for each of {list(labels)}, and blank one of {list(BLANK)}; "
             f"got {uncertain!r} and {blank!r}"
         )
     labels = labels.astype(float)
@@ -139,7 +140,7 @@ def label_targets(
             f"label column {column!r} has the value {labels[column][strange[column]].iloc[0]}; "
             "expected 1, 0, -1 (uncertain) or blank"
         )
-    return labels.fillna(BLANK[blank]).replace(-1.0, UNCERTAIN[uncertain])
+    return labels.fillna(BLANK[blank]).mask(labels == -1, pd.Series({name: UNCERTAIN[one] for name, one in policies.items()}), axis=1)
 
 # %% ../../nbs/data/08_tasks.ipynb #1963e45a
 def chosen_labels(
@@ -155,12 +156,12 @@ def chosen_labels(
     rows, places = find_images(pack, table.index)
     return table[columns].iloc[places].reset_index(drop=True), rows
 
-# %% ../../nbs/data/08_tasks.ipynb #8cb0a586
+# %% ../../nbs/data/08_tasks.ipynb #d7406b0f
 def label_task(
     pack: Pack,
     columns: Iterable[str] | None = None,
     table: pd.DataFrame | None = None,      # 1, 0, -1, NaN; index: image or study ids; None: the Pack's own labels
-    uncertain: str = "ignore",              # see label_targets
+    uncertain: str | Mapping[str, str] = "ignore",  # see label_targets
     blank: str = "negative",
     name: str = "labels",
 ) -> Task:
@@ -259,13 +260,13 @@ def box_task(
     groups = table.groupby(table["image_id"].astype(str)).indices
     return make_task(name, "boxes", classes, pack, rows, [found[groups[one]] if one in groups else found[:0] for one in of])
 
-# %% ../../nbs/data/08_tasks.ipynb #b2390a6c
+# %% ../../nbs/data/08_tasks.ipynb #d91edf59
 def paint_boxes(task: Task) -> Task:
-    "The segmentation task of a detection task: the union of an image's boxes of each class (LoVT)."
+    "The segmentation task of a detection task: the union of an image's boxes of each class (LoVT); a box has at least a pixel."
     masks = np.zeros((len(task), len(task.classes), task.pack.size, task.pack.size), np.uint8)
     for mask, boxes in zip(masks, task.targets, strict=True):
         for x0, y0, x1, y1, kind in boxes.round().astype(int):
-            mask[kind, y0:y1, x0:x1] = 1
+            mask[kind, y0 : max(y1, y0 + 1), x0 : max(x1, x0 + 1)] = 1
     return make_task(task.name, "masks", task.classes, task.pack, task.images["image"], masks)
 
 # %% ../../nbs/data/08_tasks.ipynb #7aef4ae3

@@ -69,7 +69,7 @@ def decode(
     sides = anchors.to(x)[:, None, None] * x[..., 2:4].clamp(max=LARGEST_EXPONENT).exp()
     return torch.cat([torch.stack([cx, cy], -1), sides, x[..., 4:].sigmoid()], -1).flatten(1, 3)
 
-# %% ../../nbs/evaluate/05_detect.ipynb #34a4812d
+# %% ../../nbs/evaluate/05_detect.ipynb #d26b4b33
 @dataclass(frozen=True)
 class YoloRules:
     """Conventions of assignment and loss."""
@@ -90,6 +90,7 @@ class YoloRules:
 
 YOLO_RULES = {
     "corrected": YoloRules(),
+    "corrected-mgca": YoloRules(),
     "lovt": YoloRules(side=1, both_ways=True),
     "mgca": YoloRules(side=1, both_ways=True, one_class=True),
 }
@@ -222,9 +223,10 @@ def yolo_loss(
     parts = {name: sum(loss.parts[name] for loss in losses) for name in losses[0].parts}
     return Losses(sum(loss.total for loss in losses), parts)
 
-# %% ../../nbs/evaluate/05_detect.ipynb #52a9a59d
+# %% ../../nbs/evaluate/05_detect.ipynb #98b32660
 NMS = {
     "corrected": {"objectness": 0.2, "overlap": 0.4, "side": 0.0},
+    "corrected-mgca": {"objectness": 0.5, "overlap": 0.5, "side": 0.0},
     "lovt": {"objectness": 0.2, "overlap": 0.4, "side": 1.0},
     "mgca": {"objectness": 0.5, "overlap": 0.5, "side": 1.0},
 }
@@ -292,8 +294,8 @@ def _deepest(strides: Sequence[int]) -> list[int]:
     levels = {stride: level for level, stride in enumerate(strides) if stride > 1}
     return [levels[stride] for stride in sorted(levels)[-3:]]
 
-# %% ../../nbs/evaluate/05_detect.ipynb #12d86f3b
-YOLO_ANCHORS = {"corrected": "coco", "lovt": "lovt", "mgca": "coco"}
+# %% ../../nbs/evaluate/05_detect.ipynb #8802b6b8
+YOLO_ANCHORS = {"corrected": "coco", "corrected-mgca": "coco", "lovt": "lovt", "mgca": "coco"}
 
 
 class YoloV3(nn.Module):
@@ -305,7 +307,7 @@ class YoloV3(nn.Module):
         self,
         encoder: nn.Module,  # an image encoder
         classes: Sequence[str],
-        rules: str = "corrected",  # or "lovt", "mgca": as in their released codes
+        rules: str = "corrected",  # "corrected-mgca": with MGCA's thresholds; "lovt", "mgca": as in their released codes
     ):
         super().__init__()
         if rules not in YOLO_RULES:

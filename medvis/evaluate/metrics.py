@@ -20,7 +20,7 @@ from sklearn.metrics import average_precision_score, cohen_kappa_score, precisio
 
 from .stats import auroc
 
-# %% ../../nbs/evaluate/04_metrics.ipynb #fe952e70
+# %% ../../nbs/evaluate/04_metrics.ipynb #af285dac
 @dataclass(frozen=True)
 class PixelCounts:
     """Pixel counts of n images, (n,) each, or (n, C) for C classes."""
@@ -34,6 +34,9 @@ class PixelCounts:
         "The same counts for the background."
         neither = self.pixels - self.predicted - self.true + self.both
         return PixelCounts(neither, self.pixels - self.predicted, self.pixels - self.true, self.pixels)
+
+    def __len__(self) -> int:
+        return len(self.both)
 
     def __getitem__(self, rows) -> "PixelCounts":
         "The counts of some images, by index array or mask: what a bootstrap draws."
@@ -56,11 +59,13 @@ def count_pixels(
     both, predicted, true = (array.sum((-2, -1)).numpy() for array in (predicted & true, predicted, true))
     return PixelCounts(both, predicted, true, truth.shape[-1] * truth.shape[-2])
 
-# %% ../../nbs/evaluate/04_metrics.ipynb #2dc02843
+# %% ../../nbs/evaluate/04_metrics.ipynb #0f3954c1
 def dice_pooled(counts: PixelCounts) -> float:
-    """Dice over the pixels of all images; mean over classes; NaN if there is nothing to find and nothing found."""
-    both, total = counts.both.sum(0), (counts.predicted + counts.true).sum(0)
-    return float(np.mean(np.divide(2 * both, total, out=np.full(np.shape(both), np.nan), where=total > 0)))
+    """Dice over the pixels of all images; mean over the classes that are there at all; NaN if nothing is there and nothing found."""
+    both, total, there = counts.both.sum(0), (counts.predicted + counts.true).sum(0), counts.true.sum(0) > 0
+    if not there.any():
+        return 0.0 if total.any() else np.nan
+    return float(np.mean((2 * both / np.maximum(total, 1))[there]))
 
 # %% ../../nbs/evaluate/04_metrics.ipynb #0db7aa26
 def dice_of_images(counts: PixelCounts) -> np.ndarray:  # (n,) or (n, C)

@@ -6,11 +6,11 @@
 __all__ = ['METRICS', 'Predictions', 'join', 'save_predictions', 'load_predictions', 'macro_auroc', 'Metric', 'watched',
            'check_metric', 'score_table']
 
-# %% ../../nbs/evaluate/07b_predictions.ipynb #0c0aaa0e
+# %% ../../nbs/evaluate/07b_predictions.ipynb #4555aa5e
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -99,15 +99,16 @@ def macro_auroc(told: Predictions) -> float:
     each = np.array([auroc(scores[:, c], truth[:, c]) for c in range(truth.shape[1])])
     return float(np.nanmean(each)) if not np.isnan(each).all() else np.nan
 
-# %% ../../nbs/evaluate/07b_predictions.ipynb #40ab11b5
+# %% ../../nbs/evaluate/07b_predictions.ipynb #8ea5218e
 class Metric(NamedTuple):
     "A number that may be watched."
 
     kinds: tuple[str, ...]  # of tasks that it is for
     definition: str
-    compute: Callable[[Predictions], float]
+    compute: Callable[[Any], float]                             # from what `reduce` leaves
+    reduce: Callable[[Predictions], Any] = lambda told: told    # to what still tells images apart, indexed by them
 
-# %% ../../nbs/evaluate/07b_predictions.ipynb #30571f3e
+# %% ../../nbs/evaluate/07b_predictions.ipynb #e7ca74c3
 _map = lambda rules: lambda told: mean_ap(told.predicted, told.truth, classes=len(told.classes), rules=MAP_RULES[rules])
 _froc = lambda recorded: lambda told: froc(told.predicted, told.truth, len(told), recorded=recorded).score
 METRICS = {
@@ -115,7 +116,7 @@ METRICS = {
     "accuracy": Metric(("classes", "ordinal"), "share of images whose most probable class is right",
                        lambda told: float((told.predicted.argmax(1) == told.truth).mean())),
     "dice": Metric(("masks",), "Dice over the pixels of all images at probability 0.5, mean over classes (LoVT)",
-                   lambda told: dice_pooled(count_pixels(told.predicted, told.truth))),
+                   dice_pooled, lambda told: count_pixels(told.predicted, told.truth)),
     "map": Metric(("boxes",), "mAP at IoU 0.40 to 0.75 as COCO's, over all images", _map("coco")),
     "map-lovt": Metric(("boxes",), "mAP at IoU 0.40 to 0.75, boxes a pixel larger, absent classes 0 (LoVT, released)", _map("lovt")),
     "map-mgca": Metric(("boxes",), "mAP at IoU 0.40 to 0.75 of images with both a detection and a box (MGCA, released)", _map("mgca")),
@@ -127,7 +128,7 @@ METRICS = {
 def watched(metric: str, told: Predictions) -> float:
     "The metric of this name. ValueError if it is not known, is for another kind of task, or is not defined on these images."
     check_metric(metric, told.kind)
-    value = METRICS[metric].compute(told)
+    value = METRICS[metric].compute(METRICS[metric].reduce(told))
     if np.isnan(value):
         raise ValueError(f"{metric} is not defined on these {len(told)} images of {told.kind}: there is nothing to find in them (or nothing but), "
                          f"or a prediction is not a number. Give the split more images, or watch another number (loss)")

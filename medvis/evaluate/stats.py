@@ -236,7 +236,7 @@ def fingerprint(
     array = np.ascontiguousarray(predictions)
     return hashlib.sha256(f"{array.dtype} {array.shape}".encode() + array.tobytes()).hexdigest()
 
-# %% ../../nbs/evaluate/01_stats.ipynb #d79e8167
+# %% ../../nbs/evaluate/01_stats.ipynb #82ad62a2
 RUN = ("encoder", "protocol", "fraction", "seed")
 
 
@@ -244,7 +244,7 @@ def check_runs(
     results: pd.DataFrame,  # one row a run and metric; columns of RUN, those in `keys`, perhaps `predictions`: a fingerprint
     keys: Sequence[str] = ("metric",),  # what tells the rows of one run apart
 ) -> None:
-    """Refuse duplicate runs: ValueError naming a run that is there twice, or seeds with the very same predictions."""
+    """Refuse duplicate runs: ValueError naming a run that is there twice, or seeds or encoders with the very same predictions."""
     rows = [name for name in (*RUN, *keys) if name in results]
     if (twice := results.duplicated(rows, keep=False)).any():
         told = results[twice][rows].drop_duplicates().head(3).to_dict("records")
@@ -253,12 +253,12 @@ def check_runs(
         return
     runs = [name for name in RUN if name in results]
     known = results.dropna(subset="predictions")[[*runs, "predictions"]].drop_duplicates()
-    alike = known.duplicated([name for name in (*runs, "predictions") if name != "seed"], keep=False)
+    alike = known.duplicated([name for name in (*runs, "predictions") if name not in ("encoder", "seed")], keep=False)
     if alike.any():
         told = known[alike][runs].head(4).to_dict("records")
         raise ValueError(
-            f"runs with different seeds have the very same predictions, so they are one run: {_say(told)}. "
-            "The seed changed nothing; keep one of them"
+            f"runs with different seeds or encoders have the very same predictions, so they are one run: {_say(told)}. "
+            "The seed changed nothing, or two names mean one encoder; keep one of them"
         )
 
 # %% ../../nbs/evaluate/01_stats.ipynb #49f5bbac
@@ -304,12 +304,11 @@ def _encoder_row(group: pd.DataFrame, encoder, baseline, rule: str, test: str, l
     p = paired_test(own[seeds], other[seeds], test)
     return row | {"gain": gain.value, "gain_low": gain.low, "gain_high": gain.high, "pairs": len(seeds), "p": p}
 
-# %% ../../nbs/evaluate/01_stats.ipynb #59c4067c
+# %% ../../nbs/evaluate/01_stats.ipynb #f2249adf
 def compare_predictions(
-    predictions: Mapping[str, np.ndarray],  # method -> (n, ...) scores of the same rows
-    labels,  # (n, ...)
+    predictions: Mapping[str, Sequence],  # method -> what it said of n rows, and the truth; indexed by rows, as an array is
     groups,  # (n,) patient of each row; drawn together
-    metric: Callable,  # (scores, labels) of some rows -> number
+    metric: Callable,  # predictions of some rows -> number
     baseline: str,
     resamples: int = 500,
     seed: int = 0,
@@ -319,16 +318,14 @@ def compare_predictions(
     """A metric of several methods' predictions with patient-bootstrap intervals, and differences from a baseline.
 
     Raises ValueError if numbers of rows differ or the baseline is not there. p is NaN for fewer than two groups."""
-    labels, groups, count = np.asarray(labels), np.asarray(groups), len(np.unique(np.asarray(groups)))
-    sizes = {name: len(scores) for name, scores in predictions.items()}
-    if baseline not in sizes or {*sizes.values(), len(labels)} != {len(groups)}:
+    groups, count = np.asarray(groups), len(np.unique(np.asarray(groups)))
+    sizes = {name: len(told) for name, told in predictions.items()}
+    if baseline not in sizes or {*sizes.values()} != {len(groups)}:
         raise ValueError(
-            f"methods must score the same {len(groups)} rows, one of them as the baseline {baseline!r}; "
-            f"got {len(labels)} labels and predictions of {sizes}"
+            f"methods must score the same {len(groups)} rows, one of them as the baseline {baseline!r}; got predictions of {sizes}"
         )
     found = {
-        name: bootstrap(lambda rows: metric(np.asarray(scores)[rows], labels[rows]), groups, resamples, seed)
-        for name, scores in predictions.items()
+        name: bootstrap(lambda rows: metric(told[rows]), groups, resamples, seed) for name, told in predictions.items()
     }
     rows = []
     for name, draws in found.items():
@@ -340,4 +337,4 @@ def compare_predictions(
             p = bootstrap_p(draws - found[baseline]) if count > 1 else np.nan
         rows.append(told | dict(gain=gain.value, gain_low=gain.low, gain_high=gain.high, p=p))
     table = pd.DataFrame(rows).assign(p_corrected=lambda table: corrected(table["p"], correction))
-    return table.assign(n=len(labels), groups=count)
+    return table.assign(n=len(groups), groups=count)
