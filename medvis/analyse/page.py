@@ -7,11 +7,10 @@ __all__ = ['INK', 'FAINT', 'GREY', 'SERIES', 'MARKS', 'DARK', 'STYLE', 'CSS', 'A
            'curve_names', 'curves_figure', 'probe_figure', 'probe_summary', 'pointing_figure', 'marked_text', 'tile',
            'correspondence_card', 'headlines', 'Section', 'page', 'write_page', 'run_sections']
 
-# %% ../../nbs/analyse/02_page.ipynb #e0980abf
+# %% ../../nbs/analyse/02_page.ipynb #61f64cbe
 import base64
 import io
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import singledispatch
@@ -28,6 +27,7 @@ from .maps import draw_map, pick_words
 from ..data.pairs import Report
 from ..evaluate.ground import point
 from ..methods.method import Correspondence
+from ..train.checkpoint import write_atomic
 
 # %% ../../nbs/analyse/02_page.ipynb #50c0001e
 class Html(str):
@@ -405,7 +405,7 @@ def page(
         f"{top}{''.join(section.html() for section in sections)}</main></body></html>\n"
     )
 
-# %% ../../nbs/analyse/02_page.ipynb #4f90cbb5
+# %% ../../nbs/analyse/02_page.ipynb #3f9beffb
 def write_page(
     path: str | Path,  # of the .html file
     title: str,
@@ -414,12 +414,9 @@ def write_page(
     top: Html = Html(""),
 ) -> Path:
     """Write a page as one self-contained HTML file, whole or not at all."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.write_text(page(title, sections, subtitle, top), encoding="utf-8")
-    os.replace(beside, path)
-    return path
+    html = page(title, sections, subtitle, top)
+    write_atomic(path, lambda file: file.write(html.encode()))
+    return Path(path)
 
 # %% ../../nbs/analyse/02_page.ipynb #5fb695ed
 ABOUT = {

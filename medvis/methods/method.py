@@ -35,7 +35,7 @@ def add_up(
     "Losses from their parts."
     return Losses(sum(parts.values()), {name: part.detach() for name, part in parts.items()})
 
-# %% ../../nbs/methods/01_method.ipynb #f261df45
+# %% ../../nbs/methods/01_method.ipynb #24a38365
 @dataclass
 class Correspondence:
     "How well each region fits each word and each sentence of its own report; padding is masked, regions are row-major."
@@ -44,6 +44,7 @@ class Correspondence:
     word_mask: Tensor       # (B, W) True = valid
     sentence_mask: Tensor   # (B, M)
     grid: tuple[int, int]   # (h, w), N = h*w
+    prototypes: Tensor | None = None  # (B, N, K) scores of disease prototypes, for methods that have them
 
 # %% ../../nbs/methods/01_method.ipynb #625bae1f
 def cosine_correspondence(

@@ -6,7 +6,7 @@
 __all__ = ['TASKS', 'DownstreamConfig', 'untaught', 'pointing_numbers', 'retrieval_numbers', 'untrained_rows', 'protocol_rows',
            'downstream', 'compare_families', 'draw_families']
 
-# %% ../../nbs/studies/04_downstream.ipynb #d36eb195
+# %% ../../nbs/studies/04_downstream.ipynb #092c7aa9
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,16 +18,16 @@ from matplotlib.figure import Figure
 from ..data.pack import Pack
 from ..data.tasks import phantom_task
 from ..evaluate import phantom_pointing
-from ..evaluate.protocol import HEADLINE, run_protocol
+from ..evaluate.classify import about
+from ..evaluate.protocol import HEADLINE, over_patients, run_protocol
 from ..evaluate.retrieve import retrieve
 from ..evaluate.stats import compare
 from ..methods import Method
 from .show import held_out_pairs
 from ..train import load_method
 from ..train.checkpoint import write_atomic, write_json
-from ..train.loop import describe_machine
 
-# %% ../../nbs/studies/04_downstream.ipynb #86e65393
+# %% ../../nbs/studies/04_downstream.ipynb #c31d177e
 TASKS = {  # family -> kind of task, protocol
     "classification": ("labels", "tiny-linear"),
     "segmentation, linear": ("masks", "tiny-seg-linear"),
@@ -47,8 +47,10 @@ class DownstreamConfig:
     "Folder of results."
     findings: tuple[str, ...] = ("Consolidation", "Pleural Effusion", "Cardiomegaly", "Atelectasis")
     "What masks and boxes are of."
-    fraction: float = 0.05
-    "Share of the training patients whose labels, masks or boxes are used."
+    fractions: tuple[float, ...] = (0.02, 0.05)
+    "Shares of the training patients whose labels, masks or boxes are used."
+    resamples: int = 200
+    "Draws of test patients, for intervals over them."
     progress: bool = True
     "Show progress bars."
 
@@ -58,56 +60,62 @@ def untaught(method: Method, seed: int) -> Method:
     torch.manual_seed(seed)
     return type(method)(method.config, method.tokenizer).eval()
 
-# %% ../../nbs/studies/04_downstream.ipynb #0aba2c26
-def pointing_numbers(method: Method, data: Pack) -> dict[str, float]:
+# %% ../../nbs/studies/04_downstream.ipynb #fdfd5143
+def pointing_numbers(method: Method, data: Pack, out: Path) -> dict[str, float]:
     "Hit rates of the pointing game."
     found = phantom_pointing(method, held_out_pairs(method, data))
+    write_atomic(out / "pointing.csv", lambda file: found.table.to_csv(file, index=False))
     return {f"hit rate of {grain}s": found.rate(grain=grain, resamples=1).hit_rate.value for grain in ("sentence", "word")}
 
-# %% ../../nbs/studies/04_downstream.ipynb #214d8eb2
-def retrieval_numbers(method: Method, data: Pack) -> dict[str, float]:
+# %% ../../nbs/studies/04_downstream.ipynb #757dfe32
+def retrieval_numbers(method: Method, data: Pack, out: Path) -> dict[str, float]:
     "Recall of a report among those of the test split by its image, and back."
-    table = retrieve(method, data, resamples=1)
+    table = retrieve(method, data, resamples=1, out=out)
     table = table[(table.relevant == "same study") & (table.metric == "R@10")]
     return {f"R@10, {row.direction}": row.value for row in table.itertuples()}
 
-# %% ../../nbs/studies/04_downstream.ipynb #dfe8696c
+# %% ../../nbs/studies/04_downstream.ipynb #75b4d3c5
 def untrained_rows(
     family: str,
-    measure: Callable[[Method, Pack], dict[str, float]],
+    measure: Callable[[Method, Pack, Path], dict[str, float]],
     methods: dict[str, list[Method]],   # name -> one for each seed
     data: Pack,
+    out: Path,                          # folder, one below it for each method and seed
 ) -> pd.DataFrame:                      # encoder, protocol, task, fraction, seed, metric, value
     "Numbers that need no head to be trained, in the columns of `run_protocol`."
     rows = [
         {"encoder": name, "protocol": family, "task": family, "fraction": 1.0, "seed": seed, "metric": metric, "value": value}
-        for name, each in methods.items() for seed, method in enumerate(each) for metric, value in measure(method, data).items()]
+        for name, each in methods.items() for seed, method in enumerate(each) for metric, value in measure(method, data, out / f"{name}-{seed}").items()]
     return pd.DataFrame(rows)
 
-# %% ../../nbs/studies/04_downstream.ipynb #c6e7bde0
+# %% ../../nbs/studies/04_downstream.ipynb #0317954b
 def protocol_rows(family: str, methods: dict[str, list[Method]], data: Pack, config: DownstreamConfig) -> pd.DataFrame:
     "The headline numbers of a family that needs a head."
     kind, protocol = TASKS[family]
     task = phantom_task(data, kind, **({} if kind == "labels" else {"findings": config.findings}), progress=config.progress)
     encoders = {name: [method.image_encoder for method in each] for name, each in methods.items()}
     table = run_protocol(
-        encoders, task, protocol, config.out / "protocols", (config.fraction,), range(len(config.runs)), progress=config.progress)
+        encoders, task, protocol, config.out / "protocols", config.fractions, range(len(config.runs)), progress=config.progress)
     return table[table.metric == HEADLINE[kind]]
 
-# %% ../../nbs/studies/04_downstream.ipynb #23b48f4e
+# %% ../../nbs/studies/04_downstream.ipynb #90a62a17
 def downstream(config: DownstreamConfig) -> pd.DataFrame:  # family, metric, encoder, mean, low, high, gain, ...: see stats.compare
-    "Measure all families, write results.csv and manifest.json, and return the comparison; finished runs are not repeated."
+    "Measure all families, write results.csv, patients.csv and manifest.json, and return the comparison; finished runs are not repeated."
     data, taught = Pack(config.data), [load_method(run).eval() for run in config.runs]
     methods = {"pre-trained": taught, "untaught": [untaught(method, seed) for seed, method in enumerate(taught)]}
-    write_json(config.out / "manifest.json", {
-        "runs": [run.name for run in config.runs], "data": data.manifest["hash"], "findings": config.findings, **describe_machine()})
+    networks = {f"{name}-{seed}": method for name, each in methods.items() for seed, method in enumerate(each)}
+    rules = dict(runs=[run.name for run in config.runs], findings=config.findings, fractions=config.fractions, tasks=TASKS)
+    write_json(config.out / "manifest.json", about(networks, data, **rules))
     tables = [
-        untrained_rows("grounding", pointing_numbers, methods, data).assign(family="grounding"),
-        untrained_rows("retrieval", retrieval_numbers, methods, data).assign(family="retrieval")]
+        untrained_rows("grounding", pointing_numbers, methods, data, config.out / "untrained").assign(family="grounding"),
+        untrained_rows("retrieval", retrieval_numbers, methods, data, config.out / "untrained").assign(family="retrieval")]
     for family in (None, *TASKS):
         tables += [] if family is None else [protocol_rows(family, methods, data, config).assign(family=family)]
         table = pd.concat(tables, ignore_index=True)
         write_atomic(config.out / "results.csv", lambda file: table.to_csv(file, index=False))
+    heads = pd.concat([part for part in tables if part["family"].iloc[0] in TASKS])
+    patients = over_patients(heads, config.out / "protocols", "untaught", config.resamples)
+    write_atomic(config.out / "patients.csv", lambda file: patients.to_csv(file, index=False))
     told = compare_families(table)
     print(told.to_string())
     return told
@@ -117,17 +125,21 @@ def compare_families(results: pd.DataFrame) -> pd.DataFrame:
     "Pre-trained against untaught by family and metric, over seeds."
     return compare(results, "untaught", keys=("family", "protocol", "fraction", "metric"))
 
-# %% ../../nbs/studies/04_downstream.ipynb #95b02984
+# %% ../../nbs/studies/04_downstream.ipynb #8ca14c0e
 def draw_families(told: pd.DataFrame) -> Figure:  # told: of compare_families
     "Pre-trained and untaught in every family, with intervals over seeds."
-    keys = list(dict.fromkeys(zip(told.family, told.metric)))
+    keys = list(dict.fromkeys(zip(told.family, told.metric, told.fraction)))
     figure = Figure(figsize=(7.5, 0.8 + 0.42 * len(keys)), dpi=90, layout="constrained")
     ax = figure.subplots()
     for name, color, shift in (("pre-trained", "#0072b2", 0.12), ("untaught", "#d55e00", -0.12)):
-        own = told[told.encoder == name].set_index(["family", "metric"]).loc[keys]
+        own = told[told.encoder == name].set_index(["family", "metric", "fraction"]).loc[keys]
         y = [len(keys) - 1 - place + shift for place in range(len(keys))]
         ax.errorbar(own["mean"], y, xerr=[own["mean"] - own.low, own.high - own["mean"]], fmt="o", color=color, label=name, capsize=2)
-    ax.set(yticks=range(len(keys)), yticklabels=[f"{family}: {metric}" for family, metric in reversed(keys)], xlim=(0, 1))
+    ax.set(yticks=range(len(keys)), yticklabels=[_label(*key) for key in reversed(keys)], xlim=(0, 1))
     ax.spines[["top", "right"]].set_visible(False)
     ax.legend(frameon=False, fontsize=8)
     return figure
+
+# %% ../../nbs/studies/04_downstream.ipynb #d198af26
+def _label(family: str, metric: str, fraction: float) -> str:
+    return f"{family}: {metric}" + (f" ({fraction:.0%} of labels)" if fraction < 1 else "")

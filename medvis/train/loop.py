@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['Schedule', 'TrainConfig', 'learning_rate', 'parameter_groups', 'describe_machine', 'open_run', 'load_method',
            'load_encoder', 'Run', 'Diverged', 'optimise', 'validate', 'cut_log', 'append_log', 'make_accelerator',
-           'Trainer', 'save', 'restore', 'take_step', 'train_epoch', 'validate_epoch', 'end_epoch', 'fit']
+           'Trainer', 'save', 'restore', 'take_step', 'train_epoch', 'validate_epoch', 'diagnose_epoch', 'end_epoch',
+           'fit']
 
-# %% ../../nbs/train/03_loop.ipynb #bdeb0943
+# %% ../../nbs/train/03_loop.ipynb #c3b5806f
 import json
 import os
 import platform
@@ -15,7 +16,7 @@ import shutil
 import subprocess
 import time
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from importlib import metadata
@@ -37,6 +38,7 @@ from ..encoders.pretrained import architecture_of, is_pretrained, pretrained_enc
 from ..methods import METHODS
 from ..methods.method import Method, known
 from .checkpoint import load_checkpoint, save_checkpoint, save_weights, write_atomic, write_json
+from .diagnostics import diagnose, warn_of_collapse
 from .schedules import cyclic_cosine, plateau_factor, stopped_improving, warmup_cosine, warmup_linear
 
 # %% ../../nbs/train/03_loop.ipynb #51fec0cb
@@ -239,7 +241,7 @@ def load_encoder(
     load_weights(encoder.body, state, str(path))
     return encoder.eval()
 
-# %% ../../nbs/train/03_loop.ipynb #1053bdde
+# %% ../../nbs/train/03_loop.ipynb #58dcdfb1
 @dataclass(frozen=True)
 class Run:
     "A run folder."
@@ -257,6 +259,11 @@ class Run:
     def metrics(self) -> pd.DataFrame:
         "One row a step, epoch or reject; columns step, epoch, split, loss, lr and the parts by name."
         return pd.read_json(self.path / "metrics.jsonl", lines=True)
+
+    @property
+    def diagnostics(self) -> pd.DataFrame:
+        "One row an epoch; columns step, epoch, and the names of `diagnostics.MEANING`."
+        return pd.read_json(self.path / "diagnostics.jsonl", lines=True)
 
     def method(self, which: Literal["best", "last"] = "best") -> Method:
         return load_method(self.path, which)
@@ -500,22 +507,37 @@ def validate_epoch(trainer: Trainer) -> dict[str, float]:
     t.tell("validate", **told)
     return told
 
-# %% ../../nbs/train/03_loop.ipynb #67292a64
+# %% ../../nbs/train/03_loop.ipynb #31d8f8d8
+_LOOKED_AT = 128  # validation samples
+
+
+def diagnose_epoch(trainer: Trainer) -> None:
+    "Log what the representations look like after the epoch just done, and warn in words when they collapse."
+    t, name = trainer, trainer.config.run.name
+    if t.accelerator.is_main_process:
+        keys = t.batches("validate", 0)[: -(-_LOOKED_AT // t.config.batch_size)]
+        told = diagnose(t.method, t.load("validate", keys))
+        append_log(t.config.run / "diagnostics.jsonl", [{"step": t.step, "epoch": len(t.history), **told}])
+        warn_of_collapse(name, len(t.history), told)
+
+# %% ../../nbs/train/03_loop.ipynb #98f0c17e
 def end_epoch(trainer: Trainer) -> None:
-    "Validate, keep the weights if they are the best so far, and write a checkpoint."
+    "Validate, keep the weights if they are the best so far, look at the representations, and write a checkpoint."
     t, told = trainer, {"loss": float("nan")}
     if len(t.pairs["validate"]):
         told = validate_epoch(t)
+        diagnose_epoch(t)
     t.history.append(told["loss"])
     if t.accelerator.is_main_process and not told["loss"] > min(t.history):
         save_weights(t.config.run / "weights.safetensors", t.method)
     save(t)
 
-# %% ../../nbs/train/03_loop.ipynb #99623a89
+# %% ../../nbs/train/03_loop.ipynb #d4dad19c
 def fit(
     method: Method,
     data: Pack,            # its splits "train" and "validate" are used
     config: TrainConfig,   # see TrainConfig.of(method, run)
+    each_epoch: Callable[[Run], None] | None = None,  # called after every epoch, e.g. medvis.analyse.LiveDiagnostics()
 ) -> Run:
     """Train a method, or go on with the run that stands in `config.run`; a finished one is returned as it is.
 
@@ -527,13 +549,16 @@ def fit(
     trainer.accelerator.wait_for_everyone()
     restore(trainer)
     if trainer.accelerator.is_main_process:
-        cut_log(config.run / "metrics.jsonl", trainer.step)
+        for log in ("metrics.jsonl", "diagnostics.jsonl"):
+            cut_log(config.run / log, trainer.step)
     total = config.epochs * trainer.steps_per_epoch
     hidden = not (config.progress and trainer.accelerator.is_main_process)
     with tqdm(total=total, initial=trainer.step, desc=config.run.name, disable=hidden) as bar:
         while len(trainer.history) < config.epochs and not stopped_improving(trainer.history, config.patience):
             train_epoch(trainer, bar)
             end_epoch(trainer)
+            if each_epoch and trainer.accelerator.is_main_process:
+                each_epoch(Run(config.run))
     if trainer.accelerator.is_main_process:
         save_weights(config.run / "last.safetensors", method)
     return Run(config.run)

@@ -1,0 +1,820 @@
+// Which words go with which regions: the radiograph once for every run, beside its report, and a browser of studies around them.
+// The kernel sends a study when it is asked for it; from then on all scores are here, and nothing that moves waits for the kernel.
+//
+//   app    one view: its model, study, hover, zoom, and the elements that change
+//   study  picture, pieces of text, outlines, and for every run its scores, item after item (see `decode`)
+//   picks  { words, sentences, prototypes }, lists of items that are shown together
+//   box    [x0, y0, x1, y1] in shares of the picture; a hovered region is a box too, so that runs of any grid can answer
+
+const GRAINS = ["words", "sentences", "prototypes"];
+const NO_PICKS = { words: [], sentences: [], prototypes: [] };
+const OUTLINE = "#35d6ed", BOX = "#ffd54a";
+const HEAT_SIDE = 160; // pixels of a smooth map
+const KEPT_STUDIES = 24;
+const STOPS = {
+  inferno: "000004 110a30 320a5e 57106e 781c6d 9a2865 bc3754 d84c3e ed6925 f98e09 fbb61a f4df53 fcffa4",
+  magma: "000004 100b2d 2c115f 51127c 721f81 932b80 b73779 d8456c f1605d fc8961 feb078 fed799 fcfdbf",
+  viridis: "440154 481f70 443983 3b528b 31688e 287c8e 21918c 20a486 35b779 5ec962 90d743 c8e020 fde725",
+  cividis: "00224e 003170 2a3f6d 434e6c 575d6d 6a6c71 7d7c78 918b78 a59c74 bcae6c d2c060 e9d34e fee838",
+};
+const TOOLS = { select: "Select", window: "Window", pan: "Pan" };
+const ORDERS = { data: "As in the data", alignment: "Worst alignment first", misses: "Most misses first" };
+const KEYS = [
+  ["Tab", "from control to control, to the pictures, into the report"],
+  ["← → ↑ ↓", "picture: region by region (Shift: a larger box); report: word by word, sentence by sentence"],
+  ["Enter, Space", "pin or unpin; pinned items combine"], ["Esc", "unpin all"],
+  ["n, p", "next, previous study"], ["+ − 0", "picture: zoom in, out, all of it; Alt and arrows pan"],
+  ["w, W, l, L", "picture: narrower or wider window, lower or higher level"],
+  ["Mouse", "drag a box; right button: window and level; middle button: pan; Ctrl and wheel: zoom; double click: all of it"],
+];
+
+/* ------------------------------------------------------------------ elements */
+
+// An element with attributes, listeners and children. Text is only ever set as text.
+function h(tag, attributes = {}, ...children) {
+  const element = document.createElement(tag);
+  for (const [name, value] of Object.entries(attributes)) {
+    if (typeof value === "function") element.addEventListener(name, value);
+    else if (typeof value === "boolean" || name === "value") element[name] = value;
+    else element.setAttribute(name, value);
+  }
+  element.append(...children);
+  return element;
+}
+
+const button = (text, label, click, more = {}) => h("button", { type: "button", "aria-label": label, title: label, click, ...more }, text);
+const labelled = (text, control) => h("label", { class: "control" }, h("span", {}, text), control);
+const press = (element, on) => element.setAttribute("aria-pressed", String(on));
+
+/* ------------------------------------------------------------------ numbers */
+
+function decode(head, buffers) {
+  const bytes = buffers.map((view) => view.buffer.slice(view.byteOffset, view.byteOffset + view.byteLength));
+  const study = { ...head, picture: new Uint8Array(bytes.shift()) };
+  study.runs = head.runs.map((run) => {
+    const scores = {};
+    for (const grain of run.grains) scores[grain] = new Float32Array(bytes.shift());
+    return { ...run, scores, count: run.grid[0] * run.grid[1], range: {}, cells: run.cells.map((cells) => new Set(cells)) };
+  });
+  return study;
+}
+
+// Lowest and highest of the numbers that are numbers.
+function extent(values) {
+  let low = Infinity, high = -Infinity;
+  for (const value of values) {
+    if (value < low) low = value;
+    if (value > high) high = value;
+  }
+  return low <= high ? [low, high] : [0, 0];
+}
+
+const share = (value, [low, high]) => (high > low ? Math.min(Math.max((value - low) / (high - low), 0), 1) : 0);
+const rise = (t) => t * t * (3 - 2 * t); // how much of a share is seen
+const items = (run, grain) => (run.scores[grain] ? run.scores[grain].length / run.count : 0);
+const mapOf = (run, grain, item) => run.scores[grain].subarray(item * run.count, (item + 1) * run.count);
+const rangeOf = (run, grain) => (run.range[grain] ??= extent(run.scores[grain]));
+
+// The mean map of the picked items that the run knows; null when it knows none.
+function combine(run, picks) {
+  const maps = GRAINS.flatMap((grain) => picks[grain].filter((i) => i < items(run, grain)).map((i) => mapOf(run, grain, i)))
+    .filter((map) => !Number.isNaN(map[0]));
+  if (!maps.length) return null;
+  const mean = new Float32Array(run.count);
+  for (const map of maps) for (let i = 0; i < run.count; i++) mean[i] += map[i] / maps.length;
+  return mean;
+}
+
+function peakOf(values) {
+  let best = 0;
+  for (let i = 1; i < values.length; i++) if (values[i] > values[best]) best = i;
+  return best;
+}
+
+// The box of a region, by row and column.
+function boxOf(run, row, column) {
+  const [h, w] = run.grid, [x0, y0, x1, y1] = run.frame;
+  const across = (c) => x0 + (c / w) * (x1 - x0), down = (r) => y0 + (r / h) * (y1 - y0);
+  return [across(column), down(row), across(column + 1), down(row + 1)];
+}
+
+// Row and column of the region at a point; null outside of what the run sees.
+function regionAt(run, [x, y]) {
+  const [h, w] = run.grid, [x0, y0, x1, y1] = run.frame;
+  const row = Math.floor(((y - y0) / (y1 - y0)) * h), column = Math.floor(((x - x0) / (x1 - x0)) * w);
+  return row >= 0 && row < h && column >= 0 && column < w ? [row, column] : null;
+}
+
+// The regions whose centres lie in one of the boxes; for a box without any, the one at its middle.
+function regionsIn(run, boxes) {
+  const found = new Set();
+  for (const [x0, y0, x1, y1] of boxes) {
+    const before = found.size;
+    for (let i = 0; i < run.count; i++) {
+      const [a, b, c, d] = boxOf(run, Math.floor(i / run.grid[1]), i % run.grid[1]);
+      const x = (a + c) / 2, y = (b + d) / 2;
+      if (x >= x0 && x < x1 && y >= y0 && y < y1) found.add(i);
+    }
+    const middle = found.size === before && regionAt(run, [(x0 + x1) / 2, (y0 + y1) / 2]);
+    if (middle) found.add(middle[0] * run.grid[1] + middle[1]);
+  }
+  return [...found];
+}
+
+// The mean score of some regions with each item of a grain.
+function profile(run, grain, regions) {
+  const scores = new Float32Array(items(run, grain));
+  for (let item = 0; item < scores.length; item++) {
+    const map = mapOf(run, grain, item);
+    for (const region of regions) scores[item] += map[region] / regions.length;
+  }
+  return scores;
+}
+
+// 256 colours as pixels, from the lowest score to the highest; what is low is transparent, what is under the threshold too.
+function palette(name, opacity, threshold) {
+  const stops = STOPS[name].split(" ").map((hex) => [0, 2, 4].map((at) => parseInt(hex.slice(at, at + 2), 16)));
+  const colours = new Uint8ClampedArray(4 * 256);
+  for (let i = 0; i < 256; i++) {
+    const t = i / 255, at = t * (stops.length - 1), left = Math.min(Math.floor(at), stops.length - 2);
+    stops[left].forEach((value, k) => (colours[4 * i + k] = value + (at - left) * (stops[left + 1][k] - value)));
+    colours[4 * i + 3] = t < threshold ? 0 : 255 * opacity * rise(t);
+  }
+  return new Uint32Array(colours.buffer);
+}
+
+/* ------------------------------------------------------------------ what is shown */
+
+const get = (app, name) => app.model.get(name);
+
+function put(app, values) {
+  for (const [name, value] of Object.entries(values)) app.model.set(name, value);
+  app.model.save_changes();
+}
+
+const pinned = (app) => ({ ...NO_PICKS, boxes: [], ...get(app, "selection") });
+const shownPicks = (app) => app.hover.picks ?? pinned(app);
+const shownBoxes = (app) => (app.hover.box ? [app.hover.box] : pinned(app).boxes);
+const shownRuns = (app) => app.study.runs.map((run, k) => k).filter((k) => get(app, "shown").includes(get(app, "runs")[k]));
+
+// Low and high end of the colours for a map: its own, or those of all maps of its grains.
+function scaleOf(app, run, values, grains) {
+  return get(app, "scale") === "raw" ? extent(grains.flatMap((grain) => rangeOf(run, grain))) : extent(values);
+}
+
+// What one run says of what is hovered or pinned: map, its scale, peak, and whether it hits the outlines that the text speaks of.
+function answer(app, k) {
+  const run = app.study.runs[k], picks = shownPicks(app), map = combine(run, picks);
+  if (!map) return { run, map };
+  const peak = peakOf(map), about = (o) => o.words.some((w) => picks.words.includes(w)) || o.sentences.some((s) => picks.sentences.includes(s));
+  const linked = app.study.outlines.map((outline, n) => ({ ...outline, hit: run.cells[n].has(peak) })).filter(about);
+  const grains = GRAINS.filter((grain) => picks[grain].length && run.scores[grain]);
+  return { run, map, peak, linked, scale: scaleOf(app, run, map, grains), hit: linked.some((outline) => outline.hit) };
+}
+
+/* ------------------------------------------------------------------ pictures */
+
+// The radiograph through its window, as a canvas of its own pixels.
+function drawGrey(app) {
+  const { picture, side } = app.study, [level, width] = get(app, "window"), low = level - width / 2;
+  const shade = Uint8ClampedArray.from({ length: 256 }, (_, value) => Math.min(Math.max(((value - low) / width) * 255, 0), 255));
+  const pixels = new ImageData(side, side), out = new Uint32Array(pixels.data.buffer);
+  for (let i = 0; i < picture.length; i++) out[i] = 0xff000000 + 0x010101 * shade[picture[i]];
+  app.grey.width = app.grey.height = side;
+  app.grey.getContext("2d").putImageData(pixels, 0, 0);
+  app.drawn = null;
+}
+
+// The same at the size of the panels, where zoom and pan have put it: hovering only copies it.
+function background(app, size) {
+  const { scale, x, y } = app.zoom, key = [size, scale, x, y].join();
+  if (app.drawn === key) return app.back;
+  app.back.width = app.back.height = size;
+  const context = app.back.getContext("2d");
+  context.imageSmoothingQuality = "high";
+  context.drawImage(app.grey, -x * size * scale, -y * size * scale, size * scale, size * scale);
+  app.drawn = key;
+  return app.back;
+}
+
+// Bilinear between the centres of regions: k pixels a region.
+function enlarge(map, [h, w], k) {
+  const out = new Float32Array(h * k * w * k);
+  const place = (i, n) => { const at = Math.min(Math.max((i + 0.5) / k - 0.5, 0), n - 1), low = Math.min(Math.floor(at), Math.max(n - 2, 0)); return [low, at - low]; };
+  const columns = Array.from({ length: w * k }, (_, i) => place(i, w));
+  for (let y = 0; y < h * k; y++) {
+    const [row, down] = place(y, h), top = row * w, bottom = Math.min(row + 1, h - 1) * w;
+    for (let x = 0; x < w * k; x++) {
+      const [left, along] = columns[x], right = Math.min(left + 1, w - 1);
+      const upper = map[top + left] + along * (map[top + right] - map[top + left]);
+      out[y * w * k + x] = upper + down * (map[bottom + left] + along * (map[bottom + right] - map[bottom + left]) - upper);
+    }
+  }
+  return out;
+}
+
+// A map in colours, a pixel a region or smooth.
+function drawHeat(app, canvas, { run, map, scale: [low, high] }) {
+  const k = get(app, "smooth") ? Math.max(1, Math.floor(HEAT_SIDE / Math.max(...run.grid))) : 1;
+  const values = k > 1 ? enlarge(map, run.grid, k) : map, [height, width] = run.grid.map((n) => n * k);
+  const colours = palette(get(app, "colours"), get(app, "opacity"), get(app, "threshold"));
+  const pixels = new ImageData(width, height), out = new Uint32Array(pixels.data.buffer), unit = high > low ? 255 / (high - low) : 0;
+  for (let i = 0; i < values.length; i++) out[i] = colours[Math.min(Math.max(Math.round((values[i] - low) * unit), 0), 255)];
+  canvas.width = width;
+  canvas.height = height;
+  canvas.getContext("2d").putImageData(pixels, 0, 0);
+}
+
+function strokeTwice(context, pixel, colour, width, draw) {
+  for (const [style, line] of [["rgba(0,0,0,.65)", width + 2], [colour, width]]) {
+    context.strokeStyle = style;
+    context.lineWidth = line * pixel;
+    context.beginPath();
+    draw();
+    context.stroke();
+  }
+}
+
+function drawOutlines(app, context, pixel, linked) {
+  const names = new Set((linked ?? []).map((outline) => outline.name));
+  app.study.outlines.forEach((outline) => strokeTwice(context, pixel, OUTLINE, names.has(outline.name) ? 2.2 : 1.2, () => {
+    for (const path of outline.paths) {
+      path.forEach(([x, y], i) => (i ? context.lineTo(x, y) : context.moveTo(x, y)));
+      context.closePath();
+    }
+  }));
+}
+
+function drawBoxes(app, context, pixel) {
+  for (const [x0, y0, x1, y1] of [...pinned(app).boxes, ...(app.hover.box ? [app.hover.box] : [])]) {
+    strokeTwice(context, pixel, BOX, 1.6, () => context.rect(x0, y0, x1 - x0, y1 - y0));
+  }
+}
+
+function drawPanel(app, panel) {
+  const context = panel.canvas.getContext("2d"), size = panel.canvas.width, { scale, x, y } = app.zoom, told = answer(app, panel.k);
+  const pixel = devicePixelRatio / (size * scale), [fx, fy, gx, gy] = app.study.runs[panel.k].frame;
+  panel.told = told;
+  context.setTransform(1, 0, 0, 1, 0, 0);
+  context.drawImage(background(app, size), 0, 0);
+  context.setTransform(size * scale, 0, 0, size * scale, -x * size * scale, -y * size * scale);
+  if (told.map) {
+    drawHeat(app, panel.heat, told);
+    context.imageSmoothingEnabled = get(app, "smooth");
+    context.drawImage(panel.heat, fx, fy, gx - fx, gy - fy);
+  }
+  if (get(app, "outlines")) drawOutlines(app, context, pixel, told.linked);
+  drawBoxes(app, context, pixel);
+  if (told.map) {
+    const [a, b, c, d] = boxOf(told.run, Math.floor(told.peak / told.run.grid[1]), told.peak % told.run.grid[1]);
+    strokeTwice(context, pixel, "#fff", 1.8, () => context.arc((a + c) / 2, (b + d) / 2, 6 * pixel, 0, 7));
+  }
+  tellPanel(app, panel, told);
+}
+
+// Colour bar, badge and the panel's name for those who do not see it.
+function tellPanel(app, panel, { run, map, scale, linked, hit, peak }) {
+  panel.bar.style.visibility = map ? "visible" : "hidden";
+  panel.badge.hidden = !linked?.length;
+  if (map) {
+    const threshold = get(app, "threshold");
+    panel.low.textContent = scale[0].toFixed(2);
+    panel.high.textContent = scale[1].toFixed(2);
+    panel.tick.hidden = !threshold;
+    panel.tick.style.left = `${100 * threshold}%`;
+  }
+  if (linked?.length) {
+    panel.badge.dataset.hit = String(hit);
+    panel.badge.textContent = `${hit ? "✓ hit" : "✗ miss"} · ${[...new Set(linked.map((outline) => outline.name))].join(", ")}`;
+  }
+  const place = map ? `highest in row ${Math.floor(peak / run.grid[1]) + 1}, column ${(peak % run.grid[1]) + 1}` : "no map";
+  panel.canvas.setAttribute("aria-label", `Radiograph with the map of ${get(app, "runs")[panel.k]}: ${place}. Arrow keys move over regions.`);
+}
+
+/* ------------------------------------------------------------------ report */
+
+const masked = (app, text) => (get(app, "masked") ? text.replace(/[\p{L}\p{N}\p{M}]+/gu, "•••") : text);
+
+function itemElement(app, grain, item, tag, attributes, ...children) {
+  const element = h(tag, {
+    role: "button", tabindex: "-1", "data-grain": grain, "data-item": item, ...attributes,
+    pointerenter: () => hoverItem(app, grain, item), pointerleave: () => setHover(app, { picks: null }),
+    focus: () => focusItem(app, grain, item), blur: () => setHover(app, { picks: null }),
+    click: () => togglePin(app, grain, item),
+  }, ...children);
+  app.items[grain][item] = element;
+  return element;
+}
+
+function sentenceElement(app, pieces, s) {
+  const parts = pieces.map(([text, word]) => {
+    if (word < 0) return masked(app, text);
+    return itemElement(app, "words", word, "span", { class: "word" }, masked(app, text));
+  });
+  const number = itemElement(app, "sentences", s, "span", { class: "number", "aria-label": `Sentence ${s + 1}` }, String(s + 1));
+  const enter = () => get(app, "grain") === "sentences" && hoverItem(app, "sentences", s);
+  const leave = () => get(app, "grain") === "sentences" && setHover(app, { picks: null });
+  const pin = () => get(app, "grain") === "sentences" && togglePin(app, "sentences", s);
+  return h("div", { class: "sentence" }, number,
+    h("p", { dir: "auto", "data-sentence": s, pointerenter: enter, pointerleave: leave, click: pin }, ...parts));
+}
+
+function buildReport(app) {
+  const { study, parts } = app;
+  app.items = { words: [], sentences: [], prototypes: [] };
+  parts.report.replaceChildren(...study.sentences.map((pieces, s) => sentenceElement(app, pieces, s)));
+  const numbers = study.runs[app.active]?.prototypes ?? [];
+  parts.prototypes.replaceChildren(...numbers.map((number, k) =>
+    itemElement(app, "prototypes", k, "span", { class: "prototype" }, `prototype ${number}`)));
+  const told = Object.entries(study.labels).filter(([, value]) => value === 1 || value === -1);
+  parts.findings.replaceChildren(...told.map(([name, value]) =>
+    h("span", { class: "finding", title: value === 1 ? "present" : "uncertain" }, value === 1 ? name : `${name} ?`)));
+  setGrain(app);
+}
+
+// One item of the current grain can be reached with Tab; arrows go on from there.
+function setGrain(app) {
+  const grain = get(app, "grain");
+  app.parts.report.dataset.grain = grain;
+  app.parts.prototypes.hidden = grain !== "prototypes";
+  for (const one of GRAINS) app.items[one].forEach((element) => element?.setAttribute("tabindex", "-1"));
+  app.items[grain].find(Boolean)?.setAttribute("tabindex", "0");
+}
+
+// A state of an item, written only when it changes.
+function mark(element, state, on) {
+  if (element[state] === on) return;
+  element[state] = on;
+  element.classList.toggle(state, on);
+  if (state === "pinned") press(element, on);
+}
+
+function lightText(app) {
+  const boxes = shownBoxes(app), run = app.study.runs[app.active], picks = shownPicks(app), pins = pinned(app);
+  const regions = boxes.length ? regionsIn(run, boxes) : [], threshold = get(app, "threshold");
+  for (const grain of GRAINS) {
+    const scores = regions.length && run.scores[grain] ? profile(run, grain, regions) : null;
+    const scale = scores && scaleOf(app, run, scores, [grain]);
+    app.items[grain].forEach((element, item) => {
+      const t = scores && !Number.isNaN(scores[item]) ? share(scores[item], scale) : 0, lit = t < threshold ? 0 : rise(t);
+      if (element.lit !== lit) element.style.setProperty("--lit", (element.lit = lit).toFixed(3));
+      mark(element, "shown", picks[grain].includes(item));
+      mark(element, "pinned", pins[grain].includes(item));
+    });
+  }
+}
+
+const nameOf = (app, grain, item) => (grain === "words" && !get(app, "masked") ? `“${app.items.words[item].textContent}”` : `${grain.slice(0, -1)} ${item + 1}`);
+
+// One line on what is hovered; screen readers hear it.
+function tell(app) {
+  const { picks, box } = app.hover, names = get(app, "runs");
+  let text = "";
+  if (picks) {
+    const [grain] = GRAINS.filter((one) => picks[one].length);
+    text = `${nameOf(app, grain, picks[grain][0])}: ` + app.panels.map(({ k, told: { map, peak, linked, hit } }) =>
+      `${names[k]} ${map ? map[peak].toFixed(2) + (linked.length ? (hit ? ", hit" : ", miss") : "") : "does not read it"}`).join(" · ");
+  } else if (box) {
+    const run = app.study.runs[app.active], grain = items(run, get(app, "grain")) ? get(app, "grain") : "words";
+    const scores = profile(run, grain, regionsIn(run, [box])), known = [...scores.keys()].filter((i) => !Number.isNaN(scores[i]));
+    const best = known.sort((a, b) => scores[b] - scores[a]).slice(0, 3).map((i) => `${nameOf(app, grain, i)} ${scores[i].toFixed(2)}`);
+    text = `${names[app.active]}: ${best.join(", ")}`;
+  }
+  app.parts.status.textContent = text || app.note;
+}
+
+function refresh(app) {
+  if (!app.study) return;
+  for (const panel of app.panels) drawPanel(app, panel);
+  lightText(app);
+  tell(app);
+}
+
+/* ------------------------------------------------------------------ pointing and pinning */
+
+function setHover(app, change) {
+  app.hover = { ...app.hover, ...change };
+  refresh(app);
+}
+
+const hoverItem = (app, grain, item) => setHover(app, { picks: { ...NO_PICKS, [grain]: [item] } });
+
+function focusItem(app, grain, item) {
+  for (const element of app.items[grain]) element?.setAttribute("tabindex", element === app.items[grain][item] ? "0" : "-1");
+  hoverItem(app, grain, item);
+}
+
+function select(app, change) {
+  put(app, { selection: { ...pinned(app), study: app.study.id, ...change } });
+}
+
+function togglePin(app, grain, item) {
+  const now = pinned(app)[grain];
+  select(app, { [grain]: now.includes(item) ? now.filter((one) => one !== item) : [...now, item].sort((a, b) => a - b) });
+}
+
+function toggleBox(app, box) {
+  const now = pinned(app).boxes, same = (one) => one.every((value, i) => Math.abs(value - box[i]) < 1e-6);
+  select(app, { boxes: now.some(same) ? now.filter((one) => !same(one)) : [...now, box] });
+}
+
+function point(app, panel, event) {
+  const { left, top, width, height } = panel.canvas.getBoundingClientRect(), { scale, x, y } = app.zoom;
+  return [(event.clientX - left) / width / scale + x, (event.clientY - top) / height / scale + y];
+}
+
+// Words are lit by the scores of the run whose picture was touched last.
+function activate(app, panel) {
+  if (app.active === panel.k) return;
+  app.active = panel.k;
+  for (const one of app.panels) one.element.classList.toggle("active", one === panel);
+}
+
+function hoverRegion(app, panel, row, column) {
+  activate(app, panel);
+  panel.cursor = [row, column];
+  setHover(app, { box: boxOf(app.study.runs[panel.k], row, column) });
+}
+
+function moveOver(app, panel, event) {
+  const found = regionAt(app.study.runs[panel.k], point(app, panel, event));
+  if (!found) return app.hover.box && setHover(app, { box: null });
+  const [row, column] = found;
+  if (!app.hover.box || panel.k !== app.active || row !== panel.cursor[0] || column !== panel.cursor[1]) hoverRegion(app, panel, row, column);
+}
+
+const around = ([a, b], [c, d]) => [Math.min(a, c), Math.min(b, d), Math.max(a, c), Math.max(b, d)];
+const clip = (box) => box.map((value) => Math.min(Math.max(value, 0), 1));
+
+function zoomBy(app, factor, [x, y] = [app.zoom.x + 0.5 / app.zoom.scale, app.zoom.y + 0.5 / app.zoom.scale]) {
+  const scale = Math.min(Math.max(app.zoom.scale * factor, 1), 12), keep = app.zoom.scale / scale;
+  panTo(app, x - (x - app.zoom.x) * keep, y - (y - app.zoom.y) * keep, scale);
+}
+
+function panTo(app, x, y, scale = app.zoom.scale) {
+  const most = 1 - 1 / scale;
+  app.zoom = { scale, x: Math.min(Math.max(x, 0), most), y: Math.min(Math.max(y, 0), most) };
+  refresh(app);
+}
+
+function setWindow(app, level, width) {
+  put(app, { window: [Math.round(Math.min(Math.max(level, 0), 255)), Math.round(Math.min(Math.max(width, 2), 510))] });
+}
+
+// What a drag does: { move, end }, by mouse button and tool.
+function drag(app, panel, event) {
+  const start = point(app, panel, event), [x, y] = [event.clientX, event.clientY], zoom = app.zoom, [level, width] = get(app, "window");
+  const tool = ["", "pan", "window"][event.button] || app.tool, size = panel.canvas.clientWidth;
+  const moved = (e) => Math.abs(e.clientX - x) + Math.abs(e.clientY - y) > 4;
+  if (tool === "pan") return { move: (e) => panTo(app, zoom.x - (e.clientX - x) / size / zoom.scale, zoom.y - (e.clientY - y) / size / zoom.scale) };
+  if (tool === "window") return { move: (e) => setWindow(app, level + ((e.clientY - y) / size) * 255, width + ((e.clientX - x) / size) * 510) };
+  return {
+    move: (e) => moved(e) && setHover(app, { box: clip(around(start, point(app, panel, e))) }),
+    end: (e) => app.hover.box && toggleBox(app, moved(e) ? clip(around(start, point(app, panel, e))) : app.hover.box),
+  };
+}
+
+function listenToPanel(app, panel) {
+  const { canvas } = panel;
+  let dragging = null;
+  const on = (name, act, options) => canvas.addEventListener(name, (event) => app.study && act(event), options);
+  on("pointermove", (event) => (dragging ? dragging.move(event) : moveOver(app, panel, event)));
+  on("pointerdown", (event) => {
+    canvas.setPointerCapture(event.pointerId);
+    moveOver(app, panel, event);
+    dragging = drag(app, panel, event);
+    if (event.button === 1) event.preventDefault();
+  });
+  on("pointerup", (event) => {
+    dragging?.end?.(event);
+    dragging = null;
+  });
+  on("pointercancel", () => (dragging = null));
+  on("pointerleave", () => dragging || setHover(app, { box: null }));
+  on("blur", () => setHover(app, { box: null }));
+  on("contextmenu", (event) => event.preventDefault());
+  on("dblclick", () => zoomBy(app, 0));
+  on("keydown", (event) => panelKey(app, panel, event));
+  on("wheel", (event) => {
+    if (!event.ctrlKey && !event.metaKey) return;
+    event.preventDefault();
+    zoomBy(app, Math.exp(-event.deltaY / 300), point(app, panel, event));
+  }, { passive: false });
+}
+
+/* ------------------------------------------------------------------ keys */
+
+const ARROWS = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
+
+function moveCursor(app, panel, [right, down], grow) {
+  const run = app.study.runs[panel.k], [h, w] = run.grid, limit = (value, n) => Math.min(Math.max(value, 0), n - 1);
+  const [row, column] = panel.cursor, box = app.hover.box;
+  const next = box ? [limit(row + down, h), limit(column + right, w)] : [row, column];
+  hoverRegion(app, panel, ...next);
+  if (grow && box) setHover(app, { box: app.hover.box.map((value, i) => (i < 2 ? Math.min(value, box[i]) : Math.max(value, box[i]))) });
+}
+
+function panelKey(app, panel, event) {
+  const [level, width] = get(app, "window"), arrow = ARROWS[event.key], { x, y, scale } = app.zoom;
+  const act = {
+    "+": () => zoomBy(app, 1.25), "=": () => zoomBy(app, 1.25), "-": () => zoomBy(app, 0.8), 0: () => zoomBy(app, 0),
+    w: () => setWindow(app, level, width * 0.9), W: () => setWindow(app, level, width / 0.9),
+    l: () => setWindow(app, level - 8, width), L: () => setWindow(app, level + 8, width),
+    Enter: () => app.hover.box && toggleBox(app, app.hover.box), " ": () => app.hover.box && toggleBox(app, app.hover.box),
+  }[event.key] ?? (arrow && (() => (event.altKey ? panTo(app, x + (arrow[0] * 0.1) / scale, y + (arrow[1] * 0.1) / scale) : moveCursor(app, panel, arrow, event.shiftKey))));
+  if (!act) return;
+  event.preventDefault();
+  act();
+}
+
+// Arrows in the report: sideways to the neighbour, up and down to the sentence above or below.
+function itemKey(app, element, event) {
+  const { grain, item } = element.dataset, all = app.items[grain], at = Number(item), arrow = ARROWS[event.key];
+  if (event.key === "Enter" || event.key === " ") togglePin(app, grain, at);
+  else if (arrow) {
+    const line = (one) => one.closest(".sentence"), step = arrow[0] || arrow[1];
+    let next = at + step;
+    while (arrow[1] && grain === "words" && all[next] && line(all[next]) === line(element)) next += step;
+    all[next]?.focus();
+  } else return;
+  event.preventDefault();
+}
+
+// Keys without Ctrl or Meta end here: to JupyterLab a lone b, x or arrow is a command for the cell.
+function rootKey(app, event) {
+  const element = event.target;
+  if (!event.ctrlKey && !event.metaKey) event.stopPropagation();
+  if (element.dataset.grain && element.dataset.item) itemKey(app, element, event);
+  if (event.key === "Escape") select(app, { ...NO_PICKS, boxes: [] });
+  else if (["INPUT", "SELECT"].includes(element.tagName) || event.ctrlKey || event.metaKey || event.altKey) return;
+  else if (event.key === "n" || event.key === "p") step(app, event.key === "n" ? 1 : -1);
+}
+
+/* ------------------------------------------------------------------ studies */
+
+function ask(app, message) {
+  const held = get(app, "held");
+  if (held?.studies) setTimeout(() => receive(app, ...answerHere(held, message)));
+  else app.model.send(message);
+}
+
+// In an exported page: what the kernel would answer, from the studies that the page holds.
+function answerHere({ studies }, { ask: what, position, query, finding, order, run }) {
+  if (what === "study") return [{ answer: "study", study: studies[position].head }, studies[position].buffers];
+  const texts = studies.map(({ head }) => `${head.id} ${head.sentences.flat().map(([text]) => text).join("")}`.toLowerCase());
+  const words = query.toLowerCase().split(/\s+/).filter(Boolean);
+  const positions = [...studies.keys()].filter((i) => words.every((word) => texts[i].includes(word)) && (!finding || studies[i].head.labels[finding] === 1));
+  const rank = { alignment: ({ head }) => head.alignment[run], misses: ({ head }) => -head.misses[run] }[order];
+  if (rank) positions.sort((a, b) => rank(studies[a]) - rank(studies[b]));
+  return [{ answer: "list", positions, left: 0, query, finding, order }, []];
+}
+
+function receive(app, message, buffers) {
+  if (message.answer === "study") {
+    const study = decode(message.study, buffers);
+    app.studies.set(study.position, study);
+    if (app.studies.size > KEPT_STUDIES) app.studies.delete(app.studies.keys().next().value);
+    app.waiting = false;
+    showStudy(app);
+  } else if (message.answer === "error") {
+    app.waiting = false;
+    note(app, message.reason);
+  } else if (["query", "finding", "order"].every((name) => message[name] === get(app, name))) showList(app, message);
+}
+
+function note(app, text) {
+  app.note = text;
+  app.parts.status.textContent = text;
+}
+
+function askList(app) {
+  const run = Math.max(get(app, "runs").indexOf(get(app, "shown")[0]), 0);
+  ask(app, { ask: "list", run, query: get(app, "query"), finding: get(app, "finding"), order: get(app, "order") });
+}
+
+function showList(app, { positions, left }) {
+  if (left) {
+    note(app, `Measuring alignment: ${left} studies to go …`);
+    return askList(app);
+  }
+  note(app, positions.length ? "" : "No study fits this search.");
+  const first = app.list === null;
+  app.list = positions;
+  const ordered = get(app, "order") !== app.order;
+  app.order = get(app, "order");
+  if (positions.length && !first && (ordered || !positions.includes(get(app, "position")))) put(app, { position: positions[0] });
+  showPlace(app);
+}
+
+function showPlace(app) {
+  const { slider, place } = app.parts, list = app.list ?? [], at = list.indexOf(get(app, "position"));
+  slider.max = Math.max(list.length - 1, 0);
+  slider.value = Math.max(at, 0);
+  slider.disabled = !list.length;
+  const id = app.study?.position === get(app, "position") ? app.study.id : "…";
+  place.textContent = list.length ? `${id} · ${at + 1} of ${list.length}` : "no study";
+  slider.setAttribute("aria-valuetext", place.textContent);
+}
+
+function step(app, by) {
+  const list = app.list ?? [], at = list.indexOf(get(app, "position")) + by;
+  if (at >= 0 && at < list.length) put(app, { position: list[at] });
+}
+
+// Show the study of `position`; when it is not here, ask for it, one request at a time.
+function showStudy(app) {
+  const position = get(app, "position"), study = app.studies.get(position);
+  app.root.setAttribute("aria-busy", String(!study));
+  if (!study && !app.waiting) {
+    app.waiting = true;
+    ask(app, { ask: "study", position });
+  }
+  if (!study) return;
+  app.study = study;
+  app.hover = { picks: null, box: null };
+  const reading = app.parts.report.contains(document.activeElement);
+  if (get(app, "selection").study !== study.id) select(app, { ...NO_PICKS, boxes: [] });
+  showPlace(app);
+  drawGrey(app);
+  buildPanels(app);
+  buildReport(app);
+  refresh(app);
+  if (reading) app.items[get(app, "grain")].find(Boolean)?.focus();
+  app.el.dataset.ready = study.id;
+}
+
+/* ------------------------------------------------------------------ layout */
+
+function panelElement(app, k) {
+  const name = get(app, "runs")[k], canvas = h("canvas", { tabindex: "0", role: "application", "data-run": name });
+  const low = h("span", {}), high = h("span", {}), tick = h("i", {}), badge = h("span", { class: "badge", hidden: true });
+  const bar = h("div", { class: "bar", "aria-hidden": "true" }, low, h("div", { class: "colours" }, tick), high);
+  const element = h("figure", { class: "panel" }, h("figcaption", {}, h("b", {}, name), badge), canvas, bar);
+  const panel = { k, element, canvas, low, high, tick, bar, badge, heat: document.createElement("canvas"), cursor: [0, 0] };
+  panel.cursor = app.study.runs[k].grid.map((n) => Math.floor(n / 2));
+  listenToPanel(app, panel);
+  return panel;
+}
+
+// The panels stay from study to study: a picture that has the focus keeps it.
+function buildPanels(app) {
+  const wanted = shownRuns(app);
+  if (String(wanted) !== String(app.panels.map((panel) => panel.k))) {
+    app.panels.forEach((panel) => app.sizes.unobserve(panel.canvas));
+    app.panels = wanted.map((k) => panelElement(app, k));
+    app.parts.panels.replaceChildren(...app.panels.map((panel) => panel.element));
+    app.panels.forEach((panel) => app.sizes.observe(panel.canvas));
+    if (!wanted.includes(app.active)) app.active = wanted[0] ?? 0;
+    app.panels.forEach((panel) => panel.element.classList.toggle("active", panel.k === app.active && wanted.length > 1));
+  }
+  setColours(app);
+  app.panels.forEach(fit);
+}
+
+function fit(panel) {
+  const size = Math.round((panel.canvas.clientWidth || 320) * devicePixelRatio);
+  if (panel.canvas.width !== size || panel.canvas.height !== size) panel.canvas.width = panel.canvas.height = size;
+}
+
+function setColours(app) {
+  const stops = STOPS[get(app, "colours")].split(" ").map((hex) => `#${hex}`);
+  for (const panel of app.panels) panel.bar.children[1].style.background = `linear-gradient(90deg, ${stops.join(", ")})`;
+}
+
+// Controls that follow a trait, and set it.
+function slider(app, name, text, [min, max, by], read = (value) => value, write = (value) => value) {
+  const input = h("input", { type: "range", min, max, step: by, "aria-label": text, input: () => put(app, { [name]: write(Number(input.value)) }) });
+  app.follow(name, () => (input.value = read(get(app, name))));
+  return labelled(text, input);
+}
+
+function choice(app, name, text, options) {
+  const input = h("select", { "aria-label": text, change: () => put(app, { [name]: input.value }) },
+    ...options.map(([value, shown]) => h("option", { value }, shown)));
+  app.follow(name, () => (input.value = get(app, name)));
+  return labelled(text, input);
+}
+
+function toggle(app, name, text, label) {
+  const element = button(text, label, () => put(app, { [name]: !get(app, name) }));
+  app.follow(name, () => press(element, get(app, name)));
+  return element;
+}
+
+function segments(app, label, options, read, write) {
+  const buttons = Object.entries(options).map(([value, text]) => button(text, `${label}: ${text}`, () => write(value), { "data-value": value }));
+  const show = () => buttons.forEach((one) => press(one, one.dataset.value === read()));
+  return [h("div", { class: "segments", role: "group", "aria-label": label }, ...buttons), show];
+}
+
+function traitSegments(app, name, label, options) {
+  const [element, show] = segments(app, label, options, () => get(app, name), (value) => put(app, { [name]: value }));
+  app.follow(name, show);
+  return element;
+}
+
+function toolSegments(app) {
+  const [element, show] = segments(app, "Drag", TOOLS, () => app.tool, (value) => {
+    app.tool = value;
+    app.root.dataset.tool = value;
+    show();
+  });
+  show();
+  return element;
+}
+
+function runButtons(app) {
+  const names = get(app, "runs");
+  if (names.length < 2) return [];
+  const flip = (name) => {
+    const shown = names.filter((one) => (one === name) !== get(app, "shown").includes(one));
+    if (shown.length) put(app, { shown });
+  };
+  const buttons = names.map((name) => button(name, `Show ${name}`, () => flip(name)));
+  app.follow("shown", () => buttons.forEach((one, k) => press(one, get(app, "shown").includes(names[k]))));
+  return [h("div", { class: "segments", role: "group", "aria-label": "Runs" }, ...buttons)];
+}
+
+function browserRow(app) {
+  const { parts } = app;
+  parts.slider = h("input", { type: "range", min: 0, step: 1, "aria-label": "Study", input: () => app.list?.length && put(app, { position: app.list[Number(parts.slider.value)] }) });
+  parts.place = h("output", { class: "place" });
+  const search = h("input", { type: "search", placeholder: "Search ids and words", "aria-label": "Search ids and words", input: () => put(app, { query: search.value }) });
+  app.follow("query", () => search.value !== get(app, "query") && (search.value = get(app, "query")));
+  const findings = [["", "All findings"], ...get(app, "findings").map(([name, count]) => [name, `${name} (${count})`])];
+  return h("div", { class: "row browser" }, button("‹", "Previous study", () => step(app, -1)), parts.slider, button("›", "Next study", () => step(app, 1)),
+    parts.place, search, choice(app, "finding", "Finding", findings), choice(app, "order", "Order", Object.entries(ORDERS)));
+}
+
+function controlRow(app) {
+  const grains = Object.fromEntries(get(app, "grains").map((grain) => [grain, grain[0].toUpperCase() + grain.slice(1)]));
+  const [level, width] = [0, 1].map((i) => [(value) => value[i], (value) => (i ? [get(app, "window")[0], value] : [value, get(app, "window")[1]])]);
+  return h("div", { class: "row controls", role: "toolbar", "aria-label": "Display" },
+    traitSegments(app, "grain", "Grain", grains), toolSegments(app), ...runButtons(app),
+    traitSegments(app, "scale", "Scale", { normalised: "Each map", raw: "Raw" }),
+    choice(app, "colours", "Colours", Object.keys(STOPS).map((name) => [name, name])),
+    slider(app, "opacity", "Opacity", [0, 1, 0.05]), slider(app, "threshold", "Threshold", [0, 0.95, 0.05]),
+    slider(app, "window", "Level", [0, 255, 1], ...level), slider(app, "window", "Width", [2, 510, 1], ...width),
+    h("div", { class: "segments" }, toggle(app, "smooth", "Smooth", "Smooth maps"), toggle(app, "outlines", "Truth", "Outlines of what is known"),
+      toggle(app, "masked", "Mask text", "Mask the text of the report")),
+    button("Unpin", "Unpin all", () => select(app, { ...NO_PICKS, boxes: [] })), button("Fit", "Show all of the picture", () => resetView(app)));
+}
+
+function resetView(app) {
+  put(app, { window: [128, 255] });
+  zoomBy(app, 0);
+}
+
+function layOut(app) {
+  const { parts } = app;
+  parts.panels = h("div", { class: "panels" });
+  parts.findings = h("div", { class: "findings", "aria-label": "Findings" });
+  parts.report = h("div", { class: "report", "aria-label": "Report" });
+  parts.prototypes = h("div", { class: "prototypes", "aria-label": "Prototypes" });
+  parts.status = h("div", { class: "status", role: "status", "aria-live": "polite" });
+  const keys = h("details", { class: "keys" }, h("summary", {}, "Keys and mouse"),
+    h("dl", {}, ...KEYS.flatMap(([key, does]) => [h("dt", {}, key), h("dd", {}, does)])));
+  app.root.append(browserRow(app), h("div", { class: "study" }, parts.panels,
+    h("section", { class: "text" }, parts.findings, parts.report, parts.prototypes)), parts.status, controlRow(app), keys);
+}
+
+/* ------------------------------------------------------------------ life */
+
+// What has to be done when a trait changes, whoever changed it.
+function reactions(app) {
+  const paint = () => refresh(app);
+  const anew = () => app.study && (buildPanels(app), buildReport(app), refresh(app));
+  const search = () => askList(app);
+  return {
+    position: () => (showPlace(app), showStudy(app)), selection: paint, opacity: paint, threshold: paint, scale: paint, smooth: paint,
+    outlines: paint, colours: () => (setColours(app), refresh(app)), window: () => app.study && (drawGrey(app), refresh(app)),
+    grain: () => app.study && (setGrain(app), refresh(app)), shown: anew, query: search, finding: search, order: search,
+    masked: () => (app.studies.clear(), anew(), showStudy(app)),
+  };
+}
+
+function render({ model, el }) {
+  const root = h("div", { class: "medvis correspondence", "data-tool": "select" });
+  const app = {
+    model, el, root, study: null, studies: new Map(), list: null, order: model.get("order"), hover: { picks: null, box: null }, active: 0, tool: "select",
+    zoom: { scale: 1, x: 0, y: 0 }, panels: [], parts: {}, items: { words: [], sentences: [], prototypes: [] }, waiting: false, note: "",
+    grey: document.createElement("canvas"), back: document.createElement("canvas"), drawn: null,
+  };
+  const listeners = [];
+  const listen = (event, act) => (model.on(event, act), listeners.push([event, act]));
+  app.follow = (name, show) => (show(), listen(`change:${name}`, show));
+  app.sizes = new ResizeObserver(() => (app.panels.forEach(fit), refresh(app)));
+  layOut(app);
+  for (const [name, act] of Object.entries(reactions(app))) listen(`change:${name}`, act);
+  listen("msg:custom", (message, buffers) => receive(app, message, buffers));
+  root.addEventListener("keydown", (event) => rootKey(app, event));
+  el.append(root);
+  askList(app);
+  showStudy(app);
+  return () => {
+    app.sizes.disconnect();
+    for (const [event, act] of listeners) model.off(event, act);
+  };
+}
+
+export default { render };
