@@ -27,7 +27,7 @@ from .show import held_out_pairs
 from ..train import load_method
 from ..train.checkpoint import write_atomic, write_json
 
-# %% ../../nbs/studies/04_downstream.ipynb #c31d177e
+# %% ../../nbs/studies/04_downstream.ipynb #c31d9605
 TASKS = {  # family -> kind of task, protocol
     "classification": ("labels", "tiny-linear"),
     "segmentation, linear": ("masks", "tiny-seg-linear"),
@@ -50,7 +50,7 @@ class DownstreamConfig:
     fractions: tuple[float, ...] = (0.02, 0.05)
     "Shares of the training patients whose labels, masks or boxes are used."
     resamples: int = 200
-    "Draws of test patients, for intervals over them."
+    "Draws of test patients, for intervals over them, at the largest share."
     progress: bool = True
     "Show progress bars."
 
@@ -98,7 +98,7 @@ def protocol_rows(family: str, methods: dict[str, list[Method]], data: Pack, con
         encoders, task, protocol, config.out / "protocols", config.fractions, range(len(config.runs)), progress=config.progress)
     return table[table.metric == HEADLINE[kind]]
 
-# %% ../../nbs/studies/04_downstream.ipynb #90a62a17
+# %% ../../nbs/studies/04_downstream.ipynb #e41d0d5d
 def downstream(config: DownstreamConfig) -> pd.DataFrame:  # family, metric, encoder, mean, low, high, gain, ...: see stats.compare
     "Measure all families, write results.csv, patients.csv and manifest.json, and return the comparison; finished runs are not repeated."
     data, taught = Pack(config.data), [load_method(run).eval() for run in config.runs]
@@ -114,7 +114,8 @@ def downstream(config: DownstreamConfig) -> pd.DataFrame:  # family, metric, enc
         table = pd.concat(tables, ignore_index=True)
         write_atomic(config.out / "results.csv", lambda file: table.to_csv(file, index=False))
     heads = pd.concat([part for part in tables if part["family"].iloc[0] in TASKS])
-    patients = over_patients(heads, config.out / "protocols", "untaught", config.resamples)
+    most = heads[heads["fraction"] == max(config.fractions)]
+    patients = over_patients(most, config.out / "protocols", "untaught", config.resamples)
     write_atomic(config.out / "patients.csv", lambda file: patients.to_csv(file, index=False))
     told = compare_families(table)
     print(told.to_string())
