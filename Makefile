@@ -45,7 +45,7 @@ test: .venv/.dev
 	@pytest -q tests/test_sync.py tests/test_house.py
 	@ruff check medvis tests tools setup.py
 	@echo "== notebooks"
-	@timeout 900 nbdev_test --n_workers 2 --timing
+	@timeout 1300 nbdev_test --n_workers 2 --timing
 	@echo "== tests, and the notebooks replayed against the installed module"
 	@timeout 1900 pytest -q -n 2 --dist loadfile --durations 10 --cov=medvis tests
 	@echo "medvis: every check passed"
