@@ -1,4 +1,6 @@
 """The correspondence widget in a real browser, its script alone in a page without a kernel: pointing, pinning, keys, hostile text, speed."""
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from browser import browser, opened  # noqa: F401
@@ -106,6 +108,24 @@ def test_hits_are_those_of_the_pointing_game(page, views):
             if item in told:
                 assert badge.get_attribute("data-hit") == str(told[item]).lower() and "Nodule" in badge.text_content()
     assert dict((item, hit) for item, _, hit in views[0].hits("fine"))[0] is True and not all(told.values())
+
+
+def test_prototypes_are_a_grain_of_their_own(browser, tmp_path):  # noqa: F811
+    view = make_view(0)
+    fine = view.runs["fine"]
+    scores = fine.scores | {"prototypes": np.eye(64, dtype=np.float32)[[20, 43]]}     # prototype 7 lives in region 20, 31 in region 43
+    view = replace(view, runs=view.runs | {"fine": replace(fine, scores=scores, prototypes=[7, 31])})
+    with opened(browser, write_views(tmp_path / "page.html", [view], grains=["words", "sentences", "prototypes"]), height=720) as page:
+        page.get_by_role("button", name="Grain: Prototypes").click()
+        before, other = pixels(page), pixels(page, "coarse")
+        assert page.locator('[data-grain="prototypes"][data-item]').all_text_contents() == ["prototype 7", "prototype 31"]
+        for item, region in ((1, 43), (0, 20)):
+            page.hover(word(item, "prototypes"))
+            page.wait_for_timeout(100)
+            np.testing.assert_allclose(changed_at(before, pixels(page)), place_of("fine", region), atol=0.05)
+        assert (pixels(page, "coarse") == other).all(), "a run without prototypes shows nothing"
+        page.click(word(1, "prototypes"))
+        assert trait(page, "selection")["prototypes"] == [1]
 
 
 def test_display_settings(page):
