@@ -185,10 +185,10 @@ def find(config: RetrieveConfig) -> pd.DataFrame:  # of evaluate.retrieve.retrie
     print(f"Tables: {out}")
     return table
 
-# %% ../nbs/cli/01_cli.ipynb #ea909a1c
+# %% ../nbs/cli/01_cli.ipynb #2ce6fda3
 @dataclass
 class PhrasesConfig:
-    "Find the places that phrases speak of: pointing game, contrast-to-noise ratio, mIoU and Dice, on the image and on another patient's."
+    "Find the places that phrases speak of: pointing game, CNR, mIoU and Dice, also on another patient's image."
     run: tyro.conf.Positional[Path]
     "Run folder."
     phrases: Path | None = None

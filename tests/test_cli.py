@@ -91,7 +91,10 @@ def test_phantom_way(home, capsys):
     assert f"Run: {home / 'run'}" in out
     assert tree(home / "run") == before, "a finished run is left as it is"
 
-    out = succeeds(capsys, "probe", "--data", home / "pack", "--encoders", home / "run", "random", *PROBE)
+    probe = ["probe", "--data", home / "pack", "--encoders", home / "run", "random", *PROBE]
+    assert main([*map(str, probe)]) == 1, "a ResNet-50's 256 pixels cannot be had of 64"
+    assert "would be enlarged" in capsys.readouterr().err
+    out = succeeds(capsys, *probe, "--size", "56")
     table = pd.read_csv(home / "run" / "probe" / "probe.csv")
     assert set(table.encoder) == {"run", "random"} and set(table.finding) == {*FINDINGS, "macro"}
     for row in table[table.finding == "macro"].itertuples():

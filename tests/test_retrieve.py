@@ -201,7 +201,7 @@ class Films:
         self.studies = pd.DataFrame({"study_id": [f"s{i}" for i in range(studies)], "patient_id": [f"p{i // 2}" for i in range(studies)], "split": "test",
                                      "image_rows": [list(row) for row in rows], "sentences": [["Clear lungs."] if i != 3 else [] for i in range(studies)]})
         self.image_table = pd.DataFrame({"image_id": [f"i{i}" for i in range(sum(counts))], "study": np.repeat(np.arange(studies), counts)})
-        self.path, self.size, self.manifest = "films", 8, {"source": {}}
+        self.path, self.size, self.manifest = "films", 8, {"source": {}, "hash": "films"}
         self.labels = pd.DataFrame({"Edema": [1.0, 0, 1, 0, 1, 0, 0, -1, 0], "Nodule": [0.0, 1, 0, 1, 0, 1, 0, 1, np.nan]}).iloc[:studies]
 
     def __len__(self):
@@ -239,7 +239,7 @@ def test_one_who_knows_is_perfect(tokenizer, tmp_path):
     assert (table.loc["same study"]["value"] == 1).all()
     blind = table.loc["same study"]["chance"].xs("R@1", level="metric")
     np.testing.assert_allclose(blind, [1 / 7, (2 * 2 + 5) / 9 / 7])
-    assert table.loc[("same class", DIRECTIONS[0], "precision@1"), "n"] == 7 and sorted(path.name for path in tmp_path.iterdir()) == ["retrieval.csv", "retrieval.npz"]
+    assert table.loc[("same class", DIRECTIONS[0], "precision@1"), "n"] == 7 and sorted(path.name for path in tmp_path.iterdir()) == ["retrieval.csv", "retrieval.json", "retrieval.npz"]
     saved = pd.read_csv(tmp_path / "retrieval.csv").set_index(["relevant", "direction", "metric"])
     np.testing.assert_allclose(saved["value"], table["value"])
 
