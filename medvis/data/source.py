@@ -147,7 +147,7 @@ def read_report(
         raise DataError(f"{report['member']} in {report['zip']} is blank")
     return decode(data, f"{report['member']} in {report['zip']}")
 
-# %% ../../nbs/data/05a_source.ipynb #fc564508
+# %% ../../nbs/data/05a_source.ipynb #4b1ea178
 SLACK = 1.0     # pixels that a box may stand out of its image, for rounding
 
 
@@ -155,6 +155,7 @@ def check_boxes(
     boxes: Sequence[Sequence],      # name, x0, y0, x1, y1
     width: float,                   # of the frame they were drawn in
     height: float,
+    clip: bool = False,             # they may stand out of it, and are cut
 ) -> list[tuple[str, float, float, float, float]]:
     "The same boxes, cut to the frame. DataError for one that stands out of it by more than a pixel, or has no extent."
     checked = []
@@ -162,12 +163,12 @@ def check_boxes(
         x0, y0, x1, y1 = (number(str(corner), f"a corner of the box of {name}") for corner in corners)
         if x1 <= x0 or y1 <= y0:
             raise DataError(f"the box {x0:g}, {y0:g}, {x1:g}, {y1:g} of {name} has no extent")
-        if min(x0, y0) < -SLACK or x1 > width + SLACK or y1 > height + SLACK:
+        if not clip and (min(x0, y0) < -SLACK or x1 > width + SLACK or y1 > height + SLACK):
             raise DataError(f"the box {x0:g}, {y0:g}, {x1:g}, {y1:g} of {name} lies outside of its image of {width:g} x {height:g}")
         checked.append((name, max(x0, 0.0), max(y0, 0.0), min(x1, float(width)), min(y1, float(height))))
-    return checked
+    return [box for box in checked if box[1] < box[3] and box[2] < box[4]]
 
-# %% ../../nbs/data/05a_source.ipynb #325e9ac6
+# %% ../../nbs/data/05a_source.ipynb #bf60d915
 def _frame(planned: dict, width: int, height: int) -> tuple[float, float]:
     "Width and height of the frame of an image's boxes and masks. DataError if it has not the proportions of the image."
     frame_width, frame_height = planned.get("frame") or (width, height)
@@ -177,7 +178,7 @@ def _frame(planned: dict, width: int, height: int) -> tuple[float, float]:
 
 
 def read_item_image(
-    planned: dict,      # id, path, and what else an item says of an image (see below)
+    planned: dict,      # id, path; view, boxes, masks, frame, clip (boxes may stand out)
     root: Path,
     size: int,
     fit: str,
@@ -190,9 +191,9 @@ def read_item_image(
     across, down = _frame(planned, width, height)
     boxes, masks = planned.get("boxes"), planned.get("masks")
     if boxes is not None:
-        boxes = [(name, *np.multiply(corners, [width / across, height / down] * 2).tolist()) for name, *corners in check_boxes(boxes, across, down)]
+        boxes = [(name, *np.multiply(corners, [width / across, height / down] * 2).tolist()) for name, *corners in check_boxes(boxes, across, down, planned.get("clip", False))]
     if masks is not None:
-        masks = {name: mask_to_square(decode_mask(spec, root, round(across), round(down)), size, fit) for name, spec in masks.items()}
+        masks = {name: spec and mask_to_square(decode_mask(spec, root, round(across), round(down)), size, fit) for name, spec in masks.items()}
     return ImageRecord(planned["id"], to_square(image, size, fit), path, hashlib.sha256(data).hexdigest(), width, height, planned.get("view", ""), boxes, masks)
 
 # %% ../../nbs/data/05a_source.ipynb #2fff906c
@@ -256,14 +257,14 @@ def summary(pack: Pack) -> str:
         lines.append(f"  {len(leaks)} leaks between splits were allowed; the manifest lists them")
     return "\n".join([*lines, f"  hash {told['hash']}"])
 
-# %% ../../nbs/data/05a_source.ipynb #204331b8
+# %% ../../nbs/data/05a_source.ipynb #2338dca9
 def files_of(item: dict) -> list[str]:
     "The files, relative to the root, that an item of a plan names"
     report = item.get("report") or {}
     named = [report.get("path"), report.get("zip")]
     for image in item.get("images", ()):
         named.append(image["path"])
-        for spec in (image.get("masks") or {}).values():
+        for spec in filter(None, (image.get("masks") or {}).values()):
             named += [part.get("file") for part in spec.get("union", [spec])]
     return [name for name in named if name]
 

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['KINDS', 'UNCERTAIN', 'BLANK', 'BOX', 'pack_images', 'find_images', 'Task', 'make_task', 'label_targets',
            'chosen_labels', 'label_task', 'class_task', 'ordinal_task', 'mask_task', 'box_task', 'paint_boxes',
-           'phantom_target', 'phantom_task', 'boxes_in_view']
+           'phantom_target', 'phantom_task', 'pack_boxes', 'pack_task', 'store_subsets', 'boxes_in_view']
 
-# %% ../../nbs/data/08_tasks.ipynb #61b6f305
+# %% ../../nbs/data/08_tasks.ipynb #6e64db70
 import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -17,8 +17,8 @@ import numpy as np
 import pandas as pd
 from tqdm.auto import tqdm
 
-from .images import Preprocessing
-from .pack import Pack
+from .images import Preprocessing, boxes_to_square
+from .pack import Pack, list_hash
 from .phantom import FINDINGS, Phantom, PhantomStudy
 from .splits import check_leaks, nested_subsets
 
@@ -55,7 +55,7 @@ def _some(names: Iterable) -> str:
     names = [str(name) for name in names]
     return ", ".join(names[:5]) + (", …" if len(names) > 5 else "")
 
-# %% ../../nbs/data/08_tasks.ipynb #1a474901
+# %% ../../nbs/data/08_tasks.ipynb #9216ce26
 KINDS = ("labels", "classes", "ordinal", "masks", "boxes")
 
 
@@ -76,7 +76,8 @@ class Task:
         if not 0 < len(self.images) == len(self.targets):
             raise ValueError(f"the task {self.name!r} has {len(self.images)} images and {len(self.targets)} targets; expected as many, "
                              "and at least one")
-        check_leaks(self.images)
+        if not self.pack.manifest.get("guard", {}).get("leaks"):    # else they were allowed when the Pack was built
+            check_leaks(self.images)
 
     def __len__(self) -> int:
         return len(self.images)
@@ -311,6 +312,80 @@ def phantom_task(
     classes = ("0", "1", "2", "3") if kind == "ordinal" else findings
     targets = targets if kind == "boxes" else np.stack(targets)
     return make_task(name or f"phantom-{kind}", kind, classes, pack, images["image"], targets)
+
+# %% ../../nbs/data/08_tasks.ipynb #e3fdb6bc
+def pack_boxes(pack: Pack) -> pd.DataFrame:     # image_id, class, x0, y0, x1, y1 in pixels of the Pack
+    "The boxes of a Pack in its squares; what a cropped square leaves out is cut off, and gone if nothing of it is left."
+    table, boxes = pack.image_table, pack.boxes
+    fit = pack.manifest["source"].get("fit", "pad")
+    moved = [boxes_to_square(group[list(BOX)].to_numpy(), table["height"][image], table["width"][image], pack.size, fit) for image, group in boxes.groupby("image", sort=False)]
+    order = [row for _, group in boxes.groupby("image", sort=False) for row in group.index]
+    corners = np.concatenate([np.zeros((0, 4)), *moved]).clip(0, pack.size)
+    found = pd.DataFrame(corners, columns=list(BOX), index=order).assign(image_id=table["image_id"][boxes["image"][order]].to_numpy(), **{"class": boxes["name"][order]})
+    return found[(found["x1"] > found["x0"]) & (found["y1"] > found["y0"])].sort_index()
+
+# %% ../../nbs/data/08_tasks.ipynb #bb5015a5
+def _mask_rows(pack: Pack, names: Iterable[str]) -> np.ndarray:
+    "Images on which somebody looked for all of these masks"
+    masked = pack.image_table["masked"] if "masked" in pack.image_table else [[]] * len(pack)
+    return np.flatnonzero([bool(looked) and set(names) <= set(looked) for looked in masked])
+
+
+def pack_task(
+    pack: Pack,
+    kind: str = "labels",                       # of KINDS
+    classes: Iterable[str] | None = None,       # None: all, or those that the recipe has an uncertainty policy for; ordinal: the one grade
+    name: str | None = None,
+    uncertain: str | Mapping[str, str] | None = None,   # of labels, see label_targets; None: as the recipe says
+    blank: str | None = None,
+) -> Task:
+    "A task from what a Pack holds, by the rules of its recipe. ValueError if it holds nothing of that kind."
+    source, given = pack.manifest["source"], {"masks": "masks", "boxes": "boxes", "ordinal": "grades"}.get(kind, "labels")
+    names, name = list(classes or pack.manifest.get(given, [])), name or f"{source.get('kind', pack.path.name)}-{kind}"
+    recipe = source.get("recipe", {})
+    uncertain, blank = uncertain or recipe.get("uncertain", "ignore"), blank or recipe.get("blank", "negative")
+    if kind == "masks" and not pack.manifest.get("masks"):
+        return paint_boxes(pack_task(pack, "boxes", classes, name))
+    if kind not in KINDS or not names or set(names) - set(pack.manifest.get(given, [])):
+        raise ValueError(f"{pack.path} holds no {kind} {', '.join(names)}; its {given} are {', '.join(pack.manifest.get(given, [])) or 'none'}")
+    if kind == "labels":
+        return label_task(pack, classes or (list(uncertain) if isinstance(uncertain, Mapping) else None), None, uncertain, blank, name)
+    if kind == "classes":
+        return class_task(pack, classes, name=name)
+    if kind == "ordinal":
+        return ordinal_task(pack, pack.grades[names[0]].set_axis(pack.studies["study_id"]), name=name)
+    if kind == "boxes":
+        boxes = pack_boxes(pack)
+        return box_task(pack, boxes[boxes["class"].isin(names)], names, pack.image_table["image_id"][pack.image_table["boxed"]], name)
+    rows, places = _mask_rows(pack, names), [pack.manifest["masks"].index(one) for one in names]
+    targets = np.stack([pack.mask(row)[places] for row in rows]).astype(np.uint8) if len(rows) else []
+    return make_task(name, "masks", names, pack, rows, targets)
+
+# %% ../../nbs/data/08_tasks.ipynb #0ad7eeff
+def _task_images(pack: Pack) -> dict[str, pd.DataFrame]:
+    "The images of each task that a Pack has something for; masks are not read for it"
+    held = {"labels": "labels", "boxes": "boxes"} | {f"ordinal {grade}": "grades" for grade in pack.manifest.get("grades", [])}
+    tasks = {name: pack_task(pack, name.split()[0], name.split(" ", 1)[1:] or None).images for name, kind in held.items() if pack.manifest.get(kind)}
+    rows = _mask_rows(pack, pack.manifest.get("masks", []))
+    return tasks | ({"masks": pack_images(pack).iloc[rows]} if len(rows) else {})
+
+
+def store_subsets(pack: Pack, fractions: tuple[float, ...] = (0.01, 0.1, 1.0), seed: int = 0) -> pd.DataFrame:
+    """Write subsets.csv (task, how, fraction, patients, images, hash) and subsets.parquet (the ids of those below 100 %) into a Pack.
+
+    "patients" are nested shares of the training patients, "first" the first training rows (LoVT). The hash is pack.list_hash of the image ids."""
+    table, listed = [], []
+    for task, images in _task_images(pack).items():
+        train = images[images["split"] == "train"]
+        shares = nested_subsets(train["patient_id"], fractions, seed) if len(train) else {}
+        for how, fraction in ((how, fraction) for how in ("patients", "first") for fraction in shares):
+            part = train.iloc[shares[fraction] if how == "patients" else range(max(1, round(fraction * len(train))))]
+            table.append((task, how, fraction, part["patient_id"].nunique(), len(part), list_hash(part["image_id"])))
+            listed += [(task, how, fraction, name) for name in part["image_id"]] if fraction < 1 else []
+    table = pd.DataFrame(table, columns=["task", "how", "fraction", "patients", "images", "hash"])
+    table.to_csv(pack.path / "subsets.csv", index=False)
+    pd.DataFrame(listed, columns=["task", "how", "fraction", "image_id"]).to_parquet(pack.path / "subsets.parquet", index=False)
+    return table
 
 # %% ../../nbs/data/08_tasks.ipynb #c2c7b3b4
 def boxes_in_view(

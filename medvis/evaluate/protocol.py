@@ -9,7 +9,7 @@ __all__ = ['HEADS', 'LOVT', 'MGCA', 'LOCALMI', 'TINY', 'PROTOCOLS', 'RELEASED', 
            'EvaluateConfig', 'read_table', 'read_masks', 'read_boxes', 'config_task', 'config_encoders', 'tell',
            'evaluate_task']
 
-# %% ../../nbs/evaluate/08_protocol.ipynb #d095ebd5
+# %% ../../nbs/evaluate/08_protocol.ipynb #46a28405
 import functools
 import hashlib
 import json
@@ -30,7 +30,7 @@ from ..data.images import boxes_to_square, read_image, to_square
 from ..data.pack import Pack
 from ..data.pairs import seeded
 from ..data.phantom import FINDINGS
-from ..data.tasks import BOX, Task, box_task, class_task, label_task, mask_task, ordinal_task, paint_boxes, phantom_task
+from ..data.tasks import BOX, Task, box_task, class_task, label_task, mask_task, ordinal_task, pack_task, paint_boxes, phantom_task
 from .cache import check_fit, fill
 from .classify import encoder_hash, random_like
 from .detect import YoloV3
@@ -391,7 +391,7 @@ def over_patients(
     told = pd.concat(tables, ignore_index=True)
     return told[["task", "protocol", "fraction", *(name for name in told if name not in ("task", "protocol", "fraction"))]]
 
-# %% ../../nbs/evaluate/08_protocol.ipynb #14ceac0e
+# %% ../../nbs/evaluate/08_protocol.ipynb #34b64a7c
 @dataclass
 class EvaluateConfig:
     "Evaluate encoders on a task by a protocol of the papers or a tiny one, with all metrics and intervals over seeds."
@@ -405,15 +405,15 @@ class EvaluateConfig:
     out: Path
     "Folder of the runs and results.csv. Finished runs that stand there are not repeated."
     targets: Path | None = None
-    "Table (.csv, .parquet) of labels or grades (first column: image or study id) or of boxes (image_id, x0, y0, x1, y1 in pixels of the original image, class), or folder of mask pictures, png files named by image id (several classes: a folder each). Without: the labels of the Pack; of a phantom, what its pictures show."
+    "Table (.csv, .parquet) of labels or grades (first column: image or study id) or of boxes (image_id, x0, y0, x1, y1 in pixels of the original image, class), or folder of mask pictures, png files named by image id (several classes: a folder each). Without: what the Pack holds; of a phantom, what its pictures show."
     kind: Literal["labels", "classes", "ordinal"] | None = None
     "What a classifier is asked: independent findings (labels; without, these), exclusive classes, or grades."
     classes: tuple[str, ...] = ()
     "Label columns, or classes of masks or boxes; without, all that there are."
-    uncertain: Literal["ignore", "positive", "negative"] = "ignore"
-    "What labels of -1 count as."
-    blank: Literal["ignore", "negative"] = "negative"
-    "What missing labels count as."
+    uncertain: Literal["ignore", "positive", "negative"] | None = None
+    "What labels of -1 count as; without, what the Pack's recipe says, else they are ignored."
+    blank: Literal["ignore", "negative"] | None = None
+    "What missing labels count as; without, what the Pack's recipe says, else negative."
     names: tuple[str, ...] = ()
     "Names of the encoders in the table; without, the names of their folders."
     image: str | None = None
@@ -477,7 +477,7 @@ def read_boxes(path: Path, pack: Pack, classes: Sequence[str]) -> Task:
             table.loc[row, list(BOX)] = moved[0]
     return box_task(pack, table, classes or None, name=path.stem)
 
-# %% ../../nbs/evaluate/08_protocol.ipynb #70aff782
+# %% ../../nbs/evaluate/08_protocol.ipynb #5bd1fc31
 def config_task(config: EvaluateConfig) -> Task:
     "The task that a configuration means. ValueError or FileNotFoundError if its files do not fit."
     pack, kinds = Pack(config.data), HEADS[PROTOCOLS[config.protocol].head].kinds
@@ -485,25 +485,27 @@ def config_task(config: EvaluateConfig) -> Task:
     phantom = path is None and pack.manifest["source"].get("kind") == "phantom"
     if kind not in kinds:
         raise ValueError(f"{config.protocol} asks for {' or '.join(kinds)}, not for {kind}: leave out --kind, or take another protocol")
-    if (config.uncertain, config.blank) != ("ignore", "negative") and (phantom or kind != "labels"):
+    if (config.uncertain or config.blank) and (phantom or kind != "labels"):
         raise ValueError(f"--uncertain and --blank are for labels from a table; these are {'what a phantom shows' if phantom else kind}")
     if phantom:
         return phantom_task(pack, kind, classes or FINDINGS, progress=config.progress)
-    if path is None and kind in ("ordinal", "masks", "boxes"):
-        raise ValueError(f"{config.protocol} needs {kind if kind != 'ordinal' else 'grades'}, and {config.data} holds none: name their file with --targets")
+    if path is None:
+        held = {"ordinal": ["grades"], "masks": ["masks", "boxes"], "boxes": ["boxes"]}.get(kind, ["labels"])
+        if kind not in ("labels", "classes") and not any(pack.manifest.get(one) for one in held):
+            raise ValueError(f"{config.protocol} needs {kind if kind != 'ordinal' else 'grades'}, and {config.data} holds none: name their file with --targets")
+        return pack_task(pack, kind, classes or None, config.data.name, config.uncertain, config.blank)
     if kind == "boxes":
         return read_boxes(path, pack, classes)
     if kind == "masks" and path.is_dir():
         return mask_task(pack, read_masks(path, pack, classes or ["finding"]), classes or ["finding"], path.name)
     if kind == "masks":
         return paint_boxes(read_boxes(path, pack, classes))
-    table = None if path is None else read_table(path).pipe(lambda table: table.set_index(table.columns[0]))
-    name = config.data.name if path is None else path.stem
+    table = read_table(path).pipe(lambda table: table.set_index(table.columns[0]))
     if kind == "ordinal":
-        return ordinal_task(pack, table[classes[0] if classes else table.columns[0]], name=name)
+        return ordinal_task(pack, table[classes[0] if classes else table.columns[0]], name=path.stem)
     if kind == "classes":
-        return class_task(pack, classes or None, table, name)
-    return label_task(pack, classes or None, table, config.uncertain, config.blank, name)
+        return class_task(pack, classes or None, table, path.stem)
+    return label_task(pack, classes or None, table, config.uncertain or "ignore", config.blank or "negative", path.stem)
 
 # %% ../../nbs/evaluate/08_protocol.ipynb #03969201
 def config_encoders(config: EvaluateConfig, seeds: Sequence[int]) -> dict[str, nn.Module | list[nn.Module]]:
