@@ -199,7 +199,7 @@ def test_rejects_may_be_allowed(tmp_path):
     (lambda r: setattr(r.images[0], "pixels", np.zeros((16, 15), np.uint8)), "image i3-0: expected uint8 pixels of 16 x 16, and masks as large, found uint8 of ..16, 15.."),
     (lambda r: setattr(r.images[0], "pixels", np.zeros((16, 16))), "found float64"),
     (lambda r: setattr(r, "study_id", "s2"), "study id s2 occurs more than once"),
-    (lambda r: (setattr(r, "patient_id", "p0"), setattr(r, "split", "test")), "1 patient.s. are in more than one split: p0"),
+    (lambda r: (setattr(r, "patient_id", "p0"), setattr(r, "split", "test")), "the same patients or images are on both sides .1 x patient.: patient p0"),
 ])
 def test_readers_are_checked(change, complaint, tmp_path):
     def read(index: int) -> StudyRecord:

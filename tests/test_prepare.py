@@ -25,9 +25,9 @@ def gradient(height: int = 48, width: int = 40) -> np.ndarray:
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    "Eight images a.png .. h.png in a folder"
-    for name in "abcdefgh":
-        Image.fromarray(gradient()).save(tmp_path / f"{name}.png")
+    "Eight images a.png .. h.png in a folder, a gradient and seven that are noise"
+    for seed, name in enumerate("abcdefgh"):
+        Image.fromarray(np.random.default_rng(seed).integers(0, 256, (48, 40), dtype=np.uint8) if seed else gradient()).save(tmp_path / f"{name}.png")
     return tmp_path
 
 
@@ -241,10 +241,10 @@ def test_classes_filter_and_no_reports(folder):
 def test_splits_are_made_by_patient(tmp_path):
     names = [f"{i}.png" for i in range(400)]
     pd.DataFrame({"image_path": names, "report": REPORT, "patient_id": [i // 4 for i in range(400)]}).to_csv(tmp_path / "t.csv", index=False)
-    items, _ = plan_folder(FolderConfig(tmp_path / "t.csv", tmp_path / "o"))
+    items = plan_folder(FolderConfig(tmp_path / "t.csv", tmp_path / "o")).items
     splits = pd.DataFrame(items).groupby("patient").split.agg(["nunique", "first"])
     assert (splits["nunique"] == 1).all() and 70 <= (splits["first"] == "train").sum() <= 90
-    again, _ = plan_folder(FolderConfig(tmp_path / "t.csv", tmp_path / "o", split_seed=1))
+    again = plan_folder(FolderConfig(tmp_path / "t.csv", tmp_path / "o", split_seed=1)).items
     assert [i["split"] for i in again] != [i["split"] for i in items]
 
 
@@ -316,7 +316,7 @@ def test_bad_files_and_reports_are_rejects(folder):
     reasons = dict(pack.rejects.values.tolist())
     assert reasons.pop("a.jpg").startswith("cannot be decoded: OSError: image file is truncated")
     assert reasons == {"b.png": "file is empty", "c.png": "not a known image format", "d.png": "file not found",
-                       "loop.png": "cannot be opened: Too many levels of symbolic links", "row 6": "no image path",
+                       "loop.png": "cannot be opened: Too many levels of symbolic links", "row 6": "the path '' does not lead to a file below the folder of the data set",
                        "g.png": "report: fewer than 3 words"}
     assert pack.studies.study_id.tolist() == ["h.png"] and not pack.rejects.reason.str.contains(str(folder)).any()
 

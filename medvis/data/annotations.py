@@ -30,7 +30,7 @@ def _run_numbers(
         raise DataError(f"run-length code with {strange[:20]!r}; expected whole numbers from 0 to {pixels}")
     return np.array(words, dtype=np.int64).reshape(-1, 2)
 
-# %% ../../nbs/data/04c_annotations.ipynb #911a3f09
+# %% ../../nbs/data/04c_annotations.ipynb #d4ac2125
 def decode_rle(
     rle: str,                   # "" is an empty mask
     width: int,
@@ -46,7 +46,8 @@ def decode_rle(
     if (starts < np.concatenate([[0], ends[:-1]])[:len(starts)]).any():
         raise DataError("run-length code whose runs overlap, go backwards or start before the first pixel; written in the other dialect (relative)?")
     if len(ends) and ends[-1] > width * height:
-        raise DataError(f"run-length code that ends at pixel {ends[-1]} of {width * height} ({width} x {height}); written in the other dialect, or for another size?")
+        raise DataError(f"run-length code that ends at pixel {ends[-1]} of {width * height} ({width} x {height}); "
+                        "written in the other dialect, or for another size?")
     edges = np.zeros(width * height + 1, np.int8)
     edges[starts] += 1
     edges[ends] -= 1
@@ -63,7 +64,7 @@ def encode_rle(
     first = starts - np.concatenate([[0], ends[:-1]])[:len(starts)] if relative else starts + 1
     return " ".join(map(str, np.column_stack([first, ends - starts]).ravel()))
 
-# %% ../../nbs/data/04c_annotations.ipynb #7aa8b2d3
+# %% ../../nbs/data/04c_annotations.ipynb #90071092
 def check_points(
     points: Sequence,               # (n, 2) x, y
     width: int,
@@ -80,7 +81,8 @@ def check_points(
     inside = (corners >= -margin) & (corners <= (width + margin, height + margin))     # false for nan too
     if not inside.all():
         x, y = corners[~inside.all(1)][0]
-        raise DataError(f"{what} with a corner at x {x:g}, y {y:g}, outside of the picture of {width} x {height}; drawn on another size, or x and y exchanged?")
+        raise DataError(f"{what} with a corner at x {x:g}, y {y:g}, outside of the picture of {width} x {height}; "
+                        "drawn on another size, or x and y exchanged?")
     return corners if clip else corners.clip(0, (width, height))
 
 # %% ../../nbs/data/04c_annotations.ipynb #bb587b86
@@ -112,7 +114,7 @@ def polygon_mask(
     mask = np.logical_xor.accumulate(turns[:, :width], axis=1)
     return mask if mask.any() or clip else _at_corners(corners, width, height)
 
-# %% ../../nbs/data/04c_annotations.ipynb #f9857545
+# %% ../../nbs/data/04c_annotations.ipynb #215dafc2
 RECTANGLE, ELLIPSE, POLYGON = range(3)
 
 
@@ -125,7 +127,8 @@ def parse_shapes(annotation: str) -> list[list[float]]:
         if kind not in (RECTANGLE, ELLIPSE, POLYGON):
             raise DataError(f"shape {part.strip()[:20]!r}; expected it to start with 0 (rectangle), 1 (ellipse) or 2 (polygon)")
         if corners % 1 or (corners < 3 if kind == POLYGON else corners != 2):
-            raise DataError(f"shape of type {kind:g} with {len(shape) - 1} coordinates; expected {'six or more, in pairs' if kind == POLYGON else '4'}")
+            expected = "six or more, in pairs" if kind == POLYGON else "4"
+            raise DataError(f"shape of type {kind:g} with {len(shape) - 1} coordinates; expected {expected}")
         shapes.append([int(kind), *shape[1:]])
     return shapes
 
@@ -193,10 +196,10 @@ def _united(masks, width: int, height: int) -> np.ndarray:
         out |= mask
     return out
 
-# %% ../../nbs/data/04c_annotations.ipynb #9d3889f0
+# %% ../../nbs/data/04c_annotations.ipynb #1f6fc2be
 def decode_mask(
-    spec: dict,             # {"rle": str, "relative": bool} | {"polygons": [[[x, y], ...], ...]} | {"shapes": [[type, x, y, ...], ...]} | {"file": path}
-                            # | {"union": [spec, ...]}; polygons and shapes with "clip": true are cut off at the border instead of refused
+    spec: dict,             # {"rle": str, "relative": bool} | {"polygons": [[[x, y], ...], ...]} | {"shapes": [[type, x, y, ...], ...]}
+                            # | {"file": path} | {"union": [spec, ...]}; "clip": true = polygons and shapes may stick out, and are cut off
     root: str | Path,       # that paths start from
     width: int,             # of the picture that it was drawn on
     height: int,
@@ -211,8 +214,10 @@ def decode_mask(
 
 DECODERS: dict[str, Callable[[dict, Path, int, int], np.ndarray]] = {
     "rle": lambda spec, root, width, height: decode_rle(spec["rle"], width, height, spec.get("relative", False)),
-    "polygons": lambda spec, root, width, height: _united((polygon_mask(one, width, height, spec.get("clip", False)) for one in spec["polygons"]), width, height),
-    "shapes": lambda spec, root, width, height: _united((shape_mask(one, width, height, spec.get("clip", False)) for one in spec["shapes"]), width, height),
+    "polygons": lambda spec, root, width, height: _united(
+        (polygon_mask(one, width, height, spec.get("clip", False)) for one in spec["polygons"]), width, height),
+    "shapes": lambda spec, root, width, height: _united(
+        (shape_mask(one, width, height, spec.get("clip", False)) for one in spec["shapes"]), width, height),
     "file": lambda spec, root, width, height: read_mask(root / safe_path(spec["file"]), width, height, spec["file"]),
     "union": lambda spec, root, width, height: _united((decode_mask(one, root, width, height) for one in spec["union"]), width, height),
 }

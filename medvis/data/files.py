@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['DataError', 'find_file', 'read_bytes_of', 'decode', 'read_text', 'read_table', 'number', 'label', 'safe_path']
 
-# %% ../../nbs/data/02a_files.ipynb #fa76cb83
+# %% ../../nbs/data/02a_files.ipynb #292864e2
 import csv
 import gzip
 import io
 import math
 import posixpath
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -32,18 +33,19 @@ def find_file(
     where = root if Path(root).is_dir() else f"{root} (no such folder)"
     raise DataError(f"{where}: there is no {' or '.join(patterns)}")
 
-# %% ../../nbs/data/02a_files.ipynb #a5bebce9
-def read_bytes_of(path: Path) -> bytes:
-    "The bytes of a file, unpacked if its name ends in .gz. DataError if it is not there, empty, or damaged."
+# %% ../../nbs/data/02a_files.ipynb #c2007ca5
+def read_bytes_of(path: Path, name: str | Path | None = None) -> bytes:
+    "The bytes of a file, unpacked if its name ends in .gz. DataError, with `name` in place of the path if given, if it is not there, empty, or damaged."
+    name = name or path
     try:
         data = path.read_bytes()
         data = gzip.decompress(data) if path.suffix == ".gz" else data
     except FileNotFoundError as error:
-        raise DataError(f"{path}: no such file") from error
-    except (OSError, EOFError, ValueError) as error:     # a folder, no permission, a loop of links, a damaged archive
-        raise DataError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+        raise DataError(f"{name}: no such file") from error
+    except (OSError, EOFError, ValueError, zlib.error) as error:     # a folder, no permission, a loop of links, a damaged archive
+        raise DataError(f"{name} cannot be read: {getattr(error, 'strerror', None) or error}") from error
     if not data:
-        raise DataError(f"{path} is empty")
+        raise DataError(f"{name} is empty")
     return data
 
 # %% ../../nbs/data/02a_files.ipynb #cecdc211
@@ -58,10 +60,10 @@ def decode(data: bytes, name: str | Path) -> str:
         raise DataError(f"{name}, line {text[:text.index(chr(0))].count(chr(10)) + 1}: holds a NUL byte; not a text file, or damaged")
     return text
 
-# %% ../../nbs/data/02a_files.ipynb #a34020e0
+# %% ../../nbs/data/02a_files.ipynb #d249476f
 def read_text(path: str | Path, name: str | None = None) -> str:
     "The text of a file, under another name in errors if wanted. DataError if it is not there, empty, blank or not UTF-8."
-    text = decode(read_bytes_of(Path(path)), name or path)
+    text = decode(read_bytes_of(Path(path), name), name or path)
     if not text.strip():
         raise DataError(f"{name or path} is blank")
     return text

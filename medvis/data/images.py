@@ -166,7 +166,19 @@ def boxes_to_square(
     scale, shift = np.array([new_width / width, new_height / height] * 2), np.array([left, top] * 2)
     return np.asarray(boxes, dtype=np.float64).reshape(-1, 4) * scale + shift
 
-# %% ../../nbs/data/03_images.ipynb #eefe6aee
+# %% ../../nbs/data/03_images.ipynb #0fd034f0
+def _crossed(
+    there: np.ndarray,      # (n,) bool: the rows (or columns) of an image that a mask has pixels in
+    new: float,             # their number in the square
+    shift: float,           # and where they begin there
+    size: int,
+) -> np.ndarray:            # (size,) bool
+    "The rows of the square whose middle lies in such a row"
+    middle = np.floor((np.arange(size) + 0.5 - shift) * len(there) / new).astype(int)
+    inside = (middle >= 0) & (middle < len(there))
+    return inside & there[middle.clip(0, len(there) - 1)]
+
+
 def mask_to_square(
     mask: np.ndarray,       # (H, W) bool
     size: int,
@@ -174,7 +186,15 @@ def mask_to_square(
 ) -> np.ndarray:            # (size, size) bool
     "Move a mask as `to_square` moves the image; one that is not empty stays so, unless the crop cuts it off"
     covered = to_square(np.asarray(mask, np.float32), size, fit)
-    return covered >= min(0.5, covered.max()) if covered.any() else covered > 0
+    if not covered.any():
+        return covered > 0
+    moved = covered >= min(0.5, covered.max())
+    height, width, top, left = square_frame(*mask.shape, size, fit)
+    rows = np.flatnonzero(_crossed(mask.any(1), height, top, size) & ~moved.any(1))
+    columns = np.flatnonzero(_crossed(mask.any(0), width, left, size) & ~moved.any(0))
+    moved[rows, covered[rows].argmax(1)] = True
+    moved[covered[:, columns].argmax(0), columns] = True
+    return moved
 
 # %% ../../nbs/data/03_images.ipynb #292c8e64
 def _lovt_augmentation(size: int, crop: float) -> list[Callable]:

@@ -103,7 +103,7 @@ class Source:
             rules = ", ".join(f"{rule}: {count}" for rule, count in self.dropped.items() if count)
             raise DataError("no study is left" + (f" (dropped: {rules})" if rules else ""))
 
-# %% ../../nbs/data/05a_source.ipynb #7247940e
+# %% ../../nbs/data/05a_source.ipynb #07c9c263
 @dataclass(frozen=True)
 class DataSet:
     "A public data set: how to get, check, read and imitate it."
@@ -116,6 +116,7 @@ class DataSet:
     tables: Callable[[Path], list[tuple[str, Callable[[], Any]]]]   # root -> (what, function that reads it), for the check
     dress: Callable[[Path, Sequence[PhantomStudy]], None]           # writes phantom studies in the true format
     config: type[ReadConfig] = ReadConfig
+    follow_ups: bool = True                                         # do patients come back, under an id that tells it?
 
 # %% ../../nbs/data/05a_source.ipynb #11eccddf
 @lru_cache(maxsize=2)
@@ -221,7 +222,7 @@ def read_study(
         rejects.append((item["study"], f"report: {error}"))
     return StudyRecord(item["study"], item["patient"], item["split"], images, report, item.get("labels", {}), rejects, item.get("grades", {}))
 
-# %% ../../nbs/data/05a_source.ipynb #12283582
+# %% ../../nbs/data/05a_source.ipynb #0d521b2a
 def prepare_source(data_set: DataSet, read: ReadConfig, build: BuildConfig) -> Pack:
     """Plan and build a Pack. DataError names the file, row or column that is wrong; damaged rows and files are in `Pack.rejects`; what a rule
     dropped is in the manifest's source."""
@@ -235,9 +236,9 @@ def prepare_source(data_set: DataSet, read: ReadConfig, build: BuildConfig) -> P
         build.out, source.items, partial(read_study, root=root, size=recipe.size, fit=recipe.fit), recipe.size, about,
         labels=source.labels, grades=source.grades, boxes=source.boxes, masks=source.masks,
         rules=recipe.rules or ReportRules(), require_report=recipe.rules is not None,
-        workers=build.workers, max_rejects=build.max_rejects, progress=build.progress)
+        workers=build.workers, max_rejects=build.max_rejects, progress=build.progress, against=build.against, allow_leaks=build.allow_leaks)
 
-# %% ../../nbs/data/05a_source.ipynb #0ed904c2
+# %% ../../nbs/data/05a_source.ipynb #e52e68e6
 def summary(pack: Pack) -> str:
     "What went in, what did not and why, and what is there now: sentences of a methods section, as lines of text"
     told, source = pack.manifest, pack.manifest["source"]
@@ -253,8 +254,8 @@ def summary(pack: Pack) -> str:
         lines.append(f"  {counts['sentences'] / counts['studies']:8.2f} sentences per report, {counts['sentences']} in all")
     if pixels := told.get("pixels", {}).get("train"):
         lines.append(f"  pixels of the training split / 255: mean {pixels['mean']:.4f}, standard deviation {pixels['std']:.4f}")
-    if leaks := told.get("leaks"):
-        lines.append(f"  {len(leaks)} leaks between splits were allowed; the manifest lists them")
+    if leaks := told.get("guard", {}).get("leaks"):
+        lines.append("  leaks between splits were allowed: " + ", ".join(f"{leaks[kind]} x {kind}" for kind in leaks if kind != "offenders" and leaks[kind]))
     return "\n".join([*lines, f"  hash {told['hash']}"])
 
 # %% ../../nbs/data/05a_source.ipynb #2338dca9

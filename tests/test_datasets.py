@@ -1,0 +1,112 @@
+"""Every data set from files of its public shape to a Pack, as a user would: check, prepare, kill, resume, evaluate."""
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as some
+
+from medvis.cli import main
+from medvis.data.datasets import DATASETS, command_config, dress, prepare_data
+from medvis.data.images import FITS, boxes_to_square, mask_to_square
+from medvis.data.pack import Pack
+from medvis.data.phantom import tight_box
+from medvis.data.source import BuildConfig
+from medvis.data.tasks import pack_task
+
+
+def ready(name, root, out, recipe="medvis", size=32, workers=0):
+    "The options of a data set that stands in `root`"
+    data_set = DATASETS[name]
+    return command_config(data_set)(data_set.config(root, recipe), BuildConfig(out, size=size, workers=workers, max_rejects=0.6, progress=False))
+
+
+@pytest.mark.parametrize("name", ["covid-rural", "openi"])
+def test_from_the_command_line(name, tmp_path, capsys):
+    assert main(["data", "get", name]) == 0 and "ROOT" in capsys.readouterr().out
+    assert main(["data", "check", name, "--root", str(tmp_path / "none")]) == 1 and "What is needed" in capsys.readouterr().err
+    assert main(["data", "dress", name, "--root", str(tmp_path / "files"), "--studies", "24", "--size", "64"]) == 0
+    assert main(["data", "dress", name, "--root", str(tmp_path / "files")]) == 1 and "not empty" in capsys.readouterr().err
+    assert main(["data", "check", name, "--root", str(tmp_path / "files")]) == 0 and "Nothing is missing" in capsys.readouterr().out
+    assert main(["prepare", name, "--root", str(tmp_path / "files"), "--out", str(tmp_path / "pack"), "--size", "64", "--no-progress"]) == 0
+    told = capsys.readouterr().out
+    assert "images or studies seen" in told and "hash" in told and "mean" in told
+    assert main(["data", "leaks", str(tmp_path / "pack")]) == 0
+    pack = Pack(tmp_path / "pack")
+    pack.verify()
+    assert pack.manifest["source"]["kind"] == name and pack.manifest["lists"]["all"]["images"]["count"] == len(pack) and (pack.path / "subsets.csv").exists()
+
+
+PREPARE = """
+import sys
+from pathlib import Path
+sys.path.insert(0, str(Path(sys.argv[4])))
+from test_datasets import ready, prepare_data
+if __name__ == "__main__":
+    prepare_data(ready(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]), workers=int(sys.argv[5])))
+"""
+
+
+@pytest.mark.parametrize(("name", "studies", "workers"), [("covid-rural", 300, 0), ("mimic-cxr", 420, 2)])
+def test_killed_and_resumed_it_ends_with_the_same_bytes(name, studies, workers, tmp_path):
+    dress(name, tmp_path / "files", studies=studies)
+    prepare_data(ready(name, tmp_path / "files", tmp_path / "whole"))
+    script, out = tmp_path / "prepare.py", tmp_path / "killed"
+    script.write_text(PREPARE)
+    command = [sys.executable, script, name, tmp_path / "files", out, os.path.dirname(__file__), str(workers)]
+    kills = 0
+    for parts in (1, 2, 3, 4):
+        process = subprocess.Popen(command, start_new_session=True)
+        while process.poll() is None and len(list((tmp_path / "killed.partial" / "parts").glob("*.json"))) < parts:
+            time.sleep(0.002)
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            kills += 1
+        process.wait()
+    assert kills >= 2
+    subprocess.run(command, check=True)
+    files = sorted(path.name for path in (tmp_path / "whole").iterdir())
+    assert files == sorted(path.name for path in out.iterdir()) and "manifest.json" in files
+    assert all((tmp_path / "whole" / name).read_bytes() == (out / name).read_bytes() for name in files)
+    assert len(Pack(out)) > 100 and not (tmp_path / "killed.partial").exists()
+
+
+@settings(max_examples=300, deadline=None)
+@given(height=some.integers(40, 400), width=some.integers(40, 400), size=some.integers(24, 96), fit=some.sampled_from(FITS), ellipse=some.booleans(), data=some.data())
+def test_the_box_of_a_moved_mask_is_the_moved_box(height, width, size, fit, ellipse, data):
+    least = -(-max(height, width) // size)              # a pixel of the square: what is smaller in both directions may lose an edge
+    x0, y0 = data.draw(some.integers(0, width - least - 1)) if width > least + 1 else 0, data.draw(some.integers(0, height - least - 1)) if height > least + 1 else 0
+    x1, y1 = data.draw(some.integers(min(width, x0 + least), width)), data.draw(some.integers(min(height, y0 + least), height))
+    rows, columns = np.mgrid[:height, :width] + 0.5
+    inside = ((columns - (x0 + x1) / 2) / ((x1 - x0) / 2)) ** 2 + ((rows - (y0 + y1) / 2) / ((y1 - y0) / 2)) ** 2 <= 1
+    mask = inside if ellipse else (columns > x0) & (columns < x1) & (rows > y0) & (rows < y1)
+    moved = mask_to_square(mask, size, fit)
+    box = boxes_to_square([tight_box(mask)], height, width, size, fit)[0].clip(0, size)
+    if (box[2:] - box[:2]).min() < 1:
+        return                                          # cut away, but for a sliver
+    assert moved.any()
+    seen = np.flatnonzero(moved.any(0)), np.flatnonzero(moved.any(1))
+    found = [seen[0][0], seen[1][0], seen[0][-1] + 1, seen[1][-1] + 1]
+    if ellipse and fit == "crop":                       # an ellipse that is cut has another box than its box cut
+        return
+    assert np.abs(np.array(found) - box).max() <= 1 + 1e-9, (found, box)
+
+
+@pytest.mark.parametrize("fit", FITS)
+def test_what_was_marked_is_never_lost(fit):
+    dot = np.zeros((900, 700), bool)
+    dot[450, 350] = True
+    assert mask_to_square(dot, 32, fit).sum() == 1
+
+
+@pytest.mark.parametrize(("name", "kinds"), [("siim", {"masks", "labels"}), ("nih", {"boxes", "labels"}), ("mimic-edema", {"ordinal"})])
+def test_tasks_come_out_of_packs(name, kinds, tmp_path):
+    dress(name, tmp_path / "files", studies=30)
+    pack = prepare_data(ready(name, tmp_path / "files", tmp_path / "pack", size=64))
+    for kind in kinds:
+        task = pack_task(pack, kind)
+        assert task.kind == kind and len(task) and task.rows("train", 0.1).size <= task.rows("train").size

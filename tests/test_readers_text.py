@@ -1,0 +1,521 @@
+"""MIMIC-CXR, its edema grades, Open-i: what went in comes out, in every published form; damage is named and never half-used."""
+import gzip
+import html
+import io
+import json
+import shutil
+import tarfile
+import xml.etree.ElementTree as ET
+import zipfile
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from medvis.data import mimic, openi
+from medvis.data.files import DataError
+from medvis.data.phantom import Phantom
+from medvis.data.reports import ReportRules, check_report, parse_sections
+from medvis.data.source import BuildConfig, check_source, prepare_source, read_study
+
+STUDIES = [Phantom()[index] for index in range(30)]
+TABLES = ("metadata", "split", "chexpert", "negbio")
+REAL = Path(__file__).parents[2] / "shared/data/reports_openi"      # not part of the repository
+quick = settings(deadline=None, max_examples=25, derandomize=True)
+
+
+@pytest.fixture(scope="module")
+def dressed(tmp_path_factory):
+    root = tmp_path_factory.mktemp("mimic") / "root"
+    mimic.dress_edema(root, STUDIES)
+    return root
+
+
+@pytest.fixture
+def copy(dressed, tmp_path):
+    return shutil.copytree(dressed, tmp_path / "copy")
+
+
+def table_path(root: Path, kind: str) -> Path:
+    return root / f"mimic-cxr-jpg/2.0.0/mimic-cxr-2.0.0-{kind}.csv.gz"
+
+
+def edit(root: Path, kind: str, change) -> None:
+    "Change a table as bytes."
+    path = table_path(root, kind)
+    path.write_bytes(gzip.compress(change(gzip.decompress(path.read_bytes()))))
+
+
+def plan(root: Path, recipe: str = "medvis", **changes):
+    return mimic.plan_mimic(mimic.MimicConfig(root, recipe, **changes))
+
+
+def essence(source) -> list[dict]:
+    "Items without the places of their files."
+    return [{**item, "report": "", "images": [image["id"] for image in item.get("images", ())]} for item in source.items]
+
+
+def reasons(source) -> str:
+    return "; ".join(reason for item in source.items for _, reason in item.get("rejects", ()))
+
+
+# ---- forms of MIMIC-CXR
+
+def unpack_tables(folder: Path) -> None:
+    for packed in folder.glob("*.csv.gz"):
+        packed.with_suffix("").write_bytes(gzip.decompress(packed.read_bytes()))
+        packed.unlink()
+
+
+def as_lovt(root: Path) -> Path:
+    (root / "mimic-cxr-jpg/2.0.0").rename(root / "mimic-cxr-jpg_2-0-0")
+    (root / "mimic-cxr/2.0.0").rename(root / "mimic-cxr_2-0-0")
+    return root
+
+
+def as_mgca(root: Path) -> Path:
+    jpg = root / "mimic-cxr-jpg/2.0.0"
+    unpack_tables(jpg)
+    zipfile.ZipFile(root / "mimic-cxr/2.0.0/mimic-cxr-reports.zip").extractall(jpg)
+    shutil.rmtree(root / "mimic-cxr")
+    return root
+
+
+def as_wget(root: Path) -> Path:
+    (root / "physionet.org/files").mkdir(parents=True)
+    for name in ("mimic-cxr", "mimic-cxr-jpg", "mimic-cxr-pe-severity"):
+        (root / name).rename(root / "physionet.org/files" / name)
+    pe = root / "physionet.org/files/mimic-cxr-pe-severity"
+    (pe / "1.0.1").mkdir()
+    for path in pe.glob("*.csv"):
+        path.rename(pe / "1.0.1" / path.name)
+    return root
+
+
+def as_one_folder(root: Path) -> Path:
+    shutil.move(root / "mimic-cxr/2.0.0/mimic-cxr-reports.zip", root / "mimic-cxr-jpg/2.0.0")
+    return root / "mimic-cxr-jpg/2.0.0"
+
+
+def as_unpacked(root: Path) -> Path:
+    text = root / "mimic-cxr/2.0.0"
+    zipfile.ZipFile(text / "mimic-cxr-reports.zip").extractall(text / "mimic-cxr-reports")
+    (text / "mimic-cxr-reports.zip").unlink()
+    return root
+
+
+def as_windows(root: Path) -> Path:
+    for kind in TABLES:
+        edit(root, kind, lambda data: b"\xef\xbb\xbf" + data.replace(b"\n", b"\r\n"))
+    return root
+
+
+def as_shuffled(root: Path) -> Path:
+    for kind in TABLES:
+        path = table_path(root, kind)
+        table = pd.read_csv(path, dtype=str, keep_default_na=False)
+        table.sample(frac=1, random_state=0)[sorted(table.columns)[::-1]].to_csv(path, index=False)
+    return root
+
+
+@pytest.mark.parametrize("form", [as_lovt, as_mgca, as_wget, as_one_folder, as_unpacked, as_windows, as_shuffled])
+def test_every_form_of_mimic_makes_the_same_studies(dressed, copy, form):
+    root = form(copy)
+    changed = plan(root)
+    assert essence(changed) == essence(plan(dressed))
+    records = [read_study(item, root, 64, "pad") for item in changed.items]
+    assert not any(record.rejects for record in records)
+    by_study = {mimic.mimic_ids(study)[1]: study.report for study in STUDIES}
+    assert {record.study_id: record.report for record in records} == by_study
+    if form is as_wget:
+        assert len(mimic.plan_edema(mimic.EdemaConfig(root)).items) == len(mimic.plan_edema(mimic.EdemaConfig(dressed)).items)
+
+
+@pytest.mark.parametrize("recipe", mimic.MIMIC_RECIPES)
+def test_a_pack_of_mimic_holds_what_went_in(dressed, tmp_path, recipe):
+    pack = prepare_source(mimic.MIMIC_CXR, mimic.MimicConfig(dressed, recipe), BuildConfig(tmp_path / "pack", size=64, progress=False))
+    rules, splits = mimic.MIMIC_RECIPES[recipe].rules, mimic.mimic_splits(STUDIES)
+    by_study = {mimic.mimic_ids(study)[1]: study for study in STUDIES}
+    held_out = {study.patient_id for study in STUDIES if splits[study.patient_id] == "test" and study.severities["Edema"] is not None}
+    assert set(pack.studies.study_id) == set(by_study), "in the phantom's clothes the edema test patients are test patients of MIMIC"
+    assert held_out
+    for row in pack.studies.itertuples():
+        study = by_study[row.study_id]
+        assert (row.sentences, "") == check_report(study.report, rules)
+        wanted = splits[study.patient_id].replace("test", "validate") if recipe == "mgca" else splits[study.patient_id]
+        assert row.split == wanted and row.patient_id == mimic.mimic_ids(study)[0]
+        truth = {dicom: view for dicom, view, _ in mimic.mimic_images(study) if view in ("PA", "AP")}
+        found = pack.image_table.iloc[row.image_rows]
+        assert list(found.image_id) == sorted(truth) and dict(zip(found.image_id, found.view, strict=True)) == truth
+        for image, dicom in zip(row.image_rows, found.image_id, strict=True):
+            pixels = np.asarray(Image.open(dressed / found.path[image]))
+            assert (pack.image(image) == pixels).all(), "64 x 64 stays as it is"
+    labels = pack.labels.astype(object).where(pack.labels.notna(), None).to_dict("records")
+    assert labels == [mimic.mimic_labels(by_study[name]) for name in pack.studies.study_id]
+    assert pack.studies.study_id.tolist() == sorted(pack.studies.study_id, key=lambda name: mimic.mimic_ids(by_study[name]))
+
+
+def test_negbio_labels_are_another_table(dressed):
+    labels = {item["study"]: item["labels"] for item in plan(dressed, labeler="negbio").items}
+    for study in STUDIES:
+        told = {name: 0.0 if value == -1 else value for name, value in mimic.mimic_labels(study).items()}
+        assert labels[mimic.mimic_ids(study)[1]] == told
+
+
+@pytest.mark.parametrize("odd", ["50913680", "58235663"])
+def test_reports_that_the_parser_misreads_are_left_out(copy, odd):
+    study = mimic.mimic_ids(STUDIES[5])[1].encode()
+    for kind in TABLES:
+        edit(copy, kind, lambda data: data.replace(study, odd.encode()))
+    for recipe in mimic.MIMIC_RECIPES:
+        source = plan(copy, recipe)
+        assert odd not in {item["study"] for item in source.items} and len(source.items) == 29
+        assert source.dropped["study whose sections the parser misreads"] == sum(view in ("PA", "AP") for _, view, _ in mimic.mimic_images(STUDIES[5]))
+
+
+# ---- damage to MIMIC-CXR
+
+FIRST = mimic.mimic_ids(STUDIES[0])
+
+
+def swap(old: str, new: str, count: int = -1):
+    return lambda data: data.replace(old.encode(), new.encode(), count)
+
+
+def without_line(number: int):
+    return lambda data: b"".join(line for place, line in enumerate(data.splitlines(keepends=True)) if place != number)
+
+
+def line_twice(number: int):
+    return lambda data: data + data.splitlines(keepends=True)[number]
+
+
+FATAL = {       # (table, change) -> what the DataError says
+    "no column": ("metadata", swap("ViewPosition", "View"), "no column 'ViewPosition'"),
+    "no header": ("split", without_line(0), "no column 'dicom_id'"),
+    "no rows": ("chexpert", lambda data: data.splitlines(keepends=True)[0], "no rows"),
+    "empty": ("split", lambda data: b"", "is empty"),
+    "a field too few": ("metadata", swap(",AP,", ",", 1), "fields, expected"),
+    "a field too many": ("split", swap(",train", ",train,", 1), "fields, expected"),
+    "cut off": ("chexpert", lambda data: data[:-20], "fields, expected"),
+    "not UTF-8": ("split", lambda data: data.replace(b"train", b"tr\xffin", 1), "not UTF-8"),
+    "NUL": ("metadata", lambda data: data.replace(b"AP", b"A\0", 1), "NUL"),
+    "column twice": ("chexpert", swap("Fracture", "Edema"), "'Edema' is there more than once"),
+    "open quote": ("split", swap("train", '"train', 1), "quotation mark"),
+    "other data set": ("split", lambda data: data.replace(b"0,5", b"1,5").replace(b"-", b"_"), "no dicom_id in common"),
+    "other labels": ("chexpert", lambda data: data.replace(b",5", b",6"), "no study_id in common"),
+}
+
+
+@pytest.mark.parametrize("damage", FATAL)
+def test_a_damaged_table_stops_the_work(copy, damage):
+    kind, change, told = FATAL[damage]
+    edit(copy, kind, change)
+    with pytest.raises(DataError, match=told):
+        plan(copy)
+    facts, problems = check_source(mimic.MIMIC_CXR, mimic.MimicConfig(copy))
+    assert any(told in problem for problem in problems)
+
+
+BAD_ROWS = {    # (table, change) -> reason of the reject
+    "unknown split": ("split", swap("train", "holdout", 1), "split is not train"),
+    "blank split": ("split", swap("train", "", 1), "split is not train"),
+    "not in splits": ("split", without_line(1), "is not in the split table"),
+    "not in metadata": ("metadata", without_line(1), "is not in the metadata table"),
+    "image twice": ("metadata", line_twice(1), "is more than once in"),
+    "split twice": ("split", line_twice(2), "is more than once in"),
+    "other patient": ("split", swap(f",{FIRST[0]},train", ",19999999,train", 1), "has another patient or study"),
+    "traversal": ("metadata split", swap("-", "../", 1), "not five times eight"),
+    "study with letters": ("metadata split chexpert", swap(FIRST[1], "5000000x", 1), "study_id is not eight digits"),
+    "short patient": ("metadata split chexpert", swap(FIRST[0] + ",", "1,", 1), "subject_id is not eight digits"),
+    "other study": ("metadata", swap(FIRST[1], "50000001", 1), "has another patient or study"),
+    "label is a word": ("chexpert", swap("1.0", "yes", 1), "a label is 'yes'; expected a number"),
+    "label is 2": ("chexpert", swap("1.0", "2.0", 1), "a label is '2.0'; expected 1, 0, -1"),
+    "label is nan": ("chexpert", swap("1.0", "nan", 1), "a label is 'nan'; expected a number"),
+    "labels twice": ("chexpert", line_twice(3), "has more than one row in the table of labels"),
+}
+
+
+@pytest.mark.parametrize("damage", BAD_ROWS)
+def test_a_damaged_row_costs_its_study_and_no_other(dressed, copy, damage):
+    kinds, change, told = BAD_ROWS[damage]
+    for kind in kinds.split():
+        edit(copy, kind, change)
+    source, before = plan(copy), {item["study"]: item for item in plan(dressed).items}
+    assert told in reasons(source)
+    kept = [item for item in source.items if "rejects" not in item]
+    assert len(before) - 2 <= len(kept) < len(before) and all(item == before[item["study"]] for item in kept)
+
+
+def test_a_study_in_two_splits_is_rejected(dressed, copy):
+    study = next(study for study in STUDIES if len(mimic.mimic_images(study)) > 1 and mimic.mimic_splits(STUDIES)[study.patient_id] == "train")
+    subject, number = mimic.mimic_ids(study)
+    edit(copy, "split", swap(f",{number},{subject},train", f",{number},{subject},test", 1))
+    assert "its study has more than one split" in reasons(plan(copy))
+    assert {item["study"] for item in plan(copy).items if "rejects" in item} == {number}
+
+
+def test_damaged_files_are_rejects_of_the_build_without_report_text(copy, tmp_path):
+    jpg, archive = copy / "mimic-cxr-jpg/2.0.0/files", copy / "mimic-cxr/2.0.0/mimic-cxr-reports.zip"
+    pictures = {name: [path for path in sorted(jpg.glob(f"*/*/s{mimic.mimic_ids(study)[1]}/*.jpg"))] for name, study in zip("abcde", STUDIES[5:], strict=False)}
+    whole = pictures["a"][0].read_bytes()
+    for path, data in zip((pictures["a"], pictures["b"], pictures["c"]), (b"", whole[: len(whole) // 2], b"not a picture"), strict=True):
+        [picture.write_bytes(data) for picture in path]
+    [picture.unlink() for picture in pictures["d"]]
+    members = {info.filename: zipfile.ZipFile(archive).read(info) for info in zipfile.ZipFile(archive).infolist()}
+    for study, data in zip(STUDIES[12:15], (b"", b" FINDINGS: secret \xff words", None), strict=True):
+        name = next(name for name in members if mimic.mimic_ids(study)[1] in name)
+        members[name] = data
+    with zipfile.ZipFile(archive, "w") as changed:
+        [changed.writestr(name, data) for name, data in members.items() if data is not None]
+    pack = prepare_source(mimic.MIMIC_CXR, mimic.MimicConfig(copy), BuildConfig(tmp_path / "pack", size=64, progress=False, max_rejects=0.5))
+    told = " | ".join(pack.rejects.reason)
+    for reason in ("file is empty", "is blank", "not UTF-8", "its report is not in the zip"):
+        assert reason in told
+    assert "secret" not in told and len(pack.studies) == 30 - 4 - 3
+
+
+@quick
+@given(st.data())
+def test_no_damage_ends_in_a_traceback(dressed, data):
+    "Bytes overwritten anywhere in a table: the plan stands, or a DataError says why not."
+    kind = data.draw(st.sampled_from(TABLES[:3]))
+    path = table_path(dressed, kind)
+    whole = path.read_bytes()
+    broken = bytearray(gzip.decompress(whole))
+    place = data.draw(st.integers(0, len(broken) - 1))
+    piece = data.draw(st.binary(max_size=5))
+    broken[place:place + data.draw(st.integers(0, 5))] = piece
+    try:
+        path.write_bytes(gzip.compress(bytes(broken)))
+        source = plan(dressed)
+        assert all(item["split"] in ("train", "validate", "test") and item["images"] for item in source.items if "rejects" not in item)
+    except DataError as error:
+        assert str(error)
+    finally:
+        path.write_bytes(whole)
+
+
+# ---- edema
+
+def test_a_pack_of_edema_grades_holds_what_went_in(dressed, tmp_path):
+    pack = prepare_source(mimic.MIMIC_EDEMA, mimic.EdemaConfig(dressed), BuildConfig(tmp_path / "pack", size=64, progress=False))
+    by_study, splits = {mimic.mimic_ids(study)[1]: study for study in STUDIES}, mimic.mimic_splits(STUDIES)
+    graded = {name for name, study in by_study.items() if study.severities["Edema"] is not None}
+    assert set(pack.studies.study_id) == graded
+    for row, grade in zip(pack.studies.itertuples(), pack.grades["Edema"], strict=True):
+        study = by_study[row.study_id]
+        assert grade == study.severities["Edema"] and (row.split == "test") == (splits[study.patient_id] == "test")
+        images = [dicom for dicom, view, _ in mimic.mimic_images(study) if view in ("PA", "AP")]
+        assert pack.image_table.image_id[row.image_rows].tolist() == (images[:1] if row.split == "test" else sorted(images))
+
+
+def edema_file(root: Path, kind: str) -> Path:
+    return root / f"mimic-cxr-pe-severity/{kind}_edema_severity.csv"
+
+
+def test_a_patient_of_the_consensus_never_trains(dressed, copy):
+    "Whoever enters the consensus leaves training, whatever his place in MIMIC's own split."
+    for recipe in mimic.EDEMA_RECIPES:
+        source = mimic.plan_edema(mimic.EdemaConfig(copy, recipe))
+        training = [item for item in source.items if item["split"] == "train"]
+        chosen = training[0]
+        with open(edema_file(copy, "consensus_image"), "a") as file:
+            file.write(f"{chosen['patient']},{chosen['study']},3,{chosen['images'][0]['id']}\n")
+        after = mimic.plan_edema(mimic.EdemaConfig(copy, recipe))
+        of_patient = [item for item in after.items if item["patient"] == chosen["patient"]]
+        assert [(item["study"], item["split"], item["grades"]["Edema"]) for item in of_patient] == [(chosen["study"], "test", 3)]
+        others = {item["study"]: item["split"] for item in source.items if item["patient"] != chosen["patient"]}
+        assert {item["study"]: item["split"] for item in after.items if item["patient"] != chosen["patient"]} == others, "nobody else moves"
+        shutil.copy(edema_file(dressed, "consensus_image"), edema_file(copy, "consensus_image"))
+
+
+def test_experts_correct_the_regular_expressions_but_not_for_local_mi(copy):
+    path = edema_file(copy, "expert_report")
+    subject, number, grade = path.read_text().splitlines()[1].split(",")
+    other = 3 - int(grade)
+    path.write_text(path.read_text().replace(f"{number},{grade}", f"{number},{other}"))
+    found = {recipe: {item["study"]: item["grades"]["Edema"] for item in mimic.plan_edema(mimic.EdemaConfig(copy, recipe)).items} for recipe in mimic.EDEMA_RECIPES}
+    assert found["medvis"][number] == other and found["local-mi"][number] == int(grade)
+
+
+def test_the_rules_of_the_papers():
+    recipes = {name: (one.fit, one.rules.sections, one.uncertain, one.blank, one.subset) for name, one in mimic.MIMIC_RECIPES.items()}
+    assert recipes["lovt"] == ("pad-first", ("findings", "impression"), "positive", "negative", "first")
+    assert recipes["mgca"] == ("pad", ("impression", "findings"), "ignore", "negative", "patients")
+    assert recipes["local-mi"] == ("crop", ("impression", "findings", "recommendation", "recommendation(s)"), "ignore", "ignore", "patients")
+    assert {one.views for one in mimic.MIMIC_RECIPES.values()} == {("PA", "AP")} and {one.size for one in mimic.MIMIC_RECIPES.values()} == {256}
+
+
+def test_the_older_spelling_and_another_order_of_columns(dressed, copy):
+    for kind in ("regex_report", "expert_report", "consensus_image"):
+        table = pd.read_csv(edema_file(copy, kind), dtype=str).rename(columns={"edema_severity": "edeme_severity"})
+        table[sorted(table.columns)].assign(fold="1").to_csv(edema_file(copy, kind), index=False)
+    assert mimic.plan_edema(mimic.EdemaConfig(copy)).items == mimic.plan_edema(mimic.EdemaConfig(dressed)).items
+    apart = copy.parent / "apart"
+    (copy / "mimic-cxr-pe-severity").rename(apart)
+    with pytest.raises(DataError, match="name its folder with --edema"):
+        mimic.plan_edema(mimic.EdemaConfig(copy))
+    assert mimic.plan_edema(mimic.EdemaConfig(copy, edema=apart)).items == mimic.plan_edema(mimic.EdemaConfig(dressed)).items
+
+
+@pytest.mark.parametrize(("old", "new", "told"), [
+    ("{0},{1},", "{0},{1},9", "expected 0, 1, 2 or 3"), ("{0},{1},", "{0},{1},-", "expected 0, 1, 2 or 3"), ("{0},{1},", "19999999,{1},", "has another patient or study"),
+    ("{0},{1},", "{0},59999999,", "is not in the metadata table"), ("{0},{1},", "{0},{1},0\n{0},{1},", "has more than one edema grade")])
+def test_a_damaged_grade_costs_its_study(dressed, copy, old, new, told):
+    before = {item["study"]: item for item in mimic.plan_edema(mimic.EdemaConfig(dressed, "local-mi")).items}
+    chosen = next(item for item in before.values() if item["split"] == "train")
+    row = (chosen["patient"], chosen["study"])
+    path = edema_file(copy, "regex_report")
+    assert old.format(*row) in path.read_text()
+    path.write_text(path.read_text().replace(old.format(*row), new.format(*row)))
+    source = mimic.plan_edema(mimic.EdemaConfig(copy, "local-mi"))
+    assert told in reasons(source)
+    kept = {item["study"]: item for item in source.items if "rejects" not in item}
+    assert chosen["study"] not in kept and all({**item, "split": ""} == {**before[study], "split": ""} for study, item in kept.items())
+
+
+# ---- Open-i
+
+PATIENTS = [replace(study, study_id=f"phantom-{place:07d}") for place, study in      # one report of each patient, as published
+            enumerate({study.patient_id: study for study in (Phantom()[index] for index in range(60))}.values())]
+
+
+@pytest.fixture(scope="module")
+def reports_root(tmp_path_factory):
+    root = tmp_path_factory.mktemp("openi") / "root"
+    openi.dress_openi(root, PATIENTS)
+    return root
+
+
+texts = st.text(st.characters(exclude_categories=("Cs", "Cc")) | st.sampled_from(list("\n\t :&<>;.ABCIMPRESSIONFINDINGS")), max_size=120)
+sections = st.dictionaries(st.sampled_from(openi.SECTIONS), texts | st.sampled_from(["IMPRESSION: no", "\n FINDINGS: a", "&amp;lt;", "&lt", "A\n \nB", "\ufeff", "___"]))
+
+
+@quick
+@given(sections)
+def test_sections_in_are_sections_out(told):
+    wanted = {name: " ".join(told[name].split()) for name in openi.SECTIONS if told.get(name, "").split()}
+    assert parse_sections(openi.compose_report(told)) == wanted and list(parse_sections(openi.compose_report(told))) == list(wanted)
+
+
+@quick
+@given(sections)
+def test_sections_survive_the_xml(told):
+    report = ET.Element("eCitation")
+    ET.SubElement(report, "uId", id="CXR1")
+    for name, text in told.items():
+        ET.SubElement(report, "AbstractText", Label=name.upper()).text = text
+    try:
+        data = ET.tostring(report, encoding="utf-8")
+        ET.fromstring(data)
+    except ET.ParseError:       # characters that XML does not allow
+        return
+    found = openi.parse_xml(data, "1.xml")["sections"]
+    assert found == {name: " ".join(html.unescape(text).split()) for name, text in told.items()}
+
+
+@quick
+@given(st.data())
+def test_damaged_xml_is_a_data_error_or_a_report(reports_root, data):
+    whole = bytearray((reports_root / "ecgen-radiology/1.xml").read_bytes())
+    place = data.draw(st.integers(0, len(whole) - 1))
+    whole[place:place + data.draw(st.integers(0, 40))] = data.draw(st.binary(max_size=8))
+    try:
+        assert set(openi.parse_xml(bytes(whole), "1.xml")["sections"]) <= set(openi.SECTIONS)
+    except DataError as error:
+        assert "1.xml" in str(error) and "atelectasis" not in str(error)
+
+
+@pytest.mark.parametrize("before", [
+    '<!DOCTYPE e [<!ENTITY a "aaaaaaaaaa"><!ENTITY b "&a;&a;&a;&a;&a;&a;&a;&a;"><!ENTITY c "&b;&b;&b;&b;&b;&b;&b;&b;">]>',
+    '<!DOCTYPE e [<!ENTITY x SYSTEM "file:///etc/passwd">]>', '<!DOCTYPE e SYSTEM "http://localhost/x.dtd">', "<!DOCTYPE e [<!ENTITY % p '<!ENTITY q \"r\">'> %p;]>", "<!DOCTYPE e>"])
+def test_entities_are_refused(reports_root, before):
+    text = (reports_root / "ecgen-radiology/1.xml").read_text().replace("<eCitation>", before + "<eCitation>").replace("None.", "&c;")
+    with pytest.raises(DataError, match="holds a DOCTYPE"):
+        openi.parse_xml(text.encode(), "1.xml")
+    with pytest.raises(DataError):
+        openi.parse_xml(text.encode("utf-16"), "1.xml")
+
+
+def test_a_pack_of_openi_holds_what_went_in(reports_root, tmp_path):
+    pack = prepare_source(openi.OPENI, openi.OpeniConfig(reports_root), BuildConfig(tmp_path / "pack", size=64, progress=False))
+    assert pack.studies.study_id.tolist() == [f"CXR{number + 1}" for number in range(len(PATIENTS))]
+    for row, study in zip(pack.studies.itertuples(), PATIENTS, strict=True):
+        assert (row.sentences, "") == check_report(study.report, ReportRules())
+        truth = {name: text for name, text in parse_sections(study.report).items() if name in openi.SECTIONS}
+        assert parse_sections(row.report) == {name: " ".join(text.split()) for name, text in truth.items()}
+        assert all((pack.image(image) == pixels).all() for image, (_, pixels) in zip(row.image_rows, openi.openi_images(study), strict=True))
+    labels = pack.labels.astype(object).where(pack.labels.notna(), None).to_dict("records")
+    assert labels == [openi.mesh_labels(openi.phantom_terms(study)) for study in PATIENTS]
+
+
+def test_the_archive_and_the_folder_are_the_same(reports_root, tmp_path):
+    with tarfile.open(tmp_path / "NLMCXR_reports.tgz", "w:gz") as archive:
+        archive.add(reports_root / "ecgen-radiology", "ecgen-radiology")
+        link = tarfile.TarInfo("ecgen-radiology/7777.xml")
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        archive.addfile(link)
+        large = tarfile.TarInfo("ecgen-radiology/8888.xml")
+        large.size = openi.LARGEST + 5
+        archive.addfile(large, io.BytesIO(b" " * large.size))
+    reports, rejects = openi.read_reports(tmp_path)
+    assert reports == openi.read_reports(reports_root)[0] and [name for name, _ in rejects] == ["ecgen-radiology/8888.xml"]
+    assert openi.openi_reports(tmp_path / "NLMCXR_reports.tgz")["dropped"].ne("").sum() == 1
+
+
+def test_missing_pictures_are_rejects_or_left_out(reports_root, tmp_path):
+    root = shutil.copytree(reports_root, tmp_path / "some")
+    for path in sorted((root / "NLMCXR_png").glob("*.png"))[3:]:
+        path.unlink()
+    with pytest.raises(ValueError, match="did not get in"):
+        prepare_source(openi.OPENI, openi.OpeniConfig(root), BuildConfig(tmp_path / "pack", size=64, progress=False))
+    source = openi.plan_openi(openi.OpeniConfig(root, partial=True))
+    assert sum(len(item["images"]) for item in source.items) == 3 and source.dropped["picture is not there"] == sum(len(openi.openi_images(study)) for study in PATIENTS) - 3
+    assert len(openi.openi_reports(root)) == len(PATIENTS), "the reports alone need no picture"
+
+
+def test_a_damaged_file_is_a_reject(reports_root, tmp_path):
+    root = shutil.copytree(reports_root, tmp_path / "damaged")
+    folder = root / "ecgen-radiology"
+    whole = (folder / "2.xml").read_text()
+    (folder / "1.xml").write_text("")
+    (folder / "2.xml").write_text(whole[:-40])
+    (folder / "3.xml").write_bytes(whole.replace("CXR2", "CXR3").encode("latin-1") + b"\xff")
+    (folder / "4.xml").write_text(whole.replace("CXR2_IM", "../../CXR2"))
+    (folder / "5.xml").write_text((folder / "6.xml").read_text())
+    (folder / "7.xml").unlink()
+    (folder / "7.xml").symlink_to(folder / "7.xml")
+    source = openi.plan_openi(openi.OpeniConfig(root))
+    names = {item["study"] for item in source.items if "rejects" in item}
+    assert names == {*(f"ecgen-radiology/{number}.xml" for number in (1, 2, 3, 4, 7)), "CXR6"}
+    before = {item["study"]: item for item in openi.plan_openi(openi.OpeniConfig(reports_root)).items}
+    assert all(item == before[item["study"]] for item in source.items if "rejects" not in item) and len(source.items) == len(PATIENTS) - 7 + 6
+
+
+def test_r2gen_splits(reports_root, tmp_path):
+    root = shutil.copytree(reports_root, tmp_path / "r2gen")
+    listed = {"train": ["CXR1_IM-0001", "CXR2_IM-0002-1001"], "val": ["CXR3_IM-0003"], "test": ["CXR4_IM-0004"]}
+    (root / "annotation.json").write_text(json.dumps({name: [{"id": one, "report": "", "image_path": []} for one in ids] for name, ids in listed.items()}))
+    source = openi.plan_openi(openi.OpeniConfig(root, "r2gen"))
+    assert [(item["study"], item["split"]) for item in source.items] == [("CXR1", "train"), ("CXR2", "train"), ("CXR3", "validate"), ("CXR4", "test")]
+    assert source.dropped["study is not in annotation.json"] == sum(len(openi.openi_images(study)) for study in PATIENTS[4:])
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason="the real reports are not part of the repository")
+def test_the_real_reports(tmp_path):
+    "All 2 373: sections by an independent reading of the XML are the sections that come out; counts as published with the data."
+    table = openi.openi_reports(REAL).set_index("study")
+    published = pd.read_csv(REAL / "reports.csv", dtype=str, keep_default_na=False).set_index("uid")
+    assert len(table) == len(published) == 2373 and (table["findings"] != "").sum() == 2043 and (table["impression"] != "").sum() == 2347
+    for study, row in published.iterrows():
+        wanted = {name: " ".join(html.unescape(row[name]).split()) for name in openi.SECTIONS if row[name].split()}
+        assert parse_sections(table.text[study]) == wanted, study
+        assert table.images[study] == row["image_ids"].split() and table.major[study] == [term.strip() for term in row["mesh_major"].split(";") if term.strip()], study
+    assert table.dropped.value_counts().to_dict() == {"": 2352, "empty report": 21}
+    assert table.sentences[table.dropped == ""].map(len).sum() > 13_000
