@@ -259,7 +259,7 @@ def prepare(config: PrepareConfig) -> Pack:
     print(summary(pack))
     return pack
 
-# %% ../nbs/cli/01_cli.ipynb #954b7e86
+# %% ../nbs/cli/01_cli.ipynb #2c1ff05d
 CHECK = {name: command_config(one, build=False) for name, one in DATASETS.items()}
 
 
@@ -268,14 +268,14 @@ class CheckConfig:
     "Are all files of a data set there, and well-formed?"
     source: Union[tuple(Annotated[kind, tyro.conf.subcommand(name, description=kind.__doc__)] for name, kind in CHECK.items())]
 
-
+# %% ../nbs/cli/01_cli.ipynb #5b8c70b1
 @dataclass
 class GetConfig:
     "What to download for a data set, from where, and where to put it."
     name: tyro.conf.Positional[Literal[tuple(DATASETS)]]
     "Data set."
 
-
+# %% ../nbs/cli/01_cli.ipynb #da56ccff
 @dataclass
 class DressConfig:
     "Write the phantom to disk in the format of a public data set."
@@ -290,7 +290,7 @@ class DressConfig:
     seed: int = 0
     "Seed of the phantom."
 
-
+# %% ../nbs/cli/01_cli.ipynb #93d2b9ea
 @dataclass
 class LeaksConfig:
     "Which patients or images are in more than one split of a Pack, or of Packs that are used together?"
@@ -299,13 +299,13 @@ class LeaksConfig:
     against: tuple[Path, ...] = ()
     "Other Packs: training images of the one against those for validation and test of the other."
 
-
+# %% ../nbs/cli/01_cli.ipynb #3c00d4a7
 @dataclass
 class DataConfig:
     "How to get a data set, whether its files are in order, how to imitate it; and leaks between Packs."
     what: Annotated[GetConfig, tyro.conf.subcommand("get")] | Annotated[CheckConfig, tyro.conf.subcommand("check")] | Annotated[LeaksConfig, tyro.conf.subcommand("leaks")] | Annotated[DressConfig, tyro.conf.subcommand("dress")]
 
-# %% ../nbs/cli/01_cli.ipynb #ab1a06a2
+# %% ../nbs/cli/01_cli.ipynb #0baae47c
 def check_data(config: CheckConfig) -> None:
     "Print what there is of a data set. ValueError lists all that is missing or malformed, and what to download."
     data_set, read = DATASETS[config.source.name], config.source.read
@@ -315,7 +315,7 @@ def check_data(config: CheckConfig) -> None:
         raise ValueError("\n  ".join([f"{len(problems)} problem(s) in {read.root}", *problems]) + f"\n\nWhat is needed:\n{data_set.get}")
     print("Nothing is missing.")
 
-
+# %% ../nbs/cli/01_cli.ipynb #b31235a6
 def look_for_leaks(config: LeaksConfig) -> None:
     "Print which patients and images leak. ValueError if any do."
     pack = Pack(config.pack)
@@ -324,7 +324,7 @@ def look_for_leaks(config: LeaksConfig) -> None:
         raise ValueError(f"{len(found)} leaks:\n{found.to_string(index=False, max_rows=40)}")
     print(f"No leaks between the splits of {pack.path}" + "".join(f", nor with {path}" for path in config.against))
 
-
+# %% ../nbs/cli/01_cli.ipynb #be8809a2
 def look_at_data(config: DataConfig) -> None:
     "`medvis data get`, `check`, `leaks` or `dress`."
     if isinstance(config.what, GetConfig):

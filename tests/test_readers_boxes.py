@@ -81,7 +81,7 @@ def test_covidx(version, covidx, tmp_path):
     kinds = [covidx_class(STUDIES[one]) for one in number]
     if version == "6":
         kinds = ["positive" if kind == "COVID-19" else "negative" for kind in kinds]
-    assert (pack.labels.sum(1) == 1).all() and pack.labels.idxmax(1).tolist() == kinds and len(pack.rejects) == 0
+    assert (pack.labels.sum(axis=1) == 1).all() and pack.labels.idxmax(1).tolist() == kinds and len(pack.rejects) == 0
     assert all((pack.image(row) == STUDIES[one].image).all() for row, one in enumerate(number))
     assert [patient.replace(" ", "-") for patient in pack.studies.patient_id] == [STUDIES[one].patient_id for one in number]
     assert ((pack.studies.split == "test") == pack.studies.study_id.str.startswith("test/")).all()

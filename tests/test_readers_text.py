@@ -498,6 +498,24 @@ def test_a_damaged_file_is_a_reject(reports_root, tmp_path):
     assert all(item == before[item["study"]] for item in source.items if "rejects" not in item) and len(source.items) == len(PATIENTS) - 7 + 6
 
 
+def test_labels_by_what_was_coded():
+    labels = openi.mesh_labels(["Cardiomegaly/borderline", "Pulmonary Edema/interstitial", "Spine/degenerative"])
+    assert {name: value for name, value in labels.items() if value} == {"Cardiomegaly": -1, "Edema": 1} and 0.0 in labels.values()
+    assert set(openi.mesh_labels(["No Indexing"]).values()) == {None}
+
+
+def test_frontal_pictures_by_the_table_of_projections(reports_root, tmp_path):
+    root = shutil.copytree(reports_root, tmp_path / "frontal")
+    with pytest.raises(DataError, match="needs the views"):
+        openi.plan_openi(openi.OpeniConfig(root, "frontal"))
+    names = [name for study in PATIENTS for name, _ in openi.openi_images(study)]
+    rows = [{"uid": name[3:].split("_")[0], "filename": f"{name[3:]}.dcm.png", "projection": "Frontal" if name.endswith("1001") else "Lateral"} for name in names]
+    pd.DataFrame(rows).to_csv(root / "indiana_projections.csv", index=False)
+    source = openi.plan_openi(openi.OpeniConfig(root, "frontal"))
+    assert [image["id"] for item in source.items for image in item["images"]] == [name for name in names if name.endswith("1001")]
+    assert source.dropped == {"view is not Frontal": sum(name.endswith("2001") for name in names)}
+
+
 def test_r2gen_splits(reports_root, tmp_path):
     root = shutil.copytree(reports_root, tmp_path / "r2gen")
     listed = {"train": ["CXR1_IM-0001", "CXR2_IM-0002-1001"], "val": ["CXR3_IM-0003"], "test": ["CXR4_IM-0004"]}

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DATASETS', 'recipe_table', 'command_config', 'prepare_data', 'dress']
 
-# %% ../../nbs/data/21_datasets.ipynb #becfdbeb
+# %% ../../nbs/data/21_datasets.ipynb #4ee8d5c1
 from dataclasses import make_dataclass
 from itertools import count, islice
 from pathlib import Path
@@ -23,37 +23,37 @@ from .pack import Pack
 from .phantom import Phantom, patient_number
 from .rsna import RSNA
 from .siim import SIIM
-from .source import BuildConfig, DataSet, Recipe, check_source, prepare_source
+from .source import BuildConfig, DataSet, Recipe, prepare_source
 from .tasks import store_subsets
 
 # %% ../../nbs/data/21_datasets.ipynb #fe588b88
 DATASETS: dict[str, DataSet] = {one.name: one for one in (
     MIMIC_CXR, MIMIC_EDEMA, CHEXPERT, RSNA, SIIM, COVIDX, OBJECT_CXR, NIH, COVID_RURAL, OPENI)}
 
-# %% ../../nbs/data/21_datasets.ipynb #de1bf765
+# %% ../../nbs/data/21_datasets.ipynb #dfd2d3c9
 def _told(recipe: Recipe) -> dict[str, str]:
     "A recipe in words"
     rules, policy = recipe.rules, recipe.uncertain
     sentences = "-" if rules is None else f"{rules.splitter} splitter, ≥ {rules.min_sentence_words} words; report ≥ {rules.min_words}" + (", words only" if rules.words_only else "")
     return {
-        "size": str(recipe.size), "square": recipe.fit, "views": ", ".join(recipe.views) or "all", "splits": recipe.splits,
+        "size": str(recipe.size), "square": recipe.fit + ", equalised" * recipe.equalise, "views": ", ".join(recipe.views) or "all", "splits": recipe.splits,
         "sections": "-" if rules is None else " + ".join(rules.sections) + (f"; else {', '.join(rules.fallback)}" if rules.fallback else ""), "sentences": sentences,
         "uncertain": policy if isinstance(policy, str) else ", ".join(f"{name}: {value}" for name, value in policy.items()), "blank": recipe.blank,
         "small shares": recipe.subset, "notes": "; ".join(recipe.notes)}
 
-
+# %% ../../nbs/data/21_datasets.ipynb #3b1c7900
 def recipe_table(names: tuple[str, ...] = tuple(DATASETS)) -> pd.DataFrame:    # one row a recipe; index: data set, recipe
     "By which rules each paper reads each data set"
     rows = {(name, recipe): _told(rules) for name in names for recipe, rules in DATASETS[name].recipes.items()}
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis(["data set", "recipe"])
 
-# %% ../../nbs/data/21_datasets.ipynb #206d16c5
+# %% ../../nbs/data/21_datasets.ipynb #ad251b55
 def command_config(data_set: DataSet, build: bool = True) -> type:
     "The dataclass of a data set's options, as `.read` and, unless it is only to be read, `.build`; `.name` is that of the data set"
     parts = [("read", data_set.config)] + [("build", BuildConfig)] * build
     return make_dataclass("".join(word.title() for word in data_set.name.split("-")) + "Options", parts, namespace={"__doc__": f"{data_set.title}.", "name": data_set.name})
 
-
+# %% ../../nbs/data/21_datasets.ipynb #5bee5f53
 def prepare_data(config) -> Pack:
     "Prepare a data set from an instance of its `command_config`, with the small shares of its tasks listed beside. Resumes what was killed."
     pack = prepare_source(DATASETS[config.name], config.read, config.build)

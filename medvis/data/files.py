@@ -68,7 +68,7 @@ def read_text(path: str | Path, name: str | None = None) -> str:
         raise DataError(f"{name or path} is blank")
     return text
 
-# %% ../../nbs/data/02a_files.ipynb #59945895
+# %% ../../nbs/data/02a_files.ipynb #8c211722
 def _lines(text: str, path: Path, separator: str) -> Iterator[tuple[int, list[str]]]:
     "(number of the line, stripped fields) of every line that is not blank"
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
@@ -82,7 +82,7 @@ def _lines(text: str, path: Path, separator: str) -> Iterator[tuple[int, list[st
         if any(field.strip() for field in fields):
             yield reader.line_num, [field.strip() for field in fields]
 
-
+# %% ../../nbs/data/02a_files.ipynb #dc2d5b2f
 def read_table(
     path: str | Path,
     columns: Sequence[str] = (),            # that must be there

@@ -256,7 +256,7 @@ def _look_closely(
     first, second = (_detail(_thumbnails(prints.pixels[prints.rows[of]], 64)[0], sigma=2) for prints, of in ((a, near.a), (b, near.b)))
     return _align(first, second, np.stack(near.parts_a), np.stack(near.parts_b), near.sign.to_numpy(), 4)[0]
 
-# %% ../../nbs/data/04b_leaks.ipynb #ceec4dfb
+# %% ../../nbs/data/04b_leaks.ipynb #ff24951d
 def near_duplicates(
     a: Prints,
     b: Prints,
@@ -270,7 +270,7 @@ def near_duplicates(
         near = [_best(near)] if len(near) > 100 else near
     near = _best(near)
     close = [_look_closely(a, b, near[start:start + block]) for start in range(0, len(near), block)]
-    found = pd.DataFrame({"row_a": a.rows[near.a], "row_b": b.rows[near.b], "distance": 1 - np.concatenate([[], *close])})
+    found = pd.DataFrame({"row_a": a.rows[near.a], "row_b": b.rows[near.b], "distance": (1 - np.concatenate([[], *close])).clip(0)})
     return found[found.distance <= 1 - SAME].sort_values(["row_a", "row_b"], ignore_index=True)
 
 # %% ../../nbs/data/04b_leaks.ipynb #005d0ae1

@@ -288,23 +288,21 @@ def read_edema_table(
         raise DataError(f"{path}: no column 'edema_severity'; the file has {', '.join(table.columns)}")
     return table
 
-# %% ../../nbs/data/12_mimic.ipynb #67097edd
+# %% ../../nbs/data/12_mimic.ipynb #efc30854
 def dress_edema(root: Path, studies: Sequence[PhantomStudy]) -> None:
     "Write phantom studies as MIMIC-CXR-JPG with the three tables of edema grades beside it; the expert's are those of every other study."
     dress_mimic(root, studies)
-    splits, reports, images = mimic_splits(studies), [], []
-    for study in studies:
-        subject, number = mimic_ids(study)
-        row = {"subject_id": subject, "study_id": number, "edema_severity": study.severities["Edema"]}
-        if row["edema_severity"] is None:
-            continue
-        if splits[study.patient_id] == "test":
-            images.append({**row, "dicom_id": mimic_images(study)[0][0]})
-        reports.append(row)
+    splits, graded = mimic_splits(studies), [study for study in studies if study.severities["Edema"] is not None]
+    if not graded:
+        raise ValueError(f"none of the {len(studies)} phantom studies tells how severe an edema is; give more studies")
+    reports = [(*mimic_ids(study), study.severities["Edema"]) for study in graded]
+    tests = [study for study in graded if splits[study.patient_id] == "test"] or graded[-1:]
+    images = [(*mimic_ids(study), study.severities["Edema"], mimic_images(study)[0][0]) for study in tests]
+    columns = ["subject_id", "study_id", "edema_severity", "dicom_id"]
     folder = Path(root) / "mimic-cxr-pe-severity"
     folder.mkdir()
     for kind, rows in {"regex_report": reports, "expert_report": reports[::2], "consensus_image": images}.items():
-        pd.DataFrame(rows).to_csv(folder / f"{kind}_edema_severity.csv", index=False)
+        pd.DataFrame(rows, columns=columns[:len(rows[0])]).to_csv(folder / f"{kind}_edema_severity.csv", index=False)
 
 # %% ../../nbs/data/12_mimic.ipynb #78cb668a
 def edema_grades(

@@ -7,7 +7,7 @@ __all__ = ['LABELS', 'BOXED', 'BOX_COLUMNS', 'NAME', 'RECIPES', 'IMAGES', 'ENTRY
            'read_entries', 'read_boxes', 'read_list', 'read_findings', 'read_box', 'image_item', 'NihConfig',
            'official_splits', 'healthy_sample', 'nih_splits', 'plan_nih', 'dress_nih', 'nih_tables']
 
-# %% ../../nbs/data/18_nih.ipynb #918d1d98
+# %% ../../nbs/data/18_nih.ipynb #79c97fd8
 import hashlib
 import re
 from collections.abc import Callable, Sequence
@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 from PIL import Image
 
@@ -105,14 +104,14 @@ def image_item(
     labels = read_findings(cells["Finding Labels"])
     return {"study": name[1], "patient": name[2], "split": split, "report": None, "labels": labels, "grades": {}, "images": [image]}
 
-# %% ../../nbs/data/18_nih.ipynb #4f0a6e5d
+# %% ../../nbs/data/18_nih.ipynb #c9202832
 RECIPES = {
     "medvis": Recipe(splits="official", notes=("published lists; a tenth of the patients of train_val for validation",)),
     "patients": Recipe(splits="patients", notes=("80/10/10 by patient; needs no lists",)),
-    "lovt": Recipe(size=224, fit="pad-first", splits="patients 60/20/20", subset="first", notes=(
+    "lovt": Recipe(size=224, fit="pad-first", equalise=True, splits="patients 60/20/20", subset="first", notes=(
         "880 boxed images and 100 of No Finding from the test list, taken for empty",
         "LoVT's own lists (588 / 196 / 196) with split_files: some patients leak",
-        "8 findings; masks are unions of boxes (tasks.paint_boxes)", "LoVT equalises histograms; not done here")),
+        "8 findings; masks are unions of boxes (tasks.paint_boxes)")),
 }
 
 
@@ -219,13 +218,13 @@ def dress_nih(root: Path, studies: Sequence[PhantomStudy]) -> None:
     for name, lines in {"Data_Entry_2017_v2020.csv": entries, "BBox_List_2017.csv": boxes, **lists}.items():
         (root / name).write_text("\n".join(lines) + "\n")
 
-# %% ../../nbs/data/18_nih.ipynb #b836a3d1
+# %% ../../nbs/data/18_nih.ipynb #34dad0f8
 GET = """NIH ChestX-ray14 (42 GB): https://nihcc.app.box.com/v/ChestXray-NIHCC
 Terms: none on use; name the NIH Clinical Center and cite Wang et al., CVPR 2017.
 Unpack the twelve archives and give the folder as --root:
   Data_Entry_2017_v2020.csv  (or Data_Entry_2017.csv)
   BBox_List_2017.csv         (boxes; optional)
-  train_val_list.txt  test_list.txt
+  train_val_list.txt  test_list.txt      (--recipe patients does without)
   images_001/images/00000001_000.png ... images_012/images/   (or all in images/; square copies of any size, also .jpg)"""
 
 

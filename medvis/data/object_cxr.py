@@ -67,11 +67,11 @@ def image_entry(name: str, path: str, annotation: str, released_defects: bool = 
     boxes = [[CLASS, *(released_box if released_defects else shape_box)(shape)] for shape in shapes]
     return {"id": name, "path": path, "view": "", "boxes": boxes, "masks": {CLASS: drawn}, "frame": None, "clip": released_defects}
 
-# %% ../../nbs/data/17_object_cxr.ipynb #571ec6da
+# %% ../../nbs/data/17_object_cxr.ipynb #59bb7894
 RECIPES = {
     "medvis": Recipe(splits="patients 80/20", notes=("dev.csv is the test set", "20 % of train.csv for validation, by a hash of the name")),
-    "lovt": Recipe(size=224, fit="pad-first", splits="lovt 80/20", subset="first", notes=(
-        "6 400 / 1 600 / 1 000; drawn without a seed: split_files for LoVT's own lists", "LoVT equalises histograms; not done here",
+    "lovt": Recipe(size=224, fit="pad-first", equalise=True, splits="lovt 80/20", subset="first", notes=(
+        "6 400 / 1 600 / 1 000; drawn without a seed: split_files for LoVT's own lists",
         "released files: width and height exchanged, polygons transposed (released_defects)")),
     "mgca": Recipe(size=224, fit="stretch", splits="mgca 90/10", notes=(
         "released 7 200 / 800 / 1 000 (the paper says 6 400 / 1 600)", "released boxes of polygons are widened around the polygon's middle; here they are tight")),

@@ -310,7 +310,7 @@ def plan_openi(config: OpeniConfig) -> Source:
     items += [{"study": study, "rejects": [[study, reason]]} for study, reason in rejects]
     return Source(items, labels=tuple(MESH.values()), dropped=dict(dropped))
 
-# %% ../../nbs/data/20_openi.ipynb #45653d9f
+# %% ../../nbs/data/20_openi.ipynb #ba53cc8c
 GET_OPENI = """\
 Indiana University chest radiographs and reports (3 955 reports, 7 470 pictures), CC BY-NC-ND 4.0, from https://openi.nlm.nih.gov/faq#collection
   ROOT/NLMCXR_reports.tgz                 (2 MB, packed; or unpacked: ROOT/ecgen-radiology/<n>.xml)
@@ -326,4 +326,5 @@ def openi_tables(root: Path) -> list[tuple[str, Callable]]:
     return [("reports", partial(read_reports, root))]
 
 
-OPENI = DataSet("openi", "Indiana University reports and radiographs (Open-i)", GET_OPENI, plan_openi, OPENI_RECIPES, openi_tables, dress_openi, OpeniConfig)
+OPENI = DataSet("openi", "Indiana University reports and radiographs (Open-i)", GET_OPENI, plan_openi, OPENI_RECIPES, openi_tables, dress_openi, OpeniConfig,
+                follow_ups=False)

@@ -454,19 +454,19 @@ class Pack:
         if _content_hash("".join(arrays), self._tables) != self.manifest["hash"]:
             raise ValueError(f"{self.path / 'manifest.json'}: its hash is not that of the files; prepare the data set again")
 
-# %% ../../nbs/data/05_pack.ipynb #1b4c2f34
+# %% ../../nbs/data/05_pack.ipynb #cc294868
 def _image_owners(pack: Pack, patients: bool = True) -> pd.DataFrame:
     "One row per image: patient_id (blank if not wanted), split, image_id, sha256"
     owners = pack.studies[["patient_id", "split"]].iloc[pack.image_table["study"]].reset_index(drop=True)
     return pd.concat([owners if patients else owners.assign(patient_id=""), pack.image_table[["image_id", "sha256"]]], axis=1)
 
-
+# %% ../../nbs/data/05_pack.ipynb #ee6f7f36
 def _numbering(pack: Pack) -> str:
     "What decides whether patients of two Packs with the same id are the same: a family that the reader names, or data set and folder"
     source = pack.manifest["source"]
     return source.get("patient_ids") or f"{source.get('kind')} {source.get('root', '')}"
 
-
+# %% ../../nbs/data/05_pack.ipynb #99eae2af
 def find_pack_leaks(pack: Pack, against: Sequence[Pack] = ()) -> pd.DataFrame:   # kind, split_a, item_a (of the pack), split_b, item_b, distance
     "Patients and images that are in two splits of a Pack, or for training in one Pack and for validation or test in another"
     found = [leaks_within(_image_owners(pack), pack.images)]
@@ -521,7 +521,22 @@ def _check_rejects(plan: _Plan, parts: list[dict], max_rejects: float) -> None:
     raise ValueError(f"{planned - kept} of {planned} images did not get in ({reasons}), more than max_rejects={max_rejects:g} allows; "
                      f"all are listed in {listed}. Mend what is wrong or raise max_rejects, and run again: what was read is kept.")
 
-# %% ../../nbs/data/05_pack.ipynb #a2de4b28
+# %% ../../nbs/data/05_pack.ipynb #1e651711
+def _all_parts(plan: _Plan, items: Sequence, workers: int, progress: bool) -> list[dict]:
+    "Build the parts that are missing, with a progress bar; returns the tables of all"
+    jobs = {number: items[start:start + plan.part_size] for number, start in enumerate(range(0, len(items), plan.part_size))}
+    parts = {number: _read_part(plan, number) for number in jobs}
+    missing = {number: job for number, job in jobs.items() if parts[number] is None}
+    waiting, name = sum(map(len, missing.values())), plan.folder.name.removesuffix(".partial")
+    with tqdm(total=len(items), initial=len(items) - waiting, desc=f"prepare {name}", unit=" studies", disable=not progress) as bar:
+        for number in _build_parts(plan, missing, workers):
+            parts[number] = _read_part(plan, number)
+            images, rejects = (sum(len(part[what]) for part in parts.values() if part) for what in ("images", "rejects"))
+            bar.set_postfix(images=images, rejects=rejects, refresh=False)
+            bar.update(len(jobs[number]))
+    return list(parts.values())
+
+# %% ../../nbs/data/05_pack.ipynb #afaf86e9
 def write_pack(
     out: str | Path,                        # folder of the Pack to be
     items: Sequence,                        # one per study, JSON-like
@@ -556,13 +571,7 @@ def write_pack(
         if guarded:
             guard(out, against, allow_leaks)
         return Pack(out)
-    jobs = {number: items[start:start + part_size] for number, start in enumerate(range(0, len(items), part_size))}
-    missing = {number: job for number, job in jobs.items() if _read_part(plan, number) is None}
-    waiting = sum(map(len, missing.values()))
-    with tqdm(total=len(items), initial=len(items) - waiting, desc=f"prepare {out.name}", unit=" studies", disable=not progress) as bar:
-        for number in _build_parts(plan, missing, workers):
-            bar.update(len(jobs[number]))
-    parts = [_read_part(plan, number) for number in jobs]
+    parts = _all_parts(plan, items, workers, progress)
     _check_rejects(plan, parts, max_rejects)
     folder = _assemble(plan, key, parts)
     if guarded:

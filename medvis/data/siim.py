@@ -52,11 +52,11 @@ def image_item(
     image = {"id": name, "path": path, "view": "", "boxes": None, "masks": masks, "frame": [FRAME, FRAME]}
     return {"study": name, "patient": name, "split": split, "report": None, "labels": {PNEUMOTHORAX: float(ill)}, "grades": {}, "images": [image]}
 
-# %% ../../nbs/data/15_siim.ipynb #61269efa
+# %% ../../nbs/data/15_siim.ipynb #5573554c
 RECIPES = {
     "medvis": Recipe(splits="patients", notes=("80/10/10 by a hash of the image's name", "patients are not known")),
-    "lovt": Recipe(size=224, fit="pad-first", splits="patients 60/20/20", subset="first", notes=(
-        "LoVT's own lists (7 229 / 2 409 / 2 409) with split_files", "LoVT equalises histograms; not done here")),
+    "lovt": Recipe(size=224, fit="pad-first", equalise=True, splits="patients 60/20/20", subset="first", notes=(
+        "LoVT's own lists (7 229 / 2 409 / 2 409) with split_files")),
     "mgca": Recipe(size=224, fit="stretch", splits="mgca 70/15/15", notes=(
         "as many images without as with pneumothorax in train", "released code splits lines, not images; here an image goes with its first line",
         "the paper says 70/30/30")),

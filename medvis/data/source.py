@@ -6,9 +6,10 @@
 __all__ = ['SLACK', 'Recipe', 'ReadConfig', 'BuildConfig', 'Source', 'DataSet', 'read_report', 'check_boxes', 'read_item_image',
            'read_study', 'prepare_source', 'summary', 'files_of', 'check_source']
 
-# %% ../../nbs/data/05a_source.ipynb #2c979735
+# %% ../../nbs/data/05a_source.ipynb #7f86039e
 import hashlib
 import zipfile
+import zlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -20,18 +21,19 @@ import numpy as np
 
 from .annotations import decode_mask
 from .files import DataError, decode, number, read_text, safe_path
-from .images import FITS, ImageError, boxes_to_square, decode_image, mask_to_square, read_bytes, to_square
+from .images import FITS, ImageError, decode_image, equalise, mask_to_square, read_bytes, to_square
 from .pack import ImageRecord, Pack, StudyRecord, write_pack
 from .phantom import PhantomStudy
 from .reports import ReportRules
 
-# %% ../../nbs/data/05a_source.ipynb #4713d6e4
+# %% ../../nbs/data/05a_source.ipynb #2e854826
 @dataclass(frozen=True)
 class Recipe:
     "The rules of one paper for one data set."
 
     size: int = 256                                     # side of the stored squares
     fit: str = "pad"                                    # how they are made square, of images.FITS
+    equalise: bool = False                              # equalise the histogram first
     views: tuple[str, ...] = ()                         # () = all
     rules: ReportRules | None = None                    # for reports; None = reports are not needed
     splits: str = "patients"                            # name of a split rule of the data set
@@ -118,7 +120,7 @@ class DataSet:
     config: type[ReadConfig] = ReadConfig
     follow_ups: bool = True                                         # do patients come back, under an id that tells it?
 
-# %% ../../nbs/data/05a_source.ipynb #11eccddf
+# %% ../../nbs/data/05a_source.ipynb #fce11fcd
 @lru_cache(maxsize=2)
 def _open_zip(path: Path) -> zipfile.ZipFile:
     try:
@@ -126,7 +128,7 @@ def _open_zip(path: Path) -> zipfile.ZipFile:
     except (OSError, zipfile.BadZipFile) as error:
         raise DataError(f"{path} cannot be opened as a zip archive: {error}") from error
 
-
+# %% ../../nbs/data/05a_source.ipynb #bfee521e
 def read_report(
     report: dict | None,    # {"text": …}, {"path": relative} or {"zip": relative, "member": name}; None = there is none
     root: Path,
@@ -142,7 +144,7 @@ def read_report(
         data = _open_zip(root / report["zip"]).read(report["member"])
     except KeyError as error:
         raise DataError(f"{report['zip']} has no member {report['member']}") from error
-    except (zipfile.BadZipFile, RuntimeError, OSError, EOFError, NotImplementedError, ValueError) as error:    # damaged, encrypted, unknown compression
+    except (zipfile.BadZipFile, RuntimeError, OSError, EOFError, NotImplementedError, ValueError, zlib.error) as error:    # damaged, encrypted, unknown compression
         raise DataError(f"{report['member']} in {report['zip']} cannot be read: {error}") from error
     if not data.strip():
         raise DataError(f"{report['member']} in {report['zip']} is blank")
@@ -169,7 +171,7 @@ def check_boxes(
         checked.append((name, max(x0, 0.0), max(y0, 0.0), min(x1, float(width)), min(y1, float(height))))
     return [box for box in checked if box[1] < box[3] and box[2] < box[4]]
 
-# %% ../../nbs/data/05a_source.ipynb #bf60d915
+# %% ../../nbs/data/05a_source.ipynb #e0b74d4f
 def _frame(planned: dict, width: int, height: int) -> tuple[float, float]:
     "Width and height of the frame of an image's boxes and masks. DataError if it has not the proportions of the image."
     frame_width, frame_height = planned.get("frame") or (width, height)
@@ -177,12 +179,13 @@ def _frame(planned: dict, width: int, height: int) -> tuple[float, float]:
         raise DataError(f"the image has {width} x {height} pixels, but its boxes and masks were drawn on {frame_width:g} x {frame_height:g}: cropped, turned or padded since")
     return frame_width, frame_height
 
-
+# %% ../../nbs/data/05a_source.ipynb #ab03f04f
 def read_item_image(
     planned: dict,      # id, path; view, boxes, masks, frame, clip (boxes may stand out)
     root: Path,
     size: int,
     fit: str,
+    even: bool = False,     # equalise the histogram first
 ) -> ImageRecord:
     "Read an image and bring it, with its masks, to the square; boxes stay in pixels of the file. ImageError or DataError if anything of it is damaged."
     path = safe_path(planned["path"])
@@ -195,14 +198,15 @@ def read_item_image(
         boxes = [(name, *np.multiply(corners, [width / across, height / down] * 2).tolist()) for name, *corners in check_boxes(boxes, across, down, planned.get("clip", False))]
     if masks is not None:
         masks = {name: spec and mask_to_square(decode_mask(spec, root, round(across), round(down)), size, fit) for name, spec in masks.items()}
-    return ImageRecord(planned["id"], to_square(image, size, fit), path, hashlib.sha256(data).hexdigest(), width, height, planned.get("view", ""), boxes, masks)
+    return ImageRecord(planned["id"], to_square(equalise(image) if even else image, size, fit), path, hashlib.sha256(data).hexdigest(), width, height, planned.get("view", ""), boxes, masks)
 
-# %% ../../nbs/data/05a_source.ipynb #2fff906c
+# %% ../../nbs/data/05a_source.ipynb #13da4761
 def read_study(
     item: dict,     # study, patient, split, images (id, path, view, boxes, masks, frame), report, labels, grades; or study, rejects
     root: Path,
     size: int,
     fit: str,
+    even: bool = False,     # equalise histograms first
 ) -> StudyRecord:
     "A planned study with its pixels; what of it is damaged becomes a reject"
     if "rejects" in item:
@@ -210,7 +214,7 @@ def read_study(
     images, rejects = [], []
     for planned in item["images"]:
         try:
-            images.append(read_item_image(planned, root, size, fit))
+            images.append(read_item_image(planned, root, size, fit, even))
         except ImageError as error:
             rejects.append((planned["id"], error.reason))
         except DataError as error:
@@ -222,7 +226,7 @@ def read_study(
         rejects.append((item["study"], f"report: {error}"))
     return StudyRecord(item["study"], item["patient"], item["split"], images, report, item.get("labels", {}), rejects, item.get("grades", {}))
 
-# %% ../../nbs/data/05a_source.ipynb #0d521b2a
+# %% ../../nbs/data/05a_source.ipynb #85542d04
 def prepare_source(data_set: DataSet, read: ReadConfig, build: BuildConfig) -> Pack:
     """Plan and build a Pack. DataError names the file, row or column that is wrong; damaged rows and files are in `Pack.rejects`; what a rule
     dropped is in the manifest's source."""
@@ -233,7 +237,7 @@ def prepare_source(data_set: DataSet, read: ReadConfig, build: BuildConfig) -> P
     options = {name: str(value) if isinstance(value, Path) else value for name, value in vars(read).items() if name != "root"}
     about = {"kind": data_set.name, "fit": recipe.fit, "recipe": asdict(recipe), "read": options, "dropped": source.dropped, **source.settings}
     return write_pack(
-        build.out, source.items, partial(read_study, root=root, size=recipe.size, fit=recipe.fit), recipe.size, about,
+        build.out, source.items, partial(read_study, root=root, size=recipe.size, fit=recipe.fit, even=recipe.equalise), recipe.size, about,
         labels=source.labels, grades=source.grades, boxes=source.boxes, masks=source.masks,
         rules=recipe.rules or ReportRules(), require_report=recipe.rules is not None,
         workers=build.workers, max_rejects=build.max_rejects, progress=build.progress, against=build.against, allow_leaks=build.allow_leaks)

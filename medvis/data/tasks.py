@@ -324,13 +324,13 @@ def pack_boxes(pack: Pack) -> pd.DataFrame:     # image_id, class, x0, y0, x1, y
     found = pd.DataFrame(corners, columns=list(BOX), index=order).assign(image_id=table["image_id"][boxes["image"][order]].to_numpy(), **{"class": boxes["name"][order]})
     return found[(found["x1"] > found["x0"]) & (found["y1"] > found["y0"])].sort_index()
 
-# %% ../../nbs/data/08_tasks.ipynb #bb5015a5
+# %% ../../nbs/data/08_tasks.ipynb #2aeea03e
 def _mask_rows(pack: Pack, names: Iterable[str]) -> np.ndarray:
     "Images on which somebody looked for all of these masks"
     masked = pack.image_table["masked"] if "masked" in pack.image_table else [[]] * len(pack)
     return np.flatnonzero([bool(looked) and set(names) <= set(looked) for looked in masked])
 
-
+# %% ../../nbs/data/08_tasks.ipynb #ada20e11
 def pack_task(
     pack: Pack,
     kind: str = "labels",                       # of KINDS
@@ -361,7 +361,7 @@ def pack_task(
     targets = np.stack([pack.mask(row)[places] for row in rows]).astype(np.uint8) if len(rows) else []
     return make_task(name, "masks", names, pack, rows, targets)
 
-# %% ../../nbs/data/08_tasks.ipynb #0ad7eeff
+# %% ../../nbs/data/08_tasks.ipynb #e0f3ab6d
 def _task_images(pack: Pack) -> dict[str, pd.DataFrame]:
     "The images of each task that a Pack has something for; masks are not read for it"
     held = {"labels": "labels", "boxes": "boxes"} | {f"ordinal {grade}": "grades" for grade in pack.manifest.get("grades", [])}
@@ -369,7 +369,7 @@ def _task_images(pack: Pack) -> dict[str, pd.DataFrame]:
     rows = _mask_rows(pack, pack.manifest.get("masks", []))
     return tasks | ({"masks": pack_images(pack).iloc[rows]} if len(rows) else {})
 
-
+# %% ../../nbs/data/08_tasks.ipynb #b8009121
 def store_subsets(pack: Pack, fractions: tuple[float, ...] = (0.01, 0.1, 1.0), seed: int = 0) -> pd.DataFrame:
     """Write subsets.csv (task, how, fraction, patients, images, hash) and subsets.parquet (the ids of those below 100 %) into a Pack.
 

@@ -1,0 +1,167 @@
+"""The leak guard beyond its notebook: properties, scale, awkward inputs."""
+import re
+import tracemalloc
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image, ImageOps
+
+from medvis.data import leaks
+from medvis.data.files import DataError
+from medvis.data.phantom import Phantom
+
+PHANTOMS = Phantom(size=128, seed=5)
+PIXELS = np.stack([PHANTOMS[index].image for index in range(40)])
+
+
+def table(count: int, splits: dict[str, int], prefix: str = "") -> pd.DataFrame:
+    "One image a patient, splits one after another."
+    return pd.DataFrame({"patient_id": [f"{prefix}p{row}" for row in range(count)], "split": [name for name, size in splits.items() for _ in range(size)],
+                         "image_id": [f"{prefix}i{row}" for row in range(count)], "sha256": [f"{prefix}{row:060x}" for row in range(count)]})
+
+
+def found(frame: pd.DataFrame) -> list[tuple]:
+    return list(frame[["kind", "split_a", "item_a", "split_b", "item_b"]].itertuples(index=False, name=None))
+
+
+def changed(image: np.ndarray, change: str) -> np.ndarray:
+    picture = Image.fromarray(image)
+    out = {"equalised": ImageOps.equalize, "inverted": ImageOps.invert, "larger": lambda p: p.resize((256, 256), Image.Resampling.BICUBIC),
+           "wide border": lambda p: ImageOps.expand(p, (40, 10), 0), "white border": lambda p: ImageOps.expand(p, 12, 255),
+           "darker": lambda p: p.point(lambda value: value // 3), "squashed": lambda p: p.resize((128, 90), Image.Resampling.BOX),
+           "crop": lambda p: p.crop((4, 1, 126, 122))}[change](picture)
+    return np.asarray(ImageOps.pad(out, (128, 128), Image.Resampling.BOX))
+
+
+@pytest.mark.parametrize("change", ["equalised", "inverted", "larger", "wide border", "white border", "darker", "squashed", "crop"])
+def test_copies_in_other_clothes_are_found_in_either_direction(change):
+    pixels = PIXELS.copy()
+    for copy, of in ((30, 2), (31, 3), (36, 4), (25, 35)):
+        pixels[copy] = changed(PIXELS[of], change)
+    named = found(leaks.leaks_within(table(40, {"train": 30, "validate": 5, "test": 5}), pixels))
+    assert sorted(named) == sorted([("near duplicate", "train", "i2", "validate", "i30"), ("near duplicate", "train", "i3", "validate", "i31"),
+                                    ("near duplicate", "train", "i4", "test", "i36"), ("near duplicate", "train", "i25", "test", "i35")])
+
+
+def test_other_chests_of_every_size_are_not_called_the_same():
+    for size in (64, 256):
+        pixels = np.stack([Phantom(size=size, seed=9)[index].image for index in range(30)])
+        assert len(leaks.leaks_within(table(30, {"train": 15, "validate": 5, "test": 10}), pixels)) == 0, size
+
+
+def test_images_without_content_are_no_copies_of_each_other_but_the_same_file_is_seen():
+    pixels, rows = np.zeros((12, 32, 32), np.uint8), table(12, {"train": 6, "test": 6})
+    pixels[3:9] = 200
+    assert len(leaks.leaks_within(rows, pixels)) == 0
+    rows.loc[[1, 10], "sha256"] = "same"
+    assert found(leaks.leaks_within(rows, pixels)) == [("same file", "train", "i1", "test", "i10")]
+
+
+def test_blank_ids_and_blank_hashes_are_nobody():
+    rows = table(40, {"train": 20, "test": 20}).assign(patient_id="", sha256="")
+    assert len(leaks.leaks_within(rows, PIXELS)) == 0
+
+
+def test_a_patient_is_named_once_and_splits_stand_in_order():
+    rows = table(40, {"test": 10, "validate": 10, "train": 20})
+    rows.loc[[0, 1, 2, 12, 13, 30, 31, 32], "patient_id"] = "p"
+    assert found(leaks.leaks_within(rows, PIXELS)) == [("patient", "train", "p", "validate", "p"), ("patient", "train", "p", "test", "p"),
+                                                      ("patient", "validate", "p", "test", "p")]
+
+
+def test_between_two_packs_only_train_against_the_rest_counts():
+    rows, other = table(40, {"train": 20, "validate": 10, "test": 10}), table(20, {"train": 5, "validate": 5, "test": 10}, "o")
+    pixels = np.stack([Phantom(size=64, seed=77)[index].image for index in range(20)])
+    small = [np.asarray(Image.fromarray(image).resize((64, 64), Image.Resampling.BOX)) for image in PIXELS]
+    pixels[0], pixels[1], pixels[6], pixels[7], pixels[12], pixels[13] = (small[row] for row in (3, 33, 4, 24, 5, 35))
+    assert found(leaks.leaks_between(rows, PIXELS, other, pixels)) == [
+        ("near duplicate", "train", "i4", "validate", "oi6"), ("near duplicate", "train", "i5", "test", "oi12"), ("near duplicate", "test", "i33", "train", "oi1")]
+    other.loc[[2, 8], "patient_id"] = ["p25", "p7"]
+    named = found(leaks.leaks_between(rows, PIXELS, other, pixels[::-1].copy()))
+    assert [name for name in named if name[0] == "patient"] == [("patient", "train", "p7", "validate", "p7"), ("patient", "validate", "p25", "train", "p25")]
+
+
+def test_nothing_to_compare():
+    rows = table(40, {"train": 40})
+    for frame in (leaks.leaks_within(rows, PIXELS), leaks.leaks_between(rows, PIXELS, rows, PIXELS), leaks.leaks_within(rows[:0], PIXELS[:0])):
+        assert tuple(frame.columns) == leaks.COLUMNS and len(frame) == 0
+        assert leaks.leaks_summary(frame) == {"patient": 0, "same file": 0, "near duplicate": 0, "offenders": []}
+
+
+def test_tables_that_do_not_fit_are_refused():
+    rows = table(40, {"train": 40})
+    with pytest.raises(ValueError, match="40 rows of images, but 39 images"):
+        leaks.leaks_within(rows, PIXELS[:39])
+    with pytest.raises(ValueError, match=re.escape("lacks the column(s) ['sha256']")):
+        leaks.leaks_between(rows, PIXELS, rows.drop(columns="sha256"), PIXELS)
+
+
+def test_the_order_of_rows_and_the_blocks_do_not_matter(monkeypatch):
+    pixels, rows = PIXELS.copy(), table(40, {"train": 20, "validate": 8, "test": 12})
+    pixels[33], pixels[22] = changed(PIXELS[1], "equalised"), changed(PIXELS[37], "crop")
+    expected = set(found(leaks.leaks_within(rows, pixels)))
+    assert len(expected) == 2
+    order = np.random.default_rng(0).permutation(40)
+    assert set(found(leaks.leaks_within(rows.iloc[order], pixels[order]))) == expected
+    a, b = leaks.take_prints(pixels, np.arange(20), block=3), leaks.take_prints(pixels, np.arange(20, 40))
+    whole = np.concatenate(list(leaks._candidates(a, b)))
+    pieces = np.concatenate(list(leaks._candidates(a, b, block=(3, 7))))
+    assert {tuple(row) for row in whole.tolist()} == {tuple(row) for row in pieces.tolist()}
+    pd.testing.assert_frame_equal(leaks.near_duplicates(a, b), leaks.near_duplicates(a, b, block=2), atol=1e-5)
+
+
+def test_candidates_are_those_of_a_plain_loop():
+    random = np.random.default_rng(1)
+    prints = leaks.take_prints(PIXELS, np.arange(40))
+    hashes = prints.hashes[0]
+    for flips in range(40):
+        noise = np.zeros(leaks.BITS, bool)
+        noise[random.permutation(leaks.BITS)[:flips]] = True
+        packed = np.packbits(np.concatenate([noise, np.zeros(14, bool)]).reshape(64, 4).T, axis=1).copy().view(np.uint64)
+        other = hashes ^ packed
+        i, j, sign = leaks._close(hashes, other)
+        apart = np.array([[sum(int(x ^ y).bit_count() for x, y in zip(hashes[:, a], other[:, b], strict=True)) for b in range(40)] for a in range(40)])
+        expected = {(a, b) for a, b in zip(*np.nonzero(np.minimum(apart, leaks.BITS - apart) <= leaks.REACH), strict=True)}
+        assert set(zip(i.tolist(), j.tolist(), strict=True)) <= expected and set(sign.tolist()) <= {1}
+        assert all((a, a) in set(zip(i.tolist(), j.tolist(), strict=True)) for a in range(40)) == (flips <= leaks.REACH) or flips > 20
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 39), st.floats(0.5, 2.0), st.integers(0, 30), st.integers(0, 30), st.booleans())
+def test_any_gamma_border_and_inversion(row, gamma, left, top, turn):
+    image = (255 * (PIXELS[row] / 255.0) ** gamma).round().astype(np.uint8)
+    image = np.pad(255 - image if turn else image, ((top, 0), (left, 5)))
+    copy = np.asarray(ImageOps.pad(Image.fromarray(image), (128, 128), Image.Resampling.BOX))[None]
+    near = leaks.near_duplicates(leaks.take_prints(PIXELS, np.arange(40)), leaks.take_prints(copy, np.arange(1)))
+    assert near.row_a.tolist() == [row]
+
+
+def test_memory_stays_flat(tmp_path):
+    "A memory map of 64 MB is looked at with a few"
+    images = np.memmap(tmp_path / "images.u8", np.uint8, "w+", shape=(1024, 256, 256))
+    random = np.random.default_rng(0)
+    for row in range(len(images)):
+        images[row] = np.asarray(Image.fromarray(random.integers(0, 256, (9, 9), np.uint8)).resize((256, 256), Image.Resampling.BICUBIC))
+    images[1000] = images[5]
+    images.flush()
+    pixels = np.memmap(tmp_path / "images.u8", np.uint8, "r", shape=images.shape)
+    tracemalloc.start()
+    a, b = leaks.take_prints(pixels, np.arange(800), block=64), leaks.take_prints(pixels, np.arange(800, 1024), block=64)
+    near = leaks.near_duplicates(a, b)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert near[["row_a", "row_b"]].values.tolist() == [[5, 1000]] and near.distance[0] < 1e-3
+    assert peak < 24e6, peak
+
+
+def test_the_refusal_names_some_and_counts_all():
+    rows = pd.DataFrame([("near duplicate", "train", f"a{n}", "test", f"b{n}", 0.01 * n) for n in range(9)], columns=list(leaks.COLUMNS))
+    with pytest.raises(DataError) as error:
+        leaks.refuse(rows, "packs/nih against packs/rsna")
+    message = str(error.value)
+    assert message.startswith("packs/nih against packs/rsna: ") and "9 x near duplicate" in message and "a5 (train) = b5 (test); and 3 more" in message
+    assert "a6" not in message and "--allow-leaks" in message
+    assert leaks.leaks_summary(rows, 2)["offenders"] == [["near duplicate", "train", "a0", "test", "b0", 0.0], ["near duplicate", "train", "a1", "test", "b1", 0.01]]
