@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -112,3 +113,10 @@ def test_tasks_come_out_of_packs(name, kinds, tmp_path):
     for kind in kinds:
         task = pack_task(pack, kind)
         assert task.kind == kind and len(task) and task.rows("train", 0.1).size <= task.rows("train").size
+
+
+def test_the_readme_lists_data_sets_and_recipes():
+    lines = (Path(__file__).parent.parent / "README.md").read_text().splitlines()
+    for name, data_set in DATASETS.items():
+        row = next(line for line in lines if line.startswith(f"| `{name}` |"))
+        assert row.split("|")[3].strip() == ", ".join(data_set.recipes), name

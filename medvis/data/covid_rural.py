@@ -7,9 +7,10 @@ __all__ = ['NAME', 'LUNGS', 'RECIPES', 'OCTAGON', 'COVID_RURAL', 'find_annotatio
            'CovidRuralConfig', 'fill_splits', 'image_item', 'plan_covid_rural', 'dress_lungs', 'dress_opacity',
            'dress_covid_rural']
 
-# %% ../../nbs/data/19_covid_rural.ipynb #66f5cd88
+# %% ../../nbs/data/19_covid_rural.ipynb #05e40983
 import base64
 import json
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -51,15 +52,15 @@ def read_polygons(path: Path, name: str) -> dict[str, list]:    # label -> its p
         found.setdefault(label, []).append(points)
     return found
 
-# %% ../../nbs/data/19_covid_rural.ipynb #a24b1eb2
+# %% ../../nbs/data/19_covid_rural.ipynb #fb1789a8
 def image_entry(folder: Path, root: Path, name: str) -> dict:
     "Image and masks of a name, for `read_study`. DataError for a name that is not of the form, or a labelme file that is none."
     if not NAME.fullmatch(name):
         raise DataError("the name is not of the form COVID-19-AR-00000000_MM-DD-YYYY-XR; whose image is it?")
     labelme, opacity = folder / "jpgs" / "jsons" / f"{name}.json", folder / "pngs_masks" / f"{name}.png"
-    drawn = read_polygons(labelme, f"jsons/{name}.json") if labelme.exists() else None
+    drawn = read_polygons(labelme, f"jsons/{name}.json") if os.path.lexists(labelme) else None
     masks = {lung: None if drawn is None else {"polygons": drawn.get(lung, [])} for lung in LUNGS}
-    masks["opacity"] = {"file": opacity.relative_to(root).as_posix()} if opacity.exists() else None
+    masks["opacity"] = {"file": opacity.relative_to(root).as_posix()} if os.path.lexists(opacity) else None      # a link that leads nowhere is an error, not "nobody looked"
     path = (folder / "jpgs" / f"{name}.jpg").relative_to(root).as_posix()
     return {"id": name, "path": path, "view": "", "boxes": None, "masks": masks, "frame": None}
 
@@ -99,12 +100,13 @@ def image_item(folder: Path, root: Path, name: str, split: str) -> dict:
     image = image_entry(folder, root, name)
     return {"study": name, "patient": NAME.fullmatch(name)[1], "split": split, "report": None, "labels": {}, "images": [image]}
 
-# %% ../../nbs/data/19_covid_rural.ipynb #d00cba05
+# %% ../../nbs/data/19_covid_rural.ipynb #86f9b303
 def plan_covid_rural(config: CovidRuralConfig) -> Source:
     "One study per image; LoVT's recipe leaves out images without an opacity mask"
     recipe, root = config.choose(RECIPES), Path(config.root)
     folder = find_annotations(root)
-    names, dropped = list(image_files(folder, "jpgs/*.jpg")), {}
+    pictures, dropped = image_files(folder, "jpgs/*.jpg"), {}
+    names = list(pictures)
     if recipe.splits.startswith("lovt"):
         masked = [name for name in names if (folder / "pngs_masks" / f"{name}.png").exists()]
         names, dropped = masked, {"no opacity mask": len(names) - len(masked)}
@@ -115,6 +117,8 @@ def plan_covid_rural(config: CovidRuralConfig) -> Source:
         listed = pick_listed(names, read_split_files(config.split_files), f"{folder.name}/jpgs")
         dropped["not in the split files"] = len(names) - len(listed)
     items = [item_or_reject(name, image_item, folder, root, name, split) for name, split in listed.items()]
+    strays = {path.stem for pattern in ("pngs_masks/*.png", "jpgs/jsons/*.json") for path in folder.glob(pattern)} - set(pictures)
+    items += [{"study": name, "rejects": [[name, "has a mask or a labelme file, but there is no such image in jpgs"]]} for name in sorted(strays)]
     return Source(items, masks=("opacity", *LUNGS), dropped=dropped)
 
 # %% ../../nbs/data/19_covid_rural.ipynb #10d458e0

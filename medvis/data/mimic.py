@@ -344,13 +344,16 @@ class MimicConfig(ReadConfig):
     edema: Path | None = None
     """Folder of the edema grades, which the recipe local-mi needs to keep their test patients out of training; by default looked for below the root."""
 
-# %% ../../nbs/data/12_mimic.ipynb #d3bcdd66
+# %% ../../nbs/data/12_mimic.ipynb #ac0f0ed4
 def plan_mimic(config: MimicConfig) -> Source:
     "Read the tables of MIMIC-CXR and apply the rules of the recipe. DataError if a file is missing or malformed."
     recipe, root = config.choose(MIMIC_RECIPES), Path(config.root)
     images = image_table(root)
-    labels, damaged = label_values(read_label_table(root, config.labeler))
-    if not set(images["study_id"]) & set(labels):
+    told = read_label_table(root, config.labeler)
+    (labels, damaged), owners = label_values(told), dict(zip(images["study_id"], images["subject_id"], strict=True))
+    damaged |= {study: "has another patient in the table of labels" for study, subject in zip(told["study_id"], told["subject_id"], strict=True) if owners.get(study, subject) != subject}
+    strays = [{"study": study, "rejects": [[study, "has labels, but is not in the metadata table"]]} for study in labels if study not in owners]
+    if not set(owners) & set(labels):
         raise DataError(f"{mimic_table(root, config.labeler)} and {mimic_table(root, 'metadata')} have no study_id in common")
     rules = {f"view is not {' or '.join(recipe.views)}": ~images["view"].isin(recipe.views),
              "study whose sections the parser misreads": images["study_id"].isin(ODD_REPORTS)}
@@ -367,7 +370,7 @@ def plan_mimic(config: MimicConfig) -> Source:
     blank = dict.fromkeys(LABELS)
     facts = {study: {"labels": labels.get(study, blank)} for study in pd.unique(images["study_id"])}
     settings = {"patient_ids": "mimic", "labeler": config.labeler, "studies without a row of labels": sum(study not in labels for study in facts)}
-    return Source(study_items(images, facts, reports, jpg_folder(root)), labels=LABELS, dropped=dropped, settings=settings)
+    return Source(study_items(images, facts, reports, jpg_folder(root)) + strays, labels=LABELS, dropped=dropped, settings=settings)
 
 # %% ../../nbs/data/12_mimic.ipynb #f71188e0
 EDEMA_RECIPES = {

@@ -124,7 +124,7 @@ class NihConfig(ReadConfig):
     no_findings: int = 100
     """Images of No Finding, from the test list, that recipe lovt adds to the boxed ones."""
 
-# %% ../../nbs/data/18_nih.ipynb #795169bc
+# %% ../../nbs/data/18_nih.ipynb #388312ef
 def official_splits(root: Path, names: Sequence[str], seed: int) -> dict[str, str]:
     "Image -> split by the published lists. DataError if lists and table do not meet, or if the lists share an image."
     listed = dict.fromkeys(read_list(root, "train_val_list.txt"), "train")
@@ -132,9 +132,11 @@ def official_splits(root: Path, names: Sequence[str], seed: int) -> dict[str, st
     if both := [name for name in tested if name in listed]:
         raise DataError(f"{len(both)} images are in train_val_list.txt and in test_list.txt ({', '.join(both[:3])})")
     listed |= dict.fromkeys(tested, "test")
-    for these, those, what in ((listed, names, "Data_Entry_2017"), (names, listed, "train_val_list.txt and test_list.txt")):
+    parts = {"train_val_list.txt": list(set(listed) - set(tested)), "test_list.txt": tested, "Data_Entry_2017": names}
+    for what, these in parts.items():
+        those, where = (listed, "train_val_list.txt and test_list.txt") if these is names else (names, "Data_Entry_2017")
         if missing := sorted(set(these) - set(those)):
-            raise DataError(f"{len(missing)} images are not in {what} ({', '.join(missing[:3])}); get the published file, or use --recipe patients")
+            raise DataError(f"{len(missing)} images of {what} are not in {where} ({', '.join(missing[:3])}); get the published file, or use --recipe patients")
     draws = dict(zip(names, draw_splits([name[:8] for name in names], "patients 90/10", seed)))
     return {name: "test" if listed[name] == "test" else draws[name] for name in names}
 

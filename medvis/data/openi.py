@@ -9,12 +9,13 @@ __all__ = ['SECTIONS', 'MESH', 'LARGEST', 'ARCHIVES', 'XML_FOLDERS', 'KAGGLE_REP
            'read_reports', 'openi_reports', 'read_annotation', 'OpeniConfig', 'wanted_images', 'plan_openi',
            'openi_tables']
 
-# %% ../../nbs/data/20_openi.ipynb #bb0eb27b
+# %% ../../nbs/data/20_openi.ipynb #295a0d63
 import html
 import json
 import re
 import tarfile
 import xml.etree.ElementTree as ET
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -125,7 +126,7 @@ def parse_xml(
     terms = {kind: [term for one in report.iter(kind) if (term := " ".join((one.text or "").split()))] for kind in ("major", "automatic")}
     return {"study": uid.get("id"), "sections": sections, "images": [{"id": image, "file": image, "view": ""} for image in dict.fromkeys(images)], **terms}
 
-# %% ../../nbs/data/20_openi.ipynb #405ac81d
+# %% ../../nbs/data/20_openi.ipynb #7113489b
 ARCHIVES = ("NLMCXR_reports.tgz", "ecgen-radiology.tgz")
 XML_FOLDERS = ("ecgen-radiology", "NLMCXR_reports/ecgen-radiology", ".")
 
@@ -137,7 +138,9 @@ def _archived(path: Path) -> Iterator[tuple[str, bytes]]:
             for member in archive:
                 if member.isfile() and member.name.endswith(".xml"):
                     yield member.name, archive.extractfile(member).read(LARGEST + 1)
-    except (OSError, EOFError, tarfile.TarError, ValueError) as error:
+            while archive.fileobj.read(1 << 20):    # to the end, where the check sum is
+                pass
+    except (OSError, EOFError, tarfile.TarError, ValueError, zlib.error) as error:
         raise DataError(f"{path} cannot be read: {error}; download it again") from error
 
 # %% ../../nbs/data/20_openi.ipynb #d35e80ed
@@ -188,17 +191,17 @@ def kaggle_reports(root: str | Path) -> tuple[list[dict], list[list[str]]]:
     strays = [[f"CXR{uid}", "in indiana_projections.csv, but not in indiana_reports.csv"] for uid in by_uid if uid not in set(table["uid"])]
     return reports, rejects + strays
 
-# %% ../../nbs/data/20_openi.ipynb #c22ee369
+# %% ../../nbs/data/20_openi.ipynb #89d8c1b1
 def xml_reports(root: str | Path) -> tuple[list[dict], list[list[str]]]:
     "Reports from XML, by number, with views if Kaggle's table of projections is there; and rejects (file or study, reason)."
     reports, rejects, root = [], [], Path(root)
     for name, data in xml_files(root):
         try:
-            reports.append(parse_xml(data, name))
+            reports.append({**parse_xml(data, name), "name": name})
         except DataError as error:
             rejects.append([name, str(error)])
     counts = Counter(report["study"] for report in reports)
-    rejects += [[study, f"{count} files have this uId"] for study, count in counts.items() if count > 1]
+    rejects += [[report["study"], f"{report['name']}: {counts[report['study']]} files have this uId"] for report in reports if counts[report["study"]] > 1]
     reports = sorted((report for report in reports if counts[report["study"]] == 1), key=lambda report: int(report["study"][3:]))
     try:
         projections = read_projections(root)

@@ -119,22 +119,23 @@ class FolderConfig:
     progress: bool = True
     """Show a progress bar."""
 
-# %% ../../nbs/data/06_prepare.ipynb #bfc81601
+# %% ../../nbs/data/06_prepare.ipynb #04efeb35
 def _read_table(path: Path, text_columns: set[str]) -> pd.DataFrame:
     "The table with rows numbered from 1; ValueError with the file's name if it cannot be read"
     endings = [ending.lower() for ending in path.suffixes]
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such table")
     try:
         if ".parquet" in endings:
             table = pd.read_parquet(path)
         elif ".csv" in endings or ".tsv" in endings:
             separator = "\t" if ".tsv" in endings else ","
+            read_table(path, separator=separator)       # refuses what pandas takes in silence: short or long lines, a column twice, NUL bytes
             table = pd.read_csv(path, sep=separator, encoding="utf-8-sig", dtype=dict.fromkeys(text_columns, str), low_memory=False)
         else:
-            raise ValueError("expected a .csv, .tsv (also compressed) or .parquet file")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 text ({error.reason}); save the table as UTF-8") from error
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"{path}: no such table") from error
+            raise ValueError("expected a .csv, .tsv (also .gz) or .parquet file")
+    except DataError:
+        raise
     except (ValueError, OSError) as error:      # pandas' and pyarrow's parser errors are ValueErrors
         raise ValueError(f"{path}: {error}") from error
     return table.set_axis(range(1, len(table) + 1))

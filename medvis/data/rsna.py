@@ -128,7 +128,7 @@ def rsna_splits(config: RsnaConfig, rule: str, names: Sequence[str]) -> dict[str
         return {name: drawn[name] for name in names}
     return dict(zip(names, draw_splits(names, rule, config.split_seed)))
 
-# %% ../../nbs/data/14_rsna.ipynb #2ca9031d
+# %% ../../nbs/data/14_rsna.ipynb #0dd65a91
 def plan_rsna(config: RsnaConfig) -> Source:
     "The images, one an item, in the order of the table (or of the split files); no pixels. DataError for a table that is not sound."
     root, recipe = Path(config.root), config.choose(RECIPES)
@@ -136,13 +136,13 @@ def plan_rsna(config: RsnaConfig) -> Source:
     lines: dict[str, dict[int, dict[str, str]]] = {}
     for line, cells in zip(table.index, table.to_dict("records")):
         lines.setdefault(cells["patientId"], {})[line] = cells
-    nameless = lines.pop("", {})
+    if nameless := lines.pop("", {}):
+        raise DataError(f"stage_2_train_labels.csv, line {next(iter(nameless))}: patientId is blank; whose box is it?")
     files = image_files(root, "stage_2_train_images/*.dcm", "stage_2_train_images*/*.png", "*.dcm")
     splits = rsna_splits(config, recipe.splits, list(lines))
     items = [item_or_reject(name, image_item, name, lines[name], split, files.get(name, f"stage_2_train_images/{name}.dcm"), classes)
              for name, split in splits.items()]
-    faults = {f"line {line}": "stage_2_train_labels.csv: patientId is blank" for line in nameless}
-    faults |= {name: "in stage_2_detailed_class_info.csv, but not in stage_2_train_labels.csv" for name in sorted(set(classes) - set(lines))}
+    faults = {name: "in stage_2_detailed_class_info.csv, but not in stage_2_train_labels.csv" for name in sorted(set(classes) - set(lines))}
     items += [{"study": name, "rejects": [[name, fault]]} for name, fault in faults.items()]
     unlisted = {"in none of the split files": len(lines) - len(splits)}
     return Source(items, (PNEUMONIA, *(CLASSES if classes else ())), boxes=(PNEUMONIA,), dropped=unlisted if config.split_files else {})

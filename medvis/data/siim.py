@@ -52,11 +52,11 @@ def image_item(
     image = {"id": name, "path": path, "view": "", "boxes": None, "masks": masks, "frame": [FRAME, FRAME]}
     return {"study": name, "patient": name, "split": split, "report": None, "labels": {PNEUMOTHORAX: float(ill)}, "grades": {}, "images": [image]}
 
-# %% ../../nbs/data/15_siim.ipynb #5573554c
+# %% ../../nbs/data/15_siim.ipynb #90ccf769
 RECIPES = {
     "medvis": Recipe(splits="patients", notes=("80/10/10 by a hash of the image's name", "patients are not known")),
     "lovt": Recipe(size=224, fit="pad-first", equalise=True, splits="patients 60/20/20", subset="first", notes=(
-        "LoVT's own lists (7 229 / 2 409 / 2 409) with split_files")),
+        "LoVT's own lists (7 229 / 2 409 / 2 409) with split_files",)),
     "mgca": Recipe(size=224, fit="stretch", splits="mgca 70/15/15", notes=(
         "as many images without as with pneumothorax in train", "released code splits lines, not images; here an image goes with its first line",
         "the paper says 70/30/30")),
@@ -101,12 +101,13 @@ def siim_splits(config: SiimConfig, rule: str, table: pd.DataFrame) -> dict[str,
         return {name: split for name, split in firsts[["ImageId", "split"]].itertuples(index=False) if name not in surplus}
     return dict(zip(names, draw_splits(names, rule, config.split_seed)))
 
-# %% ../../nbs/data/15_siim.ipynb #f303097c
+# %% ../../nbs/data/15_siim.ipynb #d56d2256
 def plan_siim(config: SiimConfig) -> Source:
     "The images, one an item, in the order of the table (or of the split files); no pixels. DataError for a table that is not sound."
     root, recipe = Path(config.root), config.choose(RECIPES)
     table = read_runs(root)
-    nameless, table = table.index[table["ImageId"] == ""], table[table["ImageId"] != ""]
+    if len(nameless := table.index[table["ImageId"] == ""]):
+        raise DataError(f"train-rle.csv, line {nameless[0]}: ImageId is blank; of whose mask is it a piece?")
     runs: dict[str, dict[int, str]] = {}
     for line, name, code in table[["ImageId", "EncodedPixels"]].itertuples():
         runs.setdefault(name, {})[line] = code
@@ -114,7 +115,6 @@ def plan_siim(config: SiimConfig) -> Source:
     splits = siim_splits(config, recipe.splits, table)
     items = [item_or_reject(name, image_item, name, runs[name], split, files.get(name, f"dicom-images-train/{name}.dcm"), not config.absolute)
              for name, split in splits.items()]
-    items += [{"study": f"line {line}", "rejects": [[f"line {line}", "train-rle.csv: ImageId is blank"]]} for line in nameless]
     rule = "in none of the split files" if config.split_files else "more images of train without than with pneumothorax"
     return Source(items, (PNEUMOTHORAX,), masks=(PNEUMOTHORAX,), dropped={rule: len(runs) - len(splits)} if len(runs) > len(splits) else {},
                   settings={"dialect": "absolute" if config.absolute else "relative"})

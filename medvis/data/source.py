@@ -6,8 +6,9 @@
 __all__ = ['SLACK', 'Recipe', 'ReadConfig', 'BuildConfig', 'Source', 'DataSet', 'read_report', 'check_boxes', 'read_item_image',
            'read_study', 'prepare_source', 'summary', 'files_of', 'check_source']
 
-# %% ../../nbs/data/05a_source.ipynb #7f86039e
+# %% ../../nbs/data/05a_source.ipynb #717b3a86
 import hashlib
+import os
 import zipfile
 import zlib
 from collections import Counter
@@ -200,7 +201,7 @@ def read_item_image(
         masks = {name: spec and mask_to_square(decode_mask(spec, root, round(across), round(down)), size, fit) for name, spec in masks.items()}
     return ImageRecord(planned["id"], to_square(equalise(image) if even else image, size, fit), path, hashlib.sha256(data).hexdigest(), width, height, planned.get("view", ""), boxes, masks)
 
-# %% ../../nbs/data/05a_source.ipynb #13da4761
+# %% ../../nbs/data/05a_source.ipynb #57dd789f
 def read_study(
     item: dict,     # study, patient, split, images (id, path, view, boxes, masks, frame), report, labels, grades; or study, rejects
     root: Path,
@@ -216,7 +217,7 @@ def read_study(
         try:
             images.append(read_item_image(planned, root, size, fit, even))
         except ImageError as error:
-            rejects.append((planned["id"], error.reason))
+            rejects.append((planned["id"], error.reason if error.name == planned["path"] else str(error)))     # of the image, or of a mask
         except DataError as error:
             rejects.append((planned["id"], str(error)))
     try:
@@ -273,7 +274,7 @@ def files_of(item: dict) -> list[str]:
             named += [part.get("file") for part in spec.get("union", [spec])]
     return [name for name in named if name]
 
-# %% ../../nbs/data/05a_source.ipynb #9bd42df7
+# %% ../../nbs/data/05a_source.ipynb #c3859473
 def check_source(data_set: DataSet, read: ReadConfig) -> tuple[dict[str, int], list[str]]:
     "What is there (studies, images, files), and all that is wrong with it, one line each; no pixel is read"
     problems = []
@@ -289,7 +290,7 @@ def check_source(data_set: DataSet, read: ReadConfig) -> tuple[dict[str, int], l
     reasons = Counter(reason for item in source.items for _, reason in item.get("rejects", ()))
     problems += [f"{count} x {reason}" for reason, count in reasons.most_common(20)]
     named = list(dict.fromkeys(name for item in source.items for name in files_of(item)))
-    if lost := [name for name in named if not (Path(read.root) / name).is_file()]:
+    if lost := [name for name in named if not os.path.isfile(Path(read.root) / name)]:
         problems.append(f"{len(lost)} of {len(named)} files are not there: {', '.join(lost[:3])}{', …' if len(lost) > 3 else ''}")
     images = sum(len(item.get("images", ())) for item in source.items)
     return {"studies": len(source.items), "images": images, "files": len(named), "dropped by rules": sum(source.dropped.values())}, problems
