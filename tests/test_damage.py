@@ -809,3 +809,32 @@ def test_packs_of_damaged_files_hold_the_rest(name, patterns, undamaged, tmp_pat
         assert (rest.images[row] == whole.images[places[image]]).all()
         assert rest.labels.iloc[study].equals(whole.labels.iloc[other]) and rest.studies["sentences"][study] == whole.studies["sentences"][other]
         assert rest.studies["split"][study] == whole.studies["split"][other]
+
+
+def scribble(data: bytes, random: np.random.Generator) -> bytes:
+    "Change a byte, or take out, double or insert a few."
+    at, length = int(random.integers(len(data))), int(random.integers(1, 40))
+    part = data[at:at + length]
+    new = (bytes([int(random.integers(256))]) + part[1:], b"", part * 2, random.bytes(length) + part, part[::-1])[int(random.integers(5))]
+    return data[:at] + new + data[at + length:]
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_scribbled_files_never_end_in_the_depths(name, undamaged, tmp_path):
+    "Random damage to random files, fixed seeds. A changed digit cannot be told from a true one, so only this is asked for: a clear error, or images that exist."
+    source, truth = undamaged(name)
+    files = [path.relative_to(source).as_posix() for path in sorted(source.rglob("*")) if path.is_file()]
+    tables = [file for file in files if not file.endswith((".jpg", ".jpeg", ".png", ".dcm"))] or files
+    for seed in range(8):
+        random = np.random.default_rng(seed)
+        root, chosen = copy(source, tmp_path / str(seed)), str(random.choice(tables if seed % 4 else files))
+        (edit if seed % 2 else raw)(chosen, partial(scribble, random=random))(root)
+        try:
+            found = read(name, root, truth.studies)
+        except (DataError, ValueError, FileNotFoundError) as error:
+            assert type(error) in ((DataError, ValueError) if "folder" in name else (DataError,)), f"seed {seed}, {chosen}: a {type(error).__name__} from the depths: {error}"
+            assert quiet(str(error), truth)
+        else:
+            assert all(facts["pixels"].shape == (SIZE, SIZE) for facts in found.images.values()) and all(reason for _, reason in found.rejects)
+        if name in DATASETS:
+            check_source(DATASETS[name], DATASETS[name].config(root))

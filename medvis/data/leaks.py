@@ -6,10 +6,11 @@
 __all__ = ['WHOLE', 'GRID', 'BITS', 'EVEN', 'VIEWS', 'REACH', 'HALF_REACH', 'COARSE', 'SAME', 'COLUMNS', 'difference_hash',
            'Prints', 'take_prints', 'near_duplicates', 'leaks_within', 'leaks_between', 'leaks_summary', 'refuse']
 
-# %% ../../nbs/data/04b_leaks.ipynb #5cfe2372
+# %% ../../nbs/data/04b_leaks.ipynb #9e8c9938
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -60,7 +61,7 @@ def _detail(
     residue = images - blur @ images.astype(np.float32) @ blur.T
     return residue / np.sqrt(blur @ residue**2 @ blur.T + noise**2)
 
-# %% ../../nbs/data/04b_leaks.ipynb #005558ff
+# %% ../../nbs/data/04b_leaks.ipynb #49d3c1e0
 def _weights(
     low: np.ndarray,        # (n,) where the part begins and
     high: np.ndarray,       # (n,) ends, in shares of the side
@@ -74,7 +75,7 @@ def _weights(
     weights = (1 - abs(centres.clip(0, side - 1) - np.arange(side, dtype=np.float32)) / np.maximum(step, 1)).clip(0)
     return weights / weights.sum(-1, keepdims=True)
 
-
+# %% ../../nbs/data/04b_leaks.ipynb #4d0a38b2
 def _cells(
     images: np.ndarray,     # (n, S, S)
     parts: np.ndarray,      # (n, 4) left, top, right, bottom of the part of each, in shares of the side
@@ -129,17 +130,32 @@ class Prints:
     parts: np.ndarray       # (views, n, 4)
     hashes: np.ndarray      # (views, 4, n) uint64
 
-# %% ../../nbs/data/04b_leaks.ipynb #689d3e90
+# %% ../../nbs/data/04b_leaks.ipynb #8fc6594c
+def _rows(
+    pixels: np.ndarray,     # (N, S, S) uint8
+    rows: np.ndarray,       # (n,)
+) -> np.ndarray:            # (n, S, S)
+    "Some images; of a memory map they are read from its file, or its pages would pile up in memory"
+    if not (isinstance(pixels, np.memmap) and pixels.flags.c_contiguous and isinstance(pixels.filename, str | Path)):
+        return pixels[rows]
+    images = np.empty((len(rows), *pixels.shape[1:]), np.uint8)
+    with open(pixels.filename, "rb") as file:
+        for image, row in zip(images, rows, strict=True):
+            file.seek(pixels.offset + int(row) * image.nbytes)
+            file.readinto(image)
+    return images
+
+# %% ../../nbs/data/04b_leaks.ipynb #614670f2
 def take_prints(
     pixels: np.ndarray,     # (N, S, S) uint8
     rows: np.ndarray,       # (n,) the images to look at
-    block: int = 1024,      # images in memory at a time
+    block: int = 256,       # images in memory at a time
 ) -> Prints:
     "The prints of some images"
     taken = []
     for start in range(0, len(rows), block):
         of = np.asarray(rows[start:start + block])
-        squares, aspects = _thumbnails(pixels[of], 32)
+        squares, aspects = _thumbnails(_rows(pixels, of), 32)
         kept = squares.std((1, 2)) > 2
         squares, parts = squares[kept], _parts(aspects[kept])
         hashes = np.stack([difference_hash(_detail(squares), part) for part in parts]).swapaxes(1, 2)
@@ -186,13 +202,13 @@ def _candidates(
     if found:
         yield np.concatenate(found)
 
-# %% ../../nbs/data/04b_leaks.ipynb #77c3c192
+# %% ../../nbs/data/04b_leaks.ipynb #d4b2255a
 def _standard(images: np.ndarray) -> np.ndarray:        # (n, h, w)
     "Each image with mean 0 and spread 1; an even one stays 0"
     images = images - images.mean((1, 2), keepdims=True)
     return images / np.maximum(np.sqrt((images**2).mean((1, 2), keepdims=True)), 1e-3)
 
-
+# %% ../../nbs/data/04b_leaks.ipynb #736e1d45
 def _align(
     a: np.ndarray,          # (n, S, S) details
     b: np.ndarray,          # (n, S, S)
@@ -222,7 +238,7 @@ def _align(
         parts = np.concatenate(ends, axis=1).clip(-0.1, 1.1)
     return best, where
 
-# %% ../../nbs/data/04b_leaks.ipynb #0f45feb4
+# %% ../../nbs/data/04b_leaks.ipynb #490583e2
 COARSE = 0.85   # correlation at 32 pixels, to be looked at closely
 SAME = 0.9     # correlation at 64 pixels, to be called the same image
 
@@ -233,7 +249,7 @@ def _best(
     "One row for each pair: its best"
     return pd.concat(tables).sort_values("correlation", ascending=False, kind="stable").drop_duplicates(["a", "b"])
 
-
+# %% ../../nbs/data/04b_leaks.ipynb #93db4905
 def _look(
     a: Prints,
     b: Prints,
@@ -246,14 +262,14 @@ def _look(
     table = pd.DataFrame({"a": i, "b": j, "correlation": correlation, "sign": sign, "parts_a": list(parts), "parts_b": list(where)})
     return _best([table[correlation >= COARSE]])
 
-
+# %% ../../nbs/data/04b_leaks.ipynb #11a32e13
 def _look_closely(
     a: Prints,
     b: Prints,
     near: pd.DataFrame,         # as of _look
 ) -> np.ndarray:                # (len(near),) correlation
     "The same on 64 pixels of the images themselves"
-    first, second = (_detail(_thumbnails(prints.pixels[prints.rows[of]], 64)[0], sigma=2) for prints, of in ((a, near.a), (b, near.b)))
+    first, second = (_detail(_thumbnails(_rows(prints.pixels, prints.rows[of]), 64)[0], sigma=2) for prints, of in ((a, near.a), (b, near.b)))
     return _align(first, second, np.stack(near.parts_a), np.stack(near.parts_b), near.sign.to_numpy(), 4)[0]
 
 # %% ../../nbs/data/04b_leaks.ipynb #ff24951d
@@ -273,7 +289,7 @@ def near_duplicates(
     found = pd.DataFrame({"row_a": a.rows[near.a], "row_b": b.rows[near.b], "distance": (1 - np.concatenate([[], *close])).clip(0)})
     return found[found.distance <= 1 - SAME].sort_values(["row_a", "row_b"], ignore_index=True)
 
-# %% ../../nbs/data/04b_leaks.ipynb #005d0ae1
+# %% ../../nbs/data/04b_leaks.ipynb #36ef04be
 COLUMNS = ("kind", "split_a", "item_a", "split_b", "item_b", "distance")
 
 
@@ -289,7 +305,7 @@ def _shared(
                      for table, side in ((a, "a"), (b, "b")))
     return first.merge(second, on="key").assign(kind=kind, distance=0.0)[list(COLUMNS)]
 
-
+# %% ../../nbs/data/04b_leaks.ipynb #b18d367f
 def _compare(
     a: pd.DataFrame,        # columns patient_id, split, image_id, sha256; index = rows of the pixels
     b: pd.DataFrame,
@@ -307,7 +323,7 @@ def _compare(
     found = [table for table in (patients, files, near[~told]) if len(table)]
     return pd.concat(found, ignore_index=True) if found else patients
 
-# %% ../../nbs/data/04b_leaks.ipynb #426fe8db
+# %% ../../nbs/data/04b_leaks.ipynb #33f20686
 def _check_table(table: pd.DataFrame, pixels: np.ndarray) -> pd.DataFrame:
     "The table with rows numbered as those of the pixels; ValueError if it is not as long or lacks a column"
     if missing := {"patient_id", "split", "image_id", "sha256"} - set(table):
@@ -316,7 +332,7 @@ def _check_table(table: pd.DataFrame, pixels: np.ndarray) -> pd.DataFrame:
         raise ValueError(f"{len(table)} rows of images, but {len(pixels)} images; expected one row an image")
     return table.reset_index(drop=True)
 
-
+# %% ../../nbs/data/04b_leaks.ipynb #c528646e
 def leaks_within(
     table: pd.DataFrame,        # one row an image: patient_id, split, image_id, sha256
     pixels: np.ndarray,         # (n, S, S) uint8
@@ -325,7 +341,7 @@ def leaks_within(
     "Patients, files and near duplicates that are in more than one split"
     table = _check_table(table, pixels)
     splits = {split: part for split, part in table.groupby("split", sort=False)}
-    prints = {split: take_prints(pixels, part.index.to_numpy()) for split, part in splits.items()}
+    prints = {split: take_prints(pixels, part.index.to_numpy()) for split, part in splits.items() if len(splits) > 1}
     ordered = sorted(splits, key=lambda split: (split != "train", split != "validate", split))
     found = [_compare(splits[a], splits[b], prints[a], prints[b], progress) for a, b in combinations(ordered, 2)]
     return pd.concat(found, ignore_index=True) if found else pd.DataFrame(columns=list(COLUMNS))
@@ -350,7 +366,7 @@ def leaks_between(
             found.append(_compare(a, b, take_prints(pixels, a.index.to_numpy()), take_prints(other_pixels, b.index.to_numpy()), progress))
     return pd.concat(found, ignore_index=True) if found else pd.DataFrame(columns=list(COLUMNS))
 
-# %% ../../nbs/data/04b_leaks.ipynb #76ab7c79
+# %% ../../nbs/data/04b_leaks.ipynb #8938b877
 def leaks_summary(
     leaks: pd.DataFrame,        # columns COLUMNS
     most: int = 1000,
@@ -359,7 +375,7 @@ def leaks_summary(
     counts = {kind: int((leaks.kind == kind).sum()) for kind in ("patient", "same file", "near duplicate")}
     return {**counts, "offenders": [[*row[:5], round(float(row[5]), 4)] for row in leaks.head(most).itertuples(index=False)]}
 
-
+# %% ../../nbs/data/04b_leaks.ipynb #cab17923
 def refuse(
     leaks: pd.DataFrame,        # columns COLUMNS
     what: str,                  # whose splits were compared: begins the message
