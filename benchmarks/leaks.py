@@ -1,7 +1,7 @@
 """Calibrate and time the leak guard: how many copies in other clothes are found, and how alike different radiographs get.
 
 `python benchmarks/leaks.py --images images.csv [--share 0.3]`: a table with columns image_path (relative to it), patient_id, split_group and width; without it, phantoms of 256 pixels.
-`python benchmarks/leaks.py --time 217000 27000`: prints are copied up to these numbers and compared, on one core.
+`python benchmarks/leaks.py --images images.csv --time 217000 27000`: what each stage takes on one core, and what that comes to for Packs of these sizes.
 """
 import os
 
@@ -13,7 +13,6 @@ import io  # noqa: E402
 import resource  # noqa: E402
 import time  # noqa: E402
 from collections.abc import Callable  # noqa: E402
-from dataclasses import replace  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 import numpy as np  # noqa: E402
@@ -146,29 +145,27 @@ def changed(images: list[np.ndarray], pixels: np.ndarray, chosen: np.ndarray, wh
 
 
 def timing(pixels: np.ndarray, many: int, few: int) -> None:
-    "Prints, then pairs, at the size of MIMIC-CXR against RSNA; hashes are drawn by mixing those of real prints, so that they are as alike as those."
-    start = time.perf_counter()
+    "The three stages on these images, and what they come to for two Packs of other sizes."
+    start = time.process_time()
     prints = leaks.take_prints(pixels, np.arange(len(pixels)))
-    each = (time.perf_counter() - start) / len(pixels)
-    random = np.random.default_rng(0)
-    a, b = (grown(prints, count, random) for count in (many, few))
-    start = time.perf_counter()
-    found = leaks.near_duplicates(a, b)
-    print(f"\nprints: {1000 * each:.2f} ms an image, {(many + few) * each:.0f} s for {many + few}; pairs: {many} x {few} in {time.perf_counter() - start:.0f} s "
-          f"({len(found)} called the same); peak {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GB")
-
-
-def grown(prints: leaks.Prints, count: int, random: np.random.Generator) -> leaks.Prints:
-    "As many prints, each made of two at random: thumbnails are means, hashes are taken of these."
-    first, second = random.integers(0, len(prints.rows), (2, count))
-    share = random.uniform(0, 1, (count, 1, 1)).astype(np.float32)
-    parts, hashes, squares = prints.parts[:, first], np.empty((len(prints.parts), 4, count), np.uint64), np.empty((count, 32, 32), np.uint8)
-    for start in range(0, count, 1024):
-        now = slice(start, start + 1024)
-        squares[now] = share[now] * prints.thumbnails[first[now]] + (1 - share[now]) * prints.thumbnails[second[now]]
-        detail = leaks._detail(squares[now])
-        hashes[:, :, now] = np.stack([leaks.difference_hash(detail, part).T for part in parts[:, now]])
-    return replace(prints, rows=prints.rows[first], thumbnails=squares, parts=parts, hashes=hashes)
+    each = (time.process_time() - start) / len(pixels)
+    candidates = np.concatenate(list(leaks._candidates(prints, prints)))
+    candidates = candidates[candidates[:, 0] != candidates[:, 1]]
+    rate, start = len(candidates) / len(pixels) ** 2, time.process_time()
+    for first in range(0, len(candidates), 1024):
+        leaks._look(prints, prints, candidates[first:first + 1024])
+    look = (time.process_time() - start) / max(len(candidates), 1)
+    hashes, random = np.ascontiguousarray(np.tile(prints.hashes[0], 12)[:, :16384]), np.random.default_rng(0)
+    noise = np.bitwise_and.reduce(random.integers(0, 2**64, (3, *hashes.shape), dtype=np.uint64))      # one bit of eight turned over: no pair is the same
+    others, start = hashes ^ noise, time.process_time()
+    for row in range(0, 2048, 64):
+        for column in range(0, 16384, 8192):
+            leaks._close(hashes[:, row:row + 64], others[:, column:column + 8192])
+    close, pairs = (time.process_time() - start) / 2048 / hashes.shape[1], many * few
+    views = 2 * len(prints.hashes) - 1
+    print(f"\nprints {1000 * each:.2f} ms an image; hashes {1e9 * close:.2f} ns a pair of views; {rate:.1e} candidates a pair, {1000 * look:.2f} ms each; peak {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GB"
+          f"\n{many} x {few}: prints {each * (many + few) / 60:.1f} min, {views} pairs of views {views * close * pairs / 60:.1f} min, candidates {rate * look * pairs / 60:.1f} min; "
+          f"prints take {(many + few) * (32 * 32 + prints.hashes.nbytes // len(pixels) + prints.parts.nbytes // len(pixels)) / 2**20:.0f} MB")
 
 
 if __name__ == "__main__":

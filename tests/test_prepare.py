@@ -265,7 +265,7 @@ WRONG = {
     "two reports": (rows(study_id=[1] * 8, patient_id="p", report=[REPORT] * 7 + ["Other."]), {}, "study 1: rows 1 and 8 give it different values of report"),
     "two patients": (rows(study_id=[1] * 8), {}, "study 1: rows 1 and 2 give it different values of patient"),
     "leak": (rows(patient_id=list("aabbccdd"), split=["train", "test"] + ["train"] * 6), {}, r"1 patient\(s\) are in more than one split: a;"),
-    "no rows": (rows().head(0), {}, "table.csv: no rows"),
+    "no rows": (rows().head(0), {}, "table.csv has no rows"),
     "filter": (rows(), {"where": "nonsense == 1"}, "the filter 'nonsense == 1' fails: .*the table has image_path"),
     "nothing left": (rows(), {"where": "patient_id == 'x'"}, "no rows where patient_id == 'x'"),
 }
@@ -281,9 +281,9 @@ def test_wrong_tables(kind, folder):
 
 
 @pytest.mark.parametrize(("name", "data", "complaint"), [
-    ("t.csv", b"", "t.csv: No columns"),
-    ("t.csv", b"image_path,report\na.png,x\nb.png,x,y,z\n", "t.csv: .*Expected 2 fields in line 3, saw 4"),
-    ("t.csv", "image_path,report\na.png,größer\n".encode("latin-1"), "t.csv: not UTF-8 text"),
+    ("t.csv", b"", "t.csv is empty"),
+    ("t.csv", b"image_path,report\na.png,x\nb.png,x,y,z\n", "t.csv, line 3: 4 fields, expected 2"),
+    ("t.csv", "image_path,report\na.png,größer\n".encode("latin-1"), "t.csv, line 2: not UTF-8 text"),
     ("t.parquet", b"PAR1 is not enough", "t.parquet: "),
     ("t.parquet", b"", "t.parquet: "),
     ("t.xlsx", b"PK", "expected a .csv, .tsv .* or .parquet file"),

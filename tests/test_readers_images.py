@@ -402,8 +402,8 @@ def test_a_damaged_row_costs_its_image_and_no_other(dressed, tmp_path, name, fil
 
 
 @pytest.mark.parametrize("name, file, old", [
-    ("rsna", "stage_2_train_labels.csv", "00000005-aaaa-4000-8000-000000000005,"), ("rsna", "stage_2_detailed_class_info.csv", "00000006-aaaa-4000-8000-000000000006,"),
-    ("siim", "train-rle.csv", "1.2.276.0.0000000.3.1.4.9,"), ("nih", "Data_Entry_2017_v2020.csv", "00000001_000.png,"), ("chexpert", "train.csv", "CheXpert-v1.0-small/train/patient00001/study1/view1_frontal.jpg,")])
+    ("rsna", "stage_2_detailed_class_info.csv", "00000006-aaaa-4000-8000-000000000006,"),
+    ("nih", "Data_Entry_2017_v2020.csv", "00000001_000.png,"), ("chexpert", "train.csv", "CheXpert-v1.0-small/train/patient00001/study1/view1_frontal.jpg,")])
 def test_a_row_without_a_name_is_named_by_its_line(dressed, tmp_path, name, file, old):
     "And what the other table tells of the image that is now missing is not used either"
     data_set, config = SETS[name]
@@ -412,6 +412,14 @@ def test_a_row_without_a_name_is_named_by_its_line(dressed, tmp_path, name, file
     damaged(tables_only(dressed[name], tmp_path), file, old, ",")
     items = data_set.plan(config(tmp_path, recipe)).items
     assert sum("rejects" not in item for item in items) == clean - (name != "chexpert") and any("rejects" in item and "line" in str(item) or "not in it" in str(item) for item in items)
+
+
+@pytest.mark.parametrize("name, file, old", [("rsna", "stage_2_train_labels.csv", "00000005-aaaa-4000-8000-000000000005,"), ("siim", "train-rle.csv", "1.2.276.0.0000000.3.1.4.9,")])
+def test_a_row_without_a_name_stops_where_an_image_may_have_several(dressed, tmp_path, name, file, old):
+    "It may be one of two boxes, or half of a mask: nobody knows whose"
+    damaged(tables_only(dressed[name], tmp_path), file, old, ",")
+    with pytest.raises(DataError, match=r"line \d+: \w+ is blank"):
+        SETS[name][0].plan(SETS[name][1](tmp_path))
 
 
 @pytest.mark.parametrize("name, code, told", [

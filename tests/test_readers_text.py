@@ -494,8 +494,9 @@ def test_a_damaged_file_is_a_reject(reports_root, tmp_path):
     source = openi.plan_openi(openi.OpeniConfig(root))
     names = {item["study"] for item in source.items if "rejects" in item}
     assert names == {*(f"ecgen-radiology/{number}.xml" for number in (1, 2, 3, 4, 7)), "CXR6"}
+    assert {reason for item in source.items for _, reason in item.get("rejects", ()) if item["study"] == "CXR6"} == {f"ecgen-radiology/{n}.xml: 2 files have this uId" for n in (5, 6)}
     before = {item["study"]: item for item in openi.plan_openi(openi.OpeniConfig(reports_root)).items}
-    assert all(item == before[item["study"]] for item in source.items if "rejects" not in item) and len(source.items) == len(PATIENTS) - 7 + 6
+    assert all(item == before[item["study"]] for item in source.items if "rejects" not in item) and len(source.items) == len(PATIENTS) - 7 + 7
 
 
 def test_labels_by_what_was_coded():
