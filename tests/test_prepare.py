@@ -1,4 +1,5 @@
 """Preparing real files: what comes in any shape goes out right, damage is named or rejected, and a kill leaves no mark."""
+import io
 import subprocess
 import sys
 from pathlib import Path
@@ -77,6 +78,42 @@ def test_dicom(tmp_path):
     rescaled = read_image(dicom(tmp_path / "d.dcm", RAMP, RescaleSlope=2, RescaleIntercept=-1000, WindowCenter=3096, WindowWidth=2048))
     assert np.abs(rescaled.astype(int) - windowed).max() <= 1
     assert (read_image(dicom(tmp_path / "nosuffix", RAMP)) == plain).all()
+
+
+@pytest.mark.parametrize("signed", [False, True])
+@pytest.mark.parametrize(("stored", "allocated"), [(8, 8), (10, 16), (12, 16), (16, 16)])
+def test_dicom_depths(stored, allocated, signed, tmp_path):
+    "The full range of each depth becomes the full range of grey, whatever the number of bits"
+    low, high = (-(2 ** (stored - 1)), 2 ** (stored - 1) - 1) if signed else (0, 2**stored - 1)
+    pixels = np.linspace(low, high, 64 * 64).round().astype(int).reshape(64, 64)
+    bits = {"BitsAllocated": allocated, "BitsStored": stored, "HighBit": stored - 1, "PixelRepresentation": int(signed)}
+    path = dicom(tmp_path / "a.dcm", RAMP, **bits, PixelData=pixels.astype(f"<{'i' if signed else 'u'}{allocated // 8}").tobytes())
+    expected = np.linspace(0, 255, 64 * 64).reshape(64, 64)
+    assert np.abs(read_image(path) - expected).max() <= 1
+
+
+def compressed(path: Path, syntax: str, pixels: np.ndarray) -> Path:
+    "An 8-bit DICOM in a compressed transfer syntax; baseline JPEG, as RSNA's are, by Pillow, the others by pydicom's encoders"
+    pydicom = pytest.importorskip("pydicom")
+    dataset = pydicom.dcmread(dicom(path, pixels, BitsAllocated=8, BitsStored=8, HighBit=7, PixelData=pixels.tobytes()))
+    if syntax != "JPEGBaseline8Bit":
+        dataset.compress(getattr(pydicom.uid, syntax))
+    else:
+        buffer = io.BytesIO()
+        Image.fromarray(pixels).save(buffer, "JPEG", quality=95)
+        dataset.PixelData = pydicom.encaps.encapsulate([buffer.getvalue()])
+        dataset["PixelData"].VR = "OB"
+        dataset.file_meta.TransferSyntaxUID = pydicom.uid.JPEGBaseline8Bit
+    dataset.save_as(path)
+    return path
+
+
+@pytest.mark.parametrize(("syntax", "apart"), [("JPEGBaseline8Bit", 4), ("JPEG2000Lossless", 0), ("RLELossless", 0)])
+def test_compressed_dicom(syntax, apart, tmp_path):
+    pixels = gradient(64, 64)
+    pixels[0, 0], pixels[0, 1] = 0, 255
+    found = read_image(compressed(tmp_path / "a.dcm", syntax, pixels))
+    assert np.abs(found.astype(int) - pixels)[8:, 8:].mean() <= apart and found.shape == pixels.shape
 
 
 @pytest.mark.parametrize(("pixels", "tags", "complaint"), [
