@@ -14,7 +14,7 @@ import os
 # %% ../nbs/cli/01_cli.ipynb #d0a9c500
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-# %% ../nbs/cli/01_cli.ipynb #b169b7a1
+# %% ../nbs/cli/01_cli.ipynb #7dcfa404
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, make_dataclass
@@ -30,6 +30,7 @@ from .data.pack import Pack, find_pack_leaks
 from .data.phrases import find_phrases, phantom_phrases, read_ms_cxr
 from .data.prepare import ClassFolderConfig, FolderConfig, PhantomConfig, prepare_class_folder, prepare_folder, prepare_phantom
 from .data.source import check_source, summary
+from .data.tasks import store_subsets
 from .encoders import train_tokenizer
 from .evaluate import ground_phrases, grounding_table, linear_probe, paired_gain
 from .evaluate.classify import about
@@ -121,7 +122,7 @@ class ProbeConfig:
     out: Path | None = None
     "Folder for the table and the predictions; without, the folder probe of the first run."
 
-# %% ../nbs/cli/01_cli.ipynb #24255eeb
+# %% ../nbs/cli/01_cli.ipynb #598c5fd1
 def probe(config: ProbeConfig) -> pd.DataFrame:
     "Probe encoders, print the macro rows and save table and predictions."
     names = config.names or tuple(Path(name).name for name in config.encoders)
@@ -134,7 +135,7 @@ def probe(config: ProbeConfig) -> pd.DataFrame:
     pack = Pack(config.data)
     recipe = pack.manifest["source"].get("recipe", {})
     uncertain = config.uncertain or recipe.get("uncertain", "ignore")
-    findings = list(config.findings) or (list(uncertain) if isinstance(uncertain, dict) else None)      # a policy by class names the classes
+    findings = list(config.findings) or list(recipe.get("classes", [])) or (list(uncertain) if isinstance(uncertain, dict) else None)      # a policy by class names the classes
     table = linear_probe(
         encoders, pack, config.fractions, config.seeds, findings,
         uncertain=uncertain, blank=config.blank or recipe.get("blank", "negative"), out=out, cache=out / "features")
@@ -248,11 +249,13 @@ class PrepareConfig:
     source: Union[tuple(Annotated[kind, tyro.conf.subcommand(name, description=kind.__doc__)] for name, kind in
                         {**{name: kind for name, (kind, _) in FOLDERS.items()}, **PREPARE}.items())]
 
-# %% ../nbs/cli/01_cli.ipynb #25d7faa2
+# %% ../nbs/cli/01_cli.ipynb #21d37cf6
 def prepare(config: PrepareConfig) -> Pack:
     "Make a Pack and say what is in it, and what was left out and why."
     make = next((make for kind, make in FOLDERS.values() if isinstance(config.source, kind)), prepare_data)
     pack = make(config.source)
+    if make is not prepare_data:        # which does so itself
+        store_subsets(pack)
     splits = ", ".join(f"{name} {count}" for name, count in pack.studies["split"].value_counts().items())
     print(f"Pack: {pack.path} ({len(pack)} images, {len(pack.studies)} studies, "
           f"{pack.studies['patient_id'].nunique()} patients; {splits})")
@@ -305,14 +308,14 @@ class DataConfig:
     "How to get a data set, whether its files are in order, how to imitate it; and leaks between Packs."
     what: Annotated[GetConfig, tyro.conf.subcommand("get")] | Annotated[CheckConfig, tyro.conf.subcommand("check")] | Annotated[LeaksConfig, tyro.conf.subcommand("leaks")] | Annotated[DressConfig, tyro.conf.subcommand("dress")]
 
-# %% ../nbs/cli/01_cli.ipynb #0baae47c
+# %% ../nbs/cli/01_cli.ipynb #7340239f
 def check_data(config: CheckConfig) -> None:
     "Print what there is of a data set. ValueError lists all that is missing or malformed, and what to download."
     data_set, read = DATASETS[config.source.name], config.source.read
     facts, problems = check_source(data_set, read)
     print(f"{data_set.title} in {read.root}: " + (", ".join(f"{count} {what}" for what, count in facts.items()) or "cannot be read"))
     if problems:
-        raise ValueError("\n  ".join([f"{len(problems)} problem(s) in {read.root}", *problems]) + f"\n\nWhat is needed:\n{data_set.get}")
+        raise ValueError("\n  ".join([f"what is wrong in {read.root}:", *problems]) + f"\n\nWhat is needed:\n{data_set.get}")
     print("Nothing is missing.")
 
 # %% ../nbs/cli/01_cli.ipynb #b31235a6

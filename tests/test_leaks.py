@@ -76,10 +76,11 @@ def test_between_two_packs_only_train_against_the_rest_counts():
     small = [np.asarray(Image.fromarray(image).resize((64, 64), Image.Resampling.BOX)) for image in PIXELS]
     pixels[0], pixels[1], pixels[6], pixels[7], pixels[12], pixels[13] = (small[row] for row in (3, 33, 4, 24, 5, 35))
     assert found(leaks.leaks_between(rows, PIXELS, other, pixels)) == [
-        ("near duplicate", "train", "i4", "validate", "oi6"), ("near duplicate", "train", "i5", "test", "oi12"), ("near duplicate", "test", "i33", "train", "oi1")]
+        ("near duplicate", "test", "i33", "train", "oi1"), ("near duplicate", "train", "i4", "validate", "oi6"), ("near duplicate", "train", "i5", "test", "oi12")]
+    assert found(leaks.leaks_between(rows, PIXELS, other, pixels, both=False)) == [("near duplicate", "test", "i33", "train", "oi1")]
     other.loc[[2, 8], "patient_id"] = ["p25", "p7"]
     named = found(leaks.leaks_between(rows, PIXELS, other, pixels[::-1].copy()))
-    assert [name for name in named if name[0] == "patient"] == [("patient", "train", "p7", "validate", "p7"), ("patient", "validate", "p25", "train", "p25")]
+    assert [name for name in named if name[0] == "patient"] == [("patient", "validate", "p25", "train", "p25"), ("patient", "train", "p7", "validate", "p7")]
 
 
 def test_nothing_to_compare():

@@ -7,12 +7,13 @@ __all__ = ['LABELS', 'COMPETITION', 'PATH', 'VIEWS', 'MGCA_UNCERTAIN', 'RECIPES'
            'part_rows', 'ChexpertConfig', 'retrieval_lines', 'validation_lines', 'patients_up_to', 'split_lines',
            'study_item', 'plan_chexpert', 'dress_chexpert', 'chexpert_tables']
 
-# %% ../../nbs/data/13_chexpert.ipynb #717499cd
+# %% ../../nbs/data/13_chexpert.ipynb #17ebca26
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pandas as pd
@@ -67,7 +68,7 @@ def part_rows(table: pd.DataFrame, part: str, base: str) -> dict[int, dict]:
             rows[line] = {"study": study, "image": image, "patient": patient, "side": cells["Frontal/Lateral"], "error": fault}
     return rows
 
-# %% ../../nbs/data/13_chexpert.ipynb #bd549946
+# %% ../../nbs/data/13_chexpert.ipynb #19eec141
 MGCA_UNCERTAIN = {"Atelectasis": "positive", "Cardiomegaly": "negative", "Consolidation": "negative", "Edema": "positive",
                   "Pleural Effusion": "positive"}
 RECIPES = {
@@ -85,8 +86,8 @@ RECIPES = {
 class ChexpertConfig(ReadConfig):
     """Prepare CheXpert v1.0 or v1.0-small, radiographs with 14 labels: `medvis prepare chexpert`."""
 
-    uncertain: str | None = None
-    """What an uncertain label counts as in tasks, for all findings: ignore, positive (U-Ones) or negative (U-Zeros); by default the recipe's rule."""
+    uncertain: Literal["ignore", "positive", "negative"] | None = None
+    """What an uncertain label counts as in tasks, for all findings: ignored, positive (U-Ones) or negative (U-Zeros); by default as the recipe says."""
     retrieval: int = 200
     """Radiographs of each of 5 findings in the retrieval set that recipe mgca takes out of train."""
     validation: int = 5000

@@ -34,7 +34,7 @@ def find_annotations(root: Path) -> Path:
     find_file(images.parent, "pngs_masks")
     return images.parent
 
-# %% ../../nbs/data/19_covid_rural.ipynb #de851381
+# %% ../../nbs/data/19_covid_rural.ipynb #5bf3bb3a
 LUNGS = ("right_lung", "left_lung")
 
 
@@ -42,7 +42,9 @@ def read_polygons(path: Path, name: str) -> dict[str, list]:    # label -> its p
     "Polygons of a labelme file. DataError for a file that is none, or with another shape or label."
     text = re.sub(r'("imageData"\s*:\s*)"[^"]*"', r"\1null", read_text(path, name))
     try:
-        shapes = [(shape["label"], shape.get("shape_type", "polygon"), shape["points"]) for shape in json.loads(text)["shapes"]]
+        told = json.loads(text)
+        shapes = [(shape["label"], shape.get("shape_type", "polygon"), shape["points"]) for shape in told["shapes"]]
+        frame = [told["imageWidth"], told["imageHeight"]] if told.get("imageWidth") and told.get("imageHeight") else None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DataError(f"{name}: not a labelme file: {type(error).__name__}") from error
     found: dict[str, list] = {}
@@ -50,19 +52,19 @@ def read_polygons(path: Path, name: str) -> dict[str, list]:    # label -> its p
         if label not in (*LUNGS, "opacity") or kind != "polygon" or not isinstance(points, list) or len(points) < 3:
             raise DataError(f"{name}: a {str(kind)[:20]} {str(label)[:20]!r}; expected polygons of right_lung, left_lung, opacity with three corners or more")
         found.setdefault(label, []).append(points)
-    return found
+    return found, frame
 
-# %% ../../nbs/data/19_covid_rural.ipynb #fb1789a8
+# %% ../../nbs/data/19_covid_rural.ipynb #d84b62de
 def image_entry(folder: Path, root: Path, name: str) -> dict:
     "Image and masks of a name, for `read_study`. DataError for a name that is not of the form, or a labelme file that is none."
     if not NAME.fullmatch(name):
         raise DataError("the name is not of the form COVID-19-AR-00000000_MM-DD-YYYY-XR; whose image is it?")
     labelme, opacity = folder / "jpgs" / "jsons" / f"{name}.json", folder / "pngs_masks" / f"{name}.png"
-    drawn = read_polygons(labelme, f"jsons/{name}.json") if os.path.lexists(labelme) else None
+    drawn, frame = read_polygons(labelme, f"jsons/{name}.json") if os.path.lexists(labelme) else (None, None)
     masks = {lung: None if drawn is None else {"polygons": drawn.get(lung, [])} for lung in LUNGS}
     masks["opacity"] = {"file": opacity.relative_to(root).as_posix()} if os.path.lexists(opacity) else None      # a link that leads nowhere is an error, not "nobody looked"
     path = (folder / "jpgs" / f"{name}.jpg").relative_to(root).as_posix()
-    return {"id": name, "path": path, "view": "", "boxes": None, "masks": masks, "frame": None}
+    return {"id": name, "path": path, "view": "", "boxes": None, "masks": masks, "frame": frame}
 
 # %% ../../nbs/data/19_covid_rural.ipynb #6b7755bf
 RECIPES = {

@@ -30,13 +30,13 @@ from .tasks import store_subsets
 DATASETS: dict[str, DataSet] = {one.name: one for one in (
     MIMIC_CXR, MIMIC_EDEMA, CHEXPERT, RSNA, SIIM, COVIDX, OBJECT_CXR, NIH, COVID_RURAL, OPENI)}
 
-# %% ../../nbs/data/21_datasets.ipynb #dfd2d3c9
+# %% ../../nbs/data/21_datasets.ipynb #41538c5d
 def _told(recipe: Recipe) -> dict[str, str]:
     "A recipe in words"
     rules, policy = recipe.rules, recipe.uncertain
     sentences = "-" if rules is None else f"{rules.splitter} splitter, ≥ {rules.min_sentence_words} words; report ≥ {rules.min_words}" + (", words only" if rules.words_only else "")
     return {
-        "size": str(recipe.size), "square": recipe.fit + ", equalised" * recipe.equalise, "views": ", ".join(recipe.views) or "all", "splits": recipe.splits,
+        "size": str(recipe.size), "square": recipe.fit + ", equalised" * recipe.equalise, "views": ", ".join(recipe.views) or "all", "splits": recipe.splits, "labels": ", ".join(recipe.classes) or "all",
         "sections": "-" if rules is None else " + ".join(rules.sections) + (f"; else {', '.join(rules.fallback)}" if rules.fallback else ""), "sentences": sentences,
         "uncertain": policy if isinstance(policy, str) else ", ".join(f"{name}: {value}" for name, value in policy.items()), "blank": recipe.blank,
         "small shares": recipe.subset, "notes": "; ".join(recipe.notes)}

@@ -42,9 +42,9 @@ def to_uint8(
         raise ValueError("pixels are not finite numbers")
     return (image.clip(0) * (255.0 / top if top > 0 else 0.0)).round().astype(np.uint8)
 
-# %% ../../nbs/data/03_images.ipynb #e1f86f1d
+# %% ../../nbs/data/03_images.ipynb #4868d2e5
 def _decode_dicom(data: bytes) -> np.ndarray:
-    "(H, W) uint8 of a single-frame DICOM: rescale, VOI LUT, MONOCHROME1 turned over, stretched from its minimum to its maximum"
+    "(H, W) uint8 of a single-frame DICOM: rescale, VOI LUT, MONOCHROME1 turned over; 8 bits without a window stay, all else is stretched from its minimum to its maximum"
     try:
         import pydicom
     except ImportError as error:
@@ -57,8 +57,11 @@ def _decode_dicom(data: bytes) -> np.ndarray:
         return np.asarray(Image.fromarray(to_uint8(pixels)).convert("L"))
     if pixels.ndim != 2:
         raise ValueError(f"DICOM with {pixels.shape[0]} frames, expected one")
+    inverted = dataset.PhotometricInterpretation == "MONOCHROME1"
+    if pixels.dtype == np.uint8 and not any(tag in dataset for tag in ("WindowCenter", "VOILUTSequence", "RescaleSlope", "ModalityLUTSequence")):
+        return 255 - pixels if inverted else pixels
     pixels = pydicom.pixels.apply_voi_lut(pydicom.pixels.apply_modality_lut(pixels, dataset), dataset)
-    pixels = pixels.astype(np.float32) * (-1 if dataset.PhotometricInterpretation == "MONOCHROME1" else 1)
+    pixels = pixels.astype(np.float32) * (-1 if inverted else 1)
     return to_uint8(pixels, low=pixels.min())
 
 # %% ../../nbs/data/03_images.ipynb #b20d596e
@@ -186,7 +189,7 @@ def _crossed(
     inside = (middle >= 0) & (middle < len(there))
     return inside & there[middle.clip(0, len(there) - 1)]
 
-# %% ../../nbs/data/03_images.ipynb #e6e9a90d
+# %% ../../nbs/data/03_images.ipynb #5c97e764
 def mask_to_square(
     mask: np.ndarray,       # (H, W) bool
     size: int,
@@ -198,8 +201,8 @@ def mask_to_square(
         return covered > 0
     moved = covered >= min(0.5, covered.max())
     height, width, top, left = square_frame(*mask.shape, size, fit)
-    rows = np.flatnonzero(_crossed(mask.any(1), height, top, size) & ~moved.any(1))
-    columns = np.flatnonzero(_crossed(mask.any(0), width, left, size) & ~moved.any(0))
+    rows = np.flatnonzero(_crossed(mask.any(1), height, top, size) & ~moved.any(1) & covered.any(1))        # not what the crop cut off
+    columns = np.flatnonzero(_crossed(mask.any(0), width, left, size) & ~moved.any(0) & covered.any(0))
     moved[rows, covered[rows].argmax(1)] = True
     moved[covered[:, columns].argmax(0), columns] = True
     return moved

@@ -349,13 +349,14 @@ def leaks_within(
     found = [_compare(splits[a], splits[b], prints[a], prints[b], progress) for a, b in combinations(ordered, 2)]
     return pd.concat(found, ignore_index=True) if found else pd.DataFrame(columns=list(COLUMNS))
 
-# %% ../../nbs/data/04b_leaks.ipynb #bae5ce02
+# %% ../../nbs/data/04b_leaks.ipynb #da0884ae
 def leaks_between(
     table: pd.DataFrame,        # of the one Pack: patient_id, split, image_id, sha256, one row an image
     pixels: np.ndarray,         # (n, S, S) uint8
     other_table: pd.DataFrame,  # of the other
     other_pixels: np.ndarray,   # (m, S', S') uint8, of any size
     progress: bool = False,
+    both: bool = True,          # or only what the other trains on, and the one validates or tests on
 ) -> pd.DataFrame:              # columns COLUMNS: a is the one Pack, b the other
     """Patients, files and near duplicates that the one trains on and the other validates or tests on, or the other way round.
 
@@ -363,7 +364,7 @@ def leaks_between(
     """
     table, other_table = _check_table(table, pixels), _check_table(other_table, other_pixels)
     found = []
-    for trained, other_trained in ((True, False), (False, True)):
+    for trained, other_trained in ((False, True), (True, False))[:1 + both]:
         a, b = table[(table["split"] == "train") == trained], other_table[(other_table["split"] == "train") == other_trained]
         if len(a) and len(b):
             found.append(_compare(a, b, take_prints(pixels, a.index.to_numpy()), take_prints(other_pixels, b.index.to_numpy()), progress))
@@ -378,10 +379,11 @@ def leaks_summary(
     counts = {kind: int((leaks.kind == kind).sum()) for kind in ("patient", "same file", "near duplicate")}
     return {**counts, "offenders": [[*row[:5], round(float(row[5]), 4)] for row in leaks.head(most).itertuples(index=False)]}
 
-# %% ../../nbs/data/04b_leaks.ipynb #cab17923
+# %% ../../nbs/data/04b_leaks.ipynb #a14ce268
 def refuse(
     leaks: pd.DataFrame,        # columns COLUMNS
     what: str,                  # whose splits were compared: begins the message
+    listed: str = "",           # the file that lists all of them, if there is one
 ) -> None:
     "DataError with the counts, the first offenders and what to do, unless there are none"
     if not len(leaks):
@@ -390,5 +392,6 @@ def refuse(
     counts = ", ".join(f"{summary[kind]} x {kind}" for kind in ("patient", "same file", "near duplicate") if summary[kind])
     named = "; ".join(f"{kind} {a} ({split_a}) = {b} ({split_b})" for kind, split_a, a, split_b, b, _ in summary["offenders"])
     more = f"; and {len(leaks) - 6} more" if len(leaks) > 6 else ""
+    more += f" (all are in {listed})" if listed else ""
     raise DataError(f"{what}: the same patients or images are on both sides ({counts}): {named}{more}. Leave them out of one side, "
                     "or go on with --allow-leaks (allow_leaks=True), which writes the list to the manifest.")

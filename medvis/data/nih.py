@@ -82,7 +82,7 @@ def read_box(cells: dict[str, str]) -> list:        # name, x0, y0, x1, y1 in th
     x, y, width, height = (number(cells[column], where + column) for column in BOX_COLUMNS[2:])
     return list(check_boxes([[name, x, y, x + width, y + height]], FRAME, FRAME)[0])
 
-# %% ../../nbs/data/18_nih.ipynb #595b51d9
+# %% ../../nbs/data/18_nih.ipynb #6fa3a3df
 def image_item(
     lines: dict[int, dict[str, str]],           # number of the line -> its cells; more than one is one too many
     split: str,
@@ -100,6 +100,8 @@ def image_item(
     if (view := cells["View Position"]) not in ("PA", "AP"):
         raise DataError(f"View Position is {view[:20]!r}; expected PA or AP")
     drawn = None if boxes is None else [read_box(box) for box in boxes]
+    if drawn and len(set(map(tuple, drawn))) < len(drawn):
+        raise DataError("BBox_List_2017 has the same box twice")
     image = {"id": name[1], "path": path, "view": view, "boxes": drawn, "masks": None, "frame": [FRAME, FRAME]}
     labels = read_findings(cells["Finding Labels"])
     return {"study": name[1], "patient": name[2], "split": split, "report": None, "labels": labels, "grades": {}, "images": [image]}

@@ -191,7 +191,7 @@ def kaggle_reports(root: str | Path) -> tuple[list[dict], list[list[str]]]:
     strays = [[f"CXR{uid}", "in indiana_projections.csv, but not in indiana_reports.csv"] for uid in by_uid if uid not in set(table["uid"])]
     return reports, rejects + strays
 
-# %% ../../nbs/data/20_openi.ipynb #89d8c1b1
+# %% ../../nbs/data/20_openi.ipynb #5c0a92a9
 def xml_reports(root: str | Path) -> tuple[list[dict], list[list[str]]]:
     "Reports from XML, by number, with views if Kaggle's table of projections is there; and rejects (file or study, reason)."
     reports, rejects, root = [], [], Path(root)
@@ -202,7 +202,10 @@ def xml_reports(root: str | Path) -> tuple[list[dict], list[list[str]]]:
             rejects.append([name, str(error)])
     counts = Counter(report["study"] for report in reports)
     rejects += [[report["study"], f"{report['name']}: {counts[report['study']]} files have this uId"] for report in reports if counts[report["study"]] > 1]
-    reports = sorted((report for report in reports if counts[report["study"]] == 1), key=lambda report: int(report["study"][3:]))
+    reports = [report for report in reports if counts[report["study"]] == 1]
+    shared = Counter(image["id"] for report in reports for image in report["images"])
+    rejects += [[report["study"], f"{report['name']}: names a picture that another report names too"] for report in reports if any(shared[image["id"]] > 1 for image in report["images"])]
+    reports = sorted((report for report in reports if all(shared[image["id"]] == 1 for image in report["images"])), key=lambda report: int(report["study"][3:]))
     try:
         projections = read_projections(root)
     except DataError:
@@ -244,11 +247,11 @@ def openi_reports(
     table = pd.DataFrame(rows)
     return table.assign(**{name: [value if isinstance(value, list) else [] for value in table[name]] for name in ("sentences", "major", "automatic", "images")}).fillna("")
 
-# %% ../../nbs/data/20_openi.ipynb #ad66ef5d
+# %% ../../nbs/data/20_openi.ipynb #eba944c3
 OPENI_RECIPES = {
-    "medvis": Recipe(rules=ReportRules(), notes=("a study stands for a patient", "frontal and lateral pictures")),
-    "frontal": Recipe(views=("Frontal",), rules=ReportRules(), notes=("a study stands for a patient", "views by indiana_projections.csv")),
-    "r2gen": Recipe(rules=ReportRules(sections=("findings",), fallback=()), splits="annotation.json", notes=("studies and splits of R2Gen", "all pictures of a study; two there")),
+    "medvis": Recipe(blank="ignore", rules=ReportRules(), notes=("a study stands for a patient", "frontal and lateral pictures")),
+    "frontal": Recipe(blank="ignore", views=("Frontal",), rules=ReportRules(), notes=("a study stands for a patient", "views by indiana_projections.csv")),
+    "r2gen": Recipe(blank="ignore", rules=ReportRules(sections=("findings",), fallback=()), splits="annotation.json", notes=("studies and splits of R2Gen", "all pictures of a study; two there")),
 }
 
 

@@ -198,17 +198,17 @@ LOVT_RULES = ReportRules(fallback=(), count_punctuation=True)
 MGCA_RULES = ReportRules(sections=("impression", "findings"), fallback=(), min_sentence_words=2, words_only=True, ascii_only=True,
                          splitter="full stop")
 
-# %% ../../nbs/data/02_reports.ipynb #289133ff
+# %% ../../nbs/data/02_reports.ipynb #4b1d1b3a
 def _clean_sentence(sentence: str, rules: ReportRules) -> str:
     "The sentence without its list marker and stray full stops, reduced as the rules ask"
     sentence = re.sub(r"^(?:\(?\d{1,2}[.)](?=\s|[^\W\d])|[-*•]+(?=\s))\s*|(?<=\S)(?:\s+[.!?]+)+$", "", sentence)
     if rules.ascii_only:
         sentence = sentence.encode("ascii", "ignore").decode()
     if rules.words_only:
-        sentence = " ".join(sentence[start:end] for start, end in find_words(sentence))
+        sentence = " ".join(re.findall(r"\w+", sentence))      # the blanks ___ too
     return sentence
 
-# %% ../../nbs/data/02_reports.ipynb #4bff3367
+# %% ../../nbs/data/02_reports.ipynb #fe8364a8
 def check_report(text: str | None, rules: ReportRules) -> tuple[list[str], str]:
     'The sentences of a report by the rules, and the reason why the report is to be dropped ("" = keep it)'
     if rules.splitter not in SPLITTERS:
@@ -218,8 +218,9 @@ def check_report(text: str | None, rules: ReportRules) -> tuple[list[str], str]:
     chosen = chosen or [sections[name] for name in rules.fallback if name in sections][:1]
     if not chosen:
         return [], "no wanted section" if sections else "empty report"
-    sentences = [_clean_sentence(sentence, rules) for body in chosen for sentence in SPLITTERS[rules.splitter](body)]
-    counts = [len(find_words(sentence, rules.count_punctuation)) for sentence in sentences]
+    bodies = [" ".join(chosen)] if rules.splitter == "full stop" else chosen        # MGCA joins them first
+    sentences = [_clean_sentence(sentence, rules) for body in bodies for sentence in SPLITTERS[rules.splitter](body)]
+    counts = [len(find_words(sentence, rules.count_punctuation or rules.words_only)) for sentence in sentences]
     kept = [(sentence, count) for sentence, count in zip(sentences, counts, strict=True) if count >= max(1, rules.min_sentence_words)]
     reason = f"fewer than {rules.min_words} words" if sum(count for _, count in kept) < rules.min_words else ""
     return [sentence for sentence, _ in kept], reason

@@ -7,8 +7,9 @@ __all__ = ['KINDS', 'UNCERTAIN', 'BLANK', 'BOX', 'pack_images', 'find_images', '
            'chosen_labels', 'label_task', 'class_task', 'ordinal_task', 'mask_task', 'box_task', 'paint_boxes',
            'phantom_target', 'phantom_task', 'pack_boxes', 'pack_task', 'store_subsets', 'boxes_in_view']
 
-# %% ../../nbs/data/08_tasks.ipynb #6e64db70
+# %% ../../nbs/data/08_tasks.ipynb #2beba5c4
 import hashlib
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -157,7 +158,7 @@ def chosen_labels(
     rows, places = find_images(pack, table.index)
     return table[columns].iloc[places].reset_index(drop=True), rows
 
-# %% ../../nbs/data/08_tasks.ipynb #d7406b0f
+# %% ../../nbs/data/08_tasks.ipynb #dd48c2d2
 def label_task(
     pack: Pack,
     columns: Iterable[str] | None = None,
@@ -170,6 +171,8 @@ def label_task(
     labels, rows = chosen_labels(pack, columns, table)
     targets = label_targets(labels, uncertain, blank).to_numpy(np.float32)
     known = ~np.isnan(targets).all(1)
+    if table is None:       # a study of which nothing at all is known was not labelled: its blanks do not mean "absent"
+        known &= pack.labels.notna().any(axis=1).to_numpy()[pack.image_table["study"].to_numpy()[rows]]
     return make_task(name, "labels", labels.columns, pack, rows[known], targets[known])
 
 # %% ../../nbs/data/08_tasks.ipynb #87b00972
@@ -330,7 +333,7 @@ def _mask_rows(pack: Pack, names: Iterable[str]) -> np.ndarray:
     masked = pack.image_table["masked"] if "masked" in pack.image_table else [[]] * len(pack)
     return np.flatnonzero([bool(looked) and set(names) <= set(looked) for looked in masked])
 
-# %% ../../nbs/data/08_tasks.ipynb #ada20e11
+# %% ../../nbs/data/08_tasks.ipynb #bb07e9d9
 def pack_task(
     pack: Pack,
     kind: str = "labels",                       # of KINDS
@@ -341,8 +344,9 @@ def pack_task(
 ) -> Task:
     "A task from what a Pack holds, by the rules of its recipe. ValueError if it holds nothing of that kind."
     source, given = pack.manifest["source"], {"masks": "masks", "boxes": "boxes", "ordinal": "grades"}.get(kind, "labels")
-    names, name = list(classes or pack.manifest.get(given, [])), name or f"{source.get('kind', pack.path.name)}-{kind}"
     recipe = source.get("recipe", {})
+    classes = classes or (recipe.get("classes") if given == "labels" else None)
+    names, name = list(classes or pack.manifest.get(given, [])), name or f"{source.get('kind', pack.path.name)}-{kind}"
     uncertain, blank = uncertain or recipe.get("uncertain", "ignore"), blank or recipe.get("blank", "negative")
     if kind == "masks" and not pack.manifest.get("masks"):
         return paint_boxes(pack_task(pack, "boxes", classes, name))
@@ -353,7 +357,8 @@ def pack_task(
     if kind == "classes":
         return class_task(pack, classes, name=name)
     if kind == "ordinal":
-        return ordinal_task(pack, pack.grades[names[0]].set_axis(pack.studies["study_id"]), name=name)
+        levels = source.get("levels", {}).get(names[0])
+        return ordinal_task(pack, pack.grades[names[0]].set_axis(pack.studies["study_id"]), levels and range(levels), name)
     if kind == "boxes":
         boxes = pack_boxes(pack)
         return box_task(pack, boxes[boxes["class"].isin(names)], names, pack.image_table["image_id"][pack.image_table["boxed"]], name)
@@ -369,7 +374,7 @@ def _task_images(pack: Pack) -> dict[str, pd.DataFrame]:
     rows = _mask_rows(pack, pack.manifest.get("masks", []))
     return tasks | ({"masks": pack_images(pack).iloc[rows]} if len(rows) else {})
 
-# %% ../../nbs/data/08_tasks.ipynb #b8009121
+# %% ../../nbs/data/08_tasks.ipynb #35c9d0f5
 def store_subsets(pack: Pack, fractions: tuple[float, ...] = (0.01, 0.1, 1.0), seed: int = 0) -> pd.DataFrame:
     """Write subsets.csv (task, how, fraction, patients, images, hash) and subsets.parquet (the ids of those below 100 %) into a Pack.
 
@@ -383,8 +388,11 @@ def store_subsets(pack: Pack, fractions: tuple[float, ...] = (0.01, 0.1, 1.0), s
             table.append((task, how, fraction, part["patient_id"].nunique(), len(part), list_hash(part["image_id"])))
             listed += [(task, how, fraction, name) for name in part["image_id"]] if fraction < 1 else []
     table = pd.DataFrame(table, columns=["task", "how", "fraction", "patients", "images", "hash"])
-    table.to_csv(pack.path / "subsets.csv", index=False)
-    pd.DataFrame(listed, columns=["task", "how", "fraction", "image_id"]).to_parquet(pack.path / "subsets.parquet", index=False)
+    beside = pack.path / "subsets.tmp"
+    pd.DataFrame(listed, columns=["task", "how", "fraction", "image_id"]).to_parquet(beside, index=False)
+    os.replace(beside, pack.path / "subsets.parquet")
+    table.to_csv(beside, index=False)
+    os.replace(beside, pack.path / "subsets.csv")
     return table
 
 # %% ../../nbs/data/08_tasks.ipynb #c2c7b3b4

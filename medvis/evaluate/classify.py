@@ -223,7 +223,7 @@ def _probe_encoder(
                 positives=int((targets[0][finding].iloc[rows] == 1).sum()),
             )
 
-# %% ../../nbs/evaluate/02_classify.ipynb #66360308
+# %% ../../nbs/evaluate/02_classify.ipynb #d7de3490
 def probe_predictions(
     encoder,  # an image encoder, or a dict name -> image encoder
     data,  # a Pack with the splits train and test
@@ -245,6 +245,7 @@ def probe_predictions(
             f"no label column for findings {missing or findings}; the pack has {list(data.labels.columns)}"
         )
     targets = label_targets(data.labels[findings], uncertain, blank)
+    targets[data.labels.isna().all(axis=1)] = np.nan        # not labelled at all: its blanks do not mean "absent"
     split = _split_rows(data.studies)
     studies = data.studies[["study_id", "patient_id"]].iloc[split[1]].astype(str)
     patients = data.studies["patient_id"].to_numpy()[split[0]]
