@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from medvis.cli import COMMANDS, main
+from medvis.cli.commands import COMMANDS, main
 from medvis.data.pack import Pack
 from medvis.data.phantom import FINDINGS, Phantom
 from medvis.methods import METHODS

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as some
 
-from medvis.cli import main
+from medvis.cli.commands import main
 from medvis.data.datasets import DATASETS, command_config, dress, prepare_data
 from medvis.data.images import FITS, boxes_to_square, mask_to_square
 from medvis.data.pack import Pack

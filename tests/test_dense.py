@@ -9,7 +9,7 @@ import torchvision
 from torch import nn
 from torch.nn import functional as F
 
-from medvis.data.images import Preprocessing
+from medvis.data.preprocessing import Preprocessing
 from medvis.data.phantom import Phantom
 from medvis.encoders.image import ResNetEncoder, image_encoder
 from medvis.evaluate.detect import Targets, YoloV3

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score
 
-from medvis.data.images import Preprocessing
+from medvis.data.preprocessing import Preprocessing
 from medvis.data.pairs import Pairs, View, collate
 from medvis.data.phantom import Phantom
 from medvis.data.prepare import PhantomConfig, prepare_phantom

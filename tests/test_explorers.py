@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 import torch
 
-from medvis.data.images import AUGMENTATIONS, Preprocessing
+from medvis.data.preprocessing import AUGMENTATIONS, Preprocessing
 from medvis.data.pairs import Pairs, View
 from medvis.data.phantom import Phantom
 from medvis.data.phantom_findings import FINDINGS

@@ -13,7 +13,8 @@ from PIL import Image
 from sklearn.metrics import f1_score, jaccard_score
 from torch import nn
 
-from medvis.data.images import Preprocessing, to_square
+from medvis.data.images import to_square
+from medvis.data.preprocessing import Preprocessing
 from medvis.data.pairs import View
 from medvis.data.phrases import (
     Phrase, phantom_phrases, phrase_mask, read_ms_cxr, tight_boxes, write_ms_cxr)

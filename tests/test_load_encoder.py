@@ -13,7 +13,7 @@ import transformers
 from PIL import Image
 from safetensors.torch import save_file
 
-from medvis.data.images import Preprocessing
+from medvis.data.preprocessing import Preprocessing
 from medvis.data.prepare import FolderConfig, PhantomConfig, prepare_folder, prepare_phantom
 from medvis.encoders.pretrained import PretrainedEncoder, is_pretrained, pretrained_encoder, read_preprocessing
 from medvis.evaluate.classify import check_preprocessing, encode, encoder_hash, random_like

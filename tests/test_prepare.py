@@ -12,7 +12,8 @@ import tyro
 from PIL import Image
 from test_pack import contents, kill_when, parts
 
-from medvis.data.images import AUGMENTATIONS, ImageError, Preprocessing, read_image, to_square
+from medvis.data.images import ImageError, read_image, to_square
+from medvis.data.preprocessing import AUGMENTATIONS, Preprocessing
 from medvis.data.pack import Pack
 from medvis.data.prepare import FolderConfig, PhantomConfig, plan_folder, prepare_folder, prepare_phantom
 from medvis.data.reports import ReportRules

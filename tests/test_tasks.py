@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from medvis.data import tasks
-from medvis.data.images import Preprocessing
+from medvis.data.preprocessing import Preprocessing
 from medvis.data.pack import ImageRecord, StudyRecord, write_pack
 from medvis.data.phantom import FINDINGS, Phantom
 from medvis.data.prepare import PhantomConfig, prepare_phantom

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from .images import Preprocessing
+from .preprocessing import Preprocessing
 from .pack import Pack
 from .reports import find_words
 

@@ -18,7 +18,8 @@ import numpy as np
 import pandas as pd
 from tqdm.auto import tqdm
 
-from .images import Preprocessing, boxes_to_square
+from .images import boxes_to_square
+from .preprocessing import Preprocessing
 from .pack import Pack, list_hash
 from .phantom import FINDINGS, Phantom, PhantomStudy
 from .splits import check_leaks, nested_subsets

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models.resnet import BasicBlock
 
-from ..data.images import Preprocessing
+from ..data.preprocessing import Preprocessing
 from .features import ImageFeatures
 
 # %% ../../nbs/encoders/02_image.ipynb #23ad6fdf

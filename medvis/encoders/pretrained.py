@@ -16,7 +16,7 @@ import transformers
 from torch import Tensor, nn
 from transformers.image_processing_base import ImageProcessingMixin
 
-from ..data.images import Preprocessing
+from ..data.preprocessing import Preprocessing
 from .features import ImageFeatures
 from .image import IMAGE_ENCODERS, load_weights
 

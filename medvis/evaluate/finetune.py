@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from ..data.images import AUGMENTATIONS
+from ..data.preprocessing import AUGMENTATIONS
 from ..data.pairs import epoch_batches, seeded
 from ..data.tasks import Task
 from .cache import FrozenFeatures, look, read_images, read_targets

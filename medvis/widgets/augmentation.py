@@ -20,7 +20,7 @@ from scipy.spatial import ConvexHull
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from ..data.images import AUGMENTATIONS, Preprocessing
+from ..data.preprocessing import AUGMENTATIONS, Preprocessing
 from ..data.pack import Pack
 from ..data.pairs import Pairs, View
 from .shell import COLOURS, Pictured, Slider, picture_url, themed

@@ -17,7 +17,7 @@ import pandas as pd
 import torch
 from contourpy import contour_generator
 
-from ..data.images import Preprocessing
+from ..data.preprocessing import Preprocessing
 from ..data.pack import Pack
 from ..data.pairs import Pairs, Report, collate
 from ..data.phantom import Phantom
