@@ -27,26 +27,26 @@ from medvis.data.phantom import Phantom  # noqa: E402
 SIZE, BATCH = 256, 64
 PREPARE = """
 import resource, sys, time
-from medvis.data.prepare import FolderConfig, prepare_folder
+from medvis.data.folder import FOLDER, FolderConfig
+from medvis.data.source import BuildConfig, prepare_source
 if __name__ == "__main__":
-    table, out, workers = sys.argv[1:]
+    root, out, workers = sys.argv[1:]
     start = time.perf_counter()
-    prepare_folder(FolderConfig(table, out, size=256, require_report=False, workers=int(workers), progress=False))
+    prepare_source(FOLDER, FolderConfig(root, require_report=False), BuildConfig(out, size=256, workers=int(workers), progress=False))
     print(time.perf_counter() - start, max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) / 1024)
 """
 
 
 def write_radiographs(folder: Path, count: int, side: int) -> Path:
-    "`count` JPEGs of the phantom, blown up to `side` pixels, with noise of their own, and their table; all for training."
+    "The folder, with `count` JPEGs of the phantom in it, blown up to `side` pixels, with noise of their own, and their table; all for training."
     folder.mkdir(parents=True)
     phantom, noise = Phantom(256), np.random.default_rng(0)
     films = [np.asarray(Image.fromarray(phantom[index].image).resize((side, side * 5 // 6), Image.Resampling.BICUBIC), np.int16) for index in range(16)]
     for number in range(count):
         film = films[number % 16] + noise.integers(-6, 7, (side * 5 // 6, side), np.int16)
         Image.fromarray(film.clip(0, 255).astype(np.uint8)).save(folder / f"{number}.jpg", quality=90)
-    table = folder / "table.csv"
-    pd.DataFrame({"image_path": [f"{number}.jpg" for number in range(count)], "patient_id": range(count), "split": "train"}).to_csv(table, index=False)
-    return table
+    pd.DataFrame({"image_path": [f"{number}.jpg" for number in range(count)], "patient_id": range(count), "split": "train"}).to_csv(folder / "table.csv", index=False)
+    return folder
 
 
 def decode(path: Path) -> np.ndarray:
@@ -61,11 +61,11 @@ def decode(path: Path) -> np.ndarray:
     return square
 
 
-def prepare_apart(table: Path, out: Path, workers: int) -> tuple[float, float]:
+def prepare_apart(root: Path, out: Path, workers: int) -> tuple[float, float]:
     "Seconds and peak memory (MB, of the largest process) of preparing in a process of its own."
     script = out.with_suffix(".py")
     script.write_text(PREPARE)
-    told = subprocess.run([sys.executable, script, table, out, str(workers)], capture_output=True, text=True, check=True).stdout.split()
+    told = subprocess.run([sys.executable, script, root, out, str(workers)], capture_output=True, text=True, check=True).stdout.split()
     return float(told[-2]), float(told[-1])
 
 
@@ -81,14 +81,14 @@ def compare(images: int, many: int) -> dict:
     "All three measurements."
     folder, found = Path(tempfile.mkdtemp()), {}
     for side in (512, 2000):
-        table = write_radiographs(folder / str(side), images, side)
-        paths = [table.parent / f"{number}.jpg" for number in range(images)]
+        root = write_radiographs(folder / str(side), images, side)
+        paths = [root / f"{number}.jpg" for number in range(images)]
         start = time.perf_counter()
         for path in paths:
             decode(path)
         rates = {"plain Pillow loop": images / (time.perf_counter() - start)}
         for workers in (0, 2):
-            rates[f"medvis, {workers} workers"] = images / prepare_apart(table, folder / f"pack-{side}-{workers}", workers)[0]
+            rates[f"medvis, {workers} workers"] = images / prepare_apart(root, folder / f"pack-{side}-{workers}", workers)[0]
         pack = Pack(folder / f"pack-{side}-0")
         row = {int(name[:-4]): number for number, name in enumerate(pack.image_table["path"])}
         batches = [np.random.default_rng(seed).choice(images, min(BATCH, images), replace=False) for seed in range(5)]

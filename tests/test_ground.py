@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from folders import folder_pack
 from PIL import Image
 from sklearn.metrics import f1_score, jaccard_score
 from torch import nn
@@ -18,7 +19,7 @@ from medvis.data.preprocessing import Preprocessing
 from medvis.data.pairs import View
 from medvis.data.phrases import (
     Phrase, phantom_phrases, phrase_mask, read_ms_cxr, tight_boxes, write_ms_cxr)
-from medvis.data.prepare import FolderConfig, PhantomConfig, prepare_folder, prepare_phantom
+from medvis.data.prepare import PhantomConfig, prepare_phantom
 from medvis.evaluate import ground
 from medvis.evaluate.stats import resample
 from medvis.methods import MGCA
@@ -237,7 +238,7 @@ def films(tmp_path_factory):
         rows.append({"image_path": path, "report": "There is an effusion here.", "patient_id": f"p{number // 2}", "study_id": f"s{number}"})
         phrases.append(Phrase(f"film-{number}", "an effusion", "Pleural Effusion", tuple(boxes), width, height, path, "test"))
     pd.DataFrame(rows).to_csv(root / "table.csv", index=False)
-    packs = {fit: prepare_folder(FolderConfig(table=root / "table.csv", out=root / fit, size=128, fit=fit, progress=False)) for fit in ("pad", "stretch")}
+    packs = {fit: folder_pack(root / "table.csv", root / fit, size=128, fit=fit) for fit in ("pad", "stretch")}
     write_ms_cxr(root / "films.json", phrases)
     return packs, read_ms_cxr(root / "films.json")
 

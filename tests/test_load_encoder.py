@@ -10,11 +10,12 @@ import timm
 import torch
 import torchvision
 import transformers
+from folders import folder_pack
 from PIL import Image
 from safetensors.torch import save_file
 
 from medvis.data.preprocessing import Preprocessing
-from medvis.data.prepare import FolderConfig, PhantomConfig, prepare_folder, prepare_phantom
+from medvis.data.prepare import PhantomConfig, prepare_phantom
 from medvis.encoders.pretrained import PretrainedEncoder, is_pretrained, pretrained_encoder, read_preprocessing
 from medvis.evaluate.classify import check_preprocessing, encode, encoder_hash, random_like
 from medvis.methods import MGCA
@@ -236,7 +237,7 @@ def test_a_run_remembers_how_its_images_were_made_square(tmp_path):
         Image.fromarray(draw.integers(0, 255, (80, 64), dtype=np.uint8)).save(tmp_path / f"{number}.png")
     pd.DataFrame([{"image_path": f"{n}.png", "report": "There is a small left effusion.", "patient_id": f"p{n}", "study_id": f"s{n}",
                    "split": "train" if n < 8 else "validate"} for n in range(12)]).to_csv(tmp_path / "table.csv", index=False)
-    packs = {how: prepare_folder(FolderConfig(table=tmp_path / "table.csv", out=tmp_path / how, size=64, fit=how, progress=False)) for how in ("pad", "stretch")}
+    packs = {how: folder_pack(tmp_path / "table.csv", tmp_path / how, size=64, fit=how) for how in ("pad", "stretch")}
     method = MGCA.from_preset("tiny", phantom_tokenizer(20))
     run = fit(method, packs["stretch"], TrainConfig.of(method, tmp_path / "run", epochs=1, batch_size=8, progress=False))
     encoder = load_encoder(run.path)

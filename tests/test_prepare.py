@@ -9,13 +9,16 @@ import pandas as pd
 import pytest
 import torch
 import tyro
+from folders import folder_pack, picture_pack
 from PIL import Image
 from test_pack import contents, kill_when, parts
 
+from medvis.data.files import DataError
+from medvis.data.folder import FOLDER, FolderConfig, plan_folder
 from medvis.data.images import ImageError, read_image, to_square
 from medvis.data.preprocessing import AUGMENTATIONS, Preprocessing
 from medvis.data.pack import Pack
-from medvis.data.prepare import FolderConfig, PhantomConfig, plan_folder, prepare_folder, prepare_phantom
+from medvis.data.prepare import PhantomConfig, prepare_phantom
 from medvis.data.reports import ReportRules
 
 REPORT = "FINDINGS: The lungs are clear. IMPRESSION: Normal chest."
@@ -39,10 +42,10 @@ def rows(**columns) -> pd.DataFrame:
     return pd.DataFrame({name: value for name, value in {**good, **columns}.items() if value is not None})
 
 
-def config(folder: Path, table: pd.DataFrame | None = None, **changes) -> FolderConfig:
+def prepared(folder: Path, table: pd.DataFrame | None = None, **changes) -> Pack:
     if table is not None:
         table.to_csv(folder / "table.csv", index=False)
-    return FolderConfig(**{"table": folder / "table.csv", "out": folder / "pack", "size": 32, "progress": False, **changes})
+    return folder_pack(folder / "table.csv", folder / "pack", **{"size": 32, **changes})
 
 
 # images
@@ -244,7 +247,7 @@ def test_unknown_augmentation():
 def test_table_formats(ending, folder):
     table, path = rows(Edema=[1, 0, -1, None] * 2), folder / f"table{ending}"
     table.to_parquet(path) if ending == ".parquet" else table.to_csv(path, index=False, sep="\t" if ending == ".tsv" else ",")
-    pack = prepare_folder(FolderConfig(path, folder / "pack", size=32, label_columns=("Edema",), progress=False))
+    pack = folder_pack(path, folder / "pack", size=32, label_columns=("Edema",))
     pack.verify()
     assert len(pack) == 8 and pack.studies.patient_id.tolist() == [f"{i:03d}" for i in range(8)]
     assert pack.labels.Edema.fillna(9).tolist() == [1, 0, -1, 9] * 2
@@ -255,14 +258,14 @@ def test_table_formats(ending, folder):
 def test_bom_and_crlf_inside_reports(folder):
     text = "x\r\n FINDINGS: Größe normal.\r\n \r\n IMPRESSION: Clear lungs."
     rows(report=text).to_csv(folder / "table.csv", index=False, encoding="utf-8-sig", lineterminator="\r\n")
-    pack = prepare_folder(config(folder))
+    pack = prepared(folder)
     assert pack.studies.sentences[0] == ["Größe normal.", "Clear lungs."] and pack.image_table.path[0] == "a.png"
 
 
 def test_studies_of_several_rows(folder):
     table = rows(study_id=[1, 1, 2, 3, 3, 3, 4, 4], patient_id=None, report=[REPORT, "", REPORT, None, None, REPORT, REPORT, REPORT],
                  split=["train", "train", "val", "Test", "test", "testing", "dev", "validation"])
-    pack = prepare_folder(config(folder, table))
+    pack = prepared(folder, table)
     assert pack.studies.image_rows.tolist() == [[0, 1], [2], [3, 4, 5], [6, 7]] and pack.studies.study_id.tolist() == list("1234")
     assert pack.studies.split.tolist() == ["train", "validate", "test", "validate"] and pack.studies.patient_id.tolist() == list("1234")
     assert (pack.studies.report == REPORT).all()
@@ -270,7 +273,7 @@ def test_studies_of_several_rows(folder):
 
 def test_classes_filter_and_no_reports(folder):
     table = rows(report=None, source=["x"] * 6 + ["y"] * 2, kind=["normal", "viral", "bacterial", None, "viral", "normal", "other", "other"])
-    pack = prepare_folder(config(folder, table, where="source == 'x'", class_column="kind", require_report=False))
+    pack = prepared(folder, table, where="source == 'x'", class_column="kind", require_report=False)
     assert len(pack) == 6 and pack.labels.columns.tolist() == ["bacterial", "normal", "viral"]
     assert pack.labels.fillna(9).astype(int).values.tolist() == [[0, 1, 0], [0, 0, 1], [1, 0, 0], [9, 9, 9], [0, 0, 1], [0, 1, 0]]
     assert pack.studies.sentences.map(len).sum() == 0 and (pack.studies.report == "").all()
@@ -279,10 +282,10 @@ def test_classes_filter_and_no_reports(folder):
 def test_splits_are_made_by_patient(tmp_path):
     names = [f"{i}.png" for i in range(400)]
     pd.DataFrame({"image_path": names, "report": REPORT, "patient_id": [i // 4 for i in range(400)]}).to_csv(tmp_path / "t.csv", index=False)
-    items = plan_folder(FolderConfig(tmp_path / "t.csv", tmp_path / "o")).items
+    items = plan_folder(FolderConfig(tmp_path, table=tmp_path / "t.csv")).items
     splits = pd.DataFrame(items).groupby("patient").split.agg(["nunique", "first"])
     assert (splits["nunique"] == 1).all() and 70 <= (splits["first"] == "train").sum() <= 90
-    again = plan_folder(FolderConfig(tmp_path / "t.csv", tmp_path / "o", split_seed=1)).items
+    again = plan_folder(FolderConfig(tmp_path, table=tmp_path / "t.csv", split_seed=1)).items
     assert [i["split"] for i in again] != [i["split"] for i in items]
 
 
@@ -302,7 +305,7 @@ WRONG = {
     "path away": (rows(image_path=["/etc/passwd"] + [f"{n}.png" for n in "bcdefgh"]), {}, "row 1: image path '/etc/passwd' leads out"),
     "two reports": (rows(study_id=[1] * 8, patient_id="p", report=[REPORT] * 7 + ["Other."]), {}, "study 1: rows 1 and 8 give it different values of report"),
     "two patients": (rows(study_id=[1] * 8), {}, "study 1: rows 1 and 2 give it different values of patient"),
-    "leak": (rows(patient_id=list("aabbccdd"), split=["train", "test"] + ["train"] * 6), {}, r"1 patient\(s\) are in more than one split: a;"),
+    "leak": (rows(patient_id=list("aabbccdd"), split=["train", "test"] + ["train"] * 6), {}, r"the same patients or images are on both sides \(1 x patient\): patient a \(train\) = a \(test\)"),
     "no rows": (rows().head(0), {}, "table.csv has no rows"),
     "filter": (rows(), {"where": "nonsense == 1"}, "the filter 'nonsense == 1' fails: .*the table has image_path"),
     "nothing left": (rows(), {"where": "patient_id == 'x'"}, "no rows where patient_id == 'x'"),
@@ -314,8 +317,9 @@ def test_wrong_tables(kind, folder):
     table, changes, complaint = WRONG[kind]
     before = {path.name for path in folder.iterdir()} | {"table.csv"}
     with pytest.raises(ValueError, match=complaint) as error:
-        prepare_folder(config(folder, table, **changes))
-    assert {path.name for path in folder.iterdir()} == before and "lungs" not in str(error.value)      # nothing is written, no report text told
+        prepared(folder, table, **changes)
+    written = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()} - before
+    assert written == ({"pack.partial/pack.leaks.csv"} if kind == "leak" else set()) and "lungs" not in str(error.value)      # no report text is told
 
 
 @pytest.mark.parametrize(("name", "data", "complaint"), [
@@ -329,15 +333,21 @@ def test_wrong_tables(kind, folder):
 def test_unreadable_tables(name, data, complaint, tmp_path):
     (tmp_path / name).write_bytes(data)
     with pytest.raises(ValueError, match=complaint):
-        prepare_folder(FolderConfig(tmp_path / name, tmp_path / "pack"))
+        folder_pack(tmp_path / name, tmp_path / "pack")
     assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
 def test_missing_table_or_root(folder):
-    with pytest.raises(FileNotFoundError, match="none.csv: no such table"):
-        prepare_folder(FolderConfig(folder / "none.csv", folder / "pack"))
-    with pytest.raises(FileNotFoundError, match="nowhere: no such folder"):
-        prepare_folder(config(folder, rows(), root=folder / "nowhere"))
+    with pytest.raises(DataError, match="none.csv: no such table"):
+        folder_pack(folder / "none.csv", folder / "pack")
+    with pytest.raises(DataError, match="nowhere: no such folder. Your own data"):
+        prepared(folder, rows(), root=folder / "nowhere")
+    (folder / "table.csv").rename(folder / "table.tsv")
+    with pytest.raises(DataError, match="table.tsv: no column 'image_path'"):
+        picture_pack(FOLDER, FolderConfig(folder), folder / "pack")
+    (folder / "table.tsv").unlink()
+    with pytest.raises(DataError, match="there is no table.csv or table.csv.gz or table.tsv"):
+        picture_pack(FOLDER, FolderConfig(folder), folder / "pack")
 
 
 def test_bad_files_and_reports_are_rejects(folder):
@@ -350,7 +360,7 @@ def test_bad_files_and_reports_are_rejects(folder):
     (folder / "loop.png").symlink_to(folder / "loop.png")
     paths = ["a.jpg", "b.png", "c.png", "d.png", "loop.png", None, "g.png", "h.png"]
     table = rows(image_path=paths, report=[REPORT] * 6 + ["IMPRESSION: ___.", REPORT])
-    pack = prepare_folder(config(folder, table, max_rejects=0.9))
+    pack = prepared(folder, table, max_rejects=0.9)
     reasons = dict(pack.rejects.values.tolist())
     assert reasons.pop("a.jpg").startswith("cannot be decoded: OSError: image file is truncated")
     assert reasons == {"b.png": "file is empty", "c.png": "not a known image format", "d.png": "file not found",
@@ -362,12 +372,12 @@ def test_bad_files_and_reports_are_rejects(folder):
 def test_wrong_root_is_an_error_not_an_empty_pack(folder):
     (folder / "other").mkdir()
     with pytest.raises(ValueError, match=r"8 of 8 images did not get in \(8 x file not found\)"):
-        prepare_folder(config(folder, rows(), root=folder / "other"))
+        prepared(folder, rows(), root=folder / "other")
     assert not (folder / "pack").exists()
 
 
 def test_rules_reach_the_pack(folder):
-    pack = prepare_folder(config(folder, rows(), rules=ReportRules(sections=("impression",), min_words=2)))
+    pack = prepared(folder, rows(), rules=ReportRules(sections=("impression",), min_words=2))
     assert pack.studies.sentences[0] == ["Normal chest."] and pack.manifest["rules"]["sections"] == ["impression"]
 
 
@@ -385,19 +395,19 @@ def test_killed_and_resumed_folder(tmp_path):
         Image.fromarray(noise.integers(0, 255, (300, 400), dtype=np.uint8)).save(tmp_path / "images" / f"{index}.jpg")
     (tmp_path / "images" / "7.jpg").write_bytes(b"broken")
     pd.DataFrame({"image_path": [f"images/{i}.jpg" for i in range(320)], "report": REPORT}).to_csv(tmp_path / "t.csv", index=False)
-    command = [sys.executable, "-c", "import tyro; from medvis.data.prepare import *; prepare_folder(tyro.cli(FolderConfig))",
-               "--table", str(tmp_path / "t.csv"), "--no-progress", "--size", "64", "--out"]
+    command = [sys.executable, "-c", "import sys; from medvis.cli.start import main; sys.exit(main())",
+               "prepare", "folder", "--root", str(tmp_path), "--table", str(tmp_path / "t.csv"), "--no-progress", "--size", "64", "--out"]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     kill_when(subprocess.Popen([*command, str(killed)], stderr=subprocess.PIPE, text=True), lambda: parts(killed) >= 1)
     assert parts(killed) < 5 and not killed.exists()
     for out in (whole, killed):
-        prepare_folder(FolderConfig(tmp_path / "t.csv", out, size=64, progress=False))
+        folder_pack(tmp_path / "t.csv", out, size=64)
     assert contents(whole) == contents(killed) and len(Pack(killed)) == 319
     assert sorted(path.name for path in tmp_path.iterdir()) == ["images", "killed", "t.csv", "whole"]
 
 
 def test_command_line():
-    parsed = tyro.cli(FolderConfig, args="--table t.csv --out o --label-columns A B --where x==1 --no-require-report --rules.min-words 5".split())
-    assert parsed == FolderConfig(Path("t.csv"), Path("o"), label_columns=("A", "B"), where="x==1", require_report=False, rules=ReportRules(min_words=5))
+    parsed = tyro.cli(FolderConfig, args="--root r --table t.csv --label-columns A B --where x==1 --no-require-report --rules.min-words 5".split())
+    assert parsed == FolderConfig(Path("r"), table=Path("t.csv"), label_columns=("A", "B"), where="x==1", require_report=False, rules=ReportRules(min_words=5))
     with pytest.raises(ValueError, match="studies is 0"):
         prepare_phantom(PhantomConfig(Path("o"), studies=0))

@@ -9,18 +9,20 @@ import numpy as np
 import pandas as pd
 import pytest
 import tyro
+from folders import folder_pack, picture_pack
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from sklearn.model_selection import train_test_split
 
+from medvis.data.class_folder import CLASS_FOLDER, ClassFolderConfig
 from medvis.data.covid_rural import COVID_RURAL, CovidRuralConfig, dress_lungs, dress_opacity, fill_splits
 from medvis.data.covidx import COVIDX, CovidxConfig, covidx_class, parse_line
 from medvis.data.files import DataError
 from medvis.data.images import boxes_to_square
 from medvis.data.object_cxr import CLASS, OBJECT_CXR, ObjectCxrConfig, dress_shapes
+from medvis.data.pack import Pack
 from medvis.data.phantom import Phantom, patient_number, tight_box
-from medvis.data.prepare import ClassFolderConfig, FolderConfig, prepare_class_folder, prepare_folder
 from medvis.data.source import BuildConfig, check_source, prepare_source, read_study
 
 STUDIES = [Phantom(64)[number] for number in range(40)]
@@ -460,14 +462,13 @@ def folder(tmp_path) -> Path:
     return tmp_path
 
 
-def folder_config(folder: Path, **changes) -> FolderConfig:
-    return FolderConfig(**{"table": folder / "table.csv", "out": folder / "pack", "size": 64, "require_report": False, "progress": False,
-                           "boxes": folder / "boxes.csv", "masks": folder / "masks.csv", "max_rejects": 0.8, "allow_leaks": True, **changes})
+def drawn_pack(folder: Path, **changes) -> Pack:
+    return folder_pack(folder / "table.csv", folder / "pack", size=64, require_report=False, boxes=folder / "boxes.csv", masks=folder / "masks.csv", max_rejects=0.8, allow_leaks=True, **changes)
 
 
 @pytest.mark.parametrize("annotated", ["listed", "rows", "all"])
 def test_folder_with_boxes_and_masks(annotated, folder):
-    pack = prepare_folder(folder_config(folder, annotated=annotated))
+    pack = drawn_pack(folder, annotated=annotated)
     pack.verify()
     assert pack.boxes.to_numpy().tolist() == [[0, "Mass", 4, 8, 20, 20], [0, "Nodule", 30.5, 10, 46, 22], [1, "Mass", 40, 20, 56, 32]]
     assert pack.image_table.view.tolist() == ["PA", "AP", "PA", ""]
@@ -491,7 +492,7 @@ def test_folder_with_boxes_and_masks(annotated, folder):
 def test_folder_with_wrong_tables(name, old, new, told, folder):
     replace_in(folder / f"{name}.csv", old, new)
     with pytest.raises(ValueError, match=told):
-        prepare_folder(folder_config(folder))
+        drawn_pack(folder)
     assert not (folder / "pack").exists() and not (folder / "pack.partial").exists()
 
 
@@ -502,12 +503,12 @@ def test_folder_with_wrong_tables(name, old, new, told, folder):
 def test_folder_with_wrong_rows(name, old, new, told, folder):
     "An image of which one box or mask is wrong is rejected as a whole"
     replace_in(folder / f"{name}.csv", old, new)
-    pack = prepare_folder(folder_config(folder))
+    pack = drawn_pack(folder)
     assert pack.rejects.item.tolist() == ["a.png"] and told in pack.rejects.reason[0] and len(pack) == 3 and len(pack.boxes) == 1
 
 
 def test_folder_where_leaves_marks_of_others_out(folder):
-    pack = prepare_folder(folder_config(folder, where="view == 'AP'"))
+    pack = drawn_pack(folder, where="view == 'AP'")
     assert len(pack) == 1 and pack.boxes["name"].tolist() == ["Mass"] and pack.mask(0)[1].any()
 
 
@@ -521,11 +522,15 @@ def tree(folder: Path, names: list[str]) -> ClassFolderConfig:
     for number, name in enumerate(names):
         (folder / "tree" / name).parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(STUDIES[number].image).save(folder / "tree" / name, format="png")
-    return ClassFolderConfig(folder / "tree", folder / "pack", size=64, patients="kermany", progress=False)
+    return ClassFolderConfig(folder / "tree", patients="kermany")
+
+
+def class_pack(config: ClassFolderConfig) -> Pack:
+    return picture_pack(CLASS_FOLDER, config, config.root.parent / "pack", size=64)
 
 
 def test_class_folder(tmp_path):
-    pack = prepare_class_folder(tree(tmp_path, NAMES))
+    pack = class_pack(tree(tmp_path, NAMES))
     assert pack.studies.study_id.tolist() == sorted(NAMES) and pack.labels.columns.tolist() == ["NORMAL", "PNEUMONIA"]
     for row, name in enumerate(pack.studies.study_id):
         split, kind, _ = name.split("/")
@@ -537,16 +542,16 @@ def test_class_folder(tmp_path):
 def test_class_folder_without_splits_or_rule(tmp_path):
     config = tree(tmp_path, [name.partition("/")[2] for name in NAMES])
     config.patients = ""
-    pack = prepare_class_folder(config)
+    pack = class_pack(config)
     assert pack.studies.patient_id.nunique() == 6 and set(pack.studies.split) <= {"train", "validate", "test"} and pack.labels.to_numpy().sum() == 6
 
 
 def test_class_folder_with_recurring_persons(tmp_path):
     config = tree(tmp_path, [*NAMES, "test/PNEUMONIA/person12_virus_9.jpeg"])
-    with pytest.raises(DataError, match=r"1 patients are in more than one split \(person12\); turn keep_splits off"):
-        prepare_class_folder(config)
+    with pytest.raises(DataError, match=r"1 x patient\): patient person12 \(train\) = person12 \(test\)"):
+        class_pack(config)
     config.keep_splits = False
-    pack = prepare_class_folder(config)
+    pack = class_pack(config)
     assert pack.studies.groupby("patient_id").split.nunique().max() == 1 and len(pack) == 7
 
 
@@ -554,16 +559,16 @@ def test_class_folder_leaves_out_by_rule_and_rejects_by_name(tmp_path):
     config = tree(tmp_path, [*NAMES, "train/NORMAL/._IM-0001-0001.jpeg", "__MACOSX/train/NORMAL/IM-0001-0001.jpeg", "train/scan.jpeg", "train/NORMAL/scan.jpeg"])
     (tmp_path / "tree" / "train" / "NORMAL" / "notes.txt").write_text("x")
     (tmp_path / "tree" / "train" / "loop").symlink_to(tmp_path / "tree")
-    pack = prepare_class_folder(config)
+    pack = class_pack(config)
     assert pack.manifest["source"]["dropped"] == {"not an image by its name": 3, "outside of the folders train, validate and test": 1, "not in a folder of a class": 1}
     assert pack.rejects.item.tolist() == ["train/NORMAL/scan.jpeg"] and "does not tell the patient" in pack.rejects.reason[0] and len(pack) == 6
 
 
 def test_class_folder_command_line(tmp_path):
-    parsed = tyro.cli(ClassFolderConfig, args="--root r --out o --patients kermany --no-keep-splits".split())
-    assert parsed == ClassFolderConfig(Path("r"), Path("o"), patients="kermany", keep_splits=False)
+    parsed = tyro.cli(ClassFolderConfig, args="--root r --patients kermany --no-keep-splits".split())
+    assert parsed == ClassFolderConfig(Path("r"), patients="kermany", keep_splits=False)
     with pytest.raises(DataError, match="no such folder"):
-        prepare_class_folder(ClassFolderConfig(tmp_path / "x", tmp_path / "pack"))
+        class_pack(ClassFolderConfig(tmp_path / "x"))
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="no study is left"):
-        prepare_class_folder(ClassFolderConfig(tmp_path / "empty", tmp_path / "pack"))
+        class_pack(ClassFolderConfig(tmp_path / "empty"))

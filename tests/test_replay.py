@@ -2,6 +2,7 @@
 imports), and what coverage is measured over."""
 import importlib
 import sys
+import tempfile
 import traceback
 from pathlib import Path
 
@@ -25,11 +26,12 @@ def replay(cells: list[Cell], namespace: dict, folder: Path) -> str | None:
 
 @pytest.fixture(autouse=True)
 def undisturbed(monkeypatch):
-    "IPython's shell takes over `__main__` and the path, notebooks the figure style; give them back."
+    "IPython's shell takes over `__main__` and the path, notebooks the figure style and room on the disk; give them back."
     monkeypatch.setenv("IN_TEST", "1")
     monkeypatch.setitem(sys.modules, "__main__", sys.modules["__main__"])
     monkeypatch.setattr(sys, "path", list(sys.path))
-    with matplotlib.rc_context():
+    with matplotlib.rc_context(), tempfile.TemporaryDirectory() as folder:
+        monkeypatch.setattr(tempfile, "tempdir", folder)
         yield
 
 

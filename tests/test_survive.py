@@ -9,12 +9,13 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from folders import folder_pack
 from PIL import Image
 
 from medvis.data.pack import Pack
 from medvis.data.pairs import Pairs, collate, epoch_batches
 from medvis.data.phantom import Phantom
-from medvis.data.prepare import FolderConfig, PhantomConfig, prepare_folder, prepare_phantom
+from medvis.data.prepare import PhantomConfig, prepare_phantom
 from medvis.encoders import train_tokenizer
 from medvis.methods import MGCA, ConVIRT
 from medvis.methods.method import Losses, phantom_tokenizer
@@ -356,8 +357,7 @@ def strange_table(folder: Path, splits: dict[str, str], ordinary: int) -> Pack:
         Image.fromarray(Phantom(seed=1)[i].image).save(folder / f"{i}.png")
         rows.append({"image_path": f"{i}.png", "study_id": name, "report": report, "split": splits.get(name, "train")})
     pd.DataFrame(rows).to_csv(folder / "table.csv", index=False)
-    return prepare_folder(FolderConfig(
-        table=folder / "table.csv", out=folder / "pack", size=64, require_report=False, progress=False))
+    return folder_pack(folder / "table.csv", folder / "pack", size=64, require_report=False)
 
 
 @pytest.fixture(scope="module")

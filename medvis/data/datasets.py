@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DATASETS', 'recipe_table', 'command_config', 'prepare_data', 'dress']
 
-# %% ../../nbs/data/21_datasets.ipynb #4ee8d5c1
+# %% ../../nbs/data/21_datasets.ipynb #6e3e24c6
 from dataclasses import make_dataclass
 from itertools import count, islice
 from pathlib import Path
@@ -13,8 +13,10 @@ from pathlib import Path
 import pandas as pd
 
 from .chexpert import CHEXPERT
+from .class_folder import CLASS_FOLDER
 from .covid_rural import COVID_RURAL
 from .covidx import COVIDX
+from .folder import FOLDER
 from .mimic import MIMIC_CXR, MIMIC_EDEMA
 from .nih import NIH
 from .object_cxr import OBJECT_CXR
@@ -26,9 +28,9 @@ from .siim import SIIM
 from .source import BuildConfig, DataSet, Recipe, prepare_source
 from .tasks import store_subsets
 
-# %% ../../nbs/data/21_datasets.ipynb #fe588b88
+# %% ../../nbs/data/21_datasets.ipynb #0b0284b8
 DATASETS: dict[str, DataSet] = {one.name: one for one in (
-    MIMIC_CXR, MIMIC_EDEMA, CHEXPERT, RSNA, SIIM, COVIDX, OBJECT_CXR, NIH, COVID_RURAL, OPENI)}
+    MIMIC_CXR, MIMIC_EDEMA, CHEXPERT, RSNA, SIIM, COVIDX, OBJECT_CXR, NIH, COVID_RURAL, OPENI, FOLDER, CLASS_FOLDER)}
 
 # %% ../../nbs/data/21_datasets.ipynb #41538c5d
 def _told(recipe: Recipe) -> dict[str, str]:

@@ -36,9 +36,26 @@ def to_uint8(
         raise ValueError("pixels are not finite numbers")
     return (image.clip(0) * (255.0 / top if top > 0 else 0.0)).round().astype(np.uint8)
 
-# %% ../../nbs/data/03_images.ipynb #4868d2e5
+# %% ../../nbs/data/03_images.ipynb #9c8077ee
+def _as_stored(
+    dataset,        # pydicom's, or any other mapping of the tags' names
+) -> bool:
+    "Are eight bits shown as they are stored: no table, no rescale but by 1 and 0, no window but of all 256 levels (or 255)? An empty tag is none."
+    if dataset.get("ModalityLUTSequence") or dataset.get("VOILUTSequence"):
+        return False
+    rescale = [dataset.get(name) for name in ("RescaleSlope", "RescaleIntercept")]
+    if None not in rescale and [float(value) for value in rescale] != [1, 0]:
+        return False
+    window = [dataset.get(name) for name in ("WindowCenter", "WindowWidth")]
+    if None in window:
+        return True
+    center, width = (float(np.ravel(value)[0]) for value in window)      # the first of several windows is the one that is shown
+    linear = (dataset.get("VOILUTFunction") or "LINEAR") in ("LINEAR", "LINEAR_EXACT")
+    return linear and abs(center - width / 2) <= 1 and abs(center + width / 2 - 255) <= 1
+
+# %% ../../nbs/data/03_images.ipynb #7e5a484a
 def _decode_dicom(data: bytes) -> np.ndarray:
-    "(H, W) uint8 of a single-frame DICOM: rescale, VOI LUT, MONOCHROME1 turned over; 8 bits without a window stay, all else is stretched from its minimum to its maximum"
+    "(H, W) uint8 of a single-frame DICOM: rescale, VOI LUT, MONOCHROME1 turned over; 8 bits stay if none of it changes them, all else is stretched from its minimum to its maximum"
     try:
         import pydicom
     except ImportError as error:
@@ -52,7 +69,7 @@ def _decode_dicom(data: bytes) -> np.ndarray:
     if pixels.ndim != 2:
         raise ValueError(f"DICOM with {pixels.shape[0]} frames, expected one")
     inverted = dataset.PhotometricInterpretation == "MONOCHROME1"
-    if pixels.dtype == np.uint8 and not any(tag in dataset for tag in ("WindowCenter", "VOILUTSequence", "RescaleSlope", "ModalityLUTSequence")):
+    if pixels.dtype == np.uint8 and _as_stored(dataset):
         return 255 - pixels if inverted else pixels
     pixels = pydicom.pixels.apply_voi_lut(pydicom.pixels.apply_modality_lut(pixels, dataset), dataset)
     pixels = pixels.astype(np.float32) * (-1 if inverted else 1)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['WHOLE', 'GRID', 'BITS', 'EVEN', 'VIEWS', 'REACH', 'HALF_BITS', 'HALF_REACH', 'COARSE', 'SAME', 'COLUMNS',
-           'difference_hash', 'Prints', 'take_prints', 'near_duplicates', 'leaks_within', 'leaks_between',
-           'leaks_summary', 'refuse']
+           'difference_hash', 'Prints', 'take_prints', 'near_duplicates', 'patients_within', 'leaks_within',
+           'leaks_between', 'leaks_summary', 'refuse']
 
 # %% ../../nbs/data/04b_leaks.ipynb #9e8c9938
 from collections.abc import Iterator, Sequence
@@ -335,7 +335,20 @@ def _check_table(table: pd.DataFrame, pixels: np.ndarray) -> pd.DataFrame:
         raise ValueError(f"{len(table)} rows of images, but {len(pixels)} images; expected one row an image")
     return table.reset_index(drop=True)
 
-# %% ../../nbs/data/04b_leaks.ipynb #c528646e
+# %% ../../nbs/data/04b_leaks.ipynb #41a44e59
+def _by_split(table: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    "The rows of each split, train first"
+    return dict(sorted(table.groupby("split", sort=False), key=lambda part: (part[0] != "train", part[0] != "validate", part[0])))
+
+# %% ../../nbs/data/04b_leaks.ipynb #4fd4b2e3
+def patients_within(
+    table: pd.DataFrame,        # columns patient_id, split
+) -> pd.DataFrame:              # columns COLUMNS
+    "Patients that are in more than one split: what can be told before a pixel is read"
+    found = [_shared("patient", a, b, "patient_id", "patient_id") for a, b in combinations(_by_split(table).values(), 2)]
+    return pd.concat(found, ignore_index=True) if found else pd.DataFrame(columns=list(COLUMNS))
+
+# %% ../../nbs/data/04b_leaks.ipynb #9dd88a86
 def leaks_within(
     table: pd.DataFrame,        # one row an image: patient_id, split, image_id, sha256
     pixels: np.ndarray,         # (n, S, S) uint8
@@ -343,10 +356,9 @@ def leaks_within(
 ) -> pd.DataFrame:              # columns COLUMNS
     "Patients, files and near duplicates that are in more than one split"
     table = _check_table(table, pixels)
-    splits = {split: part for split, part in table.groupby("split", sort=False)}
+    splits = _by_split(table)
     prints = {split: take_prints(pixels, part.index.to_numpy()) for split, part in splits.items() if len(splits) > 1}
-    ordered = sorted(splits, key=lambda split: (split != "train", split != "validate", split))
-    found = [_compare(splits[a], splits[b], prints[a], prints[b], progress) for a, b in combinations(ordered, 2)]
+    found = [_compare(splits[a], splits[b], prints[a], prints[b], progress) for a, b in combinations(splits, 2)]
     return pd.concat(found, ignore_index=True) if found else pd.DataFrame(columns=list(COLUMNS))
 
 # %% ../../nbs/data/04b_leaks.ipynb #da0884ae

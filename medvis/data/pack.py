@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FORMAT', 'LATER', 'LABEL', 'GRADE', 'ImageRecord', 'StudyRecord', 'list_hash', 'by_reason', 'Pack', 'find_pack_leaks',
-           'guard', 'write_pack']
+           'refuse_leaks', 'guard', 'write_pack']
 
 # %% ../../nbs/data/05_pack.ipynb #94cc9d60
 import hashlib
@@ -498,7 +498,18 @@ def find_pack_leaks(
         found.append(leaks_between(_image_owners(pack, same), pack.images, _image_owners(other, same), other.images, progress, both))
     return pd.concat([one for one in found if len(one)] or [pd.DataFrame(columns=list(COLUMNS))], ignore_index=True)
 
-# %% ../../nbs/data/05_pack.ipynb #92faef10
+# %% ../../nbs/data/05_pack.ipynb #7d9c232b
+def refuse_leaks(
+    leaks: pd.DataFrame,        # columns leaks.COLUMNS
+    folder: Path,               # of a Pack, or of one that is being built: <out>.partial/pack
+) -> None:
+    "DataError with the first offenders; all of them are listed in <folder>.leaks.csv"
+    listed = Path(f"{folder}.leaks.csv")
+    listed.parent.mkdir(parents=True, exist_ok=True)
+    _write_atomic(listed, leaks.to_csv(index=False).encode())
+    refuse(leaks, str(folder).removesuffix(".partial/pack"), str(listed))
+
+# %% ../../nbs/data/05_pack.ipynb #72879a17
 def guard(
     folder: Path,
     against: Sequence[str | Path] = (),     # Packs that are trained on before
@@ -507,7 +518,7 @@ def guard(
 ) -> None:
     "Look through a Pack, as far as its manifest does not say that it was done, and write down what was found. ValueError if anything leaks and is not allowed to."
     pack, others = Pack(folder), {other.manifest["hash"]: other for other in map(Pack, against)}
-    told, whole = pack.manifest.get("guard", {"against": {}, "leaks": {}}), str(folder).removesuffix(".partial/pack")
+    told = pack.manifest.get("guard", {"against": {}, "leaks": {}})
     new = [other for name, other in others.items() if name not in told["against"]]
     if told["leaks"] and not allow_leaks:
         raise ValueError(f"{folder} was built with leaks between splits (its manifest lists them); --allow-leaks takes it as it is")
@@ -515,8 +526,7 @@ def guard(
         return
     found = find_pack_leaks(pack, new, within="guard" not in pack.manifest, both=False, progress=progress)
     if len(found) and not allow_leaks:
-        _write_atomic(Path(f"{folder}.leaks.csv"), found.to_csv(index=False).encode())
-        refuse(found, whole, f"{folder}.leaks.csv")
+        refuse_leaks(found, folder)
     found = pd.concat([pd.DataFrame(told["leaks"].get("offenders", []), columns=list(COLUMNS)), found]) if told["leaks"] else found
     told = {"against": told["against"] | {other.manifest["hash"]: other.manifest["source"].get("kind", "") for other in new},
             "leaks": leaks_summary(found, len(found)) if len(found) else {}}

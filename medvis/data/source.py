@@ -4,30 +4,33 @@
 
 # %% auto #0
 __all__ = ['SLACK', 'RULED', 'Recipe', 'ReadConfig', 'BuildConfig', 'Source', 'DataSet', 'read_report', 'check_boxes',
-           'read_item_image', 'read_study', 'prepare_source', 'summary', 'files_of', 'check_source']
+           'read_item_image', 'read_study', 'find_shared_patients', 'prepare_source', 'summary', 'files_of',
+           'check_source']
 
-# %% ../../nbs/data/05a_source.ipynb #0b0339ed
+# %% ../../nbs/data/05a_source.ipynb #625663b3
 import hashlib
 import os
 import zipfile
 import zlib
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import pandas as pd
 
 from .annotations import decode_mask
 from .files import DataError, decode, number, read_text, safe_path
 from .images import FITS, ImageError, decode_image, equalise, mask_to_square, read_bytes, to_square
-from .pack import ImageRecord, Pack, StudyRecord, by_reason, write_pack
+from .leaks import patients_within
+from .pack import ImageRecord, Pack, StudyRecord, by_reason, refuse_leaks, write_pack
 from .phantom import PhantomStudy
 from .reports import ReportRules
 
-# %% ../../nbs/data/05a_source.ipynb #a91da6b0
+# %% ../../nbs/data/05a_source.ipynb #77efb842
 @dataclass(frozen=True)
 class Recipe:
     "The rules of one paper for one data set."
@@ -36,7 +39,8 @@ class Recipe:
     fit: str = "pad"                                    # how they are made square, of images.FITS
     equalise: bool = False                              # equalise the histogram first
     views: tuple[str, ...] = ()                         # () = all
-    rules: ReportRules | None = None                    # for reports; None = reports are not needed
+    rules: ReportRules | None = None                    # for reports; None = there are none
+    require_report: bool = True                         # leave studies without a usable report out, if there are rules
     splits: str = "patients"                            # name of a split rule of the data set
     classes: tuple[str, ...] = ()                       # the labels that its task asks for; () = all
     uncertain: str | dict[str, str] = "ignore"          # what -1 becomes in a task, see tasks.label_targets
@@ -234,7 +238,18 @@ def read_study(
         rejects.append((item["study"], f"report: {error}"))
     return StudyRecord(item["study"], item["patient"], item["split"], images, report, item.get("labels", {}), rejects, item.get("grades", {}))
 
-# %% ../../nbs/data/05a_source.ipynb #229443b1
+# %% ../../nbs/data/05a_source.ipynb #a4d50661
+def find_shared_patients(source: Source) -> pd.DataFrame:     # columns leaks.COLUMNS
+    "Patients whose studies are planned for more than one split"
+    return patients_within(pd.DataFrame([(item["patient"], item["split"]) for item in source.items if "images" in item], columns=["patient_id", "split"]))
+
+# %% ../../nbs/data/05a_source.ipynb #0a8057f6
+def _options(read: ReadConfig) -> dict:     # JSON-like
+    "What was asked for, but for the root: for the manifest"
+    values = {name: value for name, value in vars(read).items() if name != "root"}
+    return {name: str(value) if isinstance(value, Path) else asdict(value) if is_dataclass(value) else value for name, value in values.items()}
+
+# %% ../../nbs/data/05a_source.ipynb #10af7085
 def prepare_source(data_set: DataSet, read: ReadConfig, build: BuildConfig) -> Pack:
     """Plan and build a Pack. DataError names the file, row or column that is wrong; damaged rows and files are in `Pack.rejects`; what a rule
     dropped is in the manifest's source."""
@@ -242,12 +257,13 @@ def prepare_source(data_set: DataSet, read: ReadConfig, build: BuildConfig) -> P
         raise DataError(f"{read.root}: no such folder. {data_set.get}")
     recipe, source, root = read.choose(data_set.recipes), data_set.plan(read), Path(read.root).absolute()
     recipe = replace(recipe, size=recipe.size if build.size is None else build.size, fit=build.fit or recipe.fit)
-    options = {name: str(value) if isinstance(value, Path) else value for name, value in vars(read).items() if name != "root"}
-    about = {"kind": data_set.name, "fit": recipe.fit, "recipe": asdict(recipe), "read": options, "dropped": source.dropped, **source.settings}
+    if not build.allow_leaks and len(shared := find_shared_patients(source)):
+        refuse_leaks(shared, Path(f"{build.out}.partial/pack"))
+    about = {"kind": data_set.name, "fit": recipe.fit, "recipe": asdict(recipe), "read": _options(read), "dropped": source.dropped, **source.settings}
     return write_pack(
         build.out, source.items, partial(read_study, root=root, size=recipe.size, fit=recipe.fit, even=recipe.equalise), recipe.size, about,
         labels=source.labels, grades=source.grades, boxes=source.boxes, masks=source.masks,
-        rules=recipe.rules or ReportRules(), require_report=recipe.rules is not None,
+        rules=recipe.rules or ReportRules(), require_report=recipe.rules is not None and recipe.require_report,
         workers=build.workers, max_rejects=build.max_rejects, progress=build.progress, against=build.against, allow_leaks=build.allow_leaks)
 
 # %% ../../nbs/data/05a_source.ipynb #6fefe317
@@ -286,7 +302,7 @@ def files_of(item: dict) -> list[str]:
             named += [part.get("file") for part in spec.get("union", [spec])]
     return [name for name in named if name]
 
-# %% ../../nbs/data/05a_source.ipynb #269666cd
+# %% ../../nbs/data/05a_source.ipynb #f00e6961
 def check_source(data_set: DataSet, read: ReadConfig) -> tuple[dict[str, int], list[str]]:
     "What is there (studies, images, files), and all that is wrong with it, one line each; no pixel is read"
     problems = []
@@ -303,6 +319,8 @@ def check_source(data_set: DataSet, read: ReadConfig) -> tuple[dict[str, int], l
     reasons = Counter(reason for item in source.items for _, reason in item.get("rejects", ()))
     example = {kind: name for reason, name in bad.items() for kind in by_reason({reason: 1})}
     problems += [f"{count} x {kind}, such as {example[kind]}" for kind, count in by_reason(reasons).items()]
+    if len(shared := find_shared_patients(source)):
+        problems.append(f"{len(shared)} x patient in two splits, such as {shared.item_a[0]} ({shared.split_a[0]}, {shared.split_b[0]}); --allow-leaks of medvis prepare takes them as they are")
     named = list(dict.fromkeys(name for item in source.items for name in files_of(item)))
     if lost := [name for name in named if not os.path.isfile(Path(read.root) / name)]:
         problems.append(f"{len(lost)} of {len(named)} files are not there: {', '.join(lost[:3])}{', …' if len(lost) > 3 else ''}")
