@@ -77,14 +77,14 @@ def _class_item(path: str, split: str, kind: str, kinds: list[str], pattern: re.
     return {"study": path, "patient": patient, "split": split or str(patient_splits([patient], seed=seed)[0]), "report": None,
             "labels": {name: float(name == kind) for name in kinds}, "images": [{"id": path, "path": path, "view": ""}]}
 
-# %% ../../nbs/data/11_class_folder.ipynb #239ac2ac
+# %% ../../nbs/data/11_class_folder.ipynb #f0452537
 def plan_class_folder(config: ClassFolderConfig) -> Source:
     "One study per image, in the order of the paths, with a label (1 or 0) per class"
     found, dropped = find_class_images(Path(config.root))
     kinds, pattern = sorted({kind for _, _, kind in found}), patient_pattern(config.patients)
     items = [item_or_reject(path, _class_item, path, split if config.keep_splits else "", kind, kinds, pattern, config.split_seed)
              for path, split, kind in found]
-    return Source(items, labels=tuple(kinds), dropped=dropped, settings={"patients": PATIENT_RULES.get(config.patients, config.patients), "root": str(Path(config.root).absolute())})
+    return Source(items, labels=tuple(kinds), dropped=dropped, settings={"patients": PATIENT_RULES.get(config.patients, config.patients), "root": str(Path(config.root).absolute()), "patients_known": bool(config.patients)})
 
 # %% ../../nbs/data/11_class_folder.ipynb #378ffc4b
 def dress_class_folder(root: Path, studies: Sequence[PhantomStudy]) -> None:
@@ -96,10 +96,10 @@ def dress_class_folder(root: Path, studies: Sequence[PhantomStudy]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(study.image).save(path, quality=95)
 
-# %% ../../nbs/data/11_class_folder.ipynb #f5201078
+# %% ../../nbs/data/11_class_folder.ipynb #9e752bc9
 CLASS_FOLDER = DataSet(
     name="class-folder", title="A folder per class", plan=plan_class_folder, recipes={"medvis": Recipe()}, dress=dress_class_folder, config=ClassFolderConfig,
-    tables=lambda root: [], follow_ups=False,
+    tables=lambda config: [], follow_ups=False,
     get="""Your own data, or a public one without tables, such as Kermany's children (doi:10.17632/rscbjbr9sj.2, CC BY 4.0). PNG, JPEG or DICOM files in folders:
     ROOT/CLASS/*.jpeg      or      ROOT/train/CLASS/*.jpeg   ROOT/val/CLASS/*.jpeg   ROOT/test/CLASS/*.jpeg
 Who is in which image is told by --patients: a regular expression for the start of the file's name, or the name of a rule (kermany).""")

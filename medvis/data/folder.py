@@ -265,7 +265,7 @@ def _with_splits(items: list[dict], seed: int) -> list[dict]:
     splits = patient_splits([item["patient"] for item in items], seed=seed)
     return [item | {"split": str(split)} for item, split in zip(items, splits, strict=True)]
 
-# %% ../../nbs/data/10_folder.ipynb #ce7f4e92
+# %% ../../nbs/data/10_folder.ipynb #76939343
 def plan_folder(config: FolderConfig) -> Source:
     "One item per study, in the order of the table, and the names of labels, boxes and masks"
     whole, columns = load_table(config)
@@ -279,7 +279,7 @@ def plan_folder(config: FolderConfig) -> Source:
         studies.setdefault(row["study"], []).append(row | {"image": _image_entry(row, boxes, masks, config.annotated)})
     items = [_study_item(name, group) for name, group in studies.items()]
     items = items if columns["split_column"] else _with_splits(items, config.split_seed)
-    return Source(items, labels=tuple(labels), boxes=_names(boxes), masks=_names(masks), settings={"root": str(root)})
+    return Source(items, labels=tuple(labels), boxes=_names(boxes), masks=_names(masks), settings={"root": str(root), "patients_known": bool(columns["patient_column"])})
 
 # %% ../../nbs/data/10_folder.ipynb #b0e0f7fc
 def _write_table(path: Path, rows: Sequence[dict]) -> None:
@@ -311,10 +311,10 @@ def dress_folder(root: Path, studies: Sequence[PhantomStudy]) -> None:
         if table:
             _write_table(root / name, table)
 
-# %% ../../nbs/data/10_folder.ipynb #7e70381a
+# %% ../../nbs/data/10_folder.ipynb #1f25468c
 FOLDER = DataSet(
     name="folder", title="A table and a folder of pictures", plan=plan_folder, recipes={"medvis": Recipe(rules=ReportRules())}, dress=dress_folder, config=FolderConfig,
-    tables=lambda root: [],
+    tables=lambda config: [],
     get="""Your own data. Nothing is to be downloaded; what is needed is a table with a row for each image, and the images (PNG, JPEG or DICOM):
     ROOT/table.csv      with a column image_path, relative to ROOT, and if there are such things report, patient_id, study_id, split, view, labels
 Other names are told by --table and --report-column, --label-columns …; boxes and masks by --boxes and --masks, tables of their own; without reports: --no-require-report.""")

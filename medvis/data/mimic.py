@@ -344,7 +344,7 @@ class MimicConfig(ReadConfig):
     edema: Path | None = None
     """Folder of the edema grades, which the recipe local-mi needs to keep their test patients out of training; by default looked for below the root."""
 
-# %% ../../nbs/data/12_mimic.ipynb #ac0f0ed4
+# %% ../../nbs/data/12_mimic.ipynb #19e2cb91
 def plan_mimic(config: MimicConfig) -> Source:
     "Read the tables of MIMIC-CXR and apply the rules of the recipe. DataError if a file is missing or malformed."
     recipe, root = config.choose(MIMIC_RECIPES), Path(config.root)
@@ -352,7 +352,7 @@ def plan_mimic(config: MimicConfig) -> Source:
     told = read_label_table(root, config.labeler)
     (labels, damaged), owners = label_values(told), dict(zip(images["study_id"], images["subject_id"], strict=True))
     damaged |= {study: "has another patient in the table of labels" for study, subject in zip(told["study_id"], told["subject_id"], strict=True) if owners.get(study, subject) != subject}
-    strays = [{"study": study, "rejects": [[study, "has labels, but is not in the metadata table"]]} for study in labels if study not in owners]
+    strays = [{"study": study, "rejects": [[study, "has labels, but is not in the metadata table"]], "planned": 0} for study in labels if study not in owners]
     if not set(owners) & set(labels):
         raise DataError(f"{mimic_table(root, config.labeler)} and {mimic_table(root, 'metadata')} have no study_id in common")
     rules = {f"view is not {' or '.join(recipe.views)}": ~images["view"].isin(recipe.views),
@@ -387,7 +387,7 @@ class EdemaConfig(ReadConfig):
     edema: Path | None = None
     """Folder of the three csv files; by default looked for below the root."""
 
-# %% ../../nbs/data/12_mimic.ipynb #8fe254d7
+# %% ../../nbs/data/12_mimic.ipynb #4a32935b
 def graded_images(config: EdemaConfig, images: pd.DataFrame) -> tuple[pd.DataFrame, list[dict]]:
     "The images that are graded, with their grade and `test` for those of the consensus; and rejects of grades without an image."
     folder, grades, problems = config.edema or config.root, {}, {}
@@ -396,7 +396,7 @@ def graded_images(config: EdemaConfig, images: pd.DataFrame) -> tuple[pd.DataFra
         grades, problems = {**grades, **good}, {**{study: text for study, text in problems.items() if study not in good}, **bad}
     tested, wrong = edema_grades(read_edema_table(folder, "consensus_image"), images, "dicom_id")
     known = set(images["study_id"]) | set(images["dicom_id"])
-    strays = [{"study": one, "rejects": [[one, text]]} for one, text in {**problems, **wrong}.items() if one not in known]
+    strays = [{"study": one, "rejects": [[one, text]], "planned": 0} for one, text in {**problems, **wrong}.items() if one not in known]
     images = images.assign(test=images["dicom_id"].isin({**tested, **wrong}))
     images["grade"] = images["dicom_id"].map(tested).where(images["test"], images["study_id"].map(grades))
     told = np.where(images["test"], [wrong.get(one, "") for one in images["dicom_id"]], [problems.get(one, "") for one in images["study_id"]])
@@ -422,7 +422,7 @@ def plan_edema(config: EdemaConfig) -> Source:
     facts = {study: {"grades": {"Edema": int(grade)}} for study, grade in zip(images["study_id"], images["grade"].fillna(0), strict=True)}
     return Source(study_items(images, facts, {}, jpg_folder(config.root)) + strays, grades=("Edema",), dropped=dropped, settings={"patient_ids": "mimic", "levels": {"Edema": 4}})
 
-# %% ../../nbs/data/12_mimic.ipynb #9e96236b
+# %% ../../nbs/data/12_mimic.ipynb #1b2851de
 GET_MIMIC = """\
 MIMIC-CXR-JPG 2.0.0 or 2.1.0 (pictures and tables, 560 GB) and MIMIC-CXR 2.0.0 or 2.1.0 (of it only mimic-cxr-reports.zip, 140 MB)
 from https://physionet.org/content/mimic-cxr-jpg/ and https://physionet.org/content/mimic-cxr/
@@ -432,7 +432,9 @@ Put them below one folder, the root; tables may be .csv or .csv.gz, reports the 
   ROOT/mimic-cxr-jpg/2.0.0/mimic-cxr-2.0.0-metadata.csv.gz
   ROOT/mimic-cxr-jpg/2.0.0/mimic-cxr-2.0.0-split.csv.gz
   ROOT/mimic-cxr-jpg/2.0.0/mimic-cxr-2.0.0-chexpert.csv.gz       (or -negbio, with --labeler negbio)
-  ROOT/mimic-cxr/2.0.0/mimic-cxr-reports.zip                     (or ROOT/mimic-cxr_2-0-0/, or unpacked among the pictures: …/files/p10/p10…/s5….txt)"""
+  ROOT/mimic-cxr/2.0.0/mimic-cxr-reports.zip                     (or ROOT/mimic-cxr_2-0-0/, or unpacked among the pictures: …/files/p10/p10…/s5….txt)
+The recipe local-mi keeps the patients of the edema test set out of training and needs one table more (see mimic-edema):
+  ROOT/mimic-cxr-pe-severity/consensus_image_edema_severity.csv  (or any folder, named with --edema)"""
 GET_EDEMA = """\
 MIMIC-CXR-PE-Severity 1.0.1 (three small tables) from https://physionet.org/content/mimic-cxr-pe-severity/
 Terms: those of MIMIC-CXR. The pictures are those of MIMIC-CXR-JPG (see mimic-cxr; reports are not needed).
@@ -441,23 +443,25 @@ Terms: those of MIMIC-CXR. The pictures are those of MIMIC-CXR-JPG (see mimic-cx
   ROOT/mimic-cxr-pe-severity/consensus_image_edema_severity.csv
   ROOT/mimic-cxr-jpg/2.0.0/…"""
 
-# %% ../../nbs/data/12_mimic.ipynb #27604063
-def _first_reports(root: Path) -> dict[str, dict[str, str]]:
+# %% ../../nbs/data/12_mimic.ipynb #1d07fa6b
+def _first_reports(root: str | Path) -> dict[str, dict[str, str]]:
     "Where the reports of the first hundred images are"
     images = read_metadata_table(root).head(100)
     return find_reports(root, list(map(report_name, images["subject_id"], images["study_id"])))
 
-# %% ../../nbs/data/12_mimic.ipynb #5fe0f25d
-def mimic_tables(root: Path) -> list[tuple[str, Callable]]:
-    "(what, function that reads it) of each table of MIMIC-CXR, for `medvis data check`."
-    readers = {"metadata": read_metadata_table, "split": read_split_table, "labels": read_label_table, "reports": _first_reports}
-    return [(what, partial(read, root)) for what, read in readers.items()]
+# %% ../../nbs/data/12_mimic.ipynb #471b8e3b
+def mimic_tables(config: MimicConfig) -> list[tuple[str, Callable]]:
+    "(what, function that reads it) of each table of MIMIC-CXR that is asked for, for `medvis data check`."
+    readers = {"metadata": read_metadata_table, "split": read_split_table, "labels": partial(read_label_table, labeler=config.labeler), "reports": _first_reports}
+    graded = [("edema grades", partial(read_edema_table, config.edema or config.root, "consensus_image"))] if "edema" in config.choose(MIMIC_RECIPES).splits else []
+    return [*((what, partial(read, config.root)) for what, read in readers.items()), *graded]
 
-# %% ../../nbs/data/12_mimic.ipynb #b766579a
-def edema_tables(root: Path) -> list[tuple[str, Callable]]:
-    "(what, function that reads it) of each table of the edema grades, for `medvis data check`."
-    graded = [(f"{kind} grades", partial(read_edema_table, root, kind)) for kind in ("regex_report", "expert_report", "consensus_image")]
-    return [*mimic_tables(root)[:2], *graded]
+# %% ../../nbs/data/12_mimic.ipynb #edfd2810
+def edema_tables(config: EdemaConfig) -> list[tuple[str, Callable]]:
+    "(what, function that reads it) of each table of the edema grades that is asked for, for `medvis data check`."
+    config.choose(EDEMA_RECIPES)
+    graded = [(f"{kind} grades", partial(read_edema_table, config.edema or config.root, kind)) for kind in (*EDEMA_GRADERS[config.recipe], "consensus_image")]
+    return [("metadata", partial(read_metadata_table, config.root)), ("split", partial(read_split_table, config.root)), *graded]
 
 # %% ../../nbs/data/12_mimic.ipynb #d8faf873
 MIMIC_CXR = DataSet("mimic-cxr", "MIMIC-CXR-JPG with the reports of MIMIC-CXR", GET_MIMIC, plan_mimic, MIMIC_RECIPES, mimic_tables, dress_mimic, MimicConfig)

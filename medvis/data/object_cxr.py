@@ -166,7 +166,7 @@ def dress_object_cxr(root: Path, studies: Sequence[PhantomStudy]) -> None:
 # %% ../../nbs/data/17_object_cxr.ipynb #a0ba4753
 OBJECT_CXR = DataSet(
     name="object-cxr", title="Object-CXR", plan=plan_object_cxr, recipes=RECIPES, dress=dress_object_cxr, config=ObjectCxrConfig, follow_ups=False,
-    tables=lambda root: [(f"{part}.csv", lambda part=part: read_annotations(find_table(root, part))) for part in ("train", "dev")],
+    tables=lambda config: [(f"{part}.csv", lambda part=part: read_annotations(find_table(config.root, part))) for part in ("train", "dev")],
     get="""Object-CXR (JF Healthcare; free for scientific research and other non-commercial use): the links stand in https://github.com/hlk-1135/object-CXR
 (Google Drive); unpack the two archives.
     ROOT/train.csv  dev.csv                          (LoVT's layout, ROOT/input/..., is taken too)

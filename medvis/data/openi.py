@@ -279,11 +279,9 @@ class OpeniConfig(ReadConfig):
     partial: bool = False
     """Leave out pictures that are not there, instead of rejecting their studies."""
 
-# %% ../../nbs/data/20_openi.ipynb #26c99614
+# %% ../../nbs/data/20_openi.ipynb #58d2469e
 def wanted_images(report: dict, recipe: Recipe, files: dict[str, str], partial: bool, dropped: Counter) -> list[dict]:
     "The pictures of a report by the recipe's views; what is left out is counted in `dropped`."
-    if not report["images"]:
-        dropped["report without a picture"] += 1
     images = []
     for image in report["images"]:
         if recipe.views and image["view"] not in recipe.views:
@@ -294,7 +292,7 @@ def wanted_images(report: dict, recipe: Recipe, files: dict[str, str], partial: 
             images.append({"id": image["id"], "path": files.get(image["file"], f"{image['file']}.png"), "view": image["view"]})
     return images
 
-# %% ../../nbs/data/20_openi.ipynb #81d45892
+# %% ../../nbs/data/20_openi.ipynb #b12cd05e
 def plan_openi(config: OpeniConfig) -> Source:
     "Read reports and list pictures. DataError if either is missing, or the views that the recipe needs are not known."
     recipe, root, dropped = config.choose(OPENI_RECIPES), Path(config.root), Counter()
@@ -314,9 +312,10 @@ def plan_openi(config: OpeniConfig) -> Source:
             items.append({"study": report["study"], "patient": report["study"], "split": splits[report["study"]], "images": images,
                           "report": {"text": compose_report(report["sections"])}, "labels": mesh_labels(report["major"])})
     items += [{"study": study, "rejects": [[study, reason]]} for study, reason in rejects]
-    return Source(items, labels=tuple(MESH.values()), dropped=dict(dropped))
+    beside = {"reports without a picture": sum(not report["images"] for report in reports)}
+    return Source(items, labels=tuple(MESH.values()), dropped=dict(dropped), settings={"beside": beside})
 
-# %% ../../nbs/data/20_openi.ipynb #ba53cc8c
+# %% ../../nbs/data/20_openi.ipynb #0c1613f3
 GET_OPENI = """\
 Indiana University chest radiographs and reports (3 955 reports, 7 470 pictures), CC BY-NC-ND 4.0, from https://openi.nlm.nih.gov/faq#collection
   ROOT/NLMCXR_reports.tgz                 (2 MB, packed; or unpacked: ROOT/ecgen-radiology/<n>.xml)
@@ -327,9 +326,9 @@ or from https://www.kaggle.com/datasets/raddar/chest-xrays-indiana-university
 For the recipe r2gen also ROOT/annotation.json of https://github.com/cuhksz-nlp/R2Gen."""
 
 
-def openi_tables(root: Path) -> list[tuple[str, Callable]]:
+def openi_tables(config: OpeniConfig) -> list[tuple[str, Callable]]:
     "(what, function that reads it) of what describes Open-i, for `medvis data check`."
-    return [("reports", partial(read_reports, root))]
+    return [("reports", partial(read_reports, config.root))]
 
 
 OPENI = DataSet("openi", "Indiana University reports and radiographs (Open-i)", GET_OPENI, plan_openi, OPENI_RECIPES, openi_tables, dress_openi, OpeniConfig,

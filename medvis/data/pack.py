@@ -6,7 +6,7 @@
 __all__ = ['FORMAT', 'LATER', 'LABEL', 'GRADE', 'ImageRecord', 'StudyRecord', 'list_hash', 'by_reason', 'Pack', 'find_pack_leaks',
            'refuse_leaks', 'guard', 'write_pack']
 
-# %% ../../nbs/data/05_pack.ipynb #94cc9d60
+# %% ../../nbs/data/05_pack.ipynb #36d00e55
 import hashlib
 import json
 import math
@@ -14,6 +14,7 @@ import multiprocessing
 import os
 import re
 import shutil
+import signal
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -47,7 +48,7 @@ class ImageRecord:
     boxes: list[tuple[str, float, float, float, float]] | None = None   # name, x0, y0, x1, y1 in pixels of the source; None = nobody looked
     masks: dict[str, np.ndarray | None] | None = None                   # name -> (size, size) bool; left out = empty; None = nobody looked (for this one)
 
-# %% ../../nbs/data/05_pack.ipynb #01e41e33
+# %% ../../nbs/data/05_pack.ipynb #a142659c
 @dataclass
 class StudyRecord:
     "One study as a reader hands it over; what of it could not be read is in `rejects`, as (item, reason)"
@@ -60,6 +61,7 @@ class StudyRecord:
     labels: dict[str, float | None] = field(default_factory=dict)   # 1 present, 0 absent, -1 uncertain, None blank
     rejects: list[tuple[str, str]] = field(default_factory=list)
     grades: dict[str, int | None] = field(default_factory=dict)     # 0, 1, 2 … of an ordinal finding, None blank
+    planned: int | None = None                                      # images that the data set has of it; None = those above, and one a reject
 
 # %% ../../nbs/data/05_pack.ipynb #d6b7edfe
 def _write_atomic(path: Path, data: bytes) -> None:
@@ -155,18 +157,25 @@ def _study_row(record: StudyRecord, sentences: list[str], plan: _Plan) -> dict:
     told = {kind: [None if value is None or math.isnan(value) else float(value) for value in values] for kind, values in told.items()}
     return {"study_id": record.study_id, "patient_id": record.patient_id, "split": record.split, "report": record.report, "sentences": sentences, **told}
 
-# %% ../../nbs/data/05_pack.ipynb #d56497c5
+# %% ../../nbs/data/05_pack.ipynb #12fdad9e
+def _lost(record: StudyRecord, reason: str) -> Counter:     # reason -> images
+    'How many images of a study do not get in, and why; `reason` is that to leave the whole of it out ("" = keep it)'
+    lost = Counter(why for item, why in record.rejects if item != record.study_id)
+    whole = next((why for item, why in record.rejects if item == record.study_id), reason)
+    planned = max(1, len(record.images) + len(record.rejects)) if record.planned is None else record.planned
+    rest = planned - lost.total() - (0 if reason else len(record.images))
+    return lost + Counter({whole: rest if whole else 0})
+
+# %% ../../nbs/data/05_pack.ipynb #f247dfd9
 def _build_part(plan: _Plan, number: int, items: Sequence) -> None:
     "Read the items of a part and write its files"
-    pixels, masks, studies, images, boxes, sums, rejects, planned, lost = [], [], [], [], [], [], [], 0, Counter()
+    pixels, masks, studies, images, boxes, sums, rejects, lost = [], [], [], [], [], [], [], Counter()
     for item in items:
         record = plan.read(item)
         sentences, reason = _admit(record, plan)
-        planned += max(1, len(record.images) + len(record.rejects))
         rejects += record.rejects
-        lost.update(why for _, why in record.rejects)
+        lost += _lost(record, reason)
         if reason:
-            lost[reason] += len(record.images) or not record.rejects
             if record.images or not record.rejects:     # its broken images say already why it is not there
                 rejects.append((record.study_id, reason))
             continue
@@ -177,7 +186,7 @@ def _build_part(plan: _Plan, number: int, items: Sequence) -> None:
             masks.append(_mask_bits(image, plan))
             sums.append((int(image.pixels.sum(dtype=np.int64)), int(np.square(image.pixels, dtype=np.int64).sum())))
         studies.append(_study_row(record, sentences, plan))
-    table = {"studies": studies, "images": images, "boxes": boxes, "sums": sums, "rejects": rejects, "planned": planned, "lost": lost}
+    table = {"studies": studies, "images": images, "boxes": boxes, "sums": sums, "rejects": rejects, "lost": lost}
     for path, data in zip(plan.part(number), (b"".join(pixels), b"".join(masks), json.dumps(table).encode()), strict=True):
         _write_atomic(path, data)
 
@@ -193,9 +202,10 @@ def _read_part(plan: _Plan, number: int) -> dict | None:
         return None
     return table if whole else None
 
-# %% ../../nbs/data/05_pack.ipynb #d5657df5
+# %% ../../nbs/data/05_pack.ipynb #8b6ff532
 def _end_with_parent() -> None:
-    "In a worker: watch the main process, and exit when it has gone"
+    "In a worker: leave Ctrl-C to the main process, watch it, and exit when it has gone"
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     if parent := multiprocessing.parent_process():
         threading.Thread(target=lambda: (parent.join(), os._exit(1)), name="end-with-parent", daemon=True).start()
 
@@ -280,13 +290,14 @@ def list_hash(names: Iterable[str]) -> str:
     "SHA-256 of a list of names, whatever its order and however often a name is there"
     return hashlib.sha256("\n".join(sorted(set(map(str, names)))).encode()).hexdigest()
 
-# %% ../../nbs/data/05_pack.ipynb #47795f25
+# %% ../../nbs/data/05_pack.ipynb #2fce7ac5
 def by_reason(counts: dict[str, int]) -> dict[str, int]:
-    "Counts of each kind of reason: reasons but for the numbers and quoted names in which they differ; a rule for reports keeps its number"
+    "Counts of each kind of reason: reasons but for the numbers and quoted names in which they differ; rules for reports, UTF-8 and what was expected keep theirs"
     kinds: Counter = Counter()
     for reason, count in counts.items():
-        plain = re.sub(r"'[^']*'|\"[^\"]*\"", "…", reason)
-        kinds[reason if reason.startswith("report: fewer than") else re.sub(r"-?\d+(\.\d+)?", "#", plain)] += count
+        found, *wanted = re.split("(?=; expected)", reason, maxsplit=1)
+        plain = re.sub(r"(?<!UTF)(?<!UTF-)-?\d+(\.\d+)?", "#", re.sub(r"'[^']*'|\"[^\"]*\"", "…", found))
+        kinds[reason if reason.startswith("report: fewer than") else "".join([plain, *wanted])] += count
     return dict(sorted(kinds.items()))
 
 # %% ../../nbs/data/05_pack.ipynb #fe4a3450
@@ -547,11 +558,11 @@ def _unfinished(out: Path, plan: _Plan, key: str) -> bool:
     _write_atomic(note, key.encode())
     return True
 
-# %% ../../nbs/data/05_pack.ipynb #9afaccbe
+# %% ../../nbs/data/05_pack.ipynb #d8724b29
 def _check_rejects(plan: _Plan, parts: list[dict], max_rejects: float) -> None:
     "ValueError if more than the share `max_rejects` of the images did not get in, or none did"
-    planned, kept = (sum(values) for values in zip(*((part["planned"], len(part["images"])) for part in parts), strict=True))
-    if kept and planned - kept <= max_rejects * planned:
+    kept, lost = sum(len(part["images"]) for part in parts), sum(sum(part["lost"].values()) for part in parts)
+    if kept and lost <= max_rejects * (kept + lost):
         return
     rejects = [tuple(reject) for part in parts for reject in part["rejects"]]
     reasons = ", ".join(f"{count} x {reason}" for reason, count in Counter(reason for _, reason in rejects).most_common(4))
@@ -560,7 +571,7 @@ def _check_rejects(plan: _Plan, parts: list[dict], max_rejects: float) -> None:
     for number, part in enumerate(parts):
         if part["rejects"]:
             plan.part(number)[2].unlink()
-    raise ValueError(f"{planned - kept} of {planned} images did not get in ({reasons}), more than max_rejects={max_rejects:g} allows; "
+    raise ValueError(f"{lost} of {kept + lost} images did not get in ({reasons}), more than max_rejects={max_rejects:g} allows; "
                      f"all are listed in {listed}. Mend what is wrong or raise max_rejects, and run again: what was read is kept.")
 
 # %% ../../nbs/data/05_pack.ipynb #042441a2
@@ -578,7 +589,7 @@ def _all_parts(plan: _Plan, items: Sequence, workers: int, progress: bool) -> li
             bar.update(len(jobs[number]))
     return list(parts.values())
 
-# %% ../../nbs/data/05_pack.ipynb #bc2c7aec
+# %% ../../nbs/data/05_pack.ipynb #37e0afb9
 def write_pack(
     out: str | Path,                        # folder of the Pack to be
     items: Sequence,                        # one per study, JSON-like
@@ -612,7 +623,10 @@ def write_pack(
     if not _unfinished(out, plan, key):
         if guarded:
             guard(out, against, allow_leaks, progress)
-        return Pack(out)
+        pack = Pack(out)
+        if progress:
+            print(f"{out} is there already" + (f"; {len(pack.rejects)} rejects stay as they were: delete the folder to try them again" if len(pack.rejects) else ""))
+        return pack
     parts = _all_parts(plan, items, workers, progress)
     _check_rejects(plan, parts, max_rejects)
     folder = _assemble(plan, key, parts)

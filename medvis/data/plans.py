@@ -14,17 +14,18 @@ import numpy as np
 from .files import DataError, find_file, read_table
 from .splits import patient_splits
 
-# %% ../../nbs/data/05b_plans.ipynb #29abc289
+# %% ../../nbs/data/05b_plans.ipynb #69544154
 def item_or_reject(
     study: str,
     make: Callable[..., dict],      # returns the item, or raises DataError
     *arguments,
+    images: int = 1,                # that the study has in the tables
 ) -> dict:
     "The item of a study; or, if a row of it is damaged, the reject in its place"
     try:
         return make(*arguments)
     except DataError as error:
-        return {"study": study, "rejects": [[study, str(error)]]}
+        return {"study": study, "rejects": [[study, str(error)]], "planned": images}
 
 # %% ../../nbs/data/05b_plans.ipynb #4f7b57d5
 def image_files(

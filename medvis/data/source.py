@@ -117,7 +117,7 @@ class Source:
             rules = ", ".join(f"{rule}: {count}" for rule, count in self.dropped.items() if count)
             raise DataError("no study is left" + (f" (dropped: {rules})" if rules else ""))
 
-# %% ../../nbs/data/05a_source.ipynb #07c9c263
+# %% ../../nbs/data/05a_source.ipynb #bc2dd840
 @dataclass(frozen=True)
 class DataSet:
     "A public data set: how to get, check, read and imitate it."
@@ -127,7 +127,7 @@ class DataSet:
     get: str                                                        # what to download, from where, and where to put it
     plan: Callable[[Any], Source]
     recipes: dict[str, Recipe]
-    tables: Callable[[Path], list[tuple[str, Callable[[], Any]]]]   # root -> (what, function that reads it), for the check
+    tables: Callable[[Any], list[tuple[str, Callable[[], Any]]]]    # config -> (what, function that reads it), for the check
     dress: Callable[[Path, Sequence[PhantomStudy]], None]           # writes phantom studies in the true format
     config: type[ReadConfig] = ReadConfig
     follow_ups: bool = True                                         # do patients come back, under an id that tells it?
@@ -212,9 +212,9 @@ def read_item_image(
         masks = {name: spec and mask_to_square(decode_mask(spec, root, round(across), round(down)), size, fit) for name, spec in masks.items()}
     return ImageRecord(planned["id"], to_square(equalise(image) if even else image, size, fit), path, hashlib.sha256(data).hexdigest(), width, height, planned.get("view", ""), boxes, masks)
 
-# %% ../../nbs/data/05a_source.ipynb #57dd789f
+# %% ../../nbs/data/05a_source.ipynb #d34b279d
 def read_study(
-    item: dict,     # study, patient, split, images (id, path, view, boxes, masks, frame), report, labels, grades; or study, rejects
+    item: dict,     # study, patient, split, images (id, path, view, boxes, masks, frame), report, labels, grades; or study, rejects, planned (images of it)
     root: Path,
     size: int,
     fit: str,
@@ -222,7 +222,7 @@ def read_study(
 ) -> StudyRecord:
     "A planned study with its pixels; what of it is damaged becomes a reject"
     if "rejects" in item:
-        return StudyRecord(item["study"], "", "", [], rejects=[tuple(one) for one in item["rejects"]])
+        return StudyRecord(item["study"], "", "", [], rejects=[tuple(one) for one in item["rejects"]], planned=item.get("planned"))
     images, rejects = [], []
     for planned in item["images"]:
         try:
@@ -236,7 +236,7 @@ def read_study(
     except DataError as error:
         images, report = [], ""
         rejects.append((item["study"], f"report: {error}"))
-    return StudyRecord(item["study"], item["patient"], item["split"], images, report, item.get("labels", {}), rejects, item.get("grades", {}))
+    return StudyRecord(item["study"], item["patient"], item["split"], images, report, item.get("labels", {}), rejects, item.get("grades", {}), planned=len(item["images"]))
 
 # %% ../../nbs/data/05a_source.ipynb #a4d50661
 def find_shared_patients(source: Source) -> pd.DataFrame:     # columns leaks.COLUMNS
@@ -249,7 +249,7 @@ def _options(read: ReadConfig) -> dict:     # JSON-like
     values = {name: value for name, value in vars(read).items() if name != "root"}
     return {name: str(value) if isinstance(value, Path) else asdict(value) if is_dataclass(value) else value for name, value in values.items()}
 
-# %% ../../nbs/data/05a_source.ipynb #10af7085
+# %% ../../nbs/data/05a_source.ipynb #babbaf97
 def prepare_source(data_set: DataSet, read: ReadConfig, build: BuildConfig) -> Pack:
     """Plan and build a Pack. DataError names the file, row or column that is wrong; damaged rows and files are in `Pack.rejects`; what a rule
     dropped is in the manifest's source."""
@@ -259,14 +259,14 @@ def prepare_source(data_set: DataSet, read: ReadConfig, build: BuildConfig) -> P
     recipe = replace(recipe, size=recipe.size if build.size is None else build.size, fit=build.fit or recipe.fit)
     if not build.allow_leaks and len(shared := find_shared_patients(source)):
         refuse_leaks(shared, Path(f"{build.out}.partial/pack"))
-    about = {"kind": data_set.name, "fit": recipe.fit, "recipe": asdict(recipe), "read": _options(read), "dropped": source.dropped, **source.settings}
+    about = {"kind": data_set.name, "patients_known": data_set.follow_ups, "fit": recipe.fit, "recipe": asdict(recipe), "read": _options(read), "dropped": source.dropped, **source.settings}
     return write_pack(
         build.out, source.items, partial(read_study, root=root, size=recipe.size, fit=recipe.fit, even=recipe.equalise), recipe.size, about,
         labels=source.labels, grades=source.grades, boxes=source.boxes, masks=source.masks,
         rules=recipe.rules or ReportRules(), require_report=recipe.rules is not None and recipe.require_report,
         workers=build.workers, max_rejects=build.max_rejects, progress=build.progress, against=build.against, allow_leaks=build.allow_leaks)
 
-# %% ../../nbs/data/05a_source.ipynb #6fefe317
+# %% ../../nbs/data/05a_source.ipynb #f7a620b2
 RULED = ("report: fewer than", "report: no wanted section")     # rejects by a rule of the recipe, not by damage
 
 
@@ -277,7 +277,9 @@ def summary(pack: Pack) -> str:
     lines = [f"{source['kind']}, recipe {source.get('read', {}).get('recipe', '-')}: {counts['images'] + sum(rejected.values()) + sum(dropped.values())} images seen"]
     lines += [f"  {count:>8} dropped by rule: {rule}" for rule, count in dropped.items() if count]
     lines += [f"  {count:>8} {'dropped by rule' if reason.startswith(RULED) else 'rejected'}: {reason}" for reason, count in rejected.items()]
-    lines += [f"  {counts['images']:>8} images of {counts['studies']} studies of {counts['patients']} patients are in the Pack"]
+    patients = f"{counts['patients']} patients" if source.get("patients_known", True) else "patients who are not known (each study counts as one)"
+    lines += [f"  {counts['images']:>8} images of {counts['studies']} studies of {patients} are in the Pack"]
+    lines += [f"  {count:>8} beside them: {what}" for what, count in source.get("beside", {}).items() if count]
     for split in {**dict.fromkeys(("train", "validate", "test")), **told.get("lists", {})}:
         if split != "all" and (lists := told.get("lists", {}).get(split)) is None:
             lines.append(f"  {split:>8}: no images")
@@ -302,11 +304,20 @@ def files_of(item: dict) -> list[str]:
             named += [part.get("file") for part in spec.get("union", [spec])]
     return [name for name in named if name]
 
-# %% ../../nbs/data/05a_source.ipynb #f00e6961
+# %% ../../nbs/data/05a_source.ipynb #b27fec8d
+def _bad_report(item: dict, root: Path) -> list[tuple[str, str]]:
+    "(study, reason) if its report cannot be read"
+    try:
+        read_report(item.get("report"), root)
+    except DataError as error:
+        return [(item["study"], f"report: {error}")]
+    return []
+
+# %% ../../nbs/data/05a_source.ipynb #edcad8d3
 def check_source(data_set: DataSet, read: ReadConfig) -> tuple[dict[str, int], list[str]]:
-    "What is there (studies, images, files), and all that is wrong with it, one line each; no pixel is read"
+    "What is there (studies, images, files), and all that is wrong with it, one line each; reports are read, but no pixel is"
     problems = []
-    for what, table in data_set.tables(Path(read.root)):
+    for what, table in data_set.tables(read):
         try:
             table()
         except DataError as error:
@@ -315,10 +326,9 @@ def check_source(data_set: DataSet, read: ReadConfig) -> tuple[dict[str, int], l
         source = data_set.plan(read)
     except DataError as error:
         return {}, problems or [str(error)]
-    bad = {reason: name for item in source.items for name, reason in item.get("rejects", ())}
-    reasons = Counter(reason for item in source.items for _, reason in item.get("rejects", ()))
-    example = {kind: name for reason, name in bad.items() for kind in by_reason({reason: 1})}
-    problems += [f"{count} x {kind}, such as {example[kind]}" for kind, count in by_reason(reasons).items()]
+    bad = [(name, reason) for item in source.items for name, reason in (*item.get("rejects", ()), *_bad_report(item, Path(read.root)))]
+    example = {kind: f"{name}: {reason}" for name, reason in reversed(bad) for kind in by_reason({reason: 1})}
+    problems += [f"{count} x {kind}; the first is {example[kind]}" if count > 1 else example[kind] for kind, count in by_reason(Counter(reason for _, reason in bad)).items()]
     if len(shared := find_shared_patients(source)):
         problems.append(f"{len(shared)} x patient in two splits, such as {shared.item_a[0]} ({shared.split_a[0]}, {shared.split_b[0]}); --allow-leaks of medvis prepare takes them as they are")
     named = list(dict.fromkeys(name for item in source.items for name in files_of(item)))
