@@ -26,14 +26,15 @@ from medvis.data.phantom import Phantom  # noqa: E402
 
 SIZE, BATCH = 256, 64
 PREPARE = """
-import resource, sys, time
+import sys, time
 from medvis.data.folder import FOLDER, FolderConfig
 from medvis.data.source import BuildConfig, prepare_source
 if __name__ == "__main__":
     root, out, workers = sys.argv[1:]
     start = time.perf_counter()
     prepare_source(FOLDER, FolderConfig(root, require_report=False), BuildConfig(out, size=256, workers=int(workers), progress=False))
-    print(time.perf_counter() - start, max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) / 1024)
+    seconds = time.perf_counter() - start
+    print(seconds, next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) / 1024)   # ru_maxrss would be the parent's
 """
 
 
@@ -62,7 +63,7 @@ def decode(path: Path) -> np.ndarray:
 
 
 def prepare_apart(root: Path, out: Path, workers: int) -> tuple[float, float]:
-    "Seconds and peak memory (MB, of the largest process) of preparing in a process of its own."
+    "Seconds and peak memory (MB, of the main process) of preparing in a process of its own."
     script = out.with_suffix(".py")
     script.write_text(PREPARE)
     told = subprocess.run([sys.executable, script, root, out, str(workers)], capture_output=True, text=True, check=True).stdout.split()

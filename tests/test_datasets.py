@@ -4,9 +4,11 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as some
@@ -16,7 +18,7 @@ from medvis.data.datasets import DATASETS, command_config, dress, prepare_data
 from medvis.data.images import FITS, boxes_to_square, mask_to_square
 from medvis.data.pack import Pack
 from medvis.data.phantom import tight_box
-from medvis.data.source import BuildConfig
+from medvis.data.source import BuildConfig, summary
 from medvis.data.tasks import pack_task
 
 
@@ -76,6 +78,50 @@ def test_killed_and_resumed_it_ends_with_the_same_bytes(name, studies, workers, 
     assert files == sorted(path.name for path in out.iterdir()) and "manifest.json" in files
     assert all((tmp_path / "whole" / name).read_bytes() == (out / name).read_bytes() for name in files)
     assert len(Pack(out)) > 100 and not (tmp_path / "killed.partial").exists()
+
+
+def test_the_images_seen_add_up(tmp_path, capsys):
+    "A study left out for its report takes all its images with it; a row of labels without images takes none."
+    dress("mimic-cxr", tmp_path / "files", studies=30)
+    tables = {name: pd.read_csv(next((tmp_path / "files").rglob(f"*{name}.csv.gz")), dtype=str) for name in ("metadata", "chexpert")}
+    counts = tables["metadata"].groupby("study_id").size()
+    blanked = [counts[counts == 2].index[0], counts[counts == 1].index[0]]
+    reports = next((tmp_path / "files").rglob("*.zip"))
+    with zipfile.ZipFile(reports) as old:
+        texts = {name: old.read(name) for name in old.namelist()}
+    with zipfile.ZipFile(reports, "w") as new:
+        for name, text in texts.items():
+            new.writestr(name, b" " if any(study in name for study in blanked) else text)
+    stray = tables["chexpert"].iloc[[0]].assign(study_id="59999999")
+    pd.concat([tables["chexpert"], stray]).to_csv(next((tmp_path / "files").rglob("*chexpert.csv.gz")), index=False)
+    assert main(["data", "check", "mimic-cxr", "--root", str(tmp_path / "files")]) == 1
+    assert "2 x report: " in (told := capsys.readouterr().err) and "is blank" in told and "59999999: has labels, but is not in the metadata table" in told
+    pack = prepare_data(ready("mimic-cxr", tmp_path / "files", tmp_path / "pack", recipe="lovt"))
+    assert f"{len(tables['metadata'])} images seen" in summary(pack) and pack.manifest["counts"]["seen"] + sum(pack.manifest["source"]["dropped"].values()) == len(tables["metadata"])
+    assert sum(count for reason, count in pack.manifest["rejected"].items() if "is blank" in reason) == 3
+
+
+def test_what_is_there_already_says_so(tmp_path, capsys):
+    dress("class-folder", tmp_path / "files", studies=20)
+    lost = next((tmp_path / "files").rglob("*.jpeg"))
+    moved = lost.rename(tmp_path / lost.name)
+    lost.symlink_to("nowhere")
+    command = ["prepare", "class-folder", "--root", str(tmp_path / "files"), "--out", str(tmp_path / "pack"), "--size", "32", "--patients", "kermany"]
+    assert main(command) == 0 and "1 rejected: file not found" in capsys.readouterr().out
+    lost.unlink()
+    moved.rename(lost)
+    assert main(command) == 0 and "is there already; 1 rejects stay as they were" in capsys.readouterr().out
+
+
+def test_workers_leave_the_interrupt_to_the_main_process(tmp_path):
+    dress("covid-rural", tmp_path / "files", studies=200)
+    command = [sys.executable, "-c", "import sys; from medvis.cli.start import main; sys.exit(main())", "prepare", "covid-rural", "--root", tmp_path / "files", "--out", tmp_path / "pack", "--workers", "2", "--no-progress"]
+    process = subprocess.Popen(command, start_new_session=True, stderr=subprocess.PIPE, text=True)
+    while process.poll() is None and not list((tmp_path / "pack.partial" / "parts").glob("*.json")):
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGINT)
+    told = process.communicate(timeout=60)[1]
+    assert process.returncode == 130 and "interrupted" in told and "Traceback" not in told
 
 
 @settings(max_examples=300, deadline=None)

@@ -68,17 +68,17 @@ def part_rows(table: pd.DataFrame, part: str, base: str) -> dict[int, dict]:
             rows[line] = {"study": study, "image": image, "patient": patient, "side": cells["Frontal/Lateral"], "error": fault}
     return rows
 
-# %% ../../nbs/data/13_chexpert.ipynb #19eec141
+# %% ../../nbs/data/13_chexpert.ipynb #0b812e09
 MGCA_UNCERTAIN = {"Atelectasis": "positive", "Cardiomegaly": "negative", "Consolidation": "negative", "Edema": "positive",
                   "Pleural Effusion": "positive"}
 RECIPES = {
     "medvis": Recipe(splits="patients 90/10", notes=("valid.csv is the test set", "all views, 14 labels")),
-    "lovt": Recipe(size=224, fit="pad-first", views=("Frontal",), splits="lovt", uncertain="positive", subset="first", notes=(
-        "first patients with at least 5 000 frontal radiographs for validation", "valid.csv is the test set", "5 labels")),
-    "mgca": Recipe(views=("Frontal",), splits="mgca", uncertain=MGCA_UNCERTAIN, notes=(
-        "5x200 radiographs taken out of train", "5 000 rows for validation: patients leak", "valid.csv is the test set", "5 labels",
+    "lovt": Recipe(size=224, fit="pad-first", views=("Frontal",), splits="lovt", classes=COMPETITION, uncertain="positive", subset="first", notes=(
+        "first patients with at least 5 000 frontal radiographs for validation", "valid.csv is the test set")),
+    "mgca": Recipe(views=("Frontal",), splits="mgca", classes=COMPETITION, uncertain=MGCA_UNCERTAIN, notes=(
+        "5x200 radiographs taken out of train", "5 000 rows for validation: patients leak", "valid.csv is the test set",
         "released code leaves most validation rows in train; not done here")),
-    "mgca-5x200": Recipe(views=("Frontal",), splits="mgca", notes=("only the 5x200 radiographs, all in the test split", "14 labels")),
+    "mgca-5x200": Recipe(views=("Frontal",), splits="mgca", classes=COMPETITION, notes=("only the 5x200 radiographs, all in the test split",)),
 }
 
 
@@ -145,8 +145,8 @@ def split_lines(config: ChexpertConfig, train: pd.DataFrame, rows: dict[int, dic
         return {line: "validate" if patient in first else "train" for line, patient in zip(lines, patients)}
     return dict(zip(lines, draw_splits(patients, rule, config.split_seed)))
 
-# %% ../../nbs/data/13_chexpert.ipynb #b799a6d8
-def study_item(study: str, rows: list[dict], labels: Sequence[str]) -> dict:
+# %% ../../nbs/data/13_chexpert.ipynb #8f684f0f
+def study_item(study: str, rows: list[dict]) -> dict:
     "The lines of a study as one item. DataError if one of them is damaged, if they disagree, or if a radiograph is named twice."
     if damaged := next((row["error"] for row in rows if "error" in row), None):
         raise DataError(damaged)
@@ -160,9 +160,9 @@ def study_item(study: str, rows: list[dict], labels: Sequence[str]) -> dict:
         raise DataError("a radiograph of it has more than one line")
     images = [{"id": row["image"], "path": row["path"], "view": row["view"], "boxes": None, "masks": None, "frame": None} for row in rows]
     return {"study": study, "patient": first["patient"], "split": first["split"], "report": "", "grades": {}, "images": images,
-            "labels": {name: first["labels"][name] for name in labels}}
+            "labels": first["labels"]}
 
-# %% ../../nbs/data/13_chexpert.ipynb #7ac673f8
+# %% ../../nbs/data/13_chexpert.ipynb #220bf676
 def plan_chexpert(config: ChexpertConfig) -> Source:
     "Studies (recipe mgca: radiographs) of CheXpert in the order of train.csv, then valid.csv; tables only. DataError for a table that is not sound."
     root, recipe = Path(config.root), config.choose(RECIPES)
@@ -183,9 +183,8 @@ def plan_chexpert(config: ChexpertConfig) -> Source:
             dropped["view is lateral"] = dropped.get("view is lateral", 0) + 1
             continue
         groups.setdefault(row["image" if recipe.splits == "mgca" else "study"], []).append(row)
-    labels = COMPETITION if config.recipe in ("lovt", "mgca") else LABELS
-    items = [item_or_reject(study, study_item, study, group, labels) for study, group in groups.items()]
-    return Source(items, labels=labels, dropped=dropped, settings={"release": base.strip("/") or Path(config.root).name})
+    items = [item_or_reject(study, study_item, study, group) for study, group in groups.items()]
+    return Source(items, labels=LABELS, dropped=dropped, settings={"release": base.strip("/") or Path(config.root).name})
 
 # %% ../../nbs/data/13_chexpert.ipynb #fff72b81
 def dress_chexpert(root: Path, studies: Sequence[PhantomStudy]) -> None:

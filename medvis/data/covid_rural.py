@@ -66,10 +66,10 @@ def image_entry(folder: Path, root: Path, name: str) -> dict:
     path = (folder / "jpgs" / f"{name}.jpg").relative_to(root).as_posix()
     return {"id": name, "path": path, "view": "", "boxes": None, "masks": masks, "frame": frame}
 
-# %% ../../nbs/data/19_covid_rural.ipynb #6b7755bf
+# %% ../../nbs/data/19_covid_rural.ipynb #670b9a66
 RECIPES = {
     "medvis": Recipe(splits="patients 60/20/20", notes=("all images; without a mask file the opacity is unknown",)),
-    "lovt": Recipe(size=224, fit="pad-first", equalise=True, splits="lovt 60/20/20", subset="first", notes=(
+    "lovt": Recipe(size=224, fit="pad-first", equalise=True, splits="lovt 60/20/20", classes=("opacity",), subset="first", notes=(
         "only images with a mask", "133 / 44 / 44 by patient, drawn without a seed: split_files for LoVT's own lists")),
 }
 

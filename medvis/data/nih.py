@@ -171,7 +171,7 @@ def nih_splits(config: NihConfig, rule: str, table: pd.DataFrame, boxes: dict) -
         names = [*boxes, *healthy_sample(table[~table["Image Index"].isin(boxes)], tested, config.no_findings, config.split_seed)]
     return dict(zip(names, draw_splits([name[:8] for name in names], rule, config.split_seed)))
 
-# %% ../../nbs/data/18_nih.ipynb #d24a020e
+# %% ../../nbs/data/18_nih.ipynb #c30b6699
 IMAGES = ("images_*/images/", "images/images_*/images/", "images_*/", "images/")     # where archives put them: 12 folders, or one
 
 
@@ -192,7 +192,7 @@ def plan_nih(config: NihConfig) -> Source:
         study = name.removesuffix(".png") or f"line {next(iter(lines[name]))}"
         items.append(item_or_reject(study, image_item, lines[name], split, files.get(study, f"images/{name}"), looked))
     dropped = {"not in the split files" if config.split_files else "no boxes, nor drawn as healthy": len(lines) - len(splits)}
-    return Source(items, LABELS, boxes=BOXED, dropped=dropped if len(lines) > len(splits) else {})
+    return Source(items, LABELS, boxes=BOXED if boxes else (), dropped=dropped if len(lines) > len(splits) else {})
 
 # %% ../../nbs/data/18_nih.ipynb #1f15d438
 ENTRY_HEADER = ("Image Index,Finding Labels,Follow-up #,Patient ID,Patient Age,Patient Gender,View Position,"
