@@ -18,6 +18,7 @@ import zlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import count, islice
 from pathlib import Path
 
 import numpy as np
@@ -26,10 +27,11 @@ import pytest
 from PIL import Image
 from pydicom.encaps import encapsulate
 
-from medvis.data.datasets import DATASETS, command_config, dress, prepare_data
+from medvis.data.datasets import DATASETS, command_config, prepare_data
 from medvis.data.files import DataError
 from medvis.data.leaks import refuse
 from medvis.data.pack import StudyRecord
+from medvis.data.phantom import Phantom, patient_number
 from medvis.data.source import BuildConfig, ReadConfig, Source, check_source, files_of, find_shared_patients, read_study
 
 SAME, REJECT, RULE, ERROR = "same", "reject", "rule", "error"
@@ -690,7 +692,8 @@ def undamaged(tmp_path_factory) -> Callable[[str], tuple[Path, Content]]:
             studies = {"mimic-edema": 20, "object-cxr": 20}.get(name, STUDIES)
             root = tmp_path_factory.mktemp(name) / "files"
             root.mkdir()
-            dress(name, root, studies, SIZE, SEED)
+            numbers = (index for index in count() if DATASETS[name].follow_ups or patient_number(SEED, index) == index)
+            DATASETS[name].dress(root, [Phantom(SIZE, SEED)[index] for index in islice(numbers, studies)])      # the damage is to what these show
             done[name] = root, read(name, root, {})
             assert done[name][1].images and not done[name][1].rejects
         return done[name]

@@ -11,7 +11,7 @@ from medvis.data.annotations import encode_rle
 from medvis.data.files import DataError
 from medvis.data.images import read_image
 from medvis.data.plans import write_dicom
-from medvis.data.rsna import RSNA
+from medvis.data.rsna import RSNA, RsnaConfig
 from medvis.data.siim import SIIM, SiimConfig, check_dialect, code_dialect
 from medvis.data.source import BuildConfig, check_source, prepare_source
 
@@ -104,6 +104,14 @@ def test_nine_of_ten_stop_the_table(strange, stops):
             check_dialect(table)
     else:
         check_dialect(table)
+
+
+# RSNA's boxes
+
+def test_boxes_in_parts_of_the_image_are_no_boxes_of_a_pixel(tmp_path):
+    (tmp_path / "stage_2_train_labels.csv").write_text("patientId,x,y,width,height,Target\na,0.25,0.14,0.2,0.37,1\nb,,,,,0\nc,264,152,1,1,1\n")
+    first, *others = RSNA.plan(RsnaConfig(tmp_path)).items
+    assert "line 2: width is '0.2'" in first["rejects"][0][1] and not any("rejects" in item for item in others)
 
 
 # Eight bits in DICOM

@@ -6,22 +6,28 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 from PIL import Image
 from sklearn.model_selection import train_test_split
 
+from medvis.cli.commands import main
 from medvis.data import chexpert, nih, rsna, siim
 from medvis.data.annotations import decode_mask, decode_rle, encode_rle, parse_shapes, polygon_mask, read_mask, shape_box, shape_mask
 from medvis.data.chexpert import CHEXPERT, ChexpertConfig
 from medvis.data.files import DataError
 from medvis.data.images import boxes_to_square
 from medvis.data.nih import NIH, NihConfig
+from medvis.data.pack import Pack
 from medvis.data.phantom import Phantom, patient_number, tight_box
 from medvis.data.rsna import RSNA, RsnaConfig
 from medvis.data.siim import SIIM, SiimConfig
 from medvis.data.source import BuildConfig, check_source, prepare_source
+from medvis.data.tasks import pack_task
+from medvis.encoders.image import image_encoder
+from medvis.evaluate.classify import probe_predictions
 
 PROPERTY = settings(max_examples=60, deadline=None, derandomize=True)
 PHANTOM = Phantom(64, seed=3)
@@ -298,14 +304,15 @@ def test_mgca_draws_siim_lines_and_healthy_images(tmp_path):
     assert source.dropped == {"more images of train without than with pneumothorax": len(healthy) - ill.nunique()}
 
 
-def chexpert_folder(root: Path, rows: int = 400) -> Path:
+def chexpert_folder(root: Path, rows: int = 400, normal: bool = False) -> Path:
     draw = np.random.default_rng(1)
-    kinds = draw.choice([*chexpert.COMPETITION, "Fracture", ""], rows // 2)
+    root.mkdir(exist_ok=True)
+    kinds = draw.choice([*chexpert.COMPETITION, "Fracture", "", *["No Finding"] * normal], rows // 2)
     for part, count in (("train", rows), ("valid", 10)):
         lines = [",".join(["Path", "Sex", "Age", "Frontal/Lateral", "AP/PA", *chexpert.LABELS])]
         for index in range(count):
             study, side = index // 2, ("frontal", "lateral")[index % 2 and index % 3 == 0]
-            labels = ["1.0" if name == kinds[study] else "-1.0" if name == "Lung Opacity" and study % 9 == 0 else "" for name in chexpert.LABELS]
+            labels = ["1.0" if name == kinds[study] else "-1.0" if name == "Lung Opacity" and study % 9 == 0 and not normal else "" for name in chexpert.LABELS]
             path = f"CheXpert-v1.0-small/{part}/patient{(part == 'valid') * 60000 + study // 2 + 1:05d}/study{study % 2 + 1}/view{index % 2 + 1}_{side}.jpg"
             lines.append(",".join([path, "Male", "60", side.capitalize(), "AP" if side == "frontal" else "", *labels]))
         (root / f"{part}.csv").write_text("\n".join(lines))
@@ -479,4 +486,47 @@ def test_chexpert_comes_out_as_it_went_in_and_row_wise_splits_are_refused(dresse
     with pytest.raises(DataError, match="leak"):
         prepare_source(CHEXPERT, rows, BuildConfig(tmp_path / "rows", size=64, progress=False))
     leaky = prepare_source(CHEXPERT, rows, BuildConfig(tmp_path / "rows", size=64, progress=False, allow_leaks=True))
-    assert leaky.manifest["guard"]["leaks"]["patient"] > 0 and tuple(leaky.labels) == chexpert.COMPETITION
+    assert leaky.manifest["guard"]["leaks"]["patient"] > 0 and tuple(leaky.labels) == chexpert.LABELS
+
+
+@pytest.mark.parametrize("recipe", ["lovt", "mgca"])
+def test_a_normal_radiograph_is_a_negative_of_the_five(tmp_path, recipe):
+    "Of most normal ones only No Finding is told, and the recipes count blanks as absent"
+    root = chexpert_folder(tmp_path / "files", normal=True)
+    small = {"validation": 50} | ({"retrieval": 3} if recipe == "mgca" else {})
+    for part in ("train", "valid"):
+        for seed, path in enumerate(pd.read_csv(root / f"{part}.csv")["Path"]):
+            place = root / path.partition("/")[2]
+            place.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(np.random.default_rng([seed, part == "train"]).integers(0, 255, (32, 32), dtype=np.uint8)).save(place)
+    pack = prepare_source(CHEXPERT, ChexpertConfig(root, recipe, **small), BuildConfig(tmp_path / "pack", size=32, progress=False, allow_leaks=True))
+    task = pack_task(pack)
+    assert task.classes == chexpert.COMPETITION
+    told = pack.labels.iloc[pack.image_table["study"]].reset_index(drop=True)
+    normal, unknown = told["No Finding"] == 1, told.isna().all(axis=1)
+    assert normal.sum() > 20 < unknown.sum() and told[normal].drop(columns="No Finding").isna().all(axis=None)
+    assert set(task.images["image"]) == set(np.flatnonzero(~unknown)) and (task.targets[np.isin(task.images["image"], np.flatnonzero(normal))] == 0).all()
+    torch.manual_seed(0)
+    encoder = {"encoder": image_encoder("tiny_resnet", size=32)}
+    recipe = pack.manifest["source"]["recipe"]
+    said = probe_predictions(encoder, pack, (1.0,), (0,), list(recipe["classes"]), None, recipe["uncertain"], recipe["blank"])
+    tested = pack.studies[["study_id", "split"]].assign(known=pack.labels.notna().any(axis=1))
+    assert (said.groupby("finding", observed=True)["label"].count() == tested.query("split == 'test' and known").shape[0]).all()
+
+
+def test_the_retrieval_set_is_asked_for_its_five(tmp_path):
+    root = chexpert_folder(tmp_path)
+    source = CHEXPERT.plan(ChexpertConfig(root, "mgca-5x200", retrieval=3))
+    assert source.labels == chexpert.LABELS and CHEXPERT.recipes["mgca-5x200"].classes == chexpert.COMPETITION
+    assert [[item["labels"][name] for name in chexpert.COMPETITION].count(1.0) for item in source.items] == 15 * [1]
+
+
+def test_nih_without_its_boxes_is_prepared(dressed, tmp_path, capsys):
+    root = tmp_path / "nih"
+    root.mkdir()
+    tables_only(dressed["nih"], root)
+    (root / "BBox_List_2017.csv").unlink()
+    assert main(f"prepare nih --root {root} --out {tmp_path}/pack --size 64 --no-progress".split()) == 0, capsys.readouterr().err
+    assert set(pd.read_csv(tmp_path / "pack" / "subsets.csv")["task"]) == {"labels"}
+    with pytest.raises(ValueError, match="holds nothing for a task of kind boxes"):
+        pack_task(Pack(tmp_path / "pack"), "boxes")

@@ -1,4 +1,5 @@
 """Tasks: answers beside images, whatever order they come in; shares of labels; geometry; every wrong pairing refused by name."""
+import json
 from types import SimpleNamespace
 
 import numpy as np
@@ -8,11 +9,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from medvis.cli.commands import main
 from medvis.data import tasks
+from medvis.data.datasets import DATASETS, dress
 from medvis.data.preprocessing import Preprocessing
-from medvis.data.pack import ImageRecord, StudyRecord, write_pack
+from medvis.data.pack import ImageRecord, Pack, StudyRecord, write_pack
 from medvis.data.phantom import FINDINGS, Phantom
 from medvis.data.prepare import PhantomConfig, prepare_phantom
+from medvis.data.source import BuildConfig, prepare_source
+from medvis.evaluate.finetune import Protocol
+from medvis.evaluate.protocol import PROTOCOLS, EvaluateConfig, config_task, released, share_rule, split_rows
 
 PROPERTY = settings(max_examples=25, deadline=None, derandomize=True)
 SIZE = 64
@@ -145,3 +151,111 @@ def test_numbers_as_ids_and_empty_answers(pack):
         tasks.mask_task(numbered, {})
     with pytest.raises(ValueError, match="0 images"):
         tasks.label_task(pack, ["a"], table=pd.DataFrame({"a": [np.nan]}, index=["st0"]), blank="ignore")
+
+
+# ---------------------------------------------------------------- what a recipe asks for
+
+def held(path, labels=(), grades=(), boxes=(), masks=(), recipe=None, count=12):
+    "A Pack of images on which somebody looked for all but the last mask on odd images"
+    def make(index):
+        half = np.tile(np.arange(8) < 4, (8, 1))
+        marks = {"boxes": [(boxes[0], 0, 0, 4, 8)] if index % 2 else []} if boxes else {}
+        marks |= {"masks": {name: None if index % 2 and name == masks[-1] else half for name in masks}} if masks else {}
+        image = ImageRecord(f"i{index}", np.full((8, 8), index, np.uint8), **marks)
+        return StudyRecord(f"s{index}", f"p{index}", ("train", "validate", "test")[index // (count // 2) + (index == count - 1)], [image],
+                           labels=dict(zip(labels, (float(index % len(labels) == c) for c in range(len(labels))))), grades={name: index % 3 for name in grades})
+    return write_pack(path, range(count), make, 8, {"kind": "held", "recipe": recipe or {}}, labels=labels, grades=grades, boxes=boxes, masks=masks, require_report=False, progress=False)
+
+
+def test_a_recipe_says_which_masks_and_boxes_are_asked_for(tmp_path):
+    rural = held(tmp_path / "rural", masks=("opacity", "lung"), recipe={"classes": ["opacity"]})
+    task = tasks.pack_task(rural, "masks")
+    assert task.classes == ("opacity",) and len(task) == 12 and task.targets.shape == (12, 1, 8, 8)         # half of them have no lung
+    assert tasks.pack_task(rural, "masks", ["lung", "opacity"]).classes == ("lung", "opacity") and len(tasks.pack_task(rural, "masks", ["lung"])) == 6
+    assert (tasks.store_subsets(rural).query("task == 'masks' and fraction == 1")["images"] == 6).all()     # all six training images
+    plain = held(tmp_path / "plain", masks=("opacity", "lung"))
+    assert tasks.pack_task(plain, "masks").classes == ("opacity", "lung") and len(tasks.pack_task(plain, "masks")) == 6
+    named = held(tmp_path / "named", labels=("ill", "well"), boxes=("cloud", "knot"), recipe={"classes": ["ill"]})      # a label, not a box
+    assert tasks.pack_task(named, "boxes").classes == ("cloud", "knot") and tasks.pack_task(named, "masks").classes == ("cloud", "knot")
+    assert tasks.pack_task(named, "labels").classes == ("ill",)
+    part = held(tmp_path / "part", labels=("cloud", "well"), boxes=("cloud", "knot"), recipe={"classes": ["cloud"]})
+    assert tasks.pack_task(part, "boxes").classes == ("cloud",) and tasks.pack_task(part, "masks").kind == "masks"
+
+
+def test_exclusive_classes_need_no_list(tmp_path):
+    pack = held(tmp_path / "three", labels=("normal", "pneumonia", "COVID-19"), recipe={"classes": []})
+    task = tasks.pack_task(pack, "classes")
+    assert task.classes == ("normal", "pneumonia", "COVID-19") and task.targets.tolist() == [0, 1, 2] * 4
+    with pytest.raises(ValueError, match=r"no labels \['flu'\]; the columns are"):
+        tasks.class_task(pack, ["flu", "normal"])
+    with pytest.raises(ValueError, match="no label is asked for"):
+        tasks.label_task(pack, [])
+
+
+def test_a_task_that_nobody_answered_is_no_subset(tmp_path):
+    make = lambda index: StudyRecord(f"s{index}", f"p{index}", "train", [ImageRecord(f"i{index}", np.zeros((8, 8), np.uint8))], labels={"ill": index % 2})
+    pack = write_pack(tmp_path / "pack", range(6), make, 8, {}, labels=("ill",), grades=("edema",), boxes=("mass",), masks=("mass",), require_report=False, progress=False)
+    assert set(tasks.store_subsets(pack)["task"]) == {"labels"} and (pack.path / "subsets.csv").exists()
+    blank = write_pack(tmp_path / "blank", range(6), lambda index: StudyRecord(f"s{index}", f"p{index}", "train", [ImageRecord(f"i{index}", np.zeros((8, 8), np.uint8))]), 8, {}, labels=("ill",),
+                       require_report=False, progress=False)
+    assert tasks.store_subsets(blank).empty
+    with pytest.raises(tasks.EmptyTask, match="0 images"):
+        tasks.pack_task(blank)
+
+
+def asked(pack, protocol, *options):
+    return EvaluateConfig(protocol, pack.path, ("random",), pack.path.parent / "out", image="tiny_resnet", progress=False, **dict(options))
+
+
+def test_what_else_a_pack_holds_is_told(tmp_path):
+    graded = held(tmp_path / "graded", grades=("edema",))
+    with pytest.raises(ValueError, match=r"asks for labels, and .*graded holds none.*grades of edema \(--kind ordinal\)"):
+        config_task(asked(graded, "localmi_frozen"))
+    assert config_task(asked(graded, "localmi_frozen", ("kind", "ordinal"))).classes == ("0", "1", "2")
+    with pytest.raises(ValueError, match=r"asks for masks.*edema \(another protocol, such as tiny-linear\)"):
+        config_task(asked(graded, "covid_seg_linear"))
+    with pytest.raises(ValueError, match=r"holds nothing for a task of kind labels; it holds edema \(kind ordinal\)"):
+        tasks.pack_task(graded)
+    boxed = held(tmp_path / "boxed", boxes=("mass",))
+    with pytest.raises(ValueError, match=r"holds none.*masks of mass .*tiny-seg-linear.*boxes of mass .*tiny-detect"):
+        config_task(asked(boxed, "tiny-linear"))
+
+
+def test_covidx_is_asked_for_classes_unless_told_otherwise(tmp_path, capsys):
+    assert PROTOCOLS["mgca_covidx"].kind == "classes" and {one.kind for name, one in PROTOCOLS.items() if name != "mgca_covidx"} == {None}
+    dress("covidx", tmp_path / "files", studies=60)
+    assert main(f"prepare covidx --root {tmp_path}/files --out {tmp_path}/pack --size 64 --no-progress".split()) == 0
+    capsys.readouterr()
+    command = f"evaluate mgca_covidx --data {tmp_path}/pack --encoder random --image tiny_resnet --out {tmp_path}/out --seeds 0 --fractions 1 --epochs 1 --device cpu --no-progress"
+    for more in ([], ["--kind", "classes"]):
+        assert main([*command.split(), *more]) == 0
+        told = capsys.readouterr().out
+        assert "classes of normal, pneumonia, COVID-19" in told and "accuracy, all 0." in told
+    assert config_task(asked(Pack(tmp_path / "pack"), "mgca_covidx", ("kind", "labels"))).kind == "labels"
+
+
+def test_the_recipe_says_how_small_shares_are_drawn(tmp_path, capsys):
+    first, plain = held(tmp_path / "first", labels=("a", "b"), recipe={"subset": "first"}, count=80), held(tmp_path / "plain", labels=("a", "b"), count=80)
+    mine = Protocol(fractions=(0.1, 1.0))
+    rows = {name: split_rows(tasks.pack_task(pack), mine, 0.1, 0)["train"].tolist() for name, pack in (("first", first), ("plain", plain))}
+    assert rows["first"] == [0, 1, 2, 3] and rows["plain"] != rows["first"]
+    task = tasks.pack_task(first)
+    assert split_rows(task, Protocol(subset="patients"), 0.1, 0)["train"].tolist() == rows["plain"]         # what is said outright wins
+    assert share_rule(task, released("rsna_frozen_10")) == "first" and share_rule(tasks.pack_task(plain), released("rsna_frozen_10")) == "first"
+    command = f"evaluate tiny-linear --data {tmp_path}/first --encoder random --image tiny_resnet --size 8 --out {tmp_path}/out --seeds 0 --fractions 0.1 --lrs 0.01 --epochs 1 --device cpu --no-progress"
+    for more, told, rule in ([], "the first rows", "first"), (["--subset", "patients"], "drawn by patient", "patients"):
+        assert main([*command.split(), *more]) == 0
+        assert f"Shares of the training images, {told}: 10 %" in capsys.readouterr().out
+        assert any(json.loads(path.read_text())["recipe"]["subset"] == rule for path in (tmp_path / "out" / "runs").glob("*/manifest.json"))
+
+
+def test_lovts_covid_rural_is_about_opacities(tmp_path):
+    dress("covid-rural", tmp_path / "files", studies=42)
+    data_set = DATASETS["covid-rural"]
+    lost = sorted((tmp_path / "files" / "covid_rural_annot" / "jpgs" / "jsons").glob("*.json"))[0]
+    lost.unlink()                                                       # an opacity without lungs
+    pack = prepare_source(data_set, data_set.config(tmp_path / "files", "lovt"), BuildConfig(tmp_path / "pack", size=64, progress=False))
+    task = tasks.pack_task(pack, "masks")
+    assert task.classes == ("opacity",) and len(task) == len(pack) == 36 and lost.stem in set(task.images["image_id"])
+    assert len(tasks.pack_task(pack, "masks", ["opacity", "right_lung"])) == 35
+    assert tasks.store_subsets(pack).query("task == 'masks' and fraction == 1 and how == 'first'")["images"].item() == len(task.rows("train"))

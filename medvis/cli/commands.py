@@ -284,7 +284,7 @@ class DressConfig:
     "Data set."
     root: Path
     "A new or empty folder."
-    studies: int = 20
+    studies: int = 40
     "Number of studies."
     size: int = 256
     "Side of the phantom in pixels, 64 to 512; enlarged where the data set has one published size."

@@ -162,7 +162,7 @@ def study_item(study: str, rows: list[dict]) -> dict:
     return {"study": study, "patient": first["patient"], "split": first["split"], "report": "", "grades": {}, "images": images,
             "labels": first["labels"]}
 
-# %% ../../nbs/data/13_chexpert.ipynb #220bf676
+# %% ../../nbs/data/13_chexpert.ipynb #de323a93
 def plan_chexpert(config: ChexpertConfig) -> Source:
     "Studies (recipe mgca: radiographs) of CheXpert in the order of train.csv, then valid.csv; tables only. DataError for a table that is not sound."
     root, recipe = Path(config.root), config.choose(RECIPES)
@@ -183,7 +183,7 @@ def plan_chexpert(config: ChexpertConfig) -> Source:
             dropped["view is lateral"] = dropped.get("view is lateral", 0) + 1
             continue
         groups.setdefault(row["image" if recipe.splits == "mgca" else "study"], []).append(row)
-    items = [item_or_reject(study, study_item, study, group) for study, group in groups.items()]
+    items = [item_or_reject(study, study_item, study, group, images=len(group)) for study, group in groups.items()]
     return Source(items, labels=LABELS, dropped=dropped, settings={"release": base.strip("/") or Path(config.root).name})
 
 # %% ../../nbs/data/13_chexpert.ipynb #fff72b81
@@ -207,7 +207,7 @@ def dress_chexpert(root: Path, studies: Sequence[PhantomStudy]) -> None:
     for part, rows in parts.items():
         pd.DataFrame(rows).to_csv(root / f"{part}.csv", index=False)
 
-# %% ../../nbs/data/13_chexpert.ipynb #89fe1ff9
+# %% ../../nbs/data/13_chexpert.ipynb #daeb516c
 GET = """CheXpert-v1.0-small (11 GB) or CheXpert-v1.0 (439 GB): https://stanfordmlgroup.github.io/competitions/chexpert
 Terms: the Stanford University Dataset Research Use Agreement, to be signed there; no redistribution.
 Unpack it and give the folder (or the one above it) as --root:
@@ -215,9 +215,10 @@ Unpack it and give the folder (or the one above it) as --root:
     train.csv  valid.csv
     train/patient00001/study1/view1_frontal.jpg ...
     valid/patient64541/study1/view1_frontal.jpg ..."""
-def chexpert_tables(root: Path) -> list[tuple[str, Callable[[], pd.DataFrame]]]:
+def chexpert_tables(config: ChexpertConfig) -> list[tuple[str, Callable[[], pd.DataFrame]]]:
     "What is read, and how, for the check"
-    return [(f"{part}.csv", partial(read_labels, Path(root), part)) for part in ("train", "valid")]
+    return [(f"{part}.csv", partial(read_labels, Path(config.root), part)) for part in ("train", "valid")]
 
 
-CHEXPERT = DataSet("chexpert", "CheXpert", GET, plan_chexpert, RECIPES, chexpert_tables, dress_chexpert, ChexpertConfig)
+CHEXPERT = DataSet("chexpert", "CheXpert", GET, plan_chexpert, RECIPES, chexpert_tables, dress_chexpert, ChexpertConfig,
+                   wanted=COMPETITION)

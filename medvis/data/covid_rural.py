@@ -102,7 +102,7 @@ def image_item(folder: Path, root: Path, name: str, split: str) -> dict:
     image = image_entry(folder, root, name)
     return {"study": name, "patient": NAME.fullmatch(name)[1], "split": split, "report": None, "labels": {}, "images": [image]}
 
-# %% ../../nbs/data/19_covid_rural.ipynb #86f9b303
+# %% ../../nbs/data/19_covid_rural.ipynb #343aec28
 def plan_covid_rural(config: CovidRuralConfig) -> Source:
     "One study per image; LoVT's recipe leaves out images without an opacity mask"
     recipe, root = config.choose(RECIPES), Path(config.root)
@@ -120,7 +120,7 @@ def plan_covid_rural(config: CovidRuralConfig) -> Source:
         dropped["not in the split files"] = len(names) - len(listed)
     items = [item_or_reject(name, image_item, folder, root, name, split) for name, split in listed.items()]
     strays = {path.stem for pattern in ("pngs_masks/*.png", "jpgs/jsons/*.json") for path in folder.glob(pattern)} - set(pictures)
-    items += [{"study": name, "rejects": [[name, "has a mask or a labelme file, but there is no such image in jpgs"]]} for name in sorted(strays)]
+    items += [{"study": name, "rejects": [[name, "has a mask or a labelme file, but there is no such image in jpgs"]], "planned": 0} for name in sorted(strays)]
     return Source(items, masks=("opacity", *LUNGS), dropped=dropped)
 
 # %% ../../nbs/data/19_covid_rural.ipynb #10d458e0
@@ -157,10 +157,10 @@ def dress_covid_rural(root: Path, studies: Sequence[PhantomStudy]) -> None:
         labelme = {"version": "4.5.6", "flags": {}, "shapes": shapes, "imagePath": f"{name}.jpg", "imageData": data, "imageHeight": len(mask), "imageWidth": len(mask)}
         (folder / "jpgs" / "jsons" / f"{name}.json").write_text(json.dumps(labelme, indent=2))
 
-# %% ../../nbs/data/19_covid_rural.ipynb #b983e5c7
+# %% ../../nbs/data/19_covid_rural.ipynb #c3fdef42
 COVID_RURAL = DataSet(
-    name="covid-rural", title="COVID Rural", plan=plan_covid_rural, recipes=RECIPES, dress=dress_covid_rural, config=CovidRuralConfig,
-    tables=lambda root: [("folders jpgs and pngs_masks", lambda: find_annotations(root))],
+    name="covid-rural", title="COVID Rural", plan=plan_covid_rural, recipes=RECIPES, dress=dress_covid_rural, config=CovidRuralConfig, wanted=("Lung Opacity", "Pneumonia", "Edema"),
+    tables=lambda config: [("folders jpgs and pngs_masks", lambda: find_annotations(Path(config.root)))],
     get="""COVID Rural: git clone https://github.com/haimingt/opacity_segmentation_covid_chest_X_ray (images of TCIA COVID-19-AR, doi:10.7937/tcia.2020.py71-5978, CC BY 4.0).
     ROOT/covid_rural_annot/jpgs/*.jpg   jpgs/jsons/*.json   pngs_masks/*.png     (ROOT may be the clone, or covid_rural_annot)
 LoVT's lists for --split-files: datasets/Opacity-Segmentation-COVID/…/covid_rural_annot of https://github.com/philip-mueller/lovt""")

@@ -6,10 +6,9 @@
 __all__ = ['SOURCES', 'CLASSES', 'VERSIONS', 'RECIPES', 'COVIDX', 'parse_line', 'list_classes', 'read_list', 'find_list',
            'CovidxConfig', 'split_train', 'image_item', 'plan_covidx', 'covidx_tables', 'covidx_class', 'dress_covidx']
 
-# %% ../../nbs/data/16_covidx.ipynb #f99ccfa5
+# %% ../../nbs/data/16_covidx.ipynb #b4728295
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -124,12 +123,12 @@ def plan_covidx(config: CovidxConfig) -> Source:
     items = [image_item(part, row, row["split"], kinds) for part, table in lists.items() for _, row in table.iterrows()]
     return Source(items, labels=kinds, dropped=dropped, settings={"version": version})
 
-# %% ../../nbs/data/16_covidx.ipynb #cd55e4f9
-def covidx_tables(root: Path) -> list[tuple]:
-    "The lists that are there, or else the ones that ought to be, with the function that reads them"
-    found = sorted(path for pattern in ("t*_COVIDx*.txt", "labels/t*_COVIDx*.txt") for path in Path(root).glob(pattern))
-    wanted = [(f"{part} list", lambda part=part: read_list(find_list(root, part, "9A"))) for part in ("train", "test")]
-    return [(path.name, partial(read_list, path)) for path in found] or wanted
+# %% ../../nbs/data/16_covidx.ipynb #8ba2c63e
+def covidx_tables(config: CovidxConfig) -> list[tuple]:
+    "The two lists of the version that is asked for, with the function that reads them"
+    config.choose(RECIPES)
+    version = config.version or VERSIONS[config.recipe]
+    return [(f"{part} list", lambda part=part: read_list(find_list(Path(config.root), part, version))) for part in ("train", "test")]
 
 # %% ../../nbs/data/16_covidx.ipynb #b43ff652
 def covidx_class(study: PhantomStudy) -> str:
@@ -157,7 +156,7 @@ def dress_covidx(root: Path, studies: Sequence[PhantomStudy]) -> None:
 
 # %% ../../nbs/data/16_covidx.ipynb #f6b2b8a8
 COVIDX = DataSet(
-    name="covidx", title="COVIDx", plan=plan_covidx, recipes=RECIPES, tables=covidx_tables, dress=dress_covidx, config=CovidxConfig,
+    name="covidx", title="COVIDx", plan=plan_covidx, recipes=RECIPES, tables=covidx_tables, dress=dress_covidx, config=CovidxConfig, wanted=("Pneumonia", "Lung Opacity"),
     get="""COVIDx: lists from https://github.com/lindawangg/COVID-Net (folder labels/), images either built by its notebooks (docs/COVIDx.md) from their eight
 sources, or as https://www.kaggle.com/datasets/andyczhao/covidx-cxr2 ; each source keeps its own terms (RSNA: Kaggle's; RICORD and COVID-19-AR: TCIA's; cohen: per image).
     ROOT/train_COVIDx9A.txt  test_COVIDx9A.txt      (or in ROOT/labels; with --version 6: train_COVIDx6.txt …)

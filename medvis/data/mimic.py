@@ -465,4 +465,4 @@ def edema_tables(config: EdemaConfig) -> list[tuple[str, Callable]]:
 
 # %% ../../nbs/data/12_mimic.ipynb #d8faf873
 MIMIC_CXR = DataSet("mimic-cxr", "MIMIC-CXR-JPG with the reports of MIMIC-CXR", GET_MIMIC, plan_mimic, MIMIC_RECIPES, mimic_tables, dress_mimic, MimicConfig)
-MIMIC_EDEMA = DataSet("mimic-edema", "Pulmonary edema severity in MIMIC-CXR", GET_EDEMA, plan_edema, EDEMA_RECIPES, edema_tables, dress_edema, EdemaConfig)
+MIMIC_EDEMA = DataSet("mimic-edema", "Pulmonary edema severity in MIMIC-CXR", GET_EDEMA, plan_edema, EDEMA_RECIPES, edema_tables, dress_edema, EdemaConfig, wanted=("Edema",))

@@ -222,7 +222,7 @@ def dress_nih(root: Path, studies: Sequence[PhantomStudy]) -> None:
     for name, lines in {"Data_Entry_2017_v2020.csv": entries, "BBox_List_2017.csv": boxes, **lists}.items():
         (root / name).write_text("\n".join(lines) + "\n")
 
-# %% ../../nbs/data/18_nih.ipynb #34dad0f8
+# %% ../../nbs/data/18_nih.ipynb #e31fbb75
 GET = """NIH ChestX-ray14 (42 GB): https://nihcc.app.box.com/v/ChestXray-NIHCC
 Terms: none on use; name the NIH Clinical Center and cite Wang et al., CVPR 2017.
 Unpack the twelve archives and give the folder as --root:
@@ -232,11 +232,12 @@ Unpack the twelve archives and give the folder as --root:
   images_001/images/00000001_000.png ... images_012/images/   (or all in images/; square copies of any size, also .jpg)"""
 
 
-def nih_tables(root: Path) -> list[tuple[str, Callable]]:
+def nih_tables(config: NihConfig) -> list[tuple[str, Callable]]:
     "What is read, and how, for the check; the lists are only asked for by recipe medvis"
-    root = Path(root)
+    root = Path(config.root)
     lists = [(name, partial(read_list, root, name)) for name in ("train_val_list.txt", "test_list.txt") if (root / name).exists()]
     return [("Data_Entry_2017", partial(read_entries, root)), ("BBox_List_2017.csv", partial(read_boxes, root)), *lists]
 
 
-NIH = DataSet("nih", "NIH ChestX-ray14", GET, plan_nih, RECIPES, nih_tables, dress_nih, NihConfig)
+NIH = DataSet("nih", "NIH ChestX-ray14", GET, plan_nih, RECIPES, nih_tables, dress_nih, NihConfig,
+              wanted=("Pneumothorax", "Pneumonia", "Nodule", "Cardiomegaly", "Pleural Effusion", "Atelectasis"))

@@ -163,9 +163,9 @@ def dress_object_cxr(root: Path, studies: Sequence[PhantomStudy]) -> None:
     for part, rows in lines.items():
         (root / f"{part}.csv").write_text("\n".join(rows) + "\n")
 
-# %% ../../nbs/data/17_object_cxr.ipynb #a0ba4753
+# %% ../../nbs/data/17_object_cxr.ipynb #932e68cf
 OBJECT_CXR = DataSet(
-    name="object-cxr", title="Object-CXR", plan=plan_object_cxr, recipes=RECIPES, dress=dress_object_cxr, config=ObjectCxrConfig, follow_ups=False,
+    name="object-cxr", title="Object-CXR", plan=plan_object_cxr, recipes=RECIPES, dress=dress_object_cxr, config=ObjectCxrConfig, follow_ups=False, wanted=("Foreign Object", "Support Devices"),
     tables=lambda config: [(f"{part}.csv", lambda part=part: read_annotations(find_table(config.root, part))) for part in ("train", "dev")],
     get="""Object-CXR (JF Healthcare; free for scientific research and other non-commercial use): the links stand in https://github.com/hlk-1135/object-CXR
 (Google Drive); unpack the two archives.

@@ -45,7 +45,7 @@ def read_classes(root: Path) -> dict[str, set[str]]:
         classes.setdefault(name, set()).add(kind)
     return classes
 
-# %% ../../nbs/data/14_rsna.ipynb #007ae41a
+# %% ../../nbs/data/14_rsna.ipynb #f5a6dfbf
 def read_box(cells: dict[str, str]) -> list | None:     # name, x0, y0, x1, y1
     "The box of a line; None if it says that there is none. DataError for anything between the two."
     if number(cells["Target"], "Target", 0, 1) not in (0, 1):
@@ -56,7 +56,7 @@ def read_box(cells: dict[str, str]) -> list | None:     # name, x0, y0, x1, y1
             raise DataError(f"Target is 0, but {given[0]} is {cells[given[0]][:20]!r}; expected a blank")
         return None
     x, y = (number(cells[name], name, 0, FRAME) for name in "xy")
-    across, down = number(cells["width"], "width", 1e-6, FRAME + 1 - x), number(cells["height"], "height", 1e-6, FRAME + 1 - y)
+    across, down = number(cells["width"], "width", 1, FRAME + 1 - x), number(cells["height"], "height", 1, FRAME + 1 - y)
     return [PNEUMONIA, x, y, x + across, y + down]
 
 # %% ../../nbs/data/14_rsna.ipynb #0e9f8856
@@ -174,7 +174,7 @@ def dress_rsna(root: Path, studies: Sequence[PhantomStudy]) -> None:
     pd.DataFrame(boxes, columns=["patientId", "x", "y", "width", "height", "Target"]).to_csv(root / "stage_2_train_labels.csv", index=False)
     pd.DataFrame(classes, columns=["patientId", "class"]).to_csv(root / "stage_2_detailed_class_info.csv", index=False)
 
-# %% ../../nbs/data/14_rsna.ipynb #2044f7bf
+# %% ../../nbs/data/14_rsna.ipynb #241ad3b2
 GET = """RSNA Pneumonia Detection Challenge, stage 2 (3.7 GB): https://www.kaggle.com/c/rsna-pneumonia-detection-challenge/data
 Terms: those of the competition, accepted on Kaggle; the images are the NIH's.
 Unpack it and give the folder as --root:
@@ -184,10 +184,10 @@ Unpack it and give the folder as --root:
 The images of stage_2_test_images have no public labels and are not needed."""
 
 
-def rsna_tables(root: Path) -> list[tuple[str, Callable]]:
+def rsna_tables(config: RsnaConfig) -> list[tuple[str, Callable]]:
     "What is read, and how, for the check"
-    return [("stage_2_train_labels.csv", partial(read_lines, Path(root))), ("stage_2_detailed_class_info.csv", partial(read_classes, Path(root)))]
+    return [("stage_2_train_labels.csv", partial(read_lines, Path(config.root))), ("stage_2_detailed_class_info.csv", partial(read_classes, Path(config.root)))]
 
 
 RSNA = DataSet("rsna", "RSNA Pneumonia", GET, plan_rsna, RECIPES, rsna_tables, dress_rsna,
-               RsnaConfig, follow_ups=False)
+               RsnaConfig, follow_ups=False, wanted=("Pneumonia",))

@@ -171,7 +171,7 @@ def dress_siim(root: Path, studies: Sequence[PhantomStudy]) -> None:
         write_dicom(path, enlarge(study.image), name, name, study.view, inverted=index == 1, compressed=index == 2)
     (root / "train-rle.csv").write_text("\n".join(lines) + "\n")
 
-# %% ../../nbs/data/15_siim.ipynb #7193d258
+# %% ../../nbs/data/15_siim.ipynb #02b3a7b0
 GET = """SIIM-ACR Pneumothorax Segmentation (stage 1, training): https://www.kaggle.com/c/siim-acr-pneumothorax-segmentation
 Images and train-rle.csv: https://www.kaggle.com/datasets/seesee/siim-train-test (1.8 GB); terms: those of the competition, accepted on Kaggle.
 Unpack it and give the folder as --root:
@@ -179,10 +179,10 @@ Unpack it and give the folder as --root:
   dicom-images-train/1.2.276....1/1.2.276....2/1.2.276....446426.dcm ...     (or one folder of square .png copies named after ImageId)"""
 
 
-def siim_tables(root: Path) -> list[tuple[str, Callable]]:
+def siim_tables(config: SiimConfig) -> list[tuple[str, Callable]]:
     "What is read, and how, for the check"
-    return [("train-rle.csv", partial(read_runs, Path(root)))]
+    return [("train-rle.csv", partial(read_runs, Path(config.root)))]
 
 
 SIIM = DataSet("siim", "SIIM-ACR Pneumothorax", GET, plan_siim, RECIPES, siim_tables, dress_siim,
-               SiimConfig, follow_ups=False)
+               SiimConfig, follow_ups=False, wanted=("Pneumothorax",))

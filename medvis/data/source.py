@@ -117,7 +117,7 @@ class Source:
             rules = ", ".join(f"{rule}: {count}" for rule, count in self.dropped.items() if count)
             raise DataError("no study is left" + (f" (dropped: {rules})" if rules else ""))
 
-# %% ../../nbs/data/05a_source.ipynb #bc2dd840
+# %% ../../nbs/data/05a_source.ipynb #4d6f8285
 @dataclass(frozen=True)
 class DataSet:
     "A public data set: how to get, check, read and imitate it."
@@ -131,6 +131,7 @@ class DataSet:
     dress: Callable[[Path, Sequence[PhantomStudy]], None]           # writes phantom studies in the true format
     config: type[ReadConfig] = ReadConfig
     follow_ups: bool = True                                         # do patients come back, under an id that tells it?
+    wanted: tuple[str, ...] = ()                                    # findings that it is about: phantoms in its format show them often enough
 
 # %% ../../nbs/data/05a_source.ipynb #fce11fcd
 @lru_cache(maxsize=2)

@@ -223,7 +223,7 @@ def _probe_encoder(
                 positives=int((targets[0][finding].iloc[rows] == 1).sum()),
             )
 
-# %% ../../nbs/evaluate/02_classify.ipynb #d7de3490
+# %% ../../nbs/evaluate/02_classify.ipynb #78960177
 def probe_predictions(
     encoder,  # an image encoder, or a dict name -> image encoder
     data,  # a Pack with the splits train and test
@@ -240,10 +240,10 @@ def probe_predictions(
     An encoder of the baseline's name is used as it is. Raises ValueError for unknown findings or missing splits."""
     encoders = dict(encoder) if isinstance(encoder, Mapping) else {"encoder": encoder}
     findings = list(data.labels.columns) if findings is None else list(findings)
-    if missing := [finding for finding in findings if finding not in data.labels.columns] or not findings:
-        raise ValueError(
-            f"no label column for findings {missing or findings}; the pack has {list(data.labels.columns)}"
-        )
+    missing = [finding for finding in findings if finding not in data.labels.columns]
+    if missing or not findings:
+        told = f"no label column for findings {missing}" if missing else "no finding is asked for"
+        raise ValueError(f"{told}; the pack has {list(data.labels.columns)}")
     targets = label_targets(data.labels[findings], uncertain, blank)
     targets[data.labels.isna().all(axis=1)] = np.nan        # not labelled at all: its blanks do not mean "absent"
     split = _split_rows(data.studies)

@@ -6,7 +6,7 @@
 __all__ = ['SWITCHES', 'VARIATIONS', 'Protocol', 'vary', 'grade_log_probability', 'LinearClassifier', 'trained_parts', 'Learner',
            'rate', 'predict', 'fit_head']
 
-# %% ../../nbs/evaluate/07c_finetune.ipynb #86183244
+# %% ../../nbs/evaluate/07c_finetune.ipynb #0c7d2130
 import copy
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,7 +31,7 @@ from ..methods.method import Losses, add_up
 from ..train.loop import Diverged
 from ..train.schedules import plateau_factor, stopped_improving
 
-# %% ../../nbs/evaluate/07c_finetune.ipynb #1c2136af
+# %% ../../nbs/evaluate/07c_finetune.ipynb #0c44c497
 SWITCHES = {
     "plateau-on-loss": "the rate is halved by the validation loss, not by the metric (LoVT, released)",
     "plateau-ignored": "when fine-tuning, the rate is set back at every step, so that it is never halved (LoVT, released)",
@@ -49,6 +49,8 @@ class Protocol:
     "What it is called in tables."
     head: str = "linear"
     "Name of the head, see HEADS."
+    kind: Literal["labels", "classes", "ordinal"] | None = None
+    "What a linear head is asked unless a task says it; None = labels."
     trains: Literal["head", "top", "all"] = "head"
     "What is trained: the head alone (frozen), the encoder's last stage too (local-mi's frozen rule), or everything (fine-tuned)."
     lrs: tuple[float, ...] = (1e-3,)
@@ -75,8 +77,8 @@ class Protocol:
     "How training images are varied: a key of VARIATIONS."
     fractions: tuple[float, ...] = (1.0,)
     "Shares of the training images whose labels are used."
-    subset: Literal["patients", "first"] = "patients"
-    "Shares are drawn by patient, or are the first rows of the table (LoVT)."
+    subset: Literal["patients", "first"] | None = None
+    "Shares are drawn by patient, or are the first rows of the table (LoVT); None = as the recipe of the Pack says, else by patient."
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     "One run each."
     switches: tuple[str, ...] = ()

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['HEADS', 'LOVT', 'MGCA', 'LOCALMI', 'TINY', 'PROTOCOLS', 'RELEASED', 'VERSION', 'HEADLINE', 'KEYS', 'Head',
-           'make_head', 'released', 'identity', 'split_rows', 'know_all', 'run_one', 'run_rows', 'tune',
+           'make_head', 'released', 'share_rule', 'identity', 'split_rows', 'know_all', 'run_one', 'run_rows', 'tune',
            'find_protocol', 'add_results', 'run_protocol', 'summary', 'Together', 'compare_runs', 'over_patients',
-           'EvaluateConfig', 'read_table', 'read_masks', 'read_boxes', 'config_task', 'config_encoders', 'tell',
-           'evaluate_task']
+           'EvaluateConfig', 'read_table', 'read_masks', 'read_boxes', 'other_ways', 'config_task', 'config_encoders',
+           'tell', 'evaluate_task']
 
-# %% ../../nbs/evaluate/08_protocol.ipynb #46a28405
+# %% ../../nbs/evaluate/08_protocol.ipynb #5706df48
 import functools
 import hashlib
 import json
@@ -30,7 +30,7 @@ from ..data.images import boxes_to_square, read_image, to_square
 from ..data.pack import Pack
 from ..data.pairs import seeded
 from ..data.phantom import FINDINGS
-from ..data.tasks import BOX, Task, box_task, class_task, label_task, mask_task, ordinal_task, pack_task, paint_boxes, phantom_task
+from ..data.tasks import BOX, Task, box_task, class_task, held_kinds, label_task, mask_task, ordinal_task, pack_task, paint_boxes, phantom_task
 from .cache import check_fit, fill
 from .classify import encoder_hash, random_like
 from .detect import YoloV3
@@ -101,7 +101,7 @@ LOVT = {
     "object_seg_linear_100": replace(_many, **_map, lrs=(3e-1, 1e-1, 3e-2, 1e-2)),
 }
 
-# %% ../../nbs/evaluate/08_protocol.ipynb #a45d0166
+# %% ../../nbs/evaluate/08_protocol.ipynb #2f09a241
 _mgca = Protocol(optimizer="adamw", lrs=(5e-4,), batch_size=48, metric="loss", plateau=None, fractions=(0.01, 0.1, 1.0))
 _mgca_boxes = replace(_mgca, head="yolo-05", metric="map", batch_size=16, lrs=(2e-4, 5e-4))
 _mgca_masks = replace(_mgca, head="smp-unet", weight_decay=0.05, batch_size=16, lrs=(2e-4, 5e-4), augment="shift-scale-rotate")
@@ -110,7 +110,7 @@ _localmi = Protocol(trains="top", lrs=(5e-4,), batch_size=8, patience=None, plat
 MGCA = {
     "mgca_chexpert": replace(_mgca, augment="moco2"),
     "mgca_rsna": replace(_mgca, augment="mgca"),
-    "mgca_covidx": replace(_mgca, augment="mgca"),
+    "mgca_covidx": replace(_mgca, augment="mgca", kind="classes"),
     "mgca_siim_seg": _mgca_masks,
     "mgca_rsna_seg": _mgca_masks,
     "mgca_vit_seg": replace(_mgca_masks, head="setr"),
@@ -165,24 +165,30 @@ def released(
         raise ValueError(f"no downstream code was released for {name!r}; there is some for {', '.join(RELEASED)}")
     return replace(PROTOCOLS[name], name=f"{name}-released", **RELEASED[name])
 
-# %% ../../nbs/evaluate/08_protocol.ipynb #d76f5cfe
+# %% ../../nbs/evaluate/08_protocol.ipynb #e9889084
+def share_rule(task: Task, protocol: Protocol) -> str:      # "patients" or "first", see Task.rows
+    "How small shares of the training images are drawn: as the protocol says, else as the recipe of the task's Pack, else by patient."
+    return protocol.subset or task.pack.manifest["source"].get("recipe", {}).get("subset") or "patients"
+
+# %% ../../nbs/evaluate/08_protocol.ipynb #2d2b44f3
 VERSION = 2  # of the code below a protocol: raised when a mended head, loss or metric makes old runs another thing
 
 
 def identity(encoder: nn.Module, task: Task, protocol: Protocol, lr: float, fraction: float, seed: int) -> dict[str, Any]:
     "All that a run depends on. Another grid of rates, or other seeds beside, do not make it another run."
-    recipe = {key: value for key, value in asdict(protocol).items() if key not in ("name", "lrs", "fractions", "seeds")}
+    recipe = {key: value for key, value in asdict(protocol).items() if key not in ("name", "kind", "lrs", "fractions", "seeds")}
+    recipe["subset"] = share_rule(task, protocol)
     told = {"version": VERSION, "encoder_hash": encoder_hash(encoder), "task_hash": task.hash, "recipe": recipe, "lr": lr, "fraction": fraction, "seed": seed}
     return json.loads(json.dumps(told))
 
-# %% ../../nbs/evaluate/08_protocol.ipynb #b1029d32
+# %% ../../nbs/evaluate/08_protocol.ipynb #a1d0c5a8
 def split_rows(task: Task, protocol: Protocol, fraction: float, seed: int) -> dict[str, np.ndarray]:
     "Rows of the task to train on, to validate with and to test on. ValueError if there are none of one."
     rows = {split: task.rows(split) for split in ("train", "validate", "test")}
     if empty := [split for split, of in rows.items() if not len(of)]:
         raise ValueError(f"the task {task.name!r} has no images in the split {' and '.join(empty)}; it has "
                          f"{task.images['split'].value_counts().to_dict()}. A protocol needs train, validate and test")
-    rows["train"] = task.rows("train", fraction, seed, protocol.subset)
+    rows["train"] = task.rows("train", fraction, seed, share_rule(task, protocol))
     if "validate-first-tenth" in protocol.switches:
         rows["validate"] = task.rows("validate", 0.1, how="first")
     return rows
@@ -391,7 +397,7 @@ def over_patients(
     told = pd.concat(tables, ignore_index=True)
     return told[["task", "protocol", "fraction", *(name for name in told if name not in ("task", "protocol", "fraction"))]]
 
-# %% ../../nbs/evaluate/08_protocol.ipynb #34b64a7c
+# %% ../../nbs/evaluate/08_protocol.ipynb #1590671d
 @dataclass
 class EvaluateConfig:
     "Evaluate encoders on a task by a protocol of the papers or a tiny one, with all metrics and intervals over seeds."
@@ -407,9 +413,9 @@ class EvaluateConfig:
     targets: Path | None = None
     "Table (.csv, .parquet) of labels or grades (first column: image or study id) or of boxes (image_id, x0, y0, x1, y1 in pixels of the original image, class), or folder of mask pictures, png files named by image id (several classes: a folder each). Without: what the Pack holds; of a phantom, what its pictures show."
     kind: Literal["labels", "classes", "ordinal"] | None = None
-    "What a classifier is asked: independent findings (labels; without, these), exclusive classes, or grades."
+    "What a classifier is asked: independent findings (labels), exclusive classes, or grades (ordinal); without, classes for mgca_covidx, else labels."
     classes: tuple[str, ...] = ()
-    "Label columns, or classes of masks or boxes; without, all that there are."
+    "Label columns, or classes of masks or boxes; without, those of the Pack's recipe, else all that there are."
     uncertain: Literal["ignore", "positive", "negative"] | None = None
     "What labels of -1 count as; without, what the Pack's recipe says, else they are ignored."
     blank: Literal["ignore", "negative"] | None = None
@@ -426,6 +432,8 @@ class EvaluateConfig:
     "As the authors' code ran it, where that differs from the paper."
     fractions: tuple[float, ...] = ()
     "Shares of the training images whose labels are used; without, as the protocol says."
+    subset: Literal["patients", "first"] | None = None
+    "These shares are drawn by patient, or are the first rows; without, as the protocol says, else as the Pack's recipe, else by patient."
     seeds: tuple[int, ...] = ()
     "One run each; without, as the protocol says."
     lrs: tuple[float, ...] = ()
@@ -477,11 +485,23 @@ def read_boxes(path: Path, pack: Pack, classes: Sequence[str]) -> Task:
             table.loc[row, list(BOX)] = moved[0]
     return box_task(pack, table, classes or None, name=path.stem)
 
-# %% ../../nbs/evaluate/08_protocol.ipynb #5bd1fc31
+# %% ../../nbs/evaluate/08_protocol.ipynb #6a5b15d4
+def other_ways(pack: Pack, protocol: str) -> str:
+    "What else a Pack could be asked, and how; for errors."
+    kinds, ways = HEADS[PROTOCOLS[protocol].head].kinds, []
+    for kind, names in held_kinds(pack).items():
+        if kind == "classes":       # the same columns as labels
+            continue
+        fitting = next((name for name, one in PROTOCOLS.items() if name.startswith("tiny") and kind in HEADS[one.head].kinds), None)
+        told = f"{'grades' if kind == 'ordinal' else kind} of {', '.join(names)}"
+        ways.append(f"{told} (--kind {kind})" if kind in kinds else f"{told} (another protocol, such as {fitting})")
+    return "; ".join(ways) or "no labels, grades, masks or boxes"
+
+# %% ../../nbs/evaluate/08_protocol.ipynb #505cee83
 def config_task(config: EvaluateConfig) -> Task:
     "The task that a configuration means. ValueError or FileNotFoundError if its files do not fit."
     pack, kinds = Pack(config.data), HEADS[PROTOCOLS[config.protocol].head].kinds
-    kind, path, classes = config.kind or kinds[0], config.targets, list(config.classes)
+    kind, path, classes = config.kind or PROTOCOLS[config.protocol].kind or kinds[0], config.targets, list(config.classes)
     phantom = path is None and pack.manifest["source"].get("kind") == "phantom"
     if kind not in kinds:
         raise ValueError(f"{config.protocol} asks for {' or '.join(kinds)}, not for {kind}: leave out --kind, or take another protocol")
@@ -490,9 +510,8 @@ def config_task(config: EvaluateConfig) -> Task:
     if phantom:
         return phantom_task(pack, kind, classes or FINDINGS, progress=config.progress)
     if path is None:
-        held = {"ordinal": ["grades"], "masks": ["masks", "boxes"], "boxes": ["boxes"]}.get(kind, ["labels"])
-        if kind not in ("labels", "classes") and not any(pack.manifest.get(one) for one in held):
-            raise ValueError(f"{config.protocol} needs {kind if kind != 'ordinal' else 'grades'}, and {config.data} holds none: name their file with --targets")
+        if kind not in held_kinds(pack):
+            raise ValueError(f"{config.protocol} asks for {'grades' if kind == 'ordinal' else kind}, and {config.data} holds none: name their file with --targets. It holds {other_ways(pack, config.protocol)}")
         return pack_task(pack, kind, classes or None, config.data.name, config.uncertain, config.blank)
     if kind == "boxes":
         return read_boxes(path, pack, classes)
@@ -532,14 +551,16 @@ def tell(short: pd.DataFrame) -> None:  # of summary
     if pairs > 1 and 2 / 2**pairs > 0.05:
         print(f"With {pairs:.0f} seeds the exact test of a gain cannot give a p below {2 / 2**pairs:.3g}: read the intervals, or take 6 seeds or more.")
 
-# %% ../../nbs/evaluate/08_protocol.ipynb #3c8d3aec
+# %% ../../nbs/evaluate/08_protocol.ipynb #d1189b54
 def evaluate_task(config: EvaluateConfig) -> pd.DataFrame:
     "Run what a configuration says, print the headline numbers, and return all."
     protocol = released(config.protocol) if config.released else PROTOCOLS[config.protocol]
-    changes = {name: getattr(config, name) for name in ("lrs", "fractions", "seeds", "epochs") if getattr(config, name) not in ((), None)}
+    changes = {name: getattr(config, name) for name in ("lrs", "fractions", "subset", "seeds", "epochs") if getattr(config, name) not in ((), None)}
     protocol = replace(protocol, **changes)
     task, encoders = config_task(config), config_encoders(config, protocol.seeds)
     print(task)
+    rule = {"patients": "drawn by patient", "first": "the first rows"}[share_rule(task, protocol)]
+    print(f"Shares of the training images, {rule}: " + ", ".join(f"{100 * share:.4g} %" for share in protocol.fractions))
     table = run_protocol(encoders, task, protocol, config.out, cache=config.cache, progress=config.progress)
     baseline = next((name for name in (*encoders, None) if isinstance(encoders.get(name), list)), None)
     tell(summary(table, baseline))

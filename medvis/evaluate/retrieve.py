@@ -539,11 +539,11 @@ def retrieve(
         write_json(Path(out) / "retrieval.json", about({"method": method}, pack, **rules))
     return table
 
-# %% ../../nbs/evaluate/09_retrieve.ipynb #cd1ccb75
+# %% ../../nbs/evaluate/09_retrieve.ipynb #62b7ad7e
 def zero_shot(
     method: Method,
     pack: Pack,
-    prompts: pd.DataFrame | None = None,  # None: prompt_table of the label columns that have names
+    prompts: pd.DataFrame | None = None,  # None: prompt_table of the labels that the Pack's recipe asks for, else of all, as far as they have names
     split: str = "test",
     combine: str = "mean",
     resamples: int = 500,
@@ -551,7 +551,8 @@ def zero_shot(
     batch_size: int = 64,
 ) -> dict[str, pd.DataFrame]:  # "findings": zero_shot_table, "prompts": prompt_breakdown, "classes": class_table
     """Zero-shot classification of a split: positive against negative, prompt by prompt, class against class."""
-    prompts = prompt_table([name for name in pack.labels if name in NAMES]) if prompts is None else prompts
+    asked = pack.manifest["source"].get("recipe", {}).get("classes") or pack.labels
+    prompts = prompt_table([name for name in asked if name in NAMES]) if prompts is None else prompts
     pairs = zero_shot_scores(method, pack, prompts, split, batch_size)
     targets = zero_shot_targets(pairs, pack)
     tables = {
