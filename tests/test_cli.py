@@ -142,7 +142,7 @@ PREPARE = ["prepare", "folder", "--image-column", "file", "--report-column", "te
 
 
 def test_folder_way(folder, tmp_path, capsys):
-    out = succeeds(capsys, *PREPARE, "--table", folder / "table.csv", "--out", tmp_path / "pack", "--size", "64",
+    out = succeeds(capsys, *PREPARE, "--root", folder, "--out", tmp_path / "pack", "--size", "64",
                    "--label-columns", "Pleural Effusion", "Cardiomegaly")
     assert "60 images, 60 studies, 30 patients" in out
     data = Pack(tmp_path / "pack")
@@ -186,14 +186,18 @@ def test_missing_pack(home, tmp_path, capsys):
     (["--report-column", "nope"], ["table.csv", "'nope'", "file, text, who"]),
     (["--label-columns", "nope"], ["table.csv", "'nope'", "file, text, who"]),
     (["--label-columns", "text"], ["row 1", "'text'"]),
-    (["--root", "/nowhere/at/all"], ["/nowhere/at/all"]),
     (["--table", "/nowhere/table.csv"], ["/nowhere/table.csv"]),
     (["--where", "nope == 1"], ["table.csv", "nope"]),
 ])
 def test_bad_tables(changes, told, folder, tmp_path, capsys):
-    line = fails(capsys, *PREPARE, "--table", folder / "table.csv", "--out", tmp_path / "pack", *changes)
+    line = fails(capsys, *PREPARE, "--root", folder, "--out", tmp_path / "pack", *changes)
     assert all(word in line for word in told), line
     assert not any(tmp_path.iterdir())
+
+
+def test_a_root_that_is_not_there_tells_what_is_needed(tmp_path, capsys):
+    code, _, err = run(capsys, *PREPARE, "--root", "/nowhere/at/all", "--out", tmp_path / "pack")
+    assert code == 1 and err.startswith("medvis: /nowhere/at/all: no such folder. Your own data.") and "ROOT/table.csv" in err and not any(tmp_path.iterdir())
 
 
 def test_all_images_missing(folder, tmp_path, capsys):
@@ -280,7 +284,7 @@ def test_probe_of_what_is_not_there(home, tmp_path, capsys, monkeypatch):
 
 
 def test_probe_without_labels(folder, home, tmp_path, capsys):
-    succeeds(capsys, *PREPARE, "--table", folder / "table.csv", "--out", tmp_path / "pack", "--size", "64")
+    succeeds(capsys, *PREPARE, "--root", folder, "--out", tmp_path / "pack", "--size", "64")
     told = fails(capsys, "probe", "--data", tmp_path / "pack", "--encoders", home / "run", *PROBE, "--out", tmp_path / "probe")
     assert "label" in told and not (tmp_path / "probe").exists()
 

@@ -543,11 +543,13 @@ def guard(
             "leaks": leaks_summary(found, len(found)) if len(found) else {}}
     _write_atomic(folder / "manifest.json", json.dumps(pack.manifest | {"guard": told}, indent=1).encode())
 
-# %% ../../nbs/data/05_pack.ipynb #d57a88cb
-def _unfinished(out: Path, plan: _Plan, key: str) -> bool:
+# %% ../../nbs/data/05_pack.ipynb #0f12e251
+def _unfinished(out: Path, plan: _Plan, key: str, tell: bool = False) -> bool:
     "Is there still something to build? Opens or resumes the unfinished build; refuses to touch what another build left"
     if (out / "manifest.json").exists() and Pack(out).manifest["build"] == key:
         shutil.rmtree(plan.folder, ignore_errors=True)
+        if tell:
+            print(f"{out} is there already; {len(Pack(out).rejects)} rejects stay as they were: delete the folder to try them again")
         return False
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise FileExistsError(f"{out} exists and holds other data or was made with other settings; choose another place or delete it")
@@ -589,7 +591,7 @@ def _all_parts(plan: _Plan, items: Sequence, workers: int, progress: bool) -> li
             bar.update(len(jobs[number]))
     return list(parts.values())
 
-# %% ../../nbs/data/05_pack.ipynb #37e0afb9
+# %% ../../nbs/data/05_pack.ipynb #f0dd620b
 def write_pack(
     out: str | Path,                        # folder of the Pack to be
     items: Sequence,                        # one per study, JSON-like
@@ -620,13 +622,10 @@ def write_pack(
     plan = _Plan(Path(f"{out}.partial"), read, size, rules, tuple(labels), require_report, part_size, source,
                  tuple(grades), tuple(boxes), tuple(masks))
     key = plan.key(items)
-    if not _unfinished(out, plan, key):
+    if not _unfinished(out, plan, key, progress):
         if guarded:
             guard(out, against, allow_leaks, progress)
-        pack = Pack(out)
-        if progress:
-            print(f"{out} is there already" + (f"; {len(pack.rejects)} rejects stay as they were: delete the folder to try them again" if len(pack.rejects) else ""))
-        return pack
+        return Pack(out)
     parts = _all_parts(plan, items, workers, progress)
     _check_rejects(plan, parts, max_rejects)
     folder = _assemble(plan, key, parts)
