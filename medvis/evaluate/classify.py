@@ -243,7 +243,7 @@ def probe_predictions(
     missing = [finding for finding in findings if finding not in data.labels.columns]
     if missing or not findings:
         told = f"no label column for findings {missing}" if missing else "no finding is asked for"
-        raise ValueError(f"{told}; the pack has {list(data.labels.columns)}")
+        raise ValueError(f"{told}; the labels of the pack are {', '.join(data.labels.columns) or 'none'}")
     targets = label_targets(data.labels[findings], uncertain, blank)
     targets[data.labels.isna().all(axis=1)] = np.nan        # not labelled at all: its blanks do not mean "absent"
     split = _split_rows(data.studies)
