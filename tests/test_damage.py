@@ -662,7 +662,7 @@ def identity(item: dict, root: Path) -> tuple:
 def read(name: str, root: Path, known: dict[tuple, StudyRecord]) -> Content:
     "Everything that would get into a Pack; what is `known` already, because nothing about it changed, is not read again."
     source = plan(name, root)
-    found = Content({}, [], sum(source.dropped.values()), {})
+    found = Content({}, [], sum(source.dropped.values()) + sum(source.settings.get("beside", {}).values()), {})
     for item in source.items:
         key = identity(item, root)
         study = found.studies[key] = known[key] if key in known else read_study(json.loads(json.dumps(item)), root, SIZE, "pad")
