@@ -113,9 +113,30 @@ def test_what_is_there_already_says_so(tmp_path, capsys):
     assert main(command) == 0 and "is there already; 1 rejects stay as they were" in capsys.readouterr().out
 
 
+SLOWLY = """
+import signal, sys, time
+from medvis.cli.start import main
+from medvis.data import source
+
+read_study = source.read_study
+
+
+def slowly(*args, **options):
+    time.sleep(0.06)
+    return read_study(*args, **options)
+
+
+source.read_study = slowly      # in the workers too: they import this file
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)    # a shell's background job, such as CI, is started without
+    sys.exit(main())
+"""
+
+
 def test_workers_leave_the_interrupt_to_the_main_process(tmp_path):
-    dress("covid-rural", tmp_path / "files", studies=200)
-    command = [sys.executable, "-c", "import sys; from medvis.cli.start import main; sys.exit(main())", "prepare", "covid-rural", "--root", tmp_path / "files", "--out", tmp_path / "pack", "--workers", "2", "--no-progress"]
+    dress("covid-rural", tmp_path / "files", studies=100)      # two parts, of 64 and 36: one worker is idle while the other still reads
+    (tmp_path / "slowly.py").write_text(SLOWLY)
+    command = [sys.executable, tmp_path / "slowly.py", "prepare", "covid-rural", "--root", tmp_path / "files", "--out", tmp_path / "pack", "--workers", "2", "--no-progress"]
     process = subprocess.Popen(command, start_new_session=True, stderr=subprocess.PIPE, text=True)
     while process.poll() is None and not list((tmp_path / "pack.partial" / "parts").glob("*.json")):
         time.sleep(0.01)
