@@ -6,19 +6,17 @@
 __all__ = ['SOURCES', 'CLASSES', 'VERSIONS', 'RECIPES', 'COVIDX', 'parse_line', 'list_classes', 'read_list', 'find_list',
            'CovidxConfig', 'split_train', 'image_item', 'plan_covidx', 'covidx_tables', 'covidx_class', 'dress_covidx']
 
-# %% ../../nbs/data/16_covidx.ipynb #b4728295
+# %% ../../nbs/data/16_covidx.ipynb #8f07f7cf
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 from PIL import Image
-from sklearn.model_selection import train_test_split
 
 from .files import DataError, find_file, read_text, safe_path
 from .phantom import PhantomStudy
-from .plans import draw_splits
+from .plans import draw_rows, draw_splits
 from .source import DataSet, ReadConfig, Recipe, Source
 
 # %% ../../nbs/data/16_covidx.ipynb #3b075b2c
@@ -85,7 +83,7 @@ class CovidxConfig(ReadConfig):
     version: str = ""
     """Version of the lists, such as 9A (three classes) or 6 (two); without, the recipe's."""
 
-# %% ../../nbs/data/16_covidx.ipynb #3f7e5018
+# %% ../../nbs/data/16_covidx.ipynb #bf864f9e
 def split_train(
     patients: Sequence[str],    # (n,) one an image, in the order of the train list
     rule: str,                  # "patients 80/20", "patients 90/10" or "mgca 80/20"
@@ -94,8 +92,7 @@ def split_train(
     "Which images of the train list are for validation; MGCA's draw (by image, scikit-learn, random_state 0) does not ask for the seed."
     if rule.startswith("patients"):
         return draw_splits(patients, rule, seed)
-    learned, _ = train_test_split(np.arange(len(patients)), train_size=0.8, random_state=0)
-    return np.where(np.isin(np.arange(len(patients)), learned), "train", "validate").tolist()
+    return draw_rows(len(patients), 0.2).sort_index().tolist()
 
 # %% ../../nbs/data/16_covidx.ipynb #8c3c479a
 def image_item(part: str, row: pd.Series, split: str, kinds: Sequence[str]) -> dict:
@@ -154,7 +151,7 @@ def dress_covidx(root: Path, studies: Sequence[PhantomStudy]) -> None:
     for name, rows in lines.items():
         (root / name).write_text("\n".join(rows) + "\n")
 
-# %% ../../nbs/data/16_covidx.ipynb #f6b2b8a8
+# %% ../../nbs/data/16_covidx.ipynb #6fa72ca5
 COVIDX = DataSet(
     name="covidx", title="COVIDx", plan=plan_covidx, recipes=RECIPES, tables=covidx_tables, dress=dress_covidx, config=CovidxConfig, wanted=("Pneumonia", "Lung Opacity"),
     get="""COVIDx: lists from https://github.com/lindawangg/COVID-Net (folder labels/), images either built by its notebooks (docs/COVIDx.md) from their eight

@@ -78,11 +78,11 @@ def choose_studies(
                    and (data_set.follow_ups or patient_number(phantom.seed, index) == index))] = None
     return list(taken)
 
-# %% ../../nbs/data/21_datasets.ipynb #792cc1d1
+# %% ../../nbs/data/21_datasets.ipynb #033bc695
 def dress(
     name: str,          # of DATASETS
     root: Path,         # a folder that is empty, or to be made
-    studies: int = 40,
+    studies: int,
     size: int = 64,     # side of the phantom in pixels; some data sets enlarge it to the size that is published
     seed: int = 0,
 ) -> None:

@@ -220,7 +220,7 @@ ODD_REPORTS = frozenset("""
 58235663 50798377 54168089 53071062 56724958 54231141 53607029 52035334
 """.split())    # study ids from MIT-LCP/mimic-cxr, txt/section_parser.py (MIT licence); the same in LoVT and MGCA
 
-# %% ../../nbs/data/12_mimic.ipynb #ea900a3e
+# %% ../../nbs/data/12_mimic.ipynb #da34cf9f
 LOCAL_MI_RULES = ReportRules(sections=("impression", "findings", "recommendation", "recommendation(s)"), fallback=("last_paragraph", "full report"))
 FRONTAL = ("PA", "AP")
 FIVE = ("Cardiomegaly", "Edema", "Consolidation", "Atelectasis", "Pleural Effusion")
@@ -228,7 +228,7 @@ PATHOLOGY9 = ("Support Devices", "Cardiomegaly", "Consolidation", "Edema", "Lung
 MIMIC_RECIPES = {
     "medvis": Recipe(views=FRONTAL, rules=ReportRules(), splits="official", notes=("54 studies that the section parser misreads are left out",)),
     "lovt": Recipe(fit="pad-first", views=FRONTAL, rules=LOVT_RULES, splits="official", classes=FIVE, uncertain="positive", subset="first",
-                   notes=("54 studies that the section parser misreads are left out",                           "sentences by Stanza there, by our splitter here", "training crops are cut from the full resolution there")),
+                   notes=("54 studies that the section parser misreads are left out", "sentences by Stanza there, by our splitter here", "training crops are cut from the full resolution there")),
     "mgca": Recipe(views=FRONTAL, rules=MGCA_RULES, splits="official, test joined to validate",
                    notes=("54 studies that the section parser misreads are left out", "one row per image there: a study with two frontal images counts twice")),
     "local-mi": Recipe(fit="crop", views=FRONTAL, rules=LOCAL_MI_RULES, splits="official, edema test patients not in training", classes=PATHOLOGY9, blank="ignore",
@@ -288,13 +288,13 @@ def read_edema_table(
         raise DataError(f"{path}: no column 'edema_severity'; the file has {', '.join(table.columns)}")
     return table
 
-# %% ../../nbs/data/12_mimic.ipynb #efc30854
+# %% ../../nbs/data/12_mimic.ipynb #78b4e158
 def dress_edema(root: Path, studies: Sequence[PhantomStudy]) -> None:
-    "Write phantom studies as MIMIC-CXR-JPG with the three tables of edema grades beside it; the expert's are those of every other study."
+    "Write phantom studies as MIMIC-CXR-JPG, and if any tells how severe an edema is, the three tables of edema grades beside it; the expert's are those of every other study."
     dress_mimic(root, studies)
     splits, graded = mimic_splits(studies), [study for study in studies if study.severities["Edema"] is not None]
     if not graded:
-        raise ValueError(f"none of the {len(studies)} phantom studies tells how severe an edema is; give more studies")
+        return
     reports = [(*mimic_ids(study), study.severities["Edema"]) for study in graded]
     tests = [study for study in graded if splits[study.patient_id] == "test"] or graded[-1:]
     images = [(*mimic_ids(study), study.severities["Edema"], mimic_images(study)[0][0]) for study in tests]
@@ -463,6 +463,6 @@ def edema_tables(config: EdemaConfig) -> list[tuple[str, Callable]]:
     graded = [(f"{kind} grades", partial(read_edema_table, config.edema or config.root, kind)) for kind in (*EDEMA_GRADERS[config.recipe], "consensus_image")]
     return [("metadata", partial(read_metadata_table, config.root)), ("split", partial(read_split_table, config.root)), *graded]
 
-# %% ../../nbs/data/12_mimic.ipynb #d8faf873
-MIMIC_CXR = DataSet("mimic-cxr", "MIMIC-CXR-JPG with the reports of MIMIC-CXR", GET_MIMIC, plan_mimic, MIMIC_RECIPES, mimic_tables, dress_mimic, MimicConfig)
+# %% ../../nbs/data/12_mimic.ipynb #18073014
+MIMIC_CXR = DataSet("mimic-cxr", "MIMIC-CXR-JPG with the reports of MIMIC-CXR", GET_MIMIC, plan_mimic, MIMIC_RECIPES, mimic_tables, dress_edema, MimicConfig)
 MIMIC_EDEMA = DataSet("mimic-edema", "Pulmonary edema severity in MIMIC-CXR", GET_EDEMA, plan_edema, EDEMA_RECIPES, edema_tables, dress_edema, EdemaConfig, wanted=("Edema",))

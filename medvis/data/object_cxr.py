@@ -7,7 +7,7 @@ __all__ = ['CLASS', 'RECIPES', 'OBJECT_CXR', 'read_annotations', 'find_table', '
            'ObjectCxrConfig', 'split_train', 'read_parts', 'image_item', 'plan_object_cxr', 'dress_shapes',
            'dress_object_cxr']
 
-# %% ../../nbs/data/17_object_cxr.ipynb #66f6c35e
+# %% ../../nbs/data/17_object_cxr.ipynb #2dbe531f
 import posixpath
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,12 +16,11 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from PIL import Image
-from sklearn.model_selection import train_test_split
 
 from .annotations import POLYGON, RECTANGLE, parse_shapes, shape_box
 from .files import DataError, find_file, read_table, safe_path
 from .phantom import PhantomStudy
-from .plans import draw_splits, item_or_reject, pick_listed, read_split_files
+from .plans import draw_rows, draw_splits, item_or_reject, pick_listed, read_split_files
 from .source import DataSet, ReadConfig, Recipe, Source
 
 # %% ../../nbs/data/17_object_cxr.ipynb #fed0152d
@@ -87,7 +86,7 @@ class ObjectCxrConfig(ReadConfig):
     split_files: Path | None = None
     """Folder with train.csv, validation.csv and test.csv (column ID) that say which image is where, such as LoVT's."""
 
-# %% ../../nbs/data/17_object_cxr.ipynb #63e270d6
+# %% ../../nbs/data/17_object_cxr.ipynb #64945dae
 def split_train(
     names: Sequence[str],   # (n,) of the images of train.csv, in its order
     rule: str,              # "patients 80/20", "lovt 80/20" or "mgca 90/10"
@@ -96,9 +95,8 @@ def split_train(
     "Which images of the training table are for validation; MGCA's draw (scikit-learn, random_state 0) does not ask for the seed."
     if rule.startswith("patients"):
         return draw_splits(names, rule, seed)
-    share, state = {"lovt 80/20": (0.2, seed), "mgca 90/10": (0.1, 0)}[rule]
-    _, validated = train_test_split(np.arange(len(names)), test_size=share, random_state=state)
-    return np.where(np.isin(np.arange(len(names)), validated), "validate", "train").tolist()
+    share, seed = {"lovt 80/20": (0.2, seed), "mgca 90/10": (0.1, 0)}[rule]
+    return draw_rows(len(names), share, seed=seed).sort_index().tolist()
 
 # %% ../../nbs/data/17_object_cxr.ipynb #ade5506c
 def read_parts(root: Path) -> pd.DataFrame:     # name, annotation, part, path below the root, id, twice (does the id occur again?)

@@ -7,7 +7,7 @@ __all__ = ['FRAME', 'PNEUMONIA', 'CLASSES', 'ASKED', 'MGCA_SCALING', 'RECIPES', 
            'read_box', 'image_item', 'RsnaConfig', 'mgca_splits', 'rsna_splits', 'plan_rsna', 'enlarge', 'dress_rsna',
            'rsna_tables']
 
-# %% ../../nbs/data/14_rsna.ipynb #c8c42603
+# %% ../../nbs/data/14_rsna.ipynb #9595daad
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -15,11 +15,10 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from sklearn.model_selection import train_test_split
 
 from .files import DataError, find_file, number, read_table
 from .phantom import PhantomStudy
-from .plans import draw_splits, image_files, item_or_reject, pick_listed, read_split_files, write_dicom
+from .plans import draw_rows, draw_splits, image_files, item_or_reject, pick_listed, read_split_files, write_dicom
 from .source import DataSet, ReadConfig, Recipe, Source
 
 # %% ../../nbs/data/14_rsna.ipynb #48456338
@@ -109,7 +108,7 @@ class RsnaConfig(ReadConfig):
     held_out: int = 5337
     """Images in each of validation and test of recipe mgca-boxes."""
 
-# %% ../../nbs/data/14_rsna.ipynb #3ff1bfec
+# %% ../../nbs/data/14_rsna.ipynb #08b2453d
 def mgca_splits(
     names: Sequence[str],       # of all images
     held_out: float,            # share or number of the images in validation and test together
@@ -117,9 +116,7 @@ def mgca_splits(
     "MGCA's draw: scikit-learn's, twice, random_state 0, from the sorted names"
     if held_out >= len(names):
         raise DataError(f"{held_out} images are wanted for validation and test, but there are {len(names)} in all; choose fewer (held_out)")
-    train, rest = train_test_split(sorted(names), test_size=held_out, random_state=0)
-    test, valid = train_test_split(rest, test_size=0.5, random_state=0)
-    return dict.fromkeys(train, "train") | dict.fromkeys(valid, "validate") | dict.fromkeys(test, "test")
+    return dict(zip(sorted(names), draw_rows(len(names), held_out, halved=True).sort_index()))
 
 # %% ../../nbs/data/14_rsna.ipynb #993ae201
 def rsna_splits(config: RsnaConfig, rule: str, names: Sequence[str]) -> dict[str, str]:

@@ -6,7 +6,7 @@
 __all__ = ['PNEUMOTHORAX', 'RECIPES', 'GET', 'SIIM', 'find_runs', 'read_runs', 'code_dialect', 'check_dialect', 'image_item',
            'SiimConfig', 'mgca_lines', 'surplus_negatives', 'siim_splits', 'plan_siim', 'dress_siim', 'siim_tables']
 
-# %% ../../nbs/data/15_siim.ipynb #dac7cb92
+# %% ../../nbs/data/15_siim.ipynb #047240eb
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -14,12 +14,11 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from sklearn.model_selection import train_test_split
 
 from .annotations import encode_rle
 from .files import DataError, find_file, read_table
 from .phantom import PhantomStudy
-from .plans import draw_splits, image_files, item_or_reject, pick_listed, read_split_files, write_dicom
+from .plans import draw_rows, draw_splits, image_files, item_or_reject, pick_listed, read_split_files, write_dicom
 from .rsna import FRAME, MGCA_SCALING, enlarge
 from .source import DataSet, ReadConfig, Recipe, Source
 
@@ -110,12 +109,11 @@ class SiimConfig(ReadConfig):
     split_files: Path | None = None
     """Folder with train.csv, validation.csv and test.csv (column ID) that say which image is where, such as LoVT's."""
 
-# %% ../../nbs/data/15_siim.ipynb #75a91be6
+# %% ../../nbs/data/15_siim.ipynb #556fd148
 def mgca_lines(table: pd.DataFrame) -> pd.DataFrame:    # the lines in the order of the draw, with a column split
     "MGCA's draw of lines: scikit-learn's, twice, random_state 0"
-    train, rest = train_test_split(table, test_size=0.15 * 2, random_state=0)
-    test, valid = train_test_split(rest, test_size=0.5, random_state=0)
-    return pd.concat([train.assign(split="train"), valid.assign(split="validate"), test.assign(split="test")])
+    drawn = draw_rows(len(table), 0.15 * 2, halved=True)
+    return table.iloc[drawn.index].assign(split=drawn.to_numpy())
 
 # %% ../../nbs/data/15_siim.ipynb #7b4b7f6b
 def surplus_negatives(drawn: pd.DataFrame) -> set[str]:

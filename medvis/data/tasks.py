@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'UNCERTAIN', 'BLANK', 'BOX', 'pack_images', 'find_images', 'EmptyTask', 'Task', 'make_task', 'label_targets',
-           'chosen_labels', 'label_task', 'class_task', 'ordinal_task', 'mask_task', 'box_task', 'paint_boxes',
-           'phantom_target', 'phantom_task', 'pack_boxes', 'held_kinds', 'asked_names', 'pack_task', 'store_subsets',
-           'boxes_in_view']
+           'chosen_labels', 'study_targets', 'label_task', 'class_task', 'ordinal_task', 'mask_task', 'box_task',
+           'paint_boxes', 'phantom_target', 'phantom_task', 'pack_boxes', 'held_kinds', 'asked_names', 'pack_task',
+           'store_subsets', 'boxes_in_view']
 
 # %% ../../nbs/data/08_tasks.ipynb #b47b387a
 import contextlib
@@ -166,6 +166,17 @@ def chosen_labels(
         raise ValueError(f"there are no labels {missing}; the columns are {list(table.columns)}" if missing else f"no label is asked for; the columns are {list(table.columns)}")
     rows, places = find_images(pack, table.index)
     return table[columns].iloc[places].reset_index(drop=True), rows
+
+# %% ../../nbs/data/08_tasks.ipynb #7b3dbb3d
+def study_targets(
+    pack: Pack,
+    findings: Iterable[str] | None = None,  # label columns; None: all
+    uncertain: str = "ignore",              # see label_targets
+    blank: str = "negative",
+) -> pd.DataFrame:                          # one row a study; 1, 0, NaN
+    "Targets study by study. A study of which nothing at all is known was not labelled: its blanks do not mean that a finding is absent."
+    labels = pack.labels[list(pack.labels if findings is None else findings)]
+    return label_targets(labels, uncertain, blank)[pack.labels.notna().any(axis=1)].reindex(labels.index)
 
 # %% ../../nbs/data/08_tasks.ipynb #dd48c2d2
 def label_task(

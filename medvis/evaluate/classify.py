@@ -6,7 +6,7 @@
 __all__ = ['LOGIT_VARIANCE', 'encoder_hash', 'about', 'check_preprocessing', 'frozen', 'encode_images', 'encode', 'random_like',
            'fit_scores', 'probe_predictions', 'replicates', 'probe_table', 'paired_gain', 'linear_probe']
 
-# %% ../../nbs/evaluate/02_classify.ipynb #69fea143
+# %% ../../nbs/evaluate/02_classify.ipynb #73b726d3
 import copy
 import hashlib
 import re
@@ -23,7 +23,7 @@ from torch import nn
 from tqdm import tqdm
 
 from ..data.splits import check_leaks, nested_subsets
-from ..data.tasks import label_targets
+from ..data.tasks import study_targets
 from .stats import auroc, interval, resample
 from ..train.checkpoint import write_atomic, write_json
 from ..train.loop import describe_machine
@@ -223,7 +223,7 @@ def _probe_encoder(
                 positives=int((targets[0][finding].iloc[rows] == 1).sum()),
             )
 
-# %% ../../nbs/evaluate/02_classify.ipynb #78960177
+# %% ../../nbs/evaluate/02_classify.ipynb #46134edd
 def probe_predictions(
     encoder,  # an image encoder, or a dict name -> image encoder
     data,  # a Pack with the splits train and test
@@ -244,8 +244,7 @@ def probe_predictions(
     if missing or not findings:
         told = f"no label column for findings {missing}" if missing else "no finding is asked for"
         raise ValueError(f"{told}; the labels of the pack are {', '.join(data.labels.columns) or 'none'}")
-    targets = label_targets(data.labels[findings], uncertain, blank)
-    targets[data.labels.isna().all(axis=1)] = np.nan        # not labelled at all: its blanks do not mean "absent"
+    targets = study_targets(data, findings, uncertain, blank)
     split = _split_rows(data.studies)
     studies = data.studies[["study_id", "patient_id"]].iloc[split[1]].astype(str)
     patients = data.studies["patient_id"].to_numpy()[split[0]]

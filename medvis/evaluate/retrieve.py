@@ -9,7 +9,7 @@ __all__ = ['DIRECTIONS', 'DEFINITIONS', 'TEMPLATES', 'NAMES', 'COMBINE', 'ZERO_S
            'retrieval_table', 'prompt_table', 'read_prompts', 'zero_shot_scores', 'finding_scores', 'zero_shot_targets',
            'zero_shot_table', 'prompt_breakdown', 'class_table', 'retrieve', 'zero_shot']
 
-# %% ../../nbs/evaluate/09_retrieve.ipynb #90abc99c
+# %% ../../nbs/evaluate/09_retrieve.ipynb #2b9df6aa
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from ..data.pack import Pack
 from ..data.pairs import Sample, collate, tokenise
-from ..data.tasks import label_targets, pack_images
+from ..data.tasks import pack_images, study_targets
 from .classify import about, check_preprocessing, frozen
 from .metrics import classification_table
 from .stats import auroc, bootstrap, bootstrap_mean, interval
@@ -411,7 +411,7 @@ def finding_scores(
         found[finding] = means[1] - means[-1] if sign is None else means[sign]
     return pd.DataFrame(found)
 
-# %% ../../nbs/evaluate/09_retrieve.ipynb #6d665a85
+# %% ../../nbs/evaluate/09_retrieve.ipynb #5bfccdfb
 def zero_shot_targets(
     pairs: PairScores,
     pack: Pack,
@@ -422,7 +422,7 @@ def zero_shot_targets(
     findings = list(pd.unique(pairs.texts["finding"]))
     known("label column", findings, pack.labels.columns)
     row = pd.Series(np.arange(len(pack.studies)), index=pack.studies["study_id"].astype(str))
-    labels = label_targets(pack.labels[findings], uncertain, blank)
+    labels = study_targets(pack, findings, uncertain, blank)
     return labels.iloc[row[pairs.images["study_id"].astype(str)].to_numpy()].reset_index(drop=True)
 
 # %% ../../nbs/evaluate/09_retrieve.ipynb #d05bc909
@@ -513,7 +513,7 @@ def class_table(
     table = pd.concat(tables, ignore_index=True).drop(columns="reported_by")
     return table[~table["name"].isin(["expected calibration error", "Brier score"])].reset_index(drop=True)
 
-# %% ../../nbs/evaluate/09_retrieve.ipynb #e5fb57e1
+# %% ../../nbs/evaluate/09_retrieve.ipynb #e3ba79b8
 def retrieve(
     method: Method,
     pack: Pack,
@@ -529,7 +529,7 @@ def retrieve(
     pairs = retrieval_scores(method, pack, split, batch_size=batch_size)
     studies = pack.studies["study_id"].astype(str)
     here = studies.isin(pairs.texts["study_id"].astype(str)).to_numpy()
-    targets = label_targets(pack.labels[list(pack.labels if findings is None else findings)])[here]
+    targets = study_targets(pack, findings)[here]
     classes = dict(zip(studies[here], exclusive_class(targets, per_class)))
     table = retrieval_table(pairs, classes, ks, resamples)
     if out is not None:
