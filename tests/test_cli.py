@@ -144,7 +144,7 @@ PREPARE = ["prepare", "folder", "--image-column", "file", "--report-column", "te
 def test_folder_way(folder, tmp_path, capsys):
     out = succeeds(capsys, *PREPARE, "--root", folder, "--out", tmp_path / "pack", "--size", "64",
                    "--label-columns", "Pleural Effusion", "Cardiomegaly")
-    assert "60 images, 60 studies, 30 patients" in out
+    assert "60 images of 60 studies of 30 patients" in out
     data = Pack(tmp_path / "pack")
     assert list(data.labels) == ["Pleural Effusion", "Cardiomegaly"] and set(data.studies["split"]) == {"train", "validate", "test"}
     succeeds(capsys, "pretrain", "convirt", "--data", data.path, "--run", tmp_path / "run", *SMALL)

@@ -86,7 +86,7 @@ def test_between_two_packs_only_train_against_the_rest_counts():
 def test_nothing_to_compare():
     rows = table(40, {"train": 40})
     for frame in (leaks.leaks_within(rows, PIXELS), leaks.leaks_between(rows, PIXELS, rows, PIXELS), leaks.leaks_within(rows[:0], PIXELS[:0])):
-        assert tuple(frame.columns) == leaks.COLUMNS and len(frame) == 0
+        assert tuple(frame.columns) == leaks.LEAK_COLUMNS and len(frame) == 0
         assert leaks.leaks_summary(frame) == {"patient": 0, "same file": 0, "near duplicate": 0, "offenders": []}
 
 
@@ -161,7 +161,7 @@ def test_memory_stays_flat(tmp_path):
 
 
 def test_the_refusal_names_some_and_counts_all():
-    rows = pd.DataFrame([("near duplicate", "train", f"a{n}", "test", f"b{n}", 0.01 * n) for n in range(9)], columns=list(leaks.COLUMNS))
+    rows = pd.DataFrame([("near duplicate", "train", f"a{n}", "test", f"b{n}", 0.01 * n) for n in range(9)], columns=list(leaks.LEAK_COLUMNS))
     with pytest.raises(DataError) as error:
         leaks.refuse(rows, "packs/nih against packs/rsna")
     message = str(error.value)

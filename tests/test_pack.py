@@ -70,7 +70,7 @@ def parts(out: Path) -> int:
     return len(list(Path(f"{out}.partial/parts").glob("*.json")))
 
 
-BETWEEN = "real = pack._write_atomic\ndef slow(path, data):\n    real(path, data)\n    time.sleep(0.2 if path.suffix == '.u8' else 0)\npack._write_atomic = slow"
+BETWEEN = "real = pack.write_bytes\ndef slow(path, data):\n    real(path, data)\n    time.sleep(0.2 if path.suffix == '.u8' else 0)\npack.write_bytes = slow"
 ASSEMBLY = "real = pack._manifest\npack._manifest = lambda *a: (time.sleep(5), real(*a))[1]"
 RENAMED = "real = pack.shutil.rmtree\npack.shutil.rmtree = lambda f, **k: (time.sleep(5 if (f / 'parts').exists() else 0), real(f, **k))"
 MOMENTS = {

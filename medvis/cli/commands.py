@@ -247,17 +247,15 @@ class PrepareConfig:
     "Make a Pack: images and reports, checked, resized and split, in one folder."
     source: Union[tuple(Annotated[kind, tyro.conf.subcommand(name, description=kind.__doc__)] for name, kind in PREPARE.items())]
 
-# %% ../../nbs/cli/01_commands.ipynb #fd184fcc
+# %% ../../nbs/cli/01_commands.ipynb #b93f6a34
 def prepare(config: PrepareConfig) -> Pack:
     "Make a Pack and say what is in it, and what was left out and why."
     if isinstance(config.source, PhantomConfig):
-        store_subsets(pack := prepare_phantom(config.source))
+        pack = prepare_phantom(config.source)
+        store_subsets(pack)
     else:
         pack = prepare_data(config.source)
-    splits = ", ".join(f"{name} {count}" for name, count in pack.studies["split"].value_counts().items())
-    print(f"Pack: {pack.path} ({len(pack)} images, {len(pack.studies)} studies, "
-          f"{pack.studies['patient_id'].nunique()} patients; {splits})")
-    print(summary(pack))
+    print(f"Pack: {pack.path}", summary(pack), sep="\n")
     return pack
 
 # %% ../../nbs/cli/01_commands.ipynb #2c1ff05d
@@ -276,7 +274,7 @@ class GetConfig:
     name: tyro.conf.Positional[Literal[tuple(DATASETS)]]
     "Data set."
 
-# %% ../../nbs/cli/01_commands.ipynb #da56ccff
+# %% ../../nbs/cli/01_commands.ipynb #850ddc40
 @dataclass
 class DressConfig:
     "Write the phantom to disk in the format of a public data set."

@@ -33,21 +33,30 @@ from .tasks import store_subsets
 DATASETS: dict[str, DataSet] = {one.name: one for one in (
     MIMIC_CXR, MIMIC_EDEMA, CHEXPERT, RSNA, SIIM, COVIDX, OBJECT_CXR, NIH, COVID_RURAL, OPENI, FOLDER, CLASS_FOLDER)}
 
-# %% ../../nbs/data/21_datasets.ipynb #41538c5d
+# %% ../../nbs/data/21_datasets.ipynb #502d81f8
 def _told(recipe: Recipe) -> dict[str, str]:
     "A recipe in words"
-    rules, policy = recipe.rules, recipe.uncertain
-    sentences = "-" if rules is None else f"{rules.splitter} splitter, ≥ {rules.min_sentence_words} words; report ≥ {rules.min_words}" + (", words only" if rules.words_only else "")
+    rules, policy, sections, sentences = recipe.rules, recipe.uncertain, "-", "-"
+    if rules is not None:
+        sections = " + ".join(rules.sections) + (f"; else {', '.join(rules.fallback)}" if rules.fallback else "")
+        sentences = f"{rules.splitter} splitter, ≥ {rules.min_sentence_words} words; report ≥ {rules.min_words}" + ", words only" * rules.words_only
     return {
-        "size": str(recipe.size), "square": recipe.fit + ", equalised" * recipe.equalise, "views": ", ".join(recipe.views) or "all", "splits": recipe.splits, "labels": ", ".join(recipe.classes) or "all",
-        "sections": "-" if rules is None else " + ".join(rules.sections) + (f"; else {', '.join(rules.fallback)}" if rules.fallback else ""), "sentences": sentences,
-        "uncertain": policy if isinstance(policy, str) else ", ".join(f"{name}: {value}" for name, value in policy.items()), "blank": recipe.blank,
-        "small shares": recipe.subset, "notes": "; ".join(recipe.notes)}
+        "size": str(recipe.size),
+        "square": recipe.fit + ", equalised" * recipe.equalise,
+        "views": ", ".join(recipe.views) or "all",
+        "splits": recipe.splits,
+        "labels": ", ".join(recipe.classes) or "all",
+        "sections": sections,
+        "sentences": sentences,
+        "uncertain": policy if isinstance(policy, str) else ", ".join(f"{name}: {value}" for name, value in policy.items()),
+        "blank": recipe.blank,
+        "small shares": recipe.subset,
+        "notes": "; ".join(recipe.notes)}
 
-# %% ../../nbs/data/21_datasets.ipynb #3b1c7900
-def recipe_table(names: tuple[str, ...] = tuple(DATASETS)) -> pd.DataFrame:    # one row a recipe; index: data set, recipe
+# %% ../../nbs/data/21_datasets.ipynb #0d0d0f8e
+def recipe_table() -> pd.DataFrame:    # one row a recipe; index: data set, recipe
     "By which rules each paper reads each data set"
-    rows = {(name, recipe): _told(rules) for name in names for recipe, rules in DATASETS[name].recipes.items()}
+    rows = {(name, recipe): _told(rules) for name, data_set in DATASETS.items() for recipe, rules in data_set.recipes.items()}
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis(["data set", "recipe"])
 
 # %% ../../nbs/data/21_datasets.ipynb #ad251b55
@@ -63,7 +72,7 @@ def prepare_data(config) -> Pack:
     store_subsets(pack)
     return pack
 
-# %% ../../nbs/data/21_datasets.ipynb #53fdb95e
+# %% ../../nbs/data/21_datasets.ipynb #682b51ec
 def choose_studies(
     data_set: DataSet,
     phantom: Phantom,
@@ -71,12 +80,13 @@ def choose_studies(
 ) -> list[int]:         # of the phantom, each once
     "The first studies, every second of them with one of the findings that the data set is about, by turns; of different patients if its own are not known"
     shown = cache(lambda index: {found.name for found in phantom.scene(index).findings})
-    taken: dict[int, None] = {}
+    fits = cache(lambda index: data_set.follow_ups or patient_number(phantom.seed, index) == index)
+    rows = {name: (index for index in count() if fits(index) and name in shown(index)) for name in data_set.wanted}
+    others, taken = (index for index in count() if fits(index)), []
     for place in range(studies):
-        wanted = {data_set.wanted[place // 2 % len(data_set.wanted)]} if data_set.wanted and place % 2 == 0 else set()
-        taken[next(index for index in count() if index not in taken and wanted <= shown(index)
-                   and (data_set.follow_ups or patient_number(phantom.seed, index) == index))] = None
-    return list(taken)
+        row = rows[data_set.wanted[place // 2 % len(rows)]] if rows and place % 2 == 0 else others
+        taken.append(next(index for index in row if index not in taken))
+    return taken
 
 # %% ../../nbs/data/21_datasets.ipynb #033bc695
 def dress(

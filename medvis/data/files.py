@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['NUMBER', 'DataError', 'find_file', 'read_bytes_of', 'decode', 'read_text', 'read_table', 'number', 'label',
-           'safe_path']
+           'write_bytes', 'safe_path']
 
-# %% ../../nbs/data/02a_files.ipynb #dcfda439
+# %% ../../nbs/data/02a_files.ipynb #d65b66fc
 import csv
 import gzip
 import io
 import math
+import os
 import posixpath
 import re
 import zlib
@@ -134,6 +135,13 @@ def label(cell: str, what: str) -> float | None:
     if (value := number(cell, what)) not in (1, 0, -1):
         raise DataError(f"{what} is {cell[:30]!r}; expected 1, 0, -1 or a blank")
     return value
+
+# %% ../../nbs/data/02a_files.ipynb #0d3a5984
+def write_bytes(path: Path, data: bytes) -> None:
+    "Write beside, then rename: the file is there complete or not at all. Several processes may write the same one."
+    beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    beside.write_bytes(data)
+    os.replace(beside, path)
 
 # %% ../../nbs/data/02a_files.ipynb #b0ab908c
 def safe_path(name: str) -> str:

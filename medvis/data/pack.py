@@ -6,7 +6,7 @@
 __all__ = ['FORMAT', 'LATER', 'LABEL', 'GRADE', 'ImageRecord', 'StudyRecord', 'list_hash', 'by_reason', 'Pack', 'find_pack_leaks',
            'refuse_leaks', 'guard', 'write_pack']
 
-# %% ../../nbs/data/05_pack.ipynb #36d00e55
+# %% ../../nbs/data/05_pack.ipynb #bb6f221f
 import hashlib
 import json
 import math
@@ -30,7 +30,8 @@ import numpy as np
 import pandas as pd
 from tqdm.auto import tqdm
 
-from .leaks import COLUMNS, leaks_between, leaks_summary, leaks_within, refuse
+from .files import write_bytes
+from .leaks import LEAK_COLUMNS, join_leaks, leaks_between, leaks_summary, leaks_within, refuse
 from .reports import ReportRules, check_report
 
 # %% ../../nbs/data/05_pack.ipynb #15f8a7fc
@@ -62,13 +63,6 @@ class StudyRecord:
     rejects: list[tuple[str, str]] = field(default_factory=list)
     grades: dict[str, int | None] = field(default_factory=dict)     # 0, 1, 2 … of an ordinal finding, None blank
     planned: int | None = None                                      # images that the data set has of it; None = those above, and one a reject
-
-# %% ../../nbs/data/05_pack.ipynb #d6b7edfe
-def _write_atomic(path: Path, data: bytes) -> None:
-    "Write beside, then rename: the file is there complete or not at all"
-    beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    beside.write_bytes(data)
-    os.replace(beside, path)
 
 # %% ../../nbs/data/05_pack.ipynb #39742189
 @dataclass(frozen=True)
@@ -131,20 +125,24 @@ def _admit(record: StudyRecord, plan: _Plan) -> tuple[list[str], str]:
         return [], "study without a readable image"
     return sentences, f"report: {reason}" if plan.require_report and reason else ""
 
-# %% ../../nbs/data/05_pack.ipynb #540ed615
+# %% ../../nbs/data/05_pack.ipynb #8e12f4ea
+def _masked(image: ImageRecord, plan: _Plan) -> list[str]:
+    "The names of the masks that somebody looked for"
+    return [] if image.masks is None else [name for name in plan.masks if image.masks.get(name, ()) is not None]
+
+# %% ../../nbs/data/05_pack.ipynb #2009d483
 def _image_row(image: ImageRecord, study: int, plan: _Plan) -> dict:
-    "The row of the image table, with the study's row within the part; `masked` are the names that somebody looked for"
+    "The row of the image table, with the study's row within the part"
     height, width = image.pixels.shape
-    masked = [] if image.masks is None else [name for name in plan.masks if image.masks.get(name, ()) is not None]
     return {"image_id": image.image_id, "study": study, "path": image.path,
             "sha256": image.sha256 or hashlib.sha256(image.pixels.tobytes()).hexdigest(),
             "width": image.width or width, "height": image.height or height,
-            "view": image.view, "boxed": image.boxes is not None, "masked": masked}
+            "view": image.view, "boxed": image.boxes is not None, "masked": _masked(image, plan)}
 
-# %% ../../nbs/data/05_pack.ipynb #99520db3
+# %% ../../nbs/data/05_pack.ipynb #f27a54bb
 def _mask_bits(image: ImageRecord, plan: _Plan) -> bytes:
     "The masks of an image in the announced order, a bit per pixel; nothing if nobody looked for any"
-    if not _image_row(image, 0, plan)["masked"]:
+    if not _masked(image, plan):
         return b""
     empty = np.zeros((plan.size, plan.size), bool)
     masks = [image.masks.get(name) for name in plan.masks]
@@ -166,7 +164,7 @@ def _lost(record: StudyRecord, reason: str) -> Counter:     # reason -> images
     rest = planned - lost.total() - (0 if reason else len(record.images))
     return lost + Counter({whole: rest if whole else 0})
 
-# %% ../../nbs/data/05_pack.ipynb #f247dfd9
+# %% ../../nbs/data/05_pack.ipynb #d2200751
 def _build_part(plan: _Plan, number: int, items: Sequence) -> None:
     "Read the items of a part and write its files"
     pixels, masks, studies, images, boxes, sums, rejects, lost = [], [], [], [], [], [], [], Counter()
@@ -188,7 +186,7 @@ def _build_part(plan: _Plan, number: int, items: Sequence) -> None:
         studies.append(_study_row(record, sentences, plan))
     table = {"studies": studies, "images": images, "boxes": boxes, "sums": sums, "rejects": rejects, "lost": lost}
     for path, data in zip(plan.part(number), (b"".join(pixels), b"".join(masks), json.dumps(table).encode()), strict=True):
-        _write_atomic(path, data)
+        write_bytes(path, data)
 
 # %% ../../nbs/data/05_pack.ipynb #e562cec1
 def _read_part(plan: _Plan, number: int) -> dict | None:
@@ -347,7 +345,7 @@ def _manifest(plan: _Plan, key: str, tables: dict[str, pd.DataFrame], sums: np.n
         "build": key,
     }
 
-# %% ../../nbs/data/05_pack.ipynb #14c2535b
+# %% ../../nbs/data/05_pack.ipynb #e9c2d567
 def _assemble(plan: _Plan, key: str, parts: list[dict]) -> Path:
     "Write the files of the Pack into a folder of the unfinished build; returns that folder"
     folder = plan.folder / "pack"
@@ -367,7 +365,7 @@ def _assemble(plan: _Plan, key: str, parts: list[dict]) -> Path:
         table.to_parquet(folder / f"{name}.parquet", index=False)
     sums = np.array([one for part in parts for one in part["sums"]], dtype=np.int64).reshape(-1, 2)
     lost = by_reason(sum((Counter(part["lost"]) for part in parts), Counter()))
-    _write_atomic(folder / "manifest.json", json.dumps(_manifest(plan, key, tables, sums, lost, folder), indent=1).encode())
+    write_bytes(folder / "manifest.json", json.dumps(_manifest(plan, key, tables, sums, lost, folder), indent=1).encode())
     return folder
 
 # %% ../../nbs/data/05_pack.ipynb #be9513d9
@@ -400,7 +398,7 @@ def _read_tables(path: Path) -> dict[str, pd.DataFrame]:
             tables[name][column] = [values.tolist() for values in tables[name][column]]
     return tables
 
-# %% ../../nbs/data/05_pack.ipynb #22279a4d
+# %% ../../nbs/data/05_pack.ipynb #2a7a83ad
 class Pack:
     """A prepared data set on disk: `len` counts images; tables as pandas, images as a memory map.
 
@@ -470,7 +468,9 @@ class Pack:
 
     def mask(self, index: int) -> np.ndarray | None:    # (kinds, H, W) bool, in the order of the manifest's masks
         "The masks of image `index`, empty where nobody looked (see the image table's `masked`); None if nobody looked for any"
-        bits, rows = self._mask_bits if self.manifest.get("masks") else (None, {index: -1})
+        if not self.manifest.get("masks"):
+            return None
+        bits, rows = self._mask_bits
         return None if rows[index] < 0 else np.unpackbits(bits[rows[index]], axis=-1, count=self.size).astype(bool)
 
     def verify(self) -> None:
@@ -494,7 +494,7 @@ def _numbering(pack: Pack) -> str:
     source = pack.manifest["source"]
     return source.get("patient_ids") or f"{source.get('kind')} {source.get('root', '')}"
 
-# %% ../../nbs/data/05_pack.ipynb #979883e4
+# %% ../../nbs/data/05_pack.ipynb #df9a38e6
 def find_pack_leaks(
     pack: Pack,
     against: Sequence[Pack] = (),
@@ -507,20 +507,20 @@ def find_pack_leaks(
     for other in against:
         same = _numbering(pack) == _numbering(other)
         found.append(leaks_between(_image_owners(pack, same), pack.images, _image_owners(other, same), other.images, progress, both))
-    return pd.concat([one for one in found if len(one)] or [pd.DataFrame(columns=list(COLUMNS))], ignore_index=True)
+    return join_leaks(found)
 
-# %% ../../nbs/data/05_pack.ipynb #7d9c232b
+# %% ../../nbs/data/05_pack.ipynb #b5af879b
 def refuse_leaks(
-    leaks: pd.DataFrame,        # columns leaks.COLUMNS
+    leaks: pd.DataFrame,        # columns leaks.LEAK_COLUMNS
     folder: Path,               # of a Pack, or of one that is being built: <out>.partial/pack
 ) -> None:
     "DataError with the first offenders; all of them are listed in <folder>.leaks.csv"
     listed = Path(f"{folder}.leaks.csv")
     listed.parent.mkdir(parents=True, exist_ok=True)
-    _write_atomic(listed, leaks.to_csv(index=False).encode())
+    write_bytes(listed, leaks.to_csv(index=False).encode())
     refuse(leaks, str(folder).removesuffix(".partial/pack"), str(listed))
 
-# %% ../../nbs/data/05_pack.ipynb #72879a17
+# %% ../../nbs/data/05_pack.ipynb #81df1069
 def guard(
     folder: Path,
     against: Sequence[str | Path] = (),     # Packs that are trained on before
@@ -538,12 +538,12 @@ def guard(
     found = find_pack_leaks(pack, new, within="guard" not in pack.manifest, both=False, progress=progress)
     if len(found) and not allow_leaks:
         refuse_leaks(found, folder)
-    found = pd.concat([pd.DataFrame(told["leaks"].get("offenders", []), columns=list(COLUMNS)), found]) if told["leaks"] else found
+    found = pd.concat([pd.DataFrame(told["leaks"].get("offenders", []), columns=list(LEAK_COLUMNS)), found]) if told["leaks"] else found
     told = {"against": told["against"] | {other.manifest["hash"]: other.manifest["source"].get("kind", "") for other in new},
             "leaks": leaks_summary(found, len(found)) if len(found) else {}}
-    _write_atomic(folder / "manifest.json", json.dumps(pack.manifest | {"guard": told}, indent=1).encode())
+    write_bytes(folder / "manifest.json", json.dumps(pack.manifest | {"guard": told}, indent=1).encode())
 
-# %% ../../nbs/data/05_pack.ipynb #0f12e251
+# %% ../../nbs/data/05_pack.ipynb #55bf02e3
 def _unfinished(out: Path, plan: _Plan, key: str, tell: bool = False) -> bool:
     "Is there still something to build? Opens or resumes the unfinished build; refuses to touch what another build left"
     if (out / "manifest.json").exists() and Pack(out).manifest["build"] == key:
@@ -557,10 +557,10 @@ def _unfinished(out: Path, plan: _Plan, key: str, tell: bool = False) -> bool:
     note = plan.folder / "build.txt"
     if note.exists() and note.read_text() != key:
         raise FileExistsError(f"{plan.folder} is an unfinished build of other data or with other settings; delete it to start afresh")
-    _write_atomic(note, key.encode())
+    write_bytes(note, key.encode())
     return True
 
-# %% ../../nbs/data/05_pack.ipynb #d8724b29
+# %% ../../nbs/data/05_pack.ipynb #7b8aedd0
 def _check_rejects(plan: _Plan, parts: list[dict], max_rejects: float) -> None:
     "ValueError if more than the share `max_rejects` of the images did not get in, or none did"
     kept, lost = sum(len(part["images"]) for part in parts), sum(sum(part["lost"].values()) for part in parts)
@@ -569,7 +569,7 @@ def _check_rejects(plan: _Plan, parts: list[dict], max_rejects: float) -> None:
     rejects = [tuple(reject) for part in parts for reject in part["rejects"]]
     reasons = ", ".join(f"{count} x {reason}" for reason, count in Counter(reason for _, reason in rejects).most_common(4))
     listed = plan.folder / "rejects.csv"
-    _write_atomic(listed, pd.DataFrame(rejects, columns=["item", "reason"]).to_csv(index=False).encode())
+    write_bytes(listed, pd.DataFrame(rejects, columns=["item", "reason"]).to_csv(index=False).encode())
     for number, part in enumerate(parts):
         if part["rejects"]:
             plan.part(number)[2].unlink()

@@ -240,7 +240,7 @@ def read_study(
     return StudyRecord(item["study"], item["patient"], item["split"], images, report, item.get("labels", {}), rejects, item.get("grades", {}), planned=len(item["images"]))
 
 # %% ../../nbs/data/05a_source.ipynb #a4d50661
-def find_shared_patients(source: Source) -> pd.DataFrame:     # columns leaks.COLUMNS
+def find_shared_patients(source: Source) -> pd.DataFrame:     # columns leaks.LEAK_COLUMNS
     "Patients whose studies are planned for more than one split"
     return patients_within(pd.DataFrame([(item["patient"], item["split"]) for item in source.items if "images" in item], columns=["patient_id", "split"]))
 

@@ -8,10 +8,9 @@ __all__ = ['KINDS', 'UNCERTAIN', 'BLANK', 'BOX', 'pack_images', 'find_images', '
            'paint_boxes', 'phantom_target', 'phantom_task', 'pack_boxes', 'held_kinds', 'asked_names', 'pack_task',
            'store_subsets', 'boxes_in_view']
 
-# %% ../../nbs/data/08_tasks.ipynb #b47b387a
+# %% ../../nbs/data/08_tasks.ipynb #25c9da47
 import contextlib
 import hashlib
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,6 +19,7 @@ import numpy as np
 import pandas as pd
 from tqdm.auto import tqdm
 
+from .files import write_bytes
 from .images import boxes_to_square
 from .preprocessing import Preprocessing
 from .pack import Pack, list_hash
@@ -420,25 +420,23 @@ def _task_images(pack: Pack) -> dict[str, pd.DataFrame]:
     rows = _mask_rows(pack, asked_names(pack, "masks")) if pack.manifest.get("masks") else []
     return tasks | ({"masks": pack_images(pack).iloc[rows]} if len(rows) else {})
 
-# %% ../../nbs/data/08_tasks.ipynb #35c9d0f5
-def store_subsets(pack: Pack, fractions: tuple[float, ...] = (0.01, 0.1, 1.0), seed: int = 0) -> pd.DataFrame:
+# %% ../../nbs/data/08_tasks.ipynb #17c29e5c
+def store_subsets(pack: Pack, fractions: tuple[float, ...] = (0.01, 0.1, 1.0)) -> pd.DataFrame:
     """Write subsets.csv (task, how, fraction, patients, images, hash) and subsets.parquet (the ids of those below 100 %) into a Pack.
 
     "patients" are nested shares of the training patients, "first" the first training rows (LoVT). The hash is pack.list_hash of the image ids."""
     table, listed = [], []
     for task, images in _task_images(pack).items():
         train = images[images["split"] == "train"]
-        shares = nested_subsets(train["patient_id"], fractions, seed) if len(train) else {}
+        shares = nested_subsets(train["patient_id"], fractions) if len(train) else {}
         for how, fraction in ((how, fraction) for how in ("patients", "first") for fraction in shares):
             part = train.iloc[shares[fraction] if how == "patients" else range(max(1, round(fraction * len(train))))]
             table.append((task, how, fraction, part["patient_id"].nunique(), len(part), list_hash(part["image_id"])))
             listed += [(task, how, fraction, name) for name in part["image_id"]] if fraction < 1 else []
     table = pd.DataFrame(table, columns=["task", "how", "fraction", "patients", "images", "hash"])
-    beside = pack.path / "subsets.tmp"
-    pd.DataFrame(listed, columns=["task", "how", "fraction", "image_id"]).to_parquet(beside, index=False)
-    os.replace(beside, pack.path / "subsets.parquet")
-    table.to_csv(beside, index=False)
-    os.replace(beside, pack.path / "subsets.csv")
+    names = pd.DataFrame(listed, columns=["task", "how", "fraction", "image_id"])
+    write_bytes(pack.path / "subsets.parquet", names.to_parquet(index=False))
+    write_bytes(pack.path / "subsets.csv", table.to_csv(index=False).encode())
     return table
 
 # %% ../../nbs/data/08_tasks.ipynb #c2c7b3b4
