@@ -289,6 +289,25 @@ def test_probe_without_labels(folder, home, tmp_path, capsys):
     assert "label" in told and not (tmp_path / "probe").exists()
 
 
+def test_nobody_is_measured_on_what_was_trained_on(folder, tmp_path, capsys):
+    table = pd.read_csv(folder / "table.csv")
+    for name, other in {"learned": "validate", "asked": "test"}.items():        # the same patients train in the one and test in the other
+        table.assign(split=np.where((table.index < 20) == (name == "asked"), other, "train")).to_csv(folder / f"{name}.csv", index=False)
+        succeeds(capsys, *PREPARE, "--root", folder, "--table", folder / f"{name}.csv", "--split-column", "split", "--out", tmp_path / name, "--size", "64",
+                 "--label-columns", "Pleural Effusion", "Cardiomegaly")
+    succeeds(capsys, "pretrain", "convirt", "--data", tmp_path / "learned", "--run", tmp_path / "run", *SMALL)
+    before = tree(tmp_path / "asked")
+    probe = ["probe", "--data", tmp_path / "asked", "--encoders", tmp_path / "run", *PROBE]
+    evaluate = ["evaluate", "tiny-linear", "--data", tmp_path / "asked", "--encoder", tmp_path / "run", "--out", tmp_path / "results"]
+    for command in (probe, evaluate, ["retrieve", tmp_path / "run", "--data", tmp_path / "asked"]):
+        code, _, err = run(capsys, *command)
+        assert code == 1 and "20 x same file" in err and "--allow-leaks" in err and "Traceback" not in err, err
+    assert len(pd.read_csv(tmp_path / "asked.leaks.csv")) >= 20 and tree(tmp_path / "asked") == before
+    succeeds(capsys, *probe, "--allow-leaks")
+    assert Pack(tmp_path / "asked").manifest["guard"]["leaks"]["same file"] == 20
+    assert run(capsys, *probe)[0] == 1          # allowed once is not allowed for ever
+
+
 def test_show_of_what_is_not_a_run(home, tmp_path, capsys):
     told = fails(capsys, "show", tmp_path / "nowhere")
     assert f"{tmp_path / 'nowhere'} is not a run" in told

@@ -14,7 +14,7 @@ import os
 # %% ../../nbs/cli/01_commands.ipynb #d0a9c500
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-# %% ../../nbs/cli/01_commands.ipynb #c2376312
+# %% ../../nbs/cli/01_commands.ipynb #096b3a34
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, make_dataclass
@@ -44,6 +44,7 @@ from ..studies.grounding import GroundingConfig, grounding
 from ..studies.show import show_run
 from ..train import Diverged, Run, TrainConfig, fit, load_encoder, load_method
 from ..train.checkpoint import write_atomic, write_json
+from ..train.loop import guard_runs
 
 # %% ../../nbs/cli/01_commands.ipynb #3a155f98
 def pretrain_options(
@@ -95,7 +96,7 @@ def pretrain(method: str, options) -> Run:
     print(f"Run: {run.path}")
     return run
 
-# %% ../../nbs/cli/01_commands.ipynb #9416ee23
+# %% ../../nbs/cli/01_commands.ipynb #e47db040
 @dataclass
 class ProbeConfig:
     "Linear probe: frozen encoders, few and many labels, AUROC with intervals, against random initialisation."
@@ -121,8 +122,10 @@ class ProbeConfig:
     "What missing labels count as; without, what the Pack's recipe says, else negative."
     out: Path | None = None
     "Folder for the table and the predictions; without, the folder probe of the first run."
+    allow_leaks: bool = False
+    "Measure although a run was trained on patients or images that are for validation or test here; the Pack's manifest lists them."
 
-# %% ../../nbs/cli/01_commands.ipynb #598c5fd1
+# %% ../../nbs/cli/01_commands.ipynb #81399b93
 def probe(config: ProbeConfig) -> pd.DataFrame:
     "Probe encoders, print the macro rows and save table and predictions."
     names = config.names or tuple(Path(name).name for name in config.encoders)
@@ -133,6 +136,7 @@ def probe(config: ProbeConfig) -> pd.DataFrame:
     first = Path(config.encoders[0])
     out = config.out or (first / "probe" if first.is_dir() else Path("probe"))
     pack = Pack(config.data)
+    guard_runs(pack, config.encoders, config.allow_leaks, progress=True)
     recipe = pack.manifest["source"].get("recipe", {})
     uncertain = config.uncertain or recipe.get("uncertain", "ignore")
     findings = list(config.findings) or list(recipe.get("classes", [])) or (list(uncertain) if isinstance(uncertain, dict) else None)      # a policy by class names the classes
@@ -166,7 +170,7 @@ def show(config: ShowConfig) -> Path:
     print(f"Page: {page}")
     return page
 
-# %% ../../nbs/cli/01_commands.ipynb #dcc23397
+# %% ../../nbs/cli/01_commands.ipynb #48105e72
 @dataclass
 class RetrieveConfig:
     "Find reports by images and images by reports, and name findings by prompts alone, on the test split."
@@ -180,12 +184,15 @@ class RetrieveConfig:
     "Table (.csv: finding, sign, pair, prompt) of prompts; without, medvis' own."
     out: Path | None = None
     "Folder of the scores and tables; without, retrieval in the run folder."
+    allow_leaks: bool = False
+    "Measure although a run was trained on patients or images that are for validation or test here; the Pack's manifest lists them."
 
-# %% ../../nbs/cli/01_commands.ipynb #9d83d38e
+# %% ../../nbs/cli/01_commands.ipynb #91aa24d9
 def opened(config, folder: str) -> tuple[Method, Pack, Path]:
     "The method of config.run, its data or config.data, and where tables go: config.out, or a folder in the run's."
-    data = config.data or Run(config.run).manifest["data"]["path"]
-    return load_method(config.run), Pack(data), config.out or config.run / folder
+    method, data = load_method(config.run), Pack(config.data or Run(config.run).manifest["data"]["path"])
+    guard_runs(data, [config.run], config.allow_leaks, progress=True)
+    return method, data, config.out or config.run / folder
 
 # %% ../../nbs/cli/01_commands.ipynb #ce4815fd
 def find(config: RetrieveConfig) -> pd.DataFrame:  # of evaluate.retrieve.retrieval_table
@@ -199,7 +206,7 @@ def find(config: RetrieveConfig) -> pd.DataFrame:  # of evaluate.retrieve.retrie
     print(f"Tables: {out}")
     return table
 
-# %% ../../nbs/cli/01_commands.ipynb #2ce6fda3
+# %% ../../nbs/cli/01_commands.ipynb #4604a59f
 @dataclass
 class PhrasesConfig:
     "Find the places that phrases speak of: pointing game, CNR, mIoU and Dice, also on another patient's image."
@@ -211,6 +218,8 @@ class PhrasesConfig:
     "Folder of the Pack that holds their images; without, the one the run was trained on."
     out: Path | None = None
     "Folder of the tables; without, phrases in the run folder."
+    allow_leaks: bool = False
+    "Measure although a run was trained on patients or images that are for validation or test here; the Pack's manifest lists them."
 
 # %% ../../nbs/cli/01_commands.ipynb #984fc3b7
 def ground(config: PhrasesConfig) -> pd.DataFrame:  # of evaluate.ground.grounding_table

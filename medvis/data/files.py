@@ -85,7 +85,7 @@ def _lines(text: str, path: Path, separator: str) -> Iterator[tuple[int, list[st
         if any(field.strip() for field in fields):
             yield reader.line_num, [field.strip() for field in fields]
 
-# %% ../../nbs/data/02a_files.ipynb #dc2d5b2f
+# %% ../../nbs/data/02a_files.ipynb #9a42c18b
 def read_table(
     path: str | Path,
     columns: Sequence[str] = (),            # that must be there
@@ -98,10 +98,10 @@ def read_table(
     lines = _lines(decode(read_bytes_of(path), path), path, separator)
     header = list(names) if names else next(lines, (0, []))[1]
     rows = dict(lines)
-    if twice := sorted({name for name in header if name and header.count(name) > 1}):
-        raise DataError(f"{path}: the column {twice[0]!r} is there more than once; delete or rename one")
     if missing := [name for name in columns if name not in header]:
         raise DataError(f"{path}: no column {', '.join(map(repr, missing))}; the file has {', '.join(header)}")
+    if twice := sorted({name for name in header if name and header.count(name) > 1}):
+        raise DataError(f"{path}: the column {twice[0]!r} is there more than once; delete or rename one")
     if not rows:
         raise DataError(f"{path} has no rows" + ("" if names else " below its header"))
     for number, fields in rows.items():

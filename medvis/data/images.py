@@ -53,7 +53,7 @@ def _as_stored(
     linear = (dataset.get("VOILUTFunction") or "LINEAR") in ("LINEAR", "LINEAR_EXACT")
     return linear and abs(center - width / 2) <= 1 and abs(center + width / 2 - 255) <= 1
 
-# %% ../../nbs/data/03_images.ipynb #7e5a484a
+# %% ../../nbs/data/03_images.ipynb #91487cfc
 def _decode_dicom(data: bytes) -> np.ndarray:
     "(H, W) uint8 of a single-frame DICOM: rescale, VOI LUT, MONOCHROME1 turned over; 8 bits stay if none of it changes them, all else is stretched from its minimum to its maximum"
     try:
@@ -68,6 +68,8 @@ def _decode_dicom(data: bytes) -> np.ndarray:
         return np.asarray(Image.fromarray(to_uint8(pixels)).convert("L"))
     if pixels.ndim != 2:
         raise ValueError(f"DICOM with {pixels.shape[0]} frames, expected one")
+    if dataset.PhotometricInterpretation not in ("MONOCHROME1", "MONOCHROME2"):
+        raise ValueError(f"DICOM whose numbers are no grey levels, but {dataset.PhotometricInterpretation}")
     inverted = dataset.PhotometricInterpretation == "MONOCHROME1"
     if pixels.dtype == np.uint8 and _as_stored(dataset):
         return 255 - pixels if inverted else pixels
@@ -75,10 +77,12 @@ def _decode_dicom(data: bytes) -> np.ndarray:
     pixels = pixels.astype(np.float32) * (-1 if inverted else 1)
     return to_uint8(pixels, low=pixels.min())
 
-# %% ../../nbs/data/03_images.ipynb #b20d596e
+# %% ../../nbs/data/03_images.ipynb #9fd9d10a
 def _decode_picture(data: bytes) -> np.ndarray:
     "(H, W) uint8 of a PNG, JPEG or whatever else Pillow knows; the first frame, upright"
     with Image.open(io.BytesIO(data)) as picture:
+        if picture.format == "JPEG" and b"\xff\xd9" not in data:
+            raise ValueError("JPEG without an end")      # Pillow fills in what is missing, if zeros stand there
         picture = ImageOps.exif_transpose(picture)
         if picture.mode == "F" or picture.mode.startswith("I"):
             return to_uint8(np.asarray(picture))

@@ -9,7 +9,7 @@ __all__ = ['HEADS', 'LOVT', 'MGCA', 'LOCALMI', 'TINY', 'PROTOCOLS', 'RELEASED', 
            'EvaluateConfig', 'read_table', 'read_masks', 'read_boxes', 'other_ways', 'config_task', 'config_encoders',
            'tell', 'evaluate_task']
 
-# %% ../../nbs/evaluate/08_protocol.ipynb #5706df48
+# %% ../../nbs/evaluate/08_protocol.ipynb #e7dc4f50
 import functools
 import hashlib
 import json
@@ -40,7 +40,7 @@ from .predictions import METRICS, Predictions, load_predictions, save_prediction
 from .segment import LinearSegmenter, SetrDecoder, SmpUNet, UNet
 from .stats import compare, compare_predictions, fingerprint
 from ..train.checkpoint import write_atomic, write_json
-from ..train.loop import Diverged, describe_machine, load_encoder
+from ..train.loop import Diverged, describe_machine, guard_runs, load_encoder
 
 # %% ../../nbs/evaluate/08_protocol.ipynb #2a7ede2c
 class Head(NamedTuple):
@@ -397,7 +397,7 @@ def over_patients(
     told = pd.concat(tables, ignore_index=True)
     return told[["task", "protocol", "fraction", *(name for name in told if name not in ("task", "protocol", "fraction"))]]
 
-# %% ../../nbs/evaluate/08_protocol.ipynb #1590671d
+# %% ../../nbs/evaluate/08_protocol.ipynb #9baf8b63
 @dataclass
 class EvaluateConfig:
     "Evaluate encoders on a task by a protocol of the papers or a tiny one, with all metrics and intervals over seeds."
@@ -444,6 +444,8 @@ class EvaluateConfig:
     "GB of features that may be kept for each frozen encoder; 0 = none."
     resamples: int = 500
     "Draws of test patients, for intervals over patients in patients.csv; 0 = none."
+    allow_leaks: bool = False
+    "Measure runs although they were trained on patients or images that are for validation or test here; the Pack's manifest lists them."
     device: Literal["auto", "cpu"] = "auto"
     "Take the accelerator if there is one, or the CPU."
     progress: bool = True
@@ -551,13 +553,15 @@ def tell(short: pd.DataFrame) -> None:  # of summary
     if pairs > 1 and 2 / 2**pairs > 0.05:
         print(f"With {pairs:.0f} seeds the exact test of a gain cannot give a p below {2 / 2**pairs:.3g}: read the intervals, or take 6 seeds or more.")
 
-# %% ../../nbs/evaluate/08_protocol.ipynb #d1189b54
+# %% ../../nbs/evaluate/08_protocol.ipynb #4249b179
 def evaluate_task(config: EvaluateConfig) -> pd.DataFrame:
     "Run what a configuration says, print the headline numbers, and return all."
     protocol = released(config.protocol) if config.released else PROTOCOLS[config.protocol]
     changes = {name: getattr(config, name) for name in ("lrs", "fractions", "subset", "seeds", "epochs") if getattr(config, name) not in ((), None)}
     protocol = replace(protocol, **changes)
-    task, encoders = config_task(config), config_encoders(config, protocol.seeds)
+    task = config_task(config)
+    guard_runs(Pack(config.data), config.encoder, config.allow_leaks, config.progress)
+    encoders = config_encoders(config, protocol.seeds)
     print(task)
     rule = {"patients": "drawn by patient", "first": "the first rows"}[share_rule(task, protocol)]
     print(f"Shares of the training images, {rule}: " + ", ".join(f"{100 * share:.4g} %" for share in protocol.fractions))

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['Schedule', 'TrainConfig', 'learning_rate', 'parameter_groups', 'describe_machine', 'open_run', 'load_method',
-           'load_encoder', 'Run', 'Diverged', 'optimise', 'validate', 'cut_log', 'append_log', 'make_accelerator',
-           'Trainer', 'save', 'restore', 'take_step', 'train_epoch', 'validate_epoch', 'diagnose_epoch', 'end_epoch',
-           'fit']
+           'is_run', 'load_encoder', 'Run', 'Diverged', 'optimise', 'validate', 'cut_log', 'append_log',
+           'make_accelerator', 'Trainer', 'save', 'restore', 'take_step', 'train_epoch', 'validate_epoch',
+           'diagnose_epoch', 'end_epoch', 'fit', 'guard_runs']
 
-# %% ../../nbs/train/03_loop.ipynb #c3b5806f
+# %% ../../nbs/train/03_loop.ipynb #27fcb0f8
 import json
 import os
 import platform
@@ -31,7 +31,7 @@ from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from ..data.pack import Pack
+from ..data.pack import Pack, guard_measured
 from ..data.pairs import Batch, Pairs, View, collate, counter_seed, epoch_batches
 from ..encoders.image import image_encoder, load_weights, read_state
 from ..encoders.pretrained import architecture_of, is_pretrained, pretrained_encoder
@@ -219,7 +219,12 @@ def load_method(
     method.image_encoder.preprocessing = replace(method.preprocessing, fit=fit)
     return method.eval()
 
-# %% ../../nbs/train/03_loop.ipynb #7abee1c1
+# %% ../../nbs/train/03_loop.ipynb #308b2f1b
+def is_run(path: str | Path) -> bool:
+    "Is this a run folder (and not a state dict, or a folder of Hugging Face's)?"
+    return (Path(path) / "config.json").exists() and (Path(path) / "text").is_dir()
+
+# %% ../../nbs/train/03_loop.ipynb #a442f8b5
 def load_encoder(
     name_or_path: str | Path,   # a run folder, "random", "imagenet", a state-dict file or folder, or a Hugging Face folder or name
     image: str | None = None,   # architecture of "random" and "imagenet" (None: resnet50) and of a state dict (None: that it fits)
@@ -229,7 +234,7 @@ def load_encoder(
 
     OSError (FileNotFoundError) when it is not there, ValueError when it does not fit."""
     path, published = Path(name_or_path), str(name_or_path) in ("random", "imagenet", "imagenet-v2")
-    if (path / "config.json").exists() and (path / "text").is_dir():
+    if is_run(path):
         return load_method(path).image_encoder
     if not published and is_pretrained(name_or_path):
         return pretrained_encoder(name_or_path, **options)
@@ -562,3 +567,24 @@ def fit(
     if trainer.accelerator.is_main_process:
         save_weights(config.run / "last.safetensors", method)
     return Run(config.run)
+
+# %% ../../nbs/train/03_loop.ipynb #d731aecc
+def guard_runs(
+    pack: Pack,                         # that is measured on
+    paths: Iterable[str | Path],        # of encoders; of those that are no runs nothing is known
+    allow_leaks: bool = False,
+    progress: bool = False,
+) -> None:
+    """ValueError if a run was trained on patients or images that a Pack has for validation or test (`data.pack.guard_measured`).
+
+    Warns if the Pack that a run was trained on is not there any more."""
+    for path in filter(is_run, paths):
+        told = Run(Path(path)).manifest["data"]
+        try:
+            trained = Pack(told["path"])
+        except ValueError:
+            trained = None
+        if trained is not None and trained.manifest["hash"] == told["hash"]:
+            guard_measured(pack, trained, allow_leaks, progress)
+        elif told["hash"] not in (pack.manifest["hash"], *pack.manifest.get("guard", {}).get("against", ())):
+            warnings.warn(f"{path} was trained on a Pack that is not at {told['path']} any more: nobody can tell whether it saw images of {pack.path}", stacklevel=2)
