@@ -278,7 +278,7 @@ def test_object_cxr_splits(object_cxr, tmp_path):
         pd.DataFrame({"ID": ids, "boxes": "", "classes": ""}).to_csv(tmp_path / f"{name}.csv", index=False)
     source = OBJECT_CXR.plan(ObjectCxrConfig(object_cxr, "lovt", split_files=tmp_path))
     assert splits_of(source) == {"00003": "train", "00001": "train", "00010": "validate", "00005": "test"}
-    assert [item["study"] for item in source.items] == ["00003", "00001", "00010", "00005"] and source.dropped == {"not in the split files": 36}
+    assert [item["study"] for item in source.items] == ["00003", "00001", "00010", "00005"] and source.dropped == {"in none of the split files": 36}
     (tmp_path / "test.csv").write_text("ID\n99999\n")
     with pytest.raises(DataError, match="name 1 images that train.csv and dev.csv does not have .99999."):
         OBJECT_CXR.plan(ObjectCxrConfig(object_cxr, split_files=tmp_path))

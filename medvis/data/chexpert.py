@@ -7,8 +7,9 @@ __all__ = ['LABELS', 'COMPETITION', 'PATH', 'VIEWS', 'MGCA_UNCERTAIN', 'RECIPES'
            'part_rows', 'ChexpertConfig', 'retrieval_lines', 'validation_lines', 'patients_up_to', 'split_lines',
            'study_item', 'plan_chexpert', 'dress_chexpert', 'chexpert_tables']
 
-# %% ../../nbs/data/13_chexpert.ipynb #17ebca26
+# %% ../../nbs/data/13_chexpert.ipynb #9acf00ae
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -145,7 +146,7 @@ def split_lines(config: ChexpertConfig, train: pd.DataFrame, rows: dict[int, dic
         return {line: "validate" if patient in first else "train" for line, patient in zip(lines, patients)}
     return dict(zip(lines, draw_splits(patients, rule, config.split_seed)))
 
-# %% ../../nbs/data/13_chexpert.ipynb #8f684f0f
+# %% ../../nbs/data/13_chexpert.ipynb #ab770ce3
 def study_item(study: str, rows: list[dict]) -> dict:
     "The lines of a study as one item. DataError if one of them is damaged, if they disagree, or if a radiograph is named twice."
     if damaged := next((row["error"] for row in rows if "error" in row), None):
@@ -158,11 +159,10 @@ def study_item(study: str, rows: list[dict]) -> dict:
         raise DataError("it is in train.csv and in valid.csv")
     if len({row["image"] for row in rows}) < len(rows):
         raise DataError("a radiograph of it has more than one line")
-    images = [{"id": row["image"], "path": row["path"], "view": row["view"], "boxes": None, "masks": None, "frame": None} for row in rows]
-    return {"study": study, "patient": first["patient"], "split": first["split"], "report": "", "grades": {}, "images": images,
-            "labels": first["labels"]}
+    images = [{"id": row["image"], "path": row["path"], "view": row["view"]} for row in rows]
+    return {"study": study, "patient": first["patient"], "split": first["split"], "images": images, "labels": first["labels"]}
 
-# %% ../../nbs/data/13_chexpert.ipynb #de323a93
+# %% ../../nbs/data/13_chexpert.ipynb #f07604d3
 def plan_chexpert(config: ChexpertConfig) -> Source:
     "Studies (recipe mgca: radiographs) of CheXpert in the order of train.csv, then valid.csv; tables only. DataError for a table that is not sound."
     root, recipe = Path(config.root), config.choose(RECIPES)
@@ -171,14 +171,13 @@ def plan_chexpert(config: ChexpertConfig) -> Source:
     train, valid = read_labels(root, "train"), read_labels(root, "valid")
     rows = part_rows(train, "train", base)
     if config.recipe == "mgca-5x200":
-        kept = {line: rows[line] | {"split": "test"} for line in retrieval_lines(train, config.retrieval)}
+        kept = [rows[line] | {"split": "test"} for line in retrieval_lines(train, config.retrieval)]
     else:
-        splits = split_lines(config, train, rows, recipe.splits)
-        kept = {line: rows[line] | {"split": split} for line, split in splits.items()}
-        kept |= {-line: row | {"split": "test"} for line, row in part_rows(valid, "valid", base).items()}
+        kept = [rows[line] | {"split": split} for line, split in split_lines(config, train, rows, recipe.splits).items()]
+        kept += [row | {"split": "test"} for row in part_rows(valid, "valid", base).values()]
     dropped = {"in the 5x200 retrieval set": 5 * config.retrieval} if config.recipe == "mgca" else {}
     groups: dict[str, list[dict]] = {}
-    for row in kept.values():
+    for row in kept:
         if recipe.views and "error" not in row and row["side"] not in recipe.views:
             dropped["view is lateral"] = dropped.get("view is lateral", 0) + 1
             continue
@@ -186,17 +185,17 @@ def plan_chexpert(config: ChexpertConfig) -> Source:
     items = [item_or_reject(study, study_item, study, group, images=len(group)) for study, group in groups.items()]
     return Source(items, labels=LABELS, dropped=dropped, settings={"release": base.strip("/") or Path(config.root).name})
 
-# %% ../../nbs/data/13_chexpert.ipynb #fff72b81
+# %% ../../nbs/data/13_chexpert.ipynb #93169c52
 def dress_chexpert(root: Path, studies: Sequence[PhantomStudy]) -> None:
     "Write phantom studies as CheXpert-v1.0-small; the last quarter of the patients are valid.csv"
     patients = list(dict.fromkeys(study.patient_id for study in studies))
     tested = set(patients[-max(1, len(patients) // 4):])
     parts: dict[str, list[dict]] = {"train": [], "valid": []}
-    count: dict[str, int] = {}
+    visits: Counter = Counter()
     for index, study in enumerate(studies):
         part, number = "valid" if study.patient_id in tested else "train", patients.index(study.patient_id) + 1
-        count[study.patient_id] = count.get(study.patient_id, 0) + 1
-        place = f"{part}/patient{number:05d}/study{count[study.patient_id]}"
+        visits[study.patient_id] += 1
+        place = f"{part}/patient{number:05d}/study{visits[study.patient_id]}"
         labels = {name: "" if (value := study.labels.get(name)) is None else f"{value:.1f}" for name in LABELS}
         for view, pixels in [("frontal", study.image), ("lateral", study.image[:, ::-1])][: 2 if index % 3 == 0 else 1]:
             path = f"{place}/view{1 + (view == 'lateral')}_{view}.jpg"
@@ -207,7 +206,7 @@ def dress_chexpert(root: Path, studies: Sequence[PhantomStudy]) -> None:
     for part, rows in parts.items():
         pd.DataFrame(rows).to_csv(root / f"{part}.csv", index=False)
 
-# %% ../../nbs/data/13_chexpert.ipynb #daeb516c
+# %% ../../nbs/data/13_chexpert.ipynb #d12e3de0
 GET = """CheXpert-v1.0-small (11 GB) or CheXpert-v1.0 (439 GB): https://stanfordmlgroup.github.io/competitions/chexpert
 Terms: the Stanford University Dataset Research Use Agreement, to be signed there; no redistribution.
 Unpack it and give the folder (or the one above it) as --root:
@@ -215,10 +214,12 @@ Unpack it and give the folder (or the one above it) as --root:
     train.csv  valid.csv
     train/patient00001/study1/view1_frontal.jpg ...
     valid/patient64541/study1/view1_frontal.jpg ..."""
+
+
 def chexpert_tables(config: ChexpertConfig) -> list[tuple[str, Callable[[], pd.DataFrame]]]:
     "What is read, and how, for the check"
     return [(f"{part}.csv", partial(read_labels, Path(config.root), part)) for part in ("train", "valid")]
 
 
-CHEXPERT = DataSet("chexpert", "CheXpert", GET, plan_chexpert, RECIPES, chexpert_tables, dress_chexpert, ChexpertConfig,
-                   wanted=COMPETITION)
+CHEXPERT = DataSet(name="chexpert", title="CheXpert", get=GET, plan=plan_chexpert, recipes=RECIPES, tables=chexpert_tables, dress=dress_chexpert,
+                   config=ChexpertConfig, wanted=COMPETITION)

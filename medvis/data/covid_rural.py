@@ -7,11 +7,12 @@ __all__ = ['NAME', 'LUNGS', 'RECIPES', 'OCTAGON', 'COVID_RURAL', 'find_annotatio
            'CovidRuralConfig', 'fill_splits', 'image_item', 'plan_covid_rural', 'dress_lungs', 'dress_opacity',
            'dress_covid_rural']
 
-# %% ../../nbs/data/19_covid_rural.ipynb #05e40983
+# %% ../../nbs/data/19_covid_rural.ipynb #92634963
 import base64
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +22,8 @@ from PIL import Image
 
 from .files import DataError, find_file, read_text
 from .phantom import PhantomStudy
-from .plans import draw_splits, image_files, item_or_reject, pick_listed, read_split_files
-from .source import DataSet, ReadConfig, Recipe, Source
+from .plans import UNLISTED, ListedConfig, draw_splits, image_files, item_or_reject, listed_splits, reject
+from .source import DataSet, Recipe, Source
 
 # %% ../../nbs/data/19_covid_rural.ipynb #ea02472a
 NAME = re.compile(r"(COVID-19-AR-\d{8})_\d\d-\d\d-\d{4}-XR")
@@ -34,11 +35,14 @@ def find_annotations(root: Path) -> Path:
     find_file(images.parent, "pngs_masks")
     return images.parent
 
-# %% ../../nbs/data/19_covid_rural.ipynb #5bf3bb3a
+# %% ../../nbs/data/19_covid_rural.ipynb #808f30d4
 LUNGS = ("right_lung", "left_lung")
 
 
-def read_polygons(path: Path, name: str) -> dict[str, list]:    # label -> its polygons, each a list of [x, y]
+def read_polygons(
+    path: Path,
+    name: str,      # for errors
+) -> tuple[dict[str, list], list | None]:   # label -> its polygons, each a list of [x, y]; width and height of the picture they were drawn on, if told
     "Polygons of a labelme file. DataError for a file that is none, or with another shape or label."
     text = re.sub(r'("imageData"\s*:\s*)"[^"]*"', r"\1null", read_text(path, name))
     try:
@@ -54,7 +58,7 @@ def read_polygons(path: Path, name: str) -> dict[str, list]:    # label -> its p
         found.setdefault(label, []).append(points)
     return found, frame
 
-# %% ../../nbs/data/19_covid_rural.ipynb #d84b62de
+# %% ../../nbs/data/19_covid_rural.ipynb #0cb40709
 def image_entry(folder: Path, root: Path, name: str) -> dict:
     "Image and masks of a name, for `read_study`. DataError for a name that is not of the form, or a labelme file that is none."
     if not NAME.fullmatch(name):
@@ -62,11 +66,12 @@ def image_entry(folder: Path, root: Path, name: str) -> dict:
     labelme, opacity = folder / "jpgs" / "jsons" / f"{name}.json", folder / "pngs_masks" / f"{name}.png"
     drawn, frame = read_polygons(labelme, f"jsons/{name}.json") if os.path.lexists(labelme) else (None, None)
     masks = {lung: None if drawn is None else {"polygons": drawn.get(lung, [])} for lung in LUNGS}
-    masks["opacity"] = {"file": opacity.relative_to(root).as_posix()} if os.path.lexists(opacity) else None      # a link that leads nowhere is an error, not "nobody looked"
+    # a link that leads nowhere is there: an error, not "nobody looked"
+    masks["opacity"] = {"file": opacity.relative_to(root).as_posix()} if os.path.lexists(opacity) else None
     path = (folder / "jpgs" / f"{name}.jpg").relative_to(root).as_posix()
-    return {"id": name, "path": path, "view": "", "boxes": None, "masks": masks, "frame": frame}
+    return {"id": name, "path": path, "masks": masks, "frame": frame}
 
-# %% ../../nbs/data/19_covid_rural.ipynb #670b9a66
+# %% ../../nbs/data/19_covid_rural.ipynb #9c4e5b0f
 RECIPES = {
     "medvis": Recipe(splits="patients 60/20/20", notes=("all images; without a mask file the opacity is unknown",)),
     "lovt": Recipe(size=224, fit="pad-first", equalise=True, splits="lovt 60/20/20", classes=("opacity",), subset="first", notes=(
@@ -75,11 +80,8 @@ RECIPES = {
 
 
 @dataclass
-class CovidRuralConfig(ReadConfig):
+class CovidRuralConfig(ListedConfig):
     """Prepare COVID Rural (TCIA COVID-19-AR), radiographs with masks of opacities and lungs: `medvis prepare covid-rural`."""
-
-    split_files: Path | None = None
-    """Folder with train.csv, validation.csv and test.csv (column ID) that say which image is where, such as LoVT's."""
 
 # %% ../../nbs/data/19_covid_rural.ipynb #eda16a04
 def fill_splits(
@@ -96,13 +98,13 @@ def fill_splits(
             splits[patients == order.pop(0)] = name
     return splits.astype(str)
 
-# %% ../../nbs/data/19_covid_rural.ipynb #55851162
+# %% ../../nbs/data/19_covid_rural.ipynb #3fee2a1c
 def image_item(folder: Path, root: Path, name: str, split: str) -> dict:
     "The item of an image"
     image = image_entry(folder, root, name)
-    return {"study": name, "patient": NAME.fullmatch(name)[1], "split": split, "report": None, "labels": {}, "images": [image]}
+    return {"study": name, "patient": NAME.fullmatch(name)[1], "split": split, "images": [image]}
 
-# %% ../../nbs/data/19_covid_rural.ipynb #343aec28
+# %% ../../nbs/data/19_covid_rural.ipynb #bfd68357
 def plan_covid_rural(config: CovidRuralConfig) -> Source:
     "One study per image; LoVT's recipe leaves out images without an opacity mask"
     recipe, root = config.choose(RECIPES), Path(config.root)
@@ -115,12 +117,12 @@ def plan_covid_rural(config: CovidRuralConfig) -> Source:
     patients = [name.partition("_")[0] for name in names]
     drawn = fill_splits(patients, config.split_seed) if recipe.splits.startswith("lovt") else draw_splits(patients, recipe.splits, config.split_seed)
     listed = {name: str(split) for name, split in zip(names, drawn, strict=True)}
-    if config.split_files is not None:
-        listed = pick_listed(names, read_split_files(config.split_files), f"{folder.name}/jpgs")
-        dropped["not in the split files"] = len(names) - len(listed)
+    if config.split_files:
+        listed = listed_splits(config.split_files, names, f"{folder.name}/jpgs")
+        dropped[UNLISTED] = len(names) - len(listed)
     items = [item_or_reject(name, image_item, folder, root, name, split) for name, split in listed.items()]
     strays = {path.stem for pattern in ("pngs_masks/*.png", "jpgs/jsons/*.json") for path in folder.glob(pattern)} - set(pictures)
-    items += [{"study": name, "rejects": [[name, "has a mask or a labelme file, but there is no such image in jpgs"]], "planned": 0} for name in sorted(strays)]
+    items += [reject(name, "has a mask or a labelme file, but there is no such image in jpgs", 0) for name in sorted(strays)]
     return Source(items, masks=("opacity", *LUNGS), dropped=dropped)
 
 # %% ../../nbs/data/19_covid_rural.ipynb #10d458e0
@@ -137,29 +139,32 @@ def dress_opacity(study: PhantomStudy) -> np.ndarray:       # (H, W) bool
     masks = [found.mask for found in study.findings if found.name in ("Lung Opacity", "Consolidation", "Pneumonia", "Edema")]
     return np.any([np.zeros_like(study.image, bool), *masks], axis=0)
 
-# %% ../../nbs/data/19_covid_rural.ipynb #e65549e1
+# %% ../../nbs/data/19_covid_rural.ipynb #2e0c1513
 def dress_covid_rural(root: Path, studies: Sequence[PhantomStudy]) -> None:
     "Write phantom studies as COVID Rural: colour JPEGs and masks of twice the phantom's size, labelme files with the image inside"
-    folder, days = root / "covid_rural_annot", {}
+    folder, days = root / "covid_rural_annot", Counter()
     for part in ("jpgs/jsons", "pngs_masks"):
         (folder / part).mkdir(parents=True, exist_ok=True)
     for number, study in enumerate(studies):
         owner = int(study.patient_id.rpartition("-")[2])
-        days[owner] = days.get(owner, 0) + 1
+        days[owner] += 1
         name = f"COVID-19-AR-{owner:08d}_01-{days[owner]:02d}-2012-XR"
-        Image.fromarray(np.kron(study.image, np.ones((2, 2), np.uint8))).convert("RGB").save(folder / "jpgs" / f"{name}.jpg", quality=95)
+        Image.fromarray(study.image.repeat(2, 0).repeat(2, 1)).convert("RGB").save(folder / "jpgs" / f"{name}.jpg", quality=95)
         if number % 7 == 6:
             continue
-        mask = np.kron(dress_opacity(study), np.ones((2, 2), np.uint8)).astype(np.uint8)
+        mask = dress_opacity(study).repeat(2, 0).repeat(2, 1).astype(np.uint8)
         Image.fromarray(mask).save(folder / "pngs_masks" / f"{name}.png")
-        shapes = [{"label": label, "points": points, "group_id": None, "shape_type": "polygon", "flags": {}} for label, points in dress_lungs(len(mask)).items()]
+        shapes = [{"label": label, "points": points, "group_id": None, "shape_type": "polygon", "flags": {}}
+                  for label, points in dress_lungs(len(mask)).items()]
         data = base64.b64encode((folder / "jpgs" / f"{name}.jpg").read_bytes()).decode()
-        labelme = {"version": "4.5.6", "flags": {}, "shapes": shapes, "imagePath": f"{name}.jpg", "imageData": data, "imageHeight": len(mask), "imageWidth": len(mask)}
+        labelme = {"version": "4.5.6", "flags": {}, "shapes": shapes, "imagePath": f"{name}.jpg", "imageData": data,
+                   "imageHeight": len(mask), "imageWidth": len(mask)}
         (folder / "jpgs" / "jsons" / f"{name}.json").write_text(json.dumps(labelme, indent=2))
 
-# %% ../../nbs/data/19_covid_rural.ipynb #c3fdef42
+# %% ../../nbs/data/19_covid_rural.ipynb #95f38de6
 COVID_RURAL = DataSet(
-    name="covid-rural", title="COVID Rural", plan=plan_covid_rural, recipes=RECIPES, dress=dress_covid_rural, config=CovidRuralConfig, wanted=("Lung Opacity", "Pneumonia", "Edema"),
+    name="covid-rural", title="COVID Rural", plan=plan_covid_rural, recipes=RECIPES, dress=dress_covid_rural, config=CovidRuralConfig,
+    wanted=("Lung Opacity", "Pneumonia", "Edema"),
     tables=lambda config: [("folders jpgs and pngs_masks", lambda: find_annotations(Path(config.root)))],
     get="""COVID Rural: git clone https://github.com/haimingt/opacity_segmentation_covid_chest_X_ray (images of TCIA COVID-19-AR, doi:10.7937/tcia.2020.py71-5978, CC BY 4.0).
     ROOT/covid_rural_annot/jpgs/*.jpg   jpgs/jsons/*.json   pngs_masks/*.png     (ROOT may be the clone, or covid_rural_annot)

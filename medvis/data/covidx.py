@@ -6,7 +6,7 @@
 __all__ = ['SOURCES', 'CLASSES', 'VERSIONS', 'RECIPES', 'COVIDX', 'parse_line', 'list_classes', 'read_list', 'find_list',
            'CovidxConfig', 'split_train', 'image_item', 'plan_covidx', 'covidx_tables', 'covidx_class', 'dress_covidx']
 
-# %% ../../nbs/data/16_covidx.ipynb #8f07f7cf
+# %% ../../nbs/data/16_covidx.ipynb #5d89c9a5
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,7 @@ from PIL import Image
 
 from .files import DataError, find_file, read_text, safe_path
 from .phantom import PhantomStudy
-from .plans import draw_rows, draw_splits
+from .plans import draw_rows, draw_splits, item_or_reject
 from .source import DataSet, ReadConfig, Recipe, Source
 
 # %% ../../nbs/data/16_covidx.ipynb #3b075b2c
@@ -94,17 +94,15 @@ def split_train(
         return draw_splits(patients, rule, seed)
     return draw_rows(len(patients), 0.2).sort_index().tolist()
 
-# %% ../../nbs/data/16_covidx.ipynb #8c3c479a
-def image_item(part: str, row: pd.Series, split: str, kinds: Sequence[str]) -> dict:
-    "The item of a line; a reject if something is wrong with it"
-    path = f"{part}/{row['name']}" if row["name"] else f"{part} list, line {row.name}"
+# %% ../../nbs/data/16_covidx.ipynb #34a099ef
+def image_item(path: str, row: pd.Series, kinds: Sequence[str]) -> dict:
+    "The item of a line. DataError if something is wrong with it."
     if row["problem"]:
-        return {"study": path, "rejects": [[path, row["problem"]]]}
-    image = {"id": path, "path": path, "view": "", "boxes": None, "masks": None, "frame": None}
-    return {"study": path, "patient": row["patient"], "split": split, "report": None,
-            "labels": {kind: float(row["class"] == kind) for kind in kinds}, "images": [image]}
+        raise DataError(row["problem"])
+    labels = {kind: float(row["class"] == kind) for kind in kinds}
+    return {"study": path, "patient": row["patient"], "split": row["split"], "labels": labels, "images": [{"id": path, "path": path}]}
 
-# %% ../../nbs/data/16_covidx.ipynb #65683920
+# %% ../../nbs/data/16_covidx.ipynb #9efd79db
 def plan_covidx(config: CovidxConfig) -> Source:
     "One study per line of the two lists; with splits by patient, training images of patients of the test list are left out"
     recipe, version = config.choose(RECIPES), config.version or VERSIONS[config.recipe]
@@ -117,13 +115,16 @@ def plan_covidx(config: CovidxConfig) -> Source:
     if recipe.splits.startswith("patients"):
         dropped = {"training image of a patient of the test list": int(tested.sum())}
         lists["train"] = lists["train"][~tested]
-    items = [image_item(part, row, row["split"], kinds) for part, table in lists.items() for _, row in table.iterrows()]
+    items = []
+    for part, table in lists.items():
+        for line, row in table.iterrows():
+            path = f"{part}/{row['name']}" if row["name"] else f"{part} list, line {line}"
+            items.append(item_or_reject(path, image_item, path, row, kinds))
     return Source(items, labels=kinds, dropped=dropped, settings={"version": version})
 
-# %% ../../nbs/data/16_covidx.ipynb #8ba2c63e
+# %% ../../nbs/data/16_covidx.ipynb #b4317680
 def covidx_tables(config: CovidxConfig) -> list[tuple]:
     "The two lists of the version that is asked for, with the function that reads them"
-    config.choose(RECIPES)
     version = config.version or VERSIONS[config.recipe]
     return [(f"{part} list", lambda part=part: read_list(find_list(Path(config.root), part, version))) for part in ("train", "test")]
 
@@ -151,9 +152,10 @@ def dress_covidx(root: Path, studies: Sequence[PhantomStudy]) -> None:
     for name, rows in lines.items():
         (root / name).write_text("\n".join(rows) + "\n")
 
-# %% ../../nbs/data/16_covidx.ipynb #6fa72ca5
+# %% ../../nbs/data/16_covidx.ipynb #af0fc540
 COVIDX = DataSet(
-    name="covidx", title="COVIDx", plan=plan_covidx, recipes=RECIPES, tables=covidx_tables, dress=dress_covidx, config=CovidxConfig, wanted=("Pneumonia", "Lung Opacity"),
+    name="covidx", title="COVIDx", plan=plan_covidx, recipes=RECIPES, tables=covidx_tables, dress=dress_covidx, config=CovidxConfig,
+    wanted=("Pneumonia", "Lung Opacity"),
     get="""COVIDx: lists from https://github.com/lindawangg/COVID-Net (folder labels/), images either built by its notebooks (docs/COVIDx.md) from their eight
 sources, or as https://www.kaggle.com/datasets/andyczhao/covidx-cxr2 ; each source keeps its own terms (RSNA: Kaggle's; RICORD and COVID-19-AR: TCIA's; cohen: per image).
     ROOT/train_COVIDx9A.txt  test_COVIDx9A.txt      (or in ROOT/labels; with --version 6: train_COVIDx6.txt …)

@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['LABELS', 'JPG_FOLDERS', 'REPORT_FOLDERS', 'ODD_REPORTS', 'LOCAL_MI_RULES', 'FRONTAL', 'FIVE', 'PATHOLOGY9',
-           'MIMIC_RECIPES', 'EDEMA_FOLDERS', 'EDEMA_RECIPES', 'EDEMA_GRADERS', 'GET_MIMIC', 'GET_EDEMA', 'MIMIC_CXR',
-           'MIMIC_EDEMA', 'mimic_ids', 'mimic_images', 'mimic_labels', 'mimic_splits', 'dress_mimic', 'mimic_table',
-           'read_metadata_table', 'read_split_table', 'read_label_table', 'spread_problems', 'image_table',
-           'label_values', 'report_name', 'find_reports', 'study_items', 'leave_out', 'read_edema_table', 'dress_edema',
-           'edema_grades', 'jpg_folder', 'MimicConfig', 'plan_mimic', 'EdemaConfig', 'graded_images', 'plan_edema',
-           'mimic_tables', 'edema_tables']
+           'WITHOUT_ODD', 'MIMIC_RECIPES', 'EDEMA_FOLDERS', 'EDEMA_RECIPES', 'EDEMA_GRADERS', 'GET_MIMIC', 'GET_EDEMA',
+           'MIMIC_CXR', 'MIMIC_EDEMA', 'mimic_ids', 'mimic_images', 'mimic_labels', 'mimic_splits', 'dress_mimic',
+           'mimic_table', 'read_metadata_table', 'read_split_table', 'read_label_table', 'spread_problems',
+           'image_table', 'label_values', 'report_name', 'find_reports', 'study_items', 'leave_out', 'read_edema_table',
+           'dress_edema', 'edema_grades', 'jpg_folder', 'MimicConfig', 'plan_mimic', 'EdemaConfig', 'graded_images',
+           'plan_edema', 'mimic_tables', 'edema_tables']
 
-# %% ../../nbs/data/12_mimic.ipynb #34d3d929
+# %% ../../nbs/data/12_mimic.ipynb #cd8b05b9
 import hashlib
 import re
 import zipfile
@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
-from operator import itemgetter
+from operator import attrgetter
 from pathlib import Path
 from typing import Literal
 
@@ -29,6 +29,7 @@ from PIL import Image
 
 from .files import DataError, find_file, label, read_table
 from .phantom import PhantomStudy
+from .plans import reject
 from .reports import LOVT_RULES, MGCA_RULES, ReportRules
 from .source import DataSet, ReadConfig, Recipe, Source
 
@@ -220,22 +221,23 @@ ODD_REPORTS = frozenset("""
 58235663 50798377 54168089 53071062 56724958 54231141 53607029 52035334
 """.split())    # study ids from MIT-LCP/mimic-cxr, txt/section_parser.py (MIT licence); the same in LoVT and MGCA
 
-# %% ../../nbs/data/12_mimic.ipynb #da34cf9f
+# %% ../../nbs/data/12_mimic.ipynb #100c706f
 LOCAL_MI_RULES = ReportRules(sections=("impression", "findings", "recommendation", "recommendation(s)"), fallback=("last_paragraph", "full report"))
 FRONTAL = ("PA", "AP")
 FIVE = ("Cardiomegaly", "Edema", "Consolidation", "Atelectasis", "Pleural Effusion")
 PATHOLOGY9 = ("Support Devices", "Cardiomegaly", "Consolidation", "Edema", "Lung Opacity", "Pleural Effusion", "Pneumonia", "Pneumothorax", "Atelectasis")
+WITHOUT_ODD = "54 studies that the section parser misreads are left out"
 MIMIC_RECIPES = {
-    "medvis": Recipe(views=FRONTAL, rules=ReportRules(), splits="official", notes=("54 studies that the section parser misreads are left out",)),
+    "medvis": Recipe(views=FRONTAL, rules=ReportRules(), splits="official", notes=(WITHOUT_ODD,)),
     "lovt": Recipe(fit="pad-first", views=FRONTAL, rules=LOVT_RULES, splits="official", classes=FIVE, uncertain="positive", subset="first",
-                   notes=("54 studies that the section parser misreads are left out", "sentences by Stanza there, by our splitter here", "training crops are cut from the full resolution there")),
+                   notes=(WITHOUT_ODD, "sentences by Stanza there, by our splitter here", "training crops are cut from the full resolution there")),
     "mgca": Recipe(views=FRONTAL, rules=MGCA_RULES, splits="official, test joined to validate",
-                   notes=("54 studies that the section parser misreads are left out", "one row per image there: a study with two frontal images counts twice")),
-    "local-mi": Recipe(fit="crop", views=FRONTAL, rules=LOCAL_MI_RULES, splits="official, edema test patients not in training", classes=PATHOLOGY9, blank="ignore",
-                       notes=("54 studies that the section parser misreads are left out", "16 bit PNG made from DICOM there, 8 bit JPEG here")),
+                   notes=(WITHOUT_ODD, "one row per image there: a study with two frontal images counts twice")),
+    "local-mi": Recipe(fit="crop", views=FRONTAL, rules=LOCAL_MI_RULES, splits="official, edema test patients not in training",
+                       classes=PATHOLOGY9, blank="ignore", notes=(WITHOUT_ODD, "16 bit PNG made from DICOM there, 8 bit JPEG here")),
 }
 
-# %% ../../nbs/data/12_mimic.ipynb #ecfca419
+# %% ../../nbs/data/12_mimic.ipynb #3fde6c46
 def study_items(
     images: pd.DataFrame,                           # as image_table makes it
     facts: dict[str, dict],                         # study -> further entries of its item, such as its labels
@@ -244,14 +246,13 @@ def study_items(
 ) -> list[dict]:
     "One item per study; of a study with a problem only the rejects."
     items = []
-    columns = (images[name].tolist() for name in ("subject_id", "study_id", "split", "dicom_id", "view", "problem"))
-    for (subject, study, split), rows in groupby(zip(*columns, strict=True), key=itemgetter(0, 1, 2)):
+    for (subject, study, split), rows in groupby(images.itertuples(index=False), key=attrgetter("subject_id", "study_id", "split")):
         rows, home = list(rows), report_name(subject, study)[:-4]
-        if rows[0][5]:
-            items.append({"study": study, "rejects": [[dicom, problem] for *_, dicom, _, problem in rows]})
+        if rows[0].problem:
+            items.append({"study": study, "rejects": [[row.dicom_id, row.problem] for row in rows]})
             continue
-        pictures = [{"id": dicom, "path": f"{folder}files/{home}/{dicom}.jpg", "view": view} for *_, dicom, view, _ in rows]
-        items.append({"study": study, "patient": subject, "split": split, "report": reports.get(f"{home}.txt", ""), "images": pictures, **facts.get(study, {})})
+        pictures = [{"id": row.dicom_id, "path": f"{folder}files/{home}/{row.dicom_id}.jpg", "view": row.view} for row in rows]
+        items.append({"study": study, "patient": subject, "split": split, "report": reports.get(f"{home}.txt"), "images": pictures, **facts.get(study, {})})
     return items
 
 # %% ../../nbs/data/12_mimic.ipynb #e20e106f
@@ -266,8 +267,9 @@ def leave_out(
         images, dropped[rule] = images[~met], int(met.sum())
     return images, dropped
 
-# %% ../../nbs/data/12_mimic.ipynb #ffffb8c3
-EDEMA_FOLDERS = ("", "mimic-cxr-pe-severity/1.*/", "mimic-cxr-pe-severity/", "mimic-cxr-pe-severity*/", "mimic_cxr_edema/", "physionet.org/files/mimic-cxr-pe-severity/1.*/")
+# %% ../../nbs/data/12_mimic.ipynb #9fd5bf22
+EDEMA_FOLDERS = ("", "mimic-cxr-pe-severity/1.*/", "mimic-cxr-pe-severity/", "mimic-cxr-pe-severity*/", "mimic_cxr_edema/",
+                 "physionet.org/files/mimic-cxr-pe-severity/1.*/")
 
 
 def read_edema_table(
@@ -288,9 +290,10 @@ def read_edema_table(
         raise DataError(f"{path}: no column 'edema_severity'; the file has {', '.join(table.columns)}")
     return table
 
-# %% ../../nbs/data/12_mimic.ipynb #78b4e158
+# %% ../../nbs/data/12_mimic.ipynb #0b44f5d9
 def dress_edema(root: Path, studies: Sequence[PhantomStudy]) -> None:
-    "Write phantom studies as MIMIC-CXR-JPG, and if any tells how severe an edema is, the three tables of edema grades beside it; the expert's are those of every other study."
+    """Write phantom studies as MIMIC-CXR-JPG, and if any tells how severe an edema is, the three tables of edema grades beside it; the expert's are
+    those of every other study."""
     dress_mimic(root, studies)
     splits, graded = mimic_splits(studies), [study for study in studies if study.severities["Edema"] is not None]
     if not graded:
@@ -344,15 +347,16 @@ class MimicConfig(ReadConfig):
     edema: Path | None = None
     """Folder of the edema grades, which the recipe local-mi needs to keep their test patients out of training; by default looked for below the root."""
 
-# %% ../../nbs/data/12_mimic.ipynb #19e2cb91
+# %% ../../nbs/data/12_mimic.ipynb #a7e5628d
 def plan_mimic(config: MimicConfig) -> Source:
     "Read the tables of MIMIC-CXR and apply the rules of the recipe. DataError if a file is missing or malformed."
     recipe, root = config.choose(MIMIC_RECIPES), Path(config.root)
     images = image_table(root)
-    told = read_label_table(root, config.labeler)
-    (labels, damaged), owners = label_values(told), dict(zip(images["study_id"], images["subject_id"], strict=True))
-    damaged |= {study: "has another patient in the table of labels" for study, subject in zip(told["study_id"], told["subject_id"], strict=True) if owners.get(study, subject) != subject}
-    strays = [{"study": study, "rejects": [[study, "has labels, but is not in the metadata table"]], "planned": 0} for study in labels if study not in owners]
+    table = read_label_table(root, config.labeler)
+    (labels, damaged), owners = label_values(table), dict(zip(images["study_id"], images["subject_id"], strict=True))
+    damaged |= {study: "has another patient in the table of labels"
+                for study, subject in zip(table["study_id"], table["subject_id"], strict=True) if owners.get(study, subject) != subject}
+    strays = [reject(study, "has labels, but is not in the metadata table", 0) for study in labels if study not in owners]
     if not set(owners) & set(labels):
         raise DataError(f"{mimic_table(root, config.labeler)} and {mimic_table(root, 'metadata')} have no study_id in common")
     rules = {f"view is not {' or '.join(recipe.views)}": ~images["view"].isin(recipe.views),
@@ -365,17 +369,19 @@ def plan_mimic(config: MimicConfig) -> Source:
     images, dropped = leave_out(images, rules)
     names = list(map(report_name, images["subject_id"].tolist(), images["study_id"].tolist()))
     reports = find_reports(root, names)
-    told = [damaged.get(study) or ("" if name in reports else "its report is not in the zip") for study, name in zip(images["study_id"], names, strict=True)]
-    images = spread_problems(images.assign(problem=images["problem"].where(images["problem"] != "", told)))
+    faults = [damaged.get(study) or ("" if name in reports else "its report is not in the zip") for study, name in zip(images["study_id"], names, strict=True)]
+    images = spread_problems(images.assign(problem=images["problem"].where(images["problem"] != "", faults)))
     blank = dict.fromkeys(LABELS)
     facts = {study: {"labels": labels.get(study, blank)} for study in pd.unique(images["study_id"])}
     settings = {"patient_ids": "mimic", "labeler": config.labeler, "studies without a row of labels": sum(study not in labels for study in facts)}
     return Source(study_items(images, facts, reports, jpg_folder(root)) + strays, labels=LABELS, dropped=dropped, settings=settings)
 
-# %% ../../nbs/data/12_mimic.ipynb #81aa0aa7
+# %% ../../nbs/data/12_mimic.ipynb #e7498e79
 EDEMA_RECIPES = {
-    "medvis": Recipe(views=FRONTAL, splits="consensus test; else train as in MIMIC-CXR, the others validate", notes=("grades by regular expressions, corrected by the experts'",)),
-    "local-mi": Recipe(fit="crop", views=FRONTAL, splits="consensus test; else train as in MIMIC-CXR, the others validate; without MIMIC's test patients", notes=("grades by regular expressions",)),
+    "medvis": Recipe(views=FRONTAL, splits="consensus test; else train as in MIMIC-CXR, the others validate",
+                     notes=("grades by regular expressions, corrected by the experts'",)),
+    "local-mi": Recipe(fit="crop", views=FRONTAL, splits="consensus test; else train as in MIMIC-CXR, the others validate; without MIMIC's test patients",
+                       notes=("grades by regular expressions",)),
 }
 EDEMA_GRADERS = {"medvis": ("regex_report", "expert_report"), "local-mi": ("regex_report",)}
 
@@ -387,7 +393,7 @@ class EdemaConfig(ReadConfig):
     edema: Path | None = None
     """Folder of the three csv files; by default looked for below the root."""
 
-# %% ../../nbs/data/12_mimic.ipynb #4a32935b
+# %% ../../nbs/data/12_mimic.ipynb #c5a6196d
 def graded_images(config: EdemaConfig, images: pd.DataFrame) -> tuple[pd.DataFrame, list[dict]]:
     "The images that are graded, with their grade and `test` for those of the consensus; and rejects of grades without an image."
     folder, grades, problems = config.edema or config.root, {}, {}
@@ -396,17 +402,17 @@ def graded_images(config: EdemaConfig, images: pd.DataFrame) -> tuple[pd.DataFra
         grades, problems = {**grades, **good}, {**{study: text for study, text in problems.items() if study not in good}, **bad}
     tested, wrong = edema_grades(read_edema_table(folder, "consensus_image"), images, "dicom_id")
     known = set(images["study_id"]) | set(images["dicom_id"])
-    strays = [{"study": one, "rejects": [[one, text]], "planned": 0} for one, text in {**problems, **wrong}.items() if one not in known]
+    strays = [reject(one, text, 0) for one, text in {**problems, **wrong}.items() if one not in known]
     images = images.assign(test=images["dicom_id"].isin({**tested, **wrong}))
     images["grade"] = images["dicom_id"].map(tested).where(images["test"], images["study_id"].map(grades))
-    told = np.where(images["test"], [wrong.get(one, "") for one in images["dicom_id"]], [problems.get(one, "") for one in images["study_id"]])
-    images["problem"] = images["problem"].where(images["problem"] != "", told)
-    images = images[images["grade"].notna() | (told != "")]
-    unequal = images[images["test"]].groupby("study_id")["grade"].nunique().loc[lambda counts: counts > 1].index
-    unequal = images["test"] & images["study_id"].isin(unequal) & (images["problem"] == "")
+    faults = np.where(images["test"], [wrong.get(one, "") for one in images["dicom_id"]], [problems.get(one, "") for one in images["study_id"]])
+    images["problem"] = images["problem"].where(images["problem"] != "", faults)
+    images = images[images["grade"].notna() | (faults != "")]
+    differing = images[images["test"]].groupby("study_id")["grade"].nunique().loc[lambda counts: counts > 1].index
+    unequal = images["test"] & images["study_id"].isin(differing) & (images["problem"] == "")
     return images.assign(problem=images["problem"].mask(unequal, "images of its study have different grades")), strays
 
-# %% ../../nbs/data/12_mimic.ipynb #ed9ea429
+# %% ../../nbs/data/12_mimic.ipynb #08e2557f
 def plan_edema(config: EdemaConfig) -> Source:
     "Graded images of MIMIC-CXR: the consensus tests, reports train and validate. DataError if a file is missing or malformed."
     recipe = config.choose(EDEMA_RECIPES)
@@ -420,7 +426,8 @@ def plan_edema(config: EdemaConfig) -> Source:
     images, dropped = leave_out(images.assign(split=np.where(learned, shared, "test")), rules)
     images = spread_problems(images)
     facts = {study: {"grades": {"Edema": int(grade)}} for study, grade in zip(images["study_id"], images["grade"].fillna(0), strict=True)}
-    return Source(study_items(images, facts, {}, jpg_folder(config.root)) + strays, grades=("Edema",), dropped=dropped, settings={"patient_ids": "mimic", "levels": {"Edema": 4}})
+    return Source(study_items(images, facts, {}, jpg_folder(config.root)) + strays, grades=("Edema",), dropped=dropped,
+                  settings={"patient_ids": "mimic", "levels": {"Edema": 4}})
 
 # %% ../../nbs/data/12_mimic.ipynb #1b2851de
 GET_MIMIC = """\
@@ -449,20 +456,24 @@ def _first_reports(root: str | Path) -> dict[str, dict[str, str]]:
     images = read_metadata_table(root).head(100)
     return find_reports(root, list(map(report_name, images["subject_id"], images["study_id"])))
 
-# %% ../../nbs/data/12_mimic.ipynb #471b8e3b
+# %% ../../nbs/data/12_mimic.ipynb #61c1a2dc
 def mimic_tables(config: MimicConfig) -> list[tuple[str, Callable]]:
     "(what, function that reads it) of each table of MIMIC-CXR that is asked for, for `medvis data check`."
-    readers = {"metadata": read_metadata_table, "split": read_split_table, "labels": partial(read_label_table, labeler=config.labeler), "reports": _first_reports}
-    graded = [("edema grades", partial(read_edema_table, config.edema or config.root, "consensus_image"))] if "edema" in config.choose(MIMIC_RECIPES).splits else []
-    return [*((what, partial(read, config.root)) for what, read in readers.items()), *graded]
+    readers = {"metadata": read_metadata_table, "split": read_split_table, "labels": partial(read_label_table, labeler=config.labeler),
+               "reports": _first_reports}
+    tables = [(what, partial(read, config.root)) for what, read in readers.items()]
+    if "edema" in config.choose(MIMIC_RECIPES).splits:
+        tables.append(("edema grades", partial(read_edema_table, config.edema or config.root, "consensus_image")))
+    return tables
 
-# %% ../../nbs/data/12_mimic.ipynb #edfd2810
+# %% ../../nbs/data/12_mimic.ipynb #4431410b
 def edema_tables(config: EdemaConfig) -> list[tuple[str, Callable]]:
     "(what, function that reads it) of each table of the edema grades that is asked for, for `medvis data check`."
-    config.choose(EDEMA_RECIPES)
     graded = [(f"{kind} grades", partial(read_edema_table, config.edema or config.root, kind)) for kind in (*EDEMA_GRADERS[config.recipe], "consensus_image")]
     return [("metadata", partial(read_metadata_table, config.root)), ("split", partial(read_split_table, config.root)), *graded]
 
-# %% ../../nbs/data/12_mimic.ipynb #18073014
-MIMIC_CXR = DataSet("mimic-cxr", "MIMIC-CXR-JPG with the reports of MIMIC-CXR", GET_MIMIC, plan_mimic, MIMIC_RECIPES, mimic_tables, dress_edema, MimicConfig)
-MIMIC_EDEMA = DataSet("mimic-edema", "Pulmonary edema severity in MIMIC-CXR", GET_EDEMA, plan_edema, EDEMA_RECIPES, edema_tables, dress_edema, EdemaConfig, wanted=("Edema",))
+# %% ../../nbs/data/12_mimic.ipynb #09c855b3
+MIMIC_CXR = DataSet(name="mimic-cxr", title="MIMIC-CXR-JPG with the reports of MIMIC-CXR", get=GET_MIMIC, plan=plan_mimic, recipes=MIMIC_RECIPES,
+                    tables=mimic_tables, dress=dress_edema, config=MimicConfig)
+MIMIC_EDEMA = DataSet(name="mimic-edema", title="Pulmonary edema severity in MIMIC-CXR", get=GET_EDEMA, plan=plan_edema, recipes=EDEMA_RECIPES,
+                      tables=edema_tables, dress=dress_edema, config=EdemaConfig, wanted=("Edema",))

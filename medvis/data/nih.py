@@ -7,9 +7,10 @@ __all__ = ['LABELS', 'BOXED', 'BOX_COLUMNS', 'NAME', 'RECIPES', 'IMAGES', 'ENTRY
            'read_entries', 'read_boxes', 'read_list', 'read_findings', 'read_box', 'image_item', 'NihConfig',
            'official_splits', 'healthy_sample', 'nih_splits', 'plan_nih', 'dress_nih', 'nih_tables']
 
-# %% ../../nbs/data/18_nih.ipynb #79c97fd8
+# %% ../../nbs/data/18_nih.ipynb #60b978c9
 import hashlib
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -20,9 +21,9 @@ from PIL import Image
 
 from .files import DataError, find_file, number, read_table
 from .phantom import PhantomStudy
-from .plans import draw_splits, image_files, item_or_reject, pick_listed, read_split_files
+from .plans import UNLISTED, ListedConfig, draw_splits, image_files, item_or_reject, listed_splits, rows_by
 from .rsna import FRAME, enlarge
-from .source import DataSet, ReadConfig, Recipe, Source, check_boxes
+from .source import DataSet, Recipe, Source, check_boxes
 
 # %% ../../nbs/data/18_nih.ipynb #ca9f8c09
 LABELS = ("Atelectasis", "Cardiomegaly", "Consolidation", "Edema", "Effusion", "Emphysema", "Fibrosis", "Hernia", "Infiltration", "Mass", "Nodule",
@@ -38,21 +39,17 @@ def read_entries(root: Path) -> pd.DataFrame:       # index = number of the line
     columns = ["Image Index", "Finding Labels", "Patient ID", "View Position"]
     return read_table(path, columns)[columns]
 
-# %% ../../nbs/data/18_nih.ipynb #4d461732
-def read_boxes(root: Path) -> dict[str, list[dict[str, str]]]:      # image -> cells of its lines; "line" is the number
+# %% ../../nbs/data/18_nih.ipynb #4472b83e
+def read_boxes(root: Path) -> dict[str, dict[int, dict[str, str]]]:     # image -> number of the line -> its cells
     "BBox_List_2017.csv; {} where it is not at hand. DataError for a line with more or fewer than six fields."
     try:
         path = find_file(root, "BBox_List_2017.csv", "BBox_List_2017.csv.gz")
     except DataError:
         return {}
     table = read_table(path, BOX_COLUMNS, ragged=True)
-    spare = [position for position, name in enumerate(table.columns) if name not in BOX_COLUMNS]
-    boxes: dict[str, list[dict[str, str]]] = {}
-    for line, cells, rest in zip(table.index, table[BOX_COLUMNS].to_dict("records"), table.iloc[:, spare].to_numpy().tolist()):
-        if not cells["h]"] or any(rest):
-            raise DataError(f"{path}, line {line}: expected the six fields {', '.join(BOX_COLUMNS)}")
-        boxes.setdefault(cells["Image Index"], []).append(cells | {"line": str(line)})
-    return boxes
+    if len(odd := table.index[(table["h]"] == "") | (table.drop(columns=BOX_COLUMNS) != "").any(axis=1)]):
+        raise DataError(f"{path}, line {odd[0]}: expected the six fields {', '.join(BOX_COLUMNS)}")
+    return rows_by(table[BOX_COLUMNS], "Image Index")
 
 # %% ../../nbs/data/18_nih.ipynb #766e610d
 def read_list(root: Path, name: str) -> list[str]:
@@ -72,22 +69,22 @@ def read_findings(cell: str) -> dict[str, float]:
         raise DataError("Finding Labels names a finding twice")
     return {name: float(name in names) for name in LABELS}
 
-# %% ../../nbs/data/18_nih.ipynb #6f2e20e4
-def read_box(cells: dict[str, str]) -> list:        # name, x0, y0, x1, y1 in the frame of 1024 x 1024
+# %% ../../nbs/data/18_nih.ipynb #4e8df675
+def read_box(line: int, cells: dict[str, str]) -> list:     # name, x0, y0, x1, y1 in the frame of 1024 x 1024
     "The box of a line. DataError names line and column."
     name = cells["Finding Label"].replace("Infiltrate", "Infiltration")
-    where = f"BBox_List_2017.csv, line {cells['line']}: "
+    where = f"BBox_List_2017.csv, line {line}: "
     if name not in BOXED:
         raise DataError(f"{where}Finding Label is {name[:30]!r}; expected one of {', '.join(BOXED)}")
     x, y, width, height = (number(cells[column], where + column) for column in BOX_COLUMNS[2:])
     return list(check_boxes([[name, x, y, x + width, y + height]], FRAME, FRAME)[0])
 
-# %% ../../nbs/data/18_nih.ipynb #6fa3a3df
+# %% ../../nbs/data/18_nih.ipynb #b57c62d2
 def image_item(
     lines: dict[int, dict[str, str]],           # number of the line -> its cells; more than one is one too many
     split: str,
     path: str,
-    boxes: list[dict[str, str]] | None,         # as of `read_boxes`; [] = somebody looked and drew none, None = nobody looked
+    boxes: dict[int, dict[str, str]] | None,    # the same of `read_boxes`; {} = somebody looked and drew none, None = nobody looked
 ) -> dict:
     "An image with its labels and boxes. DataError names the column at fault."
     cells = next(iter(lines.values()))
@@ -99,14 +96,13 @@ def image_item(
         raise DataError(f"Patient ID is {cells['Patient ID'][:20]!r}, but the image is called {name[0]}")
     if (view := cells["View Position"]) not in ("PA", "AP"):
         raise DataError(f"View Position is {view[:20]!r}; expected PA or AP")
-    drawn = None if boxes is None else [read_box(box) for box in boxes]
+    drawn = None if boxes is None else [read_box(line, cells) for line, cells in boxes.items()]
     if drawn and len(set(map(tuple, drawn))) < len(drawn):
         raise DataError("BBox_List_2017 has the same box twice")
-    image = {"id": name[1], "path": path, "view": view, "boxes": drawn, "masks": None, "frame": [FRAME, FRAME]}
-    labels = read_findings(cells["Finding Labels"])
-    return {"study": name[1], "patient": name[2], "split": split, "report": None, "labels": labels, "grades": {}, "images": [image]}
+    image = {"id": name[1], "path": path, "view": view, "boxes": drawn, "frame": [FRAME, FRAME]}
+    return {"study": name[1], "patient": name[2], "split": split, "labels": read_findings(cells["Finding Labels"]), "images": [image]}
 
-# %% ../../nbs/data/18_nih.ipynb #c9202832
+# %% ../../nbs/data/18_nih.ipynb #c68523e8
 RECIPES = {
     "medvis": Recipe(splits="official", notes=("published lists; a tenth of the patients of train_val for validation",)),
     "patients": Recipe(splits="patients", notes=("80/10/10 by patient; needs no lists",)),
@@ -118,11 +114,9 @@ RECIPES = {
 
 
 @dataclass
-class NihConfig(ReadConfig):
+class NihConfig(ListedConfig):
     """Prepare NIH ChestX-ray14, with 14 labels and the boxes of 880 images: `medvis prepare nih`."""
 
-    split_files: Path | None = None
-    """Folder with train.csv, validation.csv and test.csv (column ID, names without .png) that say which image is where, such as LoVT's."""
     no_findings: int = 100
     """Images of No Finding, from the test list, that recipe lovt adds to the boxed ones."""
 
@@ -155,13 +149,13 @@ def healthy_sample(
         raise DataError(f"the test list has {len(healthy)} images of No Finding, {count} are wanted; choose fewer (no_findings)")
     return sorted(healthy, key=lambda name: hashlib.sha256(f"healthy:{seed}:{name}".encode()).digest())[:count]
 
-# %% ../../nbs/data/18_nih.ipynb #43e5095e
+# %% ../../nbs/data/18_nih.ipynb #fa5ef83e
 def nih_splits(config: NihConfig, rule: str, table: pd.DataFrame, boxes: dict) -> dict[str, str]:
     "Image -> split, in the order in which the items shall stand; images that the recipe does not use are not in it"
     root, names = Path(config.root), table["Image Index"].unique().tolist()
     if config.split_files:
-        listed = {f"{name}.png": split for name, split in read_split_files(config.split_files).items()}
-        return pick_listed(names, listed, "Data_Entry_2017")
+        files = {name.removesuffix(".png"): name for name in names}
+        return {files[name]: split for name, split in listed_splits(config.split_files, files, "Data_Entry_2017").items()}
     if rule == "official":
         return official_splits(root, names, config.split_seed)
     if config.recipe == "lovt":
@@ -171,7 +165,7 @@ def nih_splits(config: NihConfig, rule: str, table: pd.DataFrame, boxes: dict) -
         names = [*boxes, *healthy_sample(table[~table["Image Index"].isin(boxes)], tested, config.no_findings, config.split_seed)]
     return dict(zip(names, draw_splits([name[:8] for name in names], rule, config.split_seed)))
 
-# %% ../../nbs/data/18_nih.ipynb #c30b6699
+# %% ../../nbs/data/18_nih.ipynb #3b3e41c0
 IMAGES = ("images_*/images/", "images/images_*/images/", "images_*/", "images/")     # where archives put them: 12 folders, or one
 
 
@@ -181,20 +175,19 @@ def plan_nih(config: NihConfig) -> Source:
     table, boxes = read_entries(root), read_boxes(root)
     if unknown := sorted(set(boxes) - set(table["Image Index"])):
         raise DataError(f"BBox_List_2017.csv names {len(unknown)} images that Data_Entry_2017 does not have ({', '.join(unknown[:3])})")
-    lines: dict[str, dict[int, dict[str, str]]] = {}
-    for line, cells in zip(table.index, table.to_dict("records")):
-        lines.setdefault(cells["Image Index"], {})[line] = cells
+    lines = rows_by(table, "Image Index")
     files = image_files(root, *(f"{folder}*.[jp][pn]g" for folder in IMAGES))
     splits = nih_splits(config, recipe.splits, table, boxes)
     items = []
     for name, split in splits.items():
-        looked = boxes.get(name, [] if config.recipe == "lovt" else None)
+        looked = boxes.get(name, {} if config.recipe == "lovt" else None)
         study = name.removesuffix(".png") or f"line {next(iter(lines[name]))}"
         items.append(item_or_reject(study, image_item, lines[name], split, files.get(study, f"images/{name}"), looked))
-    dropped = {"not in the split files" if config.split_files else "no boxes, nor drawn as healthy": len(lines) - len(splits)}
-    return Source(items, LABELS, boxes=BOXED if boxes else (), dropped=dropped if len(lines) > len(splits) else {})
+    rule = UNLISTED if config.split_files else "no boxes, nor drawn as healthy"
+    dropped = {rule: len(lines) - len(splits)} if len(lines) > len(splits) else {}
+    return Source(items, LABELS, boxes=BOXED if boxes else (), dropped=dropped)
 
-# %% ../../nbs/data/18_nih.ipynb #1f15d438
+# %% ../../nbs/data/18_nih.ipynb #289b515c
 ENTRY_HEADER = ("Image Index,Finding Labels,Follow-up #,Patient ID,Patient Age,Patient Gender,View Position,"
                 "OriginalImage[Width,Height],OriginalImagePixelSpacing[x,y]")
 PHANTOM_NAMES = {"Pleural Effusion": "Effusion"} | {name: name for name in LABELS}
@@ -203,11 +196,11 @@ PHANTOM_NAMES = {"Pleural Effusion": "Effusion"} | {name: name for name in LABEL
 def dress_nih(root: Path, studies: Sequence[PhantomStudy]) -> None:
     "Write phantom studies as the NIH published them: PNG files, two tables, two lists"
     patients = list(dict.fromkeys(study.patient_id for study in studies))
-    visits: dict[str, int] = {}
+    visits: Counter = Counter()
     entries, boxes, lists = [ENTRY_HEADER], ["Image Index,Finding Label,Bbox [x,y,w,h],,,"], {"train_val_list.txt": [], "test_list.txt": []}
     for index, study in enumerate(studies):
-        patient, visit = patients.index(study.patient_id), visits.get(study.patient_id, -1) + 1
-        visits[study.patient_id] = visit
+        patient, visit = patients.index(study.patient_id), visits[study.patient_id]
+        visits[study.patient_id] += 1
         name, tested = f"{patient + 1:08d}_{visit:03d}.png", patient >= len(patients) * 2 // 3
         shown = sorted({PHANTOM_NAMES[finding.name] for finding in study.findings if finding.name in PHANTOM_NAMES})
         entries.append(f"{name},{'|'.join(shown) or 'No Finding'},{visit},{patient + 1},60,F,{study.view},2500,2500,0.14,0.14")
@@ -222,7 +215,7 @@ def dress_nih(root: Path, studies: Sequence[PhantomStudy]) -> None:
     for name, lines in {"Data_Entry_2017_v2020.csv": entries, "BBox_List_2017.csv": boxes, **lists}.items():
         (root / name).write_text("\n".join(lines) + "\n")
 
-# %% ../../nbs/data/18_nih.ipynb #e31fbb75
+# %% ../../nbs/data/18_nih.ipynb #c3fcb255
 GET = """NIH ChestX-ray14 (42 GB): https://nihcc.app.box.com/v/ChestXray-NIHCC
 Terms: none on use; name the NIH Clinical Center and cite Wang et al., CVPR 2017.
 Unpack the twelve archives and give the folder as --root:
@@ -239,5 +232,5 @@ def nih_tables(config: NihConfig) -> list[tuple[str, Callable]]:
     return [("Data_Entry_2017", partial(read_entries, root)), ("BBox_List_2017.csv", partial(read_boxes, root)), *lists]
 
 
-NIH = DataSet("nih", "NIH ChestX-ray14", GET, plan_nih, RECIPES, nih_tables, dress_nih, NihConfig,
+NIH = DataSet(name="nih", title="NIH ChestX-ray14", get=GET, plan=plan_nih, recipes=RECIPES, tables=nih_tables, dress=dress_nih, config=NihConfig,
               wanted=("Pneumothorax", "Pneumonia", "Nodule", "Cardiomegaly", "Pleural Effusion", "Atelectasis"))

@@ -7,7 +7,7 @@ __all__ = ['CLASS', 'RECIPES', 'OBJECT_CXR', 'read_annotations', 'find_table', '
            'ObjectCxrConfig', 'split_train', 'read_parts', 'image_item', 'plan_object_cxr', 'dress_shapes',
            'dress_object_cxr']
 
-# %% ../../nbs/data/17_object_cxr.ipynb #2dbe531f
+# %% ../../nbs/data/17_object_cxr.ipynb #996bde64
 import posixpath
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,8 +20,8 @@ from PIL import Image
 from .annotations import POLYGON, RECTANGLE, parse_shapes, shape_box
 from .files import DataError, find_file, read_table, safe_path
 from .phantom import PhantomStudy
-from .plans import draw_rows, draw_splits, item_or_reject, pick_listed, read_split_files
-from .source import DataSet, ReadConfig, Recipe, Source
+from .plans import UNLISTED, ListedConfig, draw_rows, draw_splits, item_or_reject, listed_splits
+from .source import DataSet, Recipe, Source
 
 # %% ../../nbs/data/17_object_cxr.ipynb #fed0152d
 CLASS = "foreign object"
@@ -54,7 +54,7 @@ def released_box(shape: Sequence[float]) -> tuple[float, float, float, float]:
     x0, y0, x1, y1 = shape_box(shape)
     return x0, y0, x0 + y1 - y0, y0 + x1 - x0
 
-# %% ../../nbs/data/17_object_cxr.ipynb #ba727f2b
+# %% ../../nbs/data/17_object_cxr.ipynb #8a68414a
 def image_entry(name: str, path: str, annotation: str, released_defects: bool = False) -> dict:
     "Image, boxes and mask of a line, for `read_study`. DataError for an annotation that is none, also if only one of its shapes is not."
     shapes = parse_shapes(annotation)
@@ -64,27 +64,26 @@ def image_entry(name: str, path: str, annotation: str, released_defects: bool = 
             raise DataError("a shape without extent, or with its corners in another order than x1 < x2 and y1 < y2")
     drawn = {"shapes": [released_shape(shape) for shape in shapes], "clip": True} if released_defects else {"shapes": shapes}
     boxes = [[CLASS, *(released_box if released_defects else shape_box)(shape)] for shape in shapes]
-    return {"id": name, "path": path, "view": "", "boxes": boxes, "masks": {CLASS: drawn}, "frame": None, "clip": released_defects}
+    return {"id": name, "path": path, "boxes": boxes, "masks": {CLASS: drawn}, "clip": released_defects}
 
-# %% ../../nbs/data/17_object_cxr.ipynb #59bb7894
+# %% ../../nbs/data/17_object_cxr.ipynb #7fc2611b
 RECIPES = {
     "medvis": Recipe(splits="patients 80/20", notes=("dev.csv is the test set", "20 % of train.csv for validation, by a hash of the name")),
     "lovt": Recipe(size=224, fit="pad-first", equalise=True, splits="lovt 80/20", subset="first", notes=(
         "6 400 / 1 600 / 1 000; drawn without a seed: split_files for LoVT's own lists",
         "released files: width and height exchanged, polygons transposed (released_defects)")),
     "mgca": Recipe(size=224, fit="stretch", splits="mgca 90/10", notes=(
-        "released 7 200 / 800 / 1 000 (the paper says 6 400 / 1 600)", "released boxes of polygons are widened around the polygon's middle; here they are tight")),
+        "released 7 200 / 800 / 1 000 (the paper says 6 400 / 1 600)",
+        "released boxes of polygons are widened around the polygon's middle; here they are tight")),
 }
 
 
 @dataclass
-class ObjectCxrConfig(ReadConfig):
+class ObjectCxrConfig(ListedConfig):
     """Prepare Object-CXR, radiographs with foreign objects as boxes and masks: `medvis prepare object-cxr`."""
 
     released_defects: bool = False
     """Repeat what is wrong in LoVT's files: width and height of boxes exchanged, ellipses filled as boxes, polygons transposed."""
-    split_files: Path | None = None
-    """Folder with train.csv, validation.csv and test.csv (column ID) that say which image is where, such as LoVT's."""
 
 # %% ../../nbs/data/17_object_cxr.ipynb #64945dae
 def split_train(
@@ -98,20 +97,21 @@ def split_train(
     share, seed = {"lovt 80/20": (0.2, seed), "mgca 90/10": (0.1, 0)}[rule]
     return draw_rows(len(names), share, seed=seed).sort_index().tolist()
 
-# %% ../../nbs/data/17_object_cxr.ipynb #ade5506c
-def read_parts(root: Path) -> pd.DataFrame:     # name, annotation, part, path below the root, id, twice (does the id occur again?)
+# %% ../../nbs/data/17_object_cxr.ipynb #9900d02d
+def read_parts(root: Path) -> pd.DataFrame:     # name, annotation, part, line, path below the root, id, twice (does the id occur again?)
     "The two tables as one, train first. DataError if one of them cannot be read."
     tables = []
     for part in ("train", "dev"):
         path = find_table(root, part)
-        table = read_annotations(path).assign(part=part)
+        table = read_annotations(path)
+        table = table.assign(part=part, line=table.index)
         table["path"] = [f"{(path.parent / part).relative_to(root).as_posix()}/{name}" for name in table["name"]]
         tables.append(table)
     both = pd.concat(tables, ignore_index=True)
     both["id"] = both["name"].map(lambda name: posixpath.splitext(name)[0])
     return both.assign(twice=both["id"].duplicated(keep=False))
 
-# %% ../../nbs/data/17_object_cxr.ipynb #4fae30a8
+# %% ../../nbs/data/17_object_cxr.ipynb #de77fc46
 def image_item(row: pd.Series, split: str, released_defects: bool) -> dict:
     "The item of a line. DataError if something is wrong with it."
     if row["twice"]:
@@ -119,21 +119,22 @@ def image_item(row: pd.Series, split: str, released_defects: bool) -> dict:
     if safe_path(row["name"]) != posixpath.basename(row["name"]):
         raise DataError("the name of the image is a path; expected a name such as 00001.jpg")
     image = image_entry(row["id"], row["path"], row["annotation"], released_defects)
-    return {"study": row["id"], "patient": row["id"], "split": split, "report": None, "labels": {CLASS: float(bool(image["boxes"]))}, "images": [image]}
+    return {"study": row["id"], "patient": row["id"], "split": split, "labels": {CLASS: float(bool(image["boxes"]))}, "images": [image]}
 
-# %% ../../nbs/data/17_object_cxr.ipynb #8bdfa56f
+# %% ../../nbs/data/17_object_cxr.ipynb #3e42a817
 def plan_object_cxr(config: ObjectCxrConfig) -> Source:
     "One study per image, labelled by whether it shows a foreign object; boxes of each object, and the mask of all"
     recipe, table = config.choose(RECIPES), read_parts(Path(config.root))
     train = table["part"] == "train"
     splits = [*split_train(table["id"][train], recipe.splits, config.split_seed), *["test"] * int((~train).sum())]
     listed, dropped = dict(zip(table["id"], splits)), {}
-    if config.split_files is not None:
-        listed = pick_listed(table["id"], read_split_files(config.split_files), "train.csv and dev.csv")
-        dropped = {"not in the split files": int((~table["id"].isin(listed)).sum())}
+    if config.split_files:
+        listed = listed_splits(config.split_files, set(table["id"]), "train.csv and dev.csv")
+        dropped = {UNLISTED: int((~table["id"].isin(listed)).sum())}
         order = {name: place for place, name in enumerate(listed)}
         table = table[table["id"].isin(listed)].sort_values("id", key=lambda names: names.map(order), kind="stable")
-    items = [item_or_reject(row["id"] or row["path"], image_item, row, listed[row["id"]], config.released_defects) for _, row in table.iterrows()]
+    items = [item_or_reject(row["id"] or f"{row['part']}.csv line {row['line']}", image_item, row, listed[row["id"]], config.released_defects)
+             for _, row in table.iterrows()]
     return Source(items, labels=(CLASS,), boxes=(CLASS,), masks=(CLASS,), dropped=dropped, settings={"released_defects": config.released_defects})
 
 # %% ../../nbs/data/17_object_cxr.ipynb #95b4ad98
@@ -148,22 +149,23 @@ def dress_shapes(study: PhantomStudy, scale: int) -> list[list[int]]:
             shapes.append(([0, x0, y0, x1, y1], [1, x0, y0, x1, y1], rhomb)[(x0 + len(shapes)) // scale % 3])
     return shapes
 
-# %% ../../nbs/data/17_object_cxr.ipynb #b920230c
+# %% ../../nbs/data/17_object_cxr.ipynb #96ee0f83
 def dress_object_cxr(root: Path, studies: Sequence[PhantomStudy]) -> None:
     "Write phantom studies as Object-CXR: train.csv and dev.csv (every fifth), JPEGs of twice the phantom's size"
     lines = {"train": ["image_name,annotation"], "dev": ["image_path,annotation"]}
     for number, study in enumerate(studies):
         part, name = "dev" if number % 5 == 4 else "train", f"{number + 1:05d}.jpg"
         (root / part).mkdir(parents=True, exist_ok=True)
-        Image.fromarray(np.kron(study.image, np.ones((2, 2), np.uint8))).convert("RGB").save(root / part / name, quality=95)
+        Image.fromarray(study.image.repeat(2, 0).repeat(2, 1)).convert("RGB").save(root / part / name, quality=95)
         annotation = ";".join(" ".join(map(str, shape)) for shape in dress_shapes(study, 2))
         lines[part].append(f"{'/path/' * (part == 'dev')}{name},{annotation}")
     for part, rows in lines.items():
         (root / f"{part}.csv").write_text("\n".join(rows) + "\n")
 
-# %% ../../nbs/data/17_object_cxr.ipynb #932e68cf
+# %% ../../nbs/data/17_object_cxr.ipynb #580c0191
 OBJECT_CXR = DataSet(
-    name="object-cxr", title="Object-CXR", plan=plan_object_cxr, recipes=RECIPES, dress=dress_object_cxr, config=ObjectCxrConfig, follow_ups=False, wanted=("Foreign Object", "Support Devices"),
+    name="object-cxr", title="Object-CXR", plan=plan_object_cxr, recipes=RECIPES, dress=dress_object_cxr, config=ObjectCxrConfig,
+    follow_ups=False, wanted=("Foreign Object", "Support Devices"),
     tables=lambda config: [(f"{part}.csv", lambda part=part: read_annotations(find_table(config.root, part))) for part in ("train", "dev")],
     get="""Object-CXR (JF Healthcare; free for scientific research and other non-commercial use): the links stand in https://github.com/hlk-1135/object-CXR
 (Google Drive); unpack the two archives.

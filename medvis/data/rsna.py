@@ -7,7 +7,7 @@ __all__ = ['FRAME', 'PNEUMONIA', 'CLASSES', 'ASKED', 'MGCA_SCALING', 'RECIPES', 
            'read_box', 'image_item', 'RsnaConfig', 'mgca_splits', 'rsna_splits', 'plan_rsna', 'enlarge', 'dress_rsna',
            'rsna_tables']
 
-# %% ../../nbs/data/14_rsna.ipynb #9595daad
+# %% ../../nbs/data/14_rsna.ipynb #bda44c6c
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -18,8 +18,8 @@ import pandas as pd
 
 from .files import DataError, find_file, number, read_table
 from .phantom import PhantomStudy
-from .plans import draw_rows, draw_splits, image_files, item_or_reject, pick_listed, read_split_files, write_dicom
-from .source import DataSet, ReadConfig, Recipe, Source
+from .plans import UNLISTED, ListedConfig, draw_rows, draw_splits, image_files, item_or_reject, listed_splits, reject, rows_by, write_dicom
+from .source import DataSet, Recipe, Source
 
 # %% ../../nbs/data/14_rsna.ipynb #48456338
 FRAME = 1024
@@ -58,7 +58,7 @@ def read_box(cells: dict[str, str]) -> list | None:     # name, x0, y0, x1, y1
     across, down = number(cells["width"], "width", 1, FRAME + 1 - x), number(cells["height"], "height", 1, FRAME + 1 - y)
     return [PNEUMONIA, x, y, x + across, y + down]
 
-# %% ../../nbs/data/14_rsna.ipynb #0e9f8856
+# %% ../../nbs/data/14_rsna.ipynb #7b596311
 def image_item(
     name: str,
     lines: dict[int, dict[str, str]],       # number of the line -> its cells
@@ -84,10 +84,10 @@ def image_item(
             raise DataError(f"stage_2_detailed_class_info.csv: class is {found[:60]!r} for Target {int(bool(boxes))}; "
                             "expected Lung Opacity for 1, one of the two others for 0")
         labels |= {kind: float(kind in kinds) for kind in CLASSES}
-    image = {"id": name, "path": path, "view": "", "boxes": boxes, "masks": None, "frame": [FRAME, FRAME]}
-    return {"study": name, "patient": name, "split": split, "report": None, "labels": labels, "grades": {}, "images": [image]}
+    image = {"id": name, "path": path, "boxes": boxes, "frame": [FRAME, FRAME]}
+    return {"study": name, "patient": name, "split": split, "labels": labels, "images": [image]}
 
-# %% ../../nbs/data/14_rsna.ipynb #bfdfafa3
+# %% ../../nbs/data/14_rsna.ipynb #fe45693f
 ASKED = (PNEUMONIA,)        # and not the three classes of the detailed table, of which one is the same
 MGCA_SCALING = "released code scales each DICOM so that its maximum is 255, without rescale or window; here 8 bits without them stay as they are"
 RECIPES = {
@@ -100,11 +100,9 @@ RECIPES = {
 
 
 @dataclass
-class RsnaConfig(ReadConfig):
+class RsnaConfig(ListedConfig):
     """Prepare the RSNA pneumonia challenge (stage 2, the images with labels), with boxes: `medvis prepare rsna`."""
 
-    split_files: Path | None = None
-    """Folder with train.csv, validation.csv and test.csv (column ID) that say which image is where, such as LoVT's."""
     held_out: int = 5337
     """Images in each of validation and test of recipe mgca-boxes."""
 
@@ -118,40 +116,36 @@ def mgca_splits(
         raise DataError(f"{held_out} images are wanted for validation and test, but there are {len(names)} in all; choose fewer (held_out)")
     return dict(zip(sorted(names), draw_rows(len(names), held_out, halved=True).sort_index()))
 
-# %% ../../nbs/data/14_rsna.ipynb #993ae201
+# %% ../../nbs/data/14_rsna.ipynb #d8b67f79
 def rsna_splits(config: RsnaConfig, rule: str, names: Sequence[str]) -> dict[str, str]:
     "Image -> split, in the order in which the items shall stand"
     if config.split_files:
-        return pick_listed(names, read_split_files(config.split_files), "stage_2_train_labels.csv")
+        return listed_splits(config.split_files, names, "stage_2_train_labels.csv")
     if rule.startswith("mgca"):
         drawn = mgca_splits(names, 0.15 * 2 if rule == "mgca 70/15/15" else 2 * config.held_out)
         return {name: drawn[name] for name in names}
     return dict(zip(names, draw_splits(names, rule, config.split_seed)))
 
-# %% ../../nbs/data/14_rsna.ipynb #0dd65a91
+# %% ../../nbs/data/14_rsna.ipynb #03d728e2
 def plan_rsna(config: RsnaConfig) -> Source:
     "The images, one an item, in the order of the table (or of the split files); no pixels. DataError for a table that is not sound."
     root, recipe = Path(config.root), config.choose(RECIPES)
-    table, classes = read_lines(root), read_classes(root)
-    lines: dict[str, dict[int, dict[str, str]]] = {}
-    for line, cells in zip(table.index, table.to_dict("records")):
-        lines.setdefault(cells["patientId"], {})[line] = cells
+    lines, classes = rows_by(read_lines(root), "patientId"), read_classes(root)
     if nameless := lines.pop("", {}):
         raise DataError(f"stage_2_train_labels.csv, line {next(iter(nameless))}: patientId is blank; whose box is it?")
     files = image_files(root, "stage_2_train_images/*.dcm", "stage_2_train_images*/*.png", "*.dcm")
     splits = rsna_splits(config, recipe.splits, list(lines))
     items = [item_or_reject(name, image_item, name, lines[name], split, files.get(name, f"stage_2_train_images/{name}.dcm"), classes)
              for name, split in splits.items()]
-    faults = {name: "in stage_2_detailed_class_info.csv, but not in stage_2_train_labels.csv" for name in sorted(set(classes) - set(lines))}
-    items += [{"study": name, "rejects": [[name, fault]]} for name, fault in faults.items()]
-    unlisted = {"in none of the split files": len(lines) - len(splits)}
-    return Source(items, (PNEUMONIA, *(CLASSES if classes else ())), boxes=(PNEUMONIA,), dropped=unlisted if config.split_files else {})
+    items += [reject(name, "in stage_2_detailed_class_info.csv, but not in stage_2_train_labels.csv", 0) for name in sorted(set(classes) - set(lines))]
+    dropped = {UNLISTED: len(lines) - len(splits)} if config.split_files else {}
+    return Source(items, (PNEUMONIA, *(CLASSES if classes else ())), boxes=(PNEUMONIA,), dropped=dropped)
 
-# %% ../../nbs/data/14_rsna.ipynb #a1c0b6a7
+# %% ../../nbs/data/14_rsna.ipynb #65767cb2
 def enlarge(pixels: np.ndarray) -> np.ndarray:      # (FRAME, FRAME), same type
     "Every pixel a block, so that the picture fills the frame of 1024 pixels"
     block = FRAME // len(pixels)
-    return np.kron(pixels, np.ones((block, block), pixels.dtype))
+    return pixels.repeat(block, 0).repeat(block, 1)
 
 # %% ../../nbs/data/14_rsna.ipynb #9be22617
 def dress_rsna(root: Path, studies: Sequence[PhantomStudy]) -> None:
@@ -171,7 +165,7 @@ def dress_rsna(root: Path, studies: Sequence[PhantomStudy]) -> None:
     pd.DataFrame(boxes, columns=["patientId", "x", "y", "width", "height", "Target"]).to_csv(root / "stage_2_train_labels.csv", index=False)
     pd.DataFrame(classes, columns=["patientId", "class"]).to_csv(root / "stage_2_detailed_class_info.csv", index=False)
 
-# %% ../../nbs/data/14_rsna.ipynb #241ad3b2
+# %% ../../nbs/data/14_rsna.ipynb #de6efe1b
 GET = """RSNA Pneumonia Detection Challenge, stage 2 (3.7 GB): https://www.kaggle.com/c/rsna-pneumonia-detection-challenge/data
 Terms: those of the competition, accepted on Kaggle; the images are the NIH's.
 Unpack it and give the folder as --root:
@@ -183,8 +177,9 @@ The images of stage_2_test_images have no public labels and are not needed."""
 
 def rsna_tables(config: RsnaConfig) -> list[tuple[str, Callable]]:
     "What is read, and how, for the check"
-    return [("stage_2_train_labels.csv", partial(read_lines, Path(config.root))), ("stage_2_detailed_class_info.csv", partial(read_classes, Path(config.root)))]
+    tables = {"stage_2_train_labels.csv": read_lines, "stage_2_detailed_class_info.csv": read_classes}
+    return [(name, partial(read, Path(config.root))) for name, read in tables.items()]
 
 
-RSNA = DataSet("rsna", "RSNA Pneumonia", GET, plan_rsna, RECIPES, rsna_tables, dress_rsna,
-               RsnaConfig, follow_ups=False, wanted=("Pneumonia",))
+RSNA = DataSet(name="rsna", title="RSNA Pneumonia", get=GET, plan=plan_rsna, recipes=RECIPES, tables=rsna_tables, dress=dress_rsna,
+               config=RsnaConfig, follow_ups=False, wanted=("Pneumonia",))

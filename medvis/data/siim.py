@@ -6,7 +6,7 @@
 __all__ = ['PNEUMOTHORAX', 'RECIPES', 'GET', 'SIIM', 'find_runs', 'read_runs', 'code_dialect', 'check_dialect', 'image_item',
            'SiimConfig', 'mgca_lines', 'surplus_negatives', 'siim_splits', 'plan_siim', 'dress_siim', 'siim_tables']
 
-# %% ../../nbs/data/15_siim.ipynb #047240eb
+# %% ../../nbs/data/15_siim.ipynb #30912837
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -18,9 +18,9 @@ import pandas as pd
 from .annotations import encode_rle
 from .files import DataError, find_file, read_table
 from .phantom import PhantomStudy
-from .plans import draw_rows, draw_splits, image_files, item_or_reject, pick_listed, read_split_files, write_dicom
+from .plans import UNLISTED, ListedConfig, draw_rows, draw_splits, image_files, item_or_reject, listed_splits, rows_by, write_dicom
 from .rsna import FRAME, MGCA_SCALING, enlarge
-from .source import DataSet, ReadConfig, Recipe, Source
+from .source import DataSet, Recipe, Source
 
 # %% ../../nbs/data/15_siim.ipynb #14e077fb
 PNEUMOTHORAX = "Pneumothorax"
@@ -30,9 +30,9 @@ def find_runs(root: Path) -> Path:
     "The table of run-length codes, by whichever of its names it goes"
     return find_file(root, "train-rle.csv", "train-rle.csv.gz", "stage_2_train.csv")
 
-# %% ../../nbs/data/15_siim.ipynb #7f5f57a7
+# %% ../../nbs/data/15_siim.ipynb #bf173710
 def read_runs(root: Path) -> pd.DataFrame:      # ImageId, EncodedPixels; index = number of the line
-    "train-rle.csv: one line a piece of a mask, or an image without any"
+    "The table of run-length codes: one line a piece of a mask, or an image without any"
     return read_table(find_runs(root), ["ImageId", "EncodedPixels"])
 
 # %% ../../nbs/data/15_siim.ipynb #b598bfd0
@@ -65,7 +65,7 @@ def check_dialect(
         raise DataError(f"{file}: {len(strange)} of {len(found)} run-length codes that tell their dialect are {other} (such as line {strange[0]}), "
                         f"but {wanted} ones are expected; {'read it with' if relative else 'leave out'} --absolute")
 
-# %% ../../nbs/data/15_siim.ipynb #fe6c7495
+# %% ../../nbs/data/15_siim.ipynb #d2af88e3
 def image_item(
     name: str,
     runs: dict[int, str],       # number of the line -> code
@@ -74,22 +74,23 @@ def image_item(
     relative: bool = True,
     file: str = "train-rle.csv",
 ) -> dict:
-    "An image with its mask. DataError for a blank line, a code of the other dialect, or if only some say that there is nothing. All else of a code is checked when it is decoded."
+    """An image with its mask. DataError for a blank line, a code of the other dialect, or if only some say that there is nothing. All else of a code is
+    checked when it is decoded."""
     codes = list(runs.values())
     if "" in codes:
         line = next(line for line in runs if not runs[line])
         raise DataError(f"{file}, line {line}: EncodedPixels is blank; expected -1 or pairs of numbers")
     if "-1" in codes and len(codes) > 1:
         raise DataError(f"{file}, lines {', '.join(map(str, runs))}: one says -1, another not, or the same twice")
-    other = "absolute" if relative else "relative"
+    wanted, other = ("relative", "absolute") if relative else ("absolute", "relative")
     if strange := [line for line, code in runs.items() if code_dialect(code) == other]:
-        raise DataError(f"{file}, line {strange[0]}: run-length code written in the other dialect ({other}); expected the {'relative' if relative else 'absolute'} one")
+        raise DataError(f"{file}, line {strange[0]}: run-length code written in the other dialect ({other}); expected the {wanted} one")
     ill = codes != ["-1"]
     masks = {PNEUMOTHORAX: {"union": [{"rle": code, "relative": relative} for code in codes]}} if ill else {}
-    image = {"id": name, "path": path, "view": "", "boxes": None, "masks": masks, "frame": [FRAME, FRAME]}
-    return {"study": name, "patient": name, "split": split, "report": None, "labels": {PNEUMOTHORAX: float(ill)}, "grades": {}, "images": [image]}
+    image = {"id": name, "path": path, "masks": masks, "frame": [FRAME, FRAME]}
+    return {"study": name, "patient": name, "split": split, "labels": {PNEUMOTHORAX: float(ill)}, "images": [image]}
 
-# %% ../../nbs/data/15_siim.ipynb #90af9dfb
+# %% ../../nbs/data/15_siim.ipynb #df44983a
 RECIPES = {
     "medvis": Recipe(splits="patients", notes=("80/10/10 by a hash of the image's name", "patients are not known")),
     "lovt": Recipe(size=224, fit="pad-first", equalise=True, splits="patients 60/20/20", subset="first", notes=(
@@ -101,13 +102,11 @@ RECIPES = {
 
 
 @dataclass
-class SiimConfig(ReadConfig):
+class SiimConfig(ListedConfig):
     """Prepare the SIIM-ACR pneumothorax challenge, with masks: `medvis prepare siim`."""
 
     absolute: bool = False
     """The table holds the usual run-length code (starts counted from 1) instead of the published relative one."""
-    split_files: Path | None = None
-    """Folder with train.csv, validation.csv and test.csv (column ID) that say which image is where, such as LoVT's."""
 
 # %% ../../nbs/data/15_siim.ipynb #556fd148
 def mgca_lines(table: pd.DataFrame) -> pd.DataFrame:    # the lines in the order of the draw, with a column split
@@ -124,12 +123,12 @@ def surplus_negatives(drawn: pd.DataFrame) -> set[str]:
     kept = np.random.RandomState(42).choice(healthy, size=min(ill, len(healthy)), replace=False)
     return set(healthy) - set(kept)
 
-# %% ../../nbs/data/15_siim.ipynb #0e8490c4
+# %% ../../nbs/data/15_siim.ipynb #831593ec
 def siim_splits(config: SiimConfig, rule: str, table: pd.DataFrame) -> dict[str, str]:
     "Image -> split, in the order in which the items shall stand; images that a rule leaves out are not in it"
     names = table["ImageId"].unique().tolist()
     if config.split_files:
-        return pick_listed(names, read_split_files(config.split_files), find_runs(Path(config.root)).name)
+        return listed_splits(config.split_files, names, find_runs(Path(config.root)).name)
     if rule.startswith("mgca"):
         drawn = mgca_lines(table)
         firsts = drawn.loc[table.drop_duplicates("ImageId").index]
@@ -137,7 +136,7 @@ def siim_splits(config: SiimConfig, rule: str, table: pd.DataFrame) -> dict[str,
         return {name: split for name, split in firsts[["ImageId", "split"]].itertuples(index=False) if name not in surplus}
     return dict(zip(names, draw_splits(names, rule, config.split_seed)))
 
-# %% ../../nbs/data/15_siim.ipynb #0eb405fa
+# %% ../../nbs/data/15_siim.ipynb #b6df2ca7
 def plan_siim(config: SiimConfig) -> Source:
     "The images, one an item, in the order of the table (or of the split files); no pixels. DataError for a table that is not sound."
     root, recipe = Path(config.root), config.choose(RECIPES)
@@ -145,14 +144,12 @@ def plan_siim(config: SiimConfig) -> Source:
     if len(nameless := table.index[table["ImageId"] == ""]):
         raise DataError(f"{file}, line {nameless[0]}: ImageId is blank; of whose mask is it a piece?")
     check_dialect(table, not config.absolute, file)
-    runs: dict[str, dict[int, str]] = {}
-    for line, name, code in table[["ImageId", "EncodedPixels"]].itertuples():
-        runs.setdefault(name, {})[line] = code
+    runs = {name: {line: cells["EncodedPixels"] for line, cells in lines.items()} for name, lines in rows_by(table, "ImageId").items()}
     files = image_files(root, "dicom-images-train/*/*/*.dcm", "dicom-images-train/*.dcm", "*/*.png")
     splits = siim_splits(config, recipe.splits, table)
     items = [item_or_reject(name, image_item, name, runs[name], split, files.get(name, f"dicom-images-train/{name}.dcm"), not config.absolute, file)
              for name, split in splits.items()]
-    rule = "in none of the split files" if config.split_files else "more images of train without than with pneumothorax"
+    rule = UNLISTED if config.split_files else "more images of train without than with pneumothorax"
     return Source(items, (PNEUMOTHORAX,), masks=(PNEUMOTHORAX,), dropped={rule: len(runs) - len(splits)} if len(runs) > len(splits) else {},
                   settings={"dialect": "absolute" if config.absolute else "relative"})
 
@@ -169,7 +166,7 @@ def dress_siim(root: Path, studies: Sequence[PhantomStudy]) -> None:
         write_dicom(path, enlarge(study.image), name, name, study.view, inverted=index == 1, compressed=index == 2)
     (root / "train-rle.csv").write_text("\n".join(lines) + "\n")
 
-# %% ../../nbs/data/15_siim.ipynb #02b3a7b0
+# %% ../../nbs/data/15_siim.ipynb #0317fcce
 GET = """SIIM-ACR Pneumothorax Segmentation (stage 1, training): https://www.kaggle.com/c/siim-acr-pneumothorax-segmentation
 Images and train-rle.csv: https://www.kaggle.com/datasets/seesee/siim-train-test (1.8 GB); terms: those of the competition, accepted on Kaggle.
 Unpack it and give the folder as --root:
@@ -179,8 +176,8 @@ Unpack it and give the folder as --root:
 
 def siim_tables(config: SiimConfig) -> list[tuple[str, Callable]]:
     "What is read, and how, for the check"
-    return [("train-rle.csv", partial(read_runs, Path(config.root)))]
+    return [("run-length codes", partial(read_runs, Path(config.root)))]
 
 
-SIIM = DataSet("siim", "SIIM-ACR Pneumothorax", GET, plan_siim, RECIPES, siim_tables, dress_siim,
-               SiimConfig, follow_ups=False, wanted=("Pneumothorax",))
+SIIM = DataSet(name="siim", title="SIIM-ACR Pneumothorax", get=GET, plan=plan_siim, recipes=RECIPES, tables=siim_tables, dress=dress_siim,
+               config=SiimConfig, follow_ups=False, wanted=("Pneumothorax",))
