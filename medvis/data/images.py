@@ -81,8 +81,9 @@ def _decode_dicom(data: bytes) -> np.ndarray:
 def _decode_picture(data: bytes) -> np.ndarray:
     "(H, W) uint8 of a PNG, JPEG or whatever else Pillow knows; the first frame, upright"
     with Image.open(io.BytesIO(data)) as picture:
+        picture.load()
         if picture.format == "JPEG" and b"\xff\xd9" not in data:
-            raise ValueError("JPEG without an end")      # Pillow fills in what is missing, if zeros stand there
+            raise ValueError("JPEG without an end")      # where zeros stand in its place, Pillow is content
         picture = ImageOps.exif_transpose(picture)
         if picture.mode == "F" or picture.mode.startswith("I"):
             return to_uint8(np.asarray(picture))
