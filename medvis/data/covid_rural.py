@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['NAME', 'LUNGS', 'RECIPES', 'OCTAGON', 'COVID_RURAL', 'find_annotations', 'read_polygons', 'image_entry',
-           'CovidRuralConfig', 'fill_splits', 'image_item', 'plan_covid_rural', 'dress_lungs', 'dress_opacity',
-           'dress_covid_rural']
+           'CovidRuralConfig', 'image_item', 'plan_covid_rural', 'dress_lungs', 'dress_opacity', 'dress_covid_rural']
 
-# %% ../../nbs/data/19_covid_rural.ipynb #92634963
+# %% ../../nbs/data/19_covid_rural.ipynb #319601b2
 import base64
+import itertools
 import json
 import os
 import re
@@ -20,9 +20,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from .annotations import check_points
 from .files import DataError, find_file, read_text
 from .phantom import PhantomStudy
-from .plans import UNLISTED, ListedConfig, draw_splits, image_files, item_or_reject, listed_splits, reject
+from .plans import UNLISTED, ListedConfig, deal_splits, draw_splits, image_files, item_or_reject, listed_splits, reject
 from .source import DataSet, Recipe, Source
 
 # %% ../../nbs/data/19_covid_rural.ipynb #ea02472a
@@ -58,13 +59,15 @@ def read_polygons(
         found.setdefault(label, []).append(points)
     return found, frame
 
-# %% ../../nbs/data/19_covid_rural.ipynb #0cb40709
+# %% ../../nbs/data/19_covid_rural.ipynb #4fc3c89e
 def image_entry(folder: Path, root: Path, name: str) -> dict:
     "Image and masks of a name, for `read_study`. DataError for a name that is not of the form, or a labelme file that is none."
     if not NAME.fullmatch(name):
         raise DataError("the name is not of the form COVID-19-AR-00000000_MM-DD-YYYY-XR; whose image is it?")
     labelme, opacity = folder / "jpgs" / "jsons" / f"{name}.json", folder / "pngs_masks" / f"{name}.png"
     drawn, frame = read_polygons(labelme, f"jsons/{name}.json") if os.path.lexists(labelme) else (None, None)
+    for points in itertools.chain(*(drawn or {}).values()) if frame else ():
+        check_points(points, *frame, f"jsons/{name}.json: polygon")
     masks = {lung: None if drawn is None else {"polygons": drawn.get(lung, [])} for lung in LUNGS}
     # a link that leads nowhere is there: an error, not "nobody looked"
     masks["opacity"] = {"file": opacity.relative_to(root).as_posix()} if os.path.lexists(opacity) else None
@@ -83,28 +86,13 @@ RECIPES = {
 class CovidRuralConfig(ListedConfig):
     """Prepare COVID Rural (TCIA COVID-19-AR), radiographs with masks of opacities and lungs: `medvis prepare covid-rural`."""
 
-# %% ../../nbs/data/19_covid_rural.ipynb #eda16a04
-def fill_splits(
-    patients: Sequence[str],    # (n,) one an image
-    seed: int,
-    share: float = 0.2,         # of the images that test and validation get, each
-) -> np.ndarray:                # (n,) split names
-    "Deal out patients in a random order: to the test set until it has its share, then to validation, then to training (LoVT, released code)"
-    patients = np.asarray(patients, dtype=str)
-    order = np.unique(patients)[np.random.RandomState(seed).permutation(len(np.unique(patients)))].tolist()
-    splits = np.full(len(patients), "train", dtype=object)
-    for name in ("test", "validate"):
-        while (splits == name).sum() < round(share * len(patients)) and order:
-            splits[patients == order.pop(0)] = name
-    return splits.astype(str)
-
 # %% ../../nbs/data/19_covid_rural.ipynb #3fee2a1c
 def image_item(folder: Path, root: Path, name: str, split: str) -> dict:
     "The item of an image"
     image = image_entry(folder, root, name)
     return {"study": name, "patient": NAME.fullmatch(name)[1], "split": split, "images": [image]}
 
-# %% ../../nbs/data/19_covid_rural.ipynb #bfd68357
+# %% ../../nbs/data/19_covid_rural.ipynb #4c227420
 def plan_covid_rural(config: CovidRuralConfig) -> Source:
     "One study per image; LoVT's recipe leaves out images without an opacity mask"
     recipe, root = config.choose(RECIPES), Path(config.root)
@@ -115,8 +103,10 @@ def plan_covid_rural(config: CovidRuralConfig) -> Source:
         masked = [name for name in names if (folder / "pngs_masks" / f"{name}.png").exists()]
         names, dropped = masked, {"no opacity mask": len(names) - len(masked)}
     patients = [name.partition("_")[0] for name in names]
-    drawn = fill_splits(patients, config.split_seed) if recipe.splits.startswith("lovt") else draw_splits(patients, recipe.splits, config.split_seed)
-    listed = {name: str(split) for name, split in zip(names, drawn, strict=True)}
+    if recipe.splits.startswith("lovt"):
+        listed = deal_splits(names, patients, config.split_seed)
+    else:
+        listed = dict(zip(names, draw_splits(patients, recipe.splits, config.split_seed), strict=True))
     if config.split_files:
         listed = listed_splits(config.split_files, names, f"{folder.name}/jpgs")
         dropped[UNLISTED] = len(names) - len(listed)

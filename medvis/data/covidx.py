@@ -6,7 +6,7 @@
 __all__ = ['SOURCES', 'CLASSES', 'VERSIONS', 'RECIPES', 'COVIDX', 'parse_line', 'list_classes', 'read_list', 'find_list',
            'CovidxConfig', 'split_train', 'image_item', 'plan_covidx', 'covidx_tables', 'covidx_class', 'dress_covidx']
 
-# %% ../../nbs/data/16_covidx.ipynb #5d89c9a5
+# %% ../../nbs/data/16_covidx.ipynb #188148e9
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,7 @@ from PIL import Image
 
 from .files import DataError, find_file, read_text, safe_path
 from .phantom import PhantomStudy
-from .plans import draw_rows, draw_splits, item_or_reject
+from .plans import MGCA_SHARES, draw_rows, draw_splits, item_or_reject
 from .source import DataSet, ReadConfig, Recipe, Source
 
 # %% ../../nbs/data/16_covidx.ipynb #3b075b2c
@@ -67,11 +67,11 @@ def find_list(root: Path, part: str, version: str) -> Path:
     names = [f"{part}_COVIDx{version}.txt", f"{part}_COVIDx_{version}.txt"]
     return find_file(root, *names, *(f"labels/{name}" for name in names))
 
-# %% ../../nbs/data/16_covidx.ipynb #34425567
+# %% ../../nbs/data/16_covidx.ipynb #ff14c9f2
 VERSIONS = {"medvis": "9A", "mgca": "9A", "mgca-paper": "6"}
 RECIPES = {
     "medvis": Recipe(splits="patients 80/20", notes=("version 9A", "test list as published; 20 % of the other patients for validation")),
-    "mgca": Recipe(splits="mgca 80/20", notes=("version 9A", "validation drawn by image: leaks patients")),
+    "mgca": Recipe(splits="mgca 80/20", notes=("version 9A", "validation drawn by image: leaks patients", MGCA_SHARES)),
     "mgca-paper": Recipe(splits="patients 90/10", notes=("version 6, which has two classes, not the paper's three", "10 % of the patients for validation")),
 }
 
@@ -102,12 +102,14 @@ def image_item(path: str, row: pd.Series, kinds: Sequence[str]) -> dict:
     labels = {kind: float(row["class"] == kind) for kind in kinds}
     return {"study": path, "patient": row["patient"], "split": row["split"], "labels": labels, "images": [{"id": path, "path": path}]}
 
-# %% ../../nbs/data/16_covidx.ipynb #9efd79db
+# %% ../../nbs/data/16_covidx.ipynb #43abdb02
 def plan_covidx(config: CovidxConfig) -> Source:
     "One study per line of the two lists; with splits by patient, training images of patients of the test list are left out"
     recipe, version = config.choose(RECIPES), config.version or VERSIONS[config.recipe]
     lists = {part: read_list(find_list(config.root, part, version)) for part in ("train", "test")}
-    kinds = list_classes(pd.concat(lists.values())["class"])
+    kinds, others = (list_classes(table["class"]) for table in lists.values())
+    if kinds != others:
+        raise DataError(f"the classes of the train list are {', '.join(kinds)}, those of the test list {', '.join(others)}; are they of the same version?")
     lists["train"]["split"] = split_train(lists["train"]["patient"], recipe.splits, config.split_seed)
     lists["test"]["split"] = "test"
     tested = lists["train"]["patient"].isin(lists["test"]["patient"][lists["test"]["problem"] == ""]) & (lists["train"]["problem"] == "")

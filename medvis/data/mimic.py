@@ -88,8 +88,8 @@ def dress_mimic(root: Path, studies: Sequence[PhantomStudy]) -> None:
     for name, table in tables.items():
         table.to_csv(jpg / f"mimic-cxr-2.0.0-{name}.csv.gz", index=False)
 
-# %% ../../nbs/data/12_mimic.ipynb #da1fa772
-JPG_FOLDERS = ("", "mimic-cxr-jpg_2-0-0/", "mimic-cxr-jpg/2.*/", "mimic-cxr-jpg/", "physionet.org/files/mimic-cxr-jpg/2.*/", "2.*/")
+# %% ../../nbs/data/12_mimic.ipynb #584e7578
+JPG_FOLDERS = ("", "mimic-cxr-jpg_2-0-0/", "mimic-cxr-jpg/2.*/", "mimic-cxr-jpg/", "physionet.org/files/mimic-cxr-jpg/2.*/", "mimic-cxr-jpg-2.*/", "2.*/")
 
 
 def mimic_table(root: str | Path, kind: str) -> Path:
@@ -179,8 +179,8 @@ def report_name(subject: str, study: str) -> str:
     "p10/p10999001/s50999001.txt: where a report is below files/."
     return f"p{subject[:2]}/p{subject}/s{study}.txt"
 
-# %% ../../nbs/data/12_mimic.ipynb #0d90e0ce
-REPORT_FOLDERS = ("", "mimic-cxr_2-0-0/", "mimic-cxr/2.*/", "mimic-cxr/", "physionet.org/files/mimic-cxr/2.*/", *JPG_FOLDERS[1:])
+# %% ../../nbs/data/12_mimic.ipynb #9670459e
+REPORT_FOLDERS = ("", "mimic-cxr_2-0-0/", "mimic-cxr/2.*/", "mimic-cxr/", "physionet.org/files/mimic-cxr/2.*/", "mimic-cxr-2.*/", *JPG_FOLDERS[1:])
 
 
 def _zipped_reports(path: Path) -> dict[str, str]:
@@ -347,7 +347,7 @@ class MimicConfig(ReadConfig):
     edema: Path | None = None
     """Folder of the edema grades, which the recipe local-mi needs to keep their test patients out of training; by default looked for below the root."""
 
-# %% ../../nbs/data/12_mimic.ipynb #a7e5628d
+# %% ../../nbs/data/12_mimic.ipynb #94c472c9
 def plan_mimic(config: MimicConfig) -> Source:
     "Read the tables of MIMIC-CXR and apply the rules of the recipe. DataError if a file is missing or malformed."
     recipe, root = config.choose(MIMIC_RECIPES), Path(config.root)
@@ -373,7 +373,7 @@ def plan_mimic(config: MimicConfig) -> Source:
     images = spread_problems(images.assign(problem=images["problem"].where(images["problem"] != "", faults)))
     blank = dict.fromkeys(LABELS)
     facts = {study: {"labels": labels.get(study, blank)} for study in pd.unique(images["study_id"])}
-    settings = {"patient_ids": "mimic", "labeler": config.labeler, "studies without a row of labels": sum(study not in labels for study in facts)}
+    settings = {"patient_ids": "mimic", "labeler": config.labeler, "beside": {"studies without a row of labels": sum(study not in labels for study in facts)}}
     return Source(study_items(images, facts, reports, jpg_folder(root)) + strays, labels=LABELS, dropped=dropped, settings=settings)
 
 # %% ../../nbs/data/12_mimic.ipynb #e7498e79

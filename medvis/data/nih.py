@@ -7,7 +7,7 @@ __all__ = ['LABELS', 'BOXED', 'BOX_COLUMNS', 'NAME', 'RECIPES', 'IMAGES', 'ENTRY
            'read_entries', 'read_boxes', 'read_list', 'read_findings', 'read_box', 'image_item', 'NihConfig',
            'official_splits', 'healthy_sample', 'nih_splits', 'plan_nih', 'dress_nih', 'nih_tables']
 
-# %% ../../nbs/data/18_nih.ipynb #60b978c9
+# %% ../../nbs/data/18_nih.ipynb #29d8a96f
 import hashlib
 import re
 from collections import Counter
@@ -21,7 +21,7 @@ from PIL import Image
 
 from .files import DataError, find_file, number, read_table
 from .phantom import PhantomStudy
-from .plans import UNLISTED, ListedConfig, draw_splits, image_files, item_or_reject, listed_splits, rows_by
+from .plans import UNLISTED, ListedConfig, deal_splits, draw_splits, image_files, item_or_reject, listed_splits, rows_by
 from .rsna import FRAME, enlarge
 from .source import DataSet, Recipe, Source, check_boxes
 
@@ -102,11 +102,11 @@ def image_item(
     image = {"id": name[1], "path": path, "view": view, "boxes": drawn, "frame": [FRAME, FRAME]}
     return {"study": name[1], "patient": name[2], "split": split, "labels": read_findings(cells["Finding Labels"]), "images": [image]}
 
-# %% ../../nbs/data/18_nih.ipynb #c68523e8
+# %% ../../nbs/data/18_nih.ipynb #f98551c2
 RECIPES = {
     "medvis": Recipe(splits="official", notes=("published lists; a tenth of the patients of train_val for validation",)),
     "patients": Recipe(splits="patients", notes=("80/10/10 by patient; needs no lists",)),
-    "lovt": Recipe(size=224, fit="pad-first", equalise=True, splits="patients 60/20/20", subset="first", notes=(
+    "lovt": Recipe(size=224, fit="pad-first", equalise=True, splits="lovt 60/20/20", subset="first", notes=(
         "880 boxed images and 100 of No Finding from the test list, taken for empty",
         "LoVT's own lists (588 / 196 / 196) with split_files: some patients leak",
         "8 findings; masks are unions of boxes (tasks.paint_boxes)")),
@@ -149,7 +149,7 @@ def healthy_sample(
         raise DataError(f"the test list has {len(healthy)} images of No Finding, {count} are wanted; choose fewer (no_findings)")
     return sorted(healthy, key=lambda name: hashlib.sha256(f"healthy:{seed}:{name}".encode()).digest())[:count]
 
-# %% ../../nbs/data/18_nih.ipynb #fa5ef83e
+# %% ../../nbs/data/18_nih.ipynb #164bebb6
 def nih_splits(config: NihConfig, rule: str, table: pd.DataFrame, boxes: dict) -> dict[str, str]:
     "Image -> split, in the order in which the items shall stand; images that the recipe does not use are not in it"
     root, names = Path(config.root), table["Image Index"].unique().tolist()
@@ -157,12 +157,16 @@ def nih_splits(config: NihConfig, rule: str, table: pd.DataFrame, boxes: dict) -
         files = {name.removesuffix(".png"): name for name in names}
         return {files[name]: split for name, split in listed_splits(config.split_files, files, "Data_Entry_2017").items()}
     if rule == "official":
-        return official_splits(root, names, config.split_seed)
+        splits = official_splits(root, names, config.split_seed)
+        if learned := [name for name in boxes if splits[name] != "test"]:
+            raise DataError(f"{len(learned)} images with boxes are not in test_list.txt ({learned[0]}), where all of the published ones are; are the two lists exchanged?")
+        return splits
     if config.recipe == "lovt":
         if not boxes:
             raise DataError(f"{root}: there is no BBox_List_2017.csv; recipe lovt is about its images")
         tested = read_list(root, "test_list.txt") if config.no_findings else []
         names = [*boxes, *healthy_sample(table[~table["Image Index"].isin(boxes)], tested, config.no_findings, config.split_seed)]
+        return deal_splits(names, [name[:8] for name in names], config.split_seed)
     return dict(zip(names, draw_splits([name[:8] for name in names], rule, config.split_seed)))
 
 # %% ../../nbs/data/18_nih.ipynb #3b3e41c0

@@ -85,17 +85,16 @@ class ObjectCxrConfig(ListedConfig):
     released_defects: bool = False
     """Repeat what is wrong in LoVT's files: width and height of boxes exchanged, ellipses filled as boxes, polygons transposed."""
 
-# %% ../../nbs/data/17_object_cxr.ipynb #64945dae
+# %% ../../nbs/data/17_object_cxr.ipynb #0fc1ad31
 def split_train(
     names: Sequence[str],   # (n,) of the images of train.csv, in its order
     rule: str,              # "patients 80/20", "lovt 80/20" or "mgca 90/10"
     seed: int,
-) -> list[str]:             # (n,) train or validate
+) -> pd.Series:             # row -> train or validate; in the order of the draw, by which LoVT's small shares go
     "Which images of the training table are for validation; MGCA's draw (scikit-learn, random_state 0) does not ask for the seed."
     if rule.startswith("patients"):
-        return draw_splits(names, rule, seed)
-    share, seed = {"lovt 80/20": (0.2, seed), "mgca 90/10": (0.1, 0)}[rule]
-    return draw_rows(len(names), share, seed=seed).sort_index().tolist()
+        return pd.Series(draw_splits(names, rule, seed))
+    return draw_rows(len(names), 0.2, seed=seed) if rule == "lovt 80/20" else draw_rows(len(names), 0.1)
 
 # %% ../../nbs/data/17_object_cxr.ipynb #9900d02d
 def read_parts(root: Path) -> pd.DataFrame:     # name, annotation, part, line, path below the root, id, twice (does the id occur again?)
@@ -121,13 +120,14 @@ def image_item(row: pd.Series, split: str, released_defects: bool) -> dict:
     image = image_entry(row["id"], row["path"], row["annotation"], released_defects)
     return {"study": row["id"], "patient": row["id"], "split": split, "labels": {CLASS: float(bool(image["boxes"]))}, "images": [image]}
 
-# %% ../../nbs/data/17_object_cxr.ipynb #3e42a817
+# %% ../../nbs/data/17_object_cxr.ipynb #f2734612
 def plan_object_cxr(config: ObjectCxrConfig) -> Source:
     "One study per image, labelled by whether it shows a foreign object; boxes of each object, and the mask of all"
     recipe, table = config.choose(RECIPES), read_parts(Path(config.root))
-    train = table["part"] == "train"
-    splits = [*split_train(table["id"][train], recipe.splits, config.split_seed), *["test"] * int((~train).sum())]
-    listed, dropped = dict(zip(table["id"], splits)), {}
+    train, test = (table[table["part"] == part] for part in ("train", "dev"))
+    drawn = split_train(train["id"].tolist(), recipe.splits, config.split_seed)
+    table, dropped = pd.concat([train.iloc[drawn.index], test]), {}
+    listed = dict(zip(table["id"], [*drawn, *["test"] * len(test)]))
     if config.split_files:
         listed = listed_splits(config.split_files, set(table["id"]), "train.csv and dev.csv")
         dropped = {UNLISTED: int((~table["id"].isin(listed)).sum())}

@@ -7,7 +7,7 @@ __all__ = ['FRAME', 'PNEUMONIA', 'CLASSES', 'ASKED', 'MGCA_SCALING', 'RECIPES', 
            'read_box', 'image_item', 'RsnaConfig', 'mgca_splits', 'rsna_splits', 'plan_rsna', 'enlarge', 'dress_rsna',
            'rsna_tables']
 
-# %% ../../nbs/data/14_rsna.ipynb #bda44c6c
+# %% ../../nbs/data/14_rsna.ipynb #c41221d3
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -18,7 +18,7 @@ import pandas as pd
 
 from .files import DataError, find_file, number, read_table
 from .phantom import PhantomStudy
-from .plans import UNLISTED, ListedConfig, draw_rows, draw_splits, image_files, item_or_reject, listed_splits, reject, rows_by, write_dicom
+from .plans import MGCA_SHARES, UNLISTED, ListedConfig, deal_splits, draw_rows, draw_splits, image_files, item_or_reject, listed_splits, reject, rows_by, write_dicom
 from .source import DataSet, Recipe, Source
 
 # %% ../../nbs/data/14_rsna.ipynb #48456338
@@ -87,15 +87,16 @@ def image_item(
     image = {"id": name, "path": path, "boxes": boxes, "frame": [FRAME, FRAME]}
     return {"study": name, "patient": name, "split": split, "labels": labels, "images": [image]}
 
-# %% ../../nbs/data/14_rsna.ipynb #fe45693f
+# %% ../../nbs/data/14_rsna.ipynb #6d5a55f1
 ASKED = (PNEUMONIA,)        # and not the three classes of the detailed table, of which one is the same
 MGCA_SCALING = "released code scales each DICOM so that its maximum is 255, without rescale or window; here 8 bits without them stay as they are"
 RECIPES = {
     "medvis": Recipe(classes=ASKED, splits="patients", notes=("80/10/10 by a hash of the image's name", "patients are not known")),
-    "lovt": Recipe(classes=ASKED, size=224, fit="pad-first", splits="patients 60/20/20", subset="first", notes=(
+    "lovt": Recipe(classes=ASKED, size=224, fit="pad-first", splits="lovt 60/20/20", subset="first", notes=(
         "LoVT's own lists (16 010 / 5 337 / 5 337) with split_files", "masks are unions of boxes (tasks.paint_boxes)")),
-    "mgca": Recipe(classes=ASKED, splits="mgca 70/15/15", notes=("classification", MGCA_SCALING)),
-    "mgca-boxes": Recipe(classes=ASKED, size=224, fit="stretch", splits="mgca 60/20/20", notes=("boxes and masks", "16 010 / 5 337 / 5 337", MGCA_SCALING)),
+    "mgca": Recipe(classes=ASKED, splits="mgca 70/15/15", notes=("classification", MGCA_SHARES, MGCA_SCALING)),
+    "mgca-boxes": Recipe(classes=ASKED, size=224, fit="stretch", splits="mgca 60/20/20", notes=(
+        "boxes and masks", "16 010 / 5 337 / 5 337", MGCA_SHARES, MGCA_SCALING)),
 }
 
 
@@ -116,7 +117,7 @@ def mgca_splits(
         raise DataError(f"{held_out} images are wanted for validation and test, but there are {len(names)} in all; choose fewer (held_out)")
     return dict(zip(sorted(names), draw_rows(len(names), held_out, halved=True).sort_index()))
 
-# %% ../../nbs/data/14_rsna.ipynb #d8b67f79
+# %% ../../nbs/data/14_rsna.ipynb #d1f838db
 def rsna_splits(config: RsnaConfig, rule: str, names: Sequence[str]) -> dict[str, str]:
     "Image -> split, in the order in which the items shall stand"
     if config.split_files:
@@ -124,6 +125,8 @@ def rsna_splits(config: RsnaConfig, rule: str, names: Sequence[str]) -> dict[str
     if rule.startswith("mgca"):
         drawn = mgca_splits(names, 0.15 * 2 if rule == "mgca 70/15/15" else 2 * config.held_out)
         return {name: drawn[name] for name in names}
+    if rule.startswith("lovt"):
+        return deal_splits(names, names, config.split_seed)
     return dict(zip(names, draw_splits(names, rule, config.split_seed)))
 
 # %% ../../nbs/data/14_rsna.ipynb #03d728e2

@@ -6,7 +6,7 @@
 __all__ = ['PNEUMOTHORAX', 'RECIPES', 'GET', 'SIIM', 'find_runs', 'read_runs', 'code_dialect', 'check_dialect', 'image_item',
            'SiimConfig', 'mgca_lines', 'surplus_negatives', 'siim_splits', 'plan_siim', 'dress_siim', 'siim_tables']
 
-# %% ../../nbs/data/15_siim.ipynb #30912837
+# %% ../../nbs/data/15_siim.ipynb #6b0514f0
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -15,10 +15,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from .annotations import encode_rle
+from .annotations import encode_rle, rle_runs
 from .files import DataError, find_file, read_table
 from .phantom import PhantomStudy
-from .plans import UNLISTED, ListedConfig, draw_rows, draw_splits, image_files, item_or_reject, listed_splits, rows_by, write_dicom
+from .plans import MGCA_SHARES, UNLISTED, ListedConfig, deal_splits, draw_rows, draw_splits, image_files, item_or_reject, listed_splits, rows_by, write_dicom
 from .rsna import FRAME, MGCA_SCALING, enlarge
 from .source import DataSet, Recipe, Source
 
@@ -65,7 +65,7 @@ def check_dialect(
         raise DataError(f"{file}: {len(strange)} of {len(found)} run-length codes that tell their dialect are {other} (such as line {strange[0]}), "
                         f"but {wanted} ones are expected; {'read it with' if relative else 'leave out'} --absolute")
 
-# %% ../../nbs/data/15_siim.ipynb #d2af88e3
+# %% ../../nbs/data/15_siim.ipynb #a52229f4
 def image_item(
     name: str,
     runs: dict[int, str],       # number of the line -> code
@@ -74,8 +74,7 @@ def image_item(
     relative: bool = True,
     file: str = "train-rle.csv",
 ) -> dict:
-    """An image with its mask. DataError for a blank line, a code of the other dialect, or if only some say that there is nothing. All else of a code is
-    checked when it is decoded."""
+    "An image with its mask. DataError for a blank line, a code of the other dialect or with wrong runs, or if only some say that there is nothing."
     codes = list(runs.values())
     if "" in codes:
         line = next(line for line in runs if not runs[line])
@@ -86,18 +85,23 @@ def image_item(
     if strange := [line for line, code in runs.items() if code_dialect(code) == other]:
         raise DataError(f"{file}, line {strange[0]}: run-length code written in the other dialect ({other}); expected the {wanted} one")
     ill = codes != ["-1"]
+    for line, code in runs.items() if ill else ():
+        try:
+            rle_runs(code, FRAME, FRAME, relative)
+        except DataError as error:
+            raise DataError(f"{file}, line {line}: {error}") from error
     masks = {PNEUMOTHORAX: {"union": [{"rle": code, "relative": relative} for code in codes]}} if ill else {}
     image = {"id": name, "path": path, "masks": masks, "frame": [FRAME, FRAME]}
     return {"study": name, "patient": name, "split": split, "labels": {PNEUMOTHORAX: float(ill)}, "images": [image]}
 
-# %% ../../nbs/data/15_siim.ipynb #df44983a
+# %% ../../nbs/data/15_siim.ipynb #4dfa3344
 RECIPES = {
     "medvis": Recipe(splits="patients", notes=("80/10/10 by a hash of the image's name", "patients are not known")),
-    "lovt": Recipe(size=224, fit="pad-first", equalise=True, splits="patients 60/20/20", subset="first", notes=(
+    "lovt": Recipe(size=224, fit="pad-first", equalise=True, splits="lovt 60/20/20", subset="first", notes=(
         "LoVT's own lists (7 229 / 2 409 / 2 409) with split_files",)),
     "mgca": Recipe(size=224, fit="stretch", splits="mgca 70/15/15", notes=(
         "as many images without as with pneumothorax in train", "released code splits lines, not images; here an image goes with its first line",
-        "the paper says 70/30/30", MGCA_SCALING)),
+        "the paper says 70/30/30", MGCA_SHARES, MGCA_SCALING)),
 }
 
 
@@ -123,7 +127,7 @@ def surplus_negatives(drawn: pd.DataFrame) -> set[str]:
     kept = np.random.RandomState(42).choice(healthy, size=min(ill, len(healthy)), replace=False)
     return set(healthy) - set(kept)
 
-# %% ../../nbs/data/15_siim.ipynb #831593ec
+# %% ../../nbs/data/15_siim.ipynb #eb075773
 def siim_splits(config: SiimConfig, rule: str, table: pd.DataFrame) -> dict[str, str]:
     "Image -> split, in the order in which the items shall stand; images that a rule leaves out are not in it"
     names = table["ImageId"].unique().tolist()
@@ -134,6 +138,8 @@ def siim_splits(config: SiimConfig, rule: str, table: pd.DataFrame) -> dict[str,
         firsts = drawn.loc[table.drop_duplicates("ImageId").index]
         surplus = surplus_negatives(drawn)
         return {name: split for name, split in firsts[["ImageId", "split"]].itertuples(index=False) if name not in surplus}
+    if rule.startswith("lovt"):
+        return deal_splits(names, names, config.split_seed)
     return dict(zip(names, draw_splits(names, rule, config.split_seed)))
 
 # %% ../../nbs/data/15_siim.ipynb #b6df2ca7
