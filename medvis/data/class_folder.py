@@ -77,14 +77,15 @@ def _class_item(path: str, split: str, kind: str, kinds: list[str], pattern: re.
     return {"study": path, "patient": patient, "split": split or draw_splits([patient], seed=seed)[0], "report": None,
             "labels": {name: float(name == kind) for name in kinds}, "images": [{"id": path, "path": path, "view": ""}]}
 
-# %% ../../nbs/data/11_class_folder.ipynb #c5cef293
+# %% ../../nbs/data/11_class_folder.ipynb #27db70f6
 def plan_class_folder(config: ClassFolderConfig) -> Source:
     "One study per image, in the order of the paths, with a label (1 or 0) per class"
     found, dropped = find_class_images(Path(config.root))
     kinds, pattern = sorted({kind for _, _, kind in found}), patient_pattern(config.patients)
     items = [item_or_reject(path, _class_item, path, split if config.keep_splits else "", kind, kinds, pattern, config.split_seed)
              for path, split, kind in found]
-    settings = {"patients": PATIENT_RULES.get(config.patients, config.patients), "root": str(Path(config.root).absolute()), "patients_known": bool(config.patients)}
+    settings = {"patients": PATIENT_RULES.get(config.patients, config.patients),
+                "root": str(Path(config.root).absolute()), "patients_known": bool(config.patients)}
     return Source(items, labels=tuple(kinds), dropped=dropped, settings=settings)
 
 # %% ../../nbs/data/11_class_folder.ipynb #378ffc4b

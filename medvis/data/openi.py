@@ -101,7 +101,7 @@ class _Tree(ET.TreeBuilder):
     def doctype(self, name, public_id, system):
         raise DataError("holds a DOCTYPE, which a report has no use for and which can do harm; delete it if you trust the file")
 
-# %% ../../nbs/data/20_openi.ipynb #989f8f25
+# %% ../../nbs/data/20_openi.ipynb #5309ffa4
 def parse_xml(
     data: bytes,
     name: str,      # of the file, for errors
@@ -125,7 +125,8 @@ def parse_xml(
     if wrong := [image for image in images if not re.fullmatch(r"CXR[\w-]+", image)]:
         raise DataError(f"{name}: the parentImage {wrong[0]!r} has no name of the form CXR1_IM-0001-1001")
     major = [term for one in report.iter("major") if (term := " ".join((one.text or "").split()))]
-    return {"study": uid.get("id"), "sections": sections, "major": major, "images": [{"id": image, "file": image, "view": ""} for image in dict.fromkeys(images)]}
+    return {"study": uid.get("id"), "sections": sections, "major": major,
+            "images": [{"id": image, "file": image, "view": ""} for image in dict.fromkeys(images)]}
 
 # %% ../../nbs/data/20_openi.ipynb #d2b561d2
 ARCHIVES = ("NLMCXR_reports.tgz", "ecgen-radiology.tgz")
@@ -199,7 +200,7 @@ def is_there(root: Path, *patterns: str) -> bool:
     "Does anything fit one of the patterns? Whether it can be read, its reader says."
     return any(True for pattern in patterns for _ in root.glob(pattern))
 
-# %% ../../nbs/data/20_openi.ipynb #92896674
+# %% ../../nbs/data/20_openi.ipynb #cd5751a5
 def xml_reports(root: Path) -> tuple[list[dict], list[dict]]:
     "Reports from XML, by number, with views if Kaggle's table of projections is there (DataError if it is damaged); and rejects, of files or studies."
     reports, rejects = [], []
@@ -209,7 +210,8 @@ def xml_reports(root: Path) -> tuple[list[dict], list[dict]]:
         except DataError as error:
             rejects.append(reject(name, str(error)))
     counts = Counter(report["study"] for report in reports)
-    rejects += [reject(report["study"], f"{report['name']}: {counts[report['study']]} files have this uId") for report in reports if counts[report["study"]] > 1]
+    rejects += [reject(report["study"], f"{report['name']}: {counts[report['study']]} files have this uId")
+                for report in reports if counts[report["study"]] > 1]
     reports = [report for report in reports if counts[report["study"]] == 1]
     shared = Counter(image["id"] for report in reports for image in report["images"])
     rejects += [reject(report["study"], f"{report['name']}: names a picture that another report names too")

@@ -38,7 +38,7 @@ class Phrase:
     path: str = ""
     split: str = ""  # MS-CXR has one since version 1.1
 
-# %% ../../nbs/data/09_phrases.ipynb #8ad797f6
+# %% ../../nbs/data/09_phrases.ipynb #03ecf752
 COLUMNS = ("dicom_id", "category_name", "label_text", "x", "y", "w", "h", "image_width", "image_height")
 
 
@@ -62,7 +62,8 @@ def _json_rows(path: Path) -> dict[str, dict]:  # place, for errors -> row with 
                     "image_width": image["width"], "image_height": image["height"], **dict(zip(("x", "y", "w", "h"), one["bbox"], strict=True))}
             rows[f"{path}, annotation {place}"] = {"path": image.get("path"), "split": one.get("split", image.get("split")), **told}
         except (KeyError, ValueError, TypeError) as error:
-            raise DataError(f"{path}, annotation {place} is incomplete, or of an image or category that is not listed ({type(error).__name__} {error})") from error
+            raise DataError(f"{path}, annotation {place} is incomplete, or of an image or category that is not listed "
+                            f"({type(error).__name__} {error})") from error
     return rows
 
 # %% ../../nbs/data/09_phrases.ipynb #912e1e2d

@@ -194,7 +194,7 @@ def _frame(planned: dict, width: int, height: int) -> tuple[float, float]:
                         "cropped, turned or padded since")
     return frame_width, frame_height
 
-# %% ../../nbs/data/05a_source.ipynb #926132d1
+# %% ../../nbs/data/05a_source.ipynb #209e2dd9
 def read_item_image(
     planned: dict,      # id, path; view, boxes, masks, frame, clip (boxes may stand out)
     root: Path,
@@ -214,8 +214,9 @@ def read_item_image(
                  for name, *corners in check_boxes(boxes, across, down, planned.get("clip", False))]
     if masks is not None:
         masks = {name: spec and mask_to_square(decode_mask(spec, root, round(across), round(down)), size, fit) for name, spec in masks.items()}
-    return ImageRecord(image_id=planned["id"], pixels=to_square(equalise(image) if even else image, size, fit), path=path, sha256=hashlib.sha256(data).hexdigest(),
-                       width=width, height=height, view=planned.get("view", ""), boxes=boxes, masks=masks)
+    pixels = to_square(equalise(image) if even else image, size, fit)
+    return ImageRecord(image_id=planned["id"], pixels=pixels, path=path, sha256=hashlib.sha256(data).hexdigest(), width=width, height=height,
+                       view=planned.get("view", ""), boxes=boxes, masks=masks)
 
 # %% ../../nbs/data/05a_source.ipynb #a07b03ce
 def read_study(
