@@ -598,8 +598,8 @@ def other_patient(table: list[list[str]]) -> list[list[str]]:
 def folder() -> list[Damage]:
     needed = ("image_path", "report", "Edema")
     found = [damage for damage in to_table("table.csv", needed, "table.csv") if not damage.name.endswith("blanks around its cells")] + [Damage(one.name, one.do, ERROR, "table.csv") for one in to_any_file("table.csv", ERROR, "")]
-    found += of_cells("table.csv", 1, {"Edema": {kind: value for kind, value in LABEL.items() if kind != "nan"}, "image_path": {kind: PATHS[kind] for kind in ("led out",)}, "split": {"blank": "", "unknown": "holdout", "a number": "1", "nan": "nan"}, "patient_id": {"blank": ""}, "study_id": {"blank": ""}}, ERROR, "row 1")
-    found += of_cells("table.csv", 1, {"image_path": {kind: PATHS[kind] for kind in ("nowhere", "a folder", "very long", "blank")}}, ERROR, "no image 'images/0.png'")
+    found += of_cells("table.csv", 1, {"Edema": {kind: value for kind, value in LABEL.items() if kind != "nan"}, "image_path": {kind: PATHS[kind] for kind in ("led out", "led out by backslashes", "of a drive", "a folder")}, "split": {"blank": "", "unknown": "holdout", "a number": "1", "nan": "nan"}, "patient_id": {"blank": ""}, "study_id": {"blank": ""}}, ERROR, "row 1")
+    found += of_cells("table.csv", 1, {"image_path": {kind: PATHS[kind] for kind in ("nowhere", "very long", "blank")}}, ERROR, "no image 'images/0.png'")
     found.append(Damage("a patient is in two splits", rows("table.csv", other_patient), ERROR, "1 x patient"))
     found += [Damage("table.csv names an image twice", cell("table.csv", 2, "image_path", "images/0.png"), ERROR, "same image"), Damage("table.csv has a line twice", rows("table.csv", lambda table: [*table, table[1]]), ERROR, "same image"),
               Damage("a study has two patients", cell("table.csv", 2, "study_id", "phantom-0000000"), ERROR, "different values"), Damage("table.csv leads to another place by an absolute path", cell("table.csv", 1, "image_path", "/etc/passwd"), ERROR, "leads out")]

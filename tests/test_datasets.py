@@ -18,7 +18,7 @@ from medvis.data.datasets import DATASETS, command_config, dress, prepare_data
 from medvis.data.images import FITS, boxes_to_square, mask_to_square
 from medvis.data.pack import Pack
 from medvis.data.phantom import tight_box
-from medvis.data.source import BuildConfig, summary
+from medvis.data.source import BuildConfig, check_source, summary
 from medvis.data.tasks import pack_task
 
 
@@ -99,6 +99,13 @@ def test_the_images_seen_add_up(tmp_path, capsys):
     pack = prepare_data(ready("mimic-cxr", tmp_path / "files", tmp_path / "pack", recipe="lovt"))
     assert f"{len(tables['metadata'])} images seen" in summary(pack) and pack.manifest["counts"]["seen"] + sum(pack.manifest["source"]["dropped"].values()) == len(tables["metadata"])
     assert sum(count for reason, count in pack.manifest["rejected"].items() if "is blank" in reason) == 3
+
+
+@pytest.mark.parametrize("name", DATASETS)
+def test_a_recipe_that_is_not_there_is_told(name, tmp_path):
+    data_set = DATASETS[name]
+    facts, problems = check_source(data_set, data_set.config(tmp_path, "nobody's"))
+    assert facts == {} and len(problems) == 1 and problems[0].startswith('there is no recipe "nobody\'s"')
 
 
 def test_what_is_there_already_says_so(tmp_path, capsys):

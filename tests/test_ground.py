@@ -167,8 +167,8 @@ ROW = {"dicom_id": "a", "category_name": "Edema", "label_text": "secret haze", "
 
 
 @pytest.mark.parametrize("change, complaint", [
-    ({"x": 48.5}, r"row 2 \(image a\) has a box outside of its image"), ({"y": -2}, "outside"), ({"h": 59.5}, "outside"), ({"w": 0}, "without extent"),
-    ({"w": -3}, "without extent"), ({"x": "left"}, "no number"), ({"image_width": None}, "no number"), ({"dicom_id": None}, "no image"),
+    ({"x": 48.5}, r"line 3 \(image a\): the box .* of Edema lies outside of its image"), ({"y": -2}, "outside"), ({"h": 59.5}, "outside"), ({"w": 0}, "no extent"),
+    ({"w": -3}, "no extent"), ({"x": "left"}, "expected a number"), ({"image_width": None}, "expected a number"), ({"dicom_id": None}, "no image"),
     ({"label_text": ""}, "no image, phrase"), ({"category_name": None}, "no image, phrase or category")])
 def test_bad_rows_are_named(tmp_path, change, complaint):
     pd.DataFrame([ROW, {**ROW, **change}]).to_csv(tmp_path / "a.csv", index=False)
@@ -186,7 +186,7 @@ def test_bad_files_are_named(tmp_path, text, complaint):
         read_ms_cxr(tmp_path / "a.json")
     assert "a.json" in str(told.value) and "secret" not in str(told.value)
     pd.DataFrame([ROW]).drop(columns="w").to_csv(tmp_path / "b.csv", index=False)
-    with pytest.raises(ValueError, match="lacks the columns w; it has"):
+    with pytest.raises(ValueError, match="b.csv: no column 'w'; the file has"):
         read_ms_cxr(tmp_path / "b.csv")
 
 

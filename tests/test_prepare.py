@@ -20,6 +20,7 @@ from medvis.data.preprocessing import AUGMENTATIONS, Preprocessing
 from medvis.data.pack import Pack
 from medvis.data.prepare import PhantomConfig, prepare_phantom
 from medvis.data.reports import ReportRules
+from medvis.data.source import check_source
 
 REPORT = "FINDINGS: The lungs are clear. IMPRESSION: Normal chest."
 
@@ -271,6 +272,15 @@ def test_studies_of_several_rows(folder):
     assert (pack.studies.report == REPORT).all()
 
 
+def test_paths_as_windows_writes_them(folder):
+    (folder / "images").mkdir()
+    (folder / "a.png").rename(folder / "images/a.png")
+    rows(image_path=["images\\a.png"] + [f"{name}.png" for name in "bcdefgh"]).to_csv(folder / "table.csv", index=False)
+    pd.DataFrame([["images/a.png", "Mass", 1, 2, 3, 4]], columns=["image_path", "label", "x1", "y1", "x2", "y2"]).to_csv(folder / "boxes.csv", index=False)
+    facts, problems = check_source(FOLDER, FolderConfig(folder, boxes=folder / "boxes.csv"))
+    assert facts["files"] == 8 and problems == []
+
+
 def test_classes_filter_and_no_reports(folder):
     table = rows(report=None, source=["x"] * 6 + ["y"] * 2, kind=["normal", "viral", "bacterial", None, "viral", "normal", "other", "other"])
     pack = prepared(folder, table, where="source == 'x'", class_column="kind", require_report=False)
@@ -301,8 +311,9 @@ WRONG = {
     "split blank": (rows(split=["train"] * 7 + [None]), {}, "row 8: split is blank"),
     "patient blank": (rows(patient_id=["p"] * 7 + [None]), {}, "row 8: column 'patient_id' is blank"),
     "same image twice": (rows(image_path=["a.png", "b.png", "./a.png"] + [f"{n}.png" for n in "cdefg"]), {}, "rows 1 and 3 name the same image, a.png"),
-    "path up": (rows(image_path=["a.png", "../b.png"] + [f"{n}.png" for n in "cdefgh"]), {}, "row 2: image path '../b.png' leads out of the folder"),
-    "path away": (rows(image_path=["/etc/passwd"] + [f"{n}.png" for n in "bcdefgh"]), {}, "row 1: image path '/etc/passwd' leads out"),
+    "path up": (rows(image_path=["a.png", "../b.png"] + [f"{n}.png" for n in "cdefgh"]), {}, "row 2: path '../b.png' leads out of the folder"),
+    "path away": (rows(image_path=["/etc/passwd"] + [f"{n}.png" for n in "bcdefgh"]), {}, "row 1: path '/etc/passwd' leads out"),
+    "path up, as Windows writes it": (rows(image_path=["x\\..\\..\\a.png"] + [f"{n}.png" for n in "bcdefgh"]), {}, "row 1: path .* leads out of the folder"),
     "two reports": (rows(study_id=[1] * 8, patient_id="p", report=[REPORT] * 7 + ["Other."]), {}, "study 1: rows 1 and 8 give it different values of report"),
     "two patients": (rows(study_id=[1] * 8), {}, "study 1: rows 1 and 2 give it different values of patient"),
     "leak": (rows(patient_id=list("aabbccdd"), split=["train", "test"] + ["train"] * 6), {}, r"the same patients or images are on both sides \(1 x patient\): patient a \(train\) = a \(test\)"),

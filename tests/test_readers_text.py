@@ -465,7 +465,7 @@ def test_the_archive_and_the_folder_are_the_same(reports_root, tmp_path):
         large.size = openi.LARGEST + 5
         archive.addfile(large, io.BytesIO(b" " * large.size))
     reports, rejects = openi.read_reports(tmp_path)
-    assert reports == openi.read_reports(reports_root)[0] and [name for name, _ in rejects] == ["ecgen-radiology/8888.xml"]
+    assert reports == openi.read_reports(reports_root)[0] and [one["study"] for one in rejects] == ["ecgen-radiology/8888.xml"]
     assert openi.openi_reports(tmp_path / "NLMCXR_reports.tgz")["dropped"].ne("").sum() == 1
 
 

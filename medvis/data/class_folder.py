@@ -6,7 +6,7 @@
 __all__ = ['PATIENT_RULES', 'ENDINGS', 'CLASS_FOLDER', 'ClassFolderConfig', 'find_class_images', 'patient_pattern',
            'plan_class_folder', 'dress_class_folder']
 
-# %% ../../nbs/data/11_class_folder.ipynb #f1ffd94a
+# %% ../../nbs/data/11_class_folder.ipynb #05a9c9e3
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -18,9 +18,8 @@ from PIL import Image
 from .files import DataError
 from .folder import SPLIT_NAMES
 from .phantom import PhantomStudy
-from .plans import item_or_reject
+from .plans import draw_splits, item_or_reject
 from .source import DataSet, ReadConfig, Recipe, Source
-from .splits import patient_splits
 
 # %% ../../nbs/data/11_class_folder.ipynb #49acdea9
 PATIENT_RULES = {"kermany": r"((?:NORMAL2-)?IM-\d+|person\d+)"}
@@ -56,7 +55,7 @@ def find_class_images(root: Path) -> tuple[list[tuple[str, str, str]], dict[str,
             found.append((path.as_posix(), split, path.parts[told]))
     return found, dict(dropped)
 
-# %% ../../nbs/data/11_class_folder.ipynb #d392a85b
+# %% ../../nbs/data/11_class_folder.ipynb #c93c26f4
 def patient_pattern(rule: str) -> re.Pattern | None:
     "The regular expression of a patient rule, None for no rule. DataError if it is none, or has not one group."
     try:
@@ -64,27 +63,30 @@ def patient_pattern(rule: str) -> re.Pattern | None:
     except re.error as error:
         raise DataError(f"patients is {rule!r}, not a regular expression: {error}") from error
     if rule and pattern.groups != 1:
-        raise DataError(f"patients is {rule!r}, with {pattern.groups} groups; expected one, in brackets, for the patient; or the name of a rule: {', '.join(PATIENT_RULES)}")
+        raise DataError(f"patients is {rule!r}, with {pattern.groups} groups; expected one, in brackets, for the patient; "
+                        f"or the name of a rule: {', '.join(PATIENT_RULES)}")
     return pattern if rule else None
 
-# %% ../../nbs/data/11_class_folder.ipynb #ee86c310
+# %% ../../nbs/data/11_class_folder.ipynb #e488ead3
 def _class_item(path: str, split: str, kind: str, kinds: list[str], pattern: re.Pattern | None, seed: int) -> dict:
     "The item of an image, with a split by the hash of its patient if none is told. DataError if its name does not tell the patient."
     owner = pattern and pattern.match(path.rpartition("/")[2])
     if pattern and not owner:
         raise DataError(f"the name does not tell the patient (it does not begin with {pattern.pattern})")
     patient = owner[1] if owner else path
-    return {"study": path, "patient": patient, "split": split or str(patient_splits([patient], seed=seed)[0]), "report": None,
+    return {"study": path, "patient": patient, "split": split or draw_splits([patient], seed=seed)[0], "report": None,
             "labels": {name: float(name == kind) for name in kinds}, "images": [{"id": path, "path": path, "view": ""}]}
 
-# %% ../../nbs/data/11_class_folder.ipynb #f0452537
+# %% ../../nbs/data/11_class_folder.ipynb #27db70f6
 def plan_class_folder(config: ClassFolderConfig) -> Source:
     "One study per image, in the order of the paths, with a label (1 or 0) per class"
     found, dropped = find_class_images(Path(config.root))
     kinds, pattern = sorted({kind for _, _, kind in found}), patient_pattern(config.patients)
     items = [item_or_reject(path, _class_item, path, split if config.keep_splits else "", kind, kinds, pattern, config.split_seed)
              for path, split, kind in found]
-    return Source(items, labels=tuple(kinds), dropped=dropped, settings={"patients": PATIENT_RULES.get(config.patients, config.patients), "root": str(Path(config.root).absolute()), "patients_known": bool(config.patients)})
+    settings = {"patients": PATIENT_RULES.get(config.patients, config.patients),
+                "root": str(Path(config.root).absolute()), "patients_known": bool(config.patients)}
+    return Source(items, labels=tuple(kinds), dropped=dropped, settings=settings)
 
 # %% ../../nbs/data/11_class_folder.ipynb #378ffc4b
 def dress_class_folder(root: Path, studies: Sequence[PhantomStudy]) -> None:

@@ -6,8 +6,7 @@
 __all__ = ['OPTIONAL', 'SPLIT_NAMES', 'FOLDER', 'FolderConfig', 'load_table', 'read_boxes', 'read_masks', 'plan_folder',
            'dress_folder']
 
-# %% ../../nbs/data/10_folder.ipynb #d0b764d7
-import csv
+# %% ../../nbs/data/10_folder.ipynb #3e7a3870
 import math
 import os
 from collections.abc import Iterator, Sequence
@@ -19,12 +18,11 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from .files import DataError, find_file, number, read_table
+from .files import DataError, find_file, number, read_table, safe_path
 from .phantom import FINDINGS, PhantomStudy
-from .plans import write_dicom
+from .plans import draw_splits, write_dicom
 from .reports import ReportRules
 from .source import DataSet, ReadConfig, Recipe, Source
-from .splits import patient_splits
 
 # %% ../../nbs/data/10_folder.ipynb #f9a6d5d2
 @dataclass
@@ -127,15 +125,15 @@ def _wanted_rows(table: pd.DataFrame, config: FolderConfig) -> pd.DataFrame:
         raise DataError(f"{config.find_table()}: no rows" + (f" where {config.where}" if config.where else ""))
     return table
 
-# %% ../../nbs/data/10_folder.ipynb #81788fd6
-def _clean_path(path: object, root: Path, row: int) -> str:
-    "The path relative to the root ('' if blank); DataError if it leads out of it"
+# %% ../../nbs/data/10_folder.ipynb #04521d65
+def _clean_path(path: object, root: Path, where: str) -> str:
+    "The path relative to the root, with / as on every machine ('' if blank); DataError if it leads out of it, or to no file"
     if pd.isna(path) or not str(path).strip():
         return ""
-    relative = os.path.normpath(os.path.relpath(str(path), root) if os.path.isabs(str(path)) else str(path))
-    if relative.split(os.sep)[0] == ".." or "\0" in relative:
-        raise DataError(f"row {row}: image path {str(path)!r} leads out of the folder {root}; paths must stay below root")
-    return relative
+    try:
+        return safe_path(os.path.relpath(str(path), root) if os.path.isabs(str(path)) else str(path))
+    except DataError as error:
+        raise DataError(f"{where}: path {str(path)!r} leads out of the folder {root}, or to no file in it") from error
 
 # %% ../../nbs/data/10_folder.ipynb #67303b91
 SPLIT_NAMES = {"train": "train", "training": "train", "val": "validate", "valid": "validate", "validate": "validate",
@@ -174,7 +172,7 @@ def _agreed(values: dict[int, object], study: str, what: str) -> object:
                              "give all rows of a study the same, or give them different study ids")
     return given[first] if given else None
 
-# %% ../../nbs/data/10_folder.ipynb #5fe2030b
+# %% ../../nbs/data/10_folder.ipynb #0e7a89dd
 def _row_values(table: pd.DataFrame, columns: dict[str, str], config: FolderConfig, root: Path) -> tuple[list[dict], list[str]]:
     "One clean dict per row of the table, and the names of all labels"
     text = {role: table[name].astype("object").where(table[name].notna(), "") for role, name in columns.items() if name}
@@ -188,19 +186,19 @@ def _row_values(table: pd.DataFrame, columns: dict[str, str], config: FolderConf
         for role in ("patient_column", "study_column"):
             if columns[role] and not cell[role]:
                 raise DataError(f"row {row}: column {columns[role]!r} is blank; fill it, or leave the column out with {role}=''")
-        path = _clean_path(cell["image_column"], root, row)
+        path = _clean_path(cell["image_column"], root, f"row {row}")
         rows.append({"row": row, "path": path, "view": cell.get("view_column", ""), "report": cell.get("report_column", ""), "labels": labels,
                      "study": cell.get("study_column") or path or f"row-{row}", "patient": cell.get("patient_column", ""),
                      "split": _clean_split(table[columns["split_column"]][row], row) if columns["split_column"] else ""})
     return rows, [*config.label_columns, *classes]
 
-# %% ../../nbs/data/10_folder.ipynb #905652e5
+# %% ../../nbs/data/10_folder.ipynb #56c69fcc
 def _marks(path: Path, columns: tuple[str, ...], known: set[str], root: Path) -> Iterator[tuple[str, str, list[str], str]]:
     "Image, label, further cells and the place (for errors) of every row of a table of boxes or masks. DataError names the line that is wrong."
     table = read_table(path, ("image_path", "label", *columns))
     for line, name, label, *cells in zip(table.index, table["image_path"], table["label"], *(table[column] for column in columns), strict=True):
         where = f"{path}, line {line}"
-        image = _clean_path(name, root, line)
+        image = _clean_path(name, root, where)
         if image not in known:
             raise DataError(f"{where}: the data set's table has no image {name!r}")
         if not label:
@@ -216,14 +214,14 @@ def read_boxes(path: Path, known: set[str], root: Path) -> dict[str, list]:     
         boxes.setdefault(image, []).append([label, *corners])
     return boxes
 
-# %% ../../nbs/data/10_folder.ipynb #726a3633
+# %% ../../nbs/data/10_folder.ipynb #3d01b130
 def read_masks(path: Path, known: set[str], root: Path) -> dict[str, dict]:     # image path -> label -> its mask, as `decode_mask` takes it
     "The masks of a table, by image; several of one label are united"
     masks: dict[str, dict] = {}
     for image, label, (name,), where in _marks(path, ("mask_path",), known, root):
         if not name:
             raise DataError(f"{where}: the mask_path is blank")
-        masks.setdefault(image, {}).setdefault(label, {"union": []})["union"].append({"file": _clean_path(name, root, where.rpartition(" ")[2])})
+        masks.setdefault(image, {}).setdefault(label, {"union": []})["union"].append({"file": _clean_path(name, root, where)})
     return masks
 
 # %% ../../nbs/data/10_folder.ipynb #b6f09895
@@ -249,23 +247,17 @@ def _study_item(study: str, rows: list[dict]) -> dict:
     return {"study": study, "patient": agreed["patient"] or study, "split": agreed["split"] or "", "report": {"text": agreed["report"] or ""},
             "labels": labels, "images": [row["image"] for row in rows]}
 
-# %% ../../nbs/data/10_folder.ipynb #cd7b8529
+# %% ../../nbs/data/10_folder.ipynb #b4e00376
 def _known_images(table: pd.DataFrame, column: str, root: Path, name: Path) -> set[str]:
     "The paths of all images of a table. DataError for two rows of one image."
-    paths = pd.Series({row: _clean_path(path, root, row) for row, path in table[column].items()}, dtype=object)
+    paths = pd.Series({row: _clean_path(path, root, f"row {row}") for row, path in table[column].items()}, dtype=object)
     paths = paths[paths != ""]
     if (twice := paths[paths.duplicated()]).size:
         first = paths.index[paths == twice.iloc[0]][0]
         raise DataError(f"{name}: rows {first} and {twice.index[0]} name the same image, {twice.iloc[0]}; list each image once")
     return set(paths)
 
-# %% ../../nbs/data/10_folder.ipynb #27fbc9f2
-def _with_splits(items: list[dict], seed: int) -> list[dict]:
-    "The items with splits drawn by patient"
-    splits = patient_splits([item["patient"] for item in items], seed=seed)
-    return [item | {"split": str(split)} for item, split in zip(items, splits, strict=True)]
-
-# %% ../../nbs/data/10_folder.ipynb #76939343
+# %% ../../nbs/data/10_folder.ipynb #bfa3477a
 def plan_folder(config: FolderConfig) -> Source:
     "One item per study, in the order of the table, and the names of labels, boxes and masks"
     whole, columns = load_table(config)
@@ -278,17 +270,13 @@ def plan_folder(config: FolderConfig) -> Source:
     for row in rows:
         studies.setdefault(row["study"], []).append(row | {"image": _image_entry(row, boxes, masks, config.annotated)})
     items = [_study_item(name, group) for name, group in studies.items()]
-    items = items if columns["split_column"] else _with_splits(items, config.split_seed)
-    return Source(items, labels=tuple(labels), boxes=_names(boxes), masks=_names(masks), settings={"root": str(root), "patients_known": bool(columns["patient_column"])})
+    if not columns["split_column"]:
+        splits = draw_splits([item["patient"] for item in items], seed=config.split_seed)
+        items = [item | {"split": split} for item, split in zip(items, splits, strict=True)]
+    return Source(items, labels=tuple(labels), boxes=_names(boxes), masks=_names(masks),
+                  settings={"root": str(root), "patients_known": bool(columns["patient_column"])})
 
-# %% ../../nbs/data/10_folder.ipynb #b0e0f7fc
-def _write_table(path: Path, rows: Sequence[dict]) -> None:
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-
-# %% ../../nbs/data/10_folder.ipynb #d878f0bd
+# %% ../../nbs/data/10_folder.ipynb #e118c214
 def dress_folder(root: Path, studies: Sequence[PhantomStudy]) -> None:
     "Write phantom studies as table.csv, boxes.csv, masks.csv and pictures, every eighth of them DICOM; patients are for training and testing by turns"
     rows, boxes, masks, splits = [], [], [], {}
@@ -300,7 +288,8 @@ def dress_folder(root: Path, studies: Sequence[PhantomStudy]) -> None:
             write_dicom(root / path, study.image, study.study_id)
         else:
             Image.fromarray(study.image).save(root / path)
-        rows.append({"image_path": path, "study_id": study.study_id, "patient_id": study.patient_id, "split": split, "view": study.view, "report": study.report, **{name: study.labels.get(name) for name in FINDINGS}})
+        rows.append({"image_path": path, "study_id": study.study_id, "patient_id": study.patient_id, "split": split, "view": study.view, "report": study.report,
+                     **{name: study.labels.get(name) for name in FINDINGS}})
         for found in study.findings:
             mask = f"masks/{number}-{len(masks)}.png"
             (root / mask).parent.mkdir(parents=True, exist_ok=True)
@@ -309,12 +298,12 @@ def dress_folder(root: Path, studies: Sequence[PhantomStudy]) -> None:
             masks.append({"image_path": path, "label": found.name, "mask_path": mask})
     for name, table in {"table.csv": rows, "boxes.csv": boxes, "masks.csv": masks}.items():
         if table:
-            _write_table(root / name, table)
+            pd.DataFrame(table, dtype=object).to_csv(root / name, index=False, lineterminator="\n")
 
-# %% ../../nbs/data/10_folder.ipynb #1f25468c
+# %% ../../nbs/data/10_folder.ipynb #4576f0b7
 FOLDER = DataSet(
-    name="folder", title="A table and a folder of pictures", plan=plan_folder, recipes={"medvis": Recipe(rules=ReportRules())}, dress=dress_folder, config=FolderConfig,
-    tables=lambda config: [],
+    name="folder", title="A table and a folder of pictures", plan=plan_folder, recipes={"medvis": Recipe(rules=ReportRules())}, dress=dress_folder,
+    config=FolderConfig, tables=lambda config: [],
     get="""Your own data. Nothing is to be downloaded; what is needed is a table with a row for each image, and the images (PNG, JPEG or DICOM):
     ROOT/table.csv      with a column image_path, relative to ROOT, and if there are such things report, patient_id, study_id, split, view, labels
 Other names are told by --table and --report-column, --label-columns …; boxes and masks by --boxes and --masks, tables of their own; without reports: --no-require-report.""")

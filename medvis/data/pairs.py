@@ -6,7 +6,7 @@
 __all__ = ['counter_seed', 'seeded', 'epoch_batches', 'tokens_kept', 'Report', 'tokenise', 'Batch', 'Sample', 'collate', 'View',
            'draw_swaps', 'swapped', 'choose_sentences', 'select_samples', 'Pairs', 'read_batch']
 
-# %% ../../nbs/data/07_pairs.ipynb #6496e146
+# %% ../../nbs/data/07_pairs.ipynb #80371053
 from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
@@ -178,7 +178,7 @@ def collate(
         rejects=rejects,
     )
 
-# %% ../../nbs/data/07_pairs.ipynb #d5755b2c
+# %% ../../nbs/data/07_pairs.ipynb #490d1922
 @dataclass(frozen=True)
 class View:
     "What of a study a method sees."
@@ -198,6 +198,9 @@ class View:
     "A longer report is cut where the room ends, or loses the first sentence that does not fit and all later ones (LoVT)."
     punctuation: bool = False
     "Keep punctuation marks as words."
+
+    def __post_init__(self):
+        tokens_kept((), 0, self.overflow)       # ValueError for a rule that it does not know
 
 # %% ../../nbs/data/07_pairs.ipynb #d3e83d84
 def draw_swaps(
@@ -250,7 +253,7 @@ def select_samples(
     images = studies["image_rows"].tolist()
     return [(int(r), int(i)) for r in np.flatnonzero(wanted) for i in (images[r] if per == "image" else images[r][:1])]
 
-# %% ../../nbs/data/07_pairs.ipynb #f3730191
+# %% ../../nbs/data/07_pairs.ipynb #5311c60c
 class Pairs(Dataset):
     """Image-report pairs of a Pack. `pairs[epoch, i]` is decided by (seed, epoch, i) alone; `pairs[i]` is `pairs[0, i]`.
 
@@ -297,9 +300,11 @@ class Pairs(Dataset):
         row = self.items[i][0]
         sample = Sample(row, int(self.patients[row]), labels=self.labels[row], name=str(self.pack.studies["study_id"].iloc[row]))
         try:
-            sample.image, sample.report = self.image(i, epoch), self.report(i, epoch)
+            sample.image = self.image(i, epoch)
         except (OSError, ValueError) as error:
             sample.error = f"image could not be read: {error}"
+        else:
+            sample.report = self.report(i, epoch)
         return sample
 
 # %% ../../nbs/data/07_pairs.ipynb #e75d6f26

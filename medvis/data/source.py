@@ -73,7 +73,7 @@ class ReadConfig:
         changes = {one.name: getattr(self, one.name, None) for one in fields(Recipe)}
         return replace(recipes[self.recipe], **{name: value for name, value in changes.items() if value is not None})
 
-# %% ../../nbs/data/05a_source.ipynb #eda55166
+# %% ../../nbs/data/05a_source.ipynb #fed560bb
 @dataclass
 class BuildConfig:
     """How the Pack is built."""
@@ -97,7 +97,8 @@ class BuildConfig:
 
     def __post_init__(self):
         if not ((self.size is None or self.size >= 1) and self.workers >= 0 and 0 <= self.max_rejects <= 1):
-            raise DataError(f"size is {self.size}, workers {self.workers}, max_rejects {self.max_rejects}; expected size at least 1, workers at least 0, max_rejects from 0 to 1")
+            raise DataError(f"size is {self.size}, workers {self.workers}, max_rejects {self.max_rejects}; "
+                            "expected size at least 1, workers at least 0, max_rejects from 0 to 1")
 
 # %% ../../nbs/data/05a_source.ipynb #3c5932ec
 @dataclass(frozen=True)
@@ -184,15 +185,16 @@ def check_boxes(
         checked.append((name, max(x0, 0.0), max(y0, 0.0), min(x1, float(width)), min(y1, float(height))))
     return [box for box in checked if box[1] < box[3] and box[2] < box[4]]
 
-# %% ../../nbs/data/05a_source.ipynb #e0b74d4f
+# %% ../../nbs/data/05a_source.ipynb #725a1698
 def _frame(planned: dict, width: int, height: int) -> tuple[float, float]:
     "Width and height of the frame of an image's boxes and masks. DataError if it has not the proportions of the image."
     frame_width, frame_height = planned.get("frame") or (width, height)
     if abs(frame_width * height - frame_height * width) > max(frame_width, frame_height):
-        raise DataError(f"the image has {width} x {height} pixels, but its boxes and masks were drawn on {frame_width:g} x {frame_height:g}: cropped, turned or padded since")
+        raise DataError(f"the image has {width} x {height} pixels, but its boxes and masks were drawn on {frame_width:g} x {frame_height:g}: "
+                        "cropped, turned or padded since")
     return frame_width, frame_height
 
-# %% ../../nbs/data/05a_source.ipynb #ab03f04f
+# %% ../../nbs/data/05a_source.ipynb #209e2dd9
 def read_item_image(
     planned: dict,      # id, path; view, boxes, masks, frame, clip (boxes may stand out)
     root: Path,
@@ -208,12 +210,15 @@ def read_item_image(
     across, down = _frame(planned, width, height)
     boxes, masks = planned.get("boxes"), planned.get("masks")
     if boxes is not None:
-        boxes = [(name, *np.multiply(corners, [width / across, height / down] * 2).tolist()) for name, *corners in check_boxes(boxes, across, down, planned.get("clip", False))]
+        boxes = [(name, *np.multiply(corners, [width / across, height / down] * 2).tolist())
+                 for name, *corners in check_boxes(boxes, across, down, planned.get("clip", False))]
     if masks is not None:
         masks = {name: spec and mask_to_square(decode_mask(spec, root, round(across), round(down)), size, fit) for name, spec in masks.items()}
-    return ImageRecord(planned["id"], to_square(equalise(image) if even else image, size, fit), path, hashlib.sha256(data).hexdigest(), width, height, planned.get("view", ""), boxes, masks)
+    pixels = to_square(equalise(image) if even else image, size, fit)
+    return ImageRecord(image_id=planned["id"], pixels=pixels, path=path, sha256=hashlib.sha256(data).hexdigest(), width=width, height=height,
+                       view=planned.get("view", ""), boxes=boxes, masks=masks)
 
-# %% ../../nbs/data/05a_source.ipynb #d34b279d
+# %% ../../nbs/data/05a_source.ipynb #a07b03ce
 def read_study(
     item: dict,     # study, patient, split, images (id, path, view, boxes, masks, frame), report, labels, grades; or study, rejects, planned (images of it)
     root: Path,
@@ -223,7 +228,8 @@ def read_study(
 ) -> StudyRecord:
     "A planned study with its pixels; what of it is damaged becomes a reject"
     if "rejects" in item:
-        return StudyRecord(item["study"], "", "", [], rejects=[tuple(one) for one in item["rejects"]], planned=item.get("planned"))
+        rejects = [tuple(one) for one in item["rejects"]]
+        return StudyRecord(study_id=item["study"], patient_id="", split="", images=[], rejects=rejects, planned=item.get("planned"))
     images, rejects = [], []
     for planned in item["images"]:
         try:
@@ -237,7 +243,8 @@ def read_study(
     except DataError as error:
         images, report = [], ""
         rejects.append((item["study"], f"report: {error}"))
-    return StudyRecord(item["study"], item["patient"], item["split"], images, report, item.get("labels", {}), rejects, item.get("grades", {}), planned=len(item["images"]))
+    return StudyRecord(study_id=item["study"], patient_id=item["patient"], split=item["split"], images=images, report=report, labels=item.get("labels", {}),
+                       rejects=rejects, grades=item.get("grades", {}), planned=len(item["images"]))
 
 # %% ../../nbs/data/05a_source.ipynb #a4d50661
 def find_shared_patients(source: Source) -> pd.DataFrame:     # columns leaks.LEAK_COLUMNS
@@ -250,7 +257,7 @@ def _options(read: ReadConfig) -> dict:     # JSON-like
     values = {name: value for name, value in vars(read).items() if name != "root"}
     return {name: str(value) if isinstance(value, Path) else asdict(value) if is_dataclass(value) else value for name, value in values.items()}
 
-# %% ../../nbs/data/05a_source.ipynb #babbaf97
+# %% ../../nbs/data/05a_source.ipynb #032b20bd
 def prepare_source(data_set: DataSet, read: ReadConfig, build: BuildConfig) -> Pack:
     """Plan and build a Pack. DataError names the file, row or column that is wrong; damaged rows and files are in `Pack.rejects`; what a rule
     dropped is in the manifest's source."""
@@ -260,14 +267,15 @@ def prepare_source(data_set: DataSet, read: ReadConfig, build: BuildConfig) -> P
     recipe = replace(recipe, size=recipe.size if build.size is None else build.size, fit=build.fit or recipe.fit)
     if not build.allow_leaks and len(shared := find_shared_patients(source)):
         refuse_leaks(shared, Path(f"{build.out}.partial/pack"))
-    about = {"kind": data_set.name, "patients_known": data_set.follow_ups, "fit": recipe.fit, "recipe": asdict(recipe), "read": _options(read), "dropped": source.dropped, **source.settings}
+    about = {"kind": data_set.name, "patients_known": data_set.follow_ups, "fit": recipe.fit, "recipe": asdict(recipe),
+             "read": _options(read), "dropped": source.dropped, **source.settings}
     return write_pack(
         build.out, source.items, partial(read_study, root=root, size=recipe.size, fit=recipe.fit, even=recipe.equalise), recipe.size, about,
         labels=source.labels, grades=source.grades, boxes=source.boxes, masks=source.masks,
         rules=recipe.rules or ReportRules(), require_report=recipe.rules is not None and recipe.require_report,
         workers=build.workers, max_rejects=build.max_rejects, progress=build.progress, against=build.against, allow_leaks=build.allow_leaks)
 
-# %% ../../nbs/data/05a_source.ipynb #f7a620b2
+# %% ../../nbs/data/05a_source.ipynb #fa858136
 RULED = ("report: fewer than", "report: no wanted section")     # rejects by a rule of the recipe, not by damage
 
 
@@ -275,7 +283,8 @@ def summary(pack: Pack) -> str:
     "What went in, what did not and why, and what is there now: sentences of a methods section, as lines of text"
     told, source = pack.manifest, pack.manifest["source"]
     counts, dropped, rejected = told["counts"], source.get("dropped", {}), told.get("rejected", {})
-    lines = [f"{source['kind']}, recipe {source.get('read', {}).get('recipe', '-')}: {counts['images'] + sum(rejected.values()) + sum(dropped.values())} images seen"]
+    seen = counts["images"] + sum(rejected.values()) + sum(dropped.values())
+    lines = [f"{source['kind']}, recipe {source.get('read', {}).get('recipe', '-')}: {seen} images seen"]
     lines += [f"  {count:>8} dropped by rule: {rule}" for rule, count in dropped.items() if count]
     lines += [f"  {count:>8} {'dropped by rule' if reason.startswith(RULED) else 'rejected'}: {reason}" for reason, count in rejected.items()]
     patients = f"{counts['patients']} patients" if source.get("patients_known", True) else "patients who are not known (each study counts as one)"
@@ -314,9 +323,13 @@ def _bad_report(item: dict, root: Path) -> list[tuple[str, str]]:
         return [(item["study"], f"report: {error}")]
     return []
 
-# %% ../../nbs/data/05a_source.ipynb #edcad8d3
+# %% ../../nbs/data/05a_source.ipynb #19c614ce
 def check_source(data_set: DataSet, read: ReadConfig) -> tuple[dict[str, int], list[str]]:
     "What is there (studies, images, files), and all that is wrong with it, one line each; reports are read, but no pixel is"
+    try:
+        read.choose(data_set.recipes)
+    except DataError as error:
+        return {}, [str(error)]
     problems = []
     for what, table in data_set.tables(read):
         try:
@@ -329,9 +342,11 @@ def check_source(data_set: DataSet, read: ReadConfig) -> tuple[dict[str, int], l
         return {}, problems or [str(error)]
     bad = [(name, reason) for item in source.items for name, reason in (*item.get("rejects", ()), *_bad_report(item, Path(read.root)))]
     example = {kind: f"{name}: {reason}" for name, reason in reversed(bad) for kind in by_reason({reason: 1})}
-    problems += [f"{count} x {kind}; the first is {example[kind]}" if count > 1 else example[kind] for kind, count in by_reason(Counter(reason for _, reason in bad)).items()]
+    kinds = by_reason(Counter(reason for _, reason in bad))
+    problems += [f"{count} x {kind}; the first is {example[kind]}" if count > 1 else example[kind] for kind, count in kinds.items()]
     if len(shared := find_shared_patients(source)):
-        problems.append(f"{len(shared)} x patient in two splits, such as {shared.item_a[0]} ({shared.split_a[0]}, {shared.split_b[0]}); --allow-leaks of medvis prepare takes them as they are")
+        problems.append(f"{len(shared)} x patient in two splits, such as {shared.item_a[0]} ({shared.split_a[0]}, {shared.split_b[0]}); "
+                        "--allow-leaks of medvis prepare takes them as they are")
     named = list(dict.fromkeys(name for item in source.items for name in files_of(item)))
     if lost := [name for name in named if not os.path.isfile(Path(read.root) / name)]:
         problems.append(f"{len(lost)} of {len(named)} files are not there: {', '.join(lost[:3])}{', …' if len(lost) > 3 else ''}")
