@@ -257,7 +257,7 @@ def _known_images(table: pd.DataFrame, column: str, root: Path, name: Path) -> s
         raise DataError(f"{name}: rows {first} and {twice.index[0]} name the same image, {twice.iloc[0]}; list each image once")
     return set(paths)
 
-# %% ../../nbs/data/10_folder.ipynb #bfa3477a
+# %% ../../nbs/data/10_folder.ipynb #aefdfd64
 def plan_folder(config: FolderConfig) -> Source:
     "One item per study, in the order of the table, and the names of labels, boxes and masks"
     whole, columns = load_table(config)
@@ -274,7 +274,7 @@ def plan_folder(config: FolderConfig) -> Source:
         splits = draw_splits([item["patient"] for item in items], seed=config.split_seed)
         items = [item | {"split": split} for item, split in zip(items, splits, strict=True)]
     return Source(items, labels=tuple(labels), boxes=_names(boxes), masks=_names(masks),
-                  settings={"root": str(root), "patients_known": bool(columns["patient_column"])})
+                  settings={"patient_ids": f"folder {root}", "patients_known": bool(columns["patient_column"])})
 
 # %% ../../nbs/data/10_folder.ipynb #e118c214
 def dress_folder(root: Path, studies: Sequence[PhantomStudy]) -> None:

@@ -488,11 +488,11 @@ def _image_owners(pack: Pack, patients: bool = True) -> pd.DataFrame:
     owners = pack.studies[["patient_id", "split"]].iloc[pack.image_table["study"]].reset_index(drop=True)
     return pd.concat([owners if patients else owners.assign(patient_id=""), pack.image_table[["image_id", "sha256"]]], axis=1)
 
-# %% ../../nbs/data/05_pack.ipynb #ee6f7f36
+# %% ../../nbs/data/05_pack.ipynb #deefcb45
 def _numbering(pack: Pack) -> str:
-    "What decides whether patients of two Packs with the same id are the same: a family that the reader names, or data set and folder"
+    "What decides whether patients of two Packs with the same id are the same: a family that the reader names, or else the data set"
     source = pack.manifest["source"]
-    return source.get("patient_ids") or f"{source.get('kind')} {source.get('root', '')}"
+    return source.get("patient_ids") or source.get("kind", "")
 
 # %% ../../nbs/data/05_pack.ipynb #df9a38e6
 def find_pack_leaks(

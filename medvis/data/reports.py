@@ -14,13 +14,13 @@ from collections import Counter
 from dataclasses import dataclass
 from difflib import get_close_matches
 
-# %% ../../nbs/data/02_reports.ipynb #38c49968
+# %% ../../nbs/data/02_reports.ipynb #164f3858
 SECTION_NAMES = {
     "comparison": ("comparison", "comparisons", "comparison exam", "comparison film", "comparison films", "compared to", "prior"),
     "examination": ("examination", "exam", "type of examination", "study", "procedure"),
-    "findings": ("finding", "findings"),
+    "findings": ("finding", "findings", "bone windows"),
     "history": ("history", "clinical history", "patient history", "medical history", "clinical information"),
-    "impression": ("impression", "impressions", "conclusion", "conclusions", "findings/impression", "findings and impression",
+    "impression": ("impression", "impressions", "mpression", "conclusion", "conclusions", "findings/impression", "findings and impression",
                    "findings & impression", "impression and findings"),
     "indication": ("indication", "indications", "clinical indication", "reason for exam", "reason for examination",
                    "reason for the exam", "reason for this examination", "reason for study"),
@@ -70,7 +70,7 @@ def _plain_headings(text: str) -> list[tuple[str, int, int]]:
     "(heading, start, end) of each known heading at the start of a line, or in capitals anywhere"
     return [(found["line"] or found["capitals"], found.start(), found.end()) for found in _PLAIN_HEADING.finditer(text)]
 
-# %% ../../nbs/data/02_reports.ipynb #783d0c5a
+# %% ../../nbs/data/02_reports.ipynb #e810d17f
 def parse_sections(text: str) -> dict[str, str]:
     """Cut a report into its sections, by the rules of MIMIC-CXR (MIT-LCP section parser; used by LoVT and MGCA).
 
@@ -87,6 +87,7 @@ def parse_sections(text: str) -> dict[str, str]:
     ends = [start for _, start, _ in headings[1:]] + [len(text)]
     parts += [(section_name(name), text[start:end]) for (name, _, start), end in zip(headings, ends, strict=False)]
     if not {"impression", "findings"} & {name for name, body in parts if body.strip()}:
+        parts = [part for part in parts if part[0] not in ("impression", "findings")]       # headings with nothing below them
         name, body = parts.pop()
         first, _, rest = body.partition("\n \n")
         parts += [(name, first), ("last_paragraph", rest)]

@@ -164,7 +164,7 @@ def read_report(
         raise DataError(f"{report['member']} in {report['zip']} is blank")
     return decode(data, f"{report['member']} in {report['zip']}")
 
-# %% ../../nbs/data/05a_source.ipynb #4b1ea178
+# %% ../../nbs/data/05a_source.ipynb #62432f03
 SLACK = 1.0     # pixels that a box may stand out of its image, for rounding
 
 
@@ -180,7 +180,7 @@ def check_boxes(
         x0, y0, x1, y1 = (number(str(corner), f"a corner of the box of {name}") for corner in corners)
         if x1 <= x0 or y1 <= y0:
             raise DataError(f"the box {x0:g}, {y0:g}, {x1:g}, {y1:g} of {name} has no extent")
-        if not clip and (min(x0, y0) < -SLACK or x1 > width + SLACK or y1 > height + SLACK):
+        if not clip and (min(x0, y0) < -SLACK or x1 > width + SLACK or y1 > height + SLACK or x0 >= width or y0 >= height or min(x1, y1) <= 0):
             raise DataError(f"the box {x0:g}, {y0:g}, {x1:g}, {y1:g} of {name} lies outside of its image of {width:g} x {height:g}")
         checked.append((name, max(x0, 0.0), max(y0, 0.0), min(x1, float(width)), min(y1, float(height))))
     return [box for box in checked if box[1] < box[3] and box[2] < box[4]]
@@ -246,7 +246,7 @@ def read_study(
     return StudyRecord(study_id=item["study"], patient_id=item["patient"], split=item["split"], images=images, report=report, labels=item.get("labels", {}),
                        rejects=rejects, grades=item.get("grades", {}), planned=len(item["images"]))
 
-# %% ../../nbs/data/05a_source.ipynb #a4d50661
+# %% ../../nbs/data/05a_source.ipynb #fabc27fc
 def find_shared_patients(source: Source) -> pd.DataFrame:     # columns leaks.LEAK_COLUMNS
     "Patients whose studies are planned for more than one split"
     return patients_within(pd.DataFrame([(item["patient"], item["split"]) for item in source.items if "images" in item], columns=["patient_id", "split"]))
@@ -257,7 +257,7 @@ def _options(read: ReadConfig) -> dict:     # JSON-like
     values = {name: value for name, value in vars(read).items() if name != "root"}
     return {name: str(value) if isinstance(value, Path) else asdict(value) if is_dataclass(value) else value for name, value in values.items()}
 
-# %% ../../nbs/data/05a_source.ipynb #032b20bd
+# %% ../../nbs/data/05a_source.ipynb #5b887a26
 def prepare_source(data_set: DataSet, read: ReadConfig, build: BuildConfig) -> Pack:
     """Plan and build a Pack. DataError names the file, row or column that is wrong; damaged rows and files are in `Pack.rejects`; what a rule
     dropped is in the manifest's source."""
@@ -267,7 +267,7 @@ def prepare_source(data_set: DataSet, read: ReadConfig, build: BuildConfig) -> P
     recipe = replace(recipe, size=recipe.size if build.size is None else build.size, fit=build.fit or recipe.fit)
     if not build.allow_leaks and len(shared := find_shared_patients(source)):
         refuse_leaks(shared, Path(f"{build.out}.partial/pack"))
-    about = {"kind": data_set.name, "patients_known": data_set.follow_ups, "fit": recipe.fit, "recipe": asdict(recipe),
+    about = {"kind": data_set.name, "root": str(root), "patients_known": data_set.follow_ups, "fit": recipe.fit, "recipe": asdict(recipe),
              "read": _options(read), "dropped": source.dropped, **source.settings}
     return write_pack(
         build.out, source.items, partial(read_study, root=root, size=recipe.size, fit=recipe.fit, even=recipe.equalise), recipe.size, about,
@@ -323,7 +323,7 @@ def _bad_report(item: dict, root: Path) -> list[tuple[str, str]]:
         return [(item["study"], f"report: {error}")]
     return []
 
-# %% ../../nbs/data/05a_source.ipynb #19c614ce
+# %% ../../nbs/data/05a_source.ipynb #57a99043
 def check_source(data_set: DataSet, read: ReadConfig) -> tuple[dict[str, int], list[str]]:
     "What is there (studies, images, files), and all that is wrong with it, one line each; reports are read, but no pixel is"
     try:
@@ -351,4 +351,5 @@ def check_source(data_set: DataSet, read: ReadConfig) -> tuple[dict[str, int], l
     if lost := [name for name in named if not os.path.isfile(Path(read.root) / name)]:
         problems.append(f"{len(lost)} of {len(named)} files are not there: {', '.join(lost[:3])}{', …' if len(lost) > 3 else ''}")
     images = sum(len(item.get("images", ())) for item in source.items)
-    return {"studies": len(source.items), "images": images, "files": len(named), "dropped by rules": sum(source.dropped.values())}, problems
+    beside = {what: count for what, count in source.settings.get("beside", {}).items() if count}
+    return {"studies": len(source.items), "images": images, "files": len(named), "dropped by rules": sum(source.dropped.values()), **beside}, problems
