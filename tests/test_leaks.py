@@ -112,20 +112,20 @@ def test_the_order_of_rows_and_the_blocks_do_not_matter(monkeypatch):
     pd.testing.assert_frame_equal(leaks.near_duplicates(a, b), leaks.near_duplicates(a, b, block=2), atol=1e-5)
 
 
-def test_candidates_are_those_of_a_plain_loop():
-    random = np.random.default_rng(1)
-    prints = leaks.take_prints(PIXELS, np.arange(40))
-    hashes = prints.hashes[0]
-    for flips in range(40):
-        noise = np.zeros(leaks.BITS, bool)
-        noise[random.permutation(leaks.BITS)[:flips]] = True
-        packed = np.packbits(np.concatenate([noise, np.zeros(14, bool)]).reshape(64, 4).T, axis=1).copy().view(np.uint64)
-        other = hashes ^ packed
-        i, j, sign = leaks._close(hashes, other)
-        apart = np.array([[sum(int(x ^ y).bit_count() for x, y in zip(hashes[:, a], other[:, b], strict=True)) for b in range(40)] for a in range(40)])
-        expected = {(a, b) for a, b in zip(*np.nonzero(np.minimum(apart, leaks.BITS - apart) <= leaks.REACH), strict=True)}
-        assert set(zip(i.tolist(), j.tolist(), strict=True)) <= expected and set(sign.tolist()) <= {1}
-        assert all((a, a) in set(zip(i.tolist(), j.tolist(), strict=True)) for a in range(40)) == (flips <= leaks.REACH) or flips > 20
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("words", [2, 4])
+@pytest.mark.parametrize("flips", [0, 9, leaks.HALF_REACH - 1, leaks.HALF_REACH, leaks.HALF_REACH + 1, leaks.REACH - 1, leaks.REACH, leaks.REACH + 1, 39])
+def test_candidates_are_those_of_a_plain_loop(flips, words, turned):
+    "Near are hashes that differ in at most REACH bits, HALF_REACH of them in the first two words, or in all but so many; so of HALF_REACH changed bits none hides an image"
+    hashes, noise = leaks.take_prints(PIXELS, np.arange(40)).hashes[0], np.zeros(256, bool)
+    noise[np.random.default_rng(flips).permutation(np.flatnonzero(np.arange(leaks.BITS) % 4 < words))[:flips]] = True      # in the first words only, or in all
+    noise[:leaks.BITS] ^= turned
+    other = hashes ^ np.packbits(noise.reshape(64, 4).T, axis=1).copy().view(np.uint64)
+    half, apart = (np.array([[sum(int(x ^ y).bit_count() for x, y in zip(hashes[:part, a], other[:part, b], strict=True)) for b in range(40)] for a in range(40)]) for part in (2, 4))
+    near = (np.minimum(apart, leaks.BITS - apart) <= leaks.REACH) & (np.minimum(half, leaks.HALF_BITS - half) <= leaks.HALF_REACH)
+    i, j, sign = leaks._close(hashes, other)
+    assert list(zip(i, j, strict=True)) == list(zip(*np.nonzero(near), strict=True)) and (sign == np.where(apart[i, j] > leaks.BITS / 2, -1, 1)).all()
+    assert near.diagonal().all() if flips <= leaks.HALF_REACH else words == 4 and flips <= leaks.REACH or not near.diagonal().any()
 
 
 def test_any_gamma_border_and_inversion():

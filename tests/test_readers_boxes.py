@@ -1,5 +1,4 @@
 """COVIDx, Object-CXR, COVID Rural, and folders with boxes, masks or a folder per class: what the phantom puts in comes out; damage is named."""
-import gzip
 import json
 import re
 import shutil
@@ -159,30 +158,9 @@ def test_covidx_twice(covidx, own):
     assert len(rejects) == 1 and "listed more than once: lines 1, " in [*rejects.values()][0]
 
 
-@pytest.mark.parametrize(("spoil", "told"), [
-    (lambda path: path.unlink(), "there is no train_COVIDx9A.txt"),
-    (lambda path: path.write_bytes(b""), "is empty"),
-    (lambda path: path.write_bytes(b"\xff\xfe" + "1 a.png normal rsna".encode("utf-16-le")), "not UTF-8"),
-    (lambda path: path.write_bytes(b"1 a.png normal rsna\n\0\0\0"), "NUL"),
-    (lambda path: path.write_text("name,label\na.png,1\n"), "no line is of the form"),
-    (lambda path: (path.unlink(), path.symlink_to(path)), "there is no train_COVIDx9A.txt|cannot be read"),
-    (lambda path: (path.unlink(), path.mkdir()), "cannot be read"),
-])
-def test_covidx_damaged_list(spoil, told, covidx, own):
-    root = own(covidx)
-    spoil(root / "train_COVIDx9A.txt")
-    with pytest.raises(DataError, match=told):
-        COVIDX.plan(CovidxConfig(root))
-    facts, problems = check_source(COVIDX, CovidxConfig(root))
-    assert facts == {} and problems
-
-
-def test_covidx_bom_crlf_and_lost_files(covidx, own, tmp_path):
+def test_covidx_lost_files(covidx, own, tmp_path):
     root = own(covidx)
     before = splits_of(COVIDX.plan(CovidxConfig(root)))
-    for path in root.glob("*9A.txt"):
-        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n"))
-    assert splits_of(COVIDX.plan(CovidxConfig(root))) == before
     lost, short = list(before)[:2]
     (root / lost).unlink()
     (root / short).write_bytes((root / short).read_bytes()[:200])
@@ -254,7 +232,6 @@ def test_boxes_and_masks_move_with_the_image(fit, shape, object_cxr, own, tmp_pa
 
 
 def test_object_cxr_released_defects(object_cxr):
-    shape = dress_shapes(next(study for study in SINGLE if any(s[0] == 2 for s in dress_shapes(study, 2))), 2)
     true, released = (OBJECT_CXR.plan(ObjectCxrConfig(object_cxr, released_defects=defects)) for defects in (False, True))
     for good, bad in zip(true.items, released.items, strict=True):
         for (_, x0, y0, x1, y1), box in zip(good["images"][0]["boxes"], bad["images"][0]["boxes"], strict=True):
@@ -265,7 +242,7 @@ def test_object_cxr_released_defects(object_cxr):
     for plan in (true, released):
         for item in plan.items:
             assert read_study(item, object_cxr, 64, "pad").rejects == []        # also boxes that stand out of the image
-    assert shape
+    assert {shape[0] for item in true.items for shape in item["images"][0]["masks"][CLASS]["shapes"]} == {0, 1, 2}, "rectangles, ellipses and polygons were compared"
 
 
 def test_object_cxr_splits(object_cxr, tmp_path):
@@ -284,25 +261,16 @@ def test_object_cxr_splits(object_cxr, tmp_path):
         OBJECT_CXR.plan(ObjectCxrConfig(object_cxr, split_files=tmp_path))
 
 
-@pytest.mark.parametrize("change", ["bom", "crlf", "gz", "lovt"])
-def test_object_cxr_variants(change, object_cxr, own):
+def test_object_cxr_in_the_layout_of_lovt(object_cxr, own):
     root = own(object_cxr)
     before = OBJECT_CXR.plan(ObjectCxrConfig(root)).items
-    if change == "lovt":
-        (root / "input").mkdir()
-        for name in ("train.csv", "dev.csv", "train", "dev"):
-            (root / name).rename(root / "input" / name)
-        (root / "train.csv").write_text("ID,boxes,classes\n00001,1;2;3;4,1\n")       # LoVT's own list, which is no annotation
-    for path in root.glob("*.csv") if change != "lovt" else ():
-        data = path.read_bytes()
-        path.write_bytes(b"\xef\xbb\xbf" + data if change == "bom" else data.replace(b"\n", b"\r\n") if change == "crlf" else gzip.compress(data))
-        if change == "gz":
-            path.rename(f"{path}.gz")
+    (root / "input").mkdir()
+    for name in ("train.csv", "dev.csv", "train", "dev"):
+        (root / name).rename(root / "input" / name)
+    (root / "train.csv").write_text("ID,boxes,classes\n00001,1;2;3;4,1\n")       # LoVT's own list, which is no annotation
     after = OBJECT_CXR.plan(ObjectCxrConfig(root)).items
-    if change == "lovt":
-        assert all((root / item["images"][0]["path"]).exists() for item in after)
-        after = [{**item, "images": [{**item["images"][0], "path": item["images"][0]["path"].removeprefix("input/")}]} for item in after]
-    assert after == before
+    assert all((root / item["images"][0]["path"]).exists() for item in after)
+    assert [{**item, "images": [{**item["images"][0], "path": item["images"][0]["path"].removeprefix("input/")}]} for item in after] == before
 
 
 @pytest.mark.parametrize(("annotation", "told"), [
@@ -320,26 +288,6 @@ def test_object_cxr_damaged_annotation(annotation, told, object_cxr, own):
     record = read_study(items[0], root, 64, "pad")
     assert record.images == [] and len(record.rejects) == 1 and record.rejects[0][0] == "00001" and told in record.rejects[0][1]
     assert sum("images" in item for item in items) >= len(SINGLE) - 1
-
-
-@pytest.mark.parametrize(("old", "new", "told"), [
-    ("image_name,", "ID,", "no column 'image_name' .or 'image_path'"), (",annotation", ",boxes", "no column 'annotation'"),
-    ("00001.jpg,", "00001.jpg,x,", "line 2: 3 fields, expected 2"), ("00001.jpg,", "00001.jpg", "line 2: 1 fields"), ("00001.jpg", "\0", "NUL"),
-    ("00001.jpg,", '"00001.jpg,', "quotation mark"),
-])
-def test_object_cxr_damaged_table(old, new, told, object_cxr, own):
-    root = own(object_cxr)
-    (root / "train.csv").write_text("image_name,annotation\n00001.jpg,\n00002.jpg,\n")
-    replace_in(root / "train.csv", old, new)
-    with pytest.raises(DataError, match=f"train.csv.*{told}"):
-        OBJECT_CXR.plan(ObjectCxrConfig(root))
-
-
-@pytest.mark.parametrize(("name", "told"), [("../a.jpg", "does not lead"), ("x/00001.jpg", "is a path"), ("", "does not lead"), ("00002.jpg", "listed more than once"), ("/etc/passwd", "does not lead")])
-def test_object_cxr_damaged_name(name, told, object_cxr, own):
-    root = own(object_cxr)
-    replace_in(root / "train.csv", "00001.jpg,", f"{name},0 1 1 9 9;" if ",0 " in (root / "train.csv").read_text()[:40] else f"{name},0 1 1 9 9")
-    assert told in [*rejects_of(OBJECT_CXR.plan(ObjectCxrConfig(root))).values()][0]
 
 
 # COVID Rural

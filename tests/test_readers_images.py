@@ -1,5 +1,4 @@
 """CheXpert, RSNA, SIIM, NIH and the notations of masks: what goes in comes out, the papers' draws are theirs, and no damage passes in silence."""
-import gzip
 import shutil
 from pathlib import Path
 
@@ -212,34 +211,6 @@ def test_dicom_boxes_and_masks_come_out_as_they_went_in(dressed, tmp_path, name,
 
 
 @pytest.mark.parametrize("name", SETS)
-def test_byte_order_mark_windows_lines_and_gzip_change_nothing(dressed, tmp_path, name):
-    data_set, config = SETS[name]
-    recipe = "patients" if name == "nih" else "medvis"
-    expected = data_set.plan(config(dressed[name], recipe)).items
-    for ending in ("", ".gz") if name != "chexpert" else ("",):
-        root = tmp_path / f"copy{ending}"
-        root.mkdir()
-        table = tables_only(dressed[name], root) / TABLE[name]
-        data = b"\xef\xbb\xbf" + table.read_bytes().replace(b"\n", b"\r\n")
-        table.unlink()
-        table.with_name(table.name + ending).write_bytes(gzip.compress(data) if ending else data)
-        assert data_set.plan(config(root, recipe)).items == expected
-
-
-@pytest.mark.parametrize("name", SETS)
-def test_every_recipe_plans_a_clean_copy(dressed, name):
-    data_set, config = SETS[name]
-    small = {"chexpert": {"retrieval": 1, "validation": 6}, "rsna": {"held_out": 3}, "nih": {"no_findings": 0}}.get(name, {})
-    for recipe in data_set.recipes:
-        if recipe.startswith("mgca") and name == "chexpert":
-            continue        # sixteen studies do not hold a retrieval set; see below
-        facts, problems = check_source(data_set, config(dressed[name], recipe, **small))
-        assert problems == [] and facts["images"] > 0, (recipe, problems)
-    with pytest.raises(DataError, match="it has medvis"):
-        data_set.plan(config(dressed[name], "convirt"))
-
-
-@pytest.mark.parametrize("name", SETS)
 def test_what_to_get_is_told_where_nothing_is(tmp_path, name):
     data_set, config = SETS[name]
     facts, problems = check_source(data_set, config(tmp_path))
@@ -361,25 +332,7 @@ def test_lists_are_followed_in_their_order(dressed, tmp_path, name):
         data_set.plan(config(dressed[name], "lovt", split_files=tmp_path))
 
 
-# Damage: (data set, file, what is replaced, by what, what is then told)
-
-TABLE_DAMAGE = [
-    ("chexpert", "train.csv", "Edema", "Oedema", "no column 'Edema'"), ("chexpert", "valid.csv", "Path", "path", "no column 'Path'"),
-    ("rsna", "stage_2_train_labels.csv", "Target", "target", "no column 'Target'"), ("rsna", "stage_2_train_labels.csv", ",0\n", ",0,\n", "7 fields, expected 6"),
-    ("siim", "train-rle.csv", ", -1\n", "\n", "1 fields, expected 2"), ("siim", "train-rle.csv", " EncodedPixels", "Pixels", "no column 'EncodedPixels'"),
-    ("nih", "Data_Entry_2017_v2020.csv", "Patient ID", "Patient", "no column 'Patient ID'"), ("nih", "BBox_List_2017.csv", "00000", "00009", "that Data_Entry_2017 does not have"),
-    ("nih", "test_list.txt", "_000.png", "_900.png", "are not in"),
-]
-ROW_DAMAGE = [
-    ("chexpert", "train.csv", "-small/train/", "-small/../train/", "Path is"), ("chexpert", "train.csv", "1.0,", "7,", "expected 1, 0, -1"), ("chexpert", "train.csv", "Frontal,", "Oblique,", "Frontal/Lateral is 'Oblique'"),
-    ("chexpert", "train.csv", "1.0,", "nan,", "is 'nan'"), ("chexpert", "train.csv", "Frontal,AP", "Frontal,XY", "AP/PA is 'XY'"),
-    ("rsna", "stage_2_train_labels.csv", ",1\n", ",3\n", "Target is '3'"), ("rsna", "stage_2_train_labels.csv", ",1\n", ",0\n", "Target is 0, but x is"), ("rsna", "stage_2_train_labels.csv", ",,,,,0\n", ",,,,,1\n", "x is ''"),
-    ("rsna", "stage_2_train_labels.csv", ".0,1\n", "99.0,1\n", "height is"), ("rsna", "stage_2_detailed_class_info.csv", "Lung Opacity\n", "Opacity\n", "class is"),
-    ("siim", "train-rle.csv", ", -1\n", ",\n", "EncodedPixels is blank"), ("siim", "train-rle.csv", ".4.9, -1\n", ".4.9, -1\n1.2.276.0.0000000.3.1.4.9, 5 5\n", "one says -1"),
-    ("nih", "Data_Entry_2017_v2020.csv", "No Finding", "Nothing", "Finding Labels has 'Nothing'"), ("nih", "Data_Entry_2017_v2020.csv", ",PA,", ",LL,", "View Position is 'LL'"),
-    ("nih", "BBox_List_2017.csv", ".png,", ".png,Big ", "Finding Label is 'Big"), ("nih", "BBox_List_2017.csv", ".0\n", "999.0\n", "outside of its image"),
-]
-
+# Damage
 
 def damaged(root: Path, file: str, old: str, new: str) -> None:
     "Change the first place in a table that says `old`, in its header only if nowhere else"
@@ -387,25 +340,6 @@ def damaged(root: Path, file: str, old: str, new: str) -> None:
     assert old in rest or old in header
     header, rest = (header, rest.replace(old, new, 1)) if old in rest else (header.replace(old, new, 1), rest)
     (root / file).write_text(f"{header}\n{rest}")
-
-
-@pytest.mark.parametrize("name, file, old, new, told", TABLE_DAMAGE)
-def test_a_damaged_table_is_refused_by_name(dressed, tmp_path, name, file, old, new, told):
-    damaged(tables_only(dressed[name], tmp_path), file, old, new)
-    with pytest.raises(DataError, match=told):
-        SETS[name][0].plan(SETS[name][1](tmp_path))
-
-
-@pytest.mark.parametrize("name, file, old, new, told", ROW_DAMAGE)
-def test_a_damaged_row_costs_its_image_and_no_other(dressed, tmp_path, name, file, old, new, told):
-    data_set, config = SETS[name]
-    clean = {item["study"]: item for item in data_set.plan(config(dressed[name])).items}
-    damaged(tables_only(dressed[name], tmp_path), file, old, new)
-    items = data_set.plan(config(tmp_path)).items
-    rejects = [item for item in items if "rejects" in item]
-    assert len(rejects) == 1 and told in rejects[0]["rejects"][0][1]
-    kept = [item for item in items if "rejects" not in item]
-    assert all(item == clean[item["study"]] for item in kept) and len(kept) == len(clean) - 1
 
 
 @pytest.mark.parametrize("name, file, old", [
@@ -419,23 +353,6 @@ def test_a_row_without_a_name_is_named_by_its_line(dressed, tmp_path, name, file
     damaged(tables_only(dressed[name], tmp_path), file, old, ",")
     items = data_set.plan(config(tmp_path, recipe)).items
     assert sum("rejects" not in item for item in items) == clean - (name != "chexpert") and any("rejects" in item and "line" in str(item) or "not in it" in str(item) for item in items)
-
-
-@pytest.mark.parametrize("name, file, old", [("rsna", "stage_2_train_labels.csv", "00000005-aaaa-4000-8000-000000000005,"), ("siim", "train-rle.csv", "1.2.276.0.0000000.3.1.4.9,")])
-def test_a_row_without_a_name_stops_where_an_image_may_have_several(dressed, tmp_path, name, file, old):
-    "It may be one of two boxes, or half of a mask: nobody knows whose"
-    damaged(tables_only(dressed[name], tmp_path), file, old, ",")
-    with pytest.raises(DataError, match=r"line \d+: \w+ is blank"):
-        SETS[name][0].plan(SETS[name][1](tmp_path))
-
-
-@pytest.mark.parametrize("name, code, told", [
-    ("siim", "5 5 5", "expected pairs"), ("siim", "5 -5", "whole numbers"), ("siim", "1048570 9", "ends at pixel"), ("siim", "x", "expected pairs"), ("siim", "5 0", "no pixels")])
-def test_a_damaged_code_costs_its_image(dressed, tmp_path, name, code, told):
-    root = tables_only(dressed[name], tmp_path)
-    damaged(root, "train-rle.csv", ".4.9, -1", f".4.9, {code}")
-    pack = prepared(name, root, tmp_path / "pack")
-    assert len(pack) == 15 and pack.rejects["item"].tolist() == ["1.2.276.0.0000000.3.1.4.9"] and told in pack.rejects["reason"][0]
 
 
 def test_a_lost_and_a_cut_image_are_named(dressed, tmp_path):
