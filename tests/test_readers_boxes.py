@@ -15,13 +15,14 @@ from PIL import Image
 from sklearn.model_selection import train_test_split
 
 from medvis.data.class_folder import CLASS_FOLDER, ClassFolderConfig
-from medvis.data.covid_rural import COVID_RURAL, CovidRuralConfig, dress_lungs, dress_opacity, fill_splits
+from medvis.data.covid_rural import COVID_RURAL, CovidRuralConfig, dress_lungs, dress_opacity
 from medvis.data.covidx import COVIDX, CovidxConfig, covidx_class, parse_line
 from medvis.data.files import DataError
 from medvis.data.images import boxes_to_square
 from medvis.data.object_cxr import CLASS, OBJECT_CXR, ObjectCxrConfig, dress_shapes
 from medvis.data.pack import Pack
 from medvis.data.phantom import Phantom, patient_number, tight_box
+from medvis.data.plans import deal_splits
 from medvis.data.source import BuildConfig, check_source, prepare_source, read_study
 
 STUDIES = [Phantom(64)[number] for number in range(40)]
@@ -325,15 +326,16 @@ def test_covid_rural_of_lovt(rural, tmp_path):
 
 @settings(deadline=None, max_examples=30)
 @given(st.lists(st.integers(0, 30), min_size=1, max_size=120), st.integers(0, 5))
-def test_filled_splits(patients, seed):
+def test_dealt_splits(patients, seed):
     "By patient, and each of the two is filled as far as its last patient goes over, or all patients are used up"
-    splits = pd.DataFrame({"p": patients, "s": fill_splits([str(p) for p in patients], seed)})
+    dealt = deal_splits(range(len(patients)), patients, seed)
+    splits = pd.DataFrame({"p": patients, "s": [dealt[row] for row in range(len(patients))]})
     assert splits.groupby("p").s.nunique().max() == 1
     want, most = round(0.2 * len(patients)), splits.p.value_counts().max()
     assert (splits.s == "test").sum() < want + most and (splits.s == "validate").sum() < want + most
     assert (splits.s == "test").sum() >= want
     assert (splits.s == "validate").sum() >= want or not (splits.s == "train").any()
-    assert {*fill_splits(["one"] * 5, seed)} == {"test"}        # served first
+    assert {*deal_splits("abcde", ["one"] * 5, seed).values()} == {"test"}        # served first
 
 
 def some_image(root: Path) -> tuple[Path, str]:

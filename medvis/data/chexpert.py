@@ -140,7 +140,7 @@ def patients_up_to(
     sums = pd.Series(patients, dtype=str).value_counts().sort_index().cumsum()
     return set(sums.index[: 1 + int((sums < count).sum())])
 
-# %% ../../nbs/data/13_chexpert.ipynb #56321bfc
+# %% ../../nbs/data/13_chexpert.ipynb #7be0a884
 def split_lines(config: ChexpertConfig, train: pd.DataFrame, rows: dict[int, dict], rule: str) -> dict[int, str]:
     "Line of train.csv -> train or validate; lines of the retrieval set are left out"
     lines = list(rows)
@@ -151,6 +151,8 @@ def split_lines(config: ChexpertConfig, train: pd.DataFrame, rows: dict[int, dic
     patients = [rows[line]["patient"] for line in lines]
     if rule == "lovt":
         first = patients_up_to([rows[line]["patient"] for line in lines if rows[line]["side"] == "Frontal"], config.validation)
+        if first >= set(patients):
+            raise DataError(f"all {len(first)} patients of train.csv are needed for {config.validation} frontal radiographs for validation; choose fewer (validation)")
         return {line: "validate" if patient in first else "train" for line, patient in zip(lines, patients)}
     return dict(zip(lines, draw_splits(patients, rule, config.split_seed)))
 
