@@ -11,6 +11,7 @@ import io
 import json
 import os
 import re
+import shutil
 import struct
 import tarfile
 import zipfile
@@ -454,6 +455,7 @@ def covidx() -> list[Damage]:
                   Damage(f"{path} has blank lines", lines(path, lambda table: ["", *table, ""]), SAME), Damage(f"{path} is UTF-16", edit(path, lambda data: data.decode().encode("utf-16")), ERROR, f"{path}.*not UTF-8"),
                   Damage(f"{path} has a NUL byte", edit(path, lambda data: data + b"\0"), ERROR, f"{path}.*NUL"), Damage(f"{path} has a Latin-1 letter", edit(path, lambda data: data + b"\xfc\n"), ERROR, f"{path}.*not UTF-8"),
                   Damage(f"{path} is a csv table", edit(path, lambda data: b"name,label\na.png,1\n"), ERROR, f"{path}: no line is of the form")]
+    found.append(Damage("the test list is of version 6", lambda root: put(root / "test_COVIDx9A.txt", (root / "test_COVIDx6.txt").read_bytes()), ERROR, "are they of the same version"))
     return found
 
 
@@ -501,6 +503,8 @@ def nih() -> list[Damage]:
             ("has commas", f"{name}.*fields, expected 1", lines(name, lambda rows: [",".join([*rows, "x"])])), ("is UTF-16", f"{name}.*not UTF-8", edit(name, lambda data: data.decode().encode("utf-16"))), ("has a NUL byte", f"{name}.*NUL", edit(name, lambda data: data + b"\0\n")))]
         found += [Damage(f"{name} has CRLF", edit(name, lambda data: data.replace(b"\n", b"\r\n")), SAME), Damage(f"{name} has blank lines", lines(name, lambda rows: ["", *rows, ""]), SAME),
                   Damage(f"{name} begins with a byte order mark", edit(name, lambda data: b"\xef\xbb\xbf" + data), SAME)]
+    swapped = lambda root: [put(root / name, data) for name, data in zip(("test_list.txt", "train_val_list.txt"), [(root / name).read_bytes() for name in ("train_val_list.txt", "test_list.txt")])] and None  # noqa: E731
+    found.append(Damage("the two lists are exchanged", swapped, ERROR, "are the two lists exchanged"))
     return found + to_picture("images_001/images/*.png", "picture")
 
 
@@ -628,6 +632,8 @@ def class_folder() -> list[Damage]:
         Damage("a picture does not tell its patient", lambda root: os.rename(one(root, "train/NORMAL/*.jpeg"), root / "train" / "NORMAL" / "scan.jpeg"), REJECT, "patient", renamed=True),
         Damage("notes lie among the pictures", lambda root: put(root / "train" / "NORMAL" / "notes.txt", "x"), SAME), Damage("hidden files lie among the pictures", lambda root: put(root / "train" / "NORMAL" / "._IM-0001.jpeg", "x"), SAME),
         Damage("a folder leads to itself", lambda root: (root / "train" / "NORMAL" / "loop").symlink_to(root / "train"), SAME), Damage("an empty folder of a class", lambda root: (root / "train" / "OTHER").mkdir(), SAME),
+        Damage("a class is written in other capitals", lambda root: os.rename(root / "test" / "NORMAL", root / "test" / "Normal"), ERROR, "differ in capital letters"),
+        Damage("masks lie among the pictures", lambda root: shutil.copytree(root / "test" / "NORMAL", root / "train" / "NORMAL" / "masks") and None, ERROR, "a folder of masks"),
         Damage("there is nothing", lambda root: [os.rename(root / part, root.parent / part) for part in ("train", "val", "test")], ERROR, "no study"),
     ]
 

@@ -1,5 +1,6 @@
 """Every data set from files of its public shape to a Pack, as a user would: check, prepare, kill, resume, evaluate."""
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -194,3 +195,19 @@ def test_the_readme_lists_data_sets_and_recipes():
     for name, data_set in DATASETS.items():
         row = next(line for line in lines if line.startswith(f"| `{name}` |"))
         assert row.split("|")[3].strip() == ", ".join(data_set.recipes), name
+
+
+def test_another_root_is_another_build(tmp_path):
+    "The same tables with other pictures: what was built from the one is not the answer for the other"
+    dress("object-cxr", tmp_path / "one", studies=10)
+    shutil.copytree(tmp_path / "one", tmp_path / "two")
+    prepare_data(ready("object-cxr", tmp_path / "one", tmp_path / "pack", size=64))
+    with pytest.raises(FileExistsError, match="other data"):
+        prepare_data(ready("object-cxr", tmp_path / "two", tmp_path / "pack", size=64))
+
+
+def test_a_pack_below_its_own_root(tmp_path):
+    dress("class-folder", tmp_path, studies=20)
+    config = ready("class-folder", tmp_path, tmp_path / "pack", size=64)
+    (tmp_path / "pack.leaks.csv").write_text("left by a build that was refused")
+    assert prepare_data(config).manifest == prepare_data(config).manifest and prepare_data(config).manifest["source"]["dropped"] == {}
