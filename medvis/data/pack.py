@@ -241,7 +241,12 @@ def _with_lists(table: pd.DataFrame) -> pd.DataFrame:
         table[column] = [values.tolist() for values in table[column]]
     return table
 
-# %% ../../nbs/data/05_pack.ipynb #4be70a9a
+# %% ../../nbs/data/05_pack.ipynb #8fdab248
+def _table_paths(folder: Path) -> list[Path]:
+    "The tables of a Pack, in the order in which they are hashed"
+    return [path for name in ("studies", "images", "rejects", "boxes") if (path := folder / f"{name}.parquet").exists()]
+
+# %% ../../nbs/data/05_pack.ipynb #17f9d96d
 def _content_hash(pixel_hash: str, folder: Path) -> str:
     "SHA-256 of the pixels' hash and of every row of the tables in the folder, independent of how parquet encodes them"
     digest = hashlib.sha256(pixel_hash.encode())
@@ -251,11 +256,6 @@ def _content_hash(pixel_hash: str, folder: Path) -> str:
             for batch in file.iter_batches(1000):
                 digest.update(_with_lists(batch.to_pandas()).to_json(orient="values", double_precision=15).encode())
     return digest.hexdigest()
-
-
-def _table_paths(folder: Path) -> list[Path]:
-    "The tables of a Pack, in the order in which they are hashed"
-    return [path for name in ("studies", "images", "rejects", "boxes") if (path := folder / f"{name}.parquet").exists()]
 
 # %% ../../nbs/data/05_pack.ipynb #a629f69a
 LABEL, GRADE = "label/", "grade/"       # prefixes of columns in studies.parquet
