@@ -1,7 +1,7 @@
 """What preparing costs and what it saves, side by side in one run: `python benchmarks/prepare.py` (about ten minutes; --images 60 --many 600 is quicker).
 
 1. Images a second: `medvis prepare folder` with 0 and 2 workers, beside a plain one-process loop of Pillow that does nothing but decode, resize and pad.
-2. Peak memory of preparing, at `images` and at ten times as many.
+2. Peak memory of preparing small films with reports, in three splits that the guard compares, at a tenth of `many` and at `many`.
 3. Reading a random batch: from the Pack, beside decoding and resizing its JPEGs on the fly as the published loaders do (Pillow decode, area resize, pad: MGCA)."""
 import argparse
 import os
@@ -30,9 +30,9 @@ import sys, time
 from medvis.data.folder import FOLDER, FolderConfig
 from medvis.data.source import BuildConfig, prepare_source
 if __name__ == "__main__":
-    root, out, workers = sys.argv[1:]
+    root, out, workers, size = sys.argv[1:]
     start = time.perf_counter()
-    prepare_source(FOLDER, FolderConfig(root, require_report=False), BuildConfig(out, size=256, workers=int(workers), progress=False))
+    prepare_source(FOLDER, FolderConfig(root, require_report=False), BuildConfig(out, size=int(size), workers=int(workers), progress=False))
     seconds = time.perf_counter() - start
     print(seconds, next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) / 1024)   # ru_maxrss would be the parent's
 """
@@ -50,6 +50,18 @@ def write_radiographs(folder: Path, count: int, side: int) -> Path:
     return folder
 
 
+def write_studies(folder: Path, count: int) -> Path:
+    "The folder, with `count` studies of the phantom in it, each a film of 64 pixels and a report of some nine sentences, and their table; a tenth validate and a tenth test."
+    folder.mkdir(parents=True)
+    phantom, rows = Phantom(64), []
+    for number in range(count):
+        study = phantom[number]
+        Image.fromarray(study.image).save(folder / f"{number}.png")
+        rows.append((f"{number}.png", study.patient_id, {"8": "validate", "9": "test"}.get(study.patient_id[-1], "train"), study.report))    # who comes back looks alike
+    pd.DataFrame(rows, columns=["image_path", "patient_id", "split", "report"]).to_csv(folder / "table.csv", index=False)
+    return folder
+
+
 def decode(path: Path) -> np.ndarray:
     "What a published loader does for each image of each epoch: decode, grey, longer side to 256, pad."
     with Image.open(path) as picture:
@@ -62,11 +74,11 @@ def decode(path: Path) -> np.ndarray:
     return square
 
 
-def prepare_apart(root: Path, out: Path, workers: int) -> tuple[float, float]:
+def prepare_apart(root: Path, out: Path, workers: int, size: int = SIZE) -> tuple[float, float]:
     "Seconds and peak memory (MB, of the main process) of preparing in a process of its own."
     script = out.with_suffix(".py")
     script.write_text(PREPARE)
-    told = subprocess.run([sys.executable, script, root, out, str(workers)], capture_output=True, text=True, check=True).stdout.split()
+    told = subprocess.run([sys.executable, script, root, out, str(workers), str(size)], capture_output=True, text=True, check=True).stdout.split()
     return float(told[-2]), float(told[-1])
 
 
@@ -100,7 +112,7 @@ def compare(images: int, many: int) -> dict:
               f"; a batch of {len(batches[0])}: on the fly {1e3 * fly:.1f} ms, Pack {1e3 * packed:.2f} ms, {fly / packed:.0f} times", flush=True)
     memory = {}
     for count in (many // 10, many):
-        memory[count] = prepare_apart(write_radiographs(folder / f"many-{count}", count, 512), folder / f"many-pack-{count}", 0)[1]
+        memory[count] = prepare_apart(write_studies(folder / f"many-{count}", count), folder / f"many-pack-{count}", 0, 64)[1]
     found["peak memory, MB"] = memory
     print("peak memory: " + ", ".join(f"{count} images {megabytes:.0f} MB" for count, megabytes in memory.items()), flush=True)
     return found

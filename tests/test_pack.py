@@ -1,18 +1,22 @@
 """Packs and splits: a build killed at any moment ends with the same bytes, whoever did the work; damage is seen."""
+import io
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from medvis.data import pack as pack_module
 from medvis.data.pack import ImageRecord, Pack, StudyRecord, write_pack
 from medvis.data.splits import check_leaks, nested_subsets, patient_splits
 
@@ -166,6 +170,32 @@ def test_the_hash_is_of_the_content(tmp_path):
     unlabelled = write_pack(tmp_path / "d", STUDIES, read_unlabelled, **SETTINGS)
     assert base.manifest["hash"] == same.manifest["hash"]
     assert len({p.manifest["hash"] for p in (base, fewer, unlabelled)}) == 3
+
+
+def test_neither_tables_nor_hash_depend_on_row_groups(tmp_path, whole, monkeypatch):
+    monkeypatch.setattr(pack_module, "GROUP", 16)
+    pack = write_pack(tmp_path / "pack", STUDIES, read_study, **SETTINGS)
+    assert pq.ParquetFile(pack.path / "studies.parquet").num_row_groups == 5 and pack.manifest["hash"] == json.loads(whole["manifest.json"])["hash"]
+    for name in ("studies", "images", "rejects"):
+        pd.testing.assert_frame_equal(pd.read_parquet(pack.path / f"{name}.parquet"), pd.read_parquet(io.BytesIO(whole[f"{name}.parquet"])))
+    pack.verify()
+
+
+def read_long(index: int) -> StudyRecord:
+    return StudyRecord(f"s{index}", f"p{index}", "train", [ImageRecord(f"i{index}", np.zeros((2, 2), np.uint8))], f"Study {index}: {'unchanged, ' * 300}")
+
+
+def test_reports_do_not_pile_up_in_memory(tmp_path, monkeypatch):
+    "Three times the studies, but no more of their reports at a time"
+    monkeypatch.setattr(pack_module, "GROUP", 500)
+    monkeypatch.setattr(pack_module, "check_report", lambda report, rules: ([report], ""))
+    peaks = []
+    for studies in (1000, 3000):
+        tracemalloc.start()
+        write_pack(tmp_path / str(studies), range(studies), read_long, **{**SETTINGS, "size": 2, "labels": (), "part_size": 100}).verify()
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < 1.4 * peaks[0]
 
 
 def read_unlabelled(index: int) -> StudyRecord:
