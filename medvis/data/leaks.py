@@ -280,7 +280,7 @@ def near_duplicates(
     a: Prints,
     b: Prints,
     progress: bool = False,
-    block: int = 1024,          # pairs laid upon each other at a time
+    block: int = 256,           # pairs laid upon each other at a time
 ) -> pd.DataFrame:              # columns row_a, row_b, distance = 1 - correlation; sorted by rows
     "Images of a that are images of b in other clothes"
     near = [_look(a, b, np.empty((0, 5), int))]
