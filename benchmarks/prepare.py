@@ -1,4 +1,4 @@
-"""What preparing costs and what it saves, side by side in one run: `python benchmarks/prepare.py` (about ten minutes; --images 60 --many 600 is quicker).
+"""What preparing costs and what it saves, side by side in one run: `python benchmarks/prepare.py` (about two minutes).
 
 1. Images a second: `medvis prepare folder` with 0 and 2 workers, beside a plain one-process loop of Pillow that does nothing but decode, resize and pad.
 2. Peak memory of preparing small films with reports, in three splits that the guard compares, at a tenth of `many` and at `many`.
@@ -120,7 +120,7 @@ def compare(images: int, many: int) -> dict:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--images", type=int, default=200, help="of each size")
-    parser.add_argument("--many", type=int, default=4000, help="images of the larger memory measurement")
+    parser.add_argument("--many", type=int, default=10000, help="images of the larger memory measurement")
     parser.add_argument("--out", default="", help="JSON file of the results")
     given = parser.parse_args()
     found = compare(given.images, given.many)
