@@ -25,7 +25,7 @@ from .phantom import PhantomStudy
 from .plans import MGCA_SHARES, draw_splits, item_or_reject
 from .source import DataSet, ReadConfig, Recipe, Source
 
-# %% ../../nbs/data/13_chexpert.ipynb #6fdd1873
+# %% ../../nbs/data/13_chexpert.ipynb #e0edb6b3
 LABELS = ("No Finding", "Enlarged Cardiomediastinum", "Cardiomegaly", "Lung Opacity", "Lung Lesion", "Edema", "Consolidation", "Pneumonia",
           "Atelectasis", "Pneumothorax", "Pleural Effusion", "Pleural Other", "Fracture", "Support Devices")
 COMPETITION = ("Atelectasis", "Cardiomegaly", "Consolidation", "Edema", "Pleural Effusion")     # the five that both papers classify
@@ -36,7 +36,7 @@ def find_release(root: Path) -> Path:
     "The folder of the release: the root, or a folder CheXpert-v1.0... in it. DataError if there are several, or none with a table."
     if (root / "train.csv").exists() or (root / "train.csv.gz").exists():
         return root
-    if len(found := sorted(path.parent for path in root.glob("CheXpert-v1.0*/train.csv*"))) > 1:
+    if len(found := sorted({path.parent for ending in ("", ".gz") for path in root.glob(f"CheXpert-v1.0*/train.csv{ending}")})) > 1:
         raise DataError(f"{root}: {' and '.join(folder.name for folder in found)} hold a train.csv; name the one that is meant with --root")
     return found[0] if found else root
 

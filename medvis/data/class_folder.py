@@ -34,14 +34,14 @@ class ClassFolderConfig(ReadConfig):
     keep_splits: bool = True
     """Keep the splits that the folders tell; if off, or if they tell none, splits (80 / 10 / 10 % of the patients) are drawn."""
 
-# %% ../../nbs/data/11_class_folder.ipynb #cccf03c4
+# %% ../../nbs/data/11_class_folder.ipynb #de228c29
 ENDINGS = (".png", ".jpg", ".jpeg", ".dcm", ".dicom", ".tif", ".tiff", ".bmp", ".gif", ".webp")
 
 
 def find_class_images(root: Path) -> tuple[list[tuple[str, str, str]], dict[str, int]]:
     "Path below the root, split (\"\" = none is told) and class of each image, and how many files were left out by which rule"
     paths = sorted(path.relative_to(root) for path in Path(root).rglob("*") if path.is_file() or path.is_symlink())
-    packs = {path.parent for path in paths if path.name in ("images.u8", "build.txt")}         # our own, if they are made below the root
+    packs = {path.parent for path in paths if path.match("*.partial/build.txt") or path.match("*/images.u8")}      # our own, if they are made below the root
     paths = [path for path in paths if packs.isdisjoint(path.parents) and not path.name.endswith(".leaks.csv")]
     told = any(path.parts[0].lower() in SPLIT_NAMES for path in paths if len(path.parts) > 2)
     found, dropped = [], Counter()
