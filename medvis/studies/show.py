@@ -21,6 +21,7 @@ from ..evaluate import paired_gain, phantom_pointing, phantom_targets
 from ..evaluate.ground import PhantomPointing, Target
 from ..methods import Method
 from ..train import Run, load_method
+from ..train.loop import trained_on
 
 # %% ../../nbs/studies/01_show.ipynb #31b32b96
 def held_out_pairs(method: Method, data: Pack) -> Pairs:
@@ -86,9 +87,9 @@ def show_run(
     show_text: bool | None = None,   # None: only the phantom's reports
     pointing: PhantomPointing | None = None,  # None: play the game now, if it is a phantom
 ) -> Path:
-    "Write the page of a run. FileNotFoundError when the run or its pack is not there."
+    "Write the page of a run. An error when the run or its pack is not there."
     method, probe, gains = load_method(run.path), None, None
-    data = Pack(run.manifest["data"]["path"]) if data is None else data
+    data = trained_on(run) if data is None else data
     phantom = data.manifest["source"].get("kind") == "phantom"
     pairs = held_out_pairs(method, data)
     chosen = {item: [] for item in range(min(studies, len(pairs)))}
