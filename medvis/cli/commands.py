@@ -40,11 +40,13 @@ from ..train.config import Diverged, TrainConfig
 # %% ../../nbs/cli/01_commands.ipynb #327ed85c
 LAUNCH = """
 
-Several processes (GPUs, machines) train together, each on batches of --batch-size:
+Several processes train together, each on batches of --batch-size, if they are started by one of
 
-accelerate launch --num_processes 2 -m medvis pretrain ...
+accelerate launch --multi_gpu --num_processes 2 -m medvis pretrain ...
 
-torchrun --nproc_per_node 2 -m -- medvis pretrain ..."""
+torchrun --nproc_per_node 2 -m -- medvis pretrain ...
+
+(without the two dashes of their own torchrun takes --run for an option of its own)"""
 
 # %% ../../nbs/cli/01_commands.ipynb #3a155f98
 def pretrain_options(
@@ -79,6 +81,7 @@ def pretrain(method: str, options):     # -> Run
     "Pre-train a method as `pretrain_options` says."
     data = Pack(options.data)
     import torch
+    from accelerate import PartialState
 
     from medvis.encoders import train_tokenizer
     from medvis.methods import METHODS
@@ -100,7 +103,7 @@ def pretrain(method: str, options):     # -> Run
         made = kind(options.settings, train_tokenizer(words) if own else None)
     made.preset = options.preset
     run = fit(made, data, options.train)
-    print(f"Run: {run.path}")
+    PartialState().print(f"Run: {run.path}")        # once, whatever the number of processes
     return run
 
 # %% ../../nbs/cli/01_commands.ipynb #e47db040
