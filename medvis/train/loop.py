@@ -475,7 +475,8 @@ def fit(
     if trainer.accelerator.is_main_process:
         open_run(method, data, config)
     trainer.accelerator.wait_for_everyone()
-    restore(trainer)
+    with trainer.accelerator.main_process_first():      # the others would sweep away what it is writing
+        restore(trainer)
     if trainer.accelerator.is_main_process:
         for log in ("metrics.jsonl", "diagnostics.jsonl"):
             cut_log(config.run / log, trainer.step)
