@@ -6,7 +6,7 @@
 __all__ = ['learning_rate', 'parameter_groups', 'describe_machine', 'open_run', 'load_method', 'is_run', 'load_encoder', 'Run',
            'optimise', 'validate', 'cut_log', 'append_log', 'make_accelerator', 'Trainer', 'save', 'restore',
            'take_step', 'train_epoch', 'validate_epoch', 'diagnose_epoch', 'end_epoch', 'fit', 'trained_on',
-           'guard_runs']
+           'guard_runs', 'Schedule']
 
 # %% ../../nbs/train/03_loop.ipynb #27fcb0f8
 import json
@@ -39,9 +39,12 @@ from ..encoders.pretrained import architecture_of, is_pretrained, pretrained_enc
 from ..methods import METHODS
 from ..methods.method import Method
 from .checkpoint import load_checkpoint, save_checkpoint, save_weights, write_atomic, write_json
-from .config import Diverged, TrainConfig
+from .config import Diverged, Schedule, TrainConfig
 from .diagnostics import diagnose, warn_of_collapse
 from .schedules import cyclic_cosine, plateau_factor, stopped_improving, warmup_cosine, warmup_linear
+
+# %% ../../nbs/train/03_loop.ipynb #7143660d
+_all_ = ["Schedule"]      # made elsewhere, found here too
 
 # %% ../../nbs/train/03_loop.ipynb #ee8e57de
 def learning_rate(
