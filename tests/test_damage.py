@@ -287,8 +287,8 @@ def to_dicom(pattern: str) -> list[Damage]:
     found = [Damage(f"DICOM {kind}", dicom(change, pattern), outcome, "cannot be decoded" * (outcome == REJECT), outcome == SAME) for kind, (change, outcome) in kinds.items()]
     found += [Damage("DICOM is cut off in its pixels", raw(pattern, lambda data: data[:len(data) // 2]), REJECT, "cannot be decoded"),
               Damage("DICOM is cut off in its header", raw(pattern, lambda data: data[:300]), REJECT, "cannot be decoded"),
-              Damage("DICOM is a PNG", raw(pattern, lambda data: png(np.zeros((9, 9), np.uint8))), REJECT, "cannot be decoded"),
-              Damage("DICOM without its first 128 bytes", raw(pattern, lambda data: data[128:]), REJECT, "cannot be decoded")]
+              Damage("DICOM is a black PNG", raw(pattern, lambda data: png(np.zeros((9, 9), np.uint8))), REJECT, "blank|were drawn on"),
+              Damage("DICOM without its first 128 bytes", raw(pattern, lambda data: data[128:]), SAME)]
     return found + [replace(damage, name=damage.name.replace("*.dcm", "DICOM")) for damage in to_any_file(pattern, REJECT, "")]
 
 

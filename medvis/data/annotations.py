@@ -220,18 +220,14 @@ def decode_mask(
     root: str | Path,       # that paths start from
     width: int,             # of the picture that it was drawn on
     height: int,
-    orientation: int = 1,   # EXIF orientation of the picture
+    orientation: int | None = None,     # EXIF orientation of the picture, which a file must share; what is drawn is in pixels of the upright picture
 ) -> np.ndarray:            # (height, width) bool
     "The mask that a spec describes, several parts united. DataError or ImageError says what is wrong with it."
     keys = set(spec) - {"relative", "clip"} if isinstance(spec, dict) else set()
     if len(keys) != 1 or not keys <= set(DECODERS):
         found = sorted(map(str, spec)) if isinstance(spec, dict) else type(spec).__name__
         raise DataError(f"mask given as {found}; expected a dict with one of {', '.join(DECODERS)}")
-    kind = keys.pop()
-    if orientation != 1 and kind not in ("file", "union") and spec[kind]:
-        raise DataError(f"mask given as {kind} for an image with EXIF orientation {orientation}: nothing says whether it was drawn before or after turning; "
-                        "turn the image's pixels upright and remove the tag")
-    return DECODERS[kind](spec, Path(root), width, height, orientation)
+    return DECODERS[keys.pop()](spec, Path(root), width, height, orientation)
 
 
 DECODERS: dict[str, Callable[[dict, Path, int, int, int], np.ndarray]] = {

@@ -202,23 +202,20 @@ def read_item_image(
     fit: str,
     even: bool = False,     # equalise the histogram first
 ) -> ImageRecord:
-    "Read an image and bring it, with its masks, to the square; boxes stay in pixels of the file. ImageError or DataError if anything of it is damaged."
+    "Read an image and bring it, with its masks, to the square; boxes stay in pixels of the upright picture. ImageError or DataError if anything of it is damaged."
     path = safe_path(planned["path"])
     data = read_bytes(root / path, path)
     image = decode_image(data, path)
-    check_not_blank(image, size, path)
     height, width = image.shape
     across, down = _frame(planned, width, height)
     boxes, masks, orientation = planned.get("boxes"), planned.get("masks"), exif_orientation(data)
-    if boxes and orientation != 1:
-        raise DataError(f"image with EXIF orientation {orientation} and boxes: nothing says whether they were drawn before or after turning; "
-                        "turn its pixels upright and remove the tag")
     if boxes is not None:
         boxes = [(name, *np.multiply(corners, [width / across, height / down] * 2).tolist())
                  for name, *corners in check_boxes(boxes, across, down, planned.get("clip", False))]
     if masks is not None:
         masks = {name: spec and mask_to_square(decode_mask(spec, root, round(across), round(down), orientation), size, fit) for name, spec in masks.items()}
     pixels = to_square(equalise(image) if even else image, size, fit)
+    check_not_blank(image, size, path)
     levels = int(np.count_nonzero(np.bincount(image.ravel(), minlength=256)))
     return ImageRecord(image_id=planned["id"], pixels=pixels, path=path, sha256=hashlib.sha256(data).hexdigest(), width=width, height=height,
                        view=planned.get("view", ""), boxes=boxes, masks=masks, levels=levels)
