@@ -203,6 +203,18 @@ def _check_jpeg(data: bytes) -> None:
     if not same:
         raise ValueError("JPEG whose coded pixels end before the picture does: damaged, or half downloaded?")
 
+# %% ../../nbs/data/03_images.ipynb #12ba8d3b
+def _sixteen_bits(data: bytes) -> np.ndarray:       # (H, W, C) uint16
+    "The channels of a PNG of 16 bits with colour or alpha, of which Pillow keeps the upper bytes: its lower bytes are those of the other byte order"
+    kind = {2: ("RGB", "RGB;16B", "RGB;16L"), 6: ("RGBA", "RGBA;16B", "RGBA;16L"), 4: ("RGBA", "RGBA")}[data[25]]
+    halves = []
+    for order in kind[1:]:
+        with Image.open(io.BytesIO(data)) as picture:
+            picture._mode, picture.tile = kind[0], [tile._replace(args=order) for tile in picture.tile]
+            halves.append(np.array(picture).astype(np.uint16))
+    high, low = halves if len(halves) == 2 else (halves[0][..., 0::2], halves[0][..., 1::2])      # grey and alpha: four bytes a pixel
+    return high * 256 + low
+
 # %% ../../nbs/data/03_images.ipynb #9fd9d10a
 def _numbers(picture: Image.Image, data: bytes) -> tuple[np.ndarray, bool]:     # (H, W) any numbers, before turning; do they start elsewhere than at 0?
     "The numbers of a picture that has more than eight bits or a sign. ValueError for colour of more than eight bits that is not PNG."
@@ -210,11 +222,8 @@ def _numbers(picture: Image.Image, data: bytes) -> tuple[np.ndarray, bool]:     
     white, bits, kind = tags.get(262) == 0, tags.get(258, (8,)), tags.get(339, (1,))[0]
     grey = picture.mode == "F" or picture.mode.startswith("I")
     if picture.format == "PNG" and data[24] == 16 and not grey:
-        from torchvision.io import ImageReadMode, decode_image as decode_png
-        from torch import frombuffer, uint8
-
-        planes = decode_png(frombuffer(bytearray(data), dtype=uint8), ImageReadMode.UNCHANGED).numpy().astype(np.float64)
-        return planes[0] if len(planes) < 3 else np.tensordot([0.299, 0.587, 0.114], planes[:3], 1).round(), False
+        planes = _sixteen_bits(data)
+        return planes[..., 0] if planes.shape[-1] == 2 else (planes[..., :3] @ [0.299, 0.587, 0.114]).round(), False
     if not grey and max(bits) > 8:
         raise ValueError(f"{picture.format} in colour or with alpha of {max(bits)} bits; expected 8 bits, grey, or PNG")
     values = np.asarray(picture)
