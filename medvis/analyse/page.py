@@ -59,7 +59,9 @@ def _table(part: pd.DataFrame) -> Html:
     table = part.to_html(
         index=False, escape=True, border=0, na_rep="–", float_format=lambda value: f"{value:.3f}", justify="unset"
     )
-    return Html(f'<div class="wide">{table}</div>')
+    told = part.iloc[:, -1].map(lambda value: len(value) if isinstance(value, str) else 0) if len(part.columns) else []
+    prose = " prose" if max(told, default=0) > 30 else ""  # the last column is sentences
+    return Html(f'<div class="wide{prose}">{table}</div>')
 
 # %% ../../nbs/analyse/02_page.ipynb #d58dc47e
 @to_html.register
@@ -404,7 +406,7 @@ h2{font-size:1.25rem;margin:0 0 .35rem;letter-spacing:-.01em}h3{font-size:.95rem
 p{margin:.4rem 0;max-width:78ch}header p{color:var(--soft)}
 main>section,main>details{background:var(--card);border:1px solid var(--line);border-radius:12px;padding:1.1rem 1.25rem;
   margin:1rem 0}
-section>p,td.words{color:var(--soft)}main>details>summary{cursor:pointer;font-weight:600}pre{overflow:auto;font-size:.8rem;line-height:1.4}
+section>p{color:var(--soft)}main>details>summary{cursor:pointer;font-weight:600}pre{overflow:auto;font-size:.8rem;line-height:1.4}
 .headlines{display:grid;grid-template-columns:repeat(auto-fit,minmax(190px,1fr));gap:1rem;margin:1.25rem 0}
 .headlines div{background:var(--card);border:1px solid var(--line);border-radius:12px;padding:1rem 1.25rem;
   display:flex;flex-direction:column;min-width:0}
@@ -424,6 +426,8 @@ figure{margin:0;min-width:0}figure img{width:100%;display:block;border-radius:8p
 figcaption{font-size:.85rem;margin-top:.25rem}
 .bar{display:flex;align-items:center;gap:.4rem;font-size:.7rem;color:var(--soft);font-variant-numeric:tabular-nums}
 .bar i{flex:1;height:6px;border-radius:3px;min-width:1.5rem;print-color-adjust:exact;-webkit-print-color-adjust:exact}
+tbody tr:last-child td{border-bottom:0}
+.prose td:last-child,.prose th:last-child{text-align:left;white-space:normal;min-width:15rem}
 section.live #widget{margin:.75rem 0 0}
 @media(max-width:520px){main{padding:1rem .6rem 2rem}main>section,main>details{padding:.9rem .8rem}}
 @media print{:root{color-scheme:light;--ground:#fff;--card:#fff;--ink:#1b2733;--soft:#5b6775;--line:#dde2e8;

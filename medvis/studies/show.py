@@ -75,13 +75,14 @@ CARD = ("Hover a word, or a sentence's number, to see where the trained network 
 
 
 def live_card(
+    name: str,                        # of the run
     method: Method,
     data: Pack,
     chosen: dict[int, list[Target]],  # row of the Pack -> targets
     show_text: bool,
 ) -> Live:
     "The correspondence widget with some test studies as a part of a page."
-    widget = CorrespondenceWidget(method, data, masked=not show_text)
+    widget = CorrespondenceWidget({name: method}, data, masked=not show_text)
     positions = [widget.studies.rows.index(row) for row in chosen]
     words = [target.word for target in next(iter(chosen.values()))][:1]
     widget.position = positions[0]
@@ -111,7 +112,8 @@ def top_numbers(
                 f"untrained: {macro.loc[('random', row.fraction)].auroc:.3f}; gain {row.gain:+.3f} ({row.low:+.3f} to {row.high:+.3f})"))
     for grain in ("sentence", "word") if pointing is not None else ():
         rate = pointing.rate(grain=grain)
-        blind = "" if control is None else f"untrained: {control.rate(grain=grain).hit_rate.value:.3f}; "
+        known = None if control is None else control.rate(grain=grain).hit_rate
+        blind = "" if known is None else f"untrained: {known.value:.3f} ({known.low:.3f} to {known.high:.3f}); "
         numbers.append((f"{rate.hit_rate.value:.3f}", f"of the {grain}s that name a finding point at it ({rate.hit_rate.low:.3f} to "
                         f"{rate.hit_rate.high:.3f})", f"{blind}chance {rate.chance.value:.3f}"))
     return headlines(numbers)
@@ -184,7 +186,8 @@ def show_run(
             pointing, chosen = pointing or phantom_pointing(method, pairs), pick_targets(phantom_targets(pairs), studies)
             control = phantom_pointing(untrained(run), pairs)
         cards = study_cards(method, pairs, chosen, shown)
-        live = live_card(method, data, {pairs.items[item][0]: found for item, found in chosen.items()}, shown) if chosen else None
+        rows = {pairs.items[item][0]: found for item, found in chosen.items()}
+        live = live_card(run.config["method"], method, data, rows, shown) if rows else None
     if (run.path / "probe" / "probe.csv").exists():
         probe = pd.read_csv(run.path / "probe" / "probe.csv")
         gains = known_gains(run.path / "probe" / "predictions.parquet")
