@@ -514,7 +514,7 @@ def exact_for(
     told = f"Exact for one kind of processor ({kind}) and {threads} thread{'' if threads == 1 else 's'}"
     if machine.get("gpu"):
         told += f", on {machine['gpu']}"
-    told += "; another machine's numbers differ, most often within the intervals."
+    told += "; another machine's numbers differ somewhat. Intervals are over patients, not over machines or seeds."
     return told + (" One seed is an anecdote: train several before you compare methods." if seeds == 1 else "")
 
 # %% ../../nbs/analyse/02_page.ipynb #93693d70

@@ -134,7 +134,8 @@ def diagnostics_section(run: Run) -> list[Section]:
         return []
     last = {name: value for name, value in diagnostics.iloc[-1].dropna().items() if isinstance(value, float)}
     told = "; ".join(collapse(last)) or "No sign of collapse"
-    about = f"What the vectors look like on validation patients after each epoch; the healthy range is shaded. {told}."
+    about = (f"What the vectors look like on validation patients after each epoch. {told}. The healthy range is shaded: outside it "
+             "training warns (spread, rank, prototypes), or, as a rule of thumb, next to nothing has been learned (the others).")
     return [Section("Is it well?", [about, diagnostic_figures(diagnostics), diagnostics_table(diagnostics)])]
 
 # %% ../../nbs/studies/01_show.ipynb #9d4e41b4
