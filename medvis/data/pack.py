@@ -19,7 +19,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
@@ -32,7 +32,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm.auto import tqdm
 
-from .files import write_bytes
+from .files import lock_folder, write_bytes
 from .leaks import LEAK_COLUMNS, join_leaks, leaks_between, leaks_summary, leaks_within, refuse
 from .reports import ReportRules, check_report
 
@@ -694,7 +694,8 @@ def write_pack(
 ) -> Pack:
     """Build a Pack, or go on with a build that was killed, or open the one that is there.
 
-    FileExistsError if `out` (or `<out>.partial`) holds something else; ValueError if too much is rejected, or if patients or images leak between splits.
+    FileExistsError if `out` (or `<out>.partial`) holds something else, BlockingIOError if another process is building it; ValueError if too much is
+    rejected, or if patients or images leak between splits.
     """
     out, _ = Path(out), [Pack(path) for path in against]      # a wrong path is told before any work
     if not len(items):
@@ -702,15 +703,15 @@ def write_pack(
     plan = _Plan(Path(f"{out}.partial"), read, size, rules, tuple(labels), require_report, part_size, source,
                  tuple(grades), tuple(boxes), tuple(masks))
     key = plan.key(items)
-    if not _unfinished(out, plan, key, progress):
+    whole = (out / "manifest.json").exists() and not Path(f"{out}.lock").exists()     # a lock that a killed process left is taken, and so swept away
+    with nullcontext() if whole else lock_folder(out, "Pack"):
+        if unfinished := _unfinished(out, plan, key, progress):
+            parts = _all_parts(plan, items, workers, progress)
+            _check_rejects(plan, parts, max_rejects)
+        folder = _assemble(plan, key, parts) if unfinished else out
         if guarded:
-            guard(out, against, allow_leaks, progress)
-        return Pack(out)
-    parts = _all_parts(plan, items, workers, progress)
-    _check_rejects(plan, parts, max_rejects)
-    folder = _assemble(plan, key, parts)
-    if guarded:
-        guard(folder, against, allow_leaks, progress)
-    os.replace(folder, out)
-    shutil.rmtree(plan.folder)
+            guard(folder, against, allow_leaks, progress)
+        if unfinished:
+            os.replace(folder, out)
+            shutil.rmtree(plan.folder)
     return Pack(out)
