@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .preprocessing import Preprocessing
 from .pack import Pack
-from .reports import find_words
+from .reports import find_words, normalise
 
 # %% ../../nbs/data/07_pairs.ipynb #56b54a76
 def counter_seed(
@@ -95,7 +95,7 @@ def tokenise(
     "Tokenise sentences word by word. Sentences without words are dropped; no sentences at all give [CLS] [SEP]."
     spans = [find_words(sentence, punctuation) for sentence in sentences]
     kept = [(sentence, found) for sentence, found in zip(sentences, spans) if found]
-    texts = [[sentence[start:end] for start, end in found] for sentence, found in kept]
+    texts = [[normalise(sentence[start:end]) for start, end in found] for sentence, found in kept]
     coded = tokenizer(texts, is_split_into_words=True, add_special_tokens=False) if texts else None
     ids, word, sentence_of, places = [], [], [], []
     for s, (_, found) in enumerate(kept):
