@@ -34,7 +34,7 @@ from tqdm.auto import tqdm
 
 from .files import lock_folder, write_bytes
 from .leaks import LEAK_COLUMNS, join_leaks, leaks_between, leaks_summary, leaks_within, refuse
-from .reports import ReportRules, check_report
+from .reports import ReportRules, check_report, count_headings
 
 # %% ../../nbs/data/05_pack.ipynb #15f8a7fc
 @dataclass
@@ -385,6 +385,12 @@ def _versions() -> dict[str, str]:
             found[name] = version(name)
     return found
 
+# %% ../../nbs/data/05_pack.ipynb #d01c022b
+def _headings_in(folder: Path) -> dict[str, int]:   # heading -> reports
+    "The headings in the reports of a Pack that were not understood"
+    batches = pq.ParquetFile(folder / "studies.parquet").iter_batches(1000, columns=["report"])
+    return count_headings(text for batch in batches for text in batch.column(0).to_pylist())
+
 # %% ../../nbs/data/05_pack.ipynb #d01c022c
 def _manifest(plan: _Plan, key: str, parts: list[dict], sums: np.ndarray, folder: Path) -> dict:
     "What is in the Pack, where it came from, and how to check it; the same bytes for the same build"
@@ -406,6 +412,7 @@ def _manifest(plan: _Plan, key: str, parts: list[dict], sums: np.ndarray, folder
                    "splits": {str(name): int(count) for name, count in studies.split.value_counts().sort_index().items()}},
         "rejected": dict(sorted(lost.items())),
         "views": dict(sorted(views.items())) if any(views) else {},
+        **({"headings": headings} if (headings := _headings_in(folder)) else {}),
         "pixels": {"train": _pixel_statistics(sums[train], plan.size), "all": _pixel_statistics(sums, plan.size)},
         "grey_levels": _grey_levels(levels),
         "lists": _lists(tables),

@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .preprocessing import Preprocessing
 from .pack import Pack
-from .reports import find_words
+from .reports import find_words, normalise
 
 # %% ../../nbs/data/07_pairs.ipynb #56b54a76
 def counter_seed(
@@ -115,7 +115,7 @@ def encode_words(
     """The pieces of running text that belong to words. BERT's tokenizers cut at blanks and punctuation first, so that words apart
     have the same pieces; byte-level and SentencePiece tokenizers need the blank before a word, and are given the sentence."""
     if type(tokenizer.backend_tokenizer.pre_tokenizer).__name__ == "BertPreTokenizer":
-        texts = [[sentence[start:end] for start, end in found] for sentence, found in zip(sentences, spans)]
+        texts = [[normalise(sentence[start:end]) for start, end in found] for sentence, found in zip(sentences, spans)]
         coded = tokenizer(texts, is_split_into_words=True, add_special_tokens=False)
         return [(ids, coded.word_ids(s), found) for s, (ids, found) in enumerate(zip(coded["input_ids"], spans))]
     coded, out = tokenizer(list(sentences), add_special_tokens=False, return_offsets_mapping=True), []
