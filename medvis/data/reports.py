@@ -116,7 +116,7 @@ _JOINT = re.compile(r"\s*(?:/|&|\+|,|\band\b|\bor\b)\s*")
 
 def _known_name(heading: str) -> str:
     'The usual name of a heading or of several joined ones, whatever the case, plural and brackets; "" = it is not known'
-    heading = " ".join(re.sub(r"[(\[](?!e?s[)\]])[^()\[\]]*[)\]]", " ", heading.lower()).split())
+    heading = " ".join(re.sub(r"[(\[](?!e?s[)\]])[^()\[\]]*(?:[)\]]|$)", " ", heading.lower()).split())
     heading = re.sub(r"[(\[]e?s[)\]]", "", heading)
     heading = re.sub(r"\s*#?\s?\d{1,2}$", "", heading)                                # ADDENDUM #2
     if heading in _OUR_NAMES:
