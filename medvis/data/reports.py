@@ -203,12 +203,12 @@ def _belongs(headings: list[tuple[str, str, int, int]]) -> list[tuple[str, str, 
         names.add(section)
     return begun
 
-# %% ../../nbs/data/02_reports.ipynb #093d5c6e
+# %% ../../nbs/data/02_reports.ipynb #0a3d5c6c
 def _tidy(text: str) -> str:
     "The text without what XML and other systems leave: entities, a byte order mark, their ends of lines"
     return html.unescape(text).lstrip("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
 
-
+# %% ../../nbs/data/02_reports.ipynb #093d5c6e
 def parse_sections(text: str) -> dict[str, str]:
     """Cut a report into its sections, whatever the indentation, case, Markdown, plural, remark in brackets or combination of its headings.
 
