@@ -3,13 +3,16 @@ import re
 import time
 import unicodedata
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from medvis.data.mimic import LOCAL_MI_RULES
+from medvis.data.pack import ImageRecord, StudyRecord, write_pack
 from medvis.data.reports import (LOVT_RULES, MGCA_RULES, ReportRules, check_report, count_headings, filter_reports, find_words, normalise,
                                  parse_mimic_sections, parse_sections, report_sentences, section_name, split_sentences, unknown_headings)
+from medvis.data.source import summary
 
 PIECES = st.sampled_from([
     "The lungs are clear", "no effusion", "1.5 cm", "2. ", "1. ", "3)", "Dr. ", "J. ", "approx. ", "e.g. ", "vs. ", "a.m. ", "p.m.", "___", "XXXX", ".", ". ",
@@ -242,7 +245,17 @@ def test_only_recurring_capitals_are_told():
     assert unknown_headings("FINDINGS: a\nCHEST PA: b\nIMPRSSION: c") == []
 
 
-@pytest.mark.parametrize("bullet", ["–", "—", "•", "*", "-", "‣", "▪", "– ", "• ", "* ", "1. ", "1)", "(1) "])
+def test_a_pack_tells_what_was_not_understood(tmp_path):
+    def read(number):
+        text = f"FINDINGS: The lungs are clear.\n{'LUNGS' if number < 6 else 'SMITH'}: All is well here."
+        image = ImageRecord(str(number), np.full((8, 8), number, np.uint8))
+        return StudyRecord(study_id=str(number), patient_id=str(number), split="train", images=[image], report=text)
+    pack = write_pack(tmp_path / "pack", range(7), read, 8, {"kind": "invented"})
+    assert pack.manifest["headings"] == {"LUNGS": 6, "(seldom)": 1} and "SMITH" not in (tmp_path / "pack" / "manifest.json").read_text()
+    assert "headings not understood, and in how many reports: LUNGS 6, (seldom) 1" in summary(pack)
+
+
+@pytest.mark.parametrize("bullet", ["–", "—", "•", "*", "-", "‣", "◆", "– ", "• ", "* ", "1. ", "1)", "(1) "])
 def test_one_sentence_a_bullet(bullet):
     items = [bullet.replace("1", str(number)) + text for number, text in enumerate(("No pneumonia", "large heart", "Old fractures"), 1)]
     assert split_sentences("\n".join(items)) == items
