@@ -73,6 +73,7 @@ class Method(nn.Module):
 
     Config = MethodConfig
     presets: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {}  # name -> (configuration, training recipe)
+    least_batch = 2                 # samples of one batch, so that there is something to contrast with
 
     def __init__(self, config: MethodConfig, tokenizer: PreTrainedTokenizerBase | None = None, **pooling):
         super().__init__()
