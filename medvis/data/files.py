@@ -4,21 +4,26 @@
 
 # %% auto #0
 __all__ = ['NUMBER', 'DataError', 'find_file', 'read_bytes_of', 'decode', 'read_text', 'read_table', 'number', 'label',
-           'write_bytes', 'safe_path']
+           'write_bytes', 'safe_path', 'lock_folder']
 
 # %% ../../nbs/data/02a_files.ipynb #d65b66fc
 import csv
 import gzip
 import io
+import json
 import math
 import os
 import posixpath
 import re
+import socket
+import time
 import zlib
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import pandas as pd
+import psutil
 
 # %% ../../nbs/data/02a_files.ipynb #8d1a97c8
 class DataError(ValueError):
@@ -150,3 +155,83 @@ def safe_path(name: str) -> str:
     if not name or "\0" in name or tidy.startswith(("/", "..")) or tidy == "." or ":" in tidy.split("/")[0]:
         raise DataError(f"the path {name[:60]!r} does not lead to a file below the folder of the data set")
     return tidy
+
+# %% ../../nbs/data/02a_files.ipynb #f5f5e240
+def _holder() -> dict:
+    "Who we are: host, process id, and when the process started (seconds)"
+    return {"host": socket.gethostname(), "pid": os.getpid(), "start": psutil.Process().create_time()}
+
+# %% ../../nbs/data/02a_files.ipynb #298e53a1
+def _gone(note: bytes, age: float) -> bool:
+    "Has the holder of a lock ended? Of another host nobody knows: no. An empty lock is being written, or its writer was killed (it is some seconds old)."
+    try:
+        held = json.loads(note)
+        if held["host"] != socket.gethostname():
+            return False
+        process = psutil.Process(held["pid"])
+        return abs(process.create_time() - held["start"]) > 2 or process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+    except psutil.AccessDenied:
+        return False
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return not note.strip() and age > 5
+
+# %% ../../nbs/data/02a_files.ipynb #bc1ddb17
+def _whose(note: bytes) -> str:
+    "The holder of a lock, for the error"
+    try:
+        held = json.loads(note)
+        return f"process {held['pid']} on {held['host']}"
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return "a process that is not named (the lock is damaged, or just being written)"
+
+# %% ../../nbs/data/02a_files.ipynb #503a939c
+def _move_aside(lock: Path, judged: bytes) -> None:
+    "Remove a stale lock, as it was judged; one that has come into its place since is put back"
+    aside = lock.with_name(f"{lock.name}.{os.getpid()}.stale")
+    try:
+        os.rename(lock, aside)
+    except FileNotFoundError:       # somebody else was first
+        return
+    if aside.read_bytes() != judged:
+        os.link(aside, lock)
+    aside.unlink()
+
+# %% ../../nbs/data/02a_files.ipynb #d3939778
+def _take(lock: Path, note: bytes, what: str) -> None:
+    "Make the lock; BlockingIOError (an OSError) if somebody holds it"
+    for _ in range(100):
+        try:
+            with open(os.open(lock, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644), "wb") as file:
+                file.write(note)
+            return
+        except FileExistsError:
+            pass
+        try:
+            found, age = lock.read_bytes(), time.time() - lock.stat().st_mtime
+        except FileNotFoundError:       # it was given back just now
+            continue
+        if not _gone(found, age):
+            raise BlockingIOError(f"{lock.with_suffix('')}: {_whose(found)} is working on this {what}; wait for it, or choose another place. "
+                                  f"If that process has ended, delete {lock}")
+        _move_aside(lock, found)
+    raise BlockingIOError(f"{lock}: others take and give back this lock all the time; try again")
+
+# %% ../../nbs/data/02a_files.ipynb #318ba31e
+@contextmanager
+def lock_folder(
+    folder: Path,       # that is to be written; need not be there
+    what: str,          # that it holds, for the error: Pack, run
+) -> Iterator[None]:
+    """Be the only process that writes a folder, by <folder>.lock beside it. BlockingIOError (an OSError), one line with host and process id, if another is;
+    a lock whose process has ended on this host is taken over."""
+    folder = Path(os.path.realpath(folder))
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    lock, note = folder.with_name(f"{folder.name}.lock"), json.dumps(_holder()).encode()
+    _take(lock, note, what)
+    try:
+        yield
+    finally:
+        if lock.exists() and lock.read_bytes() == note:
+            lock.unlink()
