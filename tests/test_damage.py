@@ -211,8 +211,8 @@ def frames(data: bytes) -> bytes:
     return out.getvalue()
 
 
-def to_picture(pattern: str, name: str, number: int = 0) -> list[Damage]:
-    "Damage to a PNG or JPEG; pictures are recognised by what is in them, not by their names."
+def to_picture(pattern: str, name: str, number: int = 0, masked: bool = False) -> list[Damage]:
+    "Damage to a PNG or JPEG; pictures are recognised by what is in them, not by their names. One that is `masked` by a file may not be turned without it."
     kinds = {
         "is cut off in the middle": (lambda data: data[:len(data) // 2], REJECT), "has only a header": (lambda data: data[:40], REJECT),
         "claims 60 000 x 60 000 pixels": (bomb, REJECT), "is a single pixel": (as_picture(lambda picture: picture.crop((0, 0, 1, 1))), REJECT),
@@ -221,11 +221,11 @@ def to_picture(pattern: str, name: str, number: int = 0) -> list[Damage]:
         "is in colour": (as_picture(lambda picture: picture.convert("RGB")), SAME), "has an alpha channel": (as_picture(lambda picture: picture.convert("RGBA")), SAME),
         "has a grey alpha channel": (as_picture(lambda picture: picture.convert("LA")), SAME), "has a palette": (as_picture(lambda picture: picture.convert("P")), SAME),
         "is a BMP": (as_picture(lambda picture: picture, "BMP"), SAME), "is a TIFF of three frames": (frames, SAME),
-        "is turned, and says so": (as_picture(turned, exif=orientation(6)), SAME),
-        "is mirrored, and says so": (as_picture(lambda picture: picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT), exif=orientation(2)), SAME),
+        "is turned, and says so": (as_picture(turned, exif=orientation(6)), REJECT if masked else SAME),
+        "is mirrored, and says so": (as_picture(lambda picture: picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT), exif=orientation(2)), REJECT if masked else SAME),
         "has bytes behind its end": (lambda data: data + b"\0" * 500, SAME),
     }
-    found = [Damage(f"{name} {kind}", raw(pattern, lambda data, change=change: change(data), number), outcome, "cannot be decoded|not a known image|1 x 1" * (outcome == REJECT))
+    found = [Damage(f"{name} {kind}", raw(pattern, lambda data, change=change: change(data), number), outcome, "cannot be decoded|not a known image|1 x 1|EXIF orientation" * (outcome == REJECT))
              for kind, (change, outcome) in kinds.items()]
     found.append(Damage(f"{name} is CMYK", raw(pattern, as_picture(lambda picture: Image.merge("CMYK", [picture.point(lambda value: 255 - value)] * 3 + [Image.new("L", picture.size)]), "TIFF"), number), SAME, alike=True))
     found.append(Damage(f"{name} has 16 bits", raw(pattern, as_picture(lambda picture: Image.fromarray(np.asarray(picture).astype(np.uint16) * 256)), number), SAME, alike=True))
@@ -287,8 +287,8 @@ def to_dicom(pattern: str) -> list[Damage]:
     found = [Damage(f"DICOM {kind}", dicom(change, pattern), outcome, "cannot be decoded" * (outcome == REJECT), outcome == SAME) for kind, (change, outcome) in kinds.items()]
     found += [Damage("DICOM is cut off in its pixels", raw(pattern, lambda data: data[:len(data) // 2]), REJECT, "cannot be decoded"),
               Damage("DICOM is cut off in its header", raw(pattern, lambda data: data[:300]), REJECT, "cannot be decoded"),
-              Damage("DICOM is a PNG", raw(pattern, lambda data: png(np.zeros((9, 9), np.uint8))), REJECT, "cannot be decoded"),
-              Damage("DICOM without its first 128 bytes", raw(pattern, lambda data: data[128:]), REJECT, "cannot be decoded")]
+              Damage("DICOM is a black PNG", raw(pattern, lambda data: png(np.zeros((9, 9), np.uint8))), REJECT, "blank|were drawn on"),
+              Damage("DICOM without its first 128 bytes", raw(pattern, lambda data: data[128:]), SAME)]
     return found + [replace(damage, name=damage.name.replace("*.dcm", "DICOM")) for damage in to_any_file(pattern, REJECT, "")]
 
 
@@ -521,7 +521,7 @@ def shape(key: str, value: object) -> Callable[[Path], None]:
 
 def covid_rural() -> list[Damage]:
     mask, notes = "covid_rural_annot/pngs_masks/*.png", "covid_rural_annot/jpgs/jsons/*.json"
-    found = to_picture("covid_rural_annot/jpgs/*.jpg", "picture")
+    found = to_picture("covid_rural_annot/jpgs/*.jpg", "picture", masked=True)
     points = {"nan": [[float("nan"), 1], [5, 5], [9, 1]], "infinite": [[float("inf"), 1], [5, 5], [9, 1]], "outside": [[500, 1], [5, 5], [9, 1]], "negative": [[-50, 1], [5, 5], [9, 1]], "two": [[1, 1], [5, 5]], "words": [["a", "b"]] * 3,
               "of three numbers": [[1, 2, 3]] * 3, "not a list": "1 2 3 4 5 6", "null": None, "ragged": [[1, 2], [3], [4, 5]], "an object": {"x": 1}}
     found += [Damage(f"the corners of a lung are {kind}", shape("points", value), REJECT) for kind, value in points.items()]
@@ -622,7 +622,7 @@ def folder() -> list[Damage]:
     found += of_cells("masks.csv", 1, {"image_path": {"blank": "", "unknown": "images/99.png"}, "label": {"blank": ""}, "mask_path": {"blank": "", "led out": "../../x.png", "absolute": "/etc/passwd"}}, ERROR, "masks.csv|leads out")
     found += of_cells("masks.csv", 1, {"mask_path": {"nowhere": "masks/none.png", "an image": "images/0.png", "a folder": "masks"}}, REJECT, "mask|png")
     found += [Damage("mask is of another size", raw("masks/*.png", lambda data: png(np.zeros((9, 9), np.uint8))), REJECT, "mask"), Damage("mask is of other values", raw("masks/*.png", lambda data: png(np.full((64, 64), 7, np.uint8))), REJECT, "mask")]
-    return found + to_picture("images/0.png", "picture") + to_dicom("images/*.dcm")
+    return found + to_picture("images/0.png", "picture", masked=True) + to_dicom("images/*.dcm")
 
 
 def class_folder() -> list[Damage]:

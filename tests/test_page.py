@@ -149,6 +149,51 @@ def test_the_page_in_a_browser(hostile_page, tmp_path):
     assert np.median(dark) < 60 and dark.max() > 180
 
 
+def probe_of(rates: dict) -> pd.DataFrame:
+    rows = [{"encoder": encoder, "finding": finding, "fraction": 1.0, "auroc": rate, "low": rate, "high": rate, "n": 30}
+            for encoder in ("mine", "random") for finding, rate in rates.items()]
+    return pd.DataFrame(rows)
+
+
+def test_figures_and_tables_have_one_order():
+    table = probe_of({"Nodule": 0.6, "Edema": 0.9, "Fracture": 0.7, "macro": 0.73})
+    drawn = [label.get_text() for label in page.probe_figure(table).axes[0].get_yticklabels()]
+    assert drawn == page.probe_summary(table)["finding"].tolist() == ["macro", "Edema", "Fracture", "Nodule"]
+    rates = pd.DataFrame({"finding": ["A", "B", "all"], "hit_rate": [0.1, 0.5, 0.3], "low": 0.0, "high": 1.0, "chance": 0.1, "targets": 9})
+    section = page.run_sections(pointing=rates)[0].html()
+    assert section.index("<td>all") < section.index("<td>B") < section.index("<td>A")
+
+
+def test_a_curve_is_drawn_once():
+    """A method with one part logs it beside the loss: one chart. Two parts, one of them the other's copy: two."""
+    loss = [3.0, 2.0, 2.5]
+    one = pd.DataFrame({"step": [1, 2, 2], "split": ["train", "train", "validate"], "loss": loss, "bound": loss})
+    assert page.curve_names(one) == ["loss"] and page.curve_names(one.assign(other=[1.0, 0.5, np.nan])) == ["loss", "other"]
+    axes = page.curves_figure(one).axes
+    assert [(bool(ax.get_xlabel()), bool(ax.get_ylabel())) for ax in axes] == [(True, True)]
+
+
+def test_a_map_has_its_colour_bar():
+    report = Report([], [], [], ["Large heart."], [(0, 0, 5), (0, 6, 11)])
+    card = page.correspondence_card(np.eye(16), correspondence(), 0, report, pick=[0, 1])
+    assert card.count('class="bar"') == 2 and card.count("<figure>") == 3
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
+def test_only_the_live_card_runs(tmp_path):
+    """The card's own script runs, offline; a script that got into the page does not."""
+    sync_playwright = pytest.importorskip("playwright.sync_api").sync_playwright
+    live = page.Live("Card", HOSTILE, page.Html('<p id="here">still</p>'), "document.getElementById('here').textContent = 'moved';")
+    smuggled = page.Section("x", [page.Html("<script>document.title = 'owned'</script><img src=x onerror=\"document.title='owned'\">")])
+    path = page.write_page(tmp_path / "page.html", "fine", [smuggled], live=live)
+    with sync_playwright() as play:
+        browser = play.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        tab = browser.new_page()
+        tab.goto(path.as_uri())
+        assert tab.inner_text("#here") == "moved" and tab.title() == "fine"
+        browser.close()
+
+
 def test_settings_are_shown_as_json():
     shown = page.to_html({"path": Path("/a"), "rate": 1e-3, "nested": {"x": None}})
     assert json.loads(re.sub("<.*?>", "", shown).replace("&quot;", '"')) == {"path": "/a", "rate": 1e-3, "nested": {"x": None}}

@@ -160,9 +160,9 @@ def test_modes_give_the_same_grey(mode, tmp_path):
 @pytest.mark.parametrize(("name", "data", "complaint"), [
     ("a.png", b"", "file is empty"),
     ("a.png", b"not an image", "not a known image format"),
-    ("a.dcm", b"not an image", "cannot be decoded|DICOM without pixel data"),
+    ("a.dcm", b"not an image", "not a known image format"),
     ("a.jpg", "jpeg:200", "cannot be decoded|not a known"),
-    ("a.jpg", "jpeg:-100", "cannot be decoded: OSError: image file is truncated"),
+    ("a.jpg", "jpeg:-100", "cannot be decoded: JPEG without an end"),
     ("a.png", "png:60", "cannot be decoded"),
     ("a.png", "tiny", "has 1 x 1 pixels"),
 ])
@@ -373,7 +373,7 @@ def test_bad_files_and_reports_are_rejects(folder):
     table = rows(image_path=paths, report=[REPORT] * 6 + ["IMPRESSION: ___.", REPORT])
     pack = prepared(folder, table, max_rejects=0.9)
     reasons = dict(pack.rejects.values.tolist())
-    assert reasons.pop("a.jpg").startswith("cannot be decoded: OSError: image file is truncated")
+    assert reasons.pop("a.jpg").startswith("cannot be decoded: JPEG without an end")
     assert reasons == {"b.png": "file is empty", "c.png": "not a known image format", "d.png": "file not found",
                        "loop.png": "cannot be opened: Too many levels of symbolic links", "row 6": "the path '' does not lead to a file below the folder of the data set",
                        "g.png": "report: fewer than 3 words"}

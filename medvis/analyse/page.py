@@ -4,14 +4,16 @@
 
 # %% auto #0
 __all__ = ['INK', 'FAINT', 'GREY', 'SERIES', 'MARKS', 'DARK', 'STYLE', 'CSS', 'ABOUT', 'Html', 'to_html', 'short', 'themed_svg',
-           'curve_names', 'curves_figure', 'probe_figure', 'probe_summary', 'pointing_figure', 'marked_text', 'tile',
-           'correspondence_card', 'headlines', 'Section', 'page', 'write_page', 'run_sections']
+           'curve_names', 'curves_figure', 'finding_order', 'probe_figure', 'probe_summary', 'pointing_order',
+           'pointing_summary', 'pointing_figure', 'marked_text', 'colour_bar', 'tile', 'correspondence_card',
+           'headlines', 'Section', 'Live', 'page', 'write_page', 'exact_for', 'run_sections']
 
 # %% ../../nbs/analyse/02_page.ipynb #61f64cbe
 import base64
+import hashlib
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import singledispatch
 from html import escape
@@ -21,6 +23,7 @@ import matplotlib
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
 from .maps import draw_map, pick_words
@@ -56,7 +59,9 @@ def _table(part: pd.DataFrame) -> Html:
     table = part.to_html(
         index=False, escape=True, border=0, na_rep="–", float_format=lambda value: f"{value:.3f}", justify="unset"
     )
-    return Html(f'<div class="wide">{table}</div>')
+    told = part.iloc[:, -1].map(lambda value: len(value) if isinstance(value, str) else 0) if len(part.columns) else []
+    prose = " prose" if max(told, default=0) > 30 else ""  # the last column is sentences
+    return Html(f'<div class="wide{prose}">{table}</div>')
 
 # %% ../../nbs/analyse/02_page.ipynb #d58dc47e
 @to_html.register
@@ -143,18 +148,21 @@ def _draw_curve(
             ax.plot(rows["step"], smooth, color=colour, lw=1.8, label=split)
         else:
             ax.plot(rows["step"], rows[name], color=colour, lw=1.8, marker="o", ms=3.5, label=split)
-    ax.set(title=short(name), xlabel="step")
-    ax.legend(loc="upper right")
+    ax.set(title=short(name), xlabel="step of the optimiser", ylabel="loss" if name == "loss" else "part of the loss")
+    if ax.lines:
+        ax.legend(loc="upper right")
 
 # %% ../../nbs/analyse/02_page.ipynb #d2b1254a
 def curve_names(metrics: pd.DataFrame) -> list[str]:
-    """The losses in a run's metrics: `loss` first, then its parts in their order."""
-    parts = [
-        name
-        for name in metrics.columns
-        if name not in ("step", "epoch", "lr", "loss") and pd.api.types.is_numeric_dtype(metrics[name])
-    ]
-    return [name for name in ("loss", *parts) if name in metrics.columns and metrics[name].notna().any()]
+    """The losses in a run's metrics: `loss` first, then its parts in their order, without those that repeat another."""
+    left_out = ("step", "epoch", "lr", "loss")
+    parts = [name for name in metrics if name not in left_out and pd.api.types.is_numeric_dtype(metrics[name])]
+    found: list[str] = []
+    for name in ("loss", *parts):
+        if name in metrics and metrics[name].notna().any():
+            same = any(np.allclose(metrics[name], metrics[other], rtol=1e-6, equal_nan=True) for other in found)
+            found += [] if same else [name]
+    return found
 
 # %% ../../nbs/analyse/02_page.ipynb #ebdd43f6
 @matplotlib.rc_context(STYLE)
@@ -175,6 +183,14 @@ def _colours(names: Sequence[str], baseline: str = "random") -> dict[str, tuple[
     others = [name for name in names if name != baseline]
     looks = {name: (SERIES[k % len(SERIES)], MARKS[k % len(MARKS)]) for k, name in enumerate(others)}
     return {name: looks.get(name, (GREY, "X")) for name in names}
+
+# %% ../../nbs/analyse/02_page.ipynb #d6c12f8c
+def finding_order(
+    table: pd.DataFrame,  # of linear_probe
+) -> list[str]:
+    """Macro first, then the findings by the first encoder's mean AUROC: the order of figure and table alike."""
+    first = table[(table["encoder"] == table["encoder"].iloc[0]) & (table["finding"] != "macro")]
+    return ["macro", *first.groupby("finding", sort=False)["auroc"].mean().sort_values(ascending=False).index]
 
 # %% ../../nbs/analyse/02_page.ipynb #7fb72bb1
 def _draw_forest(
@@ -208,8 +224,7 @@ def probe_figure(
 ) -> Figure:
     """Forest plots of a linear probe; findings in the order of the first encoder's mean AUROC."""
     fractions = list(dict.fromkeys(table["fraction"])) if fractions is None else list(fractions)
-    first = table[(table["encoder"] == table["encoder"].iloc[0]) & (table["finding"] != "macro")]
-    order = ["macro", *first.groupby("finding", sort=False)["auroc"].mean().sort_values(ascending=False).index]
+    order = finding_order(table)
     scale = table.loc[:, ["auroc", "low", "high"]].to_numpy()
     figure = Figure(figsize=(3.6 * len(fractions), 1.1 + 0.3 * len(order)), dpi=80)
     for ax, fraction in zip(figure.subplots(1, len(fractions), squeeze=False, sharex=True)[0], fractions):
@@ -231,7 +246,23 @@ def probe_summary(
     for row in table.sort_values("fraction", kind="stable").itertuples():
         columns.setdefault(f"{row.fraction:.0%} · {row.encoder}", {})[row.finding] = cell(row)
     out = pd.DataFrame(columns)
-    return out.reindex(sorted(out.index, key=lambda name: name == "macro")).rename_axis("finding").reset_index()
+    return out.reindex(finding_order(table)).dropna(how="all").rename_axis("finding").reset_index()
+
+# %% ../../nbs/analyse/02_page.ipynb #7c3e90ab
+def pointing_order(
+    table: pd.DataFrame,  # of PhantomPointing.by_finding
+) -> pd.DataFrame:
+    """The same rows: all findings together first, then the highest rate first."""
+    return table.sort_values("hit_rate", ascending=False, key=lambda rate: rate.where(table["finding"] != "all", np.inf))
+
+# %% ../../nbs/analyse/02_page.ipynb #41d8b7e2
+def pointing_summary(
+    table: pd.DataFrame,  # of PhantomPointing.by_finding
+) -> pd.DataFrame:  # text
+    """The table of the pointing game as one reads it, in the order of the figure."""
+    rates = [f"{row.hit_rate:.3f} ({row.low:.2f}–{row.high:.2f})" for row in table.itertuples()]
+    shown = {"finding": table["finding"], "hit rate (95 %)": rates, "chance": table["chance"], "words": table["targets"]}
+    return pd.DataFrame(shown)
 
 # %% ../../nbs/analyse/02_page.ipynb #a2a7d6c2
 @matplotlib.rc_context(STYLE)
@@ -271,6 +302,15 @@ def marked_text(
         out.append("".join(pieces) + escape(sentence[at:]))
     return Html(f'<p class="report">{" ".join(out)}</p>')
 
+# %% ../../nbs/analyse/02_page.ipynb #5be1d260
+def colour_bar(
+    scores,  # (N,)
+) -> Html:
+    """The colours of `heat` from a map's lowest to its highest score, with both numbers."""
+    colours = ",".join(to_hex(matplotlib.colormaps["inferno"](0.25 + 0.7 * share)) for share in np.linspace(0, 1, 7))
+    low, high = float(np.min(scores)), float(np.max(scores))
+    return Html(f'<span class="bar">{low:.2f}<i style="background:linear-gradient(90deg,{colours})"></i>{high:.2f}</span>')
+
 # %% ../../nbs/analyse/02_page.ipynb #f2bf575e
 def tile(
     image,  # (H, W) or (C, H, W), as the encoder saw it
@@ -285,7 +325,7 @@ def tile(
     draw_map(figure.add_axes((0, 0, 1, 1)), image, scores, grid, mask)
     figure.savefig(out, format="jpeg", pil_kwargs={"quality": 85})
     data = base64.b64encode(out.getvalue()).decode()
-    caption = f"{escape(caption)} <small>{escape(note)}</small>"
+    caption = f"{escape(caption)} <small>{escape(note)}</small>{'' if scores is None else colour_bar(scores)}"
     return Html(
         f'<figure><img alt="map over a radiograph" src="data:image/jpeg;base64,{data}">'
         f"<figcaption>{caption}</figcaption></figure>"
@@ -362,12 +402,12 @@ body{margin:0;overflow-wrap:anywhere;background:var(--ground);color:var(--ink);
   font:16px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif}
 main{max-width:1180px;margin:auto;padding:2rem 1.25rem 4rem}
 h1{font-size:clamp(1.5rem,4vw,2.2rem);line-height:1.2;margin:.5rem 0 .25rem;letter-spacing:-.015em}
-h2{font-size:1.2rem;margin:0 0 .5rem}h3{font-size:.95rem;margin:0 0 .25rem;color:var(--soft);font-weight:600}
+h2{font-size:1.25rem;margin:0 0 .35rem;letter-spacing:-.01em}h3{font-size:.95rem;margin:0 0 .25rem;color:var(--soft);font-weight:600}
 p{margin:.4rem 0;max-width:78ch}header p{color:var(--soft)}
-section,details{background:var(--card);border:1px solid var(--line);border-radius:12px;padding:1.1rem 1.25rem;
+main>section,main>details{background:var(--card);border:1px solid var(--line);border-radius:12px;padding:1.1rem 1.25rem;
   margin:1rem 0}
-summary{cursor:pointer;font-weight:600}pre{overflow:auto;font-size:.8rem;line-height:1.4}
-.headlines{display:grid;grid-template-columns:repeat(auto-fit,minmax(200px,1fr));gap:1rem;margin:1.25rem 0}
+section>p{color:var(--soft)}main>details>summary{cursor:pointer;font-weight:600}pre{overflow:auto;font-size:.8rem;line-height:1.4}
+.headlines{display:grid;grid-template-columns:repeat(auto-fit,minmax(190px,1fr));gap:1rem;margin:1.25rem 0}
 .headlines div{background:var(--card);border:1px solid var(--line);border-radius:12px;padding:1rem 1.25rem;
   display:flex;flex-direction:column;min-width:0}
 .headlines b{font-size:2rem;line-height:1.15;color:var(--accent);font-variant-numeric:tabular-nums}
@@ -384,8 +424,36 @@ article{padding:.9rem 0;border-top:1px solid var(--line)}article:first-of-type{b
 .tiles{display:grid;grid-template-columns:repeat(auto-fill,minmax(130px,1fr));gap:.75rem;margin-top:.6rem}
 figure{margin:0;min-width:0}figure img{width:100%;display:block;border-radius:8px;background:#000}
 figcaption{font-size:.85rem;margin-top:.25rem}
-@media print{body{background:#fff}section,article,figure{break-inside:avoid}}
+.bar{display:flex;align-items:center;gap:.4rem;font-size:.7rem;color:var(--soft);font-variant-numeric:tabular-nums}
+.bar i{flex:1;height:6px;border-radius:3px;min-width:1.5rem;print-color-adjust:exact;-webkit-print-color-adjust:exact}
+tbody tr:last-child td{border-bottom:0}
+.prose td:last-child,.prose th:last-child{text-align:left;white-space:normal;min-width:15rem}
+section.live #widget{margin:.75rem 0 0}
+@media(max-width:520px){main{padding:1rem .6rem 2rem}main>section,main>details{padding:.9rem .8rem}}
+@media print{:root{color-scheme:light;--ground:#fff;--card:#fff;--ink:#1b2733;--soft:#5b6775;--line:#dde2e8;
+  --accent:#0072b2;--mark:#ffe39a}main{padding:0;max-width:none}article,figure,.headlines div,.chart,tr{break-inside:avoid}
+  h2,h3{break-after:avoid}.wide{overflow:visible}th,td{white-space:normal}
+  .correspondence .browser,.correspondence .controls,.correspondence .keys{display:none}}
 """
+
+# %% ../../nbs/analyse/02_page.ipynb #e2907c15
+@dataclass
+class Live:
+    """A part that answers the pointer: markup (with its style and state), and the module that moves it."""
+
+    title: str
+    about: str
+    markup: Html
+    script: str  # the body of an ES module; it is ours, nothing of it comes from data
+
+    @property
+    def source(self) -> str:
+        """What the page's policy must say for this script, and no other, to run."""
+        return f"'sha256-{base64.b64encode(hashlib.sha256(self.script.encode()).digest()).decode()}'"
+
+    def html(self) -> Html:
+        head = f"<h2>{escape(self.title)}</h2>{to_html(self.about)}"
+        return Html(f'<section class="live">{head}{self.markup}<script type="module">{self.script}</script></section>')
 
 # %% ../../nbs/analyse/02_page.ipynb #e883d7b0
 def page(
@@ -393,16 +461,18 @@ def page(
     sections: Sequence[Section],
     subtitle: str = "",
     top: Html = Html(""),  # headlines
+    live: Live | None = None,  # shown first
 ) -> Html:
-    """A whole HTML document that loads nothing and runs nothing."""
-    policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
+    """A whole HTML document that loads nothing, and runs nothing but the script of its live part."""
+    policy = "default-src 'none'; img-src data: blob:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
+    policy += f"; script-src {live.source}" if live else ""
     return Html(
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
         f"<title>{escape(title)}</title><style>{CSS}</style></head>"
         f"<body><main><header><h1>{escape(title)}</h1>{to_html(subtitle)}</header>"
-        f"{top}{''.join(section.html() for section in sections)}</main></body></html>\n"
+        f"{live.html() if live else ''}{top}{''.join(section.html() for section in sections)}</main></body></html>\n"
     )
 
 # %% ../../nbs/analyse/02_page.ipynb #3f9beffb
@@ -412,9 +482,10 @@ def write_page(
     sections: Sequence[Section],
     subtitle: str = "",
     top: Html = Html(""),
+    live: Live | None = None,
 ) -> Path:
     """Write a page as one self-contained HTML file, whole or not at all."""
-    html = page(title, sections, subtitle, top)
+    html = page(title, sections, subtitle, top, live)
     write_atomic(path, lambda file: file.write(html.encode()))
     return Path(path)
 
@@ -425,9 +496,26 @@ ABOUT = {
     "patients.",
     "Pointing game": "Does the highest region of a word's map lie in the finding that the word names? Chance is the "
     "share of the image that the finding covers. Number of words in brackets.",
-    "Words and regions": "Brighter is a better fit of region and word, each map on its own scale; the ring is its "
-    "highest region, the outline the true extent.",
+    "Training": "Mean loss of each step (pale), its running mean (strong), and the loss on validation patients after each epoch "
+    "(points). Lower is better; validation that rises while training falls is overfitting.",
+    "Words and regions": "Brighter is a better fit of region and word. Each map has a scale of its own, given below "
+    "it: a narrow one says little. The ring is the highest region, the outline the true extent.",
 }
+
+# %% ../../nbs/analyse/02_page.ipynb #e705d418
+def exact_for(
+    machine: Mapping,  # of describe_machine, or a manifest that holds it
+    seeds: int = 1,
+) -> str:
+    """The sentence that says for which machine numbers are exact, and how far one seed may be trusted."""
+    parts = [machine.get(key) for key in ("processor", "cpu_capability")]
+    kind = ", ".join(str(part) for part in parts if part) or machine.get("platform", "not recorded")
+    threads = machine.get("threads", "an unknown number of")
+    told = f"Exact for one kind of processor ({kind}) and {threads} thread{'' if threads == 1 else 's'}"
+    if machine.get("gpu"):
+        told += f", on {machine['gpu']}"
+    told += "; another machine's numbers differ somewhat. Intervals are over patients, not over machines or seeds."
+    return told + (" One seed is an anecdote: train several before you compare methods." if seeds == 1 else "")
 
 # %% ../../nbs/analyse/02_page.ipynb #93693d70
 def run_sections(
@@ -443,10 +531,11 @@ def run_sections(
         forests = [probe_figure(probe, [fraction]) for fraction in dict.fromkeys(probe["fraction"])]
         parts["Linear probe"] = [forests, probe_summary(probe)]
     if pointing is not None and len(pointing):
-        parts["Pointing game"] = [pointing_figure(pointing)]
-    if cards:
-        parts["Words and regions"] = list(cards)
+        ordered = pointing_order(pointing)
+        parts["Pointing game"] = [[pointing_figure(ordered), pointing_summary(ordered)]]
     if metrics is not None and (names := curve_names(metrics)):
         parts["Training"] = [[curves_figure(metrics, [name]) for name in names]]
+    if cards:
+        parts["Words and regions"] = list(cards)
     sections = [Section(title, [ABOUT.get(title, ""), *shown]) for title, shown in parts.items()]
     return sections + [Section(title, [settings], folded=True) for title, settings in (details or {}).items()]

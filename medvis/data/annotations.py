@@ -12,10 +12,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from .files import DataError, number, safe_path
-from .images import ImageError, read_bytes
+from .images import ImageError, exif_orientation, read_bytes
 
 # %% ../../nbs/data/04c_annotations.ipynb #219ea6ad
 def _run_numbers(
@@ -170,11 +170,11 @@ def shape_mask(
 
 # %% ../../nbs/data/04c_annotations.ipynb #cc3f9866
 def _picture_values(path: str | Path, name: str) -> np.ndarray:
-    "(H, W) the stored numbers of a picture, palettes not looked up"
+    "(H, W) the stored numbers of a picture, upright; palettes not looked up"
     read_bytes(path, name)
     try:
         with Image.open(path) as picture:
-            values = np.array(picture).astype(np.int64)
+            values = np.array(ImageOps.exif_transpose(picture)).astype(np.int64)
     except Exception as error:      # decoders of damaged files raise anything
         raise ImageError(name, f"cannot be decoded: {type(error).__name__}") from error
     if values.ndim != 2:
@@ -187,9 +187,15 @@ def read_mask(
     width: int,         # of the image that it belongs to
     height: int,
     name: str = "",     # for errors, in place of the path
+    orientation: int | None = None,     # EXIF orientation of the image that it belongs to; None = not known
 ) -> np.ndarray:        # (height, width) bool
-    "A mask from a single-channel picture of 0 and 1, or 0 and 255. DataError tells another size or other values; ImageError if unreadable."
+    """A mask from a single-channel picture of 0 and 1, or 0 and 255, turned upright as its image is.
+
+    DataError tells another size, other values, or an orientation that is not the image's; ImageError if unreadable."""
     name = name or str(path)
+    if orientation is not None and (own := exif_orientation(read_bytes(path, name))) != orientation:
+        raise DataError(f"{name}: mask with EXIF orientation {own} for an image with orientation {orientation}; expected the same: "
+                        "turn the pixels of both upright and remove the tags")
     values = _picture_values(path, name)
     if values.shape != (height, width):
         raise DataError(f"{name}: mask of {values.shape[1]} x {values.shape[0]} pixels for an image of {width} x {height}; expected the same size")
@@ -214,21 +220,22 @@ def decode_mask(
     root: str | Path,       # that paths start from
     width: int,             # of the picture that it was drawn on
     height: int,
+    orientation: int | None = None,     # EXIF orientation of the picture, which a file must share; what is drawn is in pixels of the upright picture
 ) -> np.ndarray:            # (height, width) bool
     "The mask that a spec describes, several parts united. DataError or ImageError says what is wrong with it."
     keys = set(spec) - {"relative", "clip"} if isinstance(spec, dict) else set()
     if len(keys) != 1 or not keys <= set(DECODERS):
         found = sorted(map(str, spec)) if isinstance(spec, dict) else type(spec).__name__
         raise DataError(f"mask given as {found}; expected a dict with one of {', '.join(DECODERS)}")
-    return DECODERS[keys.pop()](spec, Path(root), width, height)
+    return DECODERS[keys.pop()](spec, Path(root), width, height, orientation)
 
 
-DECODERS: dict[str, Callable[[dict, Path, int, int], np.ndarray]] = {
-    "rle": lambda spec, root, width, height: decode_rle(spec["rle"], width, height, spec.get("relative", False)),
-    "polygons": lambda spec, root, width, height: _united(
+DECODERS: dict[str, Callable[[dict, Path, int, int, int], np.ndarray]] = {
+    "rle": lambda spec, root, width, height, orientation: decode_rle(spec["rle"], width, height, spec.get("relative", False)),
+    "polygons": lambda spec, root, width, height, orientation: _united(
         (polygon_mask(one, width, height, spec.get("clip", False)) for one in spec["polygons"]), width, height),
-    "shapes": lambda spec, root, width, height: _united(
+    "shapes": lambda spec, root, width, height, orientation: _united(
         (shape_mask(one, width, height, spec.get("clip", False)) for one in spec["shapes"]), width, height),
-    "file": lambda spec, root, width, height: read_mask(root / safe_path(spec["file"]), width, height, spec["file"]),
-    "union": lambda spec, root, width, height: _united((decode_mask(one, root, width, height) for one in spec["union"]), width, height),
+    "file": lambda spec, root, width, height, orientation: read_mask(root / safe_path(spec["file"]), width, height, spec["file"], orientation),
+    "union": lambda spec, root, width, height, orientation: _united((decode_mask(one, root, width, height, orientation) for one in spec["union"]), width, height),
 }

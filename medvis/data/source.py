@@ -24,7 +24,7 @@ import pandas as pd
 
 from .annotations import decode_mask
 from .files import DataError, decode, number, read_text, safe_path
-from .images import FITS, ImageError, decode_image, equalise, mask_to_square, read_bytes, to_square
+from .images import FITS, ImageError, check_not_blank, decode_image, equalise, exif_orientation, mask_to_square, read_bytes, to_square
 from .leaks import patients_within
 from .pack import ImageRecord, Pack, StudyRecord, by_reason, refuse_leaks, write_pack
 from .phantom import PhantomStudy
@@ -202,21 +202,23 @@ def read_item_image(
     fit: str,
     even: bool = False,     # equalise the histogram first
 ) -> ImageRecord:
-    "Read an image and bring it, with its masks, to the square; boxes stay in pixels of the file. ImageError or DataError if anything of it is damaged."
+    "Read an image and bring it, with its masks, to the square; boxes stay in pixels of the upright picture. ImageError or DataError if anything of it is damaged."
     path = safe_path(planned["path"])
     data = read_bytes(root / path, path)
     image = decode_image(data, path)
     height, width = image.shape
     across, down = _frame(planned, width, height)
-    boxes, masks = planned.get("boxes"), planned.get("masks")
+    boxes, masks, orientation = planned.get("boxes"), planned.get("masks"), exif_orientation(data)
     if boxes is not None:
         boxes = [(name, *np.multiply(corners, [width / across, height / down] * 2).tolist())
                  for name, *corners in check_boxes(boxes, across, down, planned.get("clip", False))]
     if masks is not None:
-        masks = {name: spec and mask_to_square(decode_mask(spec, root, round(across), round(down)), size, fit) for name, spec in masks.items()}
+        masks = {name: spec and mask_to_square(decode_mask(spec, root, round(across), round(down), orientation), size, fit) for name, spec in masks.items()}
     pixels = to_square(equalise(image) if even else image, size, fit)
+    check_not_blank(image, size, path)
+    levels = int(np.count_nonzero(np.bincount(image.ravel(), minlength=256)))
     return ImageRecord(image_id=planned["id"], pixels=pixels, path=path, sha256=hashlib.sha256(data).hexdigest(), width=width, height=height,
-                       view=planned.get("view", ""), boxes=boxes, masks=masks)
+                       view=planned.get("view", ""), boxes=boxes, masks=masks, levels=levels)
 
 # %% ../../nbs/data/05a_source.ipynb #a07b03ce
 def read_study(
@@ -299,6 +301,8 @@ def summary(pack: Pack) -> str:
         lines.append(f"  {counts['sentences'] / counts['studies']:8.2f} sentences per report, {counts['sentences']} in all")
     if pixels := told.get("pixels", {}).get("train"):
         lines.append(f"  pixels of the training split / 255: mean {pixels['mean']:.4f}, standard deviation {pixels['std']:.4f}")
+    if few := told.get("grey_levels", {}).get("few"):
+        lines.append(f"  {few:>8} images have fewer than {told['grey_levels']['fewer_than']} grey levels, the poorest {told['grey_levels']['fewest']}")
     if leaks := told.get("guard", {}).get("leaks"):
         lines.append("  leaks between splits were allowed: " + ", ".join(f"{leaks[kind]} x {kind}" for kind in leaks if kind != "offenders" and leaks[kind]))
     return "\n".join([*lines, f"  hash {told['hash']}"])

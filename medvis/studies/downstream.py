@@ -15,6 +15,7 @@ import pandas as pd
 import torch
 from matplotlib.figure import Figure
 
+from ..analyse.page import exact_for
 from ..data.pack import Pack
 from ..data.tasks import phantom_task
 from ..evaluate import phantom_pointing
@@ -26,6 +27,7 @@ from ..methods import Method
 from .show import held_out_pairs
 from ..train import load_method
 from ..train.checkpoint import write_atomic, write_json
+from ..train.loop import describe_machine
 
 # %% ../../nbs/studies/04_downstream.ipynb #c31d9605
 TASKS = {  # family -> kind of task, protocol
@@ -118,7 +120,7 @@ def downstream(config: DownstreamConfig) -> pd.DataFrame:  # family, metric, enc
     patients = over_patients(most, config.out / "protocols", "untaught", config.resamples)
     write_atomic(config.out / "patients.csv", lambda file: patients.to_csv(file, index=False))
     told = compare_families(table)
-    print(told.to_string())
+    print(told.to_string(), exact_for(describe_machine(), len(taught)), sep="\n")
     return told
 
 # %% ../../nbs/studies/04_downstream.ipynb #977da748

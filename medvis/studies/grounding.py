@@ -15,6 +15,7 @@ import pandas as pd
 import torch
 from matplotlib.figure import Figure
 
+from ..analyse.page import exact_for
 from ..analyse.maps import draw_map
 from ..data.pack import Pack
 from ..data.pairs import Batch, Pairs, collate, read_batch
@@ -150,7 +151,7 @@ def grounding(config: GroundingConfig) -> pd.DataFrame:  # the table of `summary
                 suffix, write = ("parquet", table.to_parquet) if kind == "maps" else ("csv", table.to_csv)
                 write_atomic(out / f"{kind}.{suffix}", lambda file: write(file, index=False))
     told = summary(gather(out / "results", "pointing"), gather(out / "results", "probe"))
-    print(told.to_string())
+    print(told.to_string(), exact_for(describe_machine(), len(config.seeds)), sep="\n")
     return told
 
 # %% ../../nbs/studies/03_grounding.ipynb #eee43e21

@@ -1,0 +1,67 @@
+"""The page of a run in a browser, and the pages of runs that lack something."""
+import shutil
+
+import pytest
+import torch
+from browser import browser, opened  # noqa: F401
+
+from medvis.data.pack import Pack
+from medvis.data.prepare import PhantomConfig, prepare_phantom
+from medvis.encoders import train_tokenizer
+from medvis.methods import ConVIRT
+from medvis.studies.show import show_run
+from medvis.train import Run, TrainConfig, fit
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    root = tmp_path_factory.mktemp("show")
+    data = prepare_phantom(PhantomConfig(out=root / "pack", studies=80, size=64, workers=0, progress=False))
+    torch.manual_seed(0)
+    method = ConVIRT.from_preset("tiny", train_tokenizer(sentence for report in data.studies["sentences"] for sentence in report))
+    return fit(method, data, TrainConfig.of(method, root / "run", epochs=1, batch_size=16, progress=False))
+
+
+PIXELS = "() => document.querySelector('#widget canvas').toDataURL()"
+
+
+@pytest.mark.parametrize("width, scheme", [(1280, "light"), (380, "dark")])
+def test_hovering_a_word_shows_its_map(run, browser, tmp_path, width, scheme):  # noqa: F811
+    path = show_run(run, out=tmp_path / "page.html")
+    assert path.stat().st_size < 3e6
+    with opened(browser, path, width, 900, color_scheme=scheme) as page:
+        assert page.title().startswith("convirt tiny on")
+        words, seen = page.locator("#widget .word"), {page.evaluate(PIXELS)}
+        for number in (0, words.count() - 1):
+            words.nth(number).hover()
+            page.wait_for_timeout(200)
+            seen.add(page.evaluate(PIXELS))
+        assert len(seen) == 3, "each word has a map of its own"
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        top = page.locator("section.live").bounding_box()["y"]
+        assert top < page.locator(".headlines").bounding_box()["y"] < page.locator("text=How to repeat it").bounding_box()["y"]
+
+
+@pytest.mark.parametrize("missing, section", [("diagnostics.jsonl", "Is it well?"), (None, "Linear probe")])
+def test_what_a_run_lacks_is_left_out(run, tmp_path, missing, section):
+    poor = Run(shutil.copytree(run.path, tmp_path / "run"))
+    if missing:
+        (poor.path / missing).unlink()
+    text = show_run(poor, studies=1).read_text()
+    assert section not in text and "Point at a word" in text and "Pointing game" in text
+
+
+def test_a_method_without_maps_has_a_page(run, tmp_path, monkeypatch):
+    def refuse(self, batch):
+        raise NotImplementedError
+
+    monkeypatch.setattr(ConVIRT, "correspondence", refuse)
+    text = show_run(run, out=tmp_path / "page.html").read_text()
+    assert "Point at a word" not in text and "<script" not in text and "Training" in text
+
+
+def test_withheld_reports_are_not_in_the_live_card(run, tmp_path):
+    sentences = [sentence for report in Pack(run.manifest["data"]["path"]).studies["sentences"] for sentence in report]
+    text = show_run(run, out=tmp_path / "page.html", show_text=False).read_text()
+    assert "Point at a word" in text and r"\u2022\u2022\u2022" in text
+    assert not any(sentence in text for sentence in sentences)
