@@ -467,7 +467,8 @@ def _wrong_shape(manifest: dict) -> str:
         return f"a name in labels, {', '.join(LATER)} is not text"
     if any(not isinstance(manifest.get("guard", NOTHING).get(name), dict) for name in NOTHING):
         return "guard lacks against or leaks"
-    files = {**dict.fromkeys(FILES), **manifest["files"], **manifest.get("subsets", {})}
+    marks = {"masks": "masks.u1", "boxes": "boxes.parquet"}
+    files = {**dict.fromkeys([*FILES, *(file for kind, file in marks.items() if manifest.get(kind))]), **manifest["files"], **manifest.get("subsets", {})}
     for name, told in files.items():
         if Path(name).name != name or not isinstance(told, dict) or type(told.get("bytes")) is not int or not isinstance(told.get("sha256"), str):
             return f"of the file {name!r:.60} it does not say bytes and sha256"
@@ -607,6 +608,8 @@ class Pack:
     @cached_property
     def _mask_bits(self) -> tuple[np.ndarray, np.ndarray]:
         "(masked images, kinds, size, bytes) of packed bits, and each image's row in them, -1 = nobody looked"
+        if "masked" not in self.image_table:
+            raise ValueError(f"{self.path / 'images.parquet'} lacks the column masked; the manifest names masks; prepare the data set again")
         masked = self.image_table["masked"].map(bool).to_numpy()
         shape = int(masked.sum()), len(self.manifest["masks"]), self.size, math.ceil(self.size / 8)
         self.check(["masks.u1"])
