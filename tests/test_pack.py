@@ -20,7 +20,6 @@ from hypothesis import strategies as st
 
 from medvis.data import pack as pack_module
 from medvis.data.pack import ImageRecord, Pack, StudyRecord, write_pack
-from medvis.data.pairs import Pairs
 from medvis.data.splits import check_leaks, nested_subsets, patient_splits
 from medvis.data.tasks import pack_task
 
@@ -350,7 +349,7 @@ def test_inverted_pixels_are_seen_before_they_are_measured(tmp_path):
     pack = write_pack(tmp_path / "pack", range(5), read_study, **SETTINGS)
     assert Pack(pack.path).image(0).any() and (pack.path / "checked.json").exists()
     (pack.path / "images.u8").write_bytes(bytes(255 - byte for byte in (pack.path / "images.u8").read_bytes()))
-    for measured in (lambda: Pack(pack.path).image(0), lambda: pack_task(Pack(pack.path)).pack.images, lambda: Pairs(Pack(pack.path), None, None, None)[0]):
+    for measured in (lambda: Pack(pack.path).image(0), lambda: pack_task(Pack(pack.path)).pack.images, lambda: Pack(pack.path).check()):
         with pytest.raises(ValueError, match="images.u8: content differs"):
             measured()
 
@@ -387,11 +386,11 @@ def test_one_takes_over_a_stale_lock(tmp_path):
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="limits a process of its own")
 def test_a_full_disk_names_the_file(tmp_path):
     script = (f"import resource, signal, sys\nsys.path.insert(0, {str(HERE)!r})\nfrom test_pack import *\nsignal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-              "resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), -1))\n"
-              "try:\n    write_pack(sys.argv[2], range(40), read_study, **SETTINGS)\nexcept (OSError, ValueError) as error:\n    print(error)\n")
-    for limit in (1500, 4500):      # a part, the whole
-        done = subprocess.run([sys.executable, "-c", script, str(limit), str(tmp_path / f"pack{limit}")], capture_output=True, text=True, timeout=120)
-        assert f"pack{limit}.partial" in done.stdout and "large" in done.stdout, (limit, done)
+              "for limit in (1500, 4500):\n    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, -1))\n"
+              "    try:\n        write_pack(f'{sys.argv[1]}/pack{limit}', range(40), read_study, **SETTINGS)\n    except (OSError, ValueError) as error:\n        print(error)\n")
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, timeout=120)
+    part, whole = done.stdout.splitlines()
+    assert "pack1500.partial/parts/000000.u8" in part and "pack4500.partial/pack/images.u8" in whole and "large" in part and "large" in whole, done
 
 
 IDS = st.lists(st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\0"), max_size=6), min_size=1, max_size=60)      # no table has a NUL, and numpy drops it
