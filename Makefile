@@ -36,6 +36,8 @@ demo: .venv/.demo
 	@medvis demo
 
 # The tree is only read: uncommitted work stays as it is. Two notebooks at a time on two cores, so one thread each; nothing is fetched.
+# Notebooks run on the processor's own kernels; their replay and the tests on the plainest ones (no AVX), and what trains once more on two threads
+# and the processor's own: no result may depend on the last bits.
 test: export OMP_NUM_THREADS := 1
 test: export MKL_NUM_THREADS := 1
 test: export TOKENIZERS_PARALLELISM := false
@@ -46,8 +48,10 @@ test: .venv/.dev
 	@ruff check medvis tests tools setup.py
 	@echo "== notebooks"
 	@timeout 1300 nbdev_test --n_workers 2 --timing
-	@echo "== tests, and the notebooks replayed against the installed module"
-	@timeout 1900 pytest -q -n 2 --dist loadfile --durations 10 --cov=medvis tests
+	@echo "== tests, and the notebooks replayed against the installed module, on other kernels"
+	@ATEN_CPU_CAPABILITY=default timeout 1900 pytest -q -n 2 --dist loadfile --durations 10 --cov=medvis tests
+	@echo "== what trains, on two threads"
+	@OMP_NUM_THREADS=2 MKL_NUM_THREADS=2 timeout 900 pytest -q -m trains tests
 	@echo "medvis: every check passed"
 
 lab: .venv/.dev

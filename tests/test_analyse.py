@@ -252,6 +252,7 @@ def trained(kind, words, data, folder, lr=3e-3):
     return run, [str(one.message) for one in heard if issubclass(one.category, CollapseWarning)], live
 
 
+@pytest.mark.trains
 def test_a_collapsing_run_warns_and_a_healthy_one_does_not(words, data, tmp_path):
     well, silence, live = trained(ConVIRT, words, data, tmp_path / "well", lr=1e-3)  # far from the line, whatever the kernel
     ill, heard, _ = trained(PulledTogether, words, data, tmp_path / "ill")

@@ -287,6 +287,7 @@ def learn(encoder, head, images, target, lr, steps):
         return head.predict(head(encoder.pyramid(images)))
 
 
+@pytest.mark.trains
 def test_unet_learns_by_heart():
     encoder = image_encoder("tiny_resnet")
     images, studies = ill(("Pleural Effusion",))
@@ -295,9 +296,11 @@ def test_unet_learns_by_heart():
     assert dice_table(count_pixels(painted.numpy(), masks))["value"].iloc[0] > 0.95
 
 
+@pytest.mark.trains
 def test_yolo_learns_by_heart():
+    torch.manual_seed(0)     # six seeds reach 1.0 with these steps; with sixty steps one of them stayed below .9
     encoder, names = image_encoder("tiny_resnet"), ("Cardiomegaly", "Nodule", "Pleural Effusion")
     images, studies = ill(names)
     boxes = [np.array([[*f.box, names.index(f.name)] for f in study.findings if f.name in names]) for study in studies]
-    found = learn(encoder, YoloV3(encoder, names), images, boxes, lr=0.006, steps=60)
+    found = learn(encoder, YoloV3(encoder, names), images, boxes, lr=0.004, steps=100)
     assert mean_ap(found, Targets.stack(boxes).corners(), (0.5,), len(names)) > 0.9

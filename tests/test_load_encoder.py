@@ -174,7 +174,10 @@ def test_torchvisions_resnet50(tmp_path, no_network):
     assert (encoder.region_dim, encoder.whole_dim, encoder.preprocessing.size) == (2048, 2048, 224) and not encoder.training
     with torch.no_grad():
         torch.testing.assert_close(network.fc(encoder(x).whole), network(x))
-    save_file({"state_dict." + key: value for key, value in network.state_dict().items()}, tmp_path / "strange.safetensors")
+    named = {"state_dict." + key: value for key, value in network.state_dict().items()}
+    save_file(named, tmp_path / "named.safetensors")
+    torch.testing.assert_close(load_encoder(tmp_path / "named.safetensors").body.conv1.weight, network.conv1.weight)
+    save_file({key.replace("layer3.0.conv1", "layer3.0.first"): value for key, value in named.items()}, tmp_path / "strange.safetensors")
     with pytest.raises(ValueError, match="strange.safetensors fits none of resnet50"):
         load_encoder(tmp_path / "strange.safetensors")
     with pytest.raises(ValueError, match="does not fit this backbone"):

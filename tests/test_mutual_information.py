@@ -257,6 +257,7 @@ PLAN = {  # bound, batch size, and by nats: steps, and images and texts of the e
 
 
 @pytest.mark.parametrize("name", PLAN)
+@pytest.mark.trains
 def test_a_learned_discriminator_estimates_gaussians(name):
     "20 dimensions, 2, 4 and 6 nats, within 10 %: the notebook shows it at leisure."
     torch.manual_seed(0)

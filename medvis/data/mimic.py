@@ -222,7 +222,7 @@ ODD_REPORTS = frozenset("""
 """.split())    # study ids from MIT-LCP/mimic-cxr, txt/section_parser.py (MIT licence); the same in LoVT and MGCA
 
 # %% ../../nbs/data/12_mimic.ipynb #100c706f
-LOCAL_MI_RULES = ReportRules(sections=("impression", "findings", "recommendation", "recommendation(s)"), fallback=("last_paragraph", "full report"))
+LOCAL_MI_RULES = ReportRules(headings="mit-lcp", sections=("impression", "findings", "recommendation", "recommendation(s)"), fallback=("last_paragraph", "full report"))
 FRONTAL = ("PA", "AP")
 FIVE = ("Cardiomegaly", "Edema", "Consolidation", "Atelectasis", "Pleural Effusion")
 PATHOLOGY9 = ("Support Devices", "Cardiomegaly", "Consolidation", "Edema", "Lung Opacity", "Pleural Effusion", "Pneumonia", "Pneumothorax", "Atelectasis")

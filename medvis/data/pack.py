@@ -35,7 +35,7 @@ from tqdm.auto import tqdm
 
 from .files import lock_folder, told_path, write_bytes
 from .leaks import LEAK_COLUMNS, join_leaks, leaks_between, leaks_summary, leaks_within, refuse
-from .reports import ReportRules, check_report
+from .reports import ReportRules, check_report, count_headings
 
 # %% ../../nbs/data/05_pack.ipynb #15f8a7fc
 @dataclass
@@ -390,6 +390,12 @@ def _versions() -> dict[str, str]:
             found[name] = version(name)
     return found
 
+# %% ../../nbs/data/05_pack.ipynb #d01c022b
+def _headings_in(folder: Path) -> dict[str, int]:   # heading -> reports
+    "The headings in the reports of a Pack that were not understood"
+    batches = pq.ParquetFile(folder / "studies.parquet").iter_batches(1000, columns=["report"])
+    return count_headings(text for batch in batches for text in batch.column(0).to_pylist())
+
 # %% ../../nbs/data/05_pack.ipynb #d01c022c
 def _manifest(plan: _Plan, key: str, parts: list[dict], sums: np.ndarray, folder: Path) -> dict:
     "What is in the Pack, where it came from, and how to check it; the same bytes for the same build"
@@ -411,6 +417,7 @@ def _manifest(plan: _Plan, key: str, parts: list[dict], sums: np.ndarray, folder
                    "splits": {str(name): int(count) for name, count in studies.split.value_counts().sort_index().items()}},
         "rejected": dict(sorted(lost.items())),
         "views": dict(sorted(views.items())) if any(views) else {},
+        **({"headings": headings} if (headings := _headings_in(folder)) else {}),
         "pixels": {"train": _pixel_statistics(sums[train], plan.size), "all": _pixel_statistics(sums, plan.size)},
         "grey_levels": _grey_levels(levels),
         "lists": _lists(tables),
@@ -851,19 +858,18 @@ def write_pack(
         raise ValueError(f"nothing to prepare for {out}: there is no study")
     plan = _Plan(Path(f"{out}.partial"), read, size, rules, tuple(labels), require_report, part_size, source,
                  tuple(grades), tuple(boxes), tuple(masks))
-    key, done = plan.key(items), (out / "manifest.json").exists() and not os.access(out.absolute().parent, os.W_OK)     # nothing to write, nor may we
-    with nullcontext() if done else lock_folder(out, "Pack"):
-        if not _unfinished(out, plan, key, progress, fresh):
-            if guarded:
-                guard(out, against, allow_leaks, progress)
-            return Pack(out)
-        parts = _all_parts(plan, items, workers, progress)
-        _check_rejects(plan, parts, max_rejects)
-        folder = _assemble(plan, key, parts)
+    key = plan.key(items)
+    whole = (out / "manifest.json").exists() and not Path(f"{out}.lock").exists()     # a lock that a killed process left is taken, and so swept away
+    with nullcontext() if whole else lock_folder(out, "Pack"):
+        if unfinished := _unfinished(out, plan, key, progress, fresh):
+            parts = _all_parts(plan, items, workers, progress)
+            _check_rejects(plan, parts, max_rejects)
+        folder = _assemble(plan, key, parts) if unfinished else out
         if guarded:
-            guard(folder, against, allow_leaks, progress, built=True)
-        os.replace(folder, out)
-        shutil.rmtree(plan.folder)
+            guard(folder, against, allow_leaks, progress, built=unfinished)
+        if unfinished:
+            os.replace(folder, out)
+            shutil.rmtree(plan.folder)
     pack = Pack(out)
-    pack._checked |= {*pack.manifest["files"]}      # hashed a moment ago
+    pack._checked |= {*pack.manifest["files"]} if unfinished else set()      # hashed a moment ago
     return pack

@@ -312,6 +312,9 @@ def summary(pack: Pack) -> str:
             lines.append(f"  {split:>8}: " + ", ".join(f"{lists[what]['count']} {what}" for what in ("images", "studies", "patients")))
     if counts["sentences"]:
         lines.append(f"  {counts['sentences'] / counts['studies']:8.2f} sentences per report, {counts['sentences']} in all")
+    if headings := told.get("headings"):
+        named = [f"{name} {count}" for name, count in headings.items()]
+        lines.append("  headings not understood, and in how many reports: " + ", ".join(named[:12]) + (f", and {len(named) - 12} more" if len(named) > 12 else ""))
     lines += _marks_told(pack)
     if pixels := told.get("pixels", {}).get("train"):
         lines.append(f"  pixels of the training split / 255: mean {pixels['mean']:.4f}, standard deviation {pixels['std']:.4f}")

@@ -20,7 +20,6 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from .images import boxes_to_square
-from .preprocessing import Preprocessing
 from .pack import Pack, list_hash, note_files
 from .phantom import FINDINGS, Phantom, PhantomStudy
 from .splits import check_leaks, nested_subsets
@@ -441,7 +440,7 @@ def store_subsets(pack: Pack, fractions: tuple[float, ...] = (0.01, 0.1, 1.0)) -
 def boxes_in_view(
     boxes: np.ndarray,              # (k, 5) x0, y0, x1, y1, class
     size: int,                      # of the image they lie in, pixels
-    preprocessing: Preprocessing,
+    preprocessing,                  # Preprocessing
 ) -> np.ndarray:                    # (k', 5) in pixels of the view
     "Boxes through the geometry of `Preprocessing.eval`."
     side = round(preprocessing.size / preprocessing.crop)

@@ -4,25 +4,23 @@
 
 # %% auto #0
 __all__ = ['LOCAL_GRIDS', 'IMAGE_ENCODERS', 'ResNetEncoder', 'residual_stage', 'he_init', 'TinyResNet', 'ResNet256',
-           'cls_attention', 'ViTEncoder', 'read_state', 'load_weights', 'image_encoder']
+           'cls_attention', 'ViTEncoder', 'load_weights', 'image_encoder']
 
 # %% ../../nbs/encoders/02_image.ipynb #04b01ccc
 import inspect
 import math
 import operator
 from itertools import accumulate
-from pathlib import Path
 
 import timm
-import torch
 import torchvision
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models.resnet import BasicBlock
 
 from ..data.preprocessing import Preprocessing
 from .features import ImageFeatures
+from .weights import check_numbers, read_state, strip_prefix
 
 # %% ../../nbs/encoders/02_image.ipynb #23ad6fdf
 class ResNetEncoder(nn.Module):
@@ -222,41 +220,22 @@ def _pretrained_state(name: str, weights: str) -> dict[str, Tensor]:
         ) from error
     raise ValueError(f"there are no {weights!r} weights for {name!r}; pass a path, or None for random weights")
 
-# %% ../../nbs/encoders/02_image.ipynb #d1ce67a2
-def read_state(
-    path: str | Path,  # .safetensors, or .pt / .pth / .bin; or a folder that holds model.safetensors or pytorch_model.bin
-) -> dict[str, Tensor]:
-    "A state dict from a file; only tensors are ever unpickled. Raises FileNotFoundError or ValueError naming the path."
-    path = Path(path)
-    if path.is_dir():
-        found = [path / name for name in ("model.safetensors", "pytorch_model.bin") if (path / name).exists()]
-        if not found:
-            raise FileNotFoundError(f"{path} is a folder without model.safetensors or pytorch_model.bin")
-        path = found[0]
-    if not path.exists():
-        raise FileNotFoundError(f"no weights at {path}: pass a state-dict file or folder, or None for random weights")
-    try:
-        state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise ValueError(f"{path} is not a state dict that can be read safely ({type(error).__name__})") from error
-    return state.get("state_dict", state)
-
 # %% ../../nbs/encoders/02_image.ipynb #7f256050
 def load_weights(body: nn.Module, state: dict[str, Tensor], origin: str = "the state dict") -> None:
-    """Load a backbone's state dict, classifier left out; of local-mi's image-text checkpoints, the part `image_model.` alone.
+    """Load a backbone's state dict, classifier left out, from under the one prefix that holds it all (`module.`, `image_model.`).
 
-    ValueError names what is missing or of another shape."""
-    if any(key.startswith("image_model.") for key in state):
-        state = {key.removeprefix("image_model."): value for key, value in state.items() if key.startswith("image_model.")}
-    state = {key: value for key, value in state.items() if not key.startswith(("fc.", "fc1.", "head.", "head_dist."))}
+    ValueError names what is missing, of another shape, or no number."""
     wanted = {key: value for key, value in body.state_dict().items() if not key.startswith(("fc.", "head."))}
+    state = strip_prefix(state, wanted, origin)
+    state = {key: value for key, value in state.items() if not key.startswith(("fc.", "fc1.", "head.", "head_dist."))}
     missing = [key for key in wanted if key not in state and not key.endswith("num_batches_tracked")]
     wrong = [key for key in wanted if key in state and state[key].shape != wanted[key].shape]
     extra = [key for key in state if key not in wanted]
     if missing or wrong or extra:
         parts = {"missing": missing, "of another shape": wrong, "unknown": extra}
-        told = "; ".join(f"{len(keys)} {what}, e.g. {keys[0]}" for what, keys in parts.items() if keys)
+        told = "; ".join(f"{len(keys)} {what}, e.g. {', '.join(keys[:3])}" for what, keys in parts.items() if keys)
         raise ValueError(f"{origin} does not fit this backbone: {told}")
+    check_numbers(state, origin)
     body.load_state_dict(state, strict=False)
 
 # %% ../../nbs/encoders/02_image.ipynb #bb24abd8

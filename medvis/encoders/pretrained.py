@@ -19,6 +19,7 @@ from transformers.image_processing_base import ImageProcessingMixin
 from ..data.preprocessing import Preprocessing
 from .features import ImageFeatures
 from .image import IMAGE_ENCODERS, load_weights
+from .weights import ManyPrefixes, complete, read_state, refuse_code
 
 # %% ../../nbs/encoders/05_pretrained.ipynb #9becac8a
 def _side(size: int | dict, what: str) -> int:
@@ -148,15 +149,17 @@ def _preprocessor(name: str) -> dict:
     return ImageProcessingMixin.get_image_processor_dict(name)[0]
 
 # %% ../../nbs/encoders/05_pretrained.ipynb #0fce4547
-def _fetch(name: str) -> tuple[nn.Module, set[str], dict]:
-    "Model, names of weights that were not there, and what is told of its images. OSError says what to pass instead."
+def _fetch(name: str) -> tuple[nn.Module, dict, dict]:
+    "Model, what transformers says of its weights, and what is told of its images. OSError says what to pass instead."
+    refuse_code(name)
     try:
-        config = transformers.AutoConfig.from_pretrained(name)
+        config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
         known, told = transformers.MODEL_MAPPING, (config.architectures or [""])[0]
         kind = known[type(config)] if type(config) in known else getattr(transformers, told)
-        model, report = kind.from_pretrained(name, output_loading_info=True)
-        return model, set(report["missing_keys"]), _preprocessor(name)
+        return *kind.from_pretrained(name, output_loading_info=True, ignore_mismatched_sizes=True), _preprocessor(name)
     except Exception as error:
+        if Path(name).is_dir() and any(Path(name).glob("*.safetensors")) + any(Path(name).glob("*.bin")):
+            read_state(name)  # names the file, if it is the weights that cannot be read
         raise OSError(
             f"the vision model {name!r} could not be loaded ({type(error).__name__}): no such folder, no weights in it, "
             "or no network. Pass the path of a folder with config.json and model.safetensors, of a run, or of a "
@@ -164,17 +167,18 @@ def _fetch(name: str) -> tuple[nn.Module, set[str], dict]:
         ) from error
 
 # %% ../../nbs/encoders/05_pretrained.ipynb #5bf6b2f3
-def _vision_part(model: nn.Module, absent: set[str], name: str) -> nn.Module:
+def _vision_part(model: nn.Module, report: dict, name: str) -> nn.Module:
     "The vision model in a model, in single precision. ValueError if there is none, or if weights of it are absent."
     part = "vision_model" if isinstance(getattr(model, "vision_model", None), nn.Module) else ""
     body = getattr(model, part) if part else model
     if body.main_input_name != "pixel_values":
         raise ValueError(f"{name} holds a {type(body).__name__}, which reads {body.main_input_name} and no images")
+    start = f"{part}." if part else ""
+    own = {what: [key if isinstance(key, str) else key[0] for key in report[what]] for what in ("missing_keys", "mismatched_keys")}
+    own = {what: [key.removeprefix(start) for key in keys if key.startswith(start)] for what, keys in own.items()}
+    own["mismatched_keys"] = [(key,) for key in own["mismatched_keys"]]
     dense = hasattr(getattr(body, "pooler", None), "dense")  # will be taken out
-    absent = sorted(key for key in absent if key.startswith(part) and not (dense and "pooler." in key))
-    if absent:
-        kind = type(body).__name__
-        raise ValueError(f"{name} lacks {len(absent)} weights of its {kind}, e.g. {absent[0]}: they would be random")
+    complete(body, own, name, ("pooler.",) if dense else ())
     return body.float()
 
 # %% ../../nbs/encoders/05_pretrained.ipynb #906ee077
@@ -183,8 +187,8 @@ def pretrained_encoder(
     size: int | None = None,  # side of the input; None = what the model was made for
 ) -> PretrainedEncoder:  # in evaluation mode
     "A Hugging Face model with its preprocessing. OSError when it cannot be had, ValueError when it cannot be used."
-    model, absent, told = _fetch(str(name))
-    body = _vision_part(model, absent, str(name))
+    model, report, told = _fetch(str(name))
+    body = _vision_part(model, report, str(name))
     side = getattr(body.config, "image_size", None) or 224
     side = side if isinstance(side, int) else _side(dict(zip(("height", "width"), side)), "image_size")
     preprocessing = read_preprocessing(told, side, getattr(body.config, "num_channels", 3))
@@ -218,9 +222,12 @@ def architecture_of(
         try:
             load_weights(body, {key: value.to("meta") for key, value in state.items()}, origin)
             return name
+        except ManyPrefixes:
+            raise
         except ValueError:
             continue
+    starts = sorted({key.split(".")[0] for key in state})
     raise ValueError(
         f"{origin} fits none of {', '.join(IMAGE_ENCODERS)} in its usual size; "
-        "pass image= the architecture and its options"
+        f"pass image= the architecture and its options. Its names begin with {', '.join(starts[:8])}"
     )

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['IOUS', 'MAP_RULES', 'FROC_POINTS', 'BINARY', 'REPORTED', 'KINDS', 'PixelCounts', 'count_pixels', 'dice_pooled',
            'dice_of_images', 'dice_of_batches', 'dice_table', 'Boxes', 'box_iou', 'MapRules', 'by_group', 'match',
-           'average_precision', 'average_precisions', 'mean_ap', 'Froc', 'centre_hits', 'froc', 'detection_table',
-           'calibration_error', 'best_f1', 'binary_metrics', 'metric_rows', 'counted_classes', 'label_metrics',
-           'class_metrics', 'grade_metrics', 'classification_table']
+           'single_points', 'average_precision', 'average_precisions', 'mean_ap', 'Froc', 'centre_hits', 'froc',
+           'detection_table', 'calibration_error', 'best_f1', 'binary_metrics', 'metric_rows', 'counted_classes',
+           'label_metrics', 'class_metrics', 'grade_metrics', 'classification_table']
 
 # %% ../../nbs/evaluate/04_metrics.ipynb #a7012fd7
 from dataclasses import dataclass, replace
@@ -235,6 +235,12 @@ def match(
         taken[rows[r], t, best[r, t]] = True
     return hits
 
+# %% ../../nbs/evaluate/04_metrics.ipynb #f87c6aab
+def single_points(count: int) -> np.ndarray:  # (count,) float32
+    """Recalls from 0 to 1 as `torch.linspace` gives them with fused rounding, counted from the nearer end."""
+    index, step = np.arange(count), np.float64(np.float32(1 / (count - 1)))
+    return np.where(index < count // 2, index * step, 1 - (count - 1 - index) * step).astype(np.float32)
+
 # %% ../../nbs/evaluate/04_metrics.ipynb #ecb9cca6
 def average_precision(
     hits,  # (K, T) 1 or 0, best score first
@@ -250,7 +256,7 @@ def average_precision(
     best = np.maximum.accumulate(precision[::-1])[::-1]
     best = np.concatenate([best, np.zeros((1, hits.shape[1]))])  # beyond the last recall
     recall = found.astype(rules.recall) / np.asarray(positives, dtype=rules.recall)
-    points = torch.linspace(0, 1, 101).numpy() if rules.points == "float32" else np.linspace(0, 1, 101)
+    points = single_points(101) if rules.points == "float32" else np.linspace(0, 1, 101)
     at = [np.searchsorted(column, points) for column in recall.T]
     return np.stack([best[rows, t].mean() for t, rows in enumerate(at)]) if at else np.zeros(0)
 

@@ -39,7 +39,7 @@ class CosineCritic(nn.Module):
         if image.ndim == 3:
             return self(image, text)
         with torch.autocast(image.device.type, enabled=False):
-            return unit(self.image(image)) @ unit(self.text(text)).T / self.temperature
+            return unit(self.image(single(image))) @ unit(self.text(single(text))).T / self.temperature
 
 # %% ../../nbs/objectives/06_mixture.ipynb #02e08dbc
 def mixture_scores(

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MASK', 'GRAINS', 'SETTINGS', 'NOTHING', 'masked_text', 'pieces', 'pack_study', 'combined', 'scale_ends',
-           'heat_picture', 'draw_report', 'draw_scale', 'draw_heat', 'draw_run', 'correspondence_figure', 'page_state',
-           'Display', 'answer', 'CorrespondenceWidget']
+           'heat_picture', 'fitted', 'draw_report', 'draw_scale', 'draw_heat', 'beyond', 'draw_run',
+           'correspondence_figure', 'page_state', 'Display', 'answer', 'CorrespondenceWidget']
 
 # %% ../../nbs/widgets/02_correspondence.ipynb #45d9fef3
 import re
@@ -58,10 +58,11 @@ def pack_study(
 ) -> tuple[dict, list[bytes]]:  # the head; the picture and the scores of each run, grain by grain
     "A study as it goes to the browser."
     runs = [{"grid": run.grid, "frame": run.frame, "grains": list(run.scores), "prototypes": run.prototypes,
+             "temperature": run.temperature, "tokens": run.tokens,
              "cells": [np.flatnonzero(cells).tolist() for cells in view.cells[name]]} for name, run in view.runs.items()]
     outlines = [{"name": o.name, "paths": o.paths, "words": o.words, "sentences": o.sentences} for o in view.outlines]
     head = {
-        "position": view.position, "id": view.id, "patient": view.patient, "split": view.split, "side": view.picture.shape[0],
+        "masked": masked, "position": view.position, "id": view.id, "patient": view.patient, "split": view.split, "side": view.picture.shape[0],
         "sentences": pieces(view, masked), "labels": {name: value for name, value in view.labels.items() if value in (1, 0, -1)},
         "outlines": outlines, "runs": runs, "alignment": [view.alignment(name) for name in view.runs],
         "misses": [-view.misses(name) for name in view.runs]}
@@ -84,7 +85,11 @@ def combined(
 
 # %% ../../nbs/widgets/02_correspondence.ipynb #a5ed9340
 def scale_ends(run: RunScores, scores: np.ndarray, selection: Mapping[str, Sequence], scale: str) -> tuple[float, float]:
-    "Scores at the ends of the colours: those of the map, or (raw) of all maps of its grains."
+    """Scores at the ends of the colours: of the map (normalised), of all maps of its grains (raw), or (common) from the map's mean, which is chance,
+    to where one region weighs N times as much in the softmax over regions: an untrained net is flat there."""
+    if scale == "common":
+        mean = float(scores.mean())
+        return mean, mean + run.temperature * float(np.log(max(len(scores), 2)))
     if scale == "raw":
         scores = np.concatenate([run.scores[grain].ravel() for grain in GRAINS if selection.get(grain) and grain in run.scores])
     return float(np.nanmin(scores)), float(np.nanmax(scores))
@@ -106,30 +111,59 @@ def heat_picture(
     rgba[..., 3] = np.where(share < threshold, 0, opacity * share**2 * (3 - 2 * share))
     return rgba
 
+# %% ../../nbs/widgets/02_correspondence.ipynb #5c0a1b02
+def fitted(
+    ax: Axes,
+    text: str,
+    size: float,
+    wide: float,         # inches
+) -> tuple[str, float]:  # the text, and its width in inches at the worst of the usual resolutions
+    "A text that is not wider than it may be: what is left out is an ellipsis."
+    probe = ax.text(0, 0, text, size=size, family="serif", parse_math=False)
+
+    def width(shown: str) -> float:
+        probe.set_text(shown)
+        return max(probe.get_window_extent(dpi=dpi).width / dpi for dpi in (50, 80, 150, 300)) if shown else 0.0
+
+    found = width(text)
+    while found > wide and len(text) > 2:
+        text = text[: min(int(len(text) * wide / found), len(text) - 1) - 1] + "…"
+        found = width(text)
+    probe.remove()
+    return text, found
+
 # %% ../../nbs/widgets/02_correspondence.ipynb #28e46e29
 def draw_report(
     ax: Axes,
     lines: Sequence[Sequence[tuple[str, int]]],  # of `pieces`
     selection: Mapping[str, Sequence],
     size: float = 10,
-) -> None:
-    "Write a report from the top of the axes, pinned words and sentences on a coloured ground."
+    unread: Sequence[int] = (),  # words that a run did not read: grey
+) -> bool:                       # whether all of it is there
+    "Write a report from the top of the axes, pinned words and sentences on a coloured ground; where it is cut stands an ellipsis."
     ax.axis("off")
-    renderer, box = ax.figure.canvas.get_renderer(), ax.get_window_extent()
-    height, gap, y = 1.65 * size * ax.figure.dpi / 72 / box.height, 0.3 * size * ax.figure.dpi / 72, 1.0
+    box = ax.get_window_extent()
+    wide, high = box.width / ax.figure.dpi, box.height / ax.figure.dpi
+    step, gap, y, told = 1.65 * size / 72, 0.3 * size / 72, 0.0, None
     for s, line in enumerate(lines):
-        x, y = 0.0, y - height
+        x, y = 0.0, y + step
         for text, word in line:
             on = word in selection.get("words", ()) or s in selection.get("sentences", ())
             ground = dict(facecolor="#ffd97a", edgecolor="none", boxstyle="square,pad=0.12") if on and text.strip() else None
             for token in re.findall(r"\S+\s*|\s+", text):
-                told = ax.text(x, y, token.rstrip()[:60], size=size, family="serif", parse_math=False, bbox=ground, transform=ax.transAxes)
-                wide = told.get_window_extent(renderer).width
-                if x and x * box.width + wide > box.width:
-                    x, y = 0.0, y - height
-                    told.set_position((x, y))
-                x += (wide + gap * token[-1:].isspace()) / box.width
-        y -= 0.25 * height
+                shown, width = fitted(ax, token.rstrip(), size, wide)
+                if x and x + width > wide:
+                    x, y = 0.0, y + step
+                if y > high:
+                    if told is not None:
+                        told.set_text(fitted(ax, told.get_text() + " …", size, (1 - told.get_position()[0]) * wide)[0])
+                    return False
+                if shown:
+                    told = ax.text(x / wide, 1 - y / high, shown, size=size, family="serif", parse_math=False, bbox=ground,
+                                   color="#8a94a0" if word in unread else "black", transform=ax.transAxes)
+                x += width + gap * token[-1:].isspace()
+        y += 0.25 * step
+    return True
 
 # %% ../../nbs/widgets/02_correspondence.ipynb #2deab9f9
 def draw_scale(ax: Axes, ends: tuple[float, float], colours: str, threshold: float) -> None:
@@ -155,6 +189,14 @@ def draw_heat(ax: Axes, run: RunScores, scores: np.ndarray, state: Mapping) -> N
         ax.plot(*at, "o", ms=9, mfc="none", mec=colour, mew=line)
     draw_scale(ax, ends, state["colours"], state["threshold"])
 
+# %% ../../nbs/widgets/02_correspondence.ipynb #5c0a1b04
+def beyond(view: StudyView, shown: Sequence[str]) -> str:
+    "In words, which runs did not read all of a report."
+    cut = [name for name in shown if np.isnan(view.runs[name].scores["words"]).any()]
+    limits = {view.runs[name].tokens for name in cut} - {None}
+    many = " or ".join(map(str, sorted(limits))) + " " if limits else ""
+    return f"beyond the {many}tokens that {'the model' if cut == list(shown) else ', '.join(cut)} reads"
+
 # %% ../../nbs/widgets/02_correspondence.ipynb #85afec5a
 def draw_run(
     ax: Axes,
@@ -165,7 +207,7 @@ def draw_run(
     "Draw one run's picture: radiograph, map of what is pinned, outlines, boxes, and whether it hits."
     (level, width), run, selection = state["window"], view.runs[name], state["selection"]
     ax.imshow(view.picture, cmap="gray", vmin=level - width / 2, vmax=level + width / 2, extent=(0, 1, 1, 0), interpolation="bicubic")
-    ax.set_title(name, size=10, loc="left", parse_math=False)
+    ax.set_title(fitted(ax, name, 10, 2.45)[0], size=10, loc="left", parse_math=False)
     scores = combined(run, selection)
     if scores is not None:
         draw_heat(ax, run, scores, state)
@@ -198,7 +240,13 @@ def correspondence_figure(
         draw_run(figure.add_axes((left / total, 0.1, 2.9 / total, 2.9 / 3.5)), view, name, state)
         left += 3.1
     text = figure.add_axes(((left + 0.1) / total, 0.05, 4.1 / total, 0.9))
-    draw_report(text, pieces(view, masked), state["selection"])
+    unread = {w for name in shown for w in np.flatnonzero(np.isnan(view.runs[name].scores["words"][:, 0])).tolist()}
+    for size in (10, 9, 8, 7):
+        text.clear()
+        if draw_report(text, pieces(view, masked), state["selection"], size, sorted(unread)):
+            break
+    if unread:
+        text.text(0, -0.03, f"grey: {beyond(view, shown)}", size=8, color="#5b6775", va="top", parse_math=False, transform=text.transAxes)
     return figure
 
 # %% ../../nbs/widgets/02_correspondence.ipynb #057fb0a5
@@ -223,7 +271,7 @@ class Display(anywidget.AnyWidget):
     selection = traitlets.Dict(help="what is pinned").tag(sync=True)
     shown = traitlets.List(traitlets.Unicode(), help="names of the runs that are shown").tag(sync=True)
     grain = traitlets.Enum(GRAINS, "words", help="what the pointer and the keys go by").tag(sync=True)
-    scale = traitlets.Enum(("normalised", "raw"), "normalised", help="ends of the colours: of each map, or of all alike").tag(sync=True)
+    scale = traitlets.Enum(("common", "normalised", "raw"), "common", help="ends of the colours: by what scores mean, of each map, or of all maps").tag(sync=True)
     colours = traitlets.Enum(("inferno", "magma", "viridis", "cividis"), "inferno").tag(sync=True)
     opacity = traitlets.Float(0.8, min=0, max=1, help="of the highest score").tag(sync=True)
     threshold = traitlets.Float(0.0, min=0, max=1, help="share of the scale below which nothing is shown").tag(sync=True)
@@ -243,12 +291,12 @@ class Display(anywidget.AnyWidget):
 def answer(
     studies: Studies,
     message: Mapping,     # ask: "study", of a position; or "list", of those that fit query and finding, by order and run (a number)
-    masked: bool,
+    masked: bool,         # or asked for so in the message
 ) -> tuple[dict, list[bytes]]:
     "What goes back to the browser. An order that needs numbers measures some studies at a time: the browser asks again."
     try:
         if message["ask"] == "study":
-            head, body = pack_study(studies[message["position"]], masked)
+            head, body = pack_study(studies[message["position"]], masked or message.get("masked", False))
             return {"answer": "study", "study": head}, body
         asked = {name: message[name] for name in ("query", "finding", "order")}
         left = 0 if asked["order"] == "data" else studies.measure()
@@ -272,7 +320,7 @@ class CorrespondenceWidget(Pictured, Display):
         runs: Mapping[str, Method | str | Path] | Method | str | Path,  # by name: methods, or run folders
         data: Pack | str | Path,
         split: str | None = "test",    # None: all
-        outlines: Callable[[str], Sequence[Outline]] | None = None,     # study id -> what is known; None: of a phantom all
+        outlines: Callable[[str], Sequence[Outline]] | None = None,     # study id -> what is known; None: of a phantom all, else the Pack's boxes and masks
         **display,                     # traits of Display, e.g. grain="sentences"
     ):
         self.studies = Studies(runs, data if isinstance(data, Pack) else Pack(data), split, outlines)
@@ -330,6 +378,8 @@ class CorrespondenceWidget(Pictured, Display):
         write_atomic(path, lambda file: file.write(standalone(title, self._esm, self._css, page).encode()))
         return Path(path)
 
-    def to_figure(self) -> Figure:
-        "The pictures of the runs that are shown with the map of what is pinned, and the report."
-        return correspondence_figure(self.study, self.shown, {name: getattr(self, name) for name in SETTINGS}, self.masked)
+    def to_figure(self, **changes) -> Figure:  # e.g. scale="raw": for the figure alone
+        "The pictures of the runs that are shown with the map of what is pinned, and the report. TypeError for a setting that does not exist."
+        if strange := set(changes) - set(SETTINGS):
+            raise TypeError(f"no setting of a figure: {', '.join(sorted(strange))}; there are {', '.join(SETTINGS)}")
+        return correspondence_figure(self.study, self.shown, {name: getattr(self, name) for name in SETTINGS} | changes, self.masked)

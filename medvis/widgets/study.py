@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['Span', 'PROTOTYPES', 'word_spans', 'places_in', 'RunScores', 'seen_frame', 'picked_rows', 'run_scores', 'Outline',
-           'phantom_outlines', 'StudyView', 'as_methods', 'seen_cells', 'batch_scores', 'fitting_rows', 'Studies']
+           'phantom_outlines', 'pack_outlines', 'StudyView', 'as_methods', 'seen_cells', 'batch_scores', 'fitting_rows',
+           'Studies']
 
 # %% ../../nbs/widgets/01_study.ipynb #5c87c949
 from collections.abc import Callable, Mapping, Sequence
@@ -22,10 +23,12 @@ from ..data.pack import Pack
 from ..data.pairs import Pairs, Report, collate
 from ..data.phantom import Phantom
 from ..data.reports import find_words
+from ..data.tasks import BOX, pack_boxes
 from ..evaluate.classify import check_preprocessing, frozen
 from ..evaluate.ground import on_target, phantom_words
 from ..methods.method import Correspondence, Method
 from ..train import load_method
+from ..train.diagnostics import map_temperature
 
 # %% ../../nbs/widgets/01_study.ipynb #40d112a5
 Span = tuple[int, int, int]  # sentence, start, end
@@ -55,6 +58,8 @@ class RunScores:
     frame: tuple[float, float, float, float]      # x0, y0, x1, y1: what the encoder sees, in shares of the picture
     scores: dict[str, np.ndarray]                 # words (W, N), sentences (M, N), perhaps prototypes (K, N); NaN: not read
     prototypes: list[int] = field(default_factory=list)  # numbers of the K prototypes
+    temperature: float = 1.0                      # what scores are divided by before a softmax over regions
+    tokens: int | None = None                     # the most that the run reads; None: unknown
 
 # %% ../../nbs/widgets/01_study.ipynb #e3ce7088
 def seen_frame(
@@ -127,6 +132,24 @@ def phantom_outlines(
     words = {index: tuple(w for w, i in about.items() if i == index) for index in range(len(study.findings))}
     return [Outline(finding.name, finding.mask, words[index], tuple(sorted({spans[w][0] for w in words[index]})))
             for index, finding in enumerate(study.findings)]
+
+# %% ../../nbs/widgets/01_study.ipynb #5b0c1d01
+def pack_outlines(
+    pack: Pack,
+    image: int,  # row of the image table
+) -> list[Outline]:
+    "The boxes and masks that a Pack holds of an image; nothing says which words speak of them."
+    masks = zip(pack.manifest.get("masks", ()), found) if (found := pack.mask(image)) is not None else ()
+    out = [Outline(name, mask) for name, mask in masks if mask.any()]
+    if not (pack.boxes["image"] == image).any():
+        return out
+    boxes = pack_boxes(pack)
+    for name, *box in boxes.loc[boxes["image_id"] == pack.image_table["image_id"][image], ["class", *BOX]].itertuples(index=False):
+        x0, y0, x1, y1 = (int(round(value)) for value in box)
+        mask = np.zeros((pack.size, pack.size), bool)
+        mask[min(y0, pack.size - 1):max(y1, y0 + 1), min(x0, pack.size - 1):max(x1, x0 + 1)] = True
+        out.append(Outline(name, mask))
+    return out
 
 # %% ../../nbs/widgets/01_study.ipynb #51bea516
 @dataclass(frozen=True)
@@ -202,7 +225,8 @@ def batch_scores(
     for row, (position, sentences) in enumerate(zip(positions, reports)):
         spans = word_spans(sentences)
         places = places_in(pairs.report(position), sentences, spans, pairs.view.punctuation)
-        out.append(run_scores(told, row, places, (len(spans), len(sentences)), method.preprocessing))
+        scores = run_scores(told, row, places, (len(spans), len(sentences)), method.preprocessing)
+        out.append(replace(scores, temperature=map_temperature(method), tokens=pairs.view.max_tokens))
     return out
 
 # %% ../../nbs/widgets/01_study.ipynb #41e608c4
@@ -227,7 +251,7 @@ class Studies:
         runs: Mapping[str, Method | str | Path] | Method | str | Path,
         data: Pack,
         split: str | None = "test",    # None: all
-        outlines: Callable[[str], Sequence[Outline]] | None = None,  # study id -> what is known; None: of a phantom all
+        outlines: Callable[[str], Sequence[Outline]] | None = None,  # study id -> what is known; None: of a phantom all, else the Pack's boxes and masks
         keep: int = 64,                # views in memory
     ):
         self.runs, self.data = as_methods(runs), data
@@ -260,7 +284,7 @@ class Studies:
         if self._outlines is not None:
             return list(self._outlines(str(study["study_id"])))
         if source.get("kind") != "phantom":
-            return []
+            return pack_outlines(self.data, study["image_rows"][0])
         return phantom_outlines(study["study_id"], Phantom(source["size"], source["seed"]), study["sentences"])
 
     def make(self, positions: Sequence[int]) -> list[StudyView]:

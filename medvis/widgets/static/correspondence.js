@@ -157,9 +157,13 @@ const shownPicks = (app) => app.hover.picks ?? pinned(app);
 const shownBoxes = (app) => (app.hover.box ? [app.hover.box] : pinned(app).boxes);
 const shownRuns = (app) => app.study.runs.map((run, k) => k).filter((k) => get(app, "shown").includes(get(app, "runs")[k]));
 
-// Low and high end of the colours for a map: its own, or those of all maps of its grains.
+// Low and high end of the colours for a map: from chance, its mean, to where a region weighs as much as all others together; its own; or those of all maps of its grains.
 function scaleOf(app, run, values, grains) {
-  return get(app, "scale") === "raw" ? extent(grains.flatMap((grain) => rangeOf(run, grain))) : extent(values);
+  const scale = get(app, "scale");
+  if (scale === "raw") return extent(grains.flatMap((grain) => rangeOf(run, grain)));
+  if (scale === "normalised") return extent(values);
+  const known = [...values].filter((value) => !Number.isNaN(value)), mean = known.reduce((sum, value) => sum + value, 0) / (known.length || 1);
+  return [mean, mean + (run.temperature ?? 1) * Math.log(Math.max(run.count, 2))];
 }
 
 // What one run says of what is hovered or pinned: map, its scale, peak, and whether it hits the outlines that the text speaks of.
@@ -245,6 +249,25 @@ function drawOutlines(app, context, pixel, linked) {
   }));
 }
 
+// The names of outlines, at their upper left corners.
+function drawNames(app, context, size) {
+  const { scale, x, y } = app.zoom, unit = devicePixelRatio;
+  context.setTransform(1, 0, 0, 1, 0, 0);
+  context.font = `600 ${11 * unit}px system-ui, sans-serif`;
+  context.lineJoin = "round";
+  context.lineWidth = 3 * unit;
+  context.strokeStyle = "rgba(0,0,0,.7)";
+  context.fillStyle = OUTLINE;
+  for (const { name, paths } of app.study.outlines) {
+    const points = paths.flat();
+    if (!points.length) continue;
+    const at = (i, from) => (Math.min(...points.map((point) => point[i])) - from) * size * scale, wide = Math.min(context.measureText(name).width, size - 6 * unit);
+    const place = [Math.min(Math.max(at(0, x), 2 * unit), size - wide - 4 * unit), Math.max(at(1, y) - 4 * unit, 12 * unit), wide];
+    context.strokeText(name, ...place);
+    context.fillText(name, ...place);
+  }
+}
+
 function drawBoxes(app, context, pixel) {
   for (const [x0, y0, x1, y1] of [...pinned(app).boxes, ...(app.hover.box ? [app.hover.box] : [])]) {
     strokeTwice(context, pixel, BOX, 1.6, () => context.rect(x0, y0, x1 - x0, y1 - y0));
@@ -269,6 +292,7 @@ function drawPanel(app, panel) {
     const [a, b, c, d] = boxOf(told.run, Math.floor(told.peak / told.run.grid[1]), told.peak % told.run.grid[1]);
     strokeTwice(context, pixel, "#fff", 1.8, () => context.arc((a + c) / 2, (b + d) / 2, 6 * pixel, 0, 7));
   }
+  if (get(app, "outlines")) drawNames(app, context, size);
   tellPanel(app, panel, told);
 }
 
@@ -306,10 +330,20 @@ function itemElement(app, grain, item, tag, attributes, ...children) {
   return element;
 }
 
+// The shown runs that did not read a word, and that in words.
+const unreadBy = (app, word) => shownRuns(app).filter((k) => word < items(app.study.runs[k], "words") && Number.isNaN(mapOf(app.study.runs[k], "words", word)[0]));
+
+function beyond(app, unread) {
+  const limits = [...new Set(unread.map((k) => app.study.runs[k].tokens).filter(Boolean))].join(" or ");
+  const who = unread.length === shownRuns(app).length ? "the model" : unread.map((k) => get(app, "runs")[k]).join(", ");
+  return `beyond the ${limits ? `${limits} ` : ""}tokens that ${who} reads`;
+}
+
 function sentenceElement(app, pieces, s) {
   const parts = pieces.map(([text, word]) => {
     if (word < 0) return masked(app, text);
-    return itemElement(app, "words", word, "span", { class: "word" }, masked(app, text));
+    const unread = unreadBy(app, word);
+    return itemElement(app, "words", word, "span", unread.length ? { class: "word unread", title: beyond(app, unread) } : { class: "word" }, masked(app, text));
   });
   const number = itemElement(app, "sentences", s, "span", { class: "number", "aria-label": `Sentence ${s + 1}` }, String(s + 1));
   const enter = () => get(app, "grain") === "sentences" && hoverItem(app, "sentences", s);
@@ -323,6 +357,8 @@ function buildReport(app) {
   const { study, parts } = app;
   app.items = { words: [], sentences: [], prototypes: [] };
   parts.report.replaceChildren(...study.sentences.map((pieces, s) => sentenceElement(app, pieces, s)));
+  const cut = [...new Set(app.items.words.flatMap((_, word) => unreadBy(app, word)))];
+  if (cut.length) parts.report.append(h("p", { class: "legend" }, `Dimmed: ${beyond(app, cut)}.`));
   const numbers = study.runs[app.active]?.prototypes ?? [];
   parts.prototypes.replaceChildren(...numbers.map((number, k) =>
     itemElement(app, "prototypes", k, "span", { class: "prototype" }, `prototype ${number}`)));
@@ -571,10 +607,11 @@ function answerHere({ studies }, { ask: what, position, query, finding, order, r
 
 function receive(app, message, buffers) {
   if (message.answer === "study") {
+    app.waiting = false;
+    if (!get(app, "held")?.studies && message.study.masked !== get(app, "masked")) return setTimeout(() => showStudy(app), 50); // asked before the switch was saved
     const study = decode(message.study, buffers);
     app.studies.set(study.position, study);
     if (app.studies.size > KEPT_STUDIES) app.studies.delete(app.studies.keys().next().value);
-    app.waiting = false;
     showStudy(app);
   } else if (message.answer === "error") {
     app.waiting = false;
@@ -627,7 +664,7 @@ function showStudy(app) {
   app.root.setAttribute("aria-busy", String(!study));
   if (!study && !app.waiting) {
     app.waiting = true;
-    ask(app, { ask: "study", position });
+    ask(app, { ask: "study", position, masked: get(app, "masked") });
   }
   if (!study) return;
   app.study = study;
@@ -649,7 +686,7 @@ function panelElement(app, k) {
   const name = get(app, "runs")[k], canvas = h("canvas", { tabindex: "0", role: "application", "data-run": name });
   const low = h("span", {}), high = h("span", {}), tick = h("i", {}), badge = h("span", { class: "badge", hidden: true });
   const bar = h("div", { class: "bar", "aria-hidden": "true" }, low, h("div", { class: "colours" }, tick), high);
-  const element = h("figure", { class: "panel" }, h("figcaption", {}, h("b", {}, name), badge), canvas, bar);
+  const element = h("figure", { class: "panel" }, h("figcaption", {}, h("b", { title: name }, name), badge), canvas, bar);
   const panel = { k, element, canvas, low, high, tick, bar, badge, heat: document.createElement("canvas"), cursor: [0, 0] };
   panel.cursor = app.study.runs[k].grid.map((n) => Math.floor(n / 2));
   listenToPanel(app, panel);
@@ -739,7 +776,7 @@ function browserRow(app) {
   const { parts } = app;
   parts.slider = h("input", { type: "range", min: 0, step: 1, "aria-label": "Study", input: () => app.list?.length && put(app, { position: app.list[Number(parts.slider.value)] }) });
   parts.place = h("output", { class: "place" });
-  const search = h("input", { type: "search", placeholder: "Search ids and words", "aria-label": "Search ids and words", input: () => put(app, { query: search.value }) });
+  const search = h("input", { type: "search", placeholder: "Search ids and words", "aria-label": "Search ids and words", title: "Search ids and words", input: () => put(app, { query: search.value }) });
   app.follow("query", () => search.value !== get(app, "query") && (search.value = get(app, "query")));
   const findings = [["", "All findings"], ...get(app, "findings").map(([name, count]) => [name, `${name} (${count})`])];
   return h("div", { class: "row browser" }, button("‹", "Previous study", () => step(app, -1)), parts.slider, button("›", "Next study", () => step(app, 1)),
@@ -751,7 +788,7 @@ function controlRow(app) {
   const [level, width] = [0, 1].map((i) => [(value) => value[i], (value) => (i ? [get(app, "window")[0], value] : [value, get(app, "window")[1]])]);
   return h("div", { class: "row controls", role: "toolbar", "aria-label": "Display" },
     traitSegments(app, "grain", "Grain", grains), toolSegments(app), ...runButtons(app),
-    traitSegments(app, "scale", "Scale", { normalised: "Each map", raw: "Raw" }),
+    traitSegments(app, "scale", "Scale", { common: "Common", normalised: "Each map", raw: "Raw" }),
     choice(app, "colours", "Colours", Object.keys(STOPS).map((name) => [name, name])),
     slider(app, "opacity", "Opacity", [0, 1, 0.05]), slider(app, "threshold", "Threshold", [0, 0.95, 0.05]),
     slider(app, "window", "Level", [0, 255, 1], ...level), slider(app, "window", "Width", [2, 510, 1], ...width),
@@ -773,7 +810,7 @@ function layOut(app) {
   parts.prototypes = h("div", { class: "prototypes", "aria-label": "Prototypes" });
   parts.status = h("div", { class: "status", role: "status", "aria-live": "polite" });
   const keys = h("details", { class: "keys" }, h("summary", {}, "Keys and mouse"),
-    h("dl", {}, ...KEYS.flatMap(([key, does]) => [h("dt", {}, key), h("dd", {}, does)])));
+    h("div", { class: "keylist" }, ...KEYS.flatMap(([key, does]) => [h("b", {}, key), h("span", {}, does)])));
   app.root.append(browserRow(app), h("div", { class: "study" }, parts.panels,
     h("section", { class: "text" }, parts.findings, parts.report, parts.prototypes)), parts.status, controlRow(app), keys);
 }
