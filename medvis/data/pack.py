@@ -515,6 +515,13 @@ def _read_manifest(path: Path) -> dict:
                              f"{'the file is missing' if size is None else f'found {size}'}; prepare the data set again")
     return manifest
 
+# %% ../../nbs/data/05_pack.ipynb #341228e5
+def _columns(table: pd.DataFrame, names: list[str], path: Path) -> pd.DataFrame:
+    "Some columns of a table. ValueError names those that the file lacks"
+    if missing := [name for name in names if name not in table]:
+        raise ValueError(f"{path} lacks the columns {', '.join(missing)}; it has {', '.join(map(str, table))[:200]}; prepare the data set again")
+    return table[names]
+
 # %% ../../nbs/data/05_pack.ipynb #149321d6
 COLUMNS = {"studies": ("study_id", "patient_id", "split", "image_rows", "report", "sentences"), "images": ("image_id", "study", "path", "sha256"),
            "rejects": ("item", "reason"), "boxes": BOX}
@@ -526,8 +533,7 @@ def _read_parquet(path: Path, columns: Sequence[str] | None = None) -> pd.DataFr
         table = pd.read_parquet(path, columns=columns and list(columns))
     except (pa.ArrowException, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} cannot be read ({type(error).__name__} {str(error)[:200]}); prepare the data set again") from error
-    if missing := [name for name in columns or COLUMNS.get(path.stem, ()) if name not in table]:
-        raise ValueError(f"{path} lacks the columns {', '.join(missing)}; it has {', '.join(map(str, table))[:200]}; prepare the data set again")
+    _columns(table, list(columns or COLUMNS.get(path.stem, ())), path)
     return table
 
 # %% ../../nbs/data/05_pack.ipynb #2c156a13
@@ -544,6 +550,53 @@ def _remembered(folder: Path) -> dict:
         return told if isinstance(told, dict) else {}
     except (OSError, ValueError, RecursionError):
         return {}
+
+# %% ../../nbs/data/05_pack.ipynb #a4343f73
+def _files_told(manifest: dict) -> dict[str, dict]:     # name -> bytes, sha256
+    "All files that a manifest speaks of"
+    return {**manifest["files"], **manifest.get("subsets", {})}
+
+# %% ../../nbs/data/05_pack.ipynb #f75ef35c
+def _check_files(
+    folder: Path,
+    hashes: dict[str, str],     # name -> SHA-256
+    ask: bool = True,           # take from checked.json what has been hashed, and write down there what is
+) -> None:
+    "ValueError names the file whose content has another hash, or that is missing"
+    known, new = _remembered(folder) if ask else {}, {}
+    for name, expected in hashes.items():
+        if not (folder / name).is_file():
+            raise ValueError(f"{folder / name}: the file is missing; prepare the data set again")
+        stamp = _stamp(folder / name)
+        if known.get(name) != [stamp, expected]:
+            if _hash_file(folder / name) != expected:
+                raise ValueError(f"{folder / name}: content differs from the manifest; prepare the data set again")
+            new[name] = [stamp, expected]
+    if new and ask:
+        with suppress(OSError):     # where nothing may be written, it is hashed each time
+            write_bytes(folder / "checked.json", json.dumps({**known, **new}, indent=1).encode())
+
+# %% ../../nbs/data/05_pack.ipynb #7dd08c77
+def _check_hash(folder: Path, manifest: dict) -> None:
+    "ValueError if the hash of a Pack is not that of its files"
+    arrays = [manifest["files"][name]["sha256"] for name in ("images.u8", "masks.u1") if name in manifest["files"]]
+    if _content_hash("".join(arrays), folder) != manifest["hash"]:
+        raise ValueError(f"{folder / 'manifest.json'}: its hash is not that of the files; prepare the data set again")
+
+# %% ../../nbs/data/05_pack.ipynb #10e14836
+def _counts_told(manifest: dict) -> str:
+    "The counts of a Pack, in words"
+    counts, size = manifest["counts"], manifest["size"]
+    splits = ", ".join(f"{name} {count}" for name, count in counts["splits"].items())
+    return (f"{counts['images']} images of {size} x {size}, {counts['studies']} studies ({splits}), "
+            f"{counts['patients']} patients, {counts['sentences']} sentences, {counts['rejects']} rejects")
+
+# %% ../../nbs/data/05_pack.ipynb #7d8b44bb
+def _map_bits(path: Path, shape: tuple[int, ...]) -> np.ndarray:
+    "The packed masks of a Pack, mapped. ValueError if the file has another size"
+    if (found := path.stat().st_size) != math.prod(shape):
+        raise ValueError(f"{path} has {found} bytes; expected {math.prod(shape)} for {shape[0]} masked images; prepare the data set again")
+    return np.memmap(path, np.uint8, "r", shape=shape) if found else np.zeros(shape, np.uint8)
 
 # %% ../../nbs/data/05_pack.ipynb #d98c5e70
 class Pack:
@@ -568,10 +621,7 @@ class Pack:
         return Pack, (self.path,), {"_checked": self._checked}      # a worker need not hash again
 
     def __repr__(self) -> str:
-        counts = self.manifest["counts"]
-        splits = ", ".join(f"{name} {count}" for name, count in counts["splits"].items())
-        return (f"Pack({str(self.path)!r}: {counts['images']} images of {self.size} x {self.size}, {counts['studies']} studies ({splits}), "
-                f"{counts['patients']} patients, {counts['sentences']} sentences, {counts['rejects']} rejects, hash {self.manifest['hash'][:12]})")
+        return f"Pack({str(self.path)!r}: {_counts_told(self.manifest)}, hash {self.manifest['hash'][:12]})"
 
     def image(self, index: int) -> np.ndarray:      # (H, W) uint8
         "A copy of image `index`"
@@ -584,9 +634,8 @@ class Pack:
 
     @cached_property
     def _tables(self) -> dict[str, pd.DataFrame]:
-        paths = _table_paths(self.path)
-        self.check([path.name for path in paths])
-        return {path.stem: _with_lists(_read_parquet(path)) for path in paths}
+        self.check([path.name for path in _table_paths(self.path)])
+        return {path.stem: _with_lists(_read_parquet(path)) for path in _table_paths(self.path)}
 
     @cached_property
     def studies(self) -> pd.DataFrame:
@@ -603,10 +652,7 @@ class Pack:
 
     def _named(self, kind: str, prefix: str) -> pd.DataFrame:
         names = self.manifest.get(kind, [])
-        table = self._tables["studies"]
-        if missing := [name for name in names if prefix + name not in table]:
-            raise ValueError(f"{self.path / 'studies.parquet'} has no {kind} {', '.join(missing)}, which the manifest names; prepare the data set again")
-        return table[[prefix + name for name in names]].set_axis(names, axis=1)
+        return _columns(self._tables["studies"], [prefix + name for name in names], self.path / "studies.parquet").set_axis(names, axis=1)
 
     image_table = property(lambda self: self._tables["images"])
     rejects = property(lambda self: self._tables["rejects"])
@@ -615,14 +661,10 @@ class Pack:
     @cached_property
     def _mask_bits(self) -> tuple[np.ndarray, np.ndarray]:
         "(masked images, kinds, size, bytes) of packed bits, and each image's row in them, -1 = nobody looked"
-        if "masked" not in self.image_table:
-            raise ValueError(f"{self.path / 'images.parquet'} lacks the column masked; the manifest names masks; prepare the data set again")
-        masked = self.image_table["masked"].map(bool).to_numpy()
+        masked = _columns(self.image_table, ["masked"], self.path / "images.parquet")["masked"].map(bool).to_numpy()
         shape = int(masked.sum()), len(self.manifest["masks"]), self.size, math.ceil(self.size / 8)
         self.check(["masks.u1"])
-        if (found := (self.path / "masks.u1").stat().st_size) != math.prod(shape):
-            raise ValueError(f"{self.path / 'masks.u1'} has {found} bytes; expected {math.prod(shape)} for {shape[0]} masked images; prepare the data set again")
-        bits = np.memmap(self.path / "masks.u1", np.uint8, "r", shape=shape) if masked.any() else np.zeros(shape, np.uint8)
+        bits = _map_bits(self.path / "masks.u1", shape)
         return bits, np.where(masked, masked.cumsum() - 1, -1)
 
     def mask(self, index: int) -> np.ndarray | None:    # (kinds, H, W) bool, in the order of the manifest's masks
@@ -635,28 +677,16 @@ class Pack:
     def check(self, names: Iterable[str] | None = None) -> None:
         """See that files (all) are what the manifest says. They are hashed once: after that, as long as size and times stay, it is taken from checked.json. A change
         behind which somebody sets the times back is seen by `verify` alone. Everything that reads pixels or tables comes through here first. ValueError names the file."""
-        told, known = {**self.manifest["files"], **self.manifest.get("subsets", {})}, _remembered(self.path)
-        new = {}
-        for name in [name for name in (told if names is None else names) if name in told and name not in self._checked]:
-            stamp = _stamp(self.path / name)
-            if known.get(name) != [stamp, told[name]["sha256"]]:
-                if _hash_file(self.path / name) != told[name]["sha256"]:
-                    raise ValueError(f"{self.path / name}: content differs from the manifest; prepare the data set again")
-                new[name] = [stamp, told[name]["sha256"]]
-            self._checked.add(name)
-        if new:
-            with suppress(OSError):     # where nothing may be written, it is hashed each time
-                write_bytes(self.path / "checked.json", json.dumps({**known, **new}, indent=1).encode())
+        told = _files_told(self.manifest)
+        new = {name for name in (told if names is None else names) if name in told} - self._checked
+        _check_files(self.path, {name: told[name]["sha256"] for name in sorted(new)})
+        self._checked |= new
 
     def verify(self) -> None:
         "Hash the manifest and every file again; ValueError names the one that differs from the manifest"
         self.manifest = _read_manifest(self.path)
-        for name, expected in {**self.manifest["files"], **self.manifest.get("subsets", {})}.items():
-            if not (self.path / name).is_file() or _hash_file(self.path / name) != expected["sha256"]:
-                raise ValueError(f"{self.path / name}: content differs from the manifest; prepare the data set again")
-        arrays = [self.manifest["files"][name]["sha256"] for name in ("images.u8", "masks.u1") if name in self.manifest["files"]]
-        if _content_hash("".join(arrays), self.path) != self.manifest["hash"]:
-            raise ValueError(f"{self.path / 'manifest.json'}: its hash is not that of the files; prepare the data set again")
+        _check_files(self.path, {name: told["sha256"] for name, told in _files_told(self.manifest).items()}, ask=False)
+        _check_hash(self.path, self.manifest)
 
 # %% ../../nbs/data/05_pack.ipynb #ab93a348
 def note_files(pack: Pack, files: dict[str, bytes]) -> None:
@@ -870,6 +900,5 @@ def write_pack(
         if unfinished:
             os.replace(folder, out)
             shutil.rmtree(plan.folder)
-    pack = Pack(out)
-    pack._checked |= {*pack.manifest["files"]} if unfinished else set()      # hashed a moment ago
+    (pack := Pack(out))._checked |= {*pack.manifest["files"]} if unfinished else set()      # hashed a moment ago
     return pack
