@@ -72,7 +72,7 @@ class FolderConfig(ReadConfig):
             if place.exists():
                 return path
         looked = " (looked for from the working folder, then from the root)" if len(places) > 1 else ""
-        raise DataError(f"{' and '.join(map(str, places))}: no such table{looked}" + "".join(map(lookalike, places)))
+        raise DataError(f"{' and '.join(map(str, places))}: no such file{looked}" + "".join(map(lookalike, places)))
 
 # %% ../../nbs/data/10_folder.ipynb #880dac6f
 def _read_table(path: Path, text_columns: set[str]) -> pd.DataFrame:

@@ -688,6 +688,12 @@ class Pack:
         _check_files(self.path, {name: told["sha256"] for name, told in _files_told(self.manifest).items()}, ask=False)
         _check_hash(self.path, self.manifest)
 
+# %% ../../nbs/data/05_pack.ipynb #5f302cc7
+def _hashed_now(pack: Pack) -> Pack:
+    "The Pack, whose files were hashed a moment ago for its manifest: they need not be again"
+    pack._checked |= {*pack.manifest["files"]}
+    return pack
+
 # %% ../../nbs/data/05_pack.ipynb #ab93a348
 def note_files(pack: Pack, files: dict[str, bytes]) -> None:
     "Write files beside those of a Pack, and their hashes into its manifest, so that they are verified too; what is there already stays untouched"
@@ -758,8 +764,7 @@ def guard(
     built: bool = False,                    # just now: its files were hashed a moment ago
 ) -> None:
     "Look through a Pack, as far as its manifest does not say that it was done, and write down what was found. ValueError if anything leaks and is not allowed to."
-    pack, others = Pack(folder), {other.manifest["hash"]: other for other in map(Pack, against)}
-    pack._checked |= {*pack.manifest["files"]} if built else set()
+    pack, others = _hashed_now(Pack(folder)) if built else Pack(folder), {other.manifest["hash"]: other for other in map(Pack, against)}
     told = pack.manifest.get("guard", NOTHING)
     new = [other for name, other in others.items() if name not in told["against"]]
     if told["leaks"] and not allow_leaks:
@@ -900,5 +905,4 @@ def write_pack(
         if unfinished:
             os.replace(folder, out)
             shutil.rmtree(plan.folder)
-    (pack := Pack(out))._checked |= {*pack.manifest["files"]} if unfinished else set()      # hashed a moment ago
-    return pack
+    return _hashed_now(Pack(out)) if unfinished else Pack(out)
