@@ -1,8 +1,10 @@
 """Packs and splits: a build killed at any moment ends with the same bytes, whoever did the work; damage is seen."""
+import hashlib
 import io
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -19,6 +21,7 @@ from hypothesis import strategies as st
 from medvis.data import pack as pack_module
 from medvis.data.pack import ImageRecord, Pack, StudyRecord, write_pack
 from medvis.data.splits import check_leaks, nested_subsets, patient_splits
+from medvis.data.tasks import pack_task
 
 HERE = Path(__file__).parent
 
@@ -292,9 +295,102 @@ def test_a_flipped_bit_is_seen_by_verify(name, tmp_path):
 
 def test_a_foreign_hash_is_seen_by_verify(tmp_path):
     pack = write_pack(tmp_path / "pack", range(5), read_study, **SETTINGS)
-    manifest(lambda m: m.update(hash="0" * 64))(pack.path)
+    manifest(lambda m: m.update(hash="0" * 64) or m.pop("checksum", None))(pack.path)       # as before there were checksums
     with pytest.raises(ValueError, match="its hash is not that of the files"):
         Pack(pack.path).verify()
+
+
+@pytest.mark.parametrize("change", [
+    {"size": 8}, {"labels": ["Nodule", "Edema"]}, {"rules": {}}, {"pixels": {}}, {"source": {"kind": "other", "fit": "crop"}}, {"guard": {"against": {"x": "y"}, "leaks": {}}},
+    {"lists": {}}, {"rejected": {"nothing": 0}}], ids=lambda change: next(iter(change)))
+def test_a_changed_manifest_is_named(change, tmp_path):
+    pack = write_pack(tmp_path / "pack", range(5), read_study, **SETTINGS)
+    manifest(lambda m: m.update(change))(pack.path)
+    with pytest.raises(ValueError, match=r"manifest\.json is not a Pack's manifest, or damaged"):
+        Pack(pack.path)
+
+
+WRONG = (None, [], {}, "x", -1, True, 1.5, ["x"], {"x": []})
+
+
+def test_damaged_and_foreign_packs_end_in_a_line(tmp_path):
+    pack = write_pack(tmp_path / "pack", range(5), read_study, **SETTINGS)
+    whole = json.loads((pack.path / "manifest.json").read_text())
+    whole.pop("checksum", None)
+    damaged = ["[" * 100_000, "{" * 100_000, "\0", "", "null", "1", '"x"', "\ud800".encode("utf-8", "surrogatepass").decode("latin-1")]
+    for place in [(name,) for name in whole] + [("counts", name) for name in whole["counts"]] + [("files", name) for name in whole["files"]]:
+        for wrong in WRONG:
+            changed = json.loads(json.dumps(whole))
+            inner = changed if len(place) == 1 else changed[place[0]]
+            del inner[place[-1]]
+            damaged += [json.dumps(changed)]
+            inner[place[-1]] = wrong
+            damaged += [json.dumps(changed)]
+    for text in damaged:
+        (pack.path / "manifest.json").write_text(text)
+        try:
+            found = Pack(pack.path)
+            repr(found), len(found), found.images, found.studies, found.labels, found.grades, found.boxes, found.rejects, found.mask(0)
+        except ValueError as error:
+            assert str(pack.path) in str(error) and "\n" not in str(error) and len(str(error)) < 600
+
+
+@pytest.mark.parametrize("content", [b"", b"PAR1", pd.DataFrame({"x": [1]}).to_parquet()], ids=["empty", "cut off", "another table"])
+@pytest.mark.parametrize("name", ["studies", "images", "rejects"])
+def test_a_foreign_table_is_named(name, content, tmp_path):
+    pack = write_pack(tmp_path / "pack", range(5), read_study, **SETTINGS)
+    (pack.path / f"{name}.parquet").write_bytes(content)
+    manifest(lambda m: m["files"].update({f"{name}.parquet": {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}}) or m.pop("checksum", None))(pack.path)
+    with pytest.raises(ValueError, match=rf"{name}\.parquet"):
+        Pack(pack.path).studies
+
+
+def test_inverted_pixels_are_seen_before_they_are_measured(tmp_path):
+    pack = write_pack(tmp_path / "pack", range(5), read_study, **SETTINGS)
+    assert Pack(pack.path).image(0).any() and (pack.path / "checked.json").exists()
+    (pack.path / "images.u8").write_bytes(bytes(255 - byte for byte in (pack.path / "images.u8").read_bytes()))
+    for measured in (lambda: Pack(pack.path).image(0), lambda: pack_task(Pack(pack.path)).pack.images, lambda: Pack(pack.path).check()):
+        with pytest.raises(ValueError, match="images.u8: content differs"):
+            measured()
+
+
+def test_two_builds_of_one_pack(tmp_path, whole):
+    out, pids = tmp_path / "pack", tmp_path / "pids"
+    pids.mkdir()
+    first = start(out, 0, pids=pids)
+    deadline = time.monotonic() + 60
+    while not parts(out) and time.monotonic() < deadline:
+        time.sleep(0.002)
+    with pytest.raises(OSError, match=f"process {first.pid} on .* is working on this Pack") as told:
+        write_pack(out, STUDIES, read_study, **SETTINGS)
+    assert "\n" not in str(told.value) and first.wait(60) == 0, first.stderr.read()
+    assert contents(out) == whole and not Path(f"{out}.lock").exists()
+
+
+def test_one_takes_over_a_stale_lock(tmp_path):
+    "Many find the lock of a process that has ended; never do two hold it"
+    stale = json.dumps({"host": socket.gethostname(), "pid": 2**22 + 1, "start": 0.0})
+    script = ("import sys, time\nfrom pathlib import Path\nfrom medvis.data.files import lock_folder\n"
+              "folder = Path(sys.argv[1])\nwhile not (folder.parent / 'go').exists():\n    time.sleep(0.001)\n"
+              "try:\n    with lock_folder(folder, 'run'):\n        (folder.parent / 'held').mkdir()\n        time.sleep(0.3)\n        (folder.parent / 'held').rmdir()\n"
+              "        print('held')\nexcept BlockingIOError as error:\n    print(error)\n")
+    Path(tmp_path / "run.lock").write_text(stale)
+    callers = [subprocess.Popen([sys.executable, "-c", script, str(tmp_path / "run")], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for _ in range(4)]
+    time.sleep(1)
+    (tmp_path / "go").touch()
+    told = [caller.communicate(timeout=60)[0] for caller in callers]
+    assert "held\n" in told and all(line == "held\n" or "is working on this run" in line for line in told), told
+    assert not (tmp_path / "run.lock").exists()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="limits a process of its own")
+def test_a_full_disk_names_the_file(tmp_path):
+    script = (f"import resource, signal, sys\nsys.path.insert(0, {str(HERE)!r})\nfrom test_pack import *\nsignal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+              "for limit in (1500, 4500):\n    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, -1))\n"
+              "    try:\n        write_pack(f'{sys.argv[1]}/pack{limit}', range(40), read_study, **SETTINGS)\n    except (OSError, ValueError) as error:\n        print(error)\n")
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, timeout=120)
+    part, whole = done.stdout.splitlines()
+    assert "pack1500.partial/parts/000000.u8" in part and "pack4500.partial/pack/images.u8" in whole and "large" in part and "large" in whole, done
 
 
 IDS = st.lists(st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\0"), max_size=6), min_size=1, max_size=60)      # no table has a NUL, and numpy drops it

@@ -422,3 +422,70 @@ def test_command_line():
     assert parsed == FolderConfig(Path("r"), table=Path("t.csv"), label_columns=("A", "B"), where="x==1", require_report=False, rules=ReportRules(min_words=5))
     with pytest.raises(ValueError, match="studies is 0"):
         prepare_phantom(PhantomConfig(Path("o"), studies=0))
+
+
+# what people's tables look like
+
+@pytest.mark.parametrize("ending", ["csv", "tsv", "csv.gz", "parquet"])
+def test_words_that_pandas_takes_for_gaps(ending, folder):
+    words = ["None", "NA", "null", "nan", "N/A", "NaN", "", "normal"]
+    table = rows(kind=words, study_id=["NA", "null", "None", "nan", "n/a", "NULL", "<NA>", "8"])
+    path = folder / f"table.{ending}"
+    table.to_parquet(path) if ending == "parquet" else table.to_csv(path, index=False, sep="\t" if ending == "tsv" else ",")
+    pack = folder_pack(path, folder / "pack", size=32, class_column="kind")
+    assert pack.labels.columns.tolist() == sorted(set(words) - {""})
+    assert pack.studies["study_id"].tolist() == table["study_id"].tolist()
+    assert [row.idxmax() if row.notna().any() else "" for _, row in pack.labels.iterrows()] == words
+
+
+@pytest.mark.parametrize("column", ["study_id", "patient_id"])
+def test_a_blank_id_alone_is_blank(column, folder):
+    with pytest.raises(DataError, match=f"row 3: column '{column}' is blank"):
+        prepared(folder, rows(**{column: ["NA", "None", "", *"defgh"]}))
+
+
+def test_a_report_longer_than_the_csv_module_likes(folder):
+    long = "FINDINGS: " + "The lungs are clear. " * 7000
+    pack = prepared(folder, rows(report=[long, *7 * [REPORT]]))
+    assert pack.studies["report"][0] == long.strip() and len(long) > 140_000
+
+
+@pytest.mark.parametrize("named", ["link", "real"])
+@pytest.mark.parametrize("root", ["link", "real"])
+def test_absolute_paths_and_links(named, root, folder, tmp_path_factory):
+    (beside := tmp_path_factory.mktemp("links") / "link").symlink_to(folder)
+    places = {"link": beside, "real": folder}
+    rows(image_path=[str(places[named] / f"{name}.png") for name in "abcdefgh"]).to_csv(folder / "table.csv", index=False)
+    pack = folder_pack(places[root] / "table.csv", folder / "pack", size=32)
+    assert pack.image_table["path"].tolist() == [f"{name}.png" for name in "abcdefgh"]
+
+
+def test_a_name_that_only_looks_the_same_is_told(folder):
+    (folder / "a.png").rename(folder / "cafe\u0301.png")
+    (folder / "b.png").rename(folder / "B.PNG")
+    pack = prepared(folder, rows(image_path=["caf\u00e9.png", "b.png", *(f" ./{name}.png " for name in "cdefgh")]), max_rejects=0.5)
+    assert len(pack) == 6
+    for reason, there in zip(pack.rejects["reason"], ("cafe\u0301.png", "B.PNG"), strict=True):
+        assert reason.startswith("file not found") and f"{there!r}, whose name only looks the same" in reason
+
+
+def test_a_table_is_found_from_the_root_too(folder, tmp_path_factory, monkeypatch):
+    monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
+    rows().to_csv(folder / "mine.csv", index=False)
+    assert len(plan_folder(FolderConfig(folder, table=Path("mine.csv"))).items) == 8
+    rows().head(3).to_csv("mine.csv", index=False)      # that of the working folder comes first
+    assert len(plan_folder(FolderConfig(folder, table=Path("mine.csv"))).items) == 3
+    with pytest.raises(DataError, match="from the working folder, then from the root") as told:
+        plan_folder(FolderConfig(folder, table=Path("Yours.csv")))
+    assert str(folder / "Yours.csv") in str(told.value) and str(Path("Yours.csv").absolute()) in str(told.value)
+
+
+def test_an_option_added_to_an_unfinished_build(folder):
+    table = rows(report=["", "", "", *5 * [REPORT]])
+    for changes in ({}, {"view_column": "report"}):     # nothing is kept of the first: nobody need delete anything
+        with pytest.raises(ValueError, match="max_rejects=0.2 allows"):
+            prepared(folder, table, **changes)
+    (folder / "pack.partial" / "parts" / "000000.json").write_text("{}")
+    with pytest.raises(FileExistsError, match=r"read\.view_column was 'report' and is 'view'.*--fresh"):
+        prepared(folder, max_rejects=0.5)
+    assert len(prepared(folder, fresh=True, max_rejects=0.5)) == 5 and not (folder / "pack.partial").exists()

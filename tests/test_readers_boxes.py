@@ -133,7 +133,7 @@ def test_covidx_lines_from_the_right(patient, name, kind, source, gap):
 
 COVIDX_LINES = [
     ("x.png normal rsna", "expected patient, file and class"), ("1 x.png rsna", "expected patient, file and class"), ("1 x.png", "expected patient"),
-    ("1 x.png healthy rsna", "class 'healthy'"), ("1 x.png NORMAL rsna", "class 'NORMAL'"), ("1 x.png normal nowhere", "class 'nowhere'"),
+    ("1 x.png healthy rsna", "class 'healthy'"), ("1 x.png NORMAL rsna", "class 'NORMAL'"), ("1 x.png nowhere rsna", "class 'nowhere'"),
     ("1 x.png positive rsna", "class positive in a list of normal"), ("1 ../../x.png normal rsna", "does not lead to a file below"),
     ("1 /etc/passwd normal rsna", "does not lead to a file below"), ("\N{THAI CHARACTER KO KAI}", "expected patient"),
 ]
@@ -148,6 +148,14 @@ def test_covidx_damaged_line(line, told, covidx, own):
         file.write(line + "\n")
     source = COVIDX.plan(CovidxConfig(root))
     assert splits_of(source) == before and len(rejects_of(source)) == 1 and told in [*rejects_of(source).values()][0]
+
+
+def test_covidx_source_of_a_later_release(covidx, own):
+    root = own(covidx)
+    with open(root / "test_COVIDx9A.txt", "a", encoding="utf-8") as file:
+        file.write("a patient x.png normal nowhere\n")
+    [item] = [item for item in COVIDX.plan(CovidxConfig(root)).items if item["study"] == "test/x.png"]
+    assert item["patient"] == "a patient" and item["labels"]["normal"] == 1
 
 
 def test_covidx_twice(covidx, own):

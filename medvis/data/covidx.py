@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['SOURCES', 'CLASSES', 'VERSIONS', 'RECIPES', 'COVIDX', 'parse_line', 'list_classes', 'read_list', 'find_list',
-           'CovidxConfig', 'split_train', 'image_item', 'plan_covidx', 'covidx_tables', 'covidx_class', 'dress_covidx']
+           'read_lists', 'drop_patients', 'CovidxConfig', 'split_train', 'image_item', 'plan_covidx', 'covidx_tables',
+           'covidx_class', 'dress_covidx']
 
 # %% ../../nbs/data/16_covidx.ipynb #188148e9
 from collections.abc import Sequence
@@ -27,11 +28,13 @@ CLASSES = (("normal", "pneumonia", "COVID-19"), ("negative", "positive"), ("leve
 def parse_line(line: str) -> tuple[str, str, str, str]:     # patient, file name, class, source ("" = not told)
     "A line of a list. DataError says what is wrong with it."
     fields = ["rsna" if field == "rnsa" else field for field in line.split()]
-    source = fields.pop() if fields and fields[-1] in SOURCES else ""
+    known = set(sum(CLASSES, ()))
+    unknown = len(fields) > 3 and fields[-1] not in known and fields[-2] in known       # a source of a later release
+    source = fields.pop() if fields and (fields[-1] in SOURCES or unknown) else ""
     if len(fields) < 3:
         raise DataError(f"{len(fields)} fields before the source, expected patient, file and class")
     *patient, name, kind = fields
-    if not any(kind in names for names in CLASSES):
+    if kind not in known:
         raise DataError(f"class {kind[:30]!r}, expected one of {', '.join(sum(CLASSES, ()))}")
     return " ".join(patient), safe_path(name), kind, source
 
@@ -63,9 +66,32 @@ def read_list(path: Path) -> pd.DataFrame:      # patient, name, class, source, 
 
 # %% ../../nbs/data/16_covidx.ipynb #440b64f9
 def find_list(root: Path, part: str, version: str) -> Path:
-    "The list of a part, train or test, of a version. DataError tells where it was looked for."
+    "The list of a part, train, val or test: of a version, or without one as on Kaggle. DataError tells where it was looked for."
     names = [f"{part}_COVIDx{version}.txt", f"{part}_COVIDx_{version}.txt"]
-    return find_file(root, *names, *(f"labels/{name}" for name in names))
+    return find_file(root, *names, *(f"labels/{name}" for name in names), f"{part}.txt", f"{part}/{part}.txt", f"labels/{part}.txt")
+
+# %% ../../nbs/data/16_covidx.ipynb #2e7e92bf
+def read_lists(root: Path, version: str) -> tuple[dict[str, pd.DataFrame], str]:
+    "The lists of each part (test and val with their split), and their version. DataError if their classes are not the same."
+    path = find_list(root, "train", version)
+    plain = path.name == "train.txt"
+    parts = ["train", "test"] + (["val"] if plain and path.with_name("val.txt").is_file() else [])
+    lists = {part: read_list(find_list(root, part, version)) for part in parts}
+    kinds = {part: list_classes(table["class"]) for part, table in lists.items()}
+    if wrong := [part for part in parts if kinds[part] != kinds["train"]]:
+        raise DataError(f"the classes of the train list are {', '.join(kinds['train'])}, those of the {wrong[0]} list {', '.join(kinds[wrong[0]])}; "
+                        "are they of the same version?")
+    for part in parts[1:]:
+        lists[part]["split"] = {"test": "test", "val": "validate"}[part]
+    return lists, "of Kaggle, not told by its lists" if plain else version
+
+# %% ../../nbs/data/16_covidx.ipynb #7427b55d
+def drop_patients(lists: dict[str, pd.DataFrame], part: str, held_out: str) -> int:
+    "Leave out of one list, in place, whose patients another one has; returns how many images that are"
+    known = lists[held_out]["patient"][lists[held_out]["problem"] == ""]
+    shared = lists[part]["patient"].isin(known) & (lists[part]["problem"] == "")
+    lists[part] = lists[part][~shared]
+    return int(shared.sum())
 
 # %% ../../nbs/data/16_covidx.ipynb #ff14c9f2
 VERSIONS = {"medvis": "9A", "mgca": "9A", "mgca-paper": "6"}
@@ -104,23 +130,19 @@ def image_item(path: str, row: pd.Series, kinds: Sequence[str]) -> dict:
 
 # %% ../../nbs/data/16_covidx.ipynb #43abdb02
 def plan_covidx(config: CovidxConfig) -> Source:
-    "One study per line of the two lists; with splits by patient, training images of patients of the test list are left out"
+    "One study per line of the lists; with splits by patient, training images of patients of the test list are left out"
     recipe, version = config.choose(RECIPES), config.version or VERSIONS[config.recipe]
-    lists = {part: read_list(find_list(config.root, part, version)) for part in ("train", "test")}
-    kinds, others = (list_classes(table["class"]) for table in lists.values())
-    if kinds != others:
-        raise DataError(f"the classes of the train list are {', '.join(kinds)}, those of the test list {', '.join(others)}; are they of the same version?")
-    lists["train"]["split"] = split_train(lists["train"]["patient"], recipe.splits, config.split_seed)
-    lists["test"]["split"] = "test"
-    tested = lists["train"]["patient"].isin(lists["test"]["patient"][lists["test"]["problem"] == ""]) & (lists["train"]["problem"] == "")
+    lists, version = read_lists(Path(config.root), version)
+    kinds = list_classes(lists["train"]["class"])
+    lists["train"]["split"] = "train" if "val" in lists else split_train(lists["train"]["patient"], recipe.splits, config.split_seed)
     dropped = {}
     if recipe.splits.startswith("patients"):
-        dropped = {"training image of a patient of the test list": int(tested.sum())}
-        lists["train"] = lists["train"][~tested]
+        dropped = {f"training image of a patient of the {part} list": drop_patients(lists, "train", part) for part in lists if part != "train"}
     items = []
     for part, table in lists.items():
+        folder = f"{part}/" if (Path(config.root) / part).is_dir() else ""      # without folders, the pictures are beside the lists
         for line, row in table.iterrows():
-            path = f"{part}/{row['name']}" if row["name"] else f"{part} list, line {line}"
+            path = f"{folder}{row['name']}" if row["name"] else f"{part} list, line {line}"
             items.append(item_or_reject(path, image_item, path, row, kinds))
     return Source(items, labels=kinds, dropped=dropped, settings={"version": version})
 
@@ -160,5 +182,5 @@ COVIDX = DataSet(
     wanted=("Pneumonia", "Lung Opacity"),
     get="""COVIDx: lists from https://github.com/lindawangg/COVID-Net (folder labels/), images either built by its notebooks (docs/COVIDx.md) from their eight
 sources, or as https://www.kaggle.com/datasets/andyczhao/covidx-cxr2 ; each source keeps its own terms (RSNA: Kaggle's; RICORD and COVID-19-AR: TCIA's; cohen: per image).
-    ROOT/train_COVIDx9A.txt  test_COVIDx9A.txt      (or in ROOT/labels; with --version 6: train_COVIDx6.txt …)
+    ROOT/train_COVIDx9A.txt  test_COVIDx9A.txt      (or in ROOT/labels; with --version 6: train_COVIDx6.txt …; or as on Kaggle train.txt, test.txt and, if there, val.txt)
     ROOT/train/*.png|jpg|jpeg   ROOT/test/*.png|jpg|jpeg""")

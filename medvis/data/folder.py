@@ -11,6 +11,7 @@ import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
@@ -18,7 +19,7 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from .files import DataError, find_file, number, read_table, safe_path
+from .files import DataError, find_file, lookalike, number, read_csv, read_table, safe_path, same_looks
 from .phantom import FINDINGS, PhantomStudy
 from .plans import draw_splits, write_dicom
 from .reports import ReportRules
@@ -30,7 +31,7 @@ class FolderConfig(ReadConfig):
     """Prepare a data set from a table (one row per image) and a folder of PNG, JPEG or DICOM files: `medvis prepare folder`."""
 
     table: Path | None = None
-    """CSV, TSV or parquet file with one row per image; by default table.csv, .tsv or .parquet (also .gz) in the root."""
+    """CSV, TSV or parquet file with one row per image, found from the working folder or, if it is not there, from the root; by default table.csv, .tsv or .parquet (also .gz) in the root."""
     image_column: str = "image_path"
     """Column with the path of the image, relative to the root."""
     report_column: str = "report"
@@ -48,9 +49,9 @@ class FolderConfig(ReadConfig):
     class_column: str = ""
     """Column with one class per row, such as normal / bacterial / viral: makes one label (1 or 0) per class."""
     boxes: Path | None = None
-    """CSV table with one row per box: image_path, label, x1, y1, x2, y2 in pixels of the file."""
+    """CSV table (found as the first table is) with one row per box: image_path, label, x1, y1, x2, y2 in pixels of the file."""
     masks: Path | None = None
-    """CSV table with one row per mask: image_path, label, mask_path; pictures of 0 and 1, or 0 and 255, as large as the image."""
+    """CSV table (found as the first table is) with one row per mask: image_path, label, mask_path; pictures of 0 and 1, or 0 and 255, as large as the image."""
     annotated: Literal["listed", "rows", "all"] = "listed"
     """Who was looked at: images that the table of boxes or masks lists, for all of its labels; for a mask's label only those with a row; or all images."""
     where: str = ""
@@ -62,21 +63,30 @@ class FolderConfig(ReadConfig):
 
     def find_table(self) -> Path:
         "The table. DataError if none is named, and the root has none."
-        return Path(self.table) if self.table else find_file(self.root, *(f"table.{ending}" for ending in ("csv", "csv.gz", "tsv", "tsv.gz", "parquet")))
+        return self.find_named(self.table) if self.table else find_file(self.root, *(f"table.{ending}" for ending in ("csv", "csv.gz", "tsv", "tsv.gz", "parquet")))
+
+    def find_named(self, table: str | Path) -> Path:
+        "A table that is named, in the working folder or else in the root. DataError if it is in neither."
+        places = list(dict.fromkeys(folder.absolute() / table for folder in (Path(), Path(self.root))))
+        for path, place in zip((Path(table), *places[1:]), places, strict=True):
+            if place.exists():
+                return path
+        looked = " (looked for from the working folder, then from the root)" if len(places) > 1 else ""
+        raise DataError(f"{' and '.join(map(str, places))}: no such file{looked}" + "".join(map(lookalike, places)))
 
 # %% ../../nbs/data/10_folder.ipynb #880dac6f
 def _read_table(path: Path, text_columns: set[str]) -> pd.DataFrame:
     "The table with rows numbered from 1; DataError with the file's name if it cannot be read"
     endings = [ending.lower() for ending in path.suffixes]
     if not path.exists():
-        raise DataError(f"{path}: no such table")
+        raise DataError(f"{path}: no such table{lookalike(path)}")
     try:
         if ".parquet" in endings:
             table = pd.read_parquet(path)
         elif ".csv" in endings or ".tsv" in endings:
             separator = "\t" if ".tsv" in endings else ","
             read_table(path, separator=separator)       # refuses what pandas takes in silence: short or long lines, a column twice, NUL bytes
-            table = pd.read_csv(path, sep=separator, encoding="utf-8-sig", dtype=dict.fromkeys(text_columns, str), low_memory=False)
+            table = read_csv(path, tuple(text_columns), separator)
         else:
             raise DataError(f"{path}: expected a .csv, .tsv (also .gz) or .parquet file")
     except DataError:
@@ -125,13 +135,32 @@ def _wanted_rows(table: pd.DataFrame, config: FolderConfig) -> pd.DataFrame:
         raise DataError(f"{config.find_table()}: no rows" + (f" where {config.where}" if config.where else ""))
     return table
 
+# %% ../../nbs/data/10_folder.ipynb #5eab658c
+@lru_cache(10_000)
+def _inside(folder: str, root: str) -> str | None:
+    "Where a folder lies below the root, whatever symbolic links lead to either; None if it does not"
+    steps: list[str] = []
+    while not (os.path.exists(folder) and os.path.exists(root) and os.path.samefile(folder, root)):
+        if folder == os.path.dirname(folder):
+            return None
+        steps.insert(0, os.path.basename(folder))
+        folder = os.path.dirname(folder)
+    return os.path.join("", *steps)
+
+# %% ../../nbs/data/10_folder.ipynb #ee4aeb84
+def _below(path: str, root: str) -> str:
+    "An absolute path relative to the root"
+    inside = None if "\0" in path else _inside(os.path.dirname(path), root)
+    return os.path.relpath(path, root) if inside is None else os.path.join(inside, os.path.basename(path))
+
 # %% ../../nbs/data/10_folder.ipynb #04521d65
 def _clean_path(path: object, root: Path, where: str) -> str:
     "The path relative to the root, with / as on every machine ('' if blank); DataError if it leads out of it, or to no file"
     if pd.isna(path) or not str(path).strip():
         return ""
     try:
-        return safe_path(os.path.relpath(str(path), root) if os.path.isabs(str(path)) else str(path))
+        name = str(path).strip()
+        return safe_path(_below(os.path.normpath(name), str(root)) if os.path.isabs(name) else name)
     except DataError as error:
         raise DataError(f"{where}: path {str(path)!r} leads out of the folder {root}, or to no file in it") from error
 
@@ -200,7 +229,8 @@ def _marks(path: Path, columns: tuple[str, ...], known: set[str], root: Path) ->
         where = f"{path}, line {line}"
         image = _clean_path(name, root, where)
         if image not in known:
-            raise DataError(f"{where}: the data set's table has no image {name!r}")
+            like = next((f"; it has {one!r}, which only looks the same" for one in sorted(known) if same_looks(one) == same_looks(image)), "")
+            raise DataError(f"{where}: the data set's table has no image {name!r}{like}")
         if not label:
             raise DataError(f"{where}: the label is blank")
         yield image, label, cells, where
@@ -264,8 +294,8 @@ def plan_folder(config: FolderConfig) -> Source:
     root = Path(config.root).absolute()
     rows, labels = _row_values(_wanted_rows(whole, config), columns, config, root)
     known = _known_images(whole, config.image_column, root, config.find_table())
-    boxes = None if config.boxes is None else read_boxes(config.boxes, known, root)
-    masks = None if config.masks is None else read_masks(config.masks, known, root)
+    boxes = None if config.boxes is None else read_boxes(config.find_named(config.boxes), known, root)
+    masks = None if config.masks is None else read_masks(config.find_named(config.masks), known, root)
     studies: dict[str, list[dict]] = {}
     for row in rows:
         studies.setdefault(row["study"], []).append(row | {"image": _image_entry(row, boxes, masks, config.annotated)})

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
+from .files import lookalike
 
 # %% ../../nbs/data/03_images.ipynb #4e8f1921
 class ImageError(ValueError):
@@ -304,7 +305,7 @@ def read_bytes(path: str | Path, name: str = "") -> bytes:
     try:
         return Path(path).read_bytes()
     except FileNotFoundError as error:
-        raise ImageError(name or str(path), "file not found") from error
+        raise ImageError(name or str(path), f"file not found{lookalike(Path(path))}") from error
     except OSError as error:
         raise ImageError(name or str(path), f"cannot be opened: {error.strerror}") from error
 

@@ -92,6 +92,8 @@ class BuildConfig:
     """Packs that are trained on before: none of their training images or patients may be in this one's validation or test split."""
     allow_leaks: bool = False
     """Build the Pack although images or patients leak between splits; the manifest lists them."""
+    fresh: bool = False
+    """Start afresh if there is an unfinished build with other settings: what was read for it is thrown away."""
     progress: bool = True
     """Show a progress bar."""
 
@@ -275,7 +277,18 @@ def prepare_source(data_set: DataSet, read: ReadConfig, build: BuildConfig) -> P
         build.out, source.items, partial(read_study, root=root, size=recipe.size, fit=recipe.fit, even=recipe.equalise), recipe.size, about,
         labels=source.labels, grades=source.grades, boxes=source.boxes, masks=source.masks,
         rules=recipe.rules or ReportRules(), require_report=recipe.rules is not None and recipe.require_report,
-        workers=build.workers, max_rejects=build.max_rejects, progress=build.progress, against=build.against, allow_leaks=build.allow_leaks)
+        workers=build.workers, max_rejects=build.max_rejects, progress=build.progress, against=build.against, allow_leaks=build.allow_leaks, fresh=build.fresh)
+
+# %% ../../nbs/data/05a_source.ipynb #678f0947
+def _marks_told(pack: Pack) -> list[str]:
+    "How many boxes and masks a Pack holds, on how many images, and on how many somebody looked"
+    lines, table = [], pack.image_table
+    if pack.manifest.get("boxes"):
+        lines.append(f"  {len(pack.boxes):>8} boxes on {pack.boxes['image'].nunique()} of {int(table['boxed'].sum())} images on which somebody looked for boxes")
+    if pack.manifest.get("masks"):
+        masks = [mask.any((1, 2)) for mask in map(pack.mask, range(len(pack))) if mask is not None]
+        lines.append(f"  {int(np.sum(masks)):>8} masks on {int(np.any(masks, 1).sum()) if masks else 0} of {len(masks)} images on which somebody looked for masks")
+    return lines
 
 # %% ../../nbs/data/05a_source.ipynb #fa858136
 RULED = ("report: fewer than", "report: no wanted section")     # rejects by a rule of the recipe, not by damage
@@ -302,6 +315,7 @@ def summary(pack: Pack) -> str:
     if headings := told.get("headings"):
         named = [f"{name} {count}" for name, count in headings.items()]
         lines.append("  headings not understood, and in how many reports: " + ", ".join(named[:12]) + (f", and {len(named) - 12} more" if len(named) > 12 else ""))
+    lines += _marks_told(pack)
     if pixels := told.get("pixels", {}).get("train"):
         lines.append(f"  pixels of the training split / 255: mean {pixels['mean']:.4f}, standard deviation {pixels['std']:.4f}")
     if few := told.get("grey_levels", {}).get("few"):

@@ -19,9 +19,8 @@ import numpy as np
 import pandas as pd
 from tqdm.auto import tqdm
 
-from .files import write_bytes
 from .images import boxes_to_square
-from .pack import Pack, list_hash
+from .pack import Pack, list_hash, note_files
 from .phantom import FINDINGS, Phantom, PhantomStudy
 from .splits import check_leaks, nested_subsets
 
@@ -421,7 +420,7 @@ def _task_images(pack: Pack) -> dict[str, pd.DataFrame]:
 
 # %% ../../nbs/data/08_tasks.ipynb #17c29e5c
 def store_subsets(pack: Pack, fractions: tuple[float, ...] = (0.01, 0.1, 1.0)) -> pd.DataFrame:
-    """Write subsets.csv (task, how, fraction, patients, images, hash) and subsets.parquet (the ids of those below 100 %) into a Pack.
+    """Write subsets.csv (task, how, fraction, patients, images, hash) and subsets.parquet (the ids of those below 100 %) into a Pack, and their hashes into its manifest.
 
     "patients" are nested shares of the training patients, "first" the first training rows (LoVT). The hash is pack.list_hash of the image ids."""
     table, listed = [], []
@@ -434,8 +433,7 @@ def store_subsets(pack: Pack, fractions: tuple[float, ...] = (0.01, 0.1, 1.0)) -
             listed += [(task, how, fraction, name) for name in part["image_id"]] if fraction < 1 else []
     table = pd.DataFrame(table, columns=["task", "how", "fraction", "patients", "images", "hash"])
     names = pd.DataFrame(listed, columns=["task", "how", "fraction", "image_id"])
-    write_bytes(pack.path / "subsets.parquet", names.to_parquet(index=False))
-    write_bytes(pack.path / "subsets.csv", table.to_csv(index=False).encode())
+    note_files(pack, {"subsets.parquet": names.to_parquet(index=False), "subsets.csv": table.to_csv(index=False).encode()})
     return table
 
 # %% ../../nbs/data/08_tasks.ipynb #c2c7b3b4

@@ -24,6 +24,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from ..data.files import read_csv
 from ..data.images import boxes_to_square, read_image, to_square
 from ..data.pack import Pack
 from ..data.pairs import seeded
@@ -232,7 +233,7 @@ def add_results(path: Path, table: pd.DataFrame) -> None:
     "Put rows into a table of results; those of the same encoder, protocol and run are replaced."
     keys = ["encoder", "protocol", "run"]
     if path.exists():
-        old = pd.read_csv(path)
+        old = read_csv(path, [*keys, "task"])
         stay = ~pd.MultiIndex.from_frame(old[keys].astype(str)).isin(pd.MultiIndex.from_frame(table[keys].astype(str)))
         table = pd.concat([old[stay], table], ignore_index=True)
     write_atomic(path, lambda file: table.to_csv(file, index=False))
@@ -342,7 +343,7 @@ def over_patients(
 def read_table(path: Path) -> pd.DataFrame:
     "A .csv or .parquet table. ValueError names a file that cannot be read as one."
     try:
-        return pd.read_parquet(path) if path.suffix == ".parquet" else pd.read_csv(path, dtype={0: str, "image_id": str})
+        return pd.read_parquet(path) if path.suffix == ".parquet" else read_csv(path, (0, "image_id", "class"))
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such table of targets") from None
     except Exception as error:  # parsers have many

@@ -22,6 +22,7 @@ from scipy.stats import hypergeom
 from sklearn.metrics import average_precision_score
 from tqdm import tqdm
 
+from ..data.files import read_csv
 from ..data.pack import Pack
 from ..data.pairs import Sample, collate, tokenise
 from ..data.tasks import pack_images, study_targets
@@ -358,7 +359,7 @@ def read_prompts(
     path: str | Path,  # .csv with the columns of prompt_table
 ) -> pd.DataFrame:
     """A table of prompts. FileNotFoundError, or ValueError that names what is missing: a column, a word, a sign."""
-    table = pd.read_csv(path, dtype={"finding": str, "prompt": str}, encoding="utf-8-sig")
+    table = read_csv(path, ("finding", "prompt"))
     if missing := [name for name in ("finding", "sign", "pair", "prompt") if name not in table]:
         raise ValueError(f"{path} lacks the columns {', '.join(missing)}; it has {', '.join(table)}")
     wrong = ~table["sign"].isin([1, -1]) | table["pair"].isna() | ~table["prompt"].fillna("").str.contains(r"\w") | table["finding"].isna()

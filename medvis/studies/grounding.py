@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 
 from ..analyse.page import exact_for
 from ..analyse.maps import draw_map
+from ..data.files import read_csv
 from ..data.pack import Pack
 from ..data.pairs import Batch, Pairs, collate, read_batch
 from ..data.phantom import Phantom
@@ -116,7 +117,7 @@ def run_subject(subject: str, seed: int, data: Pack, config: GroundingConfig) ->
 # %% ../../nbs/studies/03_grounding.ipynb #b4ac606c
 def gather(results: Path, kind: str) -> pd.DataFrame:  # one table of all runs; kind is "pointing", "probe", "loss" or "maps"
     "The results of a kind that are there, of all subjects and seeds."
-    read = {"maps": pd.read_parquet}.get(kind, pd.read_csv)
+    read = {"maps": pd.read_parquet}.get(kind, read_csv)
     found = sorted(results.glob(f"*/{kind}.*"))
     return pd.concat([read(path) for path in found], ignore_index=True)
 

@@ -20,6 +20,7 @@ import torch
 from ..analyse import (
     Section, correspondence_card, diagnostic_figures, diagnostics_table, headlines, run_sections, write_page)
 from ..analyse.page import Html, Live, exact_for
+from ..data.files import read_csv
 from ..data.pack import Pack
 from ..data.pairs import Pairs, collate
 from ..evaluate import paired_gain, phantom_pointing, phantom_targets
@@ -191,7 +192,7 @@ def show_run(
         rows = {pairs.items[item][0]: found for item, found in chosen.items()}
         live = live_card(run.config["method"], method, data, rows, shown) if rows else None
     if (run.path / "probe" / "probe.csv").exists():
-        probe = pd.read_csv(run.path / "probe" / "probe.csv")
+        probe = read_csv(run.path / "probe" / "probe.csv", ("finding",))
         gains = known_gains(run.path / "probe" / "predictions.parquet")
     sections = run_sections(
         run.metrics, probe, None if pointing is None else pointing.by_finding(), cards,
