@@ -209,7 +209,7 @@ def _pretrained(name: str, layers: int | None, weights: bool = True, pooler: boo
             f"layers) or 'tiny-bert' for random weights."
         ) from error
     if report:
-        complete(body, report, name, () if pooler else ("pooler.",))
+        body = complete(body, report, name, lambda key: pooler or not key.startswith("pooler."))
     if hasattr(body, "pooler") and not pooler:
         body.pooler = None  # unused weights would be trained, stored and synchronised for nothing
     check_tokenizer(tokenizer, body.get_input_embeddings().num_embeddings, name)

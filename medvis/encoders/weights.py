@@ -8,6 +8,9 @@ __all__ = ['unwrap_state', 'weight_files', 'read_state', 'ManyPrefixes', 'strip_
 
 # %% ../../nbs/encoders/01a_weights.ipynb #f1985ad0
 import json
+import re
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -21,8 +24,8 @@ def _unreadable(path: Path, error: Exception) -> ValueError:
     told = f"{path} is not a state dict that can be read safely ({type(error).__name__})"
     try:
         classes = [] if path.suffix == ".safetensors" else sorted(get_unsafe_globals_in_checkpoint(path))
-    except Exception:  # damaged, or no archive of torch at all
-        classes = []
+    except Exception:  # damaged, or of before torch 1.6: then the message has the first of them
+        classes = re.findall(r"GLOBAL ([\w.]+)", str(error))
     if classes:
         return ValueError(f"{told}: it holds {', '.join(classes[:3])}, and only tensors are loaded. Where you trust the file, "
                           'save the weights alone: torch.save(torch.load(file, weights_only=False)["state_dict"], new_file)')
@@ -131,24 +134,42 @@ def refuse_code(
             raise ValueError(f"{path} asks to run code of its own (auto_map), and medvis runs none from a model's folder: "
                              "take auto_map out if transformers knows the model type, or pass another model")
 
-# %% ../../nbs/encoders/01a_weights.ipynb #da2b3516
+# %% ../../nbs/encoders/01a_weights.ipynb #bc1f3e8c
+def _lost(model: nn.Module, report: dict, needed: Callable[[str], bool]) -> tuple[list[str], list[str]]:
+    "Needed weights that a folder lacks, and those of another shape."
+    return (sorted(filter(needed, report["missing_keys"])), sorted(key for key, *_ in report["mismatched_keys"] if needed(key)))
+
+# %% ../../nbs/encoders/01a_weights.ipynb #62f54400
+def _under_prefix(model: nn.Module, name: str, needed: Callable[[str], bool]) -> nn.Module | None:
+    "The model filled from the one prefix of a folder's weights that holds it all (transformers renames some); None if there is none."
+    state, fits = read_state(name), {}
+    parts = [key.split(".") for key in state]
+    sizes = Counter(".".join(part[:n]) + "." for part in parts for n in range(1, len(part)))
+    least = sum(map(needed, model.state_dict())) / 2  # some are merged while they are renamed
+    for prefix in (prefix for prefix, size in sizes.items() if size >= least):
+        held = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+        filled, report = type(model).from_pretrained(
+            None, config=model.config, state_dict=held, output_loading_info=True, ignore_mismatched_sizes=True)
+        if not any(_lost(filled, report, needed)) and not prefix.startswith(tuple(fits)):
+            fits[prefix] = filled
+    if len(fits) > 1:
+        raise ManyPrefixes(f"{name} holds the model {len(fits)} times, under {', '.join(fits)}: save the one you mean alone")
+    return next(iter(fits.values()), None)
+
+# %% ../../nbs/encoders/01a_weights.ipynb #a43d1ef2
 def complete(
-    model: nn.Module,            # as from_pretrained(..., output_loading_info=True, ignore_mismatched_sizes=True) gives it
-    report: dict,                # ... and its loading info
-    name: str,                   # folder or hub name
-    unused: tuple[str, ...] = (),   # beginnings of weights that need not be there
-) -> None:
-    "Fill what is absent from under another prefix, if all of it lies there. ValueError if a part of the model would be random."
-    absent = [key for key in report["missing_keys"] if not key.startswith(unused)]
-    other = [key for key, *_ in report["mismatched_keys"] if not key.startswith(unused)]
-    if absent and Path(name).is_dir():
-        wanted = {key: value for key, value in model.state_dict().items() if not key.startswith(unused)}
-        held = strip_prefix(read_state(name), wanted, name)
-        if wanted.keys() <= held.keys():
-            model.load_state_dict({key: held[key] for key in wanted}, strict=False)
-            absent, other = [], []
-    if absent or other:
-        parts = ((sorted(absent), "lacks {} weights of its"), (sorted(other), "has {} weights of another shape for its"))
-        told = "; ".join(f"{words.format(len(keys))} {type(model).__name__}, e.g. {', '.join(keys[:3])}" for keys, words in parts if keys)
+    model: nn.Module,             # as from_pretrained(..., output_loading_info=True, ignore_mismatched_sizes=True) gives it
+    report: dict,                 # ... and its loading info
+    name: str,                    # folder or hub name
+    needed: Callable[[str], bool],   # of the name of a weight: is it used?
+) -> nn.Module:                   # the model; or one filled from under another prefix, where all of it lies under one
+    "A model no part of which is random. ValueError if a weight is absent, of another shape, NaN or infinite."
+    lost = _lost(model, report, needed)
+    filled = _under_prefix(model, name, needed) if any(lost) and Path(name).is_dir() else None
+    if filled is None and any(lost):
+        words = ("lacks {} weights of its", "has {} weights of another shape for its")
+        told = "; ".join(f"{say.format(len(keys))} {type(model).__name__}, e.g. {', '.join(keys[:3])}" for keys, say in zip(lost, words) if keys)
         raise ValueError(f"{name} {told}: they would be random. Pass a folder that holds them all, named as transformers names them")
-    check_numbers({key: value for key, value in model.state_dict().items() if not key.startswith(unused)}, name)
+    model = filled or model
+    check_numbers({key: value for key, value in model.state_dict().items() if needed(key)}, name)
+    return model
