@@ -172,6 +172,7 @@ def test_one_run_alone(page):
 def test_browsing(page):
     place = page.locator(".place")
     page.get_by_role("button", name="Next study").click()
+    page.wait_for_selector("[data-ready=study-001]")
     assert "study-001" in place.text_content() and "2 of 3" in place.text_content()
     page.click(word(0))
     page.get_by_role("button", name="Next study").click()
@@ -298,6 +299,83 @@ def test_masked_text(page, browser, views, tmp_path):  # noqa: F811
     assert "nodule" in page.locator(".report").text_content()
     path = write_views(tmp_path / "masked.html", views, masked=True)
     assert "nodule in" not in path.read_text() and "effusion" not in path.read_text().replace("Pleural Effusion", "")
+
+
+KERNEL = """() => { const model = document.getElementById('widget').model, held = model.get('held').studies, sent = window.sent = [];
+    model.set('held', {});
+    let saved = model.get('masked');                 // what the kernel knows: later than what it is asked
+    model.save_changes = () => setTimeout(() => (saved = model.get('masked')), 120);
+    const answers = []; model.on = ((on) => (name, act) => (name === 'msg:custom' && answers.push(act), on.call(model, name, act)))(model.on);
+    model.send = message => { if (message.ask !== 'study') return;
+        const masked = saved || message.masked, { head, buffers } = held[message.position]; sent.push(masked);
+        const sentences = masked ? head.sentences.map(line => line.map(([text, word]) => [text.replace(/[\\p{L}]+/gu, '•••'), word])) : head.sentences;
+        setTimeout(() => window.answers.forEach(act => act({ answer: 'study', study: { ...head, sentences, masked } }, buffers)), 10) };
+    window.answers = answers; const el = document.createElement('div'); document.getElementById('widget').replaceChildren(el);
+    render({ model, el }); }"""
+
+
+def test_mask_with_a_kernel_that_answers_before_it_saves(browser, views, tmp_path):  # noqa: F811
+    path = write_views(tmp_path / "page.html", views)
+    path.write_text(path.read_text().replace("render({ model: widget.model", "window.render = render;\nrender({ model: widget.model"))
+    with opened(browser, path) as page:
+        page.evaluate(KERNEL)
+        page.wait_for_selector(word(0))
+        mask, report = page.get_by_role("button", name="Mask the text of the report"), page.locator(".report")
+        for _ in range(2):
+            page.evaluate("sent.length = 0")
+            mask.click()
+            assert "nodule" not in report.text_content()
+            page.wait_for_timeout(200)
+            assert page.evaluate("sent.length && sent.every(Boolean)"), "something clear was sent after masking"
+            mask.click()
+            page.wait_for_function("document.querySelector('.report').textContent.includes('nodule')", timeout=3000)
+
+
+def test_the_common_scale_shows_nothing_of_a_flat_map(browser, tmp_path):  # noqa: F811
+    view = make_view(0)
+    runs = {name: replace(run, temperature=0.1) for name, run in view.runs.items()}
+    flat = {grain: (rows / 50).astype(np.float32) for grain, rows in runs["coarse"].scores.items()}      # a peak of a fifth of the temperature
+    view = replace(view, runs={"fine": runs["fine"], "coarse": replace(runs["coarse"], scores=flat)})
+    with opened(browser, write_views(tmp_path / "page.html", [view], scale="common")) as page:
+        place = {run: tuple(int(160 * share) + 9 * sign for share, sign in zip(place_of(run, planted(run, 7)), (0, 1))) for run in GRIDS}
+        before = {run: pixels(page, run) for run in GRIDS}
+        page.hover(word(7))
+        change = {run: np.abs(pixels(page, run) - before[run]).sum(2)[place[run][1], place[run][0]] for run in GRIDS}
+        assert change["fine"] > 60 and change["coarse"] < 15, change
+        low, high = map(float, page.locator('figure:has(canvas[data-run="fine"]) .bar span').all_text_contents())
+        assert abs(high - low - 0.1 * np.log(64)) < 0.011
+        shot(page, "common-scale")
+
+
+def test_words_that_a_run_does_not_read_are_marked(browser, tmp_path):  # noqa: F811
+    view = make_view(0)
+    for run in view.runs.values():
+        run.scores["words"][7:] = np.nan
+    view = replace(view, runs={name: replace(run, tokens=112) for name, run in view.runs.items()})
+    with opened(browser, write_views(tmp_path / "page.html", [view])) as page:
+        assert page.locator(".word.unread").count() == len(view.words) - 7
+        assert page.get_attribute(word(7), "title") == "beyond the 112 tokens that the model reads" and page.get_attribute(word(6), "title") is None
+        assert "112 tokens" in page.locator(".legend").text_content()
+        shot(page, "unread")
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4])
+def test_long_names_and_many_runs_keep_to_their_places(browser, tmp_path, count):  # noqa: F811
+    long = ["a-very-long-run-name-with-its-settings-lr-0.003-seed-1", "mixture-mi", "another_run_of_some_length_2026-11-29", "x" * 90][:count]
+    view = make_view(0, outlines=[NODULE])
+    view = replace(view, runs={name: view.runs["fine"] for name in long}, cells={name: view.cells["fine"] for name in long})
+    with opened(browser, write_views(tmp_path / "page.html", [view], shown=long, runs=long), height=1000) as page:
+        for width in (1280, 400):
+            page.set_viewport_size({"width": width, "height": 1000})
+            page.hover(word(0))
+            wrong = page.evaluate("""() => [...document.querySelectorAll('.panel')].flatMap(panel => {
+                const box = panel.getBoundingClientRect(), [title, badge] = ['b', '.badge'].map(one => panel.querySelector(one).getBoundingClientRect());
+                const apart = title.right <= badge.left + 1 || title.bottom <= badge.top + 1;
+                return apart && title.right <= box.right + 1 && badge.right <= box.right + 1 && badge.width > 70 ? [] : [panel.textContent] })""")
+            assert not wrong and page.evaluate("document.documentElement.scrollWidth <= innerWidth"), wrong
+            search = page.evaluate("document.querySelector('input[type=search]').clientWidth")
+            assert search >= 180
+            shot(page, f"runs-{count}-{width}")
 
 
 HOSTILE = ["</script><script>document.title='owned'</script>", "<img src=x onerror=\"document.title='owned'\"> & &amp; \"quotes\" 'single'",

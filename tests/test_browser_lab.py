@@ -215,6 +215,17 @@ def test_keyboard_alone_and_no_cell_is_harmed(tour):
     shot(page, "lab-keyboard")
 
 
+def test_keys_are_whole_words_in_lab(tour):
+    bring(tour, grain="words", selection={}, scale="common")
+    tour.locator(".keys summary").click()
+    keys = tour.locator(".keylist b")
+    assert keys.first.text_content() == "Tab" and all(box["height"] < 30 for box in (keys.nth(k).bounding_box() for k in range(keys.count())))
+    keys.first.scroll_into_view_if_needed()
+    shot(tour, "lab-keys")
+    bring(tour, scale="normalised")
+    tour.locator(".keys summary").click()
+
+
 def test_dark_theme(tour):
     tour.evaluate("jupyterapp.commands.execute('apputils:change-theme', {theme: 'JupyterLab Dark'})")
     tour.wait_for_selector("body[data-jp-theme-light=false]", state="attached")

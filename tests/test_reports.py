@@ -1,12 +1,18 @@
 """Reports: each kind of error that was seen in real reports, in words of our own, and properties that hold for any text."""
 import re
+import time
+import unicodedata
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from medvis.data.reports import (LOVT_RULES, MGCA_RULES, ReportRules, check_report, filter_reports, find_words, parse_sections,
-                                 report_sentences, section_name, split_sentences)
+from medvis.data.mimic import LOCAL_MI_RULES
+from medvis.data.pack import ImageRecord, StudyRecord, write_pack
+from medvis.data.reports import (LOVT_RULES, MGCA_RULES, ReportRules, check_report, count_headings, filter_reports, find_words, normalise,
+                                 parse_mimic_sections, parse_sections, report_sentences, section_name, split_sentences, unknown_headings)
+from medvis.data.source import summary
 
 PIECES = st.sampled_from([
     "The lungs are clear", "no effusion", "1.5 cm", "2. ", "1. ", "3)", "Dr. ", "J. ", "approx. ", "e.g. ", "vs. ", "a.m. ", "p.m.", "___", "XXXX", ".", ". ",
@@ -104,7 +110,8 @@ def test_words_are_where_they_are_said_to_be(sentence, punctuation):
     assert all(0 <= a < b <= len(sentence) and not re.search(r"\s", sentence[a:b]) for a, b in spans)
     assert all(b <= c for (_, b), (c, _) in zip(spans, spans[1:], strict=False))
     if punctuation:
-        assert solid("".join(sentence[a:b] for a, b in spans)) == solid(sentence)
+        told, whole = ("".join(c for c in one if unicodedata.category(c) != "Cf") for one in ("".join(sentence[a:b] for a, b in spans), sentence))
+        assert solid(told) == solid(whole)      # all but format characters, which no word needs
 
 
 MIMIC = """                                 FINAL REPORT
@@ -139,7 +146,7 @@ def test_mimic_sections(damage):
     ("FINDINGS:\nIMPRESSION:\n", {}),
     ("x\n FINDINGS AND IMPRESSION: Clear.", {"preamble": "x", "impression": "Clear."}),
     ("x\n IMPRSSION: Clear.", {"preamble": "x", "impression": "Clear."}),
-    ("x\n FINDINGS: Old.\n FINDINGS: New.", {"preamble": "x", "findings": "New."}),
+    ("x\n FINDINGS: Old.\n FINDINGS: New.", {"preamble": "x", "findings": "Old.\n \nNew."}),
     ("x\n FINDINGS: Old.\n FINDINGS: \n \n", {"preamble": "x", "findings": "Old."}),
     ("x\n PORTABLE CHEST: Clear.", {"preamble": "x", "findings": "Clear."}),
     ("x\n HISTORY: Cough.\n \n Lungs clear.\n \n Heart normal.", {"preamble": "x", "history": "Cough.", "last_paragraph": "Lungs clear.\n \n Heart normal."}),
@@ -152,7 +159,8 @@ def test_sections_of(text, sections):
 def test_mimic_rule_is_strict():
     "Where MIMIC's rule finds headings, other spellings of headings are text"
     text = "x\n FINDINGS: Clear.\n Impression: in the text.\n IMPRESSION: Normal."
-    assert parse_sections(text)["findings"] == "Clear.\n Impression: in the text."
+    assert parse_mimic_sections(text) == {"preamble": "x", "findings": "Clear.\n Impression: in the text.", "impression": "Normal."}
+    assert parse_sections(text) == {"preamble": "x", "findings": "Clear.", "impression": "in the text.\n \nNormal."}
     assert parse_sections("x\n FINDINGS: a\n lower case: b\n CAPS WITH 2 DIGITS: c")["findings"] == "a\n lower case: b\n CAPS WITH 2 DIGITS: c"
 
 
@@ -179,6 +187,130 @@ def test_filter_counts_every_report():
 def test_unknown_splitter():
     with pytest.raises(ValueError, match="splitter is 'nltk'; expected one of 'medvis', 'full stop'"):
         check_report("Clear.", ReportRules(splitter="nltk"))
+
+
+def test_unknown_headings_rule():
+    with pytest.raises(ValueError, match="headings is 'all'; expected one of 'medvis', 'mit-lcp'"):
+        check_report("Clear.", ReportRules(headings="all"))
+
+
+BODY = {"indication": "cough.", "findings": "Lungs are clear.", "impression": "No acute disease."}
+LAYOUTS = {
+    "no indentation": "INDICATION: {}\nFINDINGS: {}\nIMPRESSION: {}", "one of them indented": "INDICATION: {}\nFINDINGS: {}\n IMPRESSION: {}",
+    "deep and tabs": "   INDICATION: {}\n\t\tFINDINGS: {}\n\u00a0 IMPRESSION: {}", "small letters": "indication: {}\nfindings: {}\nimpression: {}",
+    "plural": "INDICATIONS: {}\nFINDING(S): {}\nIMPRESSIONS: {}", "brackets": "INDICATION [ED]: {}\nFINDINGS (CHEST): {}\nIMPRESSION (PRELIMINARY): {}",
+    "joined": "CLINICAL INDICATION/HISTORY: {}\nFINDINGS: {}\nIMPRESSION AND RECOMMENDATION(S): {}", "plan": "INDICATION: {}\nFINDINGS: {}\nIMPRESSION & PLAN: {}",
+    "bold": "**INDICATION:** {}\n\n**Findings**: {}\n\n__IMPRESSION:__ {}", "Markdown": "## Indication\n{}\n### Findings\n{}\n## Impression\n{}",
+    "dash": "INDICATION - {}\nFINDINGS – {}\nIMPRESSION -- {}", "alone": "INDICATION\n{}\n\nFINDINGS\n{}\n\nIMPRESSION\n{}", "wide colon": "INDICATION：{}\nFINDINGS：{}\nIMPRESSION ： {}",
+    "underlined": "Indication\n=====\n{}\nFindings\n-----\n{}\nImpression\n-----\n{}", "one line": "INDICATION: {} FINDINGS: {} IMPRESSION: {}", "no blank": "INDICATION:{}FINDINGS:{}IMPRESSION:{}",
+    "numbered": "1. INDICATION: {}\n2. FINDINGS: {}\n3. IMPRESSION: {}", "list": "- Indication: {}\n- Findings: {}\n- Impression: {}", "square": "[INDICATION]\n{}\n[FINDINGS]\n{}\n[IMPRESSION]\n{}",
+    "longer": "INDICATION FOR STUDY: {}\nFINDINGS OF THE CHEST: {}\nFINAL IMPRESSION: {}", "old Mac": "INDICATION: {}\rFINDINGS: {}\rIMPRESSION: {}",
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts_of_headings(layout):
+    text = LAYOUTS[layout].format(*BODY.values())
+    assert parse_sections(text) == BODY
+    assert report_sentences(text) == list(BODY.values())[1:]
+
+
+def test_sub_headings_stay_below_findings():
+    text = "FINAL REPORT\n EXAMINATION:  CHEST\n \n FINDINGS:\n \n LUNGS: Clear of consolidation.\n LINES AND TUBES: None.\n \n IMPRESSION:\n \n No acute disease.\n"
+    assert parse_sections(text)["findings"] == "LUNGS: Clear of consolidation.\n LINES AND TUBES: None."
+    assert parse_sections(text.replace("\n ", "\n"))["findings"] == "LUNGS: Clear of consolidation.\nLINES AND TUBES: None."
+    assert report_sentences(text) == ["LUNGS: Clear of consolidation.", "LINES AND TUBES: None.", "No acute disease."]
+    for rules in (LOVT_RULES, MGCA_RULES, LOCAL_MI_RULES):      # as published: a section each
+        assert rules.headings == "mit-lcp" and len(report_sentences(text, rules)) == 1
+    assert list(parse_mimic_sections(text)) == ["preamble", "examination", "lungs", "lines and tubes", "impression"]
+
+
+@pytest.mark.parametrize(("text", "sections"), [
+    (" ADDENDUM:  A nodule.  \n \n FINAL REPORT\n FINDINGS: Old.\n \n IMPRESSION: Small.", {"addendum": "A nodule.", "preamble": "FINAL REPORT", "findings": "Old.", "impression": "Small."}),
+    ("FINDINGS: Old.\nIMPRESSION: Small.\nADDENDUM #1: A nodule.\nIMPRESSION: New.", {"findings": "Old.", "impression": "Small.", "addendum": "A nodule.\nIMPRESSION: New."}),
+    ("ADDENDUM: A nodule.\nIMPRESSION: New.\nFINDINGS: Old.\nIMPRESSION: Small.", {"addendum": "A nodule.\nIMPRESSION: New.", "findings": "Old.", "impression": "Small."}),
+    ("ADDENDUM: A nodule.\nFINDINGS: Old.\nIMPRESSION: Small.", {"addendum": "A nodule.", "findings": "Old.", "impression": "Small."}),
+    ("FINDINGS: Old.\nADDENDUM: One.\nADDENDUM: Two.", {"findings": "Old.", "addendum": "One.\n \nTwo."}),
+    ("EXAM: CHEST\nFINDINGS: a.\nIMPRESSION: b.\nEXAM: ABDOMEN\nFINDINGS: c.\nIMPRESSION: d.",
+     {"examination": "CHEST\n \nABDOMEN", "findings": "a.\n \nc.", "impression": "b.\n \nd."}),
+])
+def test_no_section_replaces_another(text, sections):
+    assert parse_sections(text) == sections
+
+
+def test_only_recurring_capitals_are_told():
+    "What a manifest holds: short capital headings of several reports, never a name that stands in one"
+    texts = ["INDICATION: x\nLUNGS: Clear.\nNot a heading: y\nIMPRESSION: z"] * 5 + ["SMITH: seen", None, "A VERY LONG HEADING THAT IS MORE THAN FORTY CHARACTERS: x"]
+    assert count_headings(texts) == {"LUNGS": 5, "(seldom)": 1}
+    assert unknown_headings("FINDINGS: a\nCHEST PA: b\nIMPRSSION: c") == []
+
+
+def test_a_pack_tells_what_was_not_understood(tmp_path):
+    def read(number):
+        text = f"FINDINGS: The lungs are clear.\n{'LUNGS' if number < 6 else 'SMITH'}: All is well here."
+        image = ImageRecord(str(number), np.full((8, 8), number, np.uint8))
+        return StudyRecord(study_id=str(number), patient_id=str(number), split="train", images=[image], report=text)
+    pack = write_pack(tmp_path / "pack", range(7), read, 8, {"kind": "invented"})
+    assert pack.manifest["headings"] == {"LUNGS": 6, "(seldom)": 1} and "SMITH" not in (tmp_path / "pack" / "manifest.json").read_text()
+    assert "headings not understood, and in how many reports: LUNGS 6, (seldom) 1" in summary(pack)
+
+
+@pytest.mark.parametrize("bullet", ["–", "—", "•", "*", "-", "‣", "◆", "– ", "• ", "* ", "1. ", "1)", "(1) "])
+def test_one_sentence_a_bullet(bullet):
+    items = [bullet.replace("1", str(number)) + text for number, text in enumerate(("No pneumonia", "large heart", "Old fractures"), 1)]
+    assert split_sentences("\n".join(items)) == items
+    assert report_sentences("FINDINGS:\n" + "\n".join(items)) == ["No pneumonia", "large heart", "Old fractures"]
+
+
+@pytest.mark.parametrize("sentence", [
+    "P.A. and lateral views of the chest were obtained.", "Opacity in the R. lower lobe.", "The L. Hemidiaphragm is high.", "Seen by J. Smith and A. B. Jones today.",
+    "See No. 3 and fig. 2 of the series.", "The rt. base and lt. apex are clear.", "L.L.L. opacity vs. effusion, i.e. fluid.", "1.2. Clear lungs.", "An opacity, poss. old, of 2.5 cm.",
+    "At 9 a.m. the tube was in place."])
+def test_full_stops_that_end_nothing(sentence):
+    assert split_sentences(sentence) == [sentence]
+    assert split_sentences(f"Clear. {sentence} Normal.") == ["Clear.", sentence, "Normal."]
+
+
+@pytest.mark.parametrize(("text", "plain"), [
+    ("e\u0301panchement pleural", "épanchement pleural"), ("cardio\u00admegaly", "cardiomegaly"), ("cardio\u200bme\u2060galy", "cardiomegaly"), ("\ufeffclear", "clear"),
+    ("\u202bclear\u202c lungs", "clear lungs"), ("\ufb01brosis", "fibrosis"), ("no\u00a0effusion\u202fseen", "no effusion seen"), ("ｃｌｅａｒ", "clear"), ("n\u0303o\u0327", "ño\u0327"),
+    ("1 cm² · ½", "1 cm² · ½")])
+def test_one_word_each(text, plain):
+    assert normalise(text) == plain == normalise(plain)
+    words = [text[start:end] for start, end in find_words(text)]
+    assert [normalise(word) for word in words] == [plain[start:end] for start, end in find_words(plain)]
+    assert report_sentences(f"FINDINGS: Now {text} is seen.") == [f"Now {plain} is seen."]
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.sampled_from(["e\u0301", "\u00ad", "\u200b", "\u0308", "a", "lung", " ", ".", "-", "é", "1", "\u202e", "_", "ﬁ", "\u00a0"]), max_size=20).map("".join))
+def test_places_point_into_the_text_as_shown(text):
+    spans = find_words(text)
+    assert all(text[start].isalnum() or text[start] == "_" for start, _ in spans)
+    assert all(unicodedata.category(text[end - 1]) != "Cf" for _, end in spans)
+    assert [normalise(text[start:end]) for start, end in spans] == [normalise(text)[start:end] for start, end in find_words(normalise(text))] or text != normalise(text)
+
+
+def seconds(function, text: str) -> float:
+    "The least processor time of three runs"
+    times = []
+    for _ in range(3):
+        begin = time.process_time()
+        function(text)
+        times.append(time.process_time() - begin)
+    return min(times)
+
+
+NASTY = ['."', ". ", "a.", "1. ", "\n ", "•", " ", "A", "FINDINGS: ", "\nLUNGS: ", "\n 1. ", "e.g. ", "\u0301", "&", "AND ", "\r", "__", "\nADDENDUM: "]
+
+
+@pytest.mark.parametrize("piece", NASTY)
+@pytest.mark.parametrize("function", [split_sentences, report_sentences, lambda text: report_sentences(text, LOVT_RULES), find_words, unknown_headings, section_name],
+                         ids=["split", "report", "lovt", "words", "headings", "name"])
+def test_time_grows_as_the_text(function, piece):
+    "Eight times the text takes about eight times as long; a quadratic function takes 64 times"
+    short, long = (seconds(function, piece * (size // len(piece))) for size in (4000, 32000))
+    assert long < 24 * short + 0.05
 
 
 def test_long_report_is_fast():

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
-from scipy.ndimage import gaussian_filter
 
 # %% ../../nbs/data/01a_phantom_anatomy.ipynb #f4b27084
 def stream(
@@ -587,6 +586,8 @@ def expose(
     pose: Pose,
 ) -> np.ndarray:  # (H, W) uint8
     "Turn attenuation into grey values: blur, quantum noise, tone curve, scatter, marker, collimation."
+    from scipy.ndimage import gaussian_filter       # here, as a command line need not wait for it
+
     size = len(total)
     if pose.blur * size > 0.3:
         total = gaussian_filter(total, pose.blur * size, truncate=2.5)

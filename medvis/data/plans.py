@@ -14,7 +14,6 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from sklearn.model_selection import train_test_split
 
 from .files import DataError, find_file, read_table
 from .source import ReadConfig
@@ -132,6 +131,8 @@ def draw_rows(
     seed: int = 0,
 ) -> pd.Series:             # row -> split, in the order of the draw
     "A split for each row as LoVT and MGCA draw it; a patient may be on several sides"
+    from sklearn.model_selection import train_test_split        # here, as importing it takes a second that a command line need not wait
+
     train, rest = train_test_split(np.arange(count), test_size=held_out, random_state=seed)
     parts = {"train": train, "validate": rest}
     if halved:

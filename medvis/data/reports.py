@@ -116,7 +116,7 @@ _JOINT = re.compile(r"\s*(?:/|&|\+|,|\band\b|\bor\b)\s*")
 
 def _known_name(heading: str) -> str:
     'The usual name of a heading or of several joined ones, whatever the case, plural and brackets; "" = it is not known'
-    heading = " ".join(re.sub(r"[(\[](?!e?s[)\]])[^()\[\]]*[)\]]", " ", heading.lower()).split())
+    heading = " ".join(re.sub(r"[(\[](?!e?s[)\]])[^()\[\]]*(?:[)\]]|$)", " ", heading.lower()).split())
     heading = re.sub(r"[(\[]e?s[)\]]", "", heading)
     heading = re.sub(r"\s*#?\s?\d{1,2}$", "", heading)                                # ADDENDUM #2
     if heading in _OUR_NAMES:
@@ -203,12 +203,12 @@ def _belongs(headings: list[tuple[str, str, int, int]]) -> list[tuple[str, str, 
         names.add(section)
     return begun
 
-# %% ../../nbs/data/02_reports.ipynb #093d5c6e
+# %% ../../nbs/data/02_reports.ipynb #0a3d5c6c
 def _tidy(text: str) -> str:
     "The text without what XML and other systems leave: entities, a byte order mark, their ends of lines"
     return html.unescape(text).lstrip("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
 
-
+# %% ../../nbs/data/02_reports.ipynb #093d5c6e
 def parse_sections(text: str) -> dict[str, str]:
     """Cut a report into its sections, whatever the indentation, case, Markdown, plural, remark in brackets or combination of its headings.
 
@@ -245,8 +245,8 @@ def count_headings(
     return told | ({"(seldom)": seldom} if seldom else {})
 
 # %% ../../nbs/data/02_reports.ipynb #06a7e561
-_BULLET = r"[•‣▪▫●○■□◦∙·➢➤►✓]+|[-–—*+](?=\s|[^\W\d_])"
-_MARKER = re.compile(rf"(?:(?<=\s)|(?<=[.:;?!])|^)\(?(?P<number>\d{{1,2}})[.)](?=\s*[^\W\d]|\s+\S)|^[^\S\n]*+(?:{_BULLET})|[•‣▪●■◦➢➤►]+", re.MULTILINE)
+_BULLET = r"[•‣⁃▪▫●○■□◆◇◦∙·★➢➤►▶❖✓✔]+|[-–—*+](?=\s|[^\W\d_])|\(?[a-h]\)(?=\s)"
+_MARKER = re.compile(rf"(?:(?<=\s)|(?<=[.:;?!])|^)\(?(?P<number>\d{{1,2}})[.)](?=\s*[^\W\d]|\s+\S)|^[^\S\n]*+(?:{_BULLET})|[•‣▪●■◆◦➢➤►▶❖]+", re.MULTILINE)
 _BLANKS = re.compile(r"\s*")
 
 
@@ -270,7 +270,7 @@ def _list_items(text: str) -> list[int]:
 NEVER_LAST = frozenset("dr drs mr mrs ms prof st vs approx e.g i.e ca cf fig figs viz resp incl z.b d.h u.a bzw".split())
 SELDOM_LAST = frozenset("a.m p.m am pm etc al cm mm m ml hr hrs min sec yr yrs wk wks lat no nos pt post ant inf sup "
                          "incl excl poss prob dept hosp ref est max min vol med eq int ext prox dist bilat cont esp".split())
-NUMBERED = frozenset("no nos fig figs vol im img ser".split())      # "No. 3"
+NUMBERED = frozenset("no nos nr fig figs vol im img ser".split())      # "No. 3"
 SMALL_WORDS = frozenset("a an and at by from in of on or per the to with dr".split())
 _NUMBER = re.compile(r"\W*+(?:\d{1,2}+(?!\w)\W*+){0,3}+")
 _STOP = re.compile(r"[.!?…]++(?:\s++[.!?…]++(?!\S))*+[\"')\]>”’]*|[。！？]+")

@@ -21,7 +21,6 @@ from tqdm.auto import tqdm
 
 from .files import write_bytes
 from .images import boxes_to_square
-from .preprocessing import Preprocessing
 from .pack import Pack, list_hash
 from .phantom import FINDINGS, Phantom, PhantomStudy
 from .splits import check_leaks, nested_subsets
@@ -443,7 +442,7 @@ def store_subsets(pack: Pack, fractions: tuple[float, ...] = (0.01, 0.1, 1.0)) -
 def boxes_in_view(
     boxes: np.ndarray,              # (k, 5) x0, y0, x1, y1, class
     size: int,                      # of the image they lie in, pixels
-    preprocessing: Preprocessing,
+    preprocessing,                  # Preprocessing
 ) -> np.ndarray:                    # (k', 5) in pixels of the view
     "Boxes through the geometry of `Preprocessing.eval`."
     side = round(preprocessing.size / preprocessing.crop)

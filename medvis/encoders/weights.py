@@ -169,7 +169,9 @@ def complete(
     if filled is None and any(lost):
         words = ("lacks {} weights of its", "has {} weights of another shape for its")
         told = "; ".join(f"{say.format(len(keys))} {type(model).__name__}, e.g. {', '.join(keys[:3])}" for keys, say in zip(lost, words) if keys)
-        raise ValueError(f"{name} {told}: they would be random. Pass a folder that holds them all, named as transformers names them")
+        starts = sorted({key.split(".")[0] for key in read_state(name)})[:5] if Path(name).is_dir() else []
+        raise ValueError(f"{name} {told}: they would be random. Pass a folder that holds them all, named as transformers names them"
+                         + (f" (here names begin with {', '.join(starts)})" if starts else ""))
     model = filled or model
     check_numbers({key: value for key, value in model.state_dict().items() if needed(key)}, name)
     return model

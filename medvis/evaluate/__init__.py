@@ -12,16 +12,29 @@ __all__ = ['check_preprocessing', 'encode', 'linear_probe', 'paired_gain', 'prob
            'mean_ap', 'Interval', 'auroc', 'bootstrap', 'bootstrap_auroc', 'compare', 'compare_predictions']
 
 # %% ../../nbs/evaluate/00_doors.ipynb #dcb44a08
-from .classify import check_preprocessing, encode, linear_probe, paired_gain, probe_predictions, probe_table, random_like
-from .detect import YoloV3, yolo_loss
-from .ground import (
-    Pointing, contrast_to_noise, ground_phrases, grounding_table, phantom_pointing, phantom_targets, pointing_game)
-from .metrics import Boxes, classification_table, count_pixels, detection_table, dice_table, froc, mean_ap
-from .predictions import Predictions, load_predictions, score_table
-from .protocol import PROTOCOLS, Protocol, compare_runs, run_protocol, summary
-from .retrieve import prompt_table, retrieval_table, zero_shot, zero_shot_table
-from .segment import LinearSegmenter, SetrDecoder, SmpUNet, UNet, dice_loss, mixed_loss
-from .stats import Interval, auroc, bootstrap, bootstrap_auroc, compare, compare_predictions
+from importlib import import_module
+from typing import Any
+
+# %% ../../nbs/evaluate/00_doors.ipynb #ab1d0f36
+_HOME = {name: module for module, names in {
+    "classify": "check_preprocessing encode linear_probe paired_gain probe_predictions probe_table random_like",
+    "detect": "YoloV3 yolo_loss",
+    "ground": "Pointing contrast_to_noise ground_phrases grounding_table phantom_pointing phantom_targets pointing_game",
+    "metrics": "Boxes classification_table count_pixels detection_table dice_table froc mean_ap",
+    "predictions": "Predictions load_predictions score_table",
+    "recipes": "PROTOCOLS Protocol",
+    "protocol": "compare_runs run_protocol summary",
+    "retrieve": "prompt_table retrieval_table zero_shot zero_shot_table",
+    "segment": "LinearSegmenter SetrDecoder SmpUNet UNet dice_loss mixed_loss",
+    "stats": "Interval auroc bootstrap bootstrap_auroc compare compare_predictions",
+}.items() for name in names.split()}
+
+# %% ../../nbs/evaluate/00_doors.ipynb #5f5cc7b9
+def __getattr__(name: str) -> Any:
+    "A name of this door is imported when it is first asked for (PEP 562): settings can be read without waiting for torch."
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"medvis.evaluate.{_HOME[name]}"), name)
 
 # %% ../../nbs/evaluate/00_doors.ipynb #23146c90
 _all_ = [

@@ -27,6 +27,7 @@ from ..evaluate.ground import PhantomPointing, Target
 from ..methods import Method
 from ..train import Run, load_method
 from ..train.diagnostics import collapse
+from ..train.loop import trained_on
 from ..widgets.correspondence import CorrespondenceWidget, Display, pack_study, page_state
 from ..widgets.shell import state_json, static
 
@@ -177,7 +178,7 @@ def show_run(
 ) -> Path:
     "Write the page of a run. FileNotFoundError when the run or its pack is not there."
     method, probe, gains, control = load_method(run.path), None, None, None
-    data = Pack(run.manifest["data"]["path"]) if data is None else data
+    data = trained_on(run) if data is None else data
     phantom = data.manifest["source"].get("kind") == "phantom"
     pairs = held_out_pairs(method, data)
     chosen = {item: [] for item in range(min(studies, len(pairs)))}

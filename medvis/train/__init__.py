@@ -6,8 +6,22 @@
 __all__ = ['CollapseWarning', 'collapse', 'diagnose', 'Diverged', 'Run', 'TrainConfig', 'fit', 'load_encoder', 'load_method']
 
 # %% ../../nbs/train/00_doors.ipynb #599bee04
-from .diagnostics import CollapseWarning, collapse, diagnose
-from .loop import Diverged, Run, TrainConfig, fit, load_encoder, load_method
+from importlib import import_module
+from typing import Any
+
+# %% ../../nbs/train/00_doors.ipynb #79a05344
+_HOME = {name: module for module, names in {
+    "diagnostics": "CollapseWarning collapse diagnose",
+    "config": "Diverged TrainConfig",
+    "loop": "Run fit load_encoder load_method",
+}.items() for name in names.split()}
+
+# %% ../../nbs/train/00_doors.ipynb #cba35ffb
+def __getattr__(name: str) -> Any:
+    "A name of this door is imported when it is first asked for (PEP 562): settings can be read without waiting for torch."
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"medvis.train.{_HOME[name]}"), name)
 
 # %% ../../nbs/train/00_doors.ipynb #5167e896
 _all_ = ["CollapseWarning", "collapse", "diagnose", "Diverged", "Run", "TrainConfig", "fit", "load_encoder", "load_method"]

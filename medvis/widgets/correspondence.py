@@ -156,7 +156,7 @@ def draw_report(
                     x, y = 0.0, y + step
                 if y > high:
                     if told is not None:
-                        told.set_text(told.get_text()[:-1] + "…" if told.get_position()[0] > 0.9 else told.get_text() + " …")
+                        told.set_text(fitted(ax, told.get_text() + " …", size, (1 - told.get_position()[0]) * wide)[0])
                     return False
                 if shown:
                     told = ax.text(x / wide, 1 - y / high, shown, size=size, family="serif", parse_math=False, bbox=ground,

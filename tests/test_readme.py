@@ -1,0 +1,76 @@
+"""What README.md shows: its Python is run and prints what stands below it, its commands are taken by the parser of the command line."""
+import contextlib
+import io
+import re
+import shlex
+
+import matplotlib
+import pytest
+from notebooks import ROOT
+from torch.distributed.run import parse_args
+
+from medvis.cli import commands
+
+FENCES = re.findall(r"^```(\w*)\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+SMALLER = {     # what takes an hour as it stands is run with smaller numbers: each of these must be there
+    "studies=4000": "studies=100, progress=False",
+    '"runs/mixture-mi")': '"runs/mixture-mi", epochs=1, progress=False)',
+    "linear_probe(run.method().image_encoder, pack)": "linear_probe(run.method().image_encoder, pack, fractions=(1.0,), seeds=(0,))",
+}
+
+
+def test_python_prints_what_stands_below_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    namespace, made_smaller = {}, set()
+    with matplotlib.rc_context():
+        for (kind, code), (below, told) in zip(FENCES, [*FENCES[1:], ("", "")]):
+            if kind != "python":
+                continue
+            for large, small in SMALLER.items():
+                if large in code:
+                    code = code.replace(large, small)
+                    made_smaller.add(large)
+            with contextlib.redirect_stdout(io.StringIO()) as printed:
+                exec(compile(code, "README.md", "exec"), namespace)
+            if below == "text":
+                assert printed.getvalue().strip() == told.strip()
+    assert made_smaller == set(SMALLER) and any(kind == "text" for kind, _ in FENCES)
+
+
+LINES = [line.split("#")[0].strip() for kind, code in FENCES if kind == "sh" for line in code.replace("\\\n", "").splitlines() if line.split("#")[0].strip()]
+
+
+def understood(argv, monkeypatch) -> bool:
+    "Whether the command line takes these words; nothing is done."
+    done = []
+    monkeypatch.setattr(commands, "resolve_name", lambda name: done.append)
+    monkeypatch.setattr(commands, "pretrain", lambda method, options: done.append(options))
+    try:
+        commands.run_command(argv)
+    except SystemExit as stop:
+        return not stop.code
+    return bool(done) or argv == ["--version"]
+
+
+@pytest.mark.parametrize("line", LINES)
+def test_commands_are_understood(line, monkeypatch, capsys):
+    words = shlex.split(line.removeprefix("$ "))
+    if words[0] == "make":
+        assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    elif words[0] == "torchrun":
+        asked = parse_args(words[1:])
+        assert asked.module and asked.training_script == "medvis" and understood(asked.training_script_args, monkeypatch)
+    elif words[:2] == ["accelerate", "launch"]:
+        assert understood(words[words.index("medvis") + 1:], monkeypatch) and words[words.index("medvis") - 1] == "-m"
+    elif words[:3] == ["python", "-m", "medvis"]:
+        assert understood(words[3:], monkeypatch)
+    elif words[0] == "medvis" and words[1].startswith("--tyro-print-completion"):
+        assert understood(words[1:3], monkeypatch) and "medvis" in capsys.readouterr().out
+    elif words[0] == "medvis":
+        assert understood(words[1:], monkeypatch)
+    else:
+        assert words[:2] == ["pip", "install"], f"a command that no test knows: {line}"
+
+
+def test_a_wrong_command_is_not_understood(monkeypatch, capsys):
+    assert not understood(["evaluate", "rsna_seg_linear_10", "--dta", "pack"], monkeypatch) and not understood(["shw", "run"], monkeypatch)
