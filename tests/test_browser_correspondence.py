@@ -328,7 +328,7 @@ def test_mask_with_a_kernel_that_answers_before_it_saves(browser, views, tmp_pat
             page.wait_for_timeout(200)
             assert page.evaluate("sent.length && sent.every(Boolean)"), "something clear was sent after masking"
             mask.click()
-            page.wait_for_function("document.querySelector('.report').textContent.includes('nodule')", timeout=3000)
+            page.locator(".report", has_text="nodule").wait_for(timeout=3000)
 
 
 def test_the_common_scale_shows_nothing_of_a_flat_map(browser, tmp_path):  # noqa: F811

@@ -383,7 +383,7 @@ def test_protocols_are_those_of_the_papers():
         one = PROTOCOLS[name]
         assert (one.optimizer, one.epochs, one.patience, one.trains, one.plateau) == ("adamw", 50, 10, "head", None)
         assert one.weight_decay == (0.05 if "seg" in name else 1e-6) and one.metric == ("map" if "det" in name else "loss")
-    assert all(PROTOCOLS[name].lrs == (5e-4,) and PROTOCOLS[name].optimizer == "adam" for name in protocol.LOCALMI)
+    assert all(PROTOCOLS[name].lrs == (5e-4,) and PROTOCOLS[name].optimizer == "adam" for name in recipes.LOCALMI)
 
 
 def test_the_command_line_reads_the_configuration():
