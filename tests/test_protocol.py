@@ -15,6 +15,7 @@ from medvis.data.prepare import PhantomConfig, prepare_phantom
 from medvis.data.tasks import boxes_in_view, phantom_task
 from medvis.encoders.image import image_encoder
 from medvis.evaluate import cache, finetune, protocol
+from medvis.evaluate.recipes import LOCALMI
 from medvis.evaluate.finetune import Learner, LinearClassifier, Protocol, fit_head
 from medvis.evaluate.predictions import load_predictions
 from medvis.evaluate.protocol import PROTOCOLS, EvaluateConfig, run_one, run_protocol
@@ -383,7 +384,7 @@ def test_protocols_are_those_of_the_papers():
         one = PROTOCOLS[name]
         assert (one.optimizer, one.epochs, one.patience, one.trains, one.plateau) == ("adamw", 50, 10, "head", None)
         assert one.weight_decay == (0.05 if "seg" in name else 1e-6) and one.metric == ("map" if "det" in name else "loss")
-    assert all(PROTOCOLS[name].lrs == (5e-4,) and PROTOCOLS[name].optimizer == "adam" for name in recipes.LOCALMI)
+    assert all(PROTOCOLS[name].lrs == (5e-4,) and PROTOCOLS[name].optimizer == "adam" for name in LOCALMI)
 
 
 def test_the_command_line_reads_the_configuration():
