@@ -246,6 +246,10 @@ def test_a_run_remembers_how_its_images_were_made_square(tmp_path):
     encoder = load_encoder(run.path)
     assert encoder.preprocessing.fit == "stretch" and run.manifest["data"]["fit"] == "stretch"
     check_preprocessing(encoder, packs["stretch"])
+    settings = json.loads((run.path / "text" / "config.json").read_text())
+    (run.path / "text" / "config.json").write_text(json.dumps(settings | {"auto_map": {"AutoModel": "evil.Evil"}}))
+    with pytest.raises(ValueError, match="asks to run code of its own"):
+        load_encoder(run.path)                     # a foreign run
     with pytest.raises(ValueError, match="made square by fit='stretch', but .*pad has them by 'pad'; prepare the data set again"):
         check_preprocessing(encoder, packs["pad"])
     with pytest.raises(ValueError, match="resizes images to 256 x 256, but those of .* have 64 x 64 pixels and would be enlarged"):

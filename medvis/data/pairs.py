@@ -80,8 +80,8 @@ def cut_words(
     "Which piece of running text belongs to which word. Words that share a piece become one; pieces of no word are None."
     touched = []
     for start, end in pieces:
-        if not sentence[start:end].strip():  # a blank by itself belongs to the word behind it
-            touched.append([w for w, (first, _) in enumerate(spans) if first == end])
+        if not sentence[start:end].strip():  # blanks by themselves belong to the word behind them
+            touched.append([w for w, (first, _) in enumerate(spans) if first >= end and not sentence[end:first].strip()])
         else:
             touched.append([w for w, (first, last) in enumerate(spans) if first < end and start < last])
     owner = list(range(len(spans)))

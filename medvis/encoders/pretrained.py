@@ -156,9 +156,10 @@ def _fetch(name: str) -> tuple[nn.Module, dict, dict]:
         config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
         known, told = transformers.MODEL_MAPPING, (config.architectures or [""])[0]
         kind = known[type(config)] if type(config) in known else getattr(transformers, told)
-        return *kind.from_pretrained(name, output_loading_info=True, ignore_mismatched_sizes=True), _preprocessor(name)
+        options = dict(trust_remote_code=False, output_loading_info=True, ignore_mismatched_sizes=True)
+        return *kind.from_pretrained(name, **options), _preprocessor(name)
     except Exception as error:
-        if Path(name).is_dir() and any(Path(name).glob("*.safetensors")) + any(Path(name).glob("*.bin")):
+        if Path(name).is_dir() and [*Path(name).glob("*.safetensors"), *Path(name).glob("*.bin")]:
             read_state(name)  # names the file, if it is the weights that cannot be read
         raise OSError(
             f"the vision model {name!r} could not be loaded ({type(error).__name__}): no such folder, no weights in it, "
@@ -173,13 +174,9 @@ def _vision_part(model: nn.Module, report: dict, name: str) -> nn.Module:
     body = getattr(model, part) if part else model
     if body.main_input_name != "pixel_values":
         raise ValueError(f"{name} holds a {type(body).__name__}, which reads {body.main_input_name} and no images")
-    start = f"{part}." if part else ""
-    own = {what: [key if isinstance(key, str) else key[0] for key in report[what]] for what in ("missing_keys", "mismatched_keys")}
-    own = {what: [key.removeprefix(start) for key in keys if key.startswith(start)] for what, keys in own.items()}
-    own["mismatched_keys"] = [(key,) for key in own["mismatched_keys"]]
     dense = hasattr(getattr(body, "pooler", None), "dense")  # will be taken out
-    complete(body, own, name, ("pooler.",) if dense else ())
-    return body.float()
+    whole = complete(model, report, name, lambda key: key.startswith(part) and not (dense and "pooler." in key))
+    return (getattr(whole, part) if part else whole).float()
 
 # %% ../../nbs/encoders/05_pretrained.ipynb #906ee077
 def pretrained_encoder(

@@ -189,6 +189,8 @@ def _own_tokenizer(name: str) -> PreTrainedTokenizerFast:
 def _pretrained(name: str, layers: int | None, weights: bool = True, pooler: bool = False, tokenizer=None):
     "Model and tokenizer of a folder or hub name. OSError or ValueError says what stands in the way, and what to pass."
     refuse_code(name)
+    if Path(name).is_file():
+        raise ValueError(f"{name} is a file: pass the folder with config.json, the weights and the tokenizer")
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
         if layers:
@@ -209,7 +211,7 @@ def _pretrained(name: str, layers: int | None, weights: bool = True, pooler: boo
             f"layers) or 'tiny-bert' for random weights."
         ) from error
     if report:
-        complete(body, report, name, () if pooler else ("pooler.",))
+        body = complete(body, report, name, lambda key: pooler or not key.startswith("pooler."))
     if hasattr(body, "pooler") and not pooler:
         body.pooler = None  # unused weights would be trained, stored and synchronised for nothing
     check_tokenizer(tokenizer, body.get_input_embeddings().num_embeddings, name)
@@ -230,6 +232,8 @@ def text_encoder(
         body = _random_bert(name, tokenizer, layers, pooler)
     else:
         body, tokenizer = _pretrained(name, layers, weights, pooler, tokenizer)
+    if freeze and not hasattr(getattr(body, "encoder", None), "layer"):
+        raise ValueError(f"freeze is {freeze}, but {type(body).__name__} does not name its layers as BERT does: pass 0")
     if freeze:
         for part in (body.embeddings, *body.encoder.layer[:freeze]):
             part.requires_grad_(False)

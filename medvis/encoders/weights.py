@@ -8,12 +8,16 @@ __all__ = ['unwrap_state', 'weight_files', 'read_state', 'ManyPrefixes', 'strip_
 
 # %% ../../nbs/encoders/01a_weights.ipynb #f1985ad0
 import json
+import re
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.serialization import get_unsafe_globals_in_checkpoint
+from transformers.utils import logging
 
 # %% ../../nbs/encoders/01a_weights.ipynb #44186f7b
 def _unreadable(path: Path, error: Exception) -> ValueError:
@@ -21,11 +25,12 @@ def _unreadable(path: Path, error: Exception) -> ValueError:
     told = f"{path} is not a state dict that can be read safely ({type(error).__name__})"
     try:
         classes = [] if path.suffix == ".safetensors" else sorted(get_unsafe_globals_in_checkpoint(path))
-    except Exception:  # damaged, or no archive of torch at all
-        classes = []
+    except Exception:  # damaged, or of before torch 1.6: then the message has the first of them
+        classes = re.findall(r"GLOBAL ([\w.]+)", str(error))
     if classes:
-        return ValueError(f"{told}: it holds {', '.join(classes[:3])}, and only tensors are loaded. Where you trust the file, "
-                          'save the weights alone: torch.save(torch.load(file, weights_only=False)["state_dict"], new_file)')
+        return ValueError(f"{told}: it holds {', '.join(classes[:3])}, and only tensors are loaded. Save the weights alone where it "
+                          "was made: torch.save(model.state_dict(), new_file); or, if you trust the file, "
+                          'torch.save(torch.load(file, weights_only=False)["state_dict"], new_file)')
     size = path.stat().st_size if path.is_file() else 0
     return ValueError(f"{told}: {size} bytes; is it damaged or half downloaded? Fetch it again, or pass another file")
 
@@ -46,6 +51,8 @@ def unwrap_state(
     if bare := tensors(found):
         return bare
     held = [key for key in nested if tensors(found[key])]
+    if not held and len(nested) == 1:
+        return unwrap_state(found[nested[0]], f"{origin} ({nested[0]})")
     if len(held) != 1:
         told = ", ".join(map(str, held[:5])) or (", ".join(map(str, list(found)[:5])) if isinstance(found, dict) else type(found).__name__)
         raise ValueError(f"{origin} holds {'several state dicts' if held else 'no state dict'} ({told}): save the one you mean alone")
@@ -110,7 +117,7 @@ def strip_prefix(
 # %% ../../nbs/encoders/01a_weights.ipynb #4ff79e14
 def check_numbers(state: dict[str, Tensor], origin: str) -> None:
     "ValueError if a weight is NaN or infinite."
-    bad = [key for key, value in state.items() if value.is_floating_point() and not value.is_meta and not value.isfinite().all()]
+    bad = [key for key, value in state.items() if value.is_floating_point() and not value.is_meta and not (value if value.itemsize > 1 else value.half()).isfinite().all()]
     if bad:
         raise ValueError(f"{origin} has {len(bad)} weights that are NaN or infinite, e.g. {', '.join(bad[:3])}: pass other weights")
 
@@ -118,8 +125,9 @@ def check_numbers(state: dict[str, Tensor], origin: str) -> None:
 def refuse_code(
     name: str | Path,   # a folder; a hub name is left to `trust_remote_code=False`
 ) -> None:
-    "ValueError if a folder wants to run code of its own."
-    for file in ("config.json", "tokenizer_config.json", "preprocessor_config.json", "processor_config.json"):
+    "ValueError if a folder wants to run code of its own, or its settings are damaged."
+    settings = ("config.json", "tokenizer_config.json", "preprocessor_config.json", "processor_config.json")
+    for file in (*settings, "tokenizer.json"):
         path = Path(name) / file
         try:
             told = json.loads(path.read_text()) if path.is_file() else {}
@@ -127,28 +135,51 @@ def refuse_code(
             raise ValueError(f"{path} is not JSON ({type(error).__name__}): fetch it again") from error
         if not isinstance(told, dict):
             raise ValueError(f"{path} holds a {type(told).__name__}; expected settings by name")
-        if "auto_map" in json.dumps(told):
+        if file in settings and '"auto_map":' in json.dumps(told):
             raise ValueError(f"{path} asks to run code of its own (auto_map), and medvis runs none from a model's folder: "
                              "take auto_map out if transformers knows the model type, or pass another model")
 
-# %% ../../nbs/encoders/01a_weights.ipynb #da2b3516
+# %% ../../nbs/encoders/01a_weights.ipynb #bc1f3e8c
+def _lost(model: nn.Module, report: dict, needed: Callable[[str], bool]) -> tuple[list[str], list[str]]:
+    "Needed weights that a folder lacks, and those of another shape."
+    return (sorted(filter(needed, report["missing_keys"])), sorted(key for key, *_ in report["mismatched_keys"] if needed(key)))
+
+# %% ../../nbs/encoders/01a_weights.ipynb #62f54400
+def _under_prefix(model: nn.Module, name: str, needed: Callable[[str], bool]) -> nn.Module | None:
+    "The model filled from the one prefix of a folder's weights that holds it all (transformers renames some); None if there is none."
+    state, fits = read_state(name), {}
+    parts = [key.split(".") for key in state]
+    sizes = Counter(".".join(part[:n]) + "." for part in parts for n in range(1, len(part)))
+    least = sum(map(needed, model.state_dict())) / 2  # some are merged while they are renamed
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()  # transformers draws a table of each trial
+    for prefix in (prefix for prefix, size in sizes.items() if size >= least):
+        held = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+        filled, report = type(model).from_pretrained(
+            None, config=model.config, state_dict=held, output_loading_info=True, ignore_mismatched_sizes=True)
+        if not any(_lost(filled, report, needed)) and not prefix.startswith(tuple(fits)):
+            fits[prefix] = filled
+    logging.set_verbosity(level)
+    if len(fits) > 1:
+        raise ManyPrefixes(f"{name} holds the model {len(fits)} times, under {', '.join(fits)}: save the one you mean alone")
+    return next(iter(fits.values()), None)
+
+# %% ../../nbs/encoders/01a_weights.ipynb #a43d1ef2
 def complete(
-    model: nn.Module,            # as from_pretrained(..., output_loading_info=True, ignore_mismatched_sizes=True) gives it
-    report: dict,                # ... and its loading info
-    name: str,                   # folder or hub name
-    unused: tuple[str, ...] = (),   # beginnings of weights that need not be there
-) -> None:
-    "Fill what is absent from under another prefix, if all of it lies there. ValueError if a part of the model would be random."
-    absent = [key for key in report["missing_keys"] if not key.startswith(unused)]
-    other = [key for key, *_ in report["mismatched_keys"] if not key.startswith(unused)]
-    if absent and Path(name).is_dir():
-        wanted = {key: value for key, value in model.state_dict().items() if not key.startswith(unused)}
-        held = strip_prefix(read_state(name), wanted, name)
-        if wanted.keys() <= held.keys():
-            model.load_state_dict({key: held[key] for key in wanted}, strict=False)
-            absent, other = [], []
-    if absent or other:
-        parts = ((sorted(absent), "lacks {} weights of its"), (sorted(other), "has {} weights of another shape for its"))
-        told = "; ".join(f"{words.format(len(keys))} {type(model).__name__}, e.g. {', '.join(keys[:3])}" for keys, words in parts if keys)
-        raise ValueError(f"{name} {told}: they would be random. Pass a folder that holds them all, named as transformers names them")
-    check_numbers({key: value for key, value in model.state_dict().items() if not key.startswith(unused)}, name)
+    model: nn.Module,             # as from_pretrained(..., output_loading_info=True, ignore_mismatched_sizes=True) gives it
+    report: dict,                 # ... and its loading info
+    name: str,                    # folder or hub name
+    needed: Callable[[str], bool],   # of the name of a weight: is it used?
+) -> nn.Module:                   # the model; or one filled from under another prefix, where all of it lies under one
+    "A model no part of which is random. ValueError if a weight is absent, of another shape, NaN or infinite."
+    lost = _lost(model, report, needed)
+    filled = _under_prefix(model, name, needed) if any(lost) and Path(name).is_dir() else None
+    if filled is None and any(lost):
+        words = ("lacks {} weights of its", "has {} weights of another shape for its")
+        told = "; ".join(f"{say.format(len(keys))} {type(model).__name__}, e.g. {', '.join(keys[:3])}" for keys, say in zip(lost, words) if keys)
+        starts = sorted({key.split(".")[0] for key in read_state(name)})[:5] if Path(name).is_dir() else []
+        raise ValueError(f"{name} {told}: they would be random. Pass a folder that holds them all, named as transformers names them"
+                         + (f" (here names begin with {', '.join(starts)})" if starts else ""))
+    model = filled or model
+    check_numbers({key: value for key, value in model.state_dict().items() if needed(key)}, name)
+    return model

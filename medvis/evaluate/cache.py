@@ -133,7 +133,7 @@ def open_store(
         for path, shape in zip(paths, shapes):
             np.lib.format.open_memmap(path, "w+", np.float32, (count, *shape)).flush()
         write_atomic(folder / "known.npy", lambda file: np.save(file, np.zeros(count, bool)))
-    return [np.load(path, mmap_mode="r+") for path in paths], np.load(folder / "known.npy")
+    return [np.load(path, mmap_mode="r+", allow_pickle=False) for path in paths], np.load(folder / "known.npy", allow_pickle=False)
 
 # %% ../../nbs/evaluate/07a_cache.ipynb #ab57a7f4
 def fill(

@@ -126,7 +126,7 @@ def encode(
     key = f"{encoder_hash(encoder)} {pack.manifest['hash']} {hashlib.sha256(rows.tobytes()).hexdigest()}"
     kept = cache and Path(cache) / f"features-{hashlib.sha256(key.encode()).hexdigest()[:32]}.npy"
     if kept and kept.exists():
-        return np.load(kept)
+        return np.load(kept, allow_pickle=False)
     studies = pack.studies.iloc[rows]
     counts = studies["image_rows"].map(len).to_numpy()
     _complain(studies, counts == 0, "have no image")

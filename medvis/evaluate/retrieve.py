@@ -68,15 +68,21 @@ def save_pairs(path: str | Path, pairs: PairScores) -> None:
 
 # %% ../../nbs/evaluate/09_retrieve.ipynb #e0a7a9ca
 def load_pairs(path: str | Path) -> PairScores:
-    """Read what save_pairs wrote."""
-    with np.load(path, allow_pickle=False) as file:
-        tables = {
-            side: pd.DataFrame(
-                {name.partition(" ")[2]: file[name] for name in file.files if name.startswith(f"{side} ")}
-            )
-            for side in ("images", "texts")
-        }
-        return PairScores(file["scores"], **tables)
+    """Read what save_pairs wrote. ValueError names a file that is not that."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            tables = {
+                side: pd.DataFrame(
+                    {name.partition(" ")[2]: file[name] for name in file.files if name.startswith(f"{side} ")}
+                )
+                for side in ("images", "texts")
+            }
+            return PairScores(file["scores"], **tables)
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # zipfile, numpy and pandas each have their own
+        told = f"{path} does not hold scores of pairs ({type(error).__name__})"
+        raise ValueError(f"{told}; delete it and run again") from error
 
 # %% ../../nbs/evaluate/09_retrieve.ipynb #a9b48a0e
 def embed_images(
