@@ -207,8 +207,8 @@ def in_process(sabotage, *args) -> str:
 
 FULL = {    # what could not be written -> when files become how small
     "text": ("open_run", 1, 2_000),
-    "manifest.json": ("write_json", 1, 100),
-    "config.json": ("write_json", 2, 100),
+    "manifest.json": ("write_settings", 1, 100),
+    "config.json": ("write_settings", 2, 100),
     "step_00000000.pt": ("restore", 1, 50_000),
     "metrics.jsonl": ("take_step", 1, 50),
     "step_00000002.pt": ("take_step", 2, 50_000),
