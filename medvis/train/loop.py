@@ -7,7 +7,7 @@ __all__ = ['learning_rate', 'parameter_groups', 'source_commit', 'processor_name
            'load_method', 'is_run', 'load_encoder', 'Run', 'summed', 'anywhere', 'from_all', 'on_main', 'optimise',
            'validate', 'cut_log', 'append_log', 'make_accelerator', 'Trainer', 'save', 'restore', 'take_step',
            'train_epoch', 'validate_epoch', 'diagnose_epoch', 'end_epoch', 'hold_run', 'fit', 'trained_on',
-           'guard_runs']
+           'guard_runs', 'Schedule']
 
 # %% ../../nbs/train/03_loop.ipynb #27fcb0f8
 import json
@@ -46,10 +46,13 @@ from ..methods import METHODS
 from ..methods.method import Method
 from ..methods.settings import known
 from .checkpoint import (
-    load_checkpoint, read_settings, read_weights, save_checkpoint, save_weights, write_atomic, write_settings)
-from .config import Diverged, TrainConfig
+    load_checkpoint, naming, read_settings, read_weights, save_checkpoint, save_weights, write_atomic, write_settings)
+from .config import Diverged, Schedule, TrainConfig
 from .diagnostics import diagnose, warn_of_collapse
 from .schedules import cyclic_cosine, plateau_factor, stopped_improving, warmup_cosine, warmup_linear
+
+# %% ../../nbs/train/03_loop.ipynb #7143660d
+_all_ = ["Schedule"]      # made elsewhere, found here too
 
 # %% ../../nbs/train/03_loop.ipynb #ee8e57de
 def learning_rate(
@@ -364,11 +367,8 @@ def cut_log(path: Path, step: int) -> None:
 # %% ../../nbs/train/03_loop.ipynb #08571abb
 def append_log(path: Path, lines: list[dict[str, Any]]) -> None:
     "Add lines to the log; OSError names the file when the disk is full."
-    try:
-        with open(path, "a") as file:
-            file.write("".join(json.dumps(line) + "\n" for line in lines))
-    except OSError as error:
-        raise OSError(f"could not write {path}: {error.strerror}. Free some space, then run again to go on.") from error
+    with naming(path), open(path, "a") as file:
+        file.write("".join(json.dumps(line) + "\n" for line in lines))
 
 # %% ../../nbs/train/03_loop.ipynb #2384e9ca
 def make_accelerator(config: TrainConfig) -> Accelerator:

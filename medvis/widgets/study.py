@@ -23,7 +23,7 @@ from ..data.pack import Pack
 from ..data.pairs import Pairs, Report, collate
 from ..data.phantom import Phantom
 from ..data.reports import find_words
-from ..data.tasks import BOX, pack_boxes
+from ..data.tasks import pack_boxes
 from ..evaluate.classify import check_preprocessing, frozen
 from ..evaluate.ground import on_target, phantom_words
 from ..methods.method import Correspondence, Method
@@ -144,7 +144,7 @@ def pack_outlines(
     if not (pack.boxes["image"] == image).any():
         return out
     boxes = pack_boxes(pack)
-    for name, *box in boxes.loc[boxes["image_id"] == pack.image_table["image_id"][image], ["class", *BOX]].itertuples(index=False):
+    for name, *box in boxes.loc[boxes["image_id"] == pack.image_table["image_id"][image], ["class", "x0", "y0", "x1", "y1"]].itertuples(index=False):
         x0, y0, x1, y1 = (int(round(value)) for value in box)
         mask = np.zeros((pack.size, pack.size), bool)
         mask[min(y0, pack.size - 1):max(y1, y0 + 1), min(x0, pack.size - 1):max(x1, x0 + 1)] = True

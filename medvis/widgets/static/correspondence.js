@@ -249,7 +249,7 @@ function drawOutlines(app, context, pixel, linked) {
   }));
 }
 
-// The names of outlines, at their upper left corners.
+// The names of outlines, at their upper left corners; one that would lie on another goes below it.
 function drawNames(app, context, size) {
   const { scale, x, y } = app.zoom, unit = devicePixelRatio;
   context.setTransform(1, 0, 0, 1, 0, 0);
@@ -258,11 +258,15 @@ function drawNames(app, context, size) {
   context.lineWidth = 3 * unit;
   context.strokeStyle = "rgba(0,0,0,.7)";
   context.fillStyle = OUTLINE;
+  const taken = [];
   for (const { name, paths } of app.study.outlines) {
     const points = paths.flat();
     if (!points.length) continue;
     const at = (i, from) => (Math.min(...points.map((point) => point[i])) - from) * size * scale, wide = Math.min(context.measureText(name).width, size - 6 * unit);
     const place = [Math.min(Math.max(at(0, x), 2 * unit), size - wide - 4 * unit), Math.max(at(1, y) - 4 * unit, 12 * unit), wide];
+    const meets = ([a, b, w]) => Math.abs(b - place[1]) < 12 * unit && a < place[0] + wide && place[0] < a + w;
+    while (taken.some(meets)) place[1] += 12 * unit;
+    taken.push(place);
     context.strokeText(name, ...place);
     context.fillText(name, ...place);
   }
