@@ -12,81 +12,139 @@ import torch
 
 from medvis.data.files import lock_folder
 from medvis.data.pack import Pack
+from medvis.data.pairs import Pairs, collate, epoch_batches
 from medvis.data.prepare import PhantomConfig, prepare_phantom
 from medvis.methods import ConVIRT
 from medvis.methods.method import phantom_tokenizer
 from medvis.train import Run, TrainConfig, fit, load_method
 
 PROGRAM = """
-import sys, torch
+import os, signal, sys, torch
+from pathlib import Path
 from medvis.data.pack import Pack
 from medvis.methods import ConVIRT
 from medvis.methods.method import Losses, phantom_tokenizer
 from medvis.train import TrainConfig, fit
 
-pack, run, fault, batch_size = sys.argv[1:]
+RANK = os.environ["RANK"]
+
 class Sick(Pack):
+    fault, left = "", 40
+
     def image(self, index):
-        import os
-        if fault == "unreadable" and os.environ.get("RANK") == "1" and self.studies["split"].iloc[index] == "train":
+        self.left -= 1
+        if self.fault == "killed" and RANK == "0" and self.left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if self.fault == "unreadable" and RANK == "1" and self.studies["split"].iloc[index] == "train":
             raise OSError("input/output error")
         return super().image(index)
 
-torch.manual_seed(0)
-method = ConVIRT.from_preset("tiny", phantom_tokenizer(40), hidden=32, dim=16)
 def spoil(module, args, losses):
-    import os
-    bad = os.environ.get("RANK") == "1" and (fault == "nan" and module.training or fault == "nan in validation" and not module.training)
+    bad = RANK == "1" and fault == ("nan" if module.training else "nan in validation")
     return Losses(losses.total * torch.nan, losses.parts) if bad else losses
-method.register_forward_hook(spoil)
-try:
-    fit(method, Sick(pack), TrainConfig.of(method, run, epochs=2, batch_size=int(batch_size), progress=False, device="cpu", max_rejects=0.2))
-except (ValueError, RuntimeError, OSError) as error:
-    print(f"stopped: {error}", flush=True)
+
+for place in sys.argv[2:]:
+    torch.manual_seed(0)
+    method = ConVIRT.from_preset("tiny", phantom_tokenizer(40), hidden=32, dim=16)
+    method.register_forward_hook(spoil)
+    run = Path(place)
+    data = Sick(run.parent / "pack" if (run.parent / "pack").exists() else sys.argv[1])
+    data.fault = fault = run.name
+    try:
+        fit(method, data, TrainConfig.of(method, run, epochs=2, batch_size=8, progress=False, device="cpu", max_rejects=0.2))
+    except (ValueError, RuntimeError, OSError) as error:
+        print(f"{fault} stopped: {error}", flush=True)
 """
+FAULTS = {"nan": "is not finite", "nan in validation": "validation after step", "unreadable": "samples could not be read"}
+
+
+def prepared(out: Path, studies: int) -> Path:
+    return prepare_phantom(PhantomConfig(out=out, studies=studies, progress=False)).path
 
 
 @pytest.fixture(scope="module")
 def pack(tmp_path_factory) -> Path:
-    return prepare_phantom(PhantomConfig(out=tmp_path_factory.mktemp("data") / "pack", studies=60, progress=False)).path
+    return prepared(tmp_path_factory.mktemp("data") / "pack", 60)
 
 
-def together(pack: Path, run: Path, fault: str = "", batch_size: int = 8, processes: int = 2) -> str:
-    "What two processes print that train together; both must end by themselves, and soon."
-    program = run.with_name("program.py")
+def together(pack: Path, *runs: Path, ends: bool = True) -> str:
+    "What two processes print that make these runs one after the other, each with the fault it is named for; both end by themselves, and soon."
+    program = runs[0].with_name("program.py")
     program.write_text(PROGRAM)
     room = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_PORT": "0", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", program, pack, run, fault, str(batch_size)],
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", program, pack, *runs],
         capture_output=True, text=True, timeout=150, env=room)
-    assert done.returncode == 0, done.stderr[-2000:]
+    assert (done.returncode == 0) == ends, done.stderr[-2000:]
     return done.stdout
 
 
-def test_they_end_and_go_on_only_as_many(pack, tmp_path):
-    run = tmp_path / "run"
-    assert together(pack, run) == ""
-    metrics, manifest = Run(run).metrics, Run(run).manifest
+@pytest.fixture(scope="module")
+def made(pack, tmp_path_factory) -> tuple[Path, str]:
+    "A folder of runs of two processes, and what they said: one undisturbed, one of a Pack with one study to validate on, one with each fault."
+    folder = tmp_path_factory.mktemp("made")
+    prepared(folder / "small" / "pack", 40)
+    return folder, together(pack, folder / "undisturbed", folder / "small" / "run", *(folder / fault for fault in FAULTS))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(made) -> Path:
+    return made[0] / "undisturbed"
+
+
+def test_they_end_and_go_on_only_as_many(pack, undisturbed):
+    metrics, manifest = Run(undisturbed).metrics, Run(undisturbed).manifest
     assert manifest["processes"] == 2 and not metrics.duplicated(["step", "epoch", "split"]).any()
-    assert np.isfinite(metrics.loss).all() and load_method(run) is not None
+    assert np.isfinite(metrics.loss).all() and not Path(f"{undisturbed}.lock").exists()
     method = ConVIRT.from_preset("tiny", phantom_tokenizer(40), hidden=32, dim=16)
     with pytest.raises(ValueError, match="train differs in processes"):
-        fit(method, Pack(pack), TrainConfig.of(method, run, epochs=2, batch_size=8, progress=False, device="cpu", max_rejects=0.2))
+        fit(method, Pack(pack), TrainConfig.of(method, undisturbed, epochs=2, batch_size=8, progress=False, device="cpu", max_rejects=0.2))
 
 
-@pytest.mark.parametrize("fault, told", [
-    ("nan", "is not finite"), ("nan in validation", "validation after step"), ("unreadable", "samples could not be read")])
-def test_what_stops_one_stops_both(fault, told, pack, tmp_path):
-    out = together(pack, tmp_path / "run", fault)
-    assert out.count("stopped: ") == 2 and out.count(told) == 2
-    assert not (tmp_path / "run" / "last.safetensors").exists()
+@torch.no_grad()
+def test_validation_is_a_mean_over_samples(pack, undisturbed):
+    "Of the weights that are kept, in batches of unlike size: what one process makes of the shares of both."
+    method = load_method(undisturbed, "last")
+    view = TrainConfig.of(method, undisturbed)
+    pairs = Pairs(Pack(pack), method.tokenizer, method.preprocessing, view, "validate")
+    shares = [batch for rank in range(2) for batch in epoch_batches(len(pairs), 8, 0, 0, rank, 2)]
+    assert len(pairs) == 5 and sorted(map(len, shares)) == [2, 3]
+    wanted = sum(float(method(collate([pairs[0, i] for i in batch])).total) * len(batch) for batch in shares) / len(pairs)
+    assert Run(undisturbed).metrics.query("split == 'validate'").loss.iloc[-1] == pytest.approx(wanted, rel=1e-3)
 
 
-def test_fewer_validation_samples_than_processes(tmp_path):
-    data = prepare_phantom(PhantomConfig(out=tmp_path / "pack", studies=40, progress=False))
-    assert (data.studies["split"] == "validate").sum() == 1
-    assert together(data.path, tmp_path / "run") == ""
-    validated = Run(tmp_path / "run").metrics.query("split == 'validate'")
+def test_killed_and_started_again_on_two(pack, undisturbed, tmp_path):
+    run = tmp_path / "killed"
+    together(pack, run, ends=False)
+    assert not (run / "last.safetensors").exists() and (tmp_path / "killed.lock").exists()
+    again = run.rename(tmp_path / "again")
+    (tmp_path / "killed.lock").rename(tmp_path / "again.lock")
+    assert together(pack, again) == ""
+    for name in ("last.safetensors", "weights.safetensors", "metrics.jsonl"):
+        assert (again / name).read_bytes() == (undisturbed / name).read_bytes(), name
+    assert not (tmp_path / "again.lock").exists()
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_what_stops_one_stops_both(fault, pack, made):
+    "In the same words, which name the studies of the one at fault."
+    folder, out = made
+    [line, again] = [line for line in out.splitlines() if line.startswith(f"{fault} stopped: ")]
+    assert line == again and FAULTS[fault] in line and not (folder / fault / "last.safetensors").exists()
+    studies = Pack(pack).studies
+    if fault == "unreadable":
+        metrics = Run(folder / fault).metrics.query("split == 'reject'")
+        assert len(metrics) == int(line.split()[2]) >= 8 and set(metrics.study_id) <= set(studies.study_id[studies.split == "train"])
+    if fault == "nan in validation":
+        names = studies.study_id[studies.split == "validate"].iloc[epoch_batches(5, 8, 0, 0, 1, 2)[0]]
+        assert ", ".join(names) in line and sum(name in line for name in studies.study_id) == len(names)
+
+
+def test_fewer_validation_samples_than_processes(made):
+    folder, out = made
+    assert (Pack(folder / "small" / "pack").studies["split"] == "validate").sum() == 1
+    assert "undisturbed stopped" not in out and "run stopped" not in out
+    validated = Run(folder / "small" / "run").metrics.query("split == 'validate'")
     assert len(validated) == 2 and np.isfinite(validated.loss).all()
 
 
@@ -133,7 +191,7 @@ def test_foreign_and_damaged_runs_are_told_in_a_line(pack, tmp_path):
         "config.json": [b"", b"null", b"[" * 50_000, b"{}", json.dumps(settings | {"method": "mine"}).encode(), json.dumps(settings | {"method": None}).encode(),
                         json.dumps(settings | {"config": {"no": 1}}).encode(), json.dumps(settings | {"config": settings["config"] | {"dim": 32}}).encode(),
                         json.dumps(settings | {"config": settings["config"] | {"dim": "x"}}).encode()],
-        "manifest.json": [b"{", b"[]", b'{"data": 3}'],
+        "manifest.json": [b"{", b"[]", b'{"data": 3}', b'{"data": {}}', whole["manifest.json"].replace(b'"seed": 0', b'"seed": 8')],
         "weights.safetensors": [b"", b"x" * 100, whole["weights.safetensors"][:-50], bytes(flipped)],
     }
     for name, versions in damage.items():

@@ -17,6 +17,7 @@ from medvis.data.pairs import Pairs, collate, epoch_batches
 from medvis.data.phantom import Phantom
 from medvis.data.prepare import PhantomConfig, prepare_phantom
 from medvis.encoders import train_tokenizer
+from medvis.evaluate.cache import open_store, write_rows
 from medvis.methods import MGCA, ConVIRT
 from medvis.methods.method import Losses, phantom_tokenizer
 from medvis.train import Diverged, Run, TrainConfig, fit, load_method
@@ -207,8 +208,8 @@ def in_process(sabotage, *args) -> str:
 
 FULL = {    # what could not be written -> when files become how small
     "text": ("open_run", 1, 2_000),
-    "manifest.json": ("write_json", 1, 100),
-    "config.json": ("write_json", 2, 100),
+    "manifest.json": ("write_settings", 1, 100),
+    "config.json": ("write_settings", 2, 100),
     "step_00000000.pt": ("restore", 1, 50_000),
     "metrics.jsonl": ("take_step", 1, 50),
     "step_00000002.pt": ("take_step", 2, 50_000),
@@ -442,3 +443,21 @@ def test_bfloat16(kind, pack, tokenizer, tmp_path):
         first[precision] = run.metrics["loss"].iloc[0]
         assert run.metrics["loss"].notna().all()
     assert abs(first["bf16"] - first["no"]) < 0.2 * first["no"]
+
+
+def fill_and_tell(pipe, folder: Path) -> None:
+    stores, _ = open_store(folder, 100, [(500,)])
+    small_files(100_000)
+    try:
+        write_rows(stores[0], np.arange(100), np.ones((100, 500), np.float32))
+        pipe.send("done")
+    except BaseException as error:
+        pipe.send(f"{type(error).__name__}: {error}")
+
+
+def test_full_disk_under_kept_features(tmp_path):
+    here, there = FORK.Pipe(duplex=False)
+    process = FORK.Process(target=fill_and_tell, args=(there, tmp_path))
+    process.start()
+    assert (told := here.recv()).startswith("OSError: ") and "0.npy" in told, told
+    process.join(60)
