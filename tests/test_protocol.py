@@ -393,3 +393,19 @@ def test_the_command_line_reads_the_configuration():
     assert config.protocol == "tiny-unet" and config.encoder == ("runs/a", "imagenet") and config.classes == ("Edema",) and config.released
     with pytest.raises(SystemExit):
         tyro.cli(EvaluateConfig, args="tiny-net --data p --encoder a --out o".split(), config=flat)
+
+
+def test_a_policy_of_labels_is_for_labels_alone(pack, tmp_path):
+    "--uncertain and --blank turn the -1 and the gaps of a label table into answers; grades, classes, masks and boxes have none, and are not quietly read without them."
+    ids = pack.image_table["image_id"]
+    pd.DataFrame({"image_id": ids, "Edema": np.arange(len(ids)) % 3 - 1.0}).to_csv(tmp_path / "labels.csv", index=False)
+    base = dict(data=pack.path, encoder=("random",), out=tmp_path / "out", targets=tmp_path / "labels.csv", progress=False)
+    found = {one: protocol.config_task(EvaluateConfig("tiny-linear", **base, uncertain=one)).targets[:, 0] for one in ("positive", "negative", "ignore")}
+    unsure = np.arange(len(ids)) % 3 == 0
+    assert (found["positive"][unsure] == 1).all() and (found["negative"][unsure] == 0).all() and len(found["ignore"]) == (~unsure).sum()
+    for option in ({"uncertain": "positive"}, {"blank": "ignore"}):
+        for kind, name in (("classes", "tiny-linear"), ("ordinal", "tiny-linear"), (None, "tiny-unet"), (None, "tiny-detect")):
+            with pytest.raises(ValueError, match="--uncertain and --blank are for labels from a table"):
+                protocol.config_task(EvaluateConfig(name, **base, kind=kind, **option))
+        with pytest.raises(ValueError, match="what a phantom shows"):
+            protocol.config_task(EvaluateConfig("tiny-linear", **base | {"targets": None}, **option))

@@ -7,6 +7,7 @@ __all__ = ['as_units', 'tsne', 'neighbour_purity', 'separability', 'embedding_ta
            'draw_values']
 
 # %% ../../nbs/analyse/06_embed.ipynb #93abf11c
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -25,22 +26,36 @@ from ..train.checkpoint import write_atomic
 
 # %% ../../nbs/analyse/06_embed.ipynb #358aabd0
 def as_units(vectors) -> np.ndarray:  # (n, D) array or tensor -> (n, D) float64 of length 1
-    "Vectors scaled to length 1, as all contrastive losses see them; zero vectors stay zero."
+    "Vectors scaled to length 1, as all contrastive losses see them; zero vectors stay zero. ValueError for what are no vectors, or hold NaN."
     vectors = np.asarray(vectors, dtype=np.float64)
+    if vectors.ndim != 2:
+        raise ValueError(f"vectors have shape {vectors.shape}; expected a row of numbers each, (n, D)")
+    if len(bad := np.flatnonzero(~np.isfinite(vectors).all(1))):
+        raise ValueError(f"{len(bad)} of {len(vectors)} vectors hold NaN or infinity (rows {', '.join(map(str, bad[:5]))}{', ...' if len(bad) > 5 else ''}): "
+                         "did the run diverge? Leave them out, or take another run")
     return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
 
 # %% ../../nbs/analyse/06_embed.ipynb #1fcaf4a5
 def tsne(
     vectors,                  # (n, D) array or tensor, any length: directions are compared
     seed: int = 0,
-    perplexity: float = 30.0,  # about how many neighbours a point has; smaller when there are few vectors
+    perplexity: float = 30.0,  # about how many neighbours a point has; lowered, with a warning, when there are few vectors
 ) -> np.ndarray:              # (n, 2)
-    "Places of vectors in the plane by t-SNE, started from their principal components. The same for the same seed."
+    """Places of vectors in the plane by t-SNE, started from their principal components. The same for the same seed.
+
+    ValueError when there is nothing to draw: fewer than 8 vectors, NaN, or all of the same direction."""
     vectors = as_units(vectors)
-    if len(vectors) < 8:
-        raise ValueError(f"t-SNE of {len(vectors)} vectors says nothing; give at least 8")
+    if len(vectors) < 8 or vectors.shape[1] < 2:
+        raise ValueError(f"t-SNE of {len(vectors)} vectors of {vectors.shape[1]} numbers says nothing; give at least 8, of at least 2 numbers")
+    if np.ptp(vectors, axis=0).max() < 1e-6:      # what is left is rounding, and t-SNE would blow it up
+        raise ValueError(f"all {len(vectors)} vectors have the same direction, so there is no map of them: "
+                         "the encoder has collapsed, or was shown one input again and again")
+    if not 1 <= perplexity:
+        raise ValueError(f"perplexity is {perplexity}; expected at least 1")
+    if (most := (len(vectors) - 1) / 3) < perplexity:
+        warnings.warn(f"t-SNE of {len(vectors)} vectors: perplexity {perplexity:g} is lowered to {most:.3g}; give 3 * perplexity + 1 vectors, or read little into it", stacklevel=2)
     how = openTSNE.TSNE(
-        perplexity=min(perplexity, (len(vectors) - 1) / 3), initialization="pca", neighbors="exact", random_state=seed, n_jobs=1,
+        perplexity=min(perplexity, most), initialization="pca", neighbors="exact", random_state=seed, n_jobs=1,
         negative_gradient_method="bh" if len(vectors) < 4000 else "fft")
     return np.asarray(how.fit(vectors))
 
@@ -98,6 +113,13 @@ def write_embedding(path: str | Path, table: pd.DataFrame) -> None:
     "Write points of an embedding as parquet."
     write_atomic(Path(path), lambda file: table.to_parquet(file, index=False))
 
+# %% ../../nbs/analyse/06_embed.ipynb #a2a38e25
+def _check_places(table: pd.DataFrame) -> None:
+    "ValueError if there is nothing to draw, or places are no numbers."
+    known = np.isfinite(table[["x", "y"]].to_numpy(float)).all(1)
+    if not len(known) or not known.all():
+        raise ValueError(f"{(~known).sum()} of {len(known)} points have no place (x, y); expected numbers for all of at least one")
+
 # %% ../../nbs/analyse/06_embed.ipynb #d48dbb6d
 def draw_kinds(
     ax: Axes,
@@ -107,6 +129,7 @@ def draw_kinds(
     size: float = 9.0,
 ) -> None:
     "Draw points coloured by what they are; colours repeat with another mark. No ticks: the axes of t-SNE have no meaning."
+    _check_places(table)
     kinds = table[by].value_counts().index[: 2 * len(SERIES)] if kinds is None else kinds
     rest = table[~table[by].isin(list(kinds))]
     ax.scatter(rest.x, rest.y, s=0.5 * size, color=FAINT, linewidths=0, rasterized=True, label="others" if len(rest) else None)
@@ -125,6 +148,7 @@ def draw_values(
     size: float = 9.0,
 ):                        # what a colour bar is made for
     "Draw points coloured by a number, highest on top; zero is grey."
+    _check_places(table)
     none, some = table[table[by] == 0], table[table[by] > 0].sort_values(by, kind="stable")
     ax.scatter(none.x, none.y, s=0.6 * size, color=FAINT, linewidths=0, rasterized=True)
     look = dict(cmap="viridis_r", vmin=0, vmax=highest, linewidths=0, rasterized=True)
