@@ -367,7 +367,7 @@ def test_long_names_and_many_runs_keep_to_their_places(browser, tmp_path, count)
     with opened(browser, write_views(tmp_path / "page.html", [view], shown=long, runs=long), height=1000) as page:
         for width in (1280, 400):
             page.set_viewport_size({"width": width, "height": 1000})
-            page.hover(word(0), force=True)
+            page.hover(word(0))
             wrong = page.evaluate("""() => [...document.querySelectorAll('.panel')].flatMap(panel => {
                 const box = panel.getBoundingClientRect(), [title, badge] = ['b', '.badge'].map(one => panel.querySelector(one).getBoundingClientRect());
                 const apart = title.right <= badge.left + 1 || title.bottom <= badge.top + 1;

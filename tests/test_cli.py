@@ -1,6 +1,9 @@
 """The command line as a user meets it: the two ways from data to a page, and what it says when something is wrong."""
+import importlib
+import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,12 +12,16 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+import torch.distributed.run
+from accelerate.commands.launch import launch_command_parser
 from PIL import Image
 
+import medvis
 from medvis.cli.commands import COMMANDS, main
 from medvis.data.pack import Pack
 from medvis.data.phantom import FINDINGS, Phantom
 from medvis.methods import METHODS
+from medvis.methods.settings import SETTINGS
 from medvis.train import Run
 
 SMALL = ["--epochs", "1", "--hidden", "32", "--dim", "16", "--batch-size", "16", "--no-progress"]
@@ -353,6 +360,93 @@ def test_help(argv, capsys):
     for option in options:
         words = re.sub(r"\(default: [^)]*\)|\(required\)|--[\w-]+,?|\{[^}]*\}|\[[^\]]*\]+|\b[A-Z]+\b|\|", " ", option).split()
         assert words or "--no-" in plain, f"{option!r} does not say what it means"
+
+
+HEAVY = ("torch", "torchvision", "transformers", "timm", "accelerate", "matplotlib", "sklearn", "scipy")
+QUICK = [*([*name, "--help"] for name in HELP), ["--help"], ["--version"], [], ["shwo"], ["pretrain"], ["pretrain", "mcga", "--data", "p"], ["prepare", "rsnaa"],
+         *([name, "--nonsense", "1"] for name in COMMANDS), ["pretrain", "mgca", "--nonsense"], ["pretrain", "mgca", "--data", "p"], ["probe"], ["show"],
+         ["pretrain", "mgca", "--data", "p", "--run", "r", "--epochs", "many"], ["pretrain", "mgca", "--preset", "huge"], ["demo", "--method", "mcga"],
+         ["pretrain", "mgca", "--data", "p", "--run", "r", "--epochs", "0"], ["grounding", "--subjects", "mcga"], ["evaluate", "rsna", "--data", "p"],
+         ["probe", "--data", "nowhere", "--encoders", "imagenet"], ["pretrain", "mgca", "--data", "nowhere", "--run", "r"], ["show", "r", "--data", "nowhere"],
+         ["data", "get", "rsna"], ["--tyro-print-completion", "bash"]]
+
+
+def test_help_and_typos_do_not_wait_for_torch(tmp_path):
+    "In a fresh interpreter: whatever the parser can answer, it answers before anything heavy is imported."
+    code = (
+        "import sys, io, contextlib\n"
+        "from medvis.cli.start import main\n"
+        f"for argv in {QUICK!r}:\n"
+        "    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):\n"
+        "        try: main(argv)\n"
+        "        except SystemExit: pass\n"
+        f"    heavy = [name for name in {HEAVY!r} if name in sys.modules]\n"
+        "    assert not heavy, (argv, heavy)\n")
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert told.returncode == 0, told.stderr[-600:]
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("home, name", [
+    ("medvis.train", "TrainConfig"), ("medvis.train.loop", "TrainConfig"), ("medvis.train.loop", "Diverged"), ("medvis.data.pairs", "View"), ("medvis.methods", "METHODS"),
+    ("medvis.methods.method", "MethodConfig"), ("medvis.methods.method", "known"), ("medvis.methods.mgca", "PRESETS"), ("medvis.evaluate.protocol", "PROTOCOLS"),
+    ("medvis.evaluate.protocol", "EvaluateConfig"), ("medvis.evaluate.protocol", "LOCALMI"), ("medvis.evaluate.finetune", "SWITCHES"), ("medvis.train.loop", "Schedule"),
+    ("medvis.evaluate.finetune", "Protocol"), ("medvis.studies.demo", "DemoConfig"),
+    ("medvis.studies.grounding", "GroundingConfig"), ("medvis.studies.downstream", "DownstreamConfig")])
+def test_settings_are_found_where_they_are_used(home, name):
+    assert hasattr(importlib.import_module(home), name)
+
+
+def test_methods_hold_their_settings():
+    assert {name: (kind.Config, kind.presets) for name, kind in METHODS.items()} == SETTINGS
+
+
+def test_version_and_module(capsys):
+    assert succeeds(capsys, "--version") == f"medvis {medvis.__version__}\n"
+    told = subprocess.run([sys.executable, "-m", "medvis", "shwo"], capture_output=True, text=True)
+    assert told.returncode == 2 and "shwo" in told.stderr and "medvis" in told.stderr
+
+
+def test_launchers_hand_over_the_words(capsys):
+    "The lines in the help of pretrain, as torchrun and accelerate read them; without its dashes torchrun refuses --run."
+    told = " ".join(succeeds(capsys, "pretrain", "convirt", "--help").split())
+    for line in ("torchrun --nproc_per_node 2 -m -- medvis pretrain", "accelerate launch --multi_gpu --num_processes 2 -m medvis pretrain"):
+        assert line in told
+    rest = ["pretrain", "convirt", "--data", "p", "--run", "r"]
+    asked = torch.distributed.run.parse_args(["--nproc_per_node", "2", "-m", "--", "medvis", *rest])
+    assert (asked.module, asked.training_script, asked.training_script_args) == (True, "medvis", rest)
+    asked = launch_command_parser().parse_args(["--multi_gpu", "--num_processes", "2", "-m", "medvis", *rest])
+    assert (asked.module, asked.training_script, asked.training_script_args) == (True, "medvis", rest)
+
+
+def test_two_processes_by_torchrun(home, tmp_path):
+    "The line of the help, with two processes on the CPU: one run, a step of both, told once."
+    words = ["pretrain", "convirt", "--data", str(home / "pack"), "--run", str(tmp_path / "run"), *SMALL, "--batch-size", "8", "--device", "cpu"]
+    told = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "--", "medvis", *words],
+        capture_output=True, text=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
+    assert told.returncode == 0, [line for line in told.stderr.splitlines() if "rror" in line or "medvis:" in line]
+    assert told.stdout.count("Run: ") == 1
+    metrics, train = Run(tmp_path / "run").metrics, (Pack(home / "pack").studies["split"] == "train").sum()
+    assert (metrics["split"] == "train").sum() == train // 16       # batches of 8 for each of two
+
+
+def test_a_run_is_looked_at_from_another_folder(home, tmp_path, capsys, monkeypatch):
+    run = Path(shutil.copytree(home / "run", tmp_path / "above" / "runs" / "one"))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    manifest = json.loads((run / "manifest.json").read_text())
+    manifest["data"] |= {"path": "packs/mine", "absolute": str(tmp_path / "gone" / "packs" / "mine")}
+    (run / "manifest.json").write_text(json.dumps(manifest))
+    for command in ("show", "retrieve", "phrases"):
+        told = fails(capsys, command, run)
+        assert "--data" in told and str(run) in told and str(tmp_path / "gone" / "packs" / "mine") in told, told
+    succeeds(capsys, "show", run, "--data", home / "pack", "--studies", "1")
+    shutil.copytree(home / "pack", tmp_path / "above" / "packs" / "mine")      # a folder above the run's holds it under the told name
+    succeeds(capsys, "show", run, "--studies", "1")
+    other = tmp_path / "above" / "packs" / "mine" / "manifest.json"
+    other.write_text(json.dumps({**json.loads(other.read_text()), "hash": "another"}))
+    assert "--data" in fails(capsys, "show", run), "another Pack of that name is not taken for it"
 
 
 def test_installed_command():

@@ -113,7 +113,8 @@ def test_probe_of_the_phantom(pack, tmp_path):
     macro = table[table["finding"] == "macro"].set_index(["encoder", "fraction"])
     for key, row in macro.iterrows():
         of = table[(table["encoder"] == key[0]) & (table["fraction"] == key[1]) & (table["finding"] != "macro")]
-        assert np.isclose(row["auroc"], of["auroc"].mean()) and row["constant"] == of["constant"].sum()
+        assert np.isclose(row["auroc"], of["auroc"].mean()) and row["constant"] == of.dropna(subset="auroc")["constant"].sum()
+        assert row["probes"] == 2 * of["auroc"].notna().sum() and (of["probes"] == 2).all()
     assert macro.loc[("encoder", 1.0), "auroc"] > 0.6                                   # raw edges already tell a large heart
     assert macro["constant"].xs(0.1, level="fraction").min() > 0                       # 1 of 24 studies: some findings were never seen
     predictions = pd.read_parquet(tmp_path / "out" / "predictions.parquet")

@@ -213,7 +213,8 @@ def test_compare_by_hand():
     results = rows(**numbers)
     results = results[~((results["protocol"] == "u-net") & (results["encoder"] == "random"))]
     table = compare(results.sample(frac=1, random_state=0), "random", rule="lovt", test="paired-t", correction="holm")
-    assert list(table.columns) == ["protocol", "fraction", "metric", "encoder", "mean", "low", "high", "std", "n", "gain", "gain_low", "gain_high", "pairs", "p", "p_corrected"]
+    assert list(table.columns) == ["protocol", "fraction", "metric", "encoder", "mean", "low", "high", "std", "n", "covers", "gain", "gain_low", "gain_high", "pairs", "p",
+                                   "p_least", "p_corrected"]
     found = table.set_index(["protocol", "encoder"])
     for name, values in numbers.items():
         row = found.loc[("linear", name)]
@@ -226,7 +227,10 @@ def test_compare_by_hand():
     np.testing.assert_allclose(table["p_corrected"], corrected(table["p"]))
     assert found["p_corrected"].notna().sum() == 2
     plain = compare(results)
-    assert list(plain.columns)[-1] == "n" and len(plain) == 7
+    assert list(plain.columns)[-1] == "covers" and len(plain) == 7
+    assert found.loc["linear", "covers"].fillna(-1).to_dict() == {"random": 0.88, "mgca": 0.88, "lovt": 0.81, "new": -1}     # 1.96 standard errors, whatever n is
+    exact = compare(results, "random").set_index(["protocol", "encoder"]).loc["linear"]
+    assert exact["p_least"].fillna(-1).to_dict() == {"random": -1, "mgca": 2 / 2**5, "lovt": 2 / 2**3, "new": -1} and (exact["p"] >= exact["p_least"] - 1e-12)["mgca"]
 
 
 def test_seeds_are_paired_by_number_and_not_by_place():

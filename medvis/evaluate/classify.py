@@ -306,10 +306,13 @@ def _sizes(predictions: pd.DataFrame) -> pd.DataFrame:  # (encoder, fraction, fi
     told = predictions.assign(known=predictions["label"].notna(), hit=predictions["label"] == 1)
     probes = told.groupby(_PROBE, sort=False, observed=True)
     sizes = probes.agg(n=("n", "first"), positives=("positives", "first"), n_test=("known", "sum"))
+    sizes["probes"] = 1
     sizes["positives_test"], sizes["constant"] = probes["hit"].sum(), probes["score"].nunique() == 1
-    how = {"n": "mean", "positives": "mean", "n_test": "first", "positives_test": "first", "constant": "sum"}
+    how = {"n": "mean", "positives": "mean", "n_test": "first", "positives_test": "first", "constant": "sum", "probes": "sum"}
     sizes = sizes.groupby(level=_PROBE[:3], sort=False).agg(how).assign(n=lambda table: table["n"].round().astype(int))
-    whole = sizes.groupby(level=_PROBE[:2], sort=False).agg({"n": "first", "n_test": "max", "constant": "sum"})
+    whole = sizes.groupby(level=_PROBE[:2], sort=False).agg({"n": "first", "n_test": "max"})
+    both = sizes[(sizes["positives_test"] > 0) & (sizes["positives_test"] < sizes["n_test"])]      # those that macro is the mean of
+    whole[["constant", "probes"]] = both.groupby(level=_PROBE[:2], sort=False)[["constant", "probes"]].sum().reindex(whole.index, fill_value=0)
     return pd.concat([sizes, whole.assign(finding="macro").set_index("finding", append=True)])
 
 # %% ../../nbs/evaluate/02_classify.ipynb #796b0614
@@ -322,7 +325,7 @@ def probe_table(
 
     n: training studies; spread: standard deviation over seeds; positives: of n, mean over seeds; n_test: labelled test
     studies; positives_test: of these; constant: how many probes saw one class only and scored every study alike (AUROC
-    0.5, part of the mean); seeds: how many. A finding without both classes in the test split has AUROC NaN and is no
+    0.5, part of the mean), of how many `probes` that the AUROC is the mean of; seeds: how many. A finding without both classes in the test split has AUROC NaN and is no
     part of macro."""
     draws = replicates(predictions, resamples)
     means = _averages(draws)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['VARIATIONS', 'vary', 'grade_log_probability', 'LinearClassifier', 'trained_parts', 'Learner', 'rate', 'predict',
-           'fit_head']
+           'fit_head', 'SWITCHES']
 
 # %% ../../nbs/evaluate/07c_finetune.ipynb #0c7d2130
 import copy
@@ -26,10 +26,13 @@ from .cache import FrozenFeatures, look, read_images, read_targets
 from .classify import frozen
 from .metrics import Boxes
 from .predictions import Predictions, join, watched
-from .recipes import Protocol
+from .recipes import SWITCHES, Protocol
 from ..methods.method import Losses, add_up
 from ..train.config import Diverged
 from ..train.schedules import plateau_factor, stopped_improving
+
+# %% ../../nbs/evaluate/07c_finetune.ipynb #ff792e6e
+_all_ = ["SWITCHES"]      # made elsewhere, found here too
 
 # %% ../../nbs/evaluate/07c_finetune.ipynb #08f7fb1d
 def _jittered(size: int, crop: float) -> list:

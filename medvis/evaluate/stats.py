@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['SEED_RULES', 'PAIRED_TESTS', 'CORRECTIONS', 'RUN', 'resample', 'auroc', 'Interval', 'interval', 'bootstrap_auroc',
-           'bootstrap_mean', 'paired_difference', 'bootstrap', 'bootstrap_p', 'seed_interval', 'paired_test',
-           'corrected', 'fingerprint', 'check_runs', 'compare', 'compare_predictions']
+           'bootstrap_mean', 'paired_difference', 'bootstrap', 'bootstrap_p', 'seed_interval', 'coverage',
+           'paired_test', 'smallest_p', 'corrected', 'fingerprint', 'check_runs', 'compare', 'compare_predictions']
 
 # %% ../../nbs/evaluate/01_stats.ipynb #086cc78c
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -153,6 +154,12 @@ def bootstrap_p(
     side = min((drawn <= 0).sum(), (drawn >= 0).sum())
     return float(min(1.0, 2 * (side + 1) / (len(drawn) + 1)))
 
+# %% ../../nbs/evaluate/01_stats.ipynb #6a94dc68
+def _half_width(values: np.ndarray, rule: str, level: float) -> np.ndarray:  # values: (..., n)
+    count = values.shape[-1]
+    factor = 1.96 if rule == "lovt" else stats.t.ppf((1 + level) / 2, count - 1)
+    return factor * values.std(-1, ddof=1) / np.sqrt(count)
+
 # %% ../../nbs/evaluate/01_stats.ipynb #75922814
 SEED_RULES = ("student-t", "lovt")
 
@@ -171,9 +178,22 @@ def seed_interval(
     count = len(values)
     if count < 2:
         return Interval(float(values.mean()) if count else np.nan, np.nan, np.nan)
-    factor = 1.96 if rule == "lovt" else stats.t.ppf((1 + level) / 2, count - 1)
-    mean, half = values.mean(), factor * values.std(ddof=1) / np.sqrt(count)
+    mean, half = values.mean(), _half_width(values, rule, level)
     return Interval(float(mean), float(mean - half), float(mean + half))
+
+# %% ../../nbs/evaluate/01_stats.ipynb #f92a7edf
+@lru_cache
+def coverage(
+    count: int,  # runs
+    rule: str = "student-t",
+    level: float = 0.95,
+) -> float:  # share, to a hundredth; NaN for fewer than two
+    """How often `seed_interval` holds the mean of normal runs, counted over 20 000 simulated experiments."""
+    if count < 2:
+        return np.nan
+    experiments = np.random.default_rng(0).normal(size=(20_000, count))
+    half = _half_width(experiments, rule, level)
+    return round(float(np.mean(np.abs(experiments.mean(-1)) <= half)), 2)
 
 # %% ../../nbs/evaluate/01_stats.ipynb #766ba4ef
 PAIRED_TESTS = ("sign-flip", "paired-t", "wilcoxon")
@@ -204,6 +224,16 @@ def paired_test(
         return float(stats.wilcoxon(gaps).pvalue)
     mean = lambda flipped, axis: flipped.mean(axis)
     return float(stats.permutation_test((gaps,), mean, permutation_type="samples", n_resamples=2**16, rng=0).pvalue)
+
+# %% ../../nbs/evaluate/01_stats.ipynb #21490f0f
+def smallest_p(
+    pairs: int,
+    test: str = "sign-flip",  # of PAIRED_TESTS
+) -> float:
+    """The smallest p that a paired test can give for so many pairs, all pointing one way; NaN for fewer than two."""
+    if pairs < 2:
+        return np.nan
+    return 0.0 if test == "paired-t" else max(2 / 2**pairs, 2 / (2**16 + 1) if test == "sign-flip" and pairs > 16 else 0.0)
 
 # %% ../../nbs/evaluate/01_stats.ipynb #cf0b9ef4
 CORRECTIONS = ("holm", "benjamini-hochberg", "none")
@@ -274,8 +304,11 @@ def compare(
     test: str = "sign-flip",  # of PAIRED_TESTS
     correction: str = "holm",  # of CORRECTIONS
     level: float = 0.95,
-) -> pd.DataFrame:  # keys, encoder, mean, low, high, std, n, gain, gain_low, gain_high, pairs, p, p_corrected
+) -> pd.DataFrame:  # keys, encoder, mean, low, high, std, n, covers, gain, gain_low, gain_high, pairs, p, p_least, p_corrected
     """Means over seeds with intervals, and paired comparisons with a baseline; `pairs` are the seeds that both have.
+
+    covers: how often intervals by this rule hold the truth for n normal runs (`coverage`); p_least: the smallest p, before correction, that the
+    test can give for so many pairs: above 0.05 it cannot call any gain significant.
 
     Raises ValueError for duplicate runs, missing columns or a baseline that is not there."""
     if missing := [name for name in (*keys, "encoder", "seed", "value") if name not in results]:
@@ -296,13 +329,13 @@ def _encoder_row(group: pd.DataFrame, encoder, baseline, rule: str, test: str, l
     """One row of `compare`, from the results of one protocol, fraction and metric."""
     own, other = (group[group["encoder"] == name].set_index("seed")["value"] for name in (encoder, baseline))
     mean = seed_interval(own, rule, level)
-    row = {"encoder": encoder, "mean": mean.value, "low": mean.low, "high": mean.high, "std": own.std(), "n": len(own)}
+    row = {"encoder": encoder, "mean": mean.value, "low": mean.low, "high": mean.high, "std": own.std(), "n": len(own), "covers": coverage(len(own), rule, level)}
     if baseline is None:
         return row
     seeds = [] if encoder == baseline else own.index.intersection(other.index)
     gain = seed_interval(own[seeds] - other[seeds], rule, level)
     p = paired_test(own[seeds], other[seeds], test)
-    return row | {"gain": gain.value, "gain_low": gain.low, "gain_high": gain.high, "pairs": len(seeds), "p": p}
+    return row | {"gain": gain.value, "gain_low": gain.low, "gain_high": gain.high, "pairs": len(seeds), "p": p, "p_least": smallest_p(len(seeds), test)}
 
 # %% ../../nbs/evaluate/01_stats.ipynb #f2249adf
 def compare_predictions(

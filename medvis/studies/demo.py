@@ -31,6 +31,8 @@ def probe_lines(table: pd.DataFrame, gains: pd.DataFrame) -> list[str]:
         gain = gains[(gains.encoder == row.encoder) & (gains.fraction == row.fraction)]
         told = "".join(f"{g.gain:+.3f} ({g.low:+.3f} to {g.high:+.3f})" for g in gain.itertuples())
         score = f"{row.auroc:.3f} ({row.low:.3f} to {row.high:.3f})"
+        if blind := getattr(row, "constant", 0):
+            told += f"  ({blind} of {row.probes} probes saw one class only in training and count as 0.500)"
         lines.append(f"{row.fraction:>8.0%} {row.n:>8}  {row.encoder:<12} {score:<24} {told}".rstrip())
     return lines
 

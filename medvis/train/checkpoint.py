@@ -97,9 +97,10 @@ def list_checkpoints(folder: str | Path) -> list[Path]:
 # %% ../../nbs/train/02_checkpoint.ipynb #93047102
 def load_checkpoint(
     folder: str | Path,
+    sweep: bool = True,      # False in the other processes of a run: what they find may be what the first is writing
 ) -> dict[str, Any] | None:  # None when there is none
     "The newest checkpoint; leftovers of an interrupted write are swept away. ValueError names a damaged one."
-    for leftover in Path(folder).glob("*.partial"):
+    for leftover in Path(folder).glob("*.partial") if sweep else ():
         leftover.unlink()
     paths = list_checkpoints(folder)
     if not paths:

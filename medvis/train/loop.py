@@ -6,7 +6,7 @@
 __all__ = ['learning_rate', 'parameter_groups', 'source_commit', 'processor_name', 'describe_machine', 'read_settings',
            'open_run', 'load_method', 'is_run', 'load_encoder', 'Run', 'anywhere', 'on_main', 'optimise', 'validate',
            'cut_log', 'append_log', 'make_accelerator', 'Trainer', 'save', 'restore', 'take_step', 'train_epoch',
-           'validate_epoch', 'diagnose_epoch', 'end_epoch', 'fit', 'trained_on', 'guard_runs']
+           'validate_epoch', 'diagnose_epoch', 'end_epoch', 'fit', 'trained_on', 'guard_runs', 'Schedule']
 
 # %% ../../nbs/train/03_loop.ipynb #27fcb0f8
 import json
@@ -45,9 +45,12 @@ from ..methods import METHODS
 from ..methods.method import Method
 from ..methods.settings import known
 from .checkpoint import load_checkpoint, read_weights, save_checkpoint, save_weights, write_atomic, write_json
-from .config import Diverged, TrainConfig
+from .config import Diverged, Schedule, TrainConfig
 from .diagnostics import diagnose, warn_of_collapse
 from .schedules import cyclic_cosine, plateau_factor, stopped_improving, warmup_cosine, warmup_linear
+
+# %% ../../nbs/train/03_loop.ipynb #7143660d
+_all_ = ["Schedule"]      # made elsewhere, found here too
 
 # %% ../../nbs/train/03_loop.ipynb #ee8e57de
 def learning_rate(
@@ -444,7 +447,7 @@ def save(trainer: Trainer) -> None:
 # %% ../../nbs/train/03_loop.ipynb #b6edc8d8
 def restore(trainer: Trainer) -> None:
     "Go on from the newest checkpoint, or write the first one."
-    state = load_checkpoint(trainer.config.run / "checkpoints")
+    state = load_checkpoint(trainer.config.run / "checkpoints", sweep=trainer.accelerator.is_main_process)
     if state is None:
         return save(trainer)
     trainer.step, trainer.history = state["step"], state["history"]

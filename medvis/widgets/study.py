@@ -23,7 +23,7 @@ from ..data.pack import Pack
 from ..data.pairs import Pairs, Report, collate
 from ..data.phantom import Phantom
 from ..data.reports import find_words
-from ..data.tasks import BOX, pack_boxes
+from ..data.tasks import pack_boxes
 from ..evaluate.classify import check_preprocessing, frozen
 from ..evaluate.ground import on_target, phantom_words
 from ..methods.method import Correspondence, Method
