@@ -3,6 +3,7 @@ import argparse
 import json
 import pathlib
 import pickle
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,18 +13,27 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch import nn
 
-from medvis.data.pairs import tokenise
+from medvis.data.pairs import Pairs, collate, tokenise
+from medvis.data.prepare import PhantomConfig, prepare_phantom
 from medvis.encoders import image_encoder, pretrained_encoder, text_encoder
 from medvis.encoders.text import train_tokenizer
 from medvis.evaluate import retrieve
 from medvis.evaluate.cache import open_store
+from medvis.evaluate.classify import encode
 from medvis.evaluate.predictions import load_predictions
 from medvis.methods import METHODS
+from medvis.methods import method as method_module
+from medvis.methods.method import phantom_tokenizer
 from medvis.train import load_encoder
 from medvis.train.checkpoint import load_checkpoint
 
 TEXT = "No pleural effusion, no pneumothorax. Heart-size (CTR 0.5) is normal; X-ray of 2 views."
 TINY = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
+
+
+@pytest.fixture(scope="module")
+def pack(tmp_path_factory):
+    return prepare_phantom(PhantomConfig(out=tmp_path_factory.mktemp("pack") / "pack", studies=24, size=64, progress=False))
 
 
 def save_text(folder, kind="Bert", layers=2, **changes):
@@ -227,6 +237,16 @@ def test_nothing_is_unpickled_at_any_door(tmp_path, door, make):
     assert not (tmp_path / "ran").exists()
 
 
+def test_kept_features_are_not_unpickled(tmp_path, pack):
+    encoder = image_encoder("tiny_resnet").eval()
+    encode(encoder, pack, cache=tmp_path)
+    (kept,) = tmp_path.glob("*.npy")
+    np.save(kept, np.array([Evil(tmp_path / "ran")], dtype=object), allow_pickle=True)
+    with pytest.raises(ValueError):
+        encode(encoder, pack, cache=tmp_path)
+    assert not (tmp_path / "ran").exists()
+
+
 # ---------------------------------------------------------------- shapes of checkpoints, damaged files
 
 @pytest.fixture(scope="module")
@@ -384,18 +404,13 @@ def test_a_tokenizer_without_cls_is_refused_in_words():
 # ---------------------------------------------------------------- half precision, and which width is whose
 
 @pytest.fixture(scope="module")
-def batch_of(tmp_path_factory):
-    from medvis.data.pairs import Pairs, collate
-    from medvis.data.prepare import PhantomConfig, prepare_phantom
-    from medvis.methods.method import phantom_tokenizer
-    packs, tokenizer = {}, phantom_tokenizer(60)
+def batch_of(pack):
+    tokenizer = phantom_tokenizer(60)
 
-    def build(name, side=64, **changes):
-        if side not in packs:
-            packs[side] = prepare_phantom(PhantomConfig(out=tmp_path_factory.mktemp("pack") / "pack", studies=24, size=side, progress=False))
+    def build(name, **changes):
         torch.manual_seed(0)
         method = METHODS[name].from_preset("tiny", tokenizer, **changes)
-        pairs = Pairs(packs[side], method.tokenizer, method.preprocessing, method.view)
+        pairs = Pairs(pack, method.tokenizer, method.preprocessing, method.view)
         samples = {sample.patient_id: sample for sample in (pairs[i] for i in range(len(pairs)))}
         return method, collate(list(samples.values())[:6])     # of six patients
 
@@ -429,7 +444,6 @@ class TwoWidths(nn.Module):
         self.inner, self.preprocessing, self.region_dim, self.whole_dim = inner, inner.preprocessing, inner.region_dim, inner.region_dim + 3
 
     def forward(self, image):
-        from dataclasses import replace
         seen = self.inner(image)
         return replace(seen, whole=nn.functional.pad(seen.regions.mean(1), (0, 3)))
 
@@ -437,9 +451,8 @@ class TwoWidths(nn.Module):
 @pytest.mark.parametrize("whole", ["encoder", "attention"])
 def test_convirt_takes_the_width_of_what_it_projects(batch_of, monkeypatch, whole):
     "Its heads fit an encoder whose whole and regions have different widths: the whole's, or the pooled regions'."
-    from medvis.methods import method as base
-    build = base.image_encoder
-    monkeypatch.setattr(base, "image_encoder", lambda *args, **options: TwoWidths(build(*args, **options)))
+    build = method_module.image_encoder
+    monkeypatch.setattr(method_module, "image_encoder", lambda *args, **options: TwoWidths(build(*args, **options)))
     method, batch = batch_of("convirt", whole_image=whole)
     width = method.image_encoder.region_dim if whole == "attention" else method.image_encoder.whole_dim
     assert next(p for p in method.image_head.parameters() if p.ndim == 2).shape[1] == width
