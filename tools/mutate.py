@@ -21,6 +21,7 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from queue import Queue
 
@@ -37,10 +38,17 @@ class Mutant:
     path: str       # below the root
     line: int
     what: str       # was done
-    source: str     # of the whole module, changed
+    begin: int      # bytes of the module that are replaced ...
+    end: int
+    text: str       # ... by this
+
+    def of(self, source: str) -> str:
+        "The module, changed."
+        raw = source.encode()
+        return (raw[: self.begin] + self.text.encode() + raw[self.end :]).decode()
 
     def diff(self, source: str) -> str:
-        changed = difflib.unified_diff(source.splitlines(), self.source.splitlines(), lineterm="", n=0)
+        changed = difflib.unified_diff(source.splitlines(), self.of(source).splitlines(), lineterm="", n=0)
         return "\n".join(line for line in changed if not line.startswith(("---", "+++", "@@")))
 
 
@@ -94,33 +102,39 @@ def candidates(tree: ast.AST) -> Iterator[ast.AST]:
 
 def mutants(source: str, path: str = "") -> Iterator[Mutant]:
     "All mutants of a module. The text around the changed node stays as it is."
-    lines = source.encode().splitlines(keepends=True)
-    starts = [0]
-    for line in lines:
-        starts.append(starts[-1] + len(line))
-    raw = source.encode()
+    starts = list(accumulate((len(line) for line in source.encode().splitlines(keepends=True)), initial=0))
     for node in candidates(ast.parse(source)):
-        for what, other in altered(node):
-            old = node.test if isinstance(node, ast.If | ast.While) else node
-            new = other.test if isinstance(node, ast.If | ast.While) else other
-            begin, end = starts[old.lineno - 1] + old.col_offset, starts[old.end_lineno - 1] + old.end_col_offset
+        for what, new in altered(node):
+            old, new = (node.test, new.test) if isinstance(node, ast.If | ast.While) else (node, new)
             text = ast.unparse(ast.fix_missing_locations(new))
-            made = (raw[:begin] + (f"({text})" if isinstance(new, ast.expr) and not isinstance(new, ast.Constant) else text).encode() + raw[end:]).decode()
-            try:
-                compile(made, path or "mutant", "exec")
-            except SyntaxError:
-                continue
-            yield Mutant(path, old.lineno, what, made)
+            text = f"({text})" if isinstance(new, ast.expr) and not isinstance(new, ast.Constant) else text
+            yield Mutant(path, old.lineno, what, starts[old.lineno - 1] + old.col_offset, starts[old.end_lineno - 1] + old.end_col_offset, text)
+
+
+def is_python(source: str) -> bool:
+    try:
+        ast.parse(source)
+    except SyntaxError:     # where a node cannot stand in brackets
+        return False
+    return True
 
 
 def draw(paths: list[Path], number: int, seed: int) -> list[Mutant]:
     "Mutants of random lines, one a line; the same for the same seed and sources."
-    rng, by_line = random.Random(seed), {}
+    rng, sources, by_line = random.Random(seed), {}, {}
     for path in sorted(paths):
-        for mutant in mutants(path.read_text(encoding="utf-8"), path.relative_to(ROOT).as_posix()):
-            by_line.setdefault((mutant.path, mutant.line), []).append(mutant)
-    chosen = rng.sample(sorted(by_line), min(number, len(by_line)))
-    return [rng.choice(by_line[line]) for line in chosen]
+        name = path.relative_to(ROOT).as_posix()
+        sources[name] = path.read_text(encoding="utf-8")
+        for mutant in mutants(sources[name], name):
+            by_line.setdefault((name, mutant.line), []).append(mutant)
+    drawn = []
+    for line in rng.sample(sorted(by_line), len(by_line)):
+        made = rng.choice(by_line[line])
+        if len(drawn) == number:
+            break
+        if is_python(made.of(sources[made.path])):
+            drawn.append(made)
+    return drawn
 
 
 def targets(path: str, source: str) -> list[str]:
@@ -182,7 +196,7 @@ class Judge:
             for target in targets(mutant.path, source):
                 if not self.is_sound(target, tree):
                     continue
-                file.write_text(mutant.source, encoding="utf-8")
+                file.write_text(mutant.of(source), encoding="utf-8")
                 passed = tree.passes(target)
                 file.write_text(source, encoding="utf-8")
                 if not passed:
