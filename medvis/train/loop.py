@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['learning_rate', 'parameter_groups', 'source_commit', 'processor_name', 'describe_machine', 'open_run', 'read_log',
            'load_method', 'is_run', 'load_encoder', 'Run', 'summed', 'anywhere', 'from_all', 'on_main', 'optimise',
-           'validate', 'cut_log', 'append_log', 'make_accelerator', 'Trainer', 'save', 'restore', 'take_step',
-           'train_epoch', 'validate_epoch', 'diagnose_epoch', 'end_epoch', 'hold_run', 'fit', 'trained_on',
+           'validate', 'cut_log', 'append_log', 'leave_group', 'make_accelerator', 'Trainer', 'save', 'restore',
+           'take_step', 'train_epoch', 'validate_epoch', 'diagnose_epoch', 'end_epoch', 'hold_run', 'fit', 'trained_on',
            'guard_runs', 'Schedule']
 
 # %% ../../nbs/train/03_loop.ipynb #27fcb0f8
+import atexit
 import json
 import math
 import os
@@ -370,11 +371,19 @@ def append_log(path: Path, lines: list[dict[str, Any]]) -> None:
     with naming(path), open(path, "a") as file:
         file.write("".join(json.dumps(line) + "\n" for line in lines))
 
+# %% ../../nbs/train/03_loop.ipynb #5ce56ef9
+def leave_group() -> None:
+    "End the connection to the other processes, if there is one: threads that still wait for them abort the interpreter when it ends."
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
 # %% ../../nbs/train/03_loop.ipynb #2384e9ca
 def make_accelerator(config: TrainConfig) -> Accelerator:
     "Device and precision of a run. Accelerate keeps those of an earlier run in the same process: alone, we forget them first."
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         AcceleratorState._reset_state(reset_partial_state=True)
+    else:
+        atexit.register(leave_group)
     ddp = DistributedDataParallelKwargs(find_unused_parameters=True)
     cpu = config.device == "cpu" or not torch.accelerator.is_available()
     if cpu and config.precision == "fp16":
