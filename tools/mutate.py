@@ -143,18 +143,26 @@ def imports(source: str) -> set[str]:
     return {name for node in asked for alias in node.names for name in (node.module, f"{node.module}.{alias.name}")}
 
 
+def notebook(source: str) -> str:
+    "The notebook that a module is exported from, below nbs/."
+    return re.search(r"File to edit: (?:\.\./)+nbs/(.*)\.ipynb", source)[1]
+
+
 def targets(path: str, source: str) -> list[str]:
-    "What pytest is asked for: the notebook's replay, then the test files that import the module or what it exports, most names first."
-    notebook = re.search(r"File to edit: (?:\.\./)+nbs/(.*)\.ipynb", source)[1]
-    dotted = path.removesuffix(".py").replace("/", ".")
+    """What pytest is asked for: replays of the module's notebook and of those in its room whose modules import it; then the
+    test files that import it or what it exports, most names first."""
+    own, dotted = ROOT / path, path.removesuffix(".py").replace("/", ".")
+    room = dotted.rpartition(".")[0] + "."       # names are also imported from its door, and from its other modules
     exported = next(
         (ast.literal_eval(node.value) for node in ast.parse(source).body if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__"), [])
+    beside = [other.read_text(encoding="utf-8") for other in sorted(own.parent.glob("*.py")) if other != own and other.name not in SKIPPED]
+    books = [notebook(source), *(notebook(other) for other in beside if f"from .{own.stem} import" in other)]
     found = {}
     for file in sorted((ROOT / "tests").glob("test_*.py")):
-        named = [name for name in imports(file.read_text(encoding="utf-8")) if name == dotted or name.rpartition(".")[2] in exported]
+        named = [name for name in imports(file.read_text(encoding="utf-8")) if name == dotted or name.startswith(room) and name.rpartition(".")[2] in exported]
         if named:
             found[f"tests/{file.name}"] = len(named)
-    return [f"tests/test_replay.py::test_replay[{notebook}]", *sorted(found, key=lambda name: -found[name])]
+    return [*(f"tests/test_replay.py::test_replay[{book}]" for book in books), *sorted(found, key=lambda name: -found[name])]
 
 
 class Tree:
