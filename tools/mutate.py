@@ -4,7 +4,7 @@
     python tools/mutate.py --seed 7 --number 20 --module evaluate/stats --jobs 2
 
 Every mutant is made in a scratch copy of the tree. First the notebook of the module is replayed against it, then come the
-test files that name the module or what it exports. A run without the change comes before the first use of each test, so
+test files that import the module or what it exports. A run without the change comes before the first use of each test, so
 that a test which fails anyway kills nobody. Ends with 1 if mutants survive: look at each; some are equivalent."""
 import argparse
 import ast
@@ -137,17 +137,32 @@ def draw(paths: list[Path], number: int, seed: int) -> list[Mutant]:
     return drawn
 
 
+def imports(source: str) -> set[str]:
+    "Dotted names of medvis that a test file imports: `from a.b import c` asks for a.b and a.b.c."
+    asked = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("medvis")]
+    return {name for node in asked for alias in node.names for name in (node.module, f"{node.module}.{alias.name}")}
+
+
+def notebook(source: str) -> str:
+    "The notebook that a module is exported from, below nbs/."
+    return re.search(r"File to edit: (?:\.\./)+nbs/(.*)\.ipynb", source)[1]
+
+
 def targets(path: str, source: str) -> list[str]:
-    "What pytest is asked for: the notebook's replay, then the test files that name the module or an exported name, most names first."
-    notebook = re.search(r"File to edit: (?:\.\./)+nbs/(.*)\.ipynb", source)[1]
-    dotted = path.removesuffix(".py").replace("/", ".")
-    exported = next((ast.literal_eval(node.value) for node in ast.parse(source).body if isinstance(node, ast.Assign) and node.targets[0].id == "__all__"), [])
-    words, found = re.compile(r"\b(" + "|".join(map(re.escape, [dotted, *exported])) + r")\b"), {}
+    """What pytest is asked for: replays of the module's notebook and of those in its room whose modules import it; then the
+    test files that import it or what it exports, most names first."""
+    own, dotted = ROOT / path, path.removesuffix(".py").replace("/", ".")
+    room = dotted.rpartition(".")[0] + "."       # names are also imported from its door, and from its other modules
+    exported = next(
+        (ast.literal_eval(node.value) for node in ast.parse(source).body if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__"), [])
+    beside = [other.read_text(encoding="utf-8") for other in sorted(own.parent.glob("*.py")) if other != own and other.name not in SKIPPED]
+    books = [notebook(source), *(notebook(other) for other in beside if f"from .{own.stem} import" in other)]
+    found = {}
     for file in sorted((ROOT / "tests").glob("test_*.py")):
-        if file.name not in ("test_replay.py", "test_sync.py", "test_house.py", "test_wheel.py", "test_mutate.py"):
-            if named := set(words.findall(file.read_text(encoding="utf-8"))):
-                found[f"tests/{file.name}"] = len(named)
-    return [f"tests/test_replay.py::test_replay[{notebook}]", *sorted(found, key=lambda name: -found[name])]
+        named = [name for name in imports(file.read_text(encoding="utf-8")) if name == dotted or name.startswith(room) and name.rpartition(".")[2] in exported]
+        if named:
+            found[f"tests/{file.name}"] = len(named)
+    return [*(f"tests/test_replay.py::test_replay[{book}]" for book in books), *sorted(found, key=lambda name: -found[name])]
 
 
 class Tree:
