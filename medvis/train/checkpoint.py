@@ -57,7 +57,10 @@ def write_json(path: str | Path, value: Any) -> None:
 
 # %% ../../nbs/train/02_checkpoint.ipynb #91f54558
 def settings_hash(told: dict[str, Any]) -> str:
-    "SHA-256 of settings as JSON, in any order."
+    "SHA-256 of settings as JSON, in any order, but for where the Pack stands: that may be put right by hand."
+    data = told.get("data")
+    if isinstance(data, dict):
+        told = {**told, "data": {name: value for name, value in data.items() if name not in ("path", "absolute")}}
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
 # %% ../../nbs/train/02_checkpoint.ipynb #0b1e8137
