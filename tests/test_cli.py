@@ -368,7 +368,8 @@ HEAVY = ("torch", "torchvision", "transformers", "timm", "accelerate", "matplotl
 QUICK = [*([*name, "--help"] for name in HELP), ["--help"], ["--version"], [], ["shwo"], ["pretrain"], ["pretrain", "mcga", "--data", "p"], ["prepare", "rsnaa"],
          *([name, "--nonsense", "1"] for name in COMMANDS), ["pretrain", "mgca", "--nonsense"], ["pretrain", "mgca", "--data", "p"], ["probe"], ["show"],
          ["pretrain", "mgca", "--data", "p", "--run", "r", "--epochs", "many"], ["pretrain", "mgca", "--preset", "huge"], ["demo", "--method", "mcga"],
-         ["pretrain", "mgca", "--data", "p", "--run", "r", "--epochs", "0"], ["grounding", "--subjects", "mcga"], ["evaluate", "rsna", "--data", "p"],
+         ["pretrain", "mgca", "--data", "p", "--run", "r", "--epochs", "0"], ["pretrain", "mgca", "--data", "p", "--run", "r", "--augment", "nonsense"],
+         ["pretrain", "local-mi", "--data", "p", "--run", "r", "--negatives", "nonsense"], ["grounding", "--subjects", "mcga"], ["evaluate", "rsna", "--data", "p"],
          ["probe", "--data", "nowhere", "--encoders", "imagenet"], ["pretrain", "mgca", "--data", "nowhere", "--run", "r"], ["show", "r", "--data", "nowhere"],
          ["data", "get", "rsna"], ["--tyro-print-completion", "bash"]]
 

@@ -31,7 +31,7 @@ class View:
     "What of a study a method sees."
     per: Literal["study", "image"] = "study"
     "One sample a study, with a random frontal view (LoVT), or one sample an image (MGCA)."
-    augment: str = "mgca"
+    augment: Literal["mgca", "lovt", "local-mi", "none"] = "mgca"
     "Image augmentation in training: mgca, lovt, local-mi or none."
     sentences: Literal["all", "one"] = "all"
     "The whole report, or one random sentence of it (ConVIRT, CLIP, GLoRIA)."

@@ -11,6 +11,7 @@ __all__ = ['CONVIRT_PRESETS', 'MGCA_PRESETS', 'LOVT_PRESETS', 'GLOBAL_MI_PRESETS
 # %% ../../nbs/methods/00a_settings.ipynb #6f1bcdbd
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Literal
 
 # %% ../../nbs/methods/00a_settings.ipynb #16628fec
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class MethodConfig:
     "Hidden width of the projection heads."
     dim: int = 128
     "Width of the shared space."
-    negatives: str = "all"
+    negatives: Literal["all", "other-study", "other-patient"] = "all"
     "Which mismatched pairs are contrasted: all, other-study, other-patient."
 
 # %% ../../nbs/methods/00a_settings.ipynb #72fabe51
@@ -52,13 +53,13 @@ class ConVIRTConfig(MethodConfig):
     "Settings of ConVIRT."
     layer: str | None = "layer4"
     "Regions from the layer that is pooled, so that the image head fits them too."
-    whole_image: str = "encoder"
+    whole_image: Literal["encoder", "attention"] = "encoder"
     "Image vector: the encoder's own (mean, CLS), or attention pooling of its regions (CLIP)."
-    whole_text: str = "max"
+    whole_text: Literal["cls", "pooler", "max", "mean", "mean-all"] = "max"
     "Report vector: max over all tokens, mean, or cls."
-    norm: str = "none"
+    norm: Literal["none", "hidden", "both"] = "none"
     "Batch normalisation of the heads: none, hidden or both."
-    head_init: str = "torch"
+    head_init: Literal["torch", "kaiming"] = "torch"
     "First weights of the heads: torch, or kaiming (LoVT)."
     dim: int = 512
     "Width of the shared space."
@@ -118,7 +119,7 @@ class MGCAConfig(MethodConfig):
     "lambda_2; 0 leaves CTA out."
     weight_prototype: float = 1.0
     "lambda_3; 0 leaves CPA out."
-    directions: str = "mean"
+    directions: Literal["mean", "sum"] = "mean"
     "The two directions of ITA and CTA: their mean (paper) or sum (released)."
     learned_attention: bool = True
     "CTA gathers with learned Q, K, V, O (paper) or by cosines alone (released)."
@@ -126,7 +127,7 @@ class MGCAConfig(MethodConfig):
     "Leave padded words out of CTA's rivals and of batch statistics; False as released."
     unit_region_context: bool = True
     "Normalise what a region gathered; False as released for the ViT."
-    whole_text: str = "cls"
+    whole_text: Literal["cls", "pooler", "max", "mean", "mean-all"] = "cls"
     "Report vector: cls, or mean or max over all tokens, which a text encoder without pre-training learns faster."
     clip_share: float = 0.0
     "Share of the token weights of a sample that is clipped at either end; 0.1 as released."
@@ -179,7 +180,7 @@ class LoVTConfig(MethodConfig):
     "mu; 0 leaves the local image loss out."
     weight_report: float = 0.75
     "nu; 0 leaves the local report loss out."
-    pool: str = "attention"
+    pool: Literal["attention", "avg-max"] = "attention"
     "Global vectors: attention, or avg-max (mean of the image, maximum of the report)."
     heads: int = 8
     "Heads of the attention pooling."
@@ -237,15 +238,15 @@ class MutualInformationConfig(MethodConfig):
     "Image encoder: resnet256, tiny_resnet, tiny_vit, resnet50 or vit_base_patch16_224."
     image_weights: str | None = None
     "Initial weights: a state-dict file or folder (a released checkpoint too), or None for random."
-    text_feature: str = "pooler"
+    text_feature: Literal["pooler", "cls", "mean"] = "pooler"
     "Text vector: pooler (with its dropout), cls, or mean over tokens, which a text encoder without pre-training learns faster."
     hidden: tuple[int, int] = (1024, 512)
     "Hidden widths of the discriminator."
     dim: None = None
     "There is no shared space."
-    bound: str = "cpc"
+    bound: Literal["cpc", "mine", "cpc-released"] = "cpc"
     "Bound on the mutual information: cpc (at most log of the batch size), mine, or cpc-released (mine less a constant)."
-    negatives: str = "other-study"
+    negatives: Literal["all", "other-study", "other-patient"] = "other-study"
     "Which mismatched pairs are contrasted: all, other-study, other-patient."
     chunk: int = 65_536
     "Most pairs judged at a time; beyond that they are judged again in the backward pass, to save memory."
@@ -263,9 +264,9 @@ class LocalMIConfig(MutualInformationConfig):
     "Settings of local-mi."
     local_grid: str | None = "4x4x512"
     "Regions of ResNet-256: 4x4x512 (paper), or 8x8x128 (the released network's)."
-    region_select: str = "score"
+    region_select: Literal["score", "bound"] = "score"
     "A sentence's region is the one with the highest score, or with the highest bound."
-    negatives_regions: str = "selected"
+    negatives_regions: Literal["selected", "max"] = "selected"
     "Shuffled pairs use the image's selected region, or the one that maximises their own score (max)."
 
 # %% ../../nbs/methods/00a_settings.ipynb #b46e649c
@@ -291,11 +292,11 @@ LOCAL_MI_PRESETS = {
 @dataclass(frozen=True)
 class CLIPConfig(ConVIRTConfig):
     "Settings of CLIP as LoVT configured it."
-    whole_image: str = "attention"
+    whole_image: Literal["encoder", "attention"] = "attention"
     "Image vector: attention pooling of the regions, or the encoder's own."
-    norm: str = "hidden"
+    norm: Literal["none", "hidden", "both"] = "hidden"
     "Batch normalisation of the heads: none, hidden or both."
-    head_init: str = "kaiming"
+    head_init: Literal["torch", "kaiming"] = "kaiming"
     "First weights of the heads: torch, or kaiming (LoVT)."
 
 # %% ../../nbs/methods/00a_settings.ipynb #f950507b
@@ -359,7 +360,7 @@ class MixtureMIConfig(MethodConfig):
     "Layer that the regions come from."
     temperature: float = 0.1
     "Of the critic's cosines."
-    negatives: str = "other-patient"
+    negatives: Literal["all", "other-study", "other-patient"] = "other-patient"
     "Which mismatched pairs are contrasted: all, other-study, other-patient."
 
 # %% ../../nbs/methods/00a_settings.ipynb #e418e1d0
