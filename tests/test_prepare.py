@@ -349,7 +349,7 @@ def test_unreadable_tables(name, data, complaint, tmp_path):
 
 
 def test_missing_table_or_root(folder):
-    with pytest.raises(DataError, match="none.csv: no such table"):
+    with pytest.raises(DataError, match="none.csv: no such file"):
         folder_pack(folder / "none.csv", folder / "pack")
     with pytest.raises(DataError, match="nowhere: no such folder. Your own data"):
         prepared(folder, rows(), root=folder / "nowhere")
