@@ -492,9 +492,14 @@ def test_the_real_reports(tmp_path):
     table = openi.openi_reports(REAL).set_index("study")
     published = pd.read_csv(REAL / "reports.csv", dtype=str, keep_default_na=False).set_index("uid")
     assert len(table) == len(published) == 2373 and (table["findings"] != "").sum() == 2043 and (table["impression"] != "").sum() == 2347
+    inside = []      # reports with a heading within a section, which is cut out of it
     for study, row in published.iterrows():
         wanted = {name: " ".join(html.unescape(row[name]).split()) for name in openi.SECTIONS if row[name].split()}
-        assert parse_sections(table.text[study]) == wanted, study
+        found = parse_sections(table.text[study])
+        if found != wanted:
+            inside.append(study)
+            assert set(found) - set(wanted) == {"comparison"} and found["comparison"] in wanted["indication"], study
         assert table.images[study] == row["image_ids"].split() and table.major[study] == [term.strip() for term in row["mesh_major"].split(";") if term.strip()], study
+    assert inside == ["CXR2800"]
     assert table.dropped.value_counts().to_dict() == {"": 2352, "empty report": 21}
     assert table.sentences[table.dropped == ""].map(len).sum() > 13_000
