@@ -181,16 +181,16 @@ def test_browsing(page):
     page.get_by_label("Study", exact=True).fill("0")
     page.wait_for_selector("[data-ready=study-000]")
     page.get_by_label("Search ids and words").fill("EFFUSION no")
-    page.wait_for_function("document.querySelector('.place').textContent.includes('of 2')")
+    page.locator(".place", has_text="of 2").wait_for()
     page.get_by_label("Search ids and words").fill("002")
     page.wait_for_selector("[data-ready=study-002]")
     assert "1 of 1" in place.text_content()
     page.get_by_label("Search ids and words").fill("zebra")
-    page.wait_for_function("document.querySelector('.place').textContent.includes('no study')")
+    page.locator(".place", has_text="no study").wait_for()
     assert "No study fits" in page.locator("[role=status]").text_content()
     page.get_by_label("Search ids and words").fill("")
     page.get_by_label("Finding", exact=True).select_option("Nodule")
-    page.wait_for_function("document.querySelector('.place').textContent.includes('of 2')")
+    page.locator(".place", has_text="of 2").wait_for()
 
 
 def test_worst_alignment_first(page, views):
@@ -198,7 +198,7 @@ def test_worst_alignment_first(page, views):
     page.get_by_label("Order").select_option("alignment")
     for k, view in enumerate(order):
         page.wait_for_selector(f"[data-ready={view.id}]")
-        page.wait_for_function(f"document.querySelector('.place').textContent.includes('{k + 1} of 3')")
+        page.locator(".place", has_text=f"{k + 1} of 3").wait_for()
         page.get_by_role("button", name="Next study").click()
 
 
