@@ -477,3 +477,22 @@ def test_demo(tmp_path, capsys):
     assert re.sub(r"\(\d.*", "", second) == re.sub(r"\(\d.*", "", first), "the same numbers again"
     assert {name: tree(tmp_path / "demo")[name] for name in kept} == kept
     assert not list(tmp_path.rglob("*.partial"))
+
+
+@pytest.mark.parametrize("command", ["pretrain", "probe", "evaluate", "retrieve", "phrases", "show"])
+def test_nothing_is_measured_on_changed_pixels(command, home, tmp_path, capsys):
+    "All pixels inverted in place, with the size as before: every door names the file before it says a number."
+    shutil.copytree(home / "pack", tmp_path / "pack")
+    (tmp_path / "pack" / "checked.json").unlink(missing_ok=True)
+    pixels = (tmp_path / "pack" / "images.u8").read_bytes()
+    (tmp_path / "pack" / "images.u8").write_bytes(bytes(255 - value for value in pixels))
+    words = {
+        "pretrain": ["mgca", "--data", tmp_path / "pack", "--run", tmp_path / "run", *SMALL],
+        "probe": ["--data", tmp_path / "pack", "--encoders", home / "run", "--out", tmp_path / "probe", *PROBE],
+        "evaluate": ["tiny-linear", "--data", tmp_path / "pack", "--encoder", home / "run", "--out", tmp_path / "results"],
+        "retrieve": [home / "run", "--data", tmp_path / "pack"],
+        "phrases": [home / "run", "--data", tmp_path / "pack"],
+        "show": [home / "run", "--data", tmp_path / "pack", "--out", tmp_path / "page.html"],
+    }[command]
+    told = fails(capsys, command, *words)
+    assert "images.u8" in told and not (tmp_path / "page.html").exists(), told

@@ -272,6 +272,7 @@ class Pairs(Dataset):
         seed: int = 0,
         need_text: bool = True,          # leave out studies without a report
     ):
+        pack.check(["images.u8"])        # a damaged file is no damaged picture among others: told before any work
         self.pack, self.tokenizer, self.preprocessing, self.view = pack, tokenizer, preprocessing, view
         self.train, self.seed = train, seed
         self.items = select_samples(pack.studies, split, view.per, need_text)
