@@ -18,7 +18,8 @@ from medvis.evaluate import cache, finetune, protocol
 from medvis.evaluate.recipes import LOCALMI
 from medvis.evaluate.finetune import Learner, LinearClassifier, Protocol, fit_head
 from medvis.evaluate.predictions import load_predictions
-from medvis.evaluate.protocol import PROTOCOLS, EvaluateConfig, run_one, run_protocol
+from medvis.evaluate.protocol import PROTOCOLS, run_one, run_protocol
+from medvis.evaluate.recipes import EvaluateConfig
 
 FINDINGS = ("Pleural Effusion", "Support Devices")
 
@@ -351,7 +352,7 @@ def test_grades_and_classes_and_silent_detectors(tasks, encoder, tmp_path):
 def test_released_protocols_run(tasks, encoder, tmp_path):
     quick = dict(epochs=2, lrs=(1e-4,), seeds=(0,), fractions=(1.0,), batch_size=20)
     for name, kind in (("rsna_finetune_1", "boxes"), ("nih_seg_linear", "masks"), ("mgca_det", "boxes"), ("mgca_rsna", "labels")):
-        recipe, before = replace(protocol.released(name), **quick), state(encoder)
+        recipe, before = replace(protocol.released_protocol(name), **quick), state(encoder)
         recipe = replace(recipe, warmup_steps=min(recipe.warmup_steps, 1))
         table = run_protocol({"e": encoder}, tasks[kind], recipe, tmp_path, progress=False)
         manifest = json.loads((tmp_path / "runs" / table["run"].iloc[0] / "manifest.json").read_text())
@@ -399,13 +400,13 @@ def test_a_policy_of_labels_is_for_labels_alone(pack, tmp_path):
     "--uncertain and --blank turn the -1 and the gaps of a label table into answers; grades, classes, masks and boxes have none, and are not quietly read without them."
     ids = pack.image_table["image_id"]
     pd.DataFrame({"image_id": ids, "Edema": np.arange(len(ids)) % 3 - 1.0}).to_csv(tmp_path / "labels.csv", index=False)
-    base = dict(data=pack.path, encoder=("random",), out=tmp_path / "out", targets=tmp_path / "labels.csv", progress=False)
-    found = {one: protocol.config_task(EvaluateConfig("tiny-linear", **base, uncertain=one)).targets[:, 0] for one in ("positive", "negative", "ignore")}
+    path = tmp_path / "labels.csv"
+    found = {one: protocol.protocol_task(pack, "tiny-linear", path, uncertain=one).targets[:, 0] for one in ("positive", "negative", "ignore")}
     unsure = np.arange(len(ids)) % 3 == 0
     assert (found["positive"][unsure] == 1).all() and (found["negative"][unsure] == 0).all() and len(found["ignore"]) == (~unsure).sum()
     for option in ({"uncertain": "positive"}, {"blank": "ignore"}):
         for kind, name in (("classes", "tiny-linear"), ("ordinal", "tiny-linear"), (None, "tiny-unet"), (None, "tiny-detect")):
-            with pytest.raises(ValueError, match="--uncertain and --blank are for labels from a table"):
-                protocol.config_task(EvaluateConfig(name, **base, kind=kind, **option))
+            with pytest.raises(ValueError, match="--uncertain and --blank are said of labels"):
+                protocol.protocol_task(pack, name, path, kind, **option)
         with pytest.raises(ValueError, match="what a phantom shows"):
-            protocol.config_task(EvaluateConfig("tiny-linear", **base | {"targets": None}, **option))
+            protocol.protocol_task(pack, "tiny-linear", **option)

@@ -18,7 +18,7 @@ from medvis.data.phantom import FINDINGS, Phantom
 from medvis.data.prepare import PhantomConfig, prepare_phantom
 from medvis.data.source import BuildConfig, prepare_source
 from medvis.evaluate.finetune import Protocol
-from medvis.evaluate.protocol import PROTOCOLS, EvaluateConfig, config_task, released, share_rule, split_rows
+from medvis.evaluate.protocol import PROTOCOLS, protocol_task, released_protocol, share_rule, split_rows
 
 PROPERTY = settings(max_examples=25, deadline=None, derandomize=True)
 SIZE = 64
@@ -203,22 +203,18 @@ def test_a_task_that_nobody_answered_is_no_subset(tmp_path):
         tasks.pack_task(blank)
 
 
-def asked(pack, protocol, *options):
-    return EvaluateConfig(protocol, pack.path, ("random",), pack.path.parent / "out", image="tiny_resnet", progress=False, **dict(options))
-
-
 def test_what_else_a_pack_holds_is_told(tmp_path):
     graded = held(tmp_path / "graded", grades=("edema",))
     with pytest.raises(ValueError, match=r"asks for labels, and .*graded holds none.*grades of edema \(--kind ordinal\)"):
-        config_task(asked(graded, "localmi_frozen"))
-    assert config_task(asked(graded, "localmi_frozen", ("kind", "ordinal"))).classes == ("0", "1", "2")
+        protocol_task(graded, "localmi_frozen")
+    assert protocol_task(graded, "localmi_frozen", kind="ordinal").classes == ("0", "1", "2")
     with pytest.raises(ValueError, match=r"asks for masks.*edema \(another protocol, such as tiny-linear\)"):
-        config_task(asked(graded, "covid_seg_linear"))
+        protocol_task(graded, "covid_seg_linear")
     with pytest.raises(ValueError, match=r"holds nothing for a task of kind labels; it holds edema \(kind ordinal\)"):
         tasks.pack_task(graded)
     boxed = held(tmp_path / "boxed", boxes=("mass",))
     with pytest.raises(ValueError, match=r"holds none.*masks of mass .*tiny-seg-linear.*boxes of mass .*tiny-detect"):
-        config_task(asked(boxed, "tiny-linear"))
+        protocol_task(boxed, "tiny-linear")
 
 
 def test_covidx_is_asked_for_classes_unless_told_otherwise(tmp_path, capsys):
@@ -231,7 +227,7 @@ def test_covidx_is_asked_for_classes_unless_told_otherwise(tmp_path, capsys):
         assert main([*command.split(), *more]) == 0
         told = capsys.readouterr().out
         assert "classes of normal, pneumonia, COVID-19" in told and "accuracy, all 0." in told
-    assert config_task(asked(Pack(tmp_path / "pack"), "mgca_covidx", ("kind", "labels"))).kind == "labels"
+    assert protocol_task(Pack(tmp_path / "pack"), "mgca_covidx", kind="labels").kind == "labels"
 
 
 def test_the_recipe_says_how_small_shares_are_drawn(tmp_path, capsys):
@@ -241,7 +237,7 @@ def test_the_recipe_says_how_small_shares_are_drawn(tmp_path, capsys):
     assert rows["first"] == [0, 1, 2, 3] and rows["plain"] != rows["first"]
     task = tasks.pack_task(first)
     assert split_rows(task, Protocol(subset="patients"), 0.1, 0)["train"].tolist() == rows["plain"]         # what is said outright wins
-    assert share_rule(task, released("rsna_frozen_10")) == "first" and share_rule(tasks.pack_task(plain), released("rsna_frozen_10")) == "first"
+    assert share_rule(task, released_protocol("rsna_frozen_10")) == "first" and share_rule(tasks.pack_task(plain), released_protocol("rsna_frozen_10")) == "first"
     command = f"evaluate tiny-linear --data {tmp_path}/first --encoder random --image tiny_resnet --size 8 --out {tmp_path}/out --seeds 0 --fractions 0.1 --lrs 0.01 --epochs 1 --device cpu --no-progress"
     for more, told, rule in ([], "the first rows", "first"), (["--subset", "patients"], "drawn by patient", "patients"):
         assert main([*command.split(), *more]) == 0

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['LAUNCH', 'PREPARE', 'CHECK', 'COMMANDS', 'pretrain_options', 'pretrain', 'ProbeConfig', 'probe', 'ShowConfig', 'show',
-           'RetrieveConfig', 'opened', 'find', 'PhrasesConfig', 'ground', 'PretrainConfig', 'PrepareConfig', 'prepare',
-           'CheckConfig', 'GetConfig', 'DressConfig', 'LeaksConfig', 'DataConfig', 'check_data', 'look_for_leaks',
-           'look_at_data', 'run_command', 'main']
+           'RetrieveConfig', 'retrieve', 'PhrasesConfig', 'phrases', 'print_summary', 'evaluate', 'PretrainConfig',
+           'PrepareConfig', 'prepare', 'CheckConfig', 'GetConfig', 'DressConfig', 'LeaksConfig', 'DataConfig',
+           'check_data', 'look_for_leaks', 'data', 'run_command', 'main']
 
 # %% ../../nbs/cli/01_commands.ipynb #292ef69c
 import os
@@ -17,7 +17,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # %% ../../nbs/cli/01_commands.ipynb #096b3a34
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field, make_dataclass
+from dataclasses import dataclass, field, make_dataclass, replace
 from inspect import cleandoc
 from pathlib import Path
 from pkgutil import resolve_name
@@ -132,32 +132,24 @@ class ProbeConfig:
     "What missing labels count as; without, what the Pack's recipe says, else negative."
     out: Path | None = None
     "Folder for the table and the predictions; without, the folder probe of the first run."
+    subset: Literal["patients", "first"] | None = None
+    "Shares are drawn by patient, or are the first rows; without, as the Pack's recipe says, else by patient."
     allow_leaks: bool = False
     "Measure although a run was trained on patients or images that are for validation or test here; the Pack's manifest lists them."
 
 # %% ../../nbs/cli/01_commands.ipynb #81399b93
-def probe(config: ProbeConfig) -> pd.DataFrame:
+def probe(config: ProbeConfig) -> pd.DataFrame:     # see evaluate.linear_probe
     "Probe encoders, print the macro rows and save table and predictions."
-    names = config.names or tuple(Path(name).name for name in config.encoders)
-    if len(set(names)) != len(config.encoders):
-        raise ValueError(f"{len(config.encoders)} encoders need as many different names, found {', '.join(names)}: pass --names")
-    pack = Pack(config.data)
+    data = Pack(config.data)
     from medvis.evaluate import linear_probe, paired_gain
+    from medvis.evaluate.models import as_encoders
     from medvis.studies.demo import probe_lines
-    from medvis.train import load_encoder
-    from medvis.train.loop import guard_runs
 
-    options = {} if config.size is None else {"size": config.size}
-    encoders = {name: load_encoder(path, config.image, **options) for name, path in zip(names, config.encoders, strict=True)}
-    first = Path(config.encoders[0])
+    encoders, first = as_encoders(config.encoders, config.names, image=config.image, size=config.size), Path(config.encoders[0])
     out = config.out or (first / "probe" if first.is_dir() else Path("probe"))
-    guard_runs(pack, config.encoders, config.allow_leaks, progress=True)
-    recipe = pack.manifest["source"].get("recipe", {})
-    uncertain = config.uncertain or recipe.get("uncertain", "ignore")
-    findings = list(config.findings) or list(recipe.get("classes", [])) or (list(uncertain) if isinstance(uncertain, dict) else None)      # a policy by class names the classes
     table = linear_probe(
-        encoders, pack, config.fractions, config.seeds, findings,
-        uncertain=uncertain, blank=config.blank or recipe.get("blank", "negative"), out=out, cache=out / "features")
+        encoders, data, config.fractions, config.seeds, config.findings or None, uncertain=config.uncertain, blank=config.blank,
+        subset=config.subset, out=out, allow_leaks=config.allow_leaks, cache=out / "features")
     print("\n".join(probe_lines(table, paired_gain(pd.read_parquet(out / "predictions.parquet")))))
     print(f"Table: {out / 'probe.csv'}")
     return table
@@ -196,6 +188,12 @@ class RetrieveConfig:
     "Run folder."
     data: Path | None = None
     "Folder of the Pack; without, the one the run was trained on."
+    findings: tuple[str, ...] = ()
+    "Label columns; without, those of the Pack's recipe, else all."
+    uncertain: Literal["ignore", "positive", "negative"] | None = None
+    "What labels of -1 count as; without, what the Pack's recipe says, else they are ignored."
+    blank: Literal["ignore", "negative"] | None = None
+    "What missing labels count as; without, what the Pack's recipe says, else negative."
     per_class: int | None = None
     "At most so many studies of each class are searched for their class; without, all."
     prompts: Path | None = None
@@ -205,29 +203,20 @@ class RetrieveConfig:
     allow_leaks: bool = False
     "Measure although a run was trained on patients or images that are for validation or test here; the Pack's manifest lists them."
 
-# %% ../../nbs/cli/01_commands.ipynb #91aa24d9
-def opened(config, folder: str):        # -> Method, Pack, Path
-    "The method of config.run, its data or config.data, and where tables go: config.out, or a folder in the run's."
-    data = None if config.data is None else Pack(config.data)
-    from medvis.train import Run, load_method
-    from medvis.train.loop import guard_runs, trained_on
-
-    method = load_method(config.run)
-    data = trained_on(Run(config.run)) if data is None else data
-    guard_runs(data, [config.run], config.allow_leaks, progress=True)
-    return method, data, config.out or config.run / folder
-
 # %% ../../nbs/cli/01_commands.ipynb #ce4815fd
-def find(config: RetrieveConfig) -> pd.DataFrame:  # of evaluate.retrieve.retrieval_table
+def retrieve(config: RetrieveConfig) -> pd.DataFrame:   # see evaluate.retrieve.retrieval_table
     "Retrieval and zero-shot classification of a run; print the tables and say where they are."
-    from medvis.evaluate.retrieve import read_prompts, retrieve, zero_shot
+    data = None if config.data is None else Pack(config.data)
+    import medvis.evaluate.retrieve as library
+    from medvis.evaluate.models import as_method
 
-    method, data, out = opened(config, "retrieval")
-    prompts = None if config.prompts is None else read_prompts(config.prompts)
-    table = retrieve(method, data, per_class=config.per_class, out=out)
-    found = zero_shot(method, data, prompts, out=out)["findings"]
-    for told in (table.drop(columns="reported_by"), found[found.metric == "AUROC"]):
-        print(told.round(3).to_string(index=False))
+    method, out = as_method(config.run), config.out or config.run / "retrieval"
+    prompts = None if config.prompts is None else library.read_prompts(config.prompts)
+    rules = dict(findings=config.findings or None, uncertain=config.uncertain, blank=config.blank, allow_leaks=config.allow_leaks, out=out)
+    table = library.retrieve(method, data, per_class=config.per_class, **rules)
+    named = library.zero_shot(method, data, prompts, **rules)["findings"]
+    for shown in (table.drop(columns="reported_by"), named[named.metric == "AUROC"]):
+        print(shown.round(3).to_string(index=False))
     print(f"Tables: {out}")
     return table
 
@@ -247,26 +236,48 @@ class PhrasesConfig:
     "Measure although a run was trained on patients or images that are for validation or test here; the Pack's manifest lists them."
 
 # %% ../../nbs/cli/01_commands.ipynb #984fc3b7
-def ground(config: PhrasesConfig) -> pd.DataFrame:  # of evaluate.ground.grounding_table
+def phrases(config: PhrasesConfig) -> pd.DataFrame:     # see evaluate.ground.grounding_table
     "Measure a run on phrases; print how well it does over all, and write that by finding and by phrase."
-    from medvis.data.phrases import find_phrases, phantom_phrases, read_ms_cxr
-    from medvis.evaluate import ground_phrases, grounding_table
-    from medvis.evaluate.classify import about
-    from medvis.evaluate.ground import MEASURES
-    from medvis.train.checkpoint import write_atomic, write_json
+    data = None if config.data is None else Pack(config.data)
+    from medvis.evaluate.ground import ground
 
-    method, data, out = opened(config, "phrases")
-    phrases = phantom_phrases(data) if config.phrases is None else read_ms_cxr(config.phrases)
-    rows = ground_phrases(method, data, phrases)
-    table = grounding_table(rows)
-    for name, each in (("phrases", rows), ("findings", table)):
-        write_atomic(out / f"{name}.csv", lambda file: each.to_csv(file, index=False))
-    splits = data.studies["split"].to_numpy()[data.image_table["study"].to_numpy()[find_phrases(phrases, data)]]
-    rules = dict(phrases=str(config.phrases or "of the phantom's test reports"), count=len(phrases), metrics=MEASURES)
-    write_json(out / "phrases.json", about({"method": method}, data, **rules))
-    print("Phrases by split: " + ", ".join(f"{name} {count}" for name, count in pd.Series(splits).value_counts().items()))
+    out = config.out or config.run / "phrases"
+    table = ground(config.run, data, config.phrases, out, allow_leaks=config.allow_leaks)
+    splits = pd.read_csv(out / "phrases.csv")["split"].value_counts()
+    print("Phrases by split: " + ", ".join(f"{name} {count}" for name, count in splits.items()))
     print(table[table["finding"] == "all"].drop(columns=["finding", "definition"]).round(3).to_string(index=False))
     print(f"Tables: {out}")
+    return table
+
+# %% ../../nbs/cli/01_commands.ipynb #757d2bcf
+def print_summary(short: pd.DataFrame) -> None:  # see evaluate.summary
+    "Print the headline numbers, and what the seeds can say about gains."
+    for row in short.itertuples():
+        spread = f" [{row.low:.3f}, {row.high:.3f}]" if row.n > 1 else ""
+        gain = f"; gain {row.gain:+.3f} [{row.gain_low:+.3f}, {row.gain_high:+.3f}], p {row.p_corrected:.3f}" if getattr(row, "pairs", 0) > 1 else ""
+        print(f"{row.encoder:>16}  {row.fraction:>6.1%}  {row.metric} {row.mean:.3f}{spread} ({row.n} run{'s' if row.n > 1 else ''}){gain}")
+    for pairs, least in short[["pairs", "p_least"]].drop_duplicates().itertuples(index=False) if "pairs" in short else ():
+        if least > 0.05:
+            print(f"With {pairs:.0f} seeds the exact test of a gain cannot give a p below {least:.3g}: read the intervals, or take 6 seeds or more.")
+    for runs, covers in short[["n", "covers"]].drop_duplicates().itertuples(index=False):
+        if runs > 1:
+            print(f"[low, high] over {runs} runs holds the truth in {covers:.0%} of all cases (normal runs, simulated).")
+
+# %% ../../nbs/cli/01_commands.ipynb #6996f557
+def evaluate(config: EvaluateConfig) -> pd.DataFrame:   # see evaluate.summary
+    "Measure encoders as the options say, and print the headline numbers."
+    data = Pack(config.data)
+    import medvis.evaluate.protocol as library
+
+    changes = {name: getattr(config, name) for name in ("lrs", "fractions", "subset", "seeds", "epochs") if getattr(config, name) not in ((), None)}
+    rules = replace(library.find_protocol(config.protocol, config.released), **changes)
+    task = library.protocol_task(data, config.protocol, config.targets, config.kind, config.classes, config.uncertain, config.blank, config.progress)
+    drawn = {"patients": "drawn by patient", "first": "the first rows"}[library.share_rule(task, rules)]
+    print(task, f"Shares of the training images, {drawn}: " + ", ".join(f"{100 * share:.4g} %" for share in rules.fractions), sep="\n")
+    given = ("names", "baseline", "resamples", "allow_leaks", "image", "size", "device", "cache", "progress")
+    table = library.evaluate(config.encoder, task, rules, config.out, **{name: getattr(config, name) for name in given})
+    print_summary(table)
+    print(f"Tables: {config.out / 'results.csv'}" + (", patients.csv" if (config.out / "patients.csv").exists() else ""))
     return table
 
 # %% ../../nbs/cli/01_commands.ipynb #e14b65d6
@@ -367,7 +378,7 @@ def look_for_leaks(config: LeaksConfig) -> None:
     print(f"No leaks between the splits of {pack.path}" + "".join(f", nor with {path}" for path in config.against))
 
 # %% ../../nbs/cli/01_commands.ipynb #be8809a2
-def look_at_data(config: DataConfig) -> None:
+def data(config: DataConfig) -> None:
     "`medvis data get`, `check`, `leaks` or `dress`."
     if isinstance(config.what, GetConfig):
         print(DATASETS[config.what.name].get)
@@ -382,13 +393,13 @@ def look_at_data(config: DataConfig) -> None:
 # %% ../../nbs/cli/01_commands.ipynb #8f7d1691
 COMMANDS = {     # name -> options, and the function that does the work, which is imported when it is known what is wanted
     "demo": (DemoConfig, "medvis.studies.demo:demo"),
-    "data": (DataConfig, "medvis.cli.commands:look_at_data"),
+    "data": (DataConfig, "medvis.cli.commands:data"),
     "prepare": (PrepareConfig, "medvis.cli.commands:prepare"),
     "pretrain": (PretrainConfig, None),
     "probe": (ProbeConfig, "medvis.cli.commands:probe"),
-    "evaluate": (EvaluateConfig, "medvis.evaluate.protocol:evaluate_task"),
-    "retrieve": (RetrieveConfig, "medvis.cli.commands:find"),
-    "phrases": (PhrasesConfig, "medvis.cli.commands:ground"),
+    "evaluate": (EvaluateConfig, "medvis.cli.commands:evaluate"),
+    "retrieve": (RetrieveConfig, "medvis.cli.commands:retrieve"),
+    "phrases": (PhrasesConfig, "medvis.cli.commands:phrases"),
     "show": (ShowConfig, "medvis.cli.commands:show"),
     "grounding": (GroundingConfig, "medvis.studies.grounding:grounding"),
     "downstream": (DownstreamConfig, "medvis.studies.downstream:downstream"),

@@ -604,7 +604,8 @@ class Pack:
 
     `.studies` has one row per study (study_id, patient_id, split, image_rows, report, sentences), `.labels` the same rows (1 present, 0 absent, -1 uncertain,
     NaN blank), `.grades` too (0, 1, 2 …, NaN blank), `.image_table` one row per image (image_id, study, path, sha256, width, height, and where known view, boxed, masked),
-    `.boxes` one row per box (image, name, x0, y0, x1, y1 in pixels of the source), `.mask(index)` the masks of an image, `.rejects` what did not get in.
+    `.boxes` one row per box (image, name, x0, y0, x1, y1 in pixels of the source), `.mask(index)` the masks of an image, `.rejects` what did not get in, `.recipe` the
+    rules of a paper by which it was made (see data.source.Recipe; empty without).
     ValueError if the folder is not a Pack or its files do not fit the manifest.
     """
 
@@ -654,6 +655,7 @@ class Pack:
         names = self.manifest.get(kind, [])
         return _columns(self._tables["studies"], [prefix + name for name in names], self.path / "studies.parquet").set_axis(names, axis=1)
 
+    recipe = property(lambda self: self.manifest["source"].get("recipe", {}))
     image_table = property(lambda self: self._tables["images"])
     rejects = property(lambda self: self._tables["rejects"])
     boxes = property(lambda self: self._tables.get("boxes", pd.DataFrame(columns=list(BOX))))

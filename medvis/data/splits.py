@@ -42,10 +42,17 @@ def nested_subsets(
     patient_ids,                                                # (n,) one id per row
     fractions: tuple[float, ...] = (0.01, 0.1, 1.0),            # shares of the patients, each in (0, 1]
     seed: int = 0,
+    how: str = "patients",                                      # or "first": the first rows, whoever they are of (LoVT)
 ) -> dict[float, np.ndarray]:                                   # fraction -> sorted row numbers (int64)
-    "Rows of growing, nested shares of the patients, at least one patient each; independent of row order"
+    """Rows of growing, nested shares of the patients, at least one patient each; independent of row order.
+
+    ValueError for a share outside (0, 1] or another rule."""
     if bad := [fraction for fraction in fractions if not 0 < fraction <= 1]:
         raise ValueError(f"fractions must be above 0 and at most 1, found {bad}")
+    if how == "first":
+        return {fraction: np.arange(max(1, round(fraction * len(patient_ids)))) for fraction in fractions}
+    if how != "patients":
+        raise ValueError(f"unknown rule for subsets {how!r}; choose from patients, first")
     patients, rows = np.unique(np.asarray(patient_ids, dtype=str), return_inverse=True)
     rank = np.empty(len(patients), dtype=np.int64)
     rank[np.argsort(_draw(patients, f"subset:{seed}"), kind="stable")] = np.arange(len(patients))

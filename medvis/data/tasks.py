@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'UNCERTAIN', 'BLANK', 'BOX', 'pack_images', 'find_images', 'EmptyTask', 'Task', 'make_task', 'label_targets',
-           'chosen_labels', 'study_targets', 'label_task', 'class_task', 'ordinal_task', 'mask_task', 'box_task',
-           'paint_boxes', 'phantom_target', 'phantom_task', 'pack_boxes', 'held_kinds', 'asked_names', 'pack_task',
-           'store_subsets', 'boxes_in_view']
+           'held_kinds', 'asked_names', 'LabelPolicy', 'label_policy', 'chosen_labels', 'study_targets', 'label_task',
+           'class_task', 'ordinal_task', 'mask_task', 'box_task', 'paint_boxes', 'phantom_target', 'phantom_task',
+           'pack_boxes', 'pack_task', 'store_subsets', 'boxes_in_view']
 
 # %% ../../nbs/data/08_tasks.ipynb #25c9da47
 import contextlib
@@ -96,11 +96,7 @@ class Task:
     def rows(self, split: str, fraction: float = 1.0, seed: int = 0, how: str = "patients") -> np.ndarray:
         "Rows of a split, or of a share of its patients; how=\"first\" takes the first rows instead (LoVT)."
         rows = np.flatnonzero(self.images["split"] == split)
-        if how == "first":
-            return rows[: max(1, round(fraction * len(rows)))]
-        if how != "patients":
-            raise ValueError(f"rows are taken by {how!r}; expected 'patients' or 'first'")
-        return rows[nested_subsets(self.images["patient_id"].iloc[rows], (fraction,), seed)[fraction]] if len(rows) else rows
+        return rows[nested_subsets(self.images["patient_id"].iloc[rows], (fraction,), seed, how)[fraction]] if len(rows) else rows
 
     @cached_property
     def hash(self) -> str:
@@ -150,6 +146,56 @@ def label_targets(
         )
     return labels.fillna(BLANK[blank]).mask(labels == -1, pd.Series({name: UNCERTAIN[one] for name, one in policies.items()}), axis=1)
 
+# %% ../../nbs/data/08_tasks.ipynb #2e2ff25f
+def held_kinds(pack: Pack) -> dict[str, list[str]]:     # kind of task -> names of labels, grades, masks or boxes
+    "What a Pack can be asked about. Without masks, its boxes can be painted as such."
+    given = {"labels": "labels", "classes": "labels", "ordinal": "grades", "masks": "masks" if pack.manifest.get("masks") else "boxes", "boxes": "boxes"}
+    return {kind: list(pack.manifest[name]) for kind, name in given.items() if pack.manifest.get(name)}
+
+# %% ../../nbs/data/08_tasks.ipynb #64d14c8c
+def asked_names(
+    pack: Pack,
+    kind: str,                                  # of KINDS
+    classes: Iterable[str] | None = None,
+) -> list[str]:
+    "What a task of a Pack asks for: the classes that are given, else those of the recipe, else all. ValueError says what the Pack holds instead."
+    held, recipe = held_kinds(pack), list(pack.recipe.get("classes", []))
+    if kind not in held:
+        told = "; ".join(f"{', '.join(names)} (kind {other})" for other, names in held.items() if other != "classes")
+        raise ValueError(f"{pack.path} holds nothing for a task of kind {kind}; it holds {told or 'no labels, grades, masks or boxes'}")
+    if kind not in ("labels", "classes"):
+        recipe = [name for name in recipe if name in held[kind]]
+    names = list(recipe or held[kind]) if classes is None else list(classes)
+    if not names:
+        raise ValueError(f"no {kind} are asked for; those of {pack.path} are {', '.join(held[kind])}")
+    if missing := [name for name in names if name not in held[kind]]:
+        raise ValueError(f"{pack.path} holds no {kind} {', '.join(missing)}; its {kind} are {', '.join(held[kind])}")
+    return names
+
+# %% ../../nbs/data/08_tasks.ipynb #404d9dab
+@dataclass(frozen=True)
+class LabelPolicy:
+    "Which labels are used, and what uncertain and blank ones count as."
+
+    findings: tuple[str, ...]
+    uncertain: str | Mapping[str, str]      # see label_targets
+    blank: str
+
+# %% ../../nbs/data/08_tasks.ipynb #0a693d70
+def label_policy(
+    pack: Pack,
+    findings: Iterable[str] | None = None,              # label columns; None: as the recipe says, else all
+    uncertain: str | Mapping[str, str] | None = None,   # see label_targets; None: as the recipe says, else "ignore"
+    blank: str | None = None,                           # None: as the recipe says, else "negative"
+) -> LabelPolicy:
+    "How the labels of a Pack are read. ValueError names labels that it does not hold."
+    recipe = pack.recipe
+    uncertain, blank = uncertain or recipe.get("uncertain", "ignore"), blank or recipe.get("blank", "negative")
+    if findings is None and isinstance(uncertain, Mapping):
+        findings = recipe.get("classes") or list(uncertain)
+    names = asked_names(pack, "labels", findings)
+    return LabelPolicy(tuple(names), uncertain, blank)
+
 # %% ../../nbs/data/08_tasks.ipynb #2910a031
 def chosen_labels(
     pack: Pack,
@@ -168,26 +214,30 @@ def chosen_labels(
 # %% ../../nbs/data/08_tasks.ipynb #7b3dbb3d
 def study_targets(
     pack: Pack,
-    findings: Iterable[str] | None = None,  # label columns; None: all
-    uncertain: str = "ignore",              # see label_targets
-    blank: str = "negative",
-) -> pd.DataFrame:                          # one row a study; 1, 0, NaN
+    findings: Iterable[str] | None = None,              # see label_policy for all three
+    uncertain: str | Mapping[str, str] | None = None,
+    blank: str | None = None,
+) -> pd.DataFrame:                                      # one row a study; 1, 0, NaN
     "Targets study by study. A study of which nothing at all is known was not labelled: its blanks do not mean that a finding is absent."
-    labels = pack.labels[list(pack.labels if findings is None else findings)]
-    return label_targets(labels, uncertain, blank)[pack.labels.notna().any(axis=1)].reindex(labels.index)
+    policy = label_policy(pack, findings, uncertain, blank)
+    labels = pack.labels[list(policy.findings)]
+    return label_targets(labels, policy.uncertain, policy.blank)[pack.labels.notna().any(axis=1)].reindex(labels.index)
 
 # %% ../../nbs/data/08_tasks.ipynb #dd48c2d2
 def label_task(
     pack: Pack,
-    columns: Iterable[str] | None = None,
-    table: pd.DataFrame | None = None,      # 1, 0, -1, NaN; index: image or study ids; None: the Pack's own labels
-    uncertain: str | Mapping[str, str] = "ignore",  # see label_targets
-    blank: str = "negative",
+    columns: Iterable[str] | None = None,               # None: see label_policy; of a table all
+    table: pd.DataFrame | None = None,                  # 1, 0, -1, NaN; index: image or study ids; None: the Pack's own labels
+    uncertain: str | Mapping[str, str] | None = None,   # None: see label_policy; of a table "ignore"
+    blank: str | None = None,                           # None: see label_policy; of a table "negative"
     name: str = "labels",
 ) -> Task:
     "Binary or multi-label: which findings are there? Images without any known label are left out."
+    if table is None:
+        policy = label_policy(pack, columns, uncertain, blank)
+        columns, uncertain, blank = policy.findings, policy.uncertain, policy.blank
     labels, rows = chosen_labels(pack, columns, table)
-    targets = label_targets(labels, uncertain, blank).to_numpy(np.float32)
+    targets = label_targets(labels, uncertain or "ignore", blank or "negative").to_numpy(np.float32)
     known = ~np.isnan(targets).all(1)
     if table is None:       # a study of which nothing at all is known was not labelled: its blanks do not mean "absent"
         known &= pack.labels.notna().any(axis=1).to_numpy()[pack.image_table["study"].to_numpy()[rows]]
@@ -196,11 +246,12 @@ def label_task(
 # %% ../../nbs/data/08_tasks.ipynb #87b00972
 def class_task(
     pack: Pack,
-    columns: Iterable[str] | None = None,
+    columns: Iterable[str] | None = None,   # None: those that the recipe asks for, else all
     table: pd.DataFrame | None = None,      # exactly one 1 a row; of a column of names: pd.get_dummies(column)
     name: str = "classes",
 ) -> Task:
     "Multi-class: which one is it? Images without any label are left out; ValueError names those with none or several classes."
+    columns = asked_names(pack, "classes", columns) if table is None else columns
     labels, rows = chosen_labels(pack, columns, table)
     known = labels.notna().any(axis=1).to_numpy()
     hit = labels.to_numpy(float)[known] == 1
@@ -351,50 +402,25 @@ def _mask_rows(pack: Pack, names: Iterable[str]) -> np.ndarray:
     masked = pack.image_table["masked"] if "masked" in pack.image_table else [[]] * len(pack)
     return np.flatnonzero([bool(looked) and set(names) <= set(looked) for looked in masked])
 
-# %% ../../nbs/data/08_tasks.ipynb #2e2ff25f
-def held_kinds(pack: Pack) -> dict[str, list[str]]:     # kind of task -> names of labels, grades, masks or boxes
-    "What a Pack can be asked about. Without masks, its boxes can be painted as such."
-    given = {"labels": "labels", "classes": "labels", "ordinal": "grades", "masks": "masks" if pack.manifest.get("masks") else "boxes", "boxes": "boxes"}
-    return {kind: list(pack.manifest[name]) for kind, name in given.items() if pack.manifest.get(name)}
-
-# %% ../../nbs/data/08_tasks.ipynb #64d14c8c
-def asked_names(
-    pack: Pack,
-    kind: str,                                  # of KINDS
-    classes: Iterable[str] | None = None,
-) -> list[str]:
-    "What a task of a Pack asks for: the classes that are given, else those of the recipe, else all. ValueError says what the Pack holds instead."
-    held, recipe = held_kinds(pack), list(pack.manifest["source"].get("recipe", {}).get("classes", []))
-    if kind not in held:
-        told = "; ".join(f"{', '.join(names)} (kind {other})" for other, names in held.items() if other != "classes")
-        raise ValueError(f"{pack.path} holds nothing for a task of kind {kind}; it holds {told or 'no labels, grades, masks or boxes'}")
-    if kind not in ("labels", "classes"):
-        recipe = [name for name in recipe if name in held[kind]]
-    names = list(classes or recipe or held[kind])
-    if missing := [name for name in names if name not in held[kind]]:
-        raise ValueError(f"{pack.path} holds no {kind} {', '.join(missing)}; its {kind} are {', '.join(held[kind])}")
-    return names
-
 # %% ../../nbs/data/08_tasks.ipynb #db54a4d4
 def pack_task(
     pack: Pack,
     kind: str = "labels",                       # of KINDS
     classes: Iterable[str] | None = None,       # None: those that the recipe asks for or has an uncertainty policy for, else all; ordinal: the one grade
     name: str | None = None,
-    uncertain: str | Mapping[str, str] | None = None,   # of labels, see label_targets; None: as the recipe says
+    uncertain: str | Mapping[str, str] | None = None,   # of labels, see label_policy
     blank: str | None = None,
 ) -> Task:
-    "A task from what a Pack holds, by the rules of its recipe. ValueError if it holds nothing of that kind."
+    "A task from what a Pack holds, by the rules of its recipe. ValueError if it holds nothing of that kind, or if that has no uncertain or blank answers."
     source = pack.manifest["source"]
-    recipe, name = source.get("recipe", {}), name or f"{source.get('kind', pack.path.name)}-{kind}"
-    uncertain, blank = uncertain or recipe.get("uncertain", "ignore"), blank or recipe.get("blank", "negative")
-    if kind == "labels" and isinstance(uncertain, Mapping):
-        classes = classes or recipe.get("classes") or list(uncertain)
+    name = name or f"{source.get('kind', pack.path.name)}-{kind}"
+    if kind == "labels":
+        return label_task(pack, classes, None, uncertain, blank, name)
+    if uncertain or blank:
+        raise ValueError(f"uncertain and blank are said of labels; the task {name!r} asks for {kind}")
     names = asked_names(pack, kind, classes)
     if kind == "masks" and not pack.manifest.get("masks"):
         return paint_boxes(pack_task(pack, "boxes", names, name))
-    if kind == "labels":
-        return label_task(pack, names, None, uncertain, blank, name)
     if kind == "classes":
         return class_task(pack, names, name=name)
     if kind == "ordinal":
@@ -426,9 +452,8 @@ def store_subsets(pack: Pack, fractions: tuple[float, ...] = (0.01, 0.1, 1.0)) -
     table, listed = [], []
     for task, images in _task_images(pack).items():
         train = images[images["split"] == "train"]
-        shares = nested_subsets(train["patient_id"], fractions) if len(train) else {}
-        for how, fraction in ((how, fraction) for how in ("patients", "first") for fraction in shares):
-            part = train.iloc[shares[fraction] if how == "patients" else range(max(1, round(fraction * len(train))))]
+        for how, fraction in ((how, fraction) for how in ("patients", "first") for fraction in fractions if len(train)):
+            part = train.iloc[nested_subsets(train["patient_id"], (fraction,), how=how)[fraction]]
             table.append((task, how, fraction, part["patient_id"].nunique(), len(part), list_hash(part["image_id"])))
             listed += [(task, how, fraction, name) for name in part["image_id"]] if fraction < 1 else []
     table = pd.DataFrame(table, columns=["task", "how", "fraction", "patients", "images", "hash"])

@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['check_preprocessing', 'encode', 'linear_probe', 'paired_gain', 'probe_predictions', 'probe_table', 'random_like',
-           'PROTOCOLS', 'Protocol', 'compare_runs', 'run_protocol', 'summary', 'Predictions', 'load_predictions',
-           'score_table', 'LinearSegmenter', 'SetrDecoder', 'SmpUNet', 'UNet', 'YoloV3', 'dice_loss', 'mixed_loss',
-           'yolo_loss', 'prompt_table', 'retrieval_table', 'zero_shot', 'zero_shot_table', 'Pointing',
-           'contrast_to_noise', 'ground_phrases', 'grounding_table', 'phantom_pointing', 'phantom_targets',
-           'pointing_game', 'Boxes', 'classification_table', 'count_pixels', 'detection_table', 'dice_table', 'froc',
-           'mean_ap', 'Interval', 'auroc', 'bootstrap', 'bootstrap_auroc', 'compare', 'compare_predictions']
+           'PROTOCOLS', 'Protocol', 'as_encoders', 'as_method', 'as_pack', 'check_unseen', 'compare_runs', 'evaluate',
+           'protocol_task', 'run_protocol', 'summary', 'Predictions', 'load_predictions', 'score_table',
+           'LinearSegmenter', 'SetrDecoder', 'SmpUNet', 'UNet', 'YoloV3', 'dice_loss', 'mixed_loss', 'yolo_loss',
+           'prompt_table', 'retrieval_table', 'zero_shot', 'zero_shot_table', 'Pointing', 'contrast_to_noise',
+           'ground_phrases', 'grounding_table', 'phantom_pointing', 'phantom_targets', 'pointing_game', 'Boxes',
+           'classification_table', 'count_pixels', 'detection_table', 'dice_table', 'froc', 'mean_ap', 'Interval',
+           'auroc', 'bootstrap', 'bootstrap_auroc', 'compare', 'compare_predictions']
 
 # %% ../../nbs/evaluate/00_doors.ipynb #dcb44a08
 from importlib import import_module
@@ -23,7 +24,8 @@ _HOME = {name: module for module, names in {
     "metrics": "Boxes classification_table count_pixels detection_table dice_table froc mean_ap",
     "predictions": "Predictions load_predictions score_table",
     "recipes": "PROTOCOLS Protocol",
-    "protocol": "compare_runs run_protocol summary",
+    "models": "as_encoders as_method as_pack check_unseen",
+    "protocol": "compare_runs evaluate protocol_task run_protocol summary",
     "retrieve": "prompt_table retrieval_table zero_shot zero_shot_table",
     "segment": "LinearSegmenter SetrDecoder SmpUNet UNet dice_loss mixed_loss",
     "stats": "Interval auroc bootstrap bootstrap_auroc compare compare_predictions",
@@ -39,7 +41,7 @@ def __getattr__(name: str) -> Any:
 # %% ../../nbs/evaluate/00_doors.ipynb #23146c90
 _all_ = [
     "check_preprocessing", "encode", "linear_probe", "paired_gain", "probe_predictions", "probe_table", "random_like",
-    "PROTOCOLS", "Protocol", "compare_runs", "run_protocol", "summary", "Predictions", "load_predictions", "score_table",
+    "PROTOCOLS", "Protocol", "as_encoders", "as_method", "as_pack", "check_unseen", "compare_runs", "evaluate", "protocol_task", "run_protocol", "summary", "Predictions", "load_predictions", "score_table",
     "LinearSegmenter", "SetrDecoder", "SmpUNet", "UNet", "YoloV3", "dice_loss", "mixed_loss", "yolo_loss",
     "prompt_table", "retrieval_table", "zero_shot", "zero_shot_table",
     "Pointing", "contrast_to_noise", "ground_phrases", "grounding_table", "phantom_pointing", "phantom_targets", "pointing_game",

@@ -23,7 +23,8 @@ from torch import nn
 from tqdm import tqdm
 
 from ..data.splits import check_leaks, nested_subsets
-from ..data.tasks import study_targets
+from ..data.tasks import label_policy, study_targets
+from .models import as_encoders, check_unseen
 from .stats import auroc, interval, resample
 from ..train.checkpoint import write_atomic, write_json
 from ..train.loop import describe_machine
@@ -150,8 +151,10 @@ def random_like(
     encoder: nn.Module,
     seed: int = 0,
 ) -> nn.Module:
-    """A copy of the encoder with newly drawn weights; torch's random state is left as it was."""
+    """A copy of the encoder with newly drawn weights, which no run has trained; torch's random state is left as it was."""
     fresh = copy.deepcopy(encoder)
+    for module in fresh.modules():
+        vars(module).pop("provenance", None)
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(seed)
         fresh.apply(_redraw)
@@ -225,32 +228,29 @@ def _probe_encoder(
 
 # %% ../../nbs/evaluate/02_classify.ipynb #46134edd
 def probe_predictions(
-    encoder,  # an image encoder, or a dict name -> image encoder
+    encoder,  # an image encoder, method, run folder, ...; several in a list or a dict name -> encoder: see models.as_encoders
     data,  # a Pack with the splits train and test
     fractions: tuple[float, ...] = (0.01, 0.1, 1.0),  # shares of the training patients
     seeds: tuple[int, ...] = (0, 1, 2),  # each draws other subsets, and another random baseline
-    findings: list[str] | None = None,  # label columns; None: all
+    findings: list[str] | None = None,  # label columns; this and the next three: None = as the Pack's recipe says, see label_policy
     baseline: str | None = "random",  # name of the untaught copy of the first encoder; None: without it
-    uncertain: str = "ignore",
-    blank: str = "negative",
+    uncertain: str | Mapping[str, str] | None = None,
+    blank: str | None = None,
+    subset: str | None = None,  # "patients": shares are drawn by patient; "first": they are the first rows
+    allow_leaks: bool = False,  # measure although an encoder was trained on patients or images that are tested here
     **encoding,  # batch_size, device, cache: see encode
 ) -> pd.DataFrame:  # study_id, patient_id, encoder, fraction, seed, finding, label, score, n, positives
     """Scores of every test study by every probe: encoders x fractions x seeds x findings.
 
-    An encoder of the baseline's name is used as it is. Raises ValueError for unknown findings or missing splits."""
-    encoders = dict(encoder) if isinstance(encoder, Mapping) else {"encoder": encoder}
-    findings = list(data.labels.columns) if findings is None else list(findings)
-    missing = [finding for finding in findings if finding not in data.labels.columns]
-    if missing or not findings:
-        told = f"no label column for findings {missing}" if missing else "no finding is asked for"
-        raise ValueError(f"{told}; the labels of the pack are {', '.join(data.labels.columns) or 'none'}")
+    An encoder of the baseline's name is used as it is. Raises ValueError for unknown findings, missing splits, or leaks."""
+    encoders = as_encoders(encoder)
     targets = study_targets(data, findings, uncertain, blank)
+    check_unseen(data, encoders.values(), allow_leaks)
     split = _split_rows(data.studies)
     studies = data.studies[["study_id", "patient_id"]].iloc[split[1]].astype(str)
     patients = data.studies["patient_id"].to_numpy()[split[0]]
-    subsets = [
-        (seed, *pair) for seed in seeds for pair in nested_subsets(patients, tuple(sorted(fractions)), seed).items()
-    ]
+    subset, shares = subset or data.recipe.get("subset", "patients"), tuple(sorted(fractions))
+    subsets = [(seed, *pair) for seed in seeds for pair in nested_subsets(patients, shares, seed, subset).items()]
     jobs = [(name, model, subsets) for name, model in encoders.items()]
     if baseline and baseline not in encoders:
         first = next(iter(encoders.values()))
@@ -357,28 +357,33 @@ def paired_gain(
 
 # %% ../../nbs/evaluate/02_classify.ipynb #49683e44
 def linear_probe(
-    encoder,  # an image encoder, or a dict name -> image encoder
+    encoder,  # an image encoder, method, run folder, ...; several in a list or a dict name -> encoder: see models.as_encoders
     data,  # a Pack with the splits train and test
     fractions: tuple[float, ...] = (0.01, 0.1, 1.0),  # shares of the training patients
     seeds: tuple[int, ...] = (0, 1, 2),
-    findings: list[str] | None = None,
+    findings: list[str] | None = None,  # label columns; this and the three below: None = as the Pack's recipe says
     baseline: str | None = "random",
-    uncertain: str = "ignore",
-    blank: str = "negative",
+    uncertain: str | Mapping[str, str] | None = None,  # see label_policy
+    blank: str | None = None,
+    subset: str | None = None,  # see probe_predictions
     resamples: int = 500,
     out: str | Path | None = None,  # folder for predictions.parquet, probe.csv and probe.json
+    allow_leaks: bool = False,
     **encoding,  # batch_size, device, cache: see encode
 ) -> pd.DataFrame:  # encoder, finding, fraction, auroc, low, high, n, ...: see probe_table
     """Linear classification from frozen features with few and many labels, against random initialisation.
 
     See probe_predictions for the protocol's settings and probe_table for the columns."""
-    predictions = probe_predictions(encoder, data, fractions, seeds, findings, baseline, uncertain, blank, **encoding)
+    encoders, policy = as_encoders(encoder), label_policy(data, findings, uncertain, blank)
+    subset = subset or data.recipe.get("subset", "patients")
+    rules = {**vars(policy), "subset": subset}
+    predictions = probe_predictions(encoders, data, fractions, seeds, baseline=baseline, allow_leaks=allow_leaks, **rules, **encoding)
     table = probe_table(predictions, resamples)
     if out is not None:
         write_atomic(Path(out) / "predictions.parquet", lambda file: predictions.to_parquet(file, index=False))
         write_atomic(Path(out) / "probe.csv", lambda file: table.to_csv(file, index=False))
-        networks = encoder if isinstance(encoder, Mapping) else {"encoder": encoder}
-        rules = dict(fractions=fractions, seeds=seeds, baseline=baseline, uncertain=uncertain, blank=blank, resamples=resamples)
+        rules |= dict(fractions=fractions, seeds=seeds, baseline=baseline, resamples=resamples)
         metric = "AUROC of a logistic regression on frozen features, mean over seeds; intervals: patient bootstrap"
-        write_json(Path(out) / "probe.json", about(networks, data, metric=metric, **rules))
+        write_json(Path(out) / "probe.json", about(encoders, data, metric=metric, **rules))
     return table
+

@@ -7,12 +7,13 @@ __all__ = ['HEIGHTS', 'MEASURES', 'PLACES', 'OTHERS', 'GRAINS', 'ROLES', 'TOLD',
            'contrast_to_noise', 'stretched', 'overlap', 'best_dice', 'measure', 'best_fixed_point', 'Pointing',
            'pointing_rate', 'pointing_game', 'word_role', 'phantom_words', 'Target', 'report_targets',
            'phantom_targets', 'PhantomPointing', 'finding_row', 'target_rows', 'phantom_pointing', 'grounding_table',
-           'strangers', 'phrase_maps', 'ground_phrases']
+           'strangers', 'phrase_maps', 'ground_phrases', 'ground']
 
 # %% ../../nbs/evaluate/03_ground.ipynb #bad3f5a9
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -23,10 +24,13 @@ from torch.nn.functional import interpolate
 from ..data.pack import Pack
 from ..data.pairs import Pairs, Report, Sample, collate, tokenise
 from ..data.phantom import Phantom, PhantomStudy
-from ..data.phrases import Phrase, find_phrases, phrase_mask
-from .classify import check_preprocessing, frozen
+from ..data.phrases import Phrase, find_phrases, phantom_phrases, phrase_mask, read_ms_cxr
+from .classify import about, check_preprocessing, frozen
+from .models import as_method, as_pack, check_unseen
 from .stats import Interval, bootstrap_mean, interval, resample
 from ..methods.method import Correspondence
+from ..train.checkpoint import write_atomic, write_json
+from ..train.loop import Run
 
 # %% ../../nbs/evaluate/03_ground.ipynb #565f800c
 def on_target(
@@ -581,7 +585,7 @@ def ground_phrases(
     pack: Pack,
     phrases: Sequence[Phrase],
     batch_size: int = 32,
-) -> pd.DataFrame:  # phrase (its number), image_id, patient, finding, boxes; MEASURES; other_..., on another's image
+) -> pd.DataFrame:  # phrase (its number), image_id, patient, split, finding, boxes; MEASURES; other_..., on another's image
     """Measure a method on phrases with boxes; those whose boxes the encoder's crop leaves out have no row.
 
     ValueError if the Pack does not hold the images, or in another shape, or not as the encoder expects them."""
@@ -592,12 +596,40 @@ def ground_phrases(
     seen = np.flatnonzero([mask.any() for mask in masks])
     if not len(seen):
         raise ValueError(f"of {len(phrases)} phrases none has a box in what the encoder sees")
-    patients = pack.studies["patient_id"].to_numpy()[pack.image_table["study"].to_numpy()[own]].astype(str)
+    studies = pack.studies.iloc[pack.image_table["study"].to_numpy()[own]]
+    patients = studies["patient_id"].to_numpy().astype(str)
     whose, chosen = strangers(patients), [phrases[i] for i in seen]
     inputs = [(method, pack, chosen, images[seen], np.stack([masks[i] for i in seen])) for images in (own, own[whose])]
     with frozen(method):
         found, blind = (_measured(*part, batch_size) for part in inputs)
     blind[patients[whose[seen]] == patients[seen]] = np.nan
-    told = {"phrase": seen, "image_id": [p.image_id for p in chosen], "patient": patients[seen]}
+    told = {"phrase": seen, "image_id": [p.image_id for p in chosen], "patient": patients[seen], "split": studies["split"].to_numpy()[seen]}
     told |= {"finding": [p.category for p in chosen], "boxes": [len(p.boxes) for p in chosen]}
     return pd.concat([pd.DataFrame(told), found, blind.drop(columns="chance").add_prefix("other_")], axis=1)
+
+# %% ../../nbs/evaluate/03_ground.ipynb #e5b07a07
+def ground(
+    run: nn.Module | Run | str | Path,  # a method (see phrase_maps) or a run folder
+    data: Pack | str | Path | None = None,  # the Pack that holds the phrases' images; None: the one that the run was trained on
+    phrases: Sequence[Phrase] | str | Path | None = None,  # or a file in the format of MS-CXR; None: what a phantom's test reports say
+    out: str | Path | None = None,  # folder for phrases.csv (one row a phrase), findings.csv (the table) and phrases.json
+    resamples: int = 500,
+    allow_leaks: bool = False,  # measure although the run was trained on patients or images that are for validation or test
+) -> pd.DataFrame:  # see grounding_table
+    """Does a run find the places that phrases speak of? With the same phrases on another patient's image beside it. ValueError for leaks."""
+    method = as_method(run)
+    pack = as_pack(data, method)
+    check_unseen(pack, [method], allow_leaks)
+    where = str(phrases) if isinstance(phrases, str | Path) else "given" if phrases else "of the phantom's test reports"
+    if phrases is None:
+        phrases = phantom_phrases(pack)
+    elif isinstance(phrases, str | Path):
+        phrases = read_ms_cxr(Path(phrases))
+    rows = ground_phrases(method, pack, phrases)
+    table = grounding_table(rows, resamples)
+    if out is not None:
+        for name, each in (("phrases", rows), ("findings", table)):
+            write_atomic(Path(out) / f"{name}.csv", lambda file: each.to_csv(file, index=False))
+        rules = dict(phrases=where, count=len(phrases), metrics=MEASURES, resamples=resamples)
+        write_json(Path(out) / "phrases.json", about({"method": method}, pack, **rules))
+    return table

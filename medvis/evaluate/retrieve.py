@@ -25,12 +25,14 @@ from tqdm import tqdm
 from ..data.files import read_csv
 from ..data.pack import Pack
 from ..data.pairs import Sample, collate, tokenise
-from ..data.tasks import pack_images, study_targets
+from ..data.tasks import label_policy, pack_images, study_targets
 from .classify import about, check_preprocessing, frozen
 from .metrics import classification_table
+from .models import as_method, as_pack, check_unseen
 from .stats import auroc, bootstrap, bootstrap_mean, interval
 from ..methods.method import Method, known
 from ..train.checkpoint import write_atomic, write_json
+from ..train.loop import Run
 
 # %% ../../nbs/evaluate/09_retrieve.ipynb #60912cbc
 @dataclass(frozen=True)
@@ -422,8 +424,8 @@ def finding_scores(
 def zero_shot_targets(
     pairs: PairScores,
     pack: Pack,
-    uncertain: str = "ignore",  # see data.tasks.label_targets
-    blank: str = "negative",
+    uncertain: str | Mapping[str, str] | None = None,  # None: as the Pack's recipe says, see data.tasks.label_policy
+    blank: str | None = None,
 ) -> pd.DataFrame:  # one row an image of `pairs`, one column a finding of its prompts; 1, 0, NaN
     """What is true of these images, by the labels of their studies. ValueError for findings without labels."""
     findings = list(pd.unique(pairs.texts["finding"]))
@@ -522,46 +524,60 @@ def class_table(
 
 # %% ../../nbs/evaluate/09_retrieve.ipynb #e3ba79b8
 def retrieve(
-    method: Method,
-    pack: Pack,
+    run: Method | Run | str | Path,  # or a run folder
+    data: Pack | str | Path | None = None,  # None: the Pack that it was trained on
     split: str = "test",
-    findings: Sequence[str] | None = None,  # of "same class"; None: all label columns
+    findings: Sequence[str] | None = None,  # of "same class"; this and the next two: None = as the Pack's recipe says, see label_policy
+    uncertain: str | Mapping[str, str] | None = None,
+    blank: str | None = None,
     per_class: int | None = None,  # at most so many studies of each class; the papers: 200
     ks: Sequence[int] = (1, 5, 10),
     resamples: int = 500,
-    out: str | Path | None = None,  # folder for retrieval.npz and retrieval.csv
+    out: str | Path | None = None,  # folder for retrieval.npz, retrieval.csv and retrieval.json
+    allow_leaks: bool = False,  # measure although the run was trained on patients or images of the split
     batch_size: int = 64,
 ) -> pd.DataFrame:  # see retrieval_table
-    """Retrieval between the images and the reports of a split, both ways, same study and same class."""
+    """Retrieval between the images and the reports of a split, both ways, same study and same class. ValueError for leaks."""
+    method = as_method(run)
+    pack = as_pack(data, method)
+    check_unseen(pack, [method], allow_leaks)
     pairs = retrieval_scores(method, pack, split, batch_size=batch_size)
     studies = pack.studies["study_id"].astype(str)
     here = studies.isin(pairs.texts["study_id"].astype(str)).to_numpy()
-    targets = study_targets(pack, findings)[here]
-    classes = dict(zip(studies[here], exclusive_class(targets, per_class)))
+    policy = vars(label_policy(pack, findings, uncertain, blank)) if len(pack.labels.columns) else {}
+    targets = study_targets(pack, **policy) if policy else pack.labels
+    classes = dict(zip(studies[here], exclusive_class(targets[here], per_class)))
     table = retrieval_table(pairs, classes, ks, resamples)
     if out is not None:
         save_pairs(Path(out) / "retrieval.npz", pairs)
         write_atomic(Path(out) / "retrieval.csv", lambda file: table.to_csv(file, index=False))
-        rules = dict(split=split, findings=findings, per_class=per_class, ks=ks, resamples=resamples, metrics=DEFINITIONS)
+        rules = dict(split=split, **policy, per_class=per_class, ks=ks, resamples=resamples, metrics=DEFINITIONS)
         write_json(Path(out) / "retrieval.json", about({"method": method}, pack, **rules))
     return table
 
 # %% ../../nbs/evaluate/09_retrieve.ipynb #62b7ad7e
 def zero_shot(
-    method: Method,
-    pack: Pack,
-    prompts: pd.DataFrame | None = None,  # None: prompt_table of the labels that the Pack's recipe asks for, else of all, as far as they have names
+    run: Method | Run | str | Path,  # or a run folder
+    data: Pack | str | Path | None = None,  # None: the Pack that it was trained on
+    prompts: pd.DataFrame | None = None,  # None: prompt_table of `findings`, as far as they have names
     split: str = "test",
+    findings: Sequence[str] | None = None,  # this and the next two: None = as the Pack's recipe says, see label_policy
+    uncertain: str | Mapping[str, str] | None = None,
+    blank: str | None = None,
     combine: str = "mean",
     resamples: int = 500,
-    out: str | Path | None = None,  # folder for zero_shot.npz, zero_shot.csv, prompts.csv, classes.csv
+    out: str | Path | None = None,  # folder for zero_shot.npz, zero_shot.json and the three tables as zero_shot_<name>.csv
+    allow_leaks: bool = False,  # measure although the run was trained on patients or images of the split
     batch_size: int = 64,
 ) -> dict[str, pd.DataFrame]:  # "findings": zero_shot_table, "prompts": prompt_breakdown, "classes": class_table
-    """Zero-shot classification of a split: positive against negative, prompt by prompt, class against class."""
-    asked = pack.manifest["source"].get("recipe", {}).get("classes") or pack.labels
-    prompts = prompt_table([name for name in asked if name in NAMES]) if prompts is None else prompts
+    """Zero-shot classification of a split: positive against negative, prompt by prompt, class against class. ValueError for leaks."""
+    method = as_method(run)
+    pack = as_pack(data, method)
+    check_unseen(pack, [method], allow_leaks)
+    policy = label_policy(pack, findings if prompts is None else list(pd.unique(prompts["finding"])), uncertain, blank)
+    prompts = prompt_table([name for name in policy.findings if name in NAMES]) if prompts is None else prompts
     pairs = zero_shot_scores(method, pack, prompts, split, batch_size)
-    targets = zero_shot_targets(pairs, pack)
+    targets = zero_shot_targets(pairs, pack, policy.uncertain, policy.blank)
     tables = {
         "findings": zero_shot_table(pairs, targets, combine, resamples),
         "prompts": prompt_breakdown(pairs, targets),
@@ -571,6 +587,7 @@ def zero_shot(
         save_pairs(Path(out) / "zero_shot.npz", pairs)
         for name, table in tables.items():
             write_atomic(Path(out) / f"zero_shot_{name}.csv", lambda file: table.to_csv(file, index=False))
-        rules = dict(split=split, combine=combine, resamples=resamples, prompts=prompts.to_dict("records"), metrics=ZERO_SHOT)
+        rules = dict(split=split, uncertain=policy.uncertain, blank=policy.blank, combine=combine, resamples=resamples)
+        rules |= dict(prompts=prompts.to_dict("records"), metrics=ZERO_SHOT)
         write_json(Path(out) / "zero_shot.json", about({"method": method}, pack, **rules))
     return tables

@@ -179,7 +179,7 @@ def show_run(
 ) -> Path:
     "Write the page of a run. FileNotFoundError when the run or its pack is not there."
     method, probe, gains, control = load_method(run.path), None, None, None
-    data = trained_on(run) if data is None else data
+    data = trained_on(run.provenance) if data is None else data
     phantom = data.manifest["source"].get("kind") == "phantom"
     pairs = held_out_pairs(method, data)
     chosen = {item: [] for item in range(min(studies, len(pairs)))}

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['learning_rate', 'parameter_groups', 'source_commit', 'processor_name', 'describe_machine', 'open_run', 'read_log',
-           'load_method', 'is_run', 'load_encoder', 'Run', 'summed', 'anywhere', 'from_all', 'on_main', 'optimise',
-           'validate', 'cut_log', 'append_log', 'leave_group', 'make_accelerator', 'Trainer', 'save', 'restore',
-           'take_step', 'train_epoch', 'validate_epoch', 'diagnose_epoch', 'end_epoch', 'hold_run', 'fit', 'trained_on',
-           'guard_runs', 'Schedule']
+           'Provenance', 'note_provenance', 'load_method', 'is_run', 'load_encoder', 'Run', 'summed', 'anywhere',
+           'from_all', 'on_main', 'optimise', 'validate', 'cut_log', 'append_log', 'leave_group', 'make_accelerator',
+           'Trainer', 'save', 'restore', 'take_step', 'train_epoch', 'validate_epoch', 'diagnose_epoch', 'end_epoch',
+           'hold_run', 'fit', 'trained_on', 'Schedule']
 
 # %% ../../nbs/train/03_loop.ipynb #27fcb0f8
 import atexit
@@ -37,7 +37,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from ..data.files import lock_folder
-from ..data.pack import Pack, guard_measured
+from ..data.pack import Pack
 from ..data.pairs import Batch, Pairs, collate, counter_seed, epoch_batches
 from ..data.view import View
 from ..encoders.image import image_encoder, load_weights
@@ -174,6 +174,18 @@ def read_log(path: Path) -> pd.DataFrame:
         raise ValueError(f"{path} has a damaged line ({str(error).splitlines()[0][:80]}): if the run was killed while it wrote, "
                          f"start it again; else copy it again from where it came, or delete that line") from error
 
+# %% ../../nbs/train/03_loop.ipynb #3d41348f
+@dataclass(frozen=True)
+class Provenance:
+    "Which run made some weights, and on which Pack: what must be known to measure them on something else."
+    run: Path
+    data: dict[str, Any]   # `data` of the run's manifest: hash, path and absolute path of the Pack
+
+# %% ../../nbs/train/03_loop.ipynb #73130143
+def note_provenance(method: Method, provenance: Provenance) -> None:
+    "Write on a method, and on its image encoder, where its weights come from; copies keep it."
+    method.provenance = method.image_encoder.provenance = provenance
+
 # %% ../../nbs/train/03_loop.ipynb #43e353ff
 def load_method(
     path: str | Path,                        # a run folder
@@ -197,6 +209,7 @@ def load_method(
     method.config, method.preset = kind.Config(**told["config"]), told.get("preset")
     method.recipe = {key: value for key, value in told["train"].items() if key in View.__dataclass_fields__}
     method.image_encoder.preprocessing = replace(method.preprocessing, fit=noted["data"].get("fit"))
+    note_provenance(method, Provenance(path, noted["data"]))
     return method.eval()
 
 # %% ../../nbs/train/03_loop.ipynb #308b2f1b
@@ -239,6 +252,10 @@ class Run:
     @property
     def manifest(self) -> dict[str, Any]:
         return read_settings(self.path / "manifest.json", "data")
+
+    @property
+    def provenance(self) -> Provenance:
+        return Provenance(self.path, self.manifest["data"])
 
     @property
     def metrics(self) -> pd.DataFrame:
@@ -608,6 +625,7 @@ def fit(
     with ExitStack() as stack:
         on_main(a, lambda: hold_run(stack, config.run, finished))
         on_main(a, lambda: open_run(method, data, config, a.num_processes))
+        note_provenance(method, Run(config.run).provenance)
         if finished:
             method.load_state_dict(read_weights(last))
             return Run(config.run)
@@ -625,37 +643,16 @@ def fit(
     return Run(config.run)
 
 # %% ../../nbs/train/03_loop.ipynb #e7b49a26
-def trained_on(run: Run) -> Pack:
-    "The Pack that a run was trained on. ValueError says where it was looked for, if it is not there."
-    told = run.manifest["data"]
-    path = Path(told["path"])
-    for folder in dict.fromkeys([path, *(above / path for above in run.path.resolve().parents), Path(told.get("absolute", path))]):
+def trained_on(provenance: Provenance) -> Pack:
+    "The Pack that weights were trained on. ValueError says where it was looked for, if it is not there."
+    run, data = provenance.run, provenance.data
+    path = Path(data["path"])
+    for folder in dict.fromkeys([path, *(above / path for above in run.resolve().parents), Path(data.get("absolute", path))]):
         try:
             pack = Pack(folder)
         except (ValueError, OSError):
             continue
-        if pack.manifest["hash"] == told["hash"]:
+        if pack.manifest["hash"] == data["hash"]:
             return pack
-    raise ValueError(f"{run.path} was trained on the Pack at {told.get('absolute', path)}, which is not there (nor at {path} from here or from a folder above the run's): "
+    raise ValueError(f"{run} was trained on the Pack at {data.get('absolute', path)}, which is not there (nor at {path} from here or from a folder above the run's): "
                      f"say with --data (data= in Python) where it stands now")
-
-# %% ../../nbs/train/03_loop.ipynb #d731aecc
-def guard_runs(
-    pack: Pack,                         # that is measured on
-    paths: Iterable[str | Path],        # of encoders; of those that are no runs nothing is known
-    allow_leaks: bool = False,
-    progress: bool = False,
-) -> None:
-    """ValueError if a run was trained on patients or images that a Pack has for validation or test (`data.pack.guard_measured`).
-
-    Warns if the Pack that a run was trained on is not there any more."""
-    for path in filter(is_run, paths):
-        told = Run(Path(path)).manifest["data"]
-        try:
-            trained = trained_on(Run(Path(path)))
-        except ValueError:
-            trained = None
-        if trained is not None:
-            guard_measured(pack, trained, allow_leaks, progress)
-        elif told["hash"] not in (pack.manifest["hash"], *pack.manifest.get("guard", {}).get("against", ())):
-            warnings.warn(f"{path} was trained on a Pack that is not at {told['path']} any more: nobody can tell whether it saw images of {pack.path}", stacklevel=2)
