@@ -80,28 +80,11 @@ def pretrain_options(
 def pretrain(method: str, options):     # -> Run
     "Pre-train a method as `pretrain_options` says."
     data = Pack(options.data)
-    import torch
     from accelerate import PartialState
 
-    from medvis.encoders import train_tokenizer
-    from medvis.methods import METHODS
-    from medvis.train import fit, load_method
+    from medvis.train import create_method, fit
 
-    kind = METHODS[method]
-    torch.manual_seed(options.train.seed)
-    if options.init is not None:
-        start = load_method(options.init)
-        made = kind(options.settings, start.tokenizer)
-        try:
-            made.load_state_dict(start.state_dict())
-        except RuntimeError as error:
-            raise ValueError(f"{options.init} does not fit these settings: its networks are {start.config}") from error
-    else:
-        train = data.studies[data.studies["split"] == "train"]
-        own = options.settings.text in ("tiny-bert", "bert-base")
-        words = (sentence for sentences in train["sentences"] for sentence in sentences)
-        made = kind(options.settings, train_tokenizer(words) if own else None)
-    made.preset = options.preset
+    made = create_method(method, options.preset, data, options.train.seed, options.init, **vars(options.settings))
     run = fit(made, data, options.train)
     PartialState().print(f"Run: {run.path}")        # once, whatever the number of processes
     return run

@@ -404,6 +404,9 @@ class Trainer:
     def __post_init__(self):
         c, method = self.config, self.method
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        if method.vocabulary_of not in (None, self.data.manifest["hash"]):
+            raise ValueError(f"the vocabulary of this {type(method).__name__} is from the reports of another Pack than {self.data.path}: make the method with create_method(..., data=) "
+                             f"of this Pack, or with init= a run, whose vocabulary it keeps")
         self.accelerator = make_accelerator(c)
         room = getattr(method.text_encoder.body.config, "max_position_embeddings", c.max_tokens)
         if c.max_tokens > room:
