@@ -59,8 +59,7 @@ def create_method(
     """A new method, ready for `fit`.
 
     ValueError for an unknown name, preset or setting, for a text encoder without words, and for settings that do not fit `init`."""
-    known("method", [name], METHODS)
-    kind = METHODS[name]
+    kind = METHODS.find(name)
     known(f"preset of {name}", [preset], kind.presets)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
