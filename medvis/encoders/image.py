@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['LOCAL_GRIDS', 'IMAGE_ENCODERS', 'ResNetEncoder', 'residual_stage', 'he_init', 'TinyResNet', 'ResNet256',
-           'cls_attention', 'ViTEncoder', 'load_weights', 'image_encoder']
+           'cls_attention', 'ViTEncoder', 'register_encoder', 'load_weights', 'image_encoder']
 
 # %% ../../nbs/encoders/02_image.ipynb #04b01ccc
 import inspect
 import math
 import operator
+from collections.abc import Callable
 from itertools import accumulate
 
 import timm
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models.resnet import BasicBlock
 
+from ..core.registry import Registry
 from ..data.preprocessing import Preprocessing
 from .features import ImageFeatures
 from .weights import check_numbers, read_state, strip_prefix
@@ -194,7 +196,7 @@ def _tiny_vit(size: int = 64, crop: float = 1.0, patch: int = 8, width: int = 12
     return ViTEncoder(body, Preprocessing(size=size, crop=crop, channels=1))
 
 # %% ../../nbs/encoders/02_image.ipynb #5f0dfd85
-IMAGE_ENCODERS = {
+IMAGE_ENCODERS = Registry("image encoder", "a function that makes one: (**options) -> nn.Module", callable, {
     "resnet50": _resnet50,
     "vit_base_patch16_224": _vit_base,
     "resnet256": _resnet256,
@@ -202,7 +204,18 @@ IMAGE_ENCODERS = {
     "tiny_resnet_fine": _tiny_resnet_fine,
     "small_resnet_fine": _small_resnet_fine,
     "tiny_vit": _tiny_vit,
-}
+})
+
+# %% ../../nbs/encoders/02_image.ipynb #7cf6f587
+def register_encoder(
+    name: str,      # by which it is asked for, as in image_encoder(name)
+) -> Callable[[Callable[..., nn.Module]], Callable[..., nn.Module]]:
+    "Decorator of a function that makes an image encoder: put it among the others. ValueError if the name is taken."
+    def add(make: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+        IMAGE_ENCODERS.add(name, make)
+        return make
+
+    return add
 
 # %% ../../nbs/encoders/02_image.ipynb #fa18b532
 def _pretrained_state(name: str, weights: str) -> dict[str, Tensor]:
@@ -240,18 +253,17 @@ def load_weights(body: nn.Module, state: dict[str, Tensor], origin: str = "the s
 
 # %% ../../nbs/encoders/02_image.ipynb #bb24abd8
 def image_encoder(
-    name: str = "tiny_resnet",     # a key of IMAGE_ENCODERS
+    name: str = "tiny_resnet",     # a key of IMAGE_ENCODERS, or my_package.my_module:my_encoder
     weights: str | None = None,    # None, "imagenet", "imagenet-v2", or a path
     **options,                     # of the encoder: layer, upsample, size, ...
 ) -> nn.Module:                    # forward(image) -> ImageFeatures; .preprocessing, .region_dim, .whole_dim; .pyramid(image)
     "Build an image encoder by name. Raises ValueError for an unknown name, OSError when weights cannot be had."
-    if name not in IMAGE_ENCODERS:
-        raise ValueError(f"no image encoder {name!r}; there are: {', '.join(IMAGE_ENCODERS)}")
-    takes = inspect.signature(IMAGE_ENCODERS[name]).parameters
+    make = IMAGE_ENCODERS.find(name)
+    takes = inspect.signature(make).parameters
     for option in options:
         if option not in takes:
             raise ValueError(f"{name} has no {option}: leave it out (None); it has {', '.join(takes)}")
-    encoder = IMAGE_ENCODERS[name](**options)
+    encoder = make(**options)
     if weights is not None:
         published = str(weights) in ("imagenet", "imagenet-v2")
         load_weights(encoder.body, _pretrained_state(name, weights) if published else read_state(weights), str(weights))

@@ -212,10 +212,11 @@ def architecture_of(
     state: dict[str, Tensor],
     origin: str = "the state dict",
 ) -> str:  # a key of IMAGE_ENCODERS
-    "Which of our architectures a backbone's state dict fits. ValueError if none."
-    for name, build in IMAGE_ENCODERS.items():
+    "Which of our architectures a backbone's state dict fits; one that somebody registered is not tried. ValueError if none."
+    ours = [name for name in IMAGE_ENCODERS if name not in IMAGE_ENCODERS.origins]
+    for name in ours:
         with torch.device("meta"):
-            body = build().body
+            body = IMAGE_ENCODERS[name]().body
         try:
             load_weights(body, {key: value.to("meta") for key, value in state.items()}, origin)
             return name
@@ -225,6 +226,6 @@ def architecture_of(
             continue
     starts = sorted({key.split(".")[0] for key in state})
     raise ValueError(
-        f"{origin} fits none of {', '.join(IMAGE_ENCODERS)} in its usual size; "
+        f"{origin} fits none of {', '.join(ours)} in its usual size; "
         f"pass image= the architecture and its options. Its names begin with {', '.join(starts[:8])}"
     )

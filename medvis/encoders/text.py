@@ -152,7 +152,7 @@ TEXT_CONFIGS = {
 # %% ../../nbs/encoders/03_text.ipynb #d5479a03
 def _random_bert(name: str, tokenizer, layers: int | None, pooler: bool = False) -> nn.Module:
     if tokenizer is None:
-        raise ValueError(f"{name!r} has no vocabulary of its own: pass tokenizer=train_tokenizer(reports)")
+        raise ValueError(f"{name!r} has no vocabulary of its own: create_method(name, data=pack) takes it from the reports of a Pack, or pass tokenizer=train_tokenizer(reports)")
     config = BertConfig(vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, **TEXT_CONFIGS[name])
     config.num_hidden_layers = layers or config.num_hidden_layers
     config._attn_implementation = "eager"

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['CLIP', 'ConVIRT', 'Correspondence', 'GLoRIA', 'GlobalMI', 'LoVT', 'LocalMI', 'Losses', 'METHODS', 'MGCA', 'Method',
-           'MixtureMI']
+           'MethodConfig', 'MixtureMI', 'add_up', 'cosine_correspondence', 'list_methods', 'list_presets', 'negatives',
+           'register_method']
 
 # %% ../../nbs/methods/00_doors.ipynb #322d5f56
 from importlib import import_module
@@ -17,10 +18,11 @@ _HOME = {name: module for module, names in {
     "gloria": "GLoRIA",
     "local_mi": "GlobalMI LocalMI",
     "lovt": "LoVT",
-    "method": "Correspondence Losses Method",
+    "method": "Correspondence Losses Method add_up cosine_correspondence negatives",
     "mgca": "MGCA",
     "mixture_mi": "MixtureMI",
-    "registry": "METHODS",
+    "registry": "METHODS register_method",
+    "settings": "MethodConfig list_methods list_presets",
 }.items() for name in names.split()}
 
 # %% ../../nbs/methods/00_doors.ipynb #75ae21db
@@ -32,4 +34,5 @@ def __getattr__(name: str) -> Any:
 
 # %% ../../nbs/methods/00_doors.ipynb #9cb41274
 _all_ = [
-    "CLIP", "ConVIRT", "Correspondence", "GLoRIA", "GlobalMI", "LoVT", "LocalMI", "Losses", "METHODS", "MGCA", "Method", "MixtureMI"]
+    "CLIP", "ConVIRT", "Correspondence", "GLoRIA", "GlobalMI", "LoVT", "LocalMI", "Losses", "METHODS", "MGCA", "Method", "MethodConfig", "MixtureMI",
+    "add_up", "cosine_correspondence", "list_methods", "list_presets", "negatives", "register_method"]

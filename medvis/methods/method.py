@@ -60,7 +60,7 @@ def cosine_correspondence(
 
 # %% ../../nbs/methods/01_method.ipynb #dfd9a3f9
 def phantom_tokenizer(reports: int = 300) -> PreTrainedTokenizerBase:
-    "The vocabulary of the phantom's reports, for methods that are not given another."
+    "The vocabulary of the phantom's reports, for demonstrations and tests."
     phantom = Phantom(size=64, seed=0)
     return train_tokenizer(sentence.text for i in range(reports) for sentence in phantom[i].sentences)
 
@@ -74,11 +74,10 @@ class Method(nn.Module):
     Config = MethodConfig
     presets: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {}  # name -> (configuration, training recipe)
     least_batch = 2                 # samples of one batch, so that there is something to contrast with
+    vocabulary_of: str | None = None    # hash of the Pack that `create_method` took the words from; None = they were given
 
     def __init__(self, config: MethodConfig, tokenizer: PreTrainedTokenizerBase | None = None, **pooling):
         super().__init__()
-        if tokenizer is None and config.text in ("tiny-bert", "bert-base"):
-            tokenizer = phantom_tokenizer()
         options = {key: value for key in ("layer", "upsample", "local_grid") if (value := getattr(config, key, None)) is not None}
         known("rule for negatives", [config.negatives], NEGATIVES)
         self.config, self.recipe, self.preset = config, {}, None

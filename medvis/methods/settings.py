@@ -6,7 +6,7 @@
 __all__ = ['CONVIRT_PRESETS', 'MGCA_PRESETS', 'LOVT_PRESETS', 'GLOBAL_MI_PRESETS', 'LOCAL_MI_PRESETS', 'CLIP_PRESETS',
            'GLORIA_PRESETS', 'MIXTURE_MI_PRESETS', 'SETTINGS', 'MethodConfig', 'known', 'ConVIRTConfig', 'MGCAConfig',
            'LoVTConfig', 'MutualInformationConfig', 'GlobalMIConfig', 'LocalMIConfig', 'CLIPConfig', 'GLoRIAConfig',
-           'MixtureMIConfig']
+           'MixtureMIConfig', 'list_methods', 'list_presets']
 
 # %% ../../nbs/methods/00a_settings.ipynb #6f1bcdbd
 from collections.abc import Iterable
@@ -383,3 +383,16 @@ SETTINGS: dict[str, tuple[type[MethodConfig], dict[str, tuple[dict, dict]]]] = {
     "convirt": (ConVIRTConfig, CONVIRT_PRESETS), "clip": (CLIPConfig, CLIP_PRESETS), "gloria": (GLoRIAConfig, GLORIA_PRESETS),
     "lovt": (LoVTConfig, LOVT_PRESETS), "mgca": (MGCAConfig, MGCA_PRESETS), "global-mi": (GlobalMIConfig, GLOBAL_MI_PRESETS),
     "local-mi": (LocalMIConfig, LOCAL_MI_PRESETS), "mixture-mi": (MixtureMIConfig, MIXTURE_MI_PRESETS)}
+
+# %% ../../nbs/methods/00a_settings.ipynb #3de3af80
+def list_methods() -> list[str]:
+    "Names of all methods: those of medvis, and those that were registered."
+    return list(SETTINGS)
+
+# %% ../../nbs/methods/00a_settings.ipynb #da1e6e51
+def list_presets(
+    name: str,      # of a method
+) -> list[str]:
+    "Names of a method's presets. ValueError for an unknown method."
+    known("method", [name], SETTINGS)
+    return list(SETTINGS[name][1])

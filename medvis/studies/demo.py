@@ -11,17 +11,13 @@ import time
 from pathlib import Path
 
 import pandas as pd
-import torch
 
 from ..data.prepare import PhantomConfig, prepare_phantom
 from ..analyse.page import exact_for
-from ..encoders import train_tokenizer
 from ..evaluate import linear_probe, paired_gain, phantom_pointing
-from ..methods import METHODS
-from ..methods.method import known
 from .config import DemoConfig
 from .show import show_run, held_out_pairs
-from ..train import TrainConfig, fit
+from ..train import TrainConfig, create_method, fit
 
 # %% ../../nbs/studies/02_demo.ipynb #6ac5c5b4
 def probe_lines(table: pd.DataFrame, gains: pd.DataFrame) -> list[str]:
@@ -45,13 +41,9 @@ def demo_command(config: DemoConfig) -> str:
 # %% ../../nbs/studies/02_demo.ipynb #abc02f12
 def demo(config: DemoConfig) -> Path:  # of the page
     "Make a phantom pack, pre-train, probe, point, and write a page; what is done already is not done again."
-    known("method", [config.method], METHODS)
     start, out = time.time(), Path(config.out)
     data = prepare_phantom(PhantomConfig(out=out / "pack", studies=config.studies, seed=config.seed, progress=config.progress))
-    train = data.studies[data.studies["split"] == "train"]
-    tokenizer = train_tokenizer(sentence for sentences in train["sentences"] for sentence in sentences)
-    torch.manual_seed(config.seed)
-    method = METHODS[config.method].from_preset("tiny", tokenizer)
+    method = create_method(config.method, "tiny", data, config.seed)
     changes = {} if config.epochs is None else {"epochs": config.epochs}
     settings = TrainConfig.of(method, out / "run", seed=config.seed, progress=config.progress, workers=1, **changes)
     run = fit(method, data, settings)

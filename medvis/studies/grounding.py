@@ -22,14 +22,12 @@ from ..data.pack import Pack
 from ..data.pairs import Batch, Pairs, collate, read_batch
 from ..data.phantom import Phantom
 from ..data.prepare import PhantomConfig, prepare_phantom
-from ..encoders import train_tokenizer
 from ..evaluate import linear_probe, phantom_pointing
 from ..evaluate.ground import phantom_targets
 from ..methods import METHODS, Correspondence, Method
-from ..methods.method import known
 from .config import GroundingConfig
 from .show import held_out_pairs, pick_targets
-from ..train import TrainConfig, fit
+from ..train import TrainConfig, create_method, fit
 from ..train.checkpoint import write_atomic, write_json
 from ..train.loop import describe_machine
 
@@ -41,11 +39,7 @@ def make_subject(
 ) -> Method:
     "The method of a subject, not yet trained. ValueError for a name that does not exist."
     name, _, preset = (subject if subject != "untrained" else next(iter(METHODS))).partition(":")
-    known("method", [name], METHODS)
-    train = data.studies[data.studies["split"] == "train"]
-    tokenizer = train_tokenizer(sentence for sentences in train["sentences"] for sentence in sentences)
-    torch.manual_seed(seed)
-    return METHODS[name].from_preset(preset or "tiny", tokenizer)
+    return create_method(name, preset or "tiny", data, seed)
 
 # %% ../../nbs/studies/03_grounding.ipynb #e06e11ef
 class OtherImages(torch.nn.Module):

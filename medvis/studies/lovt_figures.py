@@ -25,10 +25,9 @@ from ..analyse.represent import Aligned, aligned_studies, image_features
 from ..analyse.spread import spread_table
 from ..data.pack import Pack
 from ..data.pairs import Pairs
-from ..encoders import train_tokenizer
 from ..methods import LoVT, Method
 from .show import held_out_pairs
-from ..train import Run, TrainConfig, fit, load_method
+from ..train import Run, TrainConfig, create_method, fit, load_method
 from ..train.checkpoint import write_atomic, write_json
 from ..train.loop import describe_machine
 
@@ -43,11 +42,9 @@ VARIANTS = {
 # %% ../../nbs/studies/05_lovt_figures.ipynb #7692da4e
 def train_variants(data: Pack, folder: Path, epochs: int = 3, seed: int = 0, progress: bool = True) -> dict[str, Path]:
     "Train LoVT and its ablations (tiny preset) on a pack; runs that are done are left as they are."
-    told = data.studies[data.studies["split"] == "train"]["sentences"]
-    tokenizer, runs = train_tokenizer(sentence for sentences in told for sentence in sentences), {}
+    runs = {}
     for name, changes in VARIANTS.items():
-        torch.manual_seed(seed)
-        method = LoVT.from_preset("tiny", tokenizer, **changes)
+        method = create_method("lovt", "tiny", data, seed, **changes)
         config = TrainConfig.of(method, Path(folder) / f"lovt-{name}-{seed}", epochs=epochs, seed=seed, progress=progress)
         runs[config.run.name] = fit(method, data, config).path
     return runs
