@@ -261,6 +261,7 @@ class MutualInformationConfig(MethodConfig):
 
     @property
     def image_options(self) -> dict[str, Any]:
+        "Those of every method, and which regions ResNet-256 has."
         return super().image_options | ({} if self.local_grid is None else {"local_grid": self.local_grid})
 
 # %% ../../nbs/methods/00a_settings.ipynb #3cb94d57
