@@ -16,18 +16,18 @@ from medvis.analyse.information import draw_information
 from medvis.analyse.live import LiveDiagnostics, draw_diagnostics
 from medvis.analyse.prototypes import cluster_agreement, draw_usage, nearest_prototype, prototype_usage
 from medvis.analyse.regions import choice_numbers, draw_mean_weights, mirror_symmetry, region_overlap, share_inside
-from medvis.analyse.represent import Aligned, align, aligned_studies, image_features
+from medvis.analyse.represent import aligned_studies, image_features
 from medvis.analyse.spread import draw_spread, spread_table
 from medvis.data.pairs import Pairs, read_batch
 from medvis.data.prepare import PhantomConfig, prepare_phantom
 from medvis.encoders.features import ImageFeatures
-from medvis.methods import METHODS, ConVIRT, LocalMI, LoVT
-from medvis.methods.method import add_up, phantom_tokenizer
+from medvis.methods import METHODS, ConVIRT, LoVT
+from medvis.methods.method import Aligned, add_up, phantom_tokenizer
 from medvis.objectives.contrastive import unit
 from medvis.objectives.regions import local_image_loss, local_report_loss, positiveness
 from medvis.train import TrainConfig, fit
 from medvis.train.diagnostics import (
-    MEANING, CollapseWarning, alignment, attention_entropy, collapse, diagnose, effective_rank, pool_image, spread, uniformity)
+    MEANING, CollapseWarning, alignment, attention_entropy, collapse, diagnose, effective_rank, spread, uniformity)
 
 RNG = np.random.default_rng(0)
 
@@ -109,8 +109,8 @@ def test_lovt_is_shown_in_the_space_of_its_losses(words, data):
     method = LoVT.from_preset("tiny", words).eval()
     with torch.no_grad():
         batch = read_batch(pairs_of(method, data), range(6))
-        met, parts = align(method, batch), method(batch).parts
-        weights = pool_image(method, method.image_encoder(batch.image))[1]
+        met, parts = method.align(batch), method(batch).parts
+        weights = method.pool_image(method.image_encoder(batch.image))[1]
         text = method.read(batch)
         sentence_weights = method.text_pool(text.sentences, text.sentence_mask)[1]
         image = 0.75 * local_image_loss(met.regions, met.from_text, positiveness(met.grid), 0.3, weights)
@@ -282,9 +282,3 @@ def test_figures_are_vector_graphics(tmp_path):
     for number, figure in enumerate(figures):
         figure.savefig(tmp_path / f"{number}.pdf")
         assert (tmp_path / f"{number}.pdf").read_bytes().startswith(b"%PDF") and figure.get_size_inches()[0] < 8.5
-
-
-def test_local_mi_has_no_common_space(words, data):
-    method = LocalMI.from_preset("tiny", words)
-    with pytest.raises(TypeError, match="judges pairs"):
-        align(method, read_batch(pairs_of(method, data), range(2)))

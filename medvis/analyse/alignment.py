@@ -16,7 +16,7 @@ from matplotlib.patches import Patch
 from torch import Tensor
 
 from .page import FAINT, INK, SERIES, STYLE
-from .represent import Aligned
+from ..methods.method import Aligned
 
 # %% ../../nbs/analyse/05_alignment.ipynb #24993399
 DIRECTIONS = {"report to image": SERIES[0], "image to report": SERIES[1]}

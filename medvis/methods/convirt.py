@@ -9,8 +9,9 @@ __all__ = ['ConVIRT']
 from torch import Tensor
 
 from ..data.pairs import Batch
+from ..encoders.features import ImageFeatures
 from ..encoders.heads import AttentionPool, ProjectionHead
-from .method import Correspondence, Losses, Method, add_up, cosine_correspondence, known, negatives
+from .method import Aligned, Correspondence, Losses, Method, add_up, cosine_correspondence, gathered, known, negatives
 from .settings import CONVIRT_PRESETS as PRESETS, ConVIRTConfig
 from ..objectives.contrastive import clip_loss
 
@@ -34,9 +35,16 @@ class ConVIRT(Method):
         c, t, v = self.config, self.embed_text(batch), self.embed_image(batch.image)
         return add_up(instance=c.weight * clip_loss(v, t, c.temperature, c.image_weight, negatives(batch, c.negatives)))
 
+    def pool_image(self, features: ImageFeatures) -> tuple[Tensor, Tensor | None]:
+        "By attention, or as the encoder does it."
+        return super().pool_image(features) if self.pool is None else self.pool(features.regions)
+
+    def project_regions(self, regions: Tensor) -> Tensor:  # (B, N, D) -> (B, N, d)
+        "Each region as an image of which it is the only part."
+        return self.image_head(regions if self.pool is None else self.pool.alone(regions))
+
     def embed_image(self, image: Tensor) -> Tensor:  # (B, d)
-        seen = self.image_encoder(image)
-        return self.image_head(seen.whole if self.pool is None else self.pool(seen.regions)[0])
+        return self.image_head(self.pool_image(self.image_encoder(image))[0])
 
     def embed_text(self, batch: Batch) -> Tensor:  # (B, d)
         return self.text_head(self.read(batch).whole)
@@ -44,6 +52,11 @@ class ConVIRT(Method):
     def correspondence(self, batch: Batch) -> Correspondence:
         "Regions, words and sentences through the heads of the wholes; nothing trained them to fit, so expect little."
         image, text = self.encode(batch)
-        regions = image.regions if self.pool is None else self.pool.alone(image.regions)
-        words, sentences = self.text_head(text.words), self.text_head(text.sentences)
-        return cosine_correspondence(self.image_head(regions), words, sentences, text, image.grid)
+        regions, words, sentences = self.project_regions(image.regions), self.text_head(text.words), self.text_head(text.sentences)
+        return cosine_correspondence(regions, words, sentences, text, image.grid, self.config.temperature)
+
+    def align(self, batch: Batch) -> Aligned:
+        "Regions and sentences through the heads of the wholes."
+        image, text = self.encode(batch)
+        regions, sentences = self.project_regions(image.regions), self.text_head(text.sentences)
+        return gathered(regions, sentences, text.sentence_mask, image.grid, self.config.temperature)

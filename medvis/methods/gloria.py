@@ -12,11 +12,10 @@ from torch.nn import functional as F
 
 from ..data.pairs import Batch
 from ..encoders.features import TextFeatures
-from ..encoders.text import encode_sentences
-from .method import Correspondence, Losses, Method, add_up, cosine_correspondence, negatives
+from .method import Aligned, Correspondence, Losses, Method, add_up, cosine_correspondence, negatives
 from .settings import GLORIA_PRESETS as PRESETS, GLoRIAConfig
 from ..objectives.contrastive import clip_loss, unit
-from ..objectives.tokens import gloria_loss, gloria_scores
+from ..objectives.tokens import gloria_attention, gloria_loss, gloria_scores
 
 # %% ../../nbs/methods/07_gloria.ipynb #807a79f8
 def cls_and_words(text: TextFeatures) -> tuple[Tensor, Tensor]:  # (B, 1 + W, D), (B, 1 + W)
@@ -38,21 +37,30 @@ class GLoRIA(Method):
     def forward(self, batch: Batch) -> Losses:
         "The two losses of a batch, weighted; those of weight 0 are not computed."
         c, (image, text), valid = self.config, self.encode(batch), negatives(batch, self.config.negatives)
-        parts = {
-            "global": (c.weight_global, lambda: 2 * clip_loss(
-                self.global_image(image.whole), text.whole, 1 / c.scale, valid=valid)),
-            "local": (c.weight_local, lambda: gloria_loss(
-                self.local_image(image.regions), *cls_and_words(text), c.attention_scale, c.word_scale, c.scale, c.average,
-                valid, c.chunk)),
-        }
-        return add_up(**{name: weight * part() for name, (weight, part) in parts.items() if weight})
+        parts = {}
+        if c.weight_global:
+            loss = clip_loss(self.global_image(image.whole), text.whole, 1 / c.scale, valid=valid)
+            parts["global"] = c.weight_global * (2 * loss)
+        if c.weight_local:
+            settings = (c.attention_scale, c.word_scale, c.scale, c.average, valid, c.chunk)
+            parts["local"] = c.weight_local * gloria_loss(self.local_image(image.regions), *cls_and_words(text), *settings)
+        return add_up(**parts)
 
     def correspondence(self, batch: Batch) -> Correspondence:
         "Cosines of regions with words and sentences, every sentence read on its own, as in training."
-        text = encode_sentences(
-            self.text_encoder, batch.input_ids, batch.attention_mask, batch.word_index, batch.sentence_index)
-        image = self.image_encoder(batch.image)
-        return cosine_correspondence(self.local_image(image.regions), text.words, text.sentences, text, image.grid)
+        c, text, image = self.config, self.read_sentences(batch), self.image_encoder(batch.image)
+        learned = ("words",) if c.weight_local else ()
+        return cosine_correspondence(
+            self.local_image(image.regions), text.words, text.sentences, text, image.grid, 1 / c.attention_scale, learned)
+
+    def align(self, batch: Batch) -> Aligned:
+        "Regions and words of a report: a word gathers regions by GLoRIA's attention, a region the words that choose it."
+        image, text = self.encode(batch)
+        regions, mask = self.local_image(image.regions), text.word_mask
+        fit = text.words @ regions.mT
+        chosen = fit.masked_fill(~mask[..., None], -torch.inf).softmax(1).nan_to_num()
+        from_image = gloria_attention(fit, mask, self.config.attention_scale) @ regions
+        return Aligned(regions, chosen.mT @ text.words, text.words, from_image, mask, image.grid, "word")
 
     def embed_image(self, image: Tensor) -> tuple[Tensor, Tensor]:  # (B, D) global; (B, N, D) regions
         seen = self.image_encoder(image)
@@ -61,6 +69,10 @@ class GLoRIA(Method):
     def embed_text(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:  # (B, D) global; (B, 1 + W, D) words and mask
         text = self.read(batch)
         return text.whole, *cls_and_words(text)
+
+    def pair_vectors(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        "The global vectors of image and text."
+        return self.embed_image(batch.image)[0], self.embed_text(batch)[0]
 
     def similarity(self, image: tuple[Tensor, Tensor], text: tuple[Tensor, Tensor, Tensor]) -> Tensor:
         "Both scores that are trained, weighted as their losses are: cosines of the wholes, and what the words find."

@@ -6,12 +6,13 @@
 __all__ = ['BOUNDS', 'MutualInformation', 'GlobalMI', 'LocalMI']
 
 # %% ../../nbs/methods/05_local_mi.ipynb #49ee1ad4
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from ..data.pairs import Batch
 from ..encoders.features import ImageFeatures
-from ..encoders.text import encode_sentences
 from .method import Correspondence, Losses, Method, add_up, known, negatives
 from .settings import GLOBAL_MI_PRESETS, GlobalMIConfig, LOCAL_MI_PRESETS, LocalMIConfig, MutualInformationConfig
 from medvis.objectives.mutual_information import (
@@ -26,6 +27,8 @@ class MutualInformation(Method):
     "What local-mi and global-mi share: a discriminator of image and text features, and a bound made of its scores."
 
     Config = MutualInformationConfig
+    shared_space = False
+    learned: tuple[str, ...] = ()   # grains, as in `Correspondence`
 
     def __init__(self, config: MutualInformationConfig, tokenizer=None):
         known("bound", [config.bound], BOUNDS)
@@ -54,14 +57,12 @@ class MutualInformation(Method):
 
     def correspondence(self, batch: Batch) -> Correspondence:
         "The discriminator's scores of every region with every sentence and every word, each encoded on its own."
-        image = self.image_encoder(batch.image)
-        inputs = batch.input_ids, batch.attention_mask
-        text = encode_sentences(self.text_encoder, *inputs, batch.word_index, batch.sentence_index)
-        words = encode_sentences(self.text_encoder, *inputs, batch.word_index, batch.word_index).sentences
+        image, text = self.image_encoder(batch.image), self.read_sentences(batch)
+        words = self.read_sentences(replace(batch, sentence_index=batch.word_index)).sentences
         scores = [
             torch.stack([self.discriminator.scores(*one, self.config.chunk) for one in zip(self.places(image), of, strict=True)])
             for of in (words, text.sentences)]
-        return Correspondence(*scores, text.word_mask, text.sentence_mask, image.grid)
+        return Correspondence(*scores, text.word_mask, text.sentence_mask, image.grid, learned=self.learned)
 
     def embed_text(self, batch: Batch) -> Tensor:  # (B, Dt)
         return self.read(batch).whole
@@ -101,6 +102,7 @@ class LocalMI(MutualInformation):
 
     Config = LocalMIConfig
     presets = LOCAL_MI_PRESETS
+    learned = ("sentences",)
 
     def __init__(self, config: LocalMIConfig, tokenizer=None):
         known("rule to select regions", [config.region_select], ("score", "bound"))
@@ -122,6 +124,10 @@ class LocalMI(MutualInformation):
 
     def embed_image(self, image: Tensor) -> Tensor:  # (B, N, Di)
         return self.image_encoder(image).regions
+
+    def pair_vectors(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        "The mean region and the text, as the discriminator is shown them."
+        return self.embed_image(batch.image).mean(1), self.embed_text(batch)
 
     def similarity(self, image: Tensor, text: Tensor) -> Tensor:
         "The discriminator's score of each text with the region that fits it best."

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from ..data.pairs import Batch
-from ..encoders.text import encode_sentences
-from .method import Correspondence, Losses, Method, add_up, cosine_correspondence, negatives
+from .method import Aligned, Correspondence, Losses, Method, add_up, cosine_correspondence, gathered, negatives
 from .settings import MIXTURE_MI_PRESETS, MixtureMIConfig
 from ..objectives.contrastive import unit
 from ..objectives.mixture import CosineCritic, mixture_scores
@@ -40,14 +39,9 @@ class MixtureMI(Method):
         self.critic = CosineCritic(
             self.image_encoder.region_dim, self.text_encoder.dim, config.hidden, config.dim, config.temperature)
 
-    def encode_text(self, batch: Batch):
-        "Every sentence of the batch, encoded on its own."
-        return encode_sentences(
-            self.text_encoder, batch.input_ids, batch.attention_mask, batch.word_index, batch.sentence_index)
-
     def forward(self, batch: Batch) -> Losses:
         "Minus the mean of both bounds, in nats; 0 when no report has a sentence."
-        image, text = self.image_encoder(batch.image), self.encode_text(batch)
+        image, text = self.image_encoder(batch.image), self.read_sentences(batch)
         owner = text.sentence_mask.nonzero()[:, 0]
         scores = mixture_scores(self.critic, image.regions, text.sentences[text.sentence_mask])[owner]
         if not len(owner):
@@ -57,9 +51,16 @@ class MixtureMI(Method):
 
     def correspondence(self, batch: Batch) -> Correspondence:
         "The critic's cosines of every region with every sentence, and with every word as it stands in its sentence."
-        image, text = self.image_encoder(batch.image), self.encode_text(batch)
+        image, text = self.image_encoder(batch.image), self.read_sentences(batch)
         words, sentences = self.critic.text(text.words), self.critic.text(text.sentences)
-        return cosine_correspondence(self.critic.image(image.regions), words, sentences, text, image.grid)
+        regions, tau = self.critic.image(image.regions), self.config.temperature
+        return cosine_correspondence(regions, words, sentences, text, image.grid, tau, ("sentences",))
+
+    def align(self, batch: Batch) -> Aligned:
+        "Regions and sentences as the critic projects them."
+        image, text = self.image_encoder(batch.image), self.read_sentences(batch)
+        regions, sentences = self.critic.image(image.regions), self.critic.text(text.sentences)
+        return gathered(regions, sentences, text.sentence_mask, image.grid, self.config.temperature)
 
     @property
     def text_unit(self) -> str:
@@ -69,7 +70,11 @@ class MixtureMI(Method):
         return unit(self.critic.image(self.image_encoder(image).regions))
 
     def embed_text(self, batch: Batch) -> Tensor:  # (B, d), of texts of one sentence
-        return unit(self.critic.text(self.encode_text(batch).whole))
+        return unit(self.critic.text(self.read_sentences(batch).whole))
+
+    def pair_vectors(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        "The mean region and the text."
+        return self.embed_image(batch.image).mean(1), self.embed_text(batch)
 
     def similarity(self, image: Tensor, text: Tensor) -> Tensor:
         "The mixture scores of the loss, from projections that were made once."

@@ -11,7 +11,7 @@ __all__ = ['CONVIRT_PRESETS', 'MGCA_PRESETS', 'LOVT_PRESETS', 'GLOBAL_MI_PRESETS
 # %% ../../nbs/methods/00a_settings.ipynb #6f1bcdbd
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 # %% ../../nbs/methods/00a_settings.ipynb #16628fec
 @dataclass(frozen=True)
@@ -39,6 +39,12 @@ class MethodConfig:
     "Width of the shared space."
     negatives: Literal["all", "other-study", "other-patient"] = "all"
     "Which mismatched pairs are contrasted: all, other-study, other-patient."
+
+    @property
+    def image_options(self) -> dict[str, Any]:
+        "What the image encoder is given beside its name and weights: those of these settings that are not None."
+        options = {"layer": self.layer, "upsample": self.upsample}
+        return {name: value for name, value in options.items() if value is not None}
 
 # %% ../../nbs/methods/00a_settings.ipynb #72fabe51
 def known(what: str, names: Iterable[str], there: Iterable[str]) -> None:
@@ -250,6 +256,13 @@ class MutualInformationConfig(MethodConfig):
     "Which mismatched pairs are contrasted: all, other-study, other-patient."
     chunk: int = 65_536
     "Most pairs judged at a time; beyond that they are judged again in the backward pass, to save memory."
+    local_grid: str | None = None
+    "Regions of ResNet-256; None = the encoder's own."
+
+    @property
+    def image_options(self) -> dict[str, Any]:
+        "Those of every method, and which regions ResNet-256 has."
+        return super().image_options | ({} if self.local_grid is None else {"local_grid": self.local_grid})
 
 # %% ../../nbs/methods/00a_settings.ipynb #3cb94d57
 @dataclass(frozen=True)

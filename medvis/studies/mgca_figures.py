@@ -22,25 +22,24 @@ from ..data.pack import Pack
 from ..data.pairs import Pairs, collate
 from ..data.phantom import Phantom
 from ..evaluate.ground import phantom_targets, point
-from ..methods import MGCA, Method
+from ..methods import Method
 from .lovt_figures import FiguresConfig, figure_manifest, save_table
 from .show import held_out_pairs, pick_targets
 from ..train import load_method
 from ..train.checkpoint import write_atomic, write_json
-from ..train.diagnostics import map_temperature
 
 # %% ../../nbs/studies/06_mgca_figures.ipynb #8ab4542b
 @torch.no_grad()
 def word_map_rows(method: Method, pairs: Pairs, items: list[int]) -> pd.DataFrame:
     "For each word that names a finding: its map as shares (softmax of the scores), the share on the finding, its area, and the hit."
-    rows, heat = [], map_temperature(method.eval())
+    rows, method = [], method.eval()
     targets = [target for target in phantom_targets(pairs, items) if target.role == "name"]
     for item in items:
         own = [target for target in targets if target.item == item]
         found = method.correspondence(collate([pairs[item]])) if own else None
         for target in (target for target in own if target.word < found.words.shape[2]):
             scores = found.words[0, :, target.word].float()
-            share, mask = (scores / heat).softmax(0).numpy()[None], target.mask[None]
+            share, mask = (scores / found.temperature).softmax(0).numpy()[None], target.mask[None]
             inside, area = share_inside(share, mask, found.grid)
             hit = point(scores.numpy()[None], mask, found.grid)[0]
             rows.append({"study": str(pairs.pack.studies["study_id"].iloc[pairs.items[item][0]]), "word": target.word, "text": target.text,
@@ -101,7 +100,8 @@ def pair_embeddings(method: Method, pairs: Pairs, together: int = 64) -> tuple[n
     images, texts = [], []
     for start in range(0, len(pairs), together):
         batch = collate([pairs[i] for i in range(start, min(start + together, len(pairs)))])
-        images.append(method.embed_image(batch.image).numpy()), texts.append(method.embed_text(batch).numpy())
+        image, text = method.pair_vectors(batch)
+        images.append(image.numpy()), texts.append(text.numpy())
     return np.concatenate(images), np.concatenate(texts)
 
 # %% ../../nbs/studies/06_mgca_figures.ipynb #d9333af7
@@ -118,19 +118,19 @@ def mgca_figures(config: FiguresConfig, main: str = "mgca-0", images: int = 1600
         pairs = held_out_pairs(method, data)
         rows = word_map_rows(method, pairs, list(range(min(words, len(pairs)))))
         looked[name] = word_numbers(rows)
-        if isinstance(method, MGCA):
+        if method.prototypes is not None:
             vectors, prototypes = image_vectors(method, phantom, index), method.prototypes.detach().numpy()
             nearest = nearest_prototype(vectors, prototypes)
             pure = neighbour_purity(vectors, disease)
             clusters[name] = cluster_agreement(disease, nearest) | {
                 "purity": np.average(pure.purity, weights=pure.vectors), "purity_by_chance": np.average(pure.chance, weights=pure.vectors)}
             table, usage[name] = prototype_usage(*pair_embeddings(method, pairs), prototypes)
+            if name == main:
+                points = embedding_table(tsne(vectors), disease=disease, prototype=nearest.astype(np.int16), study=index)
+                write_embedding(out / "images.parquet", points)
+                write_atomic(out / "usage_by_prototype.csv", lambda file: table.to_csv(file, index=False))
         if name == main:
-            picked = word_map_rows(method, pairs, list(pick_targets(phantom_targets(pairs), 4)))
-            write_embedding(out / "words.parquet", picked)
-            points = embedding_table(tsne(vectors), disease=disease, prototype=nearest.astype(np.int16), study=index)
-            write_embedding(out / "images.parquet", points)
-            write_atomic(out / "usage_by_prototype.csv", lambda file: table.to_csv(file, index=False))
+            write_embedding(out / "words.parquet", word_map_rows(method, pairs, list(pick_targets(phantom_targets(pairs), 4))))
     for name, rows in (("words", looked), ("clusters", clusters), ("usage", usage)):
         save_table(out / f"{name}.csv", rows)
     write_json(out / "manifest.json", figure_manifest(config.runs.values(), data, config.command))

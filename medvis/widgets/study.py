@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Span', 'PROTOTYPES', 'word_spans', 'places_in', 'RunScores', 'seen_frame', 'picked_rows', 'run_scores', 'Outline',
-           'phantom_outlines', 'pack_outlines', 'StudyView', 'as_methods', 'seen_cells', 'batch_scores', 'fitting_rows',
-           'Studies']
+           'phantom_outlines', 'pack_outlines', 'StudyView', 'as_method', 'as_methods', 'seen_cells', 'batch_scores',
+           'fitting_rows', 'Studies']
 
 # %% ../../nbs/widgets/01_study.ipynb #5c87c949
 from collections.abc import Callable, Mapping, Sequence
@@ -28,7 +28,6 @@ from ..evaluate.classify import check_preprocessing, frozen
 from ..evaluate.ground import on_target, phantom_words
 from ..methods.method import Correspondence, Method
 from ..train import load_method
-from ..train.diagnostics import map_temperature
 
 # %% ../../nbs/widgets/01_study.ipynb #40d112a5
 Span = tuple[int, int, int]  # sentence, start, end
@@ -101,7 +100,7 @@ def run_scores(
         near = correspondence.prototypes[row].float().cpu()
         numbers = near.max(0).values.argsort(descending=True)[:PROTOTYPES].sort().values.tolist()
         scores["prototypes"] = np.ascontiguousarray(near[:, numbers].numpy().T)
-    return RunScores(correspondence.grid, seen_frame(preprocessing), scores, numbers)
+    return RunScores(correspondence.grid, seen_frame(preprocessing), scores, numbers, correspondence.temperature)
 
 # %% ../../nbs/widgets/01_study.ipynb #5bc8445e
 @dataclass(frozen=True)
@@ -188,14 +187,21 @@ class StudyView:
         known = best[np.isfinite(best)]
         return float(known.mean()) if len(known) else 0.0
 
+# %% ../../nbs/widgets/01_study.ipynb #d7dc2a41
+def as_method(
+    run: Method | str | Path,  # or a run folder
+) -> Method:
+    "A run's method: loaded if it is a folder."
+    return load_method(run) if isinstance(run, str | Path) else run
+
 # %% ../../nbs/widgets/01_study.ipynb #0dbf7d5e
 def as_methods(runs: Mapping[str, Method | str | Path] | Method | str | Path) -> dict[str, Method]:
     "Runs by name: loaded if they are folders. ValueError when there is none."
     if not isinstance(runs, Mapping):
-        runs = {type(runs).__name__ if isinstance(runs, Method) else Path(runs).resolve().name: runs}
+        runs = {Path(runs).resolve().name if isinstance(runs, str | Path) else type(runs).__name__: runs}
     if not runs:
         raise ValueError("there is no run to look at; give at least one, as {name: method or run folder}")
-    return {str(name): (run if isinstance(run, Method) else load_method(run)).eval() for name, run in runs.items()}
+    return {str(name): as_method(run).eval() for name, run in runs.items()}
 
 # %% ../../nbs/widgets/01_study.ipynb #2b092273
 def seen_cells(
@@ -226,7 +232,7 @@ def batch_scores(
         spans = word_spans(sentences)
         places = places_in(pairs.report(position), sentences, spans, pairs.view.punctuation)
         scores = run_scores(told, row, places, (len(spans), len(sentences)), method.preprocessing)
-        out.append(replace(scores, temperature=map_temperature(method), tokens=pairs.view.max_tokens))
+        out.append(replace(scores, tokens=pairs.view.max_tokens))
     return out
 
 # %% ../../nbs/widgets/01_study.ipynb #41e608c4

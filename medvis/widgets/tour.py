@@ -11,8 +11,8 @@ from pathlib import Path
 from ..data.pack import Pack
 from ..evaluate import random_like
 from ..methods.method import Method
-from ..train import load_method
 from .correspondence import CorrespondenceWidget
+from .study import as_method
 
 # %% ../../nbs/widgets/09_tour.ipynb #11a529c6
 def beside_untrained(
@@ -23,5 +23,5 @@ def beside_untrained(
     **display,                  # e.g. grain="sentences"
 ) -> CorrespondenceWidget:
     "The widget for a run, beside the same network with newly drawn weights."
-    method = run if isinstance(run, Method) else load_method(run)
+    method = as_method(run)
     return CorrespondenceWidget({name: method, "untrained": random_like(method)}, data, split, **display)
