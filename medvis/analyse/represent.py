@@ -28,7 +28,21 @@ def batches(
     items: Sequence[int] | None = None,  # None: all
     batch_size: int = 64,
 ) -> Iterator[Batch]:                    # on the method's device
-    "The pairs of a study, batch by batch; puts the method in evaluation mode."
+    """The pairs of a study, batch by batch; puts the method in evaluation mode.
+
+    Parameters
+    ----------
+    method : Method
+    pairs : Pairs
+    items : Sequence[int] | None, default: None
+        None: all
+    batch_size : int, default: 64
+
+    Returns
+    -------
+    Iterator[Batch]
+        on the method's device
+    """
     items = list(range(len(pairs)) if items is None else items)
     device = next(method.eval().parameters()).device
     for start in range(0, len(items), batch_size):
@@ -43,7 +57,21 @@ def image_features(
     items: Sequence[int] | None = None,  # None: all
     batch_size: int = 64,
 ) -> ImageFeatures:                      # on the CPU; weights sum to 1, or are None
-    "What the image encoder returns for some studies, and the whole as the method pools it, before any projection."
+    """What the image encoder returns for some studies, and the whole as the method pools it, before any projection.
+
+    Parameters
+    ----------
+    method : Method
+    pairs : Pairs
+    items : Sequence[int] | None, default: None
+        None: all
+    batch_size : int, default: 64
+
+    Returns
+    -------
+    ImageFeatures
+        on the CPU; weights sum to 1, or are None
+    """
     found = []
     for batch in batches(method, pairs, items, batch_size):
         seen = method.image_encoder(batch.image)
@@ -54,7 +82,24 @@ def image_features(
 # %% ../../nbs/analyse/03_represent.ipynb #463d87d5
 @dataclass
 class Aligned:
-    "Unit vectors of regions and texts in the space where they are compared, and of what each gathered from the other side."
+    """Unit vectors of regions and texts in the space where they are compared, and of what each gathered from the other side.
+
+    Parameters
+    ----------
+    regions : Tensor
+        (B, N, d) z^I
+    from_text : Tensor
+        (B, N, d) z^{R->I}
+    texts : Tensor
+        (B, M, d) z^R
+    from_image : Tensor
+        (B, M, d) z^{I->R}
+    mask : Tensor
+        (B, M) True = valid
+    grid : tuple[int, int]
+    grain : str, default: 'sentence'
+        of the texts: sentence or word
+    """
     regions: Tensor      # (B, N, d) z^I
     from_text: Tensor    # (B, N, d) z^{R->I}
     texts: Tensor        # (B, M, d) z^R
@@ -76,7 +121,20 @@ def gathered(
     temperature: float,
     grain: str = "sentence",
 ) -> Aligned:
-    "Let regions and texts gather each other by their cosines."
+    """Let regions and texts gather each other by their cosines.
+
+    Parameters
+    ----------
+    regions : Tensor
+        (B, N, d)
+    texts : Tensor
+        (B, M, d)
+    mask : Tensor
+        (B, M) True = valid
+    grid : tuple[int, int]
+    temperature : float
+    grain : str, default: 'sentence'
+    """
     regions, texts = unit(regions), unit(texts)
     everywhere = mask.new_ones(regions.shape[:2])
     from_text, from_image = gather_context(regions, texts, mask, temperature), gather_context(texts, regions, everywhere, temperature)
@@ -142,7 +200,21 @@ def aligned_studies(
     items: Sequence[int] | None = None,  # None: all
     batch_size: int = 64,
 ) -> Aligned:                            # on the CPU, reports padded to the longest
-    "Regions and texts of some studies as a method compares them. TypeError as `align`."
+    """Regions and texts of some studies as a method compares them. TypeError as `align`.
+
+    Parameters
+    ----------
+    method : Method
+    pairs : Pairs
+    items : Sequence[int] | None, default: None
+        None: all
+    batch_size : int, default: 64
+
+    Returns
+    -------
+    Aligned
+        on the CPU, reports padded to the longest
+    """
     found = [align(method, batch) for batch in batches(method, pairs, items, batch_size)]
     longest = max(one.mask.shape[1] for one in found)
 

@@ -53,7 +53,19 @@ def pretrain_options(
     method: str,   # a key of SETTINGS
     preset: str,
 ) -> type:         # dataclass: data, init, settings, train
-    "The options of pre-training a method, with the defaults of a preset; ValueError for an unknown preset."
+    """The options of pre-training a method, with the defaults of a preset; ValueError for an unknown preset.
+
+    Parameters
+    ----------
+    method : str
+        a key of SETTINGS
+    preset : str
+
+    Returns
+    -------
+    type
+        dataclass: data, init, settings, train
+    """
     kind, presets = SETTINGS[method]
     if preset not in presets:
         raise ValueError(f"{method} has no preset {preset!r}; there are: {', '.join(presets)}")
@@ -78,7 +90,12 @@ def pretrain_options(
 
 # %% ../../nbs/cli/01_commands.ipynb #0b870ef3
 def pretrain(method: str, options):     # -> Run
-    "Pre-train a method as `pretrain_options` says."
+    """Pre-train a method as `pretrain_options` says.
+
+    Returns
+    -------
+    -> Run
+    """
     data = Pack(options.data)
     import torch
     from accelerate import PartialState
@@ -207,7 +224,12 @@ class RetrieveConfig:
 
 # %% ../../nbs/cli/01_commands.ipynb #91aa24d9
 def opened(config, folder: str):        # -> Method, Pack, Path
-    "The method of config.run, its data or config.data, and where tables go: config.out, or a folder in the run's."
+    """The method of config.run, its data or config.data, and where tables go: config.out, or a folder in the run's.
+
+    Returns
+    -------
+    -> Method, Pack, Path
+    """
     data = None if config.data is None else Pack(config.data)
     from medvis.train import Run, load_method
     from medvis.train.loop import guard_runs, trained_on
@@ -219,7 +241,13 @@ def opened(config, folder: str):        # -> Method, Pack, Path
 
 # %% ../../nbs/cli/01_commands.ipynb #ce4815fd
 def find(config: RetrieveConfig) -> pd.DataFrame:  # of evaluate.retrieve.retrieval_table
-    "Retrieval and zero-shot classification of a run; print the tables and say where they are."
+    """Retrieval and zero-shot classification of a run; print the tables and say where they are.
+
+    Returns
+    -------
+    pd.DataFrame
+        of evaluate.retrieve.retrieval_table
+    """
     from medvis.evaluate.retrieve import read_prompts, retrieve, zero_shot
 
     method, data, out = opened(config, "retrieval")
@@ -248,7 +276,13 @@ class PhrasesConfig:
 
 # %% ../../nbs/cli/01_commands.ipynb #984fc3b7
 def ground(config: PhrasesConfig) -> pd.DataFrame:  # of evaluate.ground.grounding_table
-    "Measure a run on phrases; print how well it does over all, and write that by finding and by phrase."
+    """Measure a run on phrases; print how well it does over all, and write that by finding and by phrase.
+
+    Returns
+    -------
+    pd.DataFrame
+        of evaluate.ground.grounding_table
+    """
     from medvis.data.phrases import find_phrases, phantom_phrases, read_ms_cxr
     from medvis.evaluate import ground_phrases, grounding_table
     from medvis.evaluate.classify import about

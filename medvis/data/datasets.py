@@ -55,7 +55,13 @@ def _told(recipe: Recipe) -> dict[str, str]:
 
 # %% ../../nbs/data/21_datasets.ipynb #0d0d0f8e
 def recipe_table() -> pd.DataFrame:    # one row a recipe; index: data set, recipe
-    "By which rules each paper reads each data set"
+    """By which rules each paper reads each data set
+
+    Returns
+    -------
+    pd.DataFrame
+        one row a recipe; index: data set, recipe
+    """
     rows = {(name, recipe): _told(rules) for name, data_set in DATASETS.items() for recipe, rules in data_set.recipes.items()}
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis(["data set", "recipe"])
 
@@ -78,7 +84,13 @@ def choose_studies(
     phantom: Phantom,
     studies: int,
 ) -> list[int]:         # of the phantom, each once
-    "The first studies, every second of them with one of the findings that the data set is about, by turns; of different patients if its own are not known"
+    """The first studies, every second of them with one of the findings that the data set is about, by turns; of different patients if its own are not known
+
+    Returns
+    -------
+    list[int]
+        of the phantom, each once
+    """
     shown = cache(lambda index: {found.name for found in phantom.scene(index).findings})
     fits = cache(lambda index: data_set.follow_ups or patient_number(phantom.seed, index) == index)
     rows = {name: (index for index in count() if fits(index) and name in shown(index)) for name in data_set.wanted}
@@ -96,7 +108,19 @@ def dress(
     size: int = 64,     # side of the phantom in pixels; some data sets enlarge it to the size that is published
     seed: int = 0,
 ) -> None:
-    "Write the phantom to disk as a public data set. ValueError for an unknown one, FileExistsError if there is something in the folder."
+    """Write the phantom to disk as a public data set. ValueError for an unknown one, FileExistsError if there is something in the folder.
+
+    Parameters
+    ----------
+    name : str
+        of DATASETS
+    root : Path
+        a folder that is empty, or to be made
+    studies : int
+    size : int, default: 64
+        side of the phantom in pixels; some data sets enlarge it to the size that is published
+    seed : int, default: 0
+    """
     if name not in DATASETS:
         raise ValueError(f"there is no data set {name!r}; expected one of {', '.join(DATASETS)}")
     root = Path(root)

@@ -102,14 +102,26 @@ RELEASED = {name: _lovt_code(name, one) for name, one in LOVT.items()} | {name: 
 def released(
     name: str,      # a key of RELEASED
 ) -> Protocol:
-    "A protocol as the authors' code ran it. ValueError if there is no such code."
+    """A protocol as the authors' code ran it. ValueError if there is no such code.
+
+    Parameters
+    ----------
+    name : str
+        a key of RELEASED
+    """
     if name not in RELEASED:
         raise ValueError(f"no downstream code was released for {name!r}; there is some for {', '.join(RELEASED)}")
     return replace(PROTOCOLS[name], name=f"{name}-released", **RELEASED[name])
 
 # %% ../../nbs/evaluate/08_protocol.ipynb #e9889084
 def share_rule(task: Task, protocol: Protocol) -> str:      # "patients" or "first", see Task.rows
-    "How small shares of the training images are drawn: as the protocol says, else as the recipe of the task's Pack, else by patient."
+    """How small shares of the training images are drawn: as the protocol says, else as the recipe of the task's Pack, else by patient.
+
+    Returns
+    -------
+    str
+        "patients" or "first", see Task.rows
+    """
     return protocol.subset or task.pack.manifest["source"].get("recipe", {}).get("subset") or "patients"
 
 # %% ../../nbs/evaluate/08_protocol.ipynb #2d2b44f3
@@ -165,7 +177,30 @@ def run_one(
     limit: float = 50.0,                    # GB that the features of an encoder may take there
     progress: bool = False,                 # show a bar when many features are computed
 ) -> Path:                                  # the run's folder
-    "Train, pick the best epoch, predict the test split; nothing if that was done before. Raises Diverged."
+    """Train, pick the best epoch, predict the test split; nothing if that was done before. Raises Diverged.
+
+    Parameters
+    ----------
+    encoder : nn.Module
+    task : Task
+    protocol : Protocol
+    lr : float
+    fraction : float
+    seed : int
+    out : str | Path
+        the run's folder lies below its folder runs
+    cache : str | Path | None, default: None
+        folder of features
+    limit : float, default: 50.0
+        GB that the features of an encoder may take there
+    progress : bool, default: False
+        show a bar when many features are computed
+
+    Returns
+    -------
+    Path
+        the run's folder
+    """
     told = identity(encoder, task, protocol, lr, fraction, seed)
     key = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:12]
     label = re.sub(r"[^\w.-]+", "_", f"{task.name}-{protocol.name}")
@@ -193,7 +228,18 @@ def run_one(
 def run_rows(
     folder: str | Path,     # of a run
 ) -> pd.DataFrame:          # one row a metric
-    "All numbers of a run, from its predictions. FileNotFoundError if it is not finished."
+    """All numbers of a run, from its predictions. FileNotFoundError if it is not finished.
+
+    Parameters
+    ----------
+    folder : str | Path
+        of a run
+
+    Returns
+    -------
+    pd.DataFrame
+        one row a metric
+    """
     folder = Path(folder)
     told = json.loads((folder / "manifest.json").read_text())
     test = load_predictions(folder / "predictions.npz")
@@ -251,7 +297,29 @@ def run_protocol(
 ) -> pd.DataFrame:  # one row a run and metric: encoder, protocol, task, fraction, seed, metric, value, n, reported_by, ...
     """Evaluate encoders on a task. Runs that stand in `out` are not repeated; results.csv there gets these rows beside others.
 
-    ValueError if encoder, task and protocol do not fit together."""
+    ValueError if encoder, task and protocol do not fit together.
+
+    Parameters
+    ----------
+    encoders : Mapping[str, nn.Module | Sequence[nn.Module]]
+        name -> encoder, or one for each seed
+    task : Task
+    protocol : str | Protocol
+        a key of PROTOCOLS
+    out : str | Path
+        folder of runs, features and results.csv
+    fractions : Sequence[float] | None, default: None
+        None: as the protocol says
+    seeds : Sequence[int] | None, default: None
+    cache : float, default: 50.0
+        GB of a frozen encoder's features that may be kept in out; 0 = none are
+    progress : bool, default: True
+
+    Returns
+    -------
+    pd.DataFrame
+        one row a run and metric: encoder, protocol, task, fraction, seed, metric, value, n, reported_by, ...
+    """
     protocol = find_protocol(protocol)
     protocol = replace(protocol, fractions=tuple(fractions or protocol.fractions), seeds=tuple(protocol.seeds if seeds is None else seeds))
     given = {name: list(one) if isinstance(one, Sequence) else [one] * len(protocol.seeds) for name, one in encoders.items()}
@@ -286,14 +354,33 @@ def summary(
     table: pd.DataFrame,            # of run_protocol
     baseline: str | None = None,    # encoder that the others are tested against
 ) -> pd.DataFrame:                  # task, protocol, fraction, metric, encoder, mean, low, high, std, n (runs), ...: see stats.compare
-    "The headline metric of every encoder, over seeds."
+    """The headline metric of every encoder, over seeds.
+
+    Parameters
+    ----------
+    table : pd.DataFrame
+        of run_protocol
+    baseline : str | None, default: None
+        encoder that the others are tested against
+
+    Returns
+    -------
+    pd.DataFrame
+        task, protocol, fraction, metric, encoder, mean, low, high, std, n (runs), ...: see stats.compare
+    """
     chosen = table[table["metric"] == table["kind"].map(HEADLINE)]
     return compare(chosen, baseline, keys=("task", "protocol", "fraction", "metric"))
 
 # %% ../../nbs/evaluate/08_protocol.ipynb #3c6fbf36
 @dataclass(frozen=True)
 class Together:
-    "What several runs said of the same images."
+    """What several runs said of the same images.
+
+    Parameters
+    ----------
+    runs : list
+        each indexed by rows, as a bootstrap draws them
+    """
 
     runs: list  # each indexed by rows, as a bootstrap draws them
 
@@ -313,7 +400,22 @@ def compare_runs(
     metric: str | None = None,          # a key of METRICS; None: the headline of the kind of task, see KEYS
     resamples: int = 500,
 ) -> pd.DataFrame:                      # method, value, low, high, gain, gain_low, gain_high, p, ...: see stats.compare_predictions
-    "Means over runs with intervals over test patients, and differences from a baseline. ValueError if they were not asked the same."
+    """Means over runs with intervals over test patients, and differences from a baseline. ValueError if they were not asked the same.
+
+    Parameters
+    ----------
+    runs : Mapping[str, Sequence[str | Path]]
+        name -> folders of its runs
+    baseline : str
+    metric : str | None, default: None
+        a key of METRICS; None: the headline of the kind of task, see KEYS
+    resamples : int, default: 500
+
+    Returns
+    -------
+    pd.DataFrame
+        method, value, low, high, gain, gain_low, gain_high, p, ...: see stats.compare_predictions
+    """
     told = {name: [load_predictions(Path(run) / "predictions.npz") for run in each] for name, each in runs.items()}
     first = told.get(baseline, next(iter(told.values())))[0]
     asked = lambda one: (one.kind, list(one.image_id), fingerprint(one.truth.table() if isinstance(one.truth, Boxes) else one.truth))
@@ -331,7 +433,22 @@ def over_patients(
     baseline: str,
     resamples: int = 500,
 ) -> pd.DataFrame:              # task, protocol, fraction, and the columns of compare_runs
-    "The headline number of every encoder, mean over seeds, with intervals over test patients."
+    """The headline number of every encoder, mean over seeds, with intervals over test patients.
+
+    Parameters
+    ----------
+    table : pd.DataFrame
+        of run_protocol
+    out : str | Path
+        its folder
+    baseline : str
+    resamples : int, default: 500
+
+    Returns
+    -------
+    pd.DataFrame
+        task, protocol, fraction, and the columns of compare_runs
+    """
     runs, tables = table.drop_duplicates(["encoder", "run"]), []
     for (task, protocol, fraction), group in runs.groupby(["task", "protocol", "fraction"], sort=False):
         folders = {name: [Path(out) / "runs" / run for run in own["run"]] for name, own in group.groupby("encoder", sort=False)}
@@ -351,7 +468,13 @@ def read_table(path: Path) -> pd.DataFrame:
 
 # %% ../../nbs/evaluate/08_protocol.ipynb #3b169f4b
 def read_masks(folder: Path, pack: Pack, classes: Sequence[str]) -> dict[str, np.ndarray]:  # image id -> (C, S, S) bool
-    "Mask pictures of a folder, squared as the Pack's images were; white = there. FileNotFoundError if it holds none."
+    """Mask pictures of a folder, squared as the Pack's images were; white = there. FileNotFoundError if it holds none.
+
+    Returns
+    -------
+    dict[str, np.ndarray]
+        image id -> (C, S, S) bool
+    """
     named = {str(Path(name).with_suffix("")): str(name) for name in pack.image_table["image_id"].astype(str)}
     fit, masks = pack.manifest["source"].get("fit", "pad"), {}
     for place, within in enumerate([folder] if len(classes) == 1 else [folder / name for name in classes]):
@@ -432,7 +555,13 @@ def config_encoders(config: EvaluateConfig, seeds: Sequence[int]) -> dict[str, n
 
 # %% ../../nbs/evaluate/08_protocol.ipynb #0e0a2b92
 def tell(short: pd.DataFrame) -> None:  # of summary
-    "Print the headline numbers, and what the seeds can say about gains."
+    """Print the headline numbers, and what the seeds can say about gains.
+
+    Returns
+    -------
+    None
+        of summary
+    """
     for row in short.itertuples():
         spread = f" [{row.low:.3f}, {row.high:.3f}]" if row.n > 1 else ""
         gain = f"; gain {row.gain:+.3f} [{row.gain_low:+.3f}, {row.gain_high:+.3f}], p {row.p_corrected:.3f}" if getattr(row, "pairs", 0) > 1 else ""

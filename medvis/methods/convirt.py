@@ -35,10 +35,20 @@ class ConVIRT(Method):
         return add_up(instance=c.weight * clip_loss(v, t, c.temperature, c.image_weight, negatives(batch, c.negatives)))
 
     def embed_image(self, image: Tensor) -> Tensor:  # (B, d)
+        """Returns
+        -------
+        Tensor
+            (B, d)
+        """
         seen = self.image_encoder(image)
         return self.image_head(seen.whole if self.pool is None else self.pool(seen.regions)[0])
 
     def embed_text(self, batch: Batch) -> Tensor:  # (B, d)
+        """Returns
+        -------
+        Tensor
+            (B, d)
+        """
         return self.text_head(self.read(batch).whole)
 
     def correspondence(self, batch: Batch) -> Correspondence:

@@ -37,7 +37,23 @@ def local_losses(
     region_weights: Tensor | None,    # (B, N), None = even
     sentence_weights: Tensor | None,  # (B, M), None = even
 ) -> dict[str, Tensor]:               # scalars by name, weighted; those of weight 0 are left out
-    "The two local losses from the features of a batch."
+    """The two local losses from the features of a batch.
+
+    Parameters
+    ----------
+    method : 'LoVT'
+    image : ImageFeatures
+    text : TextFeatures
+    region_weights : Tensor | None
+        (B, N), None = even
+    sentence_weights : Tensor | None
+        (B, M), None = even
+
+    Returns
+    -------
+    dict[str, Tensor]
+        scalars by name, weighted; those of weight 0 are left out
+    """
     c, mask = method.config, text.sentence_mask
     regions = method.local_image(image.regions)
     sentences = method.local_text(text.sentences, None if c.padded else mask)
@@ -113,10 +129,20 @@ class LoVT(Method):
         return Correspondence(*scores, text.word_mask, text.sentence_mask, image.grid)
 
     def embed_image(self, image: Tensor) -> Tensor:  # (B, d); ValueError without the global loss
+        """Returns
+        -------
+        Tensor
+            (B, d); ValueError without the global loss
+        """
         seen = self.image_encoder(image)
         return self._global("image")(seen.whole if self.image_pool is None else self.image_pool(seen.regions)[0])
 
     def embed_text(self, batch: Batch) -> Tensor:  # (B, d); ValueError without the global loss
+        """Returns
+        -------
+        Tensor
+            (B, d); ValueError without the global loss
+        """
         text = self.read(batch)
         return self._global("text")(text.whole if self.text_pool is None else self.text_pool(text.sentences, text.sentence_mask)[0])
 

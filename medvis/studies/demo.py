@@ -44,7 +44,13 @@ def demo_command(config: DemoConfig) -> str:
 
 # %% ../../nbs/studies/02_demo.ipynb #abc02f12
 def demo(config: DemoConfig) -> Path:  # of the page
-    "Make a phantom pack, pre-train, probe, point, and write a page; what is done already is not done again."
+    """Make a phantom pack, pre-train, probe, point, and write a page; what is done already is not done again.
+
+    Returns
+    -------
+    Path
+        of the page
+    """
     known("method", [config.method], METHODS)
     start, out = time.time(), Path(config.out)
     data = prepare_phantom(PhantomConfig(out=out / "pack", studies=config.studies, seed=config.seed, progress=config.progress))

@@ -65,7 +65,23 @@ def untrained_rows(
     data: Pack,
     out: Path,                          # folder, one below it for each method and seed
 ) -> pd.DataFrame:                      # encoder, protocol, task, fraction, seed, metric, value
-    "Numbers that need no head to be trained, in the columns of `run_protocol`."
+    """Numbers that need no head to be trained, in the columns of `run_protocol`.
+
+    Parameters
+    ----------
+    family : str
+    measure : Callable[[Method, Pack, Path], dict[str, float]]
+    methods : dict[str, list[Method]]
+        name -> one for each seed
+    data : Pack
+    out : Path
+        folder, one below it for each method and seed
+
+    Returns
+    -------
+    pd.DataFrame
+        encoder, protocol, task, fraction, seed, metric, value
+    """
     rows = [
         {"encoder": name, "protocol": family, "task": family, "fraction": 1.0, "seed": seed, "metric": metric, "value": value}
         for name, each in methods.items() for seed, method in enumerate(each) for metric, value in measure(method, data, out / f"{name}-{seed}").items()]
@@ -83,7 +99,13 @@ def protocol_rows(family: str, methods: dict[str, list[Method]], data: Pack, con
 
 # %% ../../nbs/studies/04_downstream.ipynb #e41d0d5d
 def downstream(config: DownstreamConfig) -> pd.DataFrame:  # family, metric, encoder, mean, low, high, gain, ...: see stats.compare
-    "Measure all families, write results.csv, patients.csv and manifest.json, and return the comparison; finished runs are not repeated."
+    """Measure all families, write results.csv, patients.csv and manifest.json, and return the comparison; finished runs are not repeated.
+
+    Returns
+    -------
+    pd.DataFrame
+        family, metric, encoder, mean, low, high, gain, ...: see stats.compare
+    """
     data, taught = Pack(config.data), [load_method(run).eval() for run in config.runs]
     methods = {"pre-trained": taught, "untaught": [untaught(method, seed) for seed, method in enumerate(taught)]}
     networks = {f"{name}-{seed}": method for name, each in methods.items() for seed, method in enumerate(each)}
@@ -111,7 +133,13 @@ def compare_families(results: pd.DataFrame) -> pd.DataFrame:
 
 # %% ../../nbs/studies/04_downstream.ipynb #8ca14c0e
 def draw_families(told: pd.DataFrame) -> Figure:  # told: of compare_families
-    "Pre-trained and untaught in every family, with intervals over seeds."
+    """Pre-trained and untaught in every family, with intervals over seeds.
+
+    Returns
+    -------
+    Figure
+        told: of compare_families
+    """
     keys = list(dict.fromkeys(zip(told.family, told.metric, told.fraction)))
     figure = Figure(figsize=(7.5, 0.8 + 0.42 * len(keys)), dpi=90, layout="constrained")
     ax = figure.subplots()

@@ -62,7 +62,17 @@ def learning_rate(
     steps_per_epoch: int,
     history: list[float],     # validation losses so far
 ) -> float:
-    "The learning rate of the next step."
+    """The learning rate of the next step.
+
+    Parameters
+    ----------
+    config : TrainConfig
+    step : int
+        optimiser steps done
+    steps_per_epoch : int
+    history : list[float]
+        validation losses so far
+    """
     total = config.epochs * steps_per_epoch
     rules = {
         "warmup-cosine": lambda: warmup_cosine(step, total, config.lr, config.warmup, config.start_lr, config.end_lr),
@@ -75,7 +85,13 @@ def learning_rate(
 
 # %% ../../nbs/train/03_loop.ipynb #60862027
 def parameter_groups(method: Method, config: TrainConfig) -> list[dict[str, Any]]:  # of an optimiser, each with its `config`
-    "What is trained and how: one group, or the text encoder apart (its vectors without weight decay) when it has settings of its own."
+    """What is trained and how: one group, or the text encoder apart (its vectors without weight decay) when it has settings of its own.
+
+    Returns
+    -------
+    list[dict[str, Any]]
+        of an optimiser, each with its `config`
+    """
     if config.text == config:
         return [{"params": [p for p in method.parameters() if p.requires_grad], "config": config, "weight_decay": config.weight_decay}]
     text, spare = config.text, config.text_weight_decay is not None
@@ -90,7 +106,13 @@ def parameter_groups(method: Method, config: TrainConfig) -> list[dict[str, Any]
 def source_commit(
     folder: Path,     # of the package
 ) -> str | None:
-    "The commit of the sources in a folder, or None: no git, no repository, or one that only happens to lie around the folder."
+    """The commit of the sources in a folder, or None: no git, no repository, or one that only happens to lie around the folder.
+
+    Parameters
+    ----------
+    folder : Path
+        of the package
+    """
     def git(*words: str) -> str:
         return subprocess.run(["git", *words], cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
 
@@ -136,7 +158,16 @@ def open_run(
     config: TrainConfig,
     processes: int = 1,   # that train together, each with batches of its own
 ) -> None:
-    "Make the run folder, or check that the one that stands there is of the same run. ValueError names the difference."
+    """Make the run folder, or check that the one that stands there is of the same run. ValueError names the difference.
+
+    Parameters
+    ----------
+    method : Method
+    data : Pack
+    config : TrainConfig
+    processes : int, default: 1
+        that train together, each with batches of its own
+    """
     name = {kind: key for key, kind in METHODS.items()}.get(type(method), type(method).__name__)
     train = {key: value for key, value in asdict(config).items() if key != "run"}
     told = {"method": name, "preset": method.preset, "config": asdict(method.config), "train": train}
@@ -179,7 +210,19 @@ def load_method(
     path: str | Path,                        # a run folder
     which: Literal["best", "last"] = "best",
 ) -> Method:                                 # in evaluation mode
-    "The trained method of a run, from the run folder alone. FileNotFoundError when it is not one."
+    """The trained method of a run, from the run folder alone. FileNotFoundError when it is not one.
+
+    Parameters
+    ----------
+    path : str | Path
+        a run folder
+    which : Literal['best', 'last'], default: 'best'
+
+    Returns
+    -------
+    Method
+        in evaluation mode
+    """
     path = Path(path)
     weights = path / {"best": "weights.safetensors", "last": "last.safetensors"}[which]
     for needed in (path / "config.json", path / "manifest.json", weights):
@@ -212,7 +255,22 @@ def load_encoder(
 ) -> torch.nn.Module:           # image encoder with its preprocessing, in evaluation mode
     """An image encoder with its preprocessing, wherever it comes from. Only a name goes to the network.
 
-    OSError (FileNotFoundError) when it is not there, ValueError when it does not fit."""
+    OSError (FileNotFoundError) when it is not there, ValueError when it does not fit.
+
+    Parameters
+    ----------
+    name_or_path : str | Path
+        a run folder, "random", "imagenet", a state-dict file or folder, or a Hugging Face folder or name
+    image : str | None, default: None
+        architecture of "random" and "imagenet" (None: resnet50) and of a state dict (None: that it fits)
+    **options
+        of the architecture: layer, size, ...; of a Hugging Face model: size
+
+    Returns
+    -------
+    torch.nn.Module
+        image encoder with its preprocessing, in evaluation mode
+    """
     path, published = Path(name_or_path), str(name_or_path) in ("random", "imagenet", "imagenet-v2")
     if is_run(path):
         return load_method(path).image_encoder
@@ -262,7 +320,19 @@ def summed(
     accelerator: Accelerator,
     *here: float,      # numbers of this process
 ) -> list[float]:      # their sums over all processes
-    "Add up over the processes. All of them must ask at the same place."
+    """Add up over the processes. All of them must ask at the same place.
+
+    Parameters
+    ----------
+    accelerator : Accelerator
+    *here : float
+        numbers of this process
+
+    Returns
+    -------
+    list[float]
+        their sums over all processes
+    """
     if accelerator.num_processes == 1:
         return list(here)
     return accelerator.reduce(torch.tensor([float(one) for one in here], device=accelerator.device), "sum").tolist()
@@ -300,7 +370,25 @@ def optimise(
     seeds: list[int],            # of the random choices inside the networks, one a batch
     clip_norm: float | None = None,
 ) -> dict[str, float]:           # loss and its parts, averaged over the batches
-    "One optimiser step. Raises Diverged, with weights and statistics as before the step."
+    """One optimiser step. Raises Diverged, with weights and statistics as before the step.
+
+    Parameters
+    ----------
+    method : torch.nn.Module
+        as prepared by accelerate
+    optimizer : torch.optim.Optimizer
+    batches : list[Batch]
+        gradients of all of them are averaged
+    accelerator : Accelerator
+    seeds : list[int]
+        of the random choices inside the networks, one a batch
+    clip_norm : float | None, default: None
+
+    Returns
+    -------
+    dict[str, float]
+        loss and its parts, averaged over the batches
+    """
     inner = accelerator.unwrap_model(method)
     kept = [buffer.clone() for buffer in inner.buffers()]
     told: dict[str, float] = {}
@@ -394,7 +482,18 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
 # %% ../../nbs/train/03_loop.ipynb #ab57665d
 @dataclass
 class Trainer:
-    "One run in progress."
+    """One run in progress.
+
+    Parameters
+    ----------
+    method : Method
+    data : Pack
+    config : TrainConfig
+    step : int, default: 0
+        optimiser steps done
+    history : list[float], default: field(default_factory=list)
+        validation loss of every epoch done
+    """
     method: Method
     data: Pack
     config: TrainConfig
@@ -601,7 +700,18 @@ def fit(
     """Train a method, or go on with the run that stands in `config.run`; a finished one is returned as it is.
 
     Raises Diverged when a loss is not finite (with a checkpoint of the step before), OSError when the disk is full,
-    ValueError when the folder holds another run or too many samples cannot be read."""
+    ValueError when the folder holds another run or too many samples cannot be read.
+
+    Parameters
+    ----------
+    method : Method
+    data : Pack
+        its splits "train" and "validate" are used
+    config : TrainConfig
+        see TrainConfig.of(method, run)
+    each_epoch : Callable[[Run], None] | None, default: None
+        called after every epoch, e.g. medvis.analyse.LiveDiagnostics()
+    """
     trainer, last = Trainer(method, data, config), config.run / "last.safetensors"
     a = trainer.accelerator
     finished = on_main(a, last.exists)
@@ -648,7 +758,17 @@ def guard_runs(
 ) -> None:
     """ValueError if a run was trained on patients or images that a Pack has for validation or test (`data.pack.guard_measured`).
 
-    Warns if the Pack that a run was trained on is not there any more."""
+    Warns if the Pack that a run was trained on is not there any more.
+
+    Parameters
+    ----------
+    pack : Pack
+        that is measured on
+    paths : Iterable[str | Path]
+        of encoders; of those that are no runs nothing is known
+    allow_leaks : bool, default: False
+    progress : bool, default: False
+    """
     for path in filter(is_run, paths):
         told = Run(Path(path)).manifest["data"]
         try:
