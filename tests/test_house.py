@@ -8,7 +8,7 @@ import pytest
 from IPython.core.inputtransformer2 import TransformerManager
 from notebooks import PATHS, ROOT, Cell, Notebook, label, read
 
-ROOMS = ("data", "encoders", "objectives", "methods", "train", "evaluate", "analyse", "widgets", "studies", "cli")
+ROOMS = ("core", "data", "encoders", "objectives", "methods", "train", "evaluate", "analyse", "widgets", "studies", "cli")
 LONGEST = 40  # lines of an exported function, without docstrings, comments and blank lines
 LONGEST_CLASS = 60  # of a class: several short methods
 DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)

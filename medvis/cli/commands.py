@@ -27,11 +27,9 @@ import pandas as pd
 import tyro
 
 from .. import __version__
-from ..data.datasets import DATASETS, command_config, dress, prepare_data
+from ..data.datasets import DATASETS, command_config, dress, list_datasets, prepare_data, prepare_options
 from ..data.pack import Pack, find_pack_leaks
-from ..data.prepare import PhantomConfig, prepare_phantom
 from ..data.source import check_source, summary
-from ..data.tasks import store_subsets
 from ..evaluate.recipes import EvaluateConfig
 from ..methods.settings import SETTINGS
 from ..studies.config import DemoConfig, DownstreamConfig, GroundingConfig
@@ -316,7 +314,7 @@ class PretrainConfig:
 PretrainConfig.__doc__ += LAUNCH
 
 # %% ../../nbs/cli/01_commands.ipynb #65e78e85
-PREPARE = {"phantom": PhantomConfig} | {name: command_config(one) for name, one in DATASETS.items()}
+PREPARE = {name: prepare_options(name) for name in list_datasets()}
 
 
 @dataclass
@@ -327,11 +325,7 @@ class PrepareConfig:
 # %% ../../nbs/cli/01_commands.ipynb #b93f6a34
 def prepare(config: PrepareConfig) -> Pack:
     "Make a Pack and say what is in it, and what was left out and why."
-    if isinstance(config.source, PhantomConfig):
-        pack = prepare_phantom(config.source)
-        store_subsets(pack)
-    else:
-        pack = prepare_data(config.source)
+    pack = prepare_data(config.source)
     print(f"Pack: {pack.path}", summary(pack), sep="\n")
     return pack
 
@@ -415,7 +409,7 @@ def look_at_data(config: DataConfig) -> None:
 
 # %% ../../nbs/cli/01_commands.ipynb #8f7d1691
 COMMANDS = {     # name -> options, and the function that does the work, which is imported when it is known what is wanted
-    "demo": (DemoConfig, "medvis.studies.demo:demo"),
+    "demo": (DemoConfig, "medvis.studies.demo:run_demo"),
     "data": (DataConfig, "medvis.cli.commands:look_at_data"),
     "prepare": (PrepareConfig, "medvis.cli.commands:prepare"),
     "pretrain": (PretrainConfig, None),
@@ -424,8 +418,8 @@ COMMANDS = {     # name -> options, and the function that does the work, which i
     "retrieve": (RetrieveConfig, "medvis.cli.commands:find"),
     "phrases": (PhrasesConfig, "medvis.cli.commands:ground"),
     "show": (ShowConfig, "medvis.cli.commands:show"),
-    "grounding": (GroundingConfig, "medvis.studies.grounding:grounding"),
-    "downstream": (DownstreamConfig, "medvis.studies.downstream:downstream"),
+    "grounding": (GroundingConfig, "medvis.studies.grounding:run_grounding"),
+    "downstream": (DownstreamConfig, "medvis.studies.downstream:run_downstream"),
 }
 
 # %% ../../nbs/cli/01_commands.ipynb #35769787

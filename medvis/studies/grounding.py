@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FOCAL', 'make_subject', 'OtherImages', 'pointing_rows', 'example_maps', 'loss_rows', 'run_subject', 'gather',
-           'grounding', 'pointing_summary', 'summary', 'draw_summary', 'draw_findings', 'draw_examples']
+           'run_grounding', 'pointing_summary', 'summary', 'draw_summary', 'draw_findings', 'draw_examples']
 
 # %% ../../nbs/studies/03_grounding.ipynb #e00a0a91
 from dataclasses import replace
@@ -161,7 +161,7 @@ def gather(results: Path, kind: str) -> pd.DataFrame:  # one table of all runs; 
     return pd.concat([read(path) for path in found], ignore_index=True)
 
 # %% ../../nbs/studies/03_grounding.ipynb #c5a1f542
-def grounding(config: GroundingConfig) -> pd.DataFrame:  # the table of `summary`
+def run_grounding(config: GroundingConfig) -> pd.DataFrame:  # the table of `summary`
     """Train and measure all subjects with all seeds, and write the tables; goes on where it was stopped.
 
     Returns

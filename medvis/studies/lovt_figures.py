@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['VARIANTS', 'OPACITIES', 'POSITIVE', 'KINDS', 'train_variants', 'figure_manifest', 'overlap_table', 'local_table',
-           'weights_table', 'FiguresConfig', 'save_table', 'lovt_figures', 'draw_local', 'draw_overlap']
+           'weights_table', 'FiguresConfig', 'save_table', 'run_lovt_figures', 'draw_local', 'draw_overlap']
 
 # %% ../../nbs/studies/05_lovt_figures.ipynb #0d950e7b
 from collections.abc import Iterable, Mapping
@@ -148,7 +148,7 @@ def save_table(path: Path, rows: Mapping[str, Mapping[str, float]]) -> pd.DataFr
     return table
 
 # %% ../../nbs/studies/05_lovt_figures.ipynb #1aca3b30
-def lovt_figures(config: FiguresConfig, main: str = "lovt-0") -> None:
+def run_lovt_figures(config: FiguresConfig, main: str = "lovt-0") -> None:
     "Measure all runs and write the result files of Fig. 1, 2 and 4, and of Fig. 3 and 5 for the main one."
     data, out = Pack(config.pack), Path(config.out)
     spreads, aligned, overlaps, weights, local = [], {}, {}, {}, {}

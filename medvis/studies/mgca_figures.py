@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['word_map_rows', 'word_numbers', 'draw_word_maps', 'single_findings', 'image_vectors', 'pair_embeddings',
-           'mgca_figures']
+           'run_mgca_figures']
 
 # %% ../../nbs/studies/06_mgca_figures.ipynb #ae099a32
 from pathlib import Path
@@ -123,7 +123,7 @@ def pair_embeddings(method: Method, pairs: Pairs, together: int = 64) -> tuple[n
     return np.concatenate(images), np.concatenate(texts)
 
 # %% ../../nbs/studies/06_mgca_figures.ipynb #d9333af7
-def mgca_figures(config: FiguresConfig, main: str = "mgca-0", images: int = 1600, words: int = 150) -> None:
+def run_mgca_figures(config: FiguresConfig, main: str = "mgca-0", images: int = 1600, words: int = 150) -> None:
     "Measure all runs and write the result files of Fig. 3 and 4 and of prototype usage; pictures are of the main run."
     data, out = Pack(config.pack), Path(config.out)
     source = data.manifest["source"]

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['learning_rate', 'parameter_groups', 'source_commit', 'processor_name', 'describe_machine', 'open_run', 'read_log',
-           'load_method', 'is_run', 'load_encoder', 'Run', 'summed', 'anywhere', 'from_all', 'on_main', 'optimise',
-           'validate', 'cut_log', 'append_log', 'leave_group', 'make_accelerator', 'Trainer', 'save', 'restore',
-           'take_step', 'train_epoch', 'validate_epoch', 'diagnose_epoch', 'end_epoch', 'hold_run', 'fit', 'trained_on',
-           'guard_runs', 'Schedule']
+           'load_method', 'is_run', 'load_encoder', 'Run', 'load_run', 'summed', 'anywhere', 'from_all', 'on_main',
+           'optimise', 'validate', 'cut_log', 'append_log', 'leave_group', 'make_accelerator', 'Trainer', 'save',
+           'restore', 'take_step', 'train_epoch', 'validate_epoch', 'diagnose_epoch', 'end_epoch', 'hold_run', 'fit',
+           'trained_on', 'guard_runs', 'Schedule']
 
 # %% ../../nbs/train/03_loop.ipynb #27fcb0f8
 import atexit
@@ -287,8 +287,11 @@ def load_encoder(
 # %% ../../nbs/train/03_loop.ipynb #58dcdfb1
 @dataclass(frozen=True)
 class Run:
-    "A run folder."
+    "A run folder; it may stand wherever its path may."
     path: Path
+
+    def __fspath__(self) -> str:
+        return str(self.path)
 
     @property
     def config(self) -> dict[str, Any]:
@@ -314,6 +317,21 @@ class Run:
     def export_encoder(self, path: str | Path) -> None:
         "Write the image backbone as a plain torchvision or timm state dict (.safetensors)."
         save_weights(path, self.method().image_encoder.body)
+
+# %% ../../nbs/train/03_loop.ipynb #1c17622a
+def load_run(
+    path: str | Path,   # a run folder
+) -> Run:
+    """The run of a folder: its numbers (`.metrics`, `.diagnostics`), its settings, its trained method. FileNotFoundError when it is not one.
+
+    Parameters
+    ----------
+    path : str | Path
+        a run folder
+    """
+    if not is_run(path):
+        raise FileNotFoundError(f"{path} is not a run: it has no config.json")
+    return Run(Path(path))
 
 # %% ../../nbs/train/03_loop.ipynb #4ad4065a
 def summed(
@@ -694,24 +712,28 @@ def hold_run(stack: ExitStack, run: Path, finished: bool) -> None:
 def fit(
     method: Method,
     data: Pack,            # its splits "train" and "validate" are used
-    config: TrainConfig,   # see TrainConfig.of(method, run)
+    run: str | Path | TrainConfig,      # folder of the run, for the method's own training recipe; or all settings
     each_epoch: Callable[[Run], None] | None = None,  # called after every epoch, e.g. medvis.analyse.LiveDiagnostics()
+    **changes,             # of the recipe: epochs=8, batch_size=32, ...: fields of TrainConfig
 ) -> Run:
-    """Train a method, or go on with the run that stands in `config.run`; a finished one is returned as it is.
+    """Train a method, or go on with the run that stands in the folder; a finished one is returned as it is.
 
     Raises Diverged when a loss is not finite (with a checkpoint of the step before), OSError when the disk is full,
-    ValueError when the folder holds another run or too many samples cannot be read.
+    ValueError for a setting that does not exist, when the folder holds another run or too many samples cannot be read.
 
     Parameters
     ----------
     method : Method
     data : Pack
         its splits "train" and "validate" are used
-    config : TrainConfig
-        see TrainConfig.of(method, run)
+    run : str | Path | TrainConfig
+        folder of the run, for the method's own training recipe; or all settings
     each_epoch : Callable[[Run], None] | None, default: None
         called after every epoch, e.g. medvis.analyse.LiveDiagnostics()
+    **changes
+        of the recipe: epochs=8, batch_size=32, ...: fields of TrainConfig
     """
+    config = TrainConfig.of(method, run, **changes)
     trainer, last = Trainer(method, data, config), config.run / "last.safetensors"
     a = trainer.accelerator
     finished = on_main(a, last.exists)
