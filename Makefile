@@ -16,7 +16,7 @@ help:
 	@echo "make demo    install, make phantom pairs, pre-train, probe; prints a table and the path of a page"
 	@echo "make test    install the development tools too, and run every check"
 	@echo "make lab     JupyterLab on the notebooks, with nbdev's hooks, which keep them clean"
-	@echo "make export  notebooks -> medvis/ and README.md; cleans the notebooks"
+	@echo "make export  notebooks -> medvis/, its docstrings, and README.md; cleans the notebooks"
 
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "medvis needs Python 3.11 or newer, this is " + sys.version + "; name another: make PYTHON=...")'
@@ -60,6 +60,7 @@ lab: .venv/.dev
 
 export: .venv/.dev
 	@nbdev_export
+	@python tools/docstrings.py medvis
 	@python tools/clean.py
 	@nbdev_clean
 	@python tools/readme.py

@@ -24,7 +24,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=f">={settings['min_python']}",
     packages=find_packages(include=[settings["lib_path"], f"{settings['lib_path']}.*"]),
-    package_data={"": ["static/*"]},
+    package_data={"": ["static/*", "py.typed"]},
     install_requires=settings["requirements"].split(),
     extras_require=extras,
     entry_points={"console_scripts": settings["console_scripts"].split()},

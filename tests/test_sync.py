@@ -25,10 +25,10 @@ def differences(kept: dict[str, str], made: dict[str, str]) -> list[str]:
             + [f"{name}: differs" for name in sorted(kept.keys() & made.keys()) if kept[name] != made[name]])
 
 
-def in_copy(folder: Path, command: str) -> None:
-    "Run an nbdev command in `folder`; nbdev does nothing under IN_TEST."
+def in_copy(folder: Path, *command: str | Path) -> None:
+    "Run a step of `make export` in `folder`; nbdev does nothing under IN_TEST."
     env = {name: value for name, value in os.environ.items() if name != "IN_TEST"}
-    done = subprocess.run([BIN / command], cwd=folder, env=env, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
     assert done.returncode == 0, f"{command} failed:\n{done.stdout}{done.stderr}"
 
 
@@ -42,14 +42,15 @@ def copy(tmp_path: Path) -> Path:
 
 
 def test_module_in_step(copy: Path):
-    in_copy(copy, "nbdev_export")
+    in_copy(copy, BIN / "nbdev_export")
+    in_copy(copy, sys.executable, ROOT / "tools/docstrings.py", "medvis")
     found = differences(files(ROOT / "medvis", "*.py"), files(copy / "medvis", "*.py"))
     assert not found, "medvis/ and the notebooks are out of step: run `make export`\n" + "\n".join(found)
 
 
 def test_notebooks_clean(copy: Path):
     before = files(copy / "nbs", "*.ipynb")
-    in_copy(copy, "nbdev_clean")
+    in_copy(copy, BIN / "nbdev_clean")
     found = differences(before, files(copy / "nbs", "*.ipynb"))
     assert not found, "notebooks carry run-time metadata: run `make export`\n" + "\n".join(found)
 

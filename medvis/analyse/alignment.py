@@ -26,7 +26,20 @@ def strangers(
     gathered: Tensor,  # (B, K, d)
     mask: Tensor,      # (B, K) True = valid
 ) -> Tensor:           # (valid, d), in the order of gathered[mask]
-    "For every valid vector one that another sample gathered. ValueError when one sample holds more than half of them."
+    """For every valid vector one that another sample gathered. ValueError when one sample holds more than half of them.
+
+    Parameters
+    ----------
+    gathered : Tensor
+        (B, K, d)
+    mask : Tensor
+        (B, K) True = valid
+
+    Returns
+    -------
+    Tensor
+        (valid, d), in the order of gathered[mask]
+    """
     counts = mask.sum(1)
     if 2 * counts.max() > counts.sum():
         raise ValueError(f"one sample has {int(counts.max())} of {int(counts.sum())} vectors; there are too few others to compare with")
@@ -34,7 +47,13 @@ def strangers(
 
 # %% ../../nbs/analyse/05_alignment.ipynb #9b3f6c26
 def alignment_distances(aligned: Aligned) -> pd.DataFrame:  # sample, direction, distance, stranger (distance to another sample's)
-    "Distances of regions and texts from what they gathered (LoVT supplement, Fig. 2), one row a vector."
+    """Distances of regions and texts from what they gathered (LoVT supplement, Fig. 2), one row a vector.
+
+    Returns
+    -------
+    pd.DataFrame
+        sample, direction, distance, stranger (distance to another sample's)
+    """
     everywhere = torch.ones_like(aligned.regions[..., 0], dtype=torch.bool)
     sides = ((aligned.regions, aligned.from_text, everywhere), (aligned.texts, aligned.from_image, aligned.mask))
     tables = []
@@ -46,7 +65,13 @@ def alignment_distances(aligned: Aligned) -> pd.DataFrame:  # sample, direction,
 
 # %% ../../nbs/analyse/05_alignment.ipynb #598eecff
 def alignment_numbers(distances: Mapping[str, pd.DataFrame]) -> pd.DataFrame:  # method, direction, distance, stranger, closer
-    "Mean distances of each method and direction; `closer` is the share of vectors nearer to their own than to the stranger's."
+    """Mean distances of each method and direction; `closer` is the share of vectors nearer to their own than to the stranger's.
+
+    Returns
+    -------
+    pd.DataFrame
+        method, direction, distance, stranger, closer
+    """
     rows = []
     for name, table in distances.items():
         for direction, part in table.groupby("direction", sort=False):
@@ -59,7 +84,13 @@ def alignment_numbers(distances: Mapping[str, pd.DataFrame]) -> pd.DataFrame:  #
 def draw_alignment(
     distances: Mapping[str, pd.DataFrame],  # by method, of `alignment_distances`
 ) -> Figure:
-    "Box plots of the distances (5 % to 95 %), coloured by direction; in grey beside each, of the same vectors and another study's."
+    """Box plots of the distances (5 % to 95 %), coloured by direction; in grey beside each, of the same vectors and another study's.
+
+    Parameters
+    ----------
+    distances : Mapping[str, pd.DataFrame]
+        by method, of `alignment_distances`
+    """
     figure = Figure(figsize=(1.4 + 1.9 * len(distances), 2.6), dpi=110)
     ax = figure.subplots()
     box = dict(widths=0.19, whis=(5, 95), showfliers=False, patch_artist=True, manage_ticks=False)

@@ -26,7 +26,13 @@ from ..train.checkpoint import write_atomic
 
 # %% ../../nbs/analyse/06_embed.ipynb #358aabd0
 def as_units(vectors) -> np.ndarray:  # (n, D) array or tensor -> (n, D) float64 of length 1
-    "Vectors scaled to length 1, as all contrastive losses see them; zero vectors stay zero. ValueError for what are no vectors, or hold NaN."
+    """Vectors scaled to length 1, as all contrastive losses see them; zero vectors stay zero. ValueError for what are no vectors, or hold NaN.
+
+    Returns
+    -------
+    np.ndarray
+        (n, D) array or tensor -> (n, D) float64 of length 1
+    """
     vectors = np.asarray(vectors, dtype=np.float64)
     if vectors.ndim != 2:
         raise ValueError(f"vectors have shape {vectors.shape}; expected a row of numbers each, (n, D)")
@@ -43,7 +49,21 @@ def tsne(
 ) -> np.ndarray:              # (n, 2)
     """Places of vectors in the plane by t-SNE, started from their principal components. The same for the same seed.
 
-    ValueError when there is nothing to draw: fewer than 8 vectors, NaN, or all of the same direction."""
+    ValueError when there is nothing to draw: fewer than 8 vectors, NaN, or all of the same direction.
+
+    Parameters
+    ----------
+    vectors
+        (n, D) array or tensor, any length: directions are compared
+    seed : int, default: 0
+    perplexity : float, default: 30.0
+        about how many neighbours a point has; lowered, with a warning, when there are few vectors
+
+    Returns
+    -------
+    np.ndarray
+        (n, 2)
+    """
     vectors = as_units(vectors)
     if len(vectors) < 8 or vectors.shape[1] < 2:
         raise ValueError(f"t-SNE of {len(vectors)} vectors of {vectors.shape[1]} numbers says nothing; give at least 8, of at least 2 numbers")
@@ -66,7 +86,23 @@ def neighbour_purity(
     groups: Sequence | None = None,  # (n,) e.g. study: neighbours of the same group are not asked; None: only oneself is not
     k: int = 10,
 ) -> pd.DataFrame:              # one row a kind: kind, purity, chance, vectors
-    "Share of the k nearest neighbours that are of the same kind. ValueError when fewer than k can be asked."
+    """Share of the k nearest neighbours that are of the same kind. ValueError when fewer than k can be asked.
+
+    Parameters
+    ----------
+    vectors
+        (n, D)
+    kinds : Sequence
+        (n,) the kind of each vector
+    groups : Sequence | None, default: None
+        (n,) e.g. study: neighbours of the same group are not asked; None: only oneself is not
+    k : int, default: 10
+
+    Returns
+    -------
+    pd.DataFrame
+        one row a kind: kind, purity, chance, vectors
+    """
     vectors, kinds = as_units(vectors), np.asarray(kinds)
     groups = np.arange(len(kinds)) if groups is None else np.asarray(groups)
     pure, chance = np.zeros(len(kinds)), np.zeros(len(kinds))
@@ -89,7 +125,23 @@ def separability(
     groups: Sequence,      # (n,) e.g. study: one group is never in both the fitted and the tested part
     folds: int = 5,
 ) -> float:                # AUROC; NaN when all positive vectors are in one fold, or there are none
-    "How well a linear cut separates positive vectors from the others, on groups it has not seen."
+    """How well a linear cut separates positive vectors from the others, on groups it has not seen.
+
+    Parameters
+    ----------
+    vectors
+        (n, D)
+    positive : Sequence
+        (n,) bool
+    groups : Sequence
+        (n,) e.g. study: one group is never in both the fitted and the tested part
+    folds : int, default: 5
+
+    Returns
+    -------
+    float
+        AUROC; NaN when all positive vectors are in one fold, or there are none
+    """
     positive, groups = np.asarray(positive, dtype=bool), np.asarray(groups)
     parts = list(GroupKFold(folds).split(positive, groups=groups))
     if any(len(np.unique(positive[fitted])) < 2 for fitted, _ in parts):
@@ -104,7 +156,22 @@ def embedding_table(
     vectors=None,         # (n, D) kept as a column of lists in half precision; None: left out
     **columns: Sequence,  # (n,) each: study, region, label, ...
 ) -> pd.DataFrame:        # x, y, the columns, vector
-    "Points of an embedding with all that is known of them."
+    """Points of an embedding with all that is known of them.
+
+    Parameters
+    ----------
+    places : np.ndarray
+        (n, 2) of `tsne`
+    vectors : default: None
+        (n, D) kept as a column of lists in half precision; None: left out
+    **columns : Sequence
+        (n,) each: study, region, label, ...
+
+    Returns
+    -------
+    pd.DataFrame
+        x, y, the columns, vector
+    """
     table = pd.DataFrame({"x": places[:, 0].astype(np.float32), "y": places[:, 1].astype(np.float32), **columns})
     return table if vectors is None else table.assign(vector=list(np.asarray(vectors, dtype=np.float16)))
 
@@ -128,7 +195,18 @@ def draw_kinds(
     kinds: Sequence | None = None,  # which are coloured, in this order; the others are grey. None: the most frequent
     size: float = 9.0,
 ) -> None:
-    "Draw points coloured by what they are; colours repeat with another mark. No ticks: the axes of t-SNE have no meaning."
+    """Draw points coloured by what they are; colours repeat with another mark. No ticks: the axes of t-SNE have no meaning.
+
+    Parameters
+    ----------
+    ax : Axes
+    table : pd.DataFrame
+        x, y and the column `by`
+    by : str
+    kinds : Sequence | None, default: None
+        which are coloured, in this order; the others are grey. None: the most frequent
+    size : float, default: 9.0
+    """
     _check_places(table)
     kinds = table[by].value_counts().index[: 2 * len(SERIES)] if kinds is None else kinds
     rest = table[~table[by].isin(list(kinds))]
@@ -147,7 +225,22 @@ def draw_values(
     highest: float = 1.0,  # end of the colour scale
     size: float = 9.0,
 ):                        # what a colour bar is made for
-    "Draw points coloured by a number, highest on top; zero is grey."
+    """Draw points coloured by a number, highest on top; zero is grey.
+
+    Parameters
+    ----------
+    ax : Axes
+    table : pd.DataFrame
+        x, y and the column `by`, not negative
+    by : str
+    highest : float, default: 1.0
+        end of the colour scale
+    size : float, default: 9.0
+
+    Returns
+    -------
+    what a colour bar is made for
+    """
     _check_places(table)
     none, some = table[table[by] == 0], table[table[by] > 0].sort_values(by, kind="stable")
     ax.scatter(none.x, none.y, s=0.6 * size, color=FAINT, linewidths=0, rasterized=True)

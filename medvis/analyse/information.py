@@ -18,7 +18,13 @@ from ..train.loop import Run
 
 # %% ../../nbs/analyse/09_information.ipynb #b8a0a8f2
 def information_curve(run: Run) -> pd.DataFrame:  # step, split ("train", "validate"), nats
-    "Estimates of mutual information during training. ValueError for a run whose loss is no such estimate."
+    """Estimates of mutual information during training. ValueError for a run whose loss is no such estimate.
+
+    Returns
+    -------
+    pd.DataFrame
+        step, split ("train", "validate"), nats
+    """
     metrics = run.metrics
     if "mutual_information" not in metrics:
         raise ValueError(f"{run.path.name} logged no mutual_information; local-mi, global-mi and mixture-mi do")
@@ -31,7 +37,15 @@ def draw_information(
     curves: Mapping[str, pd.DataFrame],  # by name, of `information_curve`
     batch_size: int | None = None,       # draws the ceiling of CPC, log of it
 ) -> Figure:
-    "Estimates of mutual information during training: faint and smoothed for training batches, marked for validation."
+    """Estimates of mutual information during training: faint and smoothed for training batches, marked for validation.
+
+    Parameters
+    ----------
+    curves : Mapping[str, pd.DataFrame]
+        by name, of `information_curve`
+    batch_size : int | None, default: None
+        draws the ceiling of CPC, log of it
+    """
     figure = Figure(figsize=(4.6, 2.7), dpi=110)
     ax = figure.subplots()
     for k, (name, curve) in enumerate(curves.items()):

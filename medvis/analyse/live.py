@@ -35,7 +35,16 @@ def draw_panel(
     diagnostics: pd.DataFrame,  # of Run.diagnostics
     names: dict[str, str],      # column -> label; those that are not there are left out
 ) -> None:
-    "Some diagnostics over the epochs."
+    """Some diagnostics over the epochs.
+
+    Parameters
+    ----------
+    ax : Axes
+    diagnostics : pd.DataFrame
+        of Run.diagnostics
+    names : dict[str, str]
+        column -> label; those that are not there are left out
+    """
     for k, (name, label) in enumerate(names.items()):
         if name in diagnostics:
             look = dict(color=GREY, ls=":") if name == "dead_by_chance" else dict(color=SERIES[k], marker=MARKS[k], ms=3.5)
@@ -49,7 +58,13 @@ def draw_panel(
 def draw_diagnostics(
     diagnostics: pd.DataFrame,  # of Run.diagnostics
 ) -> Figure:
-    "All diagnostics of a run over its epochs, and in words what is wrong after the last one."
+    """All diagnostics of a run over its epochs, and in words what is wrong after the last one.
+
+    Parameters
+    ----------
+    diagnostics : pd.DataFrame
+        of Run.diagnostics
+    """
     panels = {title: names for title, names in PANELS.items() if any(name in diagnostics for name in names)}
     rows = -(-len(panels) // 4)
     figure = Figure(figsize=(8.2, 1.85 * rows + 0.3), dpi=100)
@@ -78,7 +93,13 @@ HEALTHY = {
 def diagnostic_figures(
     diagnostics: pd.DataFrame,  # of Run.diagnostics
 ) -> list[Figure]:
-    "One small chart a panel, over the epochs, with its healthy range shaded."
+    """One small chart a panel, over the epochs, with its healthy range shaded.
+
+    Parameters
+    ----------
+    diagnostics : pd.DataFrame
+        of Run.diagnostics
+    """
     out = []
     for title, names in PANELS.items():
         if any(name in diagnostics for name in names):
@@ -95,7 +116,18 @@ def diagnostic_figures(
 def diagnostics_table(
     diagnostics: pd.DataFrame,  # of Run.diagnostics
 ) -> pd.DataFrame:              # diagnostic, first, last (after the first and the last epoch), healthy, what it means
-    "What each diagnostic was, should be, and means, in words."
+    """What each diagnostic was, should be, and means, in words.
+
+    Parameters
+    ----------
+    diagnostics : pd.DataFrame
+        of Run.diagnostics
+
+    Returns
+    -------
+    pd.DataFrame
+        diagnostic, first, last (after the first and the last epoch), healthy, what it means
+    """
     def tell(name: str) -> str:
         low, high = HEALTHY.get(name, (float("-inf"), float("inf")))
         return {(False, False): "–", (True, False): f"above {low:g}", (False, True): f"below {high:g}"}.get(

@@ -22,7 +22,22 @@ def upsample(
     grid: tuple[int, int],  # (h, w)
     size: tuple[int, int],  # (H, W)
 ) -> np.ndarray:  # (H, W) float32
-    """Interpolate a map bilinearly, each score staying at the centre of its region. ValueError if N is not h*w."""
+    """Interpolate a map bilinearly, each score staying at the centre of its region. ValueError if N is not h*w.
+
+    Parameters
+    ----------
+    scores
+        (N,) row-major
+    grid : tuple[int, int]
+        (h, w)
+    size : tuple[int, int]
+        (H, W)
+
+    Returns
+    -------
+    np.ndarray
+        (H, W) float32
+    """
     scores = torch.as_tensor(scores, dtype=torch.float32)
     if scores.shape != (grid[0] * grid[1],):
         raise ValueError(
@@ -40,7 +55,21 @@ def heat(
     grid: tuple[int, int],
     opacity: float = 0.75,  # of the highest score
 ) -> np.ndarray:  # (SIDE, SIDE, 4) RGBA in 0..1
-    """Colour and transparency of a map, scaled from its lowest to its highest score; a constant map is transparent."""
+    """Colour and transparency of a map, scaled from its lowest to its highest score; a constant map is transparent.
+
+    Parameters
+    ----------
+    scores
+        (N,)
+    grid : tuple[int, int]
+    opacity : float, default: 0.75
+        of the highest score
+
+    Returns
+    -------
+    np.ndarray
+        (SIDE, SIDE, 4) RGBA in 0..1
+    """
     smooth = upsample(scores, grid, (SIDE, SIDE))
     spread = smooth.max() - smooth.min()
     share = (smooth - smooth.min()) / spread if spread > 0 else np.zeros_like(smooth)
@@ -52,7 +81,18 @@ def heat(
 def as_picture(
     image,  # (H, W) or (C, H, W), array or tensor, any scale
 ) -> np.ndarray:  # (H, W)
-    """The grey picture of an image as a pack or an encoder has it."""
+    """The grey picture of an image as a pack or an encoder has it.
+
+    Parameters
+    ----------
+    image
+        (H, W) or (C, H, W), array or tensor, any scale
+
+    Returns
+    -------
+    np.ndarray
+        (H, W)
+    """
     image = torch.as_tensor(image).detach().cpu().numpy()
     return image[0] if image.ndim == 3 else image
 
@@ -65,7 +105,20 @@ def draw_map(
     mask=None,  # (H, W) bool, true extent
     title: str = "",
 ) -> None:
-    """Draw a heat map over a radiograph, a ring around its highest region, and the outline of a mask."""
+    """Draw a heat map over a radiograph, a ring around its highest region, and the outline of a mask.
+
+    Parameters
+    ----------
+    ax : Axes
+    image
+        (H, W) or (C, H, W), as the encoder saw it
+    scores : default: None
+        (N,) one map; None: the image alone
+    grid : tuple[int, int] | None, default: None
+    mask : default: None
+        (H, W) bool, true extent
+    title : str, default: ''
+    """
     picture = as_picture(image)
     height, width = picture.shape
     place = dict(extent=(0, width, height, 0))
@@ -99,7 +152,20 @@ def pick_words(
     index: int,  # row of the batch
     count: int = 5,
 ) -> list[int]:  # in reading order
-    """The words of a report whose maps stand out most."""
+    """The words of a report whose maps stand out most.
+
+    Parameters
+    ----------
+    correspondence : Correspondence
+    index : int
+        row of the batch
+    count : int, default: 5
+
+    Returns
+    -------
+    list[int]
+        in reading order
+    """
     scores = correspondence.words[index].detach().float().cpu()  # (N, W)
     pointed = (scores.max(0).values - scores.mean(0)) / scores.std(0).clamp_min(1e-6)
     pointed[~correspondence.word_mask[index].cpu()] = -torch.inf
@@ -116,7 +182,24 @@ def draw_correspondence(
     masks: dict | None = None,  # word -> (H, W) bool
     width: float = 2.0,  # of a panel, in inches
 ) -> Figure:
-    """A row of panels: the radiograph, then one map a word, with the true extent and whether the point lies in it."""
+    """A row of panels: the radiograph, then one map a word, with the true extent and whether the point lies in it.
+
+    Parameters
+    ----------
+    image
+        (H, W) or (C, H, W) of this row, as the encoder saw it
+    correspondence : Correspondence
+    index : int
+        row of the batch
+    words : list[str]
+        of this row's report
+    pick : list[int] | None, default: None
+        which words; None: those with a mask, or else those that stand out
+    masks : dict | None, default: None
+        word -> (H, W) bool
+    width : float, default: 2.0
+        of a panel, in inches
+    """
     masks = masks or {}
     pick = pick if pick is not None else [w for w in masks if w < len(words)] or pick_words(correspondence, index)
     figure = Figure(figsize=(width * (len(pick) + 1), 1.2 * width), dpi=100, layout="constrained")

@@ -170,7 +170,15 @@ def curves_figure(
     metrics: pd.DataFrame,  # step, epoch, split, loss, parts by name
     names: Sequence[str] | None = None,  # None: the loss and its parts
 ) -> Figure:
-    """Losses by name over the steps, side by side."""
+    """Losses by name over the steps, side by side.
+
+    Parameters
+    ----------
+    metrics : pd.DataFrame
+        step, epoch, split, loss, parts by name
+    names : Sequence[str] | None, default: None
+        None: the loss and its parts
+    """
     names = curve_names(metrics) if names is None else list(names)
     figure = Figure(figsize=(2.65 * max(len(names), 1), 2.2), dpi=80)
     for ax, name in zip(figure.subplots(1, max(len(names), 1), squeeze=False)[0], names):
@@ -188,7 +196,13 @@ def _colours(names: Sequence[str], baseline: str = "random") -> dict[str, tuple[
 def finding_order(
     table: pd.DataFrame,  # of linear_probe
 ) -> list[str]:
-    """Macro first, then the findings by the first encoder's mean AUROC: the order of figure and table alike."""
+    """Macro first, then the findings by the first encoder's mean AUROC: the order of figure and table alike.
+
+    Parameters
+    ----------
+    table : pd.DataFrame
+        of linear_probe
+    """
     first = table[(table["encoder"] == table["encoder"].iloc[0]) & (table["finding"] != "macro")]
     return ["macro", *first.groupby("finding", sort=False)["auroc"].mean().sort_values(ascending=False).index]
 
@@ -222,7 +236,15 @@ def probe_figure(
     table: pd.DataFrame,  # of linear_probe
     fractions: Sequence[float] | None = None,  # None: all, side by side
 ) -> Figure:
-    """Forest plots of a linear probe; findings in the order of the first encoder's mean AUROC."""
+    """Forest plots of a linear probe; findings in the order of the first encoder's mean AUROC.
+
+    Parameters
+    ----------
+    table : pd.DataFrame
+        of linear_probe
+    fractions : Sequence[float] | None, default: None
+        None: all, side by side
+    """
     fractions = list(dict.fromkeys(table["fraction"])) if fractions is None else list(fractions)
     order = finding_order(table)
     scale = table.loc[:, ["auroc", "low", "high"]].to_numpy()
@@ -237,7 +259,18 @@ def probe_figure(
 def probe_summary(
     table: pd.DataFrame,  # of linear_probe
 ) -> pd.DataFrame:  # finding, then "share · encoder" columns of text
-    """The probe's table as one reads it: a row a finding, AUROC with interval for each share of labels and encoder."""
+    """The probe's table as one reads it: a row a finding, AUROC with interval for each share of labels and encoder.
+
+    Parameters
+    ----------
+    table : pd.DataFrame
+        of linear_probe
+
+    Returns
+    -------
+    pd.DataFrame
+        finding, then "share · encoder" columns of text
+    """
 
     def cell(row) -> str:
         return "–" if np.isnan(row.auroc) else f"{row.auroc:.3f} ({row.low:.2f}–{row.high:.2f})"
@@ -252,14 +285,31 @@ def probe_summary(
 def pointing_order(
     table: pd.DataFrame,  # of PhantomPointing.by_finding
 ) -> pd.DataFrame:
-    """The same rows: all findings together first, then the highest rate first."""
+    """The same rows: all findings together first, then the highest rate first.
+
+    Parameters
+    ----------
+    table : pd.DataFrame
+        of PhantomPointing.by_finding
+    """
     return table.sort_values("hit_rate", ascending=False, key=lambda rate: rate.where(table["finding"] != "all", np.inf))
 
 # %% ../../nbs/analyse/02_page.ipynb #41d8b7e2
 def pointing_summary(
     table: pd.DataFrame,  # of PhantomPointing.by_finding
 ) -> pd.DataFrame:  # text
-    """The table of the pointing game as one reads it, in the order of the figure."""
+    """The table of the pointing game as one reads it, in the order of the figure.
+
+    Parameters
+    ----------
+    table : pd.DataFrame
+        of PhantomPointing.by_finding
+
+    Returns
+    -------
+    pd.DataFrame
+        text
+    """
     rates = [f"{row.hit_rate:.3f} ({row.low:.2f}–{row.high:.2f})" for row in table.itertuples()]
     shown = {"finding": table["finding"], "hit rate (95 %)": rates, "chance": table["chance"], "words": table["targets"]}
     return pd.DataFrame(shown)
@@ -269,7 +319,13 @@ def pointing_summary(
 def pointing_figure(
     table: pd.DataFrame,  # of PhantomPointing.by_finding: finding, hit_rate, low, high, chance, targets
 ) -> Figure:
-    """Pointing-game hit rate of each finding against chance."""
+    """Pointing-game hit rate of each finding against chance.
+
+    Parameters
+    ----------
+    table : pd.DataFrame
+        of PhantomPointing.by_finding: finding, hit_rate, low, high, chance, targets
+    """
     figure = Figure(figsize=(4.6, 1.0 + 0.27 * len(table)), dpi=80)
     ax, y = figure.subplots(), np.arange(len(table))
     ax.hlines(y, table["low"], table["high"], color=SERIES[0], lw=1.6)
@@ -290,7 +346,14 @@ def marked_text(
     report: Report,
     pick: Sequence[int],  # words to mark
 ) -> Html:
-    """The sentences of a report with some words marked."""
+    """The sentences of a report with some words marked.
+
+    Parameters
+    ----------
+    report : Report
+    pick : Sequence[int]
+        words to mark
+    """
     out = []
     for s, sentence in enumerate(report.sentences):
         at, pieces = 0, []
@@ -306,7 +369,13 @@ def marked_text(
 def colour_bar(
     scores,  # (N,)
 ) -> Html:
-    """The colours of `heat` from a map's lowest to its highest score, with both numbers."""
+    """The colours of `heat` from a map's lowest to its highest score, with both numbers.
+
+    Parameters
+    ----------
+    scores
+        (N,)
+    """
     colours = ",".join(to_hex(matplotlib.colormaps["inferno"](0.25 + 0.7 * share)) for share in np.linspace(0, 1, 7))
     low, high = float(np.min(scores)), float(np.max(scores))
     return Html(f'<span class="bar">{low:.2f}<i style="background:linear-gradient(90deg,{colours})"></i>{high:.2f}</span>')
@@ -320,7 +389,19 @@ def tile(
     caption: str = "",
     note: str = "",
 ) -> Html:
-    """A radiograph with one map, as a captioned JPEG of 340 pixels."""
+    """A radiograph with one map, as a captioned JPEG of 340 pixels.
+
+    Parameters
+    ----------
+    image
+        (H, W) or (C, H, W), as the encoder saw it
+    scores : default: None
+        (N,)
+    grid : tuple[int, int] | None, default: None
+    mask : default: None
+    caption : str, default: ''
+    note : str, default: ''
+    """
     figure, out = Figure(figsize=(2, 2), dpi=170), io.BytesIO()
     draw_map(figure.add_axes((0, 0, 1, 1)), image, scores, grid, mask)
     figure.savefig(out, format="jpeg", pil_kwargs={"quality": 85})
@@ -342,7 +423,25 @@ def correspondence_card(
     title: str = "",  # e.g. the study's id
     show_text: bool = True,  # False: words become numbers and the report is left out
 ) -> Html:
-    """A study's report and the maps of some of its words, with true extents and hits."""
+    """A study's report and the maps of some of its words, with true extents and hits.
+
+    Parameters
+    ----------
+    image
+        (H, W) or (C, H, W) of this row, as the encoder saw it
+    correspondence : Correspondence
+    index : int
+        row of the batch
+    report : Report
+    pick : Sequence[int] | None, default: None
+        words; None: those with a mask, else those that stand out
+    masks : dict | None, default: None
+        word -> (H, W) bool
+    title : str, default: ''
+        e.g. the study's id
+    show_text : bool, default: True
+        False: words become numbers and the report is left out
+    """
     masks, words = masks or {}, report.words
     pick = (
         list(pick)
@@ -369,7 +468,13 @@ def correspondence_card(
 def headlines(
     numbers: Sequence[tuple[str, str, str]],  # value, what it is, how sure
 ) -> Html:
-    """A row of large numbers, each with what it means."""
+    """A row of large numbers, each with what it means.
+
+    Parameters
+    ----------
+    numbers : Sequence[tuple[str, str, str]]
+        value, what it is, how sure
+    """
     cards = "".join(
         f"<div><b>{escape(value)}</b><span>{escape(label)}</span><small>{escape(note)}</small></div>"
         for value, label, note in numbers
@@ -439,7 +544,16 @@ section.live #widget{margin:.75rem 0 0}
 # %% ../../nbs/analyse/02_page.ipynb #e2907c15
 @dataclass
 class Live:
-    """A part that answers the pointer: markup (with its style and state), and the module that moves it."""
+    """A part that answers the pointer: markup (with its style and state), and the module that moves it.
+
+    Parameters
+    ----------
+    title : str
+    about : str
+    markup : Html
+    script : str
+        the body of an ES module; it is ours, nothing of it comes from data
+    """
 
     title: str
     about: str
@@ -463,7 +577,18 @@ def page(
     top: Html = Html(""),  # headlines
     live: Live | None = None,  # shown first
 ) -> Html:
-    """A whole HTML document that loads nothing, and runs nothing but the script of its live part."""
+    """A whole HTML document that loads nothing, and runs nothing but the script of its live part.
+
+    Parameters
+    ----------
+    title : str
+    sections : Sequence[Section]
+    subtitle : str, default: ''
+    top : Html, default: Html('')
+        headlines
+    live : Live | None, default: None
+        shown first
+    """
     policy = "default-src 'none'; img-src data: blob:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
     policy += f"; script-src {live.source}" if live else ""
     return Html(
@@ -484,7 +609,18 @@ def write_page(
     top: Html = Html(""),
     live: Live | None = None,
 ) -> Path:
-    """Write a page as one self-contained HTML file, whole or not at all."""
+    """Write a page as one self-contained HTML file, whole or not at all.
+
+    Parameters
+    ----------
+    path : str | Path
+        of the .html file
+    title : str
+    sections : Sequence[Section]
+    subtitle : str, default: ''
+    top : Html, default: Html('')
+    live : Live | None, default: None
+    """
     html = page(title, sections, subtitle, top, live)
     write_atomic(path, lambda file: file.write(html.encode()))
     return Path(path)
@@ -507,7 +643,14 @@ def exact_for(
     machine: Mapping,  # of describe_machine, or a manifest that holds it
     seeds: int = 1,
 ) -> str:
-    """The sentence that says for which machine numbers are exact, and how far one seed may be trusted."""
+    """The sentence that says for which machine numbers are exact, and how far one seed may be trusted.
+
+    Parameters
+    ----------
+    machine : Mapping
+        of describe_machine, or a manifest that holds it
+    seeds : int, default: 1
+    """
     parts = [machine.get(key) for key in ("processor", "cpu_capability")]
     kind = ", ".join(str(part) for part in parts if part) or machine.get("platform", "not recorded")
     threads = machine.get("threads", "an unknown number of")
@@ -525,7 +668,21 @@ def run_sections(
     cards: Sequence[Html] = (),  # of correspondence_card
     details: dict[str, dict] | None = None,  # title -> settings, folded
 ) -> list[Section]:
-    """The sections of a run's page; what is not given is left out."""
+    """The sections of a run's page; what is not given is left out.
+
+    Parameters
+    ----------
+    metrics : pd.DataFrame | None, default: None
+        of Run.metrics
+    probe : pd.DataFrame | None, default: None
+        of linear_probe
+    pointing : pd.DataFrame | None, default: None
+        of PhantomPointing.by_finding
+    cards : Sequence[Html], default: ()
+        of correspondence_card
+    details : dict[str, dict] | None, default: None
+        title -> settings, folded
+    """
     parts = {}
     if probe is not None and len(probe):
         forests = [probe_figure(probe, [fraction]) for fraction in dict.fromkeys(probe["fraction"])]

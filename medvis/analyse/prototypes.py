@@ -22,7 +22,20 @@ def nearest_prototype(
     vectors,     # (n, d) projected images or reports
     prototypes,  # (K, d)
 ) -> np.ndarray:  # (n,) int
-    "The prototype that each vector is assigned to: the one with the highest cosine."
+    """The prototype that each vector is assigned to: the one with the highest cosine.
+
+    Parameters
+    ----------
+    vectors
+        (n, d) projected images or reports
+    prototypes
+        (K, d)
+
+    Returns
+    -------
+    np.ndarray
+        (n,) int
+    """
     return (as_units(vectors) @ as_units(prototypes).T).argmax(1)
 
 # %% ../../nbs/analyse/08_prototypes.ipynb #f2f66b23
@@ -32,7 +45,17 @@ def cluster_agreement(
     shuffles: int = 20,
     seed: int = 0,
 ) -> dict[str, float]:
-    "Mutual information of two groupings: nmi (arithmetic mean), ami (adjusted for chance), nmi_shuffled (mean over shuffled labels)."
+    """Mutual information of two groupings: nmi (arithmetic mean), ami (adjusted for chance), nmi_shuffled (mean over shuffled labels).
+
+    Parameters
+    ----------
+    labels : Sequence
+        (n,) e.g. the disease
+    clusters : Sequence
+        (n,) e.g. the prototype
+    shuffles : int, default: 20
+    seed : int, default: 0
+    """
     labels, rng = np.asarray(labels), np.random.default_rng(seed)
     by_chance = np.mean([normalized_mutual_info_score(rng.permutation(labels), clusters) for _ in range(shuffles)])
     return {"nmi": float(normalized_mutual_info_score(labels, clusters)),
@@ -44,7 +67,17 @@ def prototype_usage(
     texts,       # (n, d) their reports
     prototypes,  # (K, d)
 ) -> tuple[pd.DataFrame, dict[str, float]]:
-    "Images and reports of every prototype; and: dead (by chance), effective number in use, how often both choose the same (by chance)."
+    """Images and reports of every prototype; and: dead (by chance), effective number in use, how often both choose the same (by chance).
+
+    Parameters
+    ----------
+    images
+        (n, d) projected images
+    texts
+        (n, d) their reports
+    prototypes
+        (K, d)
+    """
     image, text = nearest_prototype(images, prototypes), nearest_prototype(texts, prototypes)
     count = len(prototypes)
     table = pd.DataFrame({"images": np.bincount(image, minlength=count), "reports": np.bincount(text, minlength=count)})
@@ -62,7 +95,14 @@ def draw_usage(
     table: pd.DataFrame,          # of `prototype_usage`
     numbers: dict[str, float],
 ) -> Figure:
-    "How many images and reports are nearest to each prototype, most used first."
+    """How many images and reports are nearest to each prototype, most used first.
+
+    Parameters
+    ----------
+    table : pd.DataFrame
+        of `prototype_usage`
+    numbers : dict[str, float]
+    """
     order = (table.images + table.reports).sort_values(ascending=False, kind="stable").index
     figure = Figure(figsize=(6.0, 2.1), dpi=110)
     ax, rank = figure.subplots(), np.arange(len(order))
@@ -84,7 +124,15 @@ def draw_diseases_and_prototypes(
     points: pd.DataFrame,   # x, y, disease, prototype
     numbers: dict[str, float],  # of `cluster_agreement`
 ) -> Figure:
-    "The same t-SNE of images twice: coloured by disease, and by the most used prototypes (MGCA Fig. 4)."
+    """The same t-SNE of images twice: coloured by disease, and by the most used prototypes (MGCA Fig. 4).
+
+    Parameters
+    ----------
+    points : pd.DataFrame
+        x, y, disease, prototype
+    numbers : dict[str, float]
+        of `cluster_agreement`
+    """
     figure = Figure(figsize=(7.0, 3.9), dpi=110)
     for ax, by, title in zip(figure.subplots(1, 2), ("disease", "prototype"), ("Disease", "Nearest prototype (the eight most used)")):
         top = points[by].value_counts().index[: 12 if by == "disease" else 8]

@@ -31,7 +31,20 @@ def region_overlap(
     masks,                  # (S, H, W) bool
     grid: tuple[int, int],  # (h, w)
 ) -> np.ndarray:            # (S, h*w) in 0..1, row-major
-    "Share of each region's area that lies in the mask."
+    """Share of each region's area that lies in the mask.
+
+    Parameters
+    ----------
+    masks
+        (S, H, W) bool
+    grid : tuple[int, int]
+        (h, w)
+
+    Returns
+    -------
+    np.ndarray
+        (S, h*w) in 0..1, row-major
+    """
     masks = torch.as_tensor(np.asarray(masks), dtype=torch.float64)
     return adaptive_avg_pool2d(masks[:, None], grid).flatten(1).numpy()
 
@@ -41,7 +54,22 @@ def share_inside(
     masks,                  # (S, H, W) bool
     grid: tuple[int, int],  # (h, w), N = h*w
 ) -> tuple[np.ndarray, np.ndarray]:  # (S,) share of the weight that lies in the mask, (S,) share of the area
-    "How much of each map lies in its mask, a region's weight being spread evenly over its area; the area is the share of an even map."
+    """How much of each map lies in its mask, a region's weight being spread evenly over its area; the area is the share of an even map.
+
+    Parameters
+    ----------
+    weights
+        (S, N) not negative
+    masks
+        (S, H, W) bool
+    grid : tuple[int, int]
+        (h, w), N = h*w
+
+    Returns
+    -------
+    tuple[np.ndarray, np.ndarray]
+        (S,) share of the weight that lies in the mask, (S,) share of the area
+    """
     weights, overlap = np.asarray(weights, dtype=float), region_overlap(masks, grid)
     return (weights * overlap).sum(1) / weights.sum(1), overlap.mean(1)
 
@@ -50,7 +78,19 @@ def mirror_symmetry(
     weights,                # (N,) not negative
     grid: tuple[int, int],
 ) -> float:                 # 1 = the same as its mirror image, 0 = all on one side
-    "Share of a map that remains when it is laid over its mirror image, left and right exchanged."
+    """Share of a map that remains when it is laid over its mirror image, left and right exchanged.
+
+    Parameters
+    ----------
+    weights
+        (N,) not negative
+    grid : tuple[int, int]
+
+    Returns
+    -------
+    float
+        1 = the same as its mirror image, 0 = all on one side
+    """
     share = np.asarray(weights, dtype=float).reshape(grid)
     share = share / share.sum()
     return float(np.minimum(share, share[:, ::-1]).sum())
@@ -61,7 +101,21 @@ def phantom_masks(
     items: Sequence[int],
     findings: Sequence[str] | None = None,  # which; None: the lungs instead
 ) -> np.ndarray:             # (items, size, size) bool, in the encoder's view
-    "Where the lungs or some findings of phantom studies are. ValueError for pairs of anything else."
+    """Where the lungs or some findings of phantom studies are. ValueError for pairs of anything else.
+
+    Parameters
+    ----------
+    pairs : Pairs
+        of a phantom Pack, not augmented
+    items : Sequence[int]
+    findings : Sequence[str] | None, default: None
+        which; None: the lungs instead
+
+    Returns
+    -------
+    np.ndarray
+        (items, size, size) bool, in the encoder's view
+    """
     source, view, masks = pairs.pack.manifest["source"], pairs.preprocessing.mask(), []
     if source.get("kind") != "phantom" or pairs.train:
         raise ValueError(f"masks are known only for a phantom's pairs with train=False; these have source {source.get('kind')!r}")
@@ -83,7 +137,16 @@ def weight_numbers(
     lungs,                  # (S, H, W) bool
     grid: tuple[int, int],
 ) -> dict[str, float]:
-    "What LoVT's supplement reads off its Fig. 5: weight inside the lungs beside their area, and symmetry of the mean map."
+    """What LoVT's supplement reads off its Fig. 5: weight inside the lungs beside their area, and symmetry of the mean map.
+
+    Parameters
+    ----------
+    weights
+        (S, N) of the regions of each study
+    lungs
+        (S, H, W) bool
+    grid : tuple[int, int]
+    """
     inside, area = share_inside(weights, lungs, grid)
     mean = np.asarray(weights, dtype=float).mean(0)
     return {"in_lungs": float(inside.mean()), "lung_area": float(area.mean()), "symmetry": mirror_symmetry(mean, grid),
@@ -98,7 +161,19 @@ def draw_mean_weights(
     lungs=None,             # (H, W) share of studies whose lung is there: outlined at one half
     label: str = "weight of a region, as a multiple of an even share",
 ) -> Figure:
-    "Mean weights of regions laid over the mean image, each region with its number where there is room (LoVT supplement, Fig. 5)."
+    """Mean weights of regions laid over the mean image, each region with its number where there is room (LoVT supplement, Fig. 5).
+
+    Parameters
+    ----------
+    weights
+        (N,) mean weights
+    grid : tuple[int, int]
+    image
+        (H, W) mean image
+    lungs : default: None
+        (H, W) share of studies whose lung is there: outlined at one half
+    label : str, default: 'weight of a region, as a multiple of an even share'
+    """
     image, share = as_picture(image), np.asarray(weights, dtype=float).reshape(grid)
     share, (height, width) = share * share.size / share.sum(), image.shape
     figure = Figure(figsize=(3.6, 3.0), dpi=110)
@@ -122,7 +197,19 @@ def chosen_regions(
     found: Correspondence,
     items: Sequence[int],       # (B,) names of the rows
 ) -> pd.DataFrame:              # item, sentence, region, margin (over the second-best, in standard deviations of the map)
-    "The region with the highest score for every sentence (local-mi Eq. 5)."
+    """The region with the highest score for every sentence (local-mi Eq. 5).
+
+    Parameters
+    ----------
+    found : Correspondence
+    items : Sequence[int]
+        (B,) names of the rows
+
+    Returns
+    -------
+    pd.DataFrame
+        item, sentence, region, margin (over the second-best, in standard deviations of the map)
+    """
     rows = []
     for b, m in found.sentence_mask.nonzero().tolist():
         scores = found.sentences[b, :, m].detach().double().cpu()
@@ -136,7 +223,16 @@ def choice_numbers(
     grid: tuple[int, int],
     masks=None,                        # (K, H, W) bool: where what they speak of is
 ) -> dict[str, float]:
-    "How many regions are ever chosen, as the exponential of their entropy, and how often rightly; `fixed` = always the best single one."
+    """How many regions are ever chosen, as the exponential of their entropy, and how often rightly; `fixed` = always the best single one.
+
+    Parameters
+    ----------
+    regions : Sequence[int]
+        (K,) chosen by sentences
+    grid : tuple[int, int]
+    masks : default: None
+        (K, H, W) bool: where what they speak of is
+    """
     share = np.bincount(regions, minlength=grid[0] * grid[1]) / max(len(regions), 1)
     told = {"sentences": len(regions), "in_use": float(np.exp(-(share[share > 0] * np.log(share[share > 0])).sum()))}
     if masks is not None and len(masks):
@@ -154,7 +250,20 @@ def draw_choice(
     sentences: Sequence[str],          # of its report
     mask=None,                         # (H, W) bool, outlined
 ) -> Figure:
-    "A radiograph with the region that each sentence chose, numbered as the sentences beside it."
+    """A radiograph with the region that each sentence chose, numbered as the sentences beside it.
+
+    Parameters
+    ----------
+    image
+        (H, W) or (C, H, W)
+    grid : tuple[int, int]
+    choice : pd.DataFrame
+        rows of one study, of `chosen_regions`
+    sentences : Sequence[str]
+        of its report
+    mask : default: None
+        (H, W) bool, outlined
+    """
     image, figure = as_picture(image), Figure(figsize=(7.0, 2.6), dpi=110)
     ax, text = figure.subplots(1, 2, width_ratios=(1, 1.75))
     (height, width), (h, w) = image.shape, grid

@@ -11,7 +11,13 @@ from collections.abc import Sequence
 
 # %% ../../nbs/cli/02_start.ipynb #a0bdca66
 def main(argv: Sequence[str] | None = None) -> int:     # the exit code
-    "Entry point of `medvis`: runs a command (see `medvis.cli.commands.main`), of which only the caller needs the imports"
+    """Entry point of `medvis`: runs a command (see `medvis.cli.commands.main`), of which only the caller needs the imports
+
+    Returns
+    -------
+    int
+        the exit code
+    """
     from medvis.cli.commands import main as run
 
     return run(sys.argv[1:] if argv is None else list(argv))

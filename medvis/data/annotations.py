@@ -37,7 +37,22 @@ def rle_runs(
     height: int,
     relative: bool = False,     # SIIM-ACR's dialect: gap and length; else Kaggle's usual one: start, from 1, and length
 ) -> tuple[np.ndarray, np.ndarray]:     # (r,) first pixel of each run, counted from 0 column by column; (r,) the pixel after its last
-    "The runs of a run-length code. DataError for runs that are empty, overlap, go backwards or end outside."
+    """The runs of a run-length code. DataError for runs that are empty, overlap, go backwards or end outside.
+
+    Parameters
+    ----------
+    rle : str
+        "" is an empty mask
+    width : int
+    height : int
+    relative : bool, default: False
+        SIIM-ACR's dialect: gap and length; else Kaggle's usual one: start, from 1, and length
+
+    Returns
+    -------
+    tuple[np.ndarray, np.ndarray]
+        (r,) first pixel of each run, counted from 0 column by column; (r,) the pixel after its last
+    """
     first, lengths = _run_numbers(rle, width * height).T
     ends = np.cumsum(first + lengths) if relative else first - 1 + lengths
     starts = ends - lengths
@@ -57,7 +72,13 @@ def decode_rle(
     height: int,
     relative: bool = False,
 ) -> np.ndarray:                # (height, width) bool
-    "Mask of a run-length code, column by column (see `rle_runs`)"
+    """Mask of a run-length code, column by column (see `rle_runs`)
+
+    Returns
+    -------
+    np.ndarray
+        (height, width) bool
+    """
     starts, ends = rle_runs(rle, width, height, relative)
     edges = np.zeros(width * height + 1, np.int8)
     edges[starts] += 1
@@ -69,7 +90,14 @@ def encode_rle(
     mask: np.ndarray,           # (H, W) bool
     relative: bool = False,
 ) -> str:
-    "Run-length code of a mask, the inverse of `decode_rle`"
+    """Run-length code of a mask, the inverse of `decode_rle`
+
+    Parameters
+    ----------
+    mask : np.ndarray
+        (H, W) bool
+    relative : bool, default: False
+    """
     flat = np.concatenate([[0], np.asarray(mask, dtype=bool).T.ravel(), [0]]).astype(np.int8)
     starts, ends = np.flatnonzero(np.diff(flat) == 1), np.flatnonzero(np.diff(flat) == -1)
     first = starts - np.concatenate([[0], ends[:-1]])[:len(starts)] if relative else starts + 1
@@ -83,7 +111,23 @@ def check_points(
     what: str = "polygon",
     clip: bool = False,             # corners may lie outside
 ) -> np.ndarray:                    # (n, 2) float64
-    "Corners as numbers. DataError if they are none, or lie more than a pixel outside of the picture."
+    """Corners as numbers. DataError if they are none, or lie more than a pixel outside of the picture.
+
+    Parameters
+    ----------
+    points : Sequence
+        (n, 2) x, y
+    width : int
+    height : int
+    what : str, default: 'polygon'
+    clip : bool, default: False
+        corners may lie outside
+
+    Returns
+    -------
+    np.ndarray
+        (n, 2) float64
+    """
     try:
         corners = np.array(points, dtype=np.float64).reshape(-1, 2)
     except (TypeError, ValueError, OverflowError) as error:
@@ -111,7 +155,22 @@ def polygon_mask(
     height: int,
     clip: bool = False,         # corners may lie outside: what sticks out is cut off
 ) -> np.ndarray:                # (height, width) bool
-    "The pixels whose centres lie in a polygon (even-odd). DataError for fewer than three corners, or corners outside."
+    """The pixels whose centres lie in a polygon (even-odd). DataError for fewer than three corners, or corners outside.
+
+    Parameters
+    ----------
+    points : Sequence
+        (n, 2) corners x, y; at least 3
+    width : int
+    height : int
+    clip : bool, default: False
+        corners may lie outside: what sticks out is cut off
+
+    Returns
+    -------
+    np.ndarray
+        (height, width) bool
+    """
     corners = check_points(points, width, height, clip=clip)
     if len(corners) < 3:
         raise DataError(f"polygon with {len(corners)} corners; expected at least 3")
@@ -156,7 +215,22 @@ def shape_mask(
     height: int,
     clip: bool = False,         # corners may lie outside: what sticks out is cut off
 ) -> np.ndarray:                # (height, width) bool
-    "The pixels whose centres lie in a rectangle, an ellipse or a polygon. DataError for corners outside."
+    """The pixels whose centres lie in a rectangle, an ellipse or a polygon. DataError for corners outside.
+
+    Parameters
+    ----------
+    shape : Sequence[float]
+        as of `parse_shapes`
+    width : int
+    height : int
+    clip : bool, default: False
+        corners may lie outside: what sticks out is cut off
+
+    Returns
+    -------
+    np.ndarray
+        (height, width) bool
+    """
     corners = check_points(shape[1:], width, height, "shape", clip)
     if shape[0] == POLYGON:
         return polygon_mask(corners, width, height, clip)
@@ -191,7 +265,24 @@ def read_mask(
 ) -> np.ndarray:        # (height, width) bool
     """A mask from a single-channel picture of 0 and 1, or 0 and 255, turned upright as its image is.
 
-    DataError tells another size, other values, or an orientation that is not the image's; ImageError if unreadable."""
+    DataError tells another size, other values, or an orientation that is not the image's; ImageError if unreadable.
+
+    Parameters
+    ----------
+    path : str | Path
+    width : int
+        of the image that it belongs to
+    height : int
+    name : str, default: ''
+        for errors, in place of the path
+    orientation : int | None, default: None
+        EXIF orientation of the image that it belongs to; None = not known
+
+    Returns
+    -------
+    np.ndarray
+        (height, width) bool
+    """
     name = name or str(path)
     if orientation is not None and (own := exif_orientation(read_bytes(path, name))) != orientation:
         raise DataError(f"{name}: mask with EXIF orientation {own} for an image with orientation {orientation}; expected the same: "
@@ -222,7 +313,25 @@ def decode_mask(
     height: int,
     orientation: int | None = None,     # EXIF orientation of the picture, which a file must share; what is drawn is in pixels of the upright picture
 ) -> np.ndarray:            # (height, width) bool
-    "The mask that a spec describes, several parts united. DataError or ImageError says what is wrong with it."
+    """The mask that a spec describes, several parts united. DataError or ImageError says what is wrong with it.
+
+    Parameters
+    ----------
+    spec : dict
+        {"rle": str, "relative": bool} | {"polygons": [[[x, y], ...], ...]} | {"shapes": [[type, x, y, ...], ...]}
+    root : str | Path
+        that paths start from
+    width : int
+        of the picture that it was drawn on
+    height : int
+    orientation : int | None, default: None
+        EXIF orientation of the picture, which a file must share; what is drawn is in pixels of the upright picture
+
+    Returns
+    -------
+    np.ndarray
+        (height, width) bool
+    """
     keys = set(spec) - {"relative", "clip"} if isinstance(spec, dict) else set()
     if len(keys) != 1 or not keys <= set(DECODERS):
         found = sorted(map(str, spec)) if isinstance(spec, dict) else type(spec).__name__

@@ -42,7 +42,13 @@ def find_release(root: Path) -> Path:
 
 # %% ../../nbs/data/13_chexpert.ipynb #e70ce952
 def read_labels(root: Path, part: str) -> pd.DataFrame:     # text cells; index = number of the line
-    "The table of a part, train or valid"
+    """The table of a part, train or valid
+
+    Returns
+    -------
+    pd.DataFrame
+        text cells; index = number of the line
+    """
     return read_table(find_file(find_release(root), f"{part}.csv", f"{part}.csv.gz"), ["Path", "Frontal/Lateral", "AP/PA", *LABELS])
 
 # %% ../../nbs/data/13_chexpert.ipynb #2b355511
@@ -107,7 +113,20 @@ def retrieval_lines(
     table: pd.DataFrame,        # train.csv
     count: int = 200,           # of each finding
 ) -> list[int]:                 # numbers of lines, finding by finding
-    "The lines of the 5x200 set: frontal radiographs with exactly one of five findings and none of the other labels (MGCA)."
+    """The lines of the 5x200 set: frontal radiographs with exactly one of five findings and none of the other labels (MGCA).
+
+    Parameters
+    ----------
+    table : pd.DataFrame
+        train.csv
+    count : int, default: 200
+        of each finding
+
+    Returns
+    -------
+    list[int]
+        numbers of lines, finding by finding
+    """
     numbers = table[[name for name in LABELS if name != "No Finding"]].apply(pd.to_numeric, errors="coerce").fillna(0)
     lines: list[int] = []
     for name in COMPETITION:
@@ -124,7 +143,21 @@ def validation_lines(
     taken: Sequence[int],       # lines of the retrieval set
     count: int = 5000,
 ) -> list[int]:                 # numbers of lines
-    "The lines that MGCA validates on: a draw from all views that are not taken (NumPy, seed 0)."
+    """The lines that MGCA validates on: a draw from all views that are not taken (NumPy, seed 0).
+
+    Parameters
+    ----------
+    table : pd.DataFrame
+        train.csv
+    taken : Sequence[int]
+        lines of the retrieval set
+    count : int, default: 5000
+
+    Returns
+    -------
+    list[int]
+        numbers of lines
+    """
     left = table.index[~table.index.isin(taken)]
     if len(left) <= count:
         raise DataError(f"train.csv has {len(left)} radiographs beyond the retrieval set, of which {count} are wanted for validation; "
@@ -136,7 +169,14 @@ def patients_up_to(
     patients: Sequence[str],    # of each radiograph
     count: int = 5000,
 ) -> set[str]:
-    "The first patients, in order of their ids, with together at least `count` radiographs (LoVT)."
+    """The first patients, in order of their ids, with together at least `count` radiographs (LoVT).
+
+    Parameters
+    ----------
+    patients : Sequence[str]
+        of each radiograph
+    count : int, default: 5000
+    """
     sums = pd.Series(patients, dtype=str).value_counts().sort_index().cumsum()
     return set(sums.index[: 1 + int((sums < count).sum())])
 

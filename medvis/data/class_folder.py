@@ -81,7 +81,13 @@ def _class_item(path: str, split: str, kind: str, kinds: list[str], pattern: re.
 
 # %% ../../nbs/data/11_class_folder.ipynb #ba6b88eb
 def class_names(found: list[tuple[str, str, str]]) -> list[str]:     # of `find_class_images`
-    "The classes, sorted. DataError if the names of the folders cannot be those of classes."
+    """The classes, sorted. DataError if the names of the folders cannot be those of classes.
+
+    Returns
+    -------
+    list[str]
+        of `find_class_images`
+    """
     kinds = sorted({kind for _, _, kind in found})
     for path, split, kind in found:
         below = [part.lower() for part in path.split("/")[1 + bool(split):-1]]

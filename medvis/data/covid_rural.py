@@ -44,7 +44,19 @@ def read_polygons(
     path: Path,
     name: str,      # for errors
 ) -> tuple[dict[str, list], list | None]:   # label -> its polygons, each a list of [x, y]; width and height of the picture they were drawn on, if told
-    "Polygons of a labelme file. DataError for a file that is none, or with another shape or label."
+    """Polygons of a labelme file. DataError for a file that is none, or with another shape or label.
+
+    Parameters
+    ----------
+    path : Path
+    name : str
+        for errors
+
+    Returns
+    -------
+    tuple[dict[str, list], list | None]
+        label -> its polygons, each a list of [x, y]; width and height of the picture they were drawn on, if told
+    """
     text = re.sub(r'("imageData"\s*:\s*)"[^"]*"', r"\1null", read_text(path, name))
     try:
         told = json.loads(text)
@@ -125,7 +137,13 @@ def dress_lungs(size: int) -> dict[str, list[list[float]]]:
 
 # %% ../../nbs/data/19_covid_rural.ipynb #7981a727
 def dress_opacity(study: PhantomStudy) -> np.ndarray:       # (H, W) bool
-    "What of a phantom study goes as opacity"
+    """What of a phantom study goes as opacity
+
+    Returns
+    -------
+    np.ndarray
+        (H, W) bool
+    """
     masks = [found.mask for found in study.findings if found.name in ("Lung Opacity", "Consolidation", "Pneumonia", "Edema")]
     return np.any([np.zeros_like(study.image, bool), *masks], axis=0)
 

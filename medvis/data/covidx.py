@@ -26,7 +26,13 @@ CLASSES = (("normal", "pneumonia", "COVID-19"), ("negative", "positive"), ("leve
 
 
 def parse_line(line: str) -> tuple[str, str, str, str]:     # patient, file name, class, source ("" = not told)
-    "A line of a list. DataError says what is wrong with it."
+    """A line of a list. DataError says what is wrong with it.
+
+    Returns
+    -------
+    tuple[str, str, str, str]
+        patient, file name, class, source ("" = not told)
+    """
     fields = ["rsna" if field == "rnsa" else field for field in line.split()]
     known = set(sum(CLASSES, ()))
     unknown = len(fields) > 3 and fields[-1] not in known and fields[-2] in known       # a source of a later release
@@ -45,7 +51,13 @@ def list_classes(kinds: pd.Series) -> tuple[str, ...]:
 
 # %% ../../nbs/data/16_covidx.ipynb #d457733a
 def read_list(path: Path) -> pd.DataFrame:      # patient, name, class, source, problem ("" = none); index = number of the line
-    "A list of images. DataError if the file cannot be read, or if no line can."
+    """A list of images. DataError if the file cannot be read, or if no line can.
+
+    Returns
+    -------
+    pd.DataFrame
+        patient, name, class, source, problem ("" = none); index = number of the line
+    """
     rows = {}
     for number, line in enumerate(read_text(path).splitlines(), 1):
         if line.strip():
@@ -115,7 +127,21 @@ def split_train(
     rule: str,                  # "patients 80/20", "patients 90/10" or "mgca 80/20"
     seed: int,
 ) -> list[str]:                 # (n,) train or validate
-    "Which images of the train list are for validation; MGCA's draw (by image, scikit-learn, random_state 0) does not ask for the seed."
+    """Which images of the train list are for validation; MGCA's draw (by image, scikit-learn, random_state 0) does not ask for the seed.
+
+    Parameters
+    ----------
+    patients : Sequence[str]
+        (n,) one an image, in the order of the train list
+    rule : str
+        "patients 80/20", "patients 90/10" or "mgca 80/20"
+    seed : int
+
+    Returns
+    -------
+    list[str]
+        (n,) train or validate
+    """
     if rule.startswith("patients"):
         return draw_splits(patients, rule, seed)
     return draw_rows(len(patients), 0.2).sort_index().tolist()

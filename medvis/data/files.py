@@ -64,7 +64,14 @@ def find_file(
     root: str | Path,
     *patterns: str,         # relative paths or globs, the best one first
 ) -> Path:
-    "The first file or folder that fits the first pattern that fits anything. DataError tells all that was looked for."
+    """The first file or folder that fits the first pattern that fits anything. DataError tells all that was looked for.
+
+    Parameters
+    ----------
+    root : str | Path
+    *patterns : str
+        relative paths or globs, the best one first
+    """
     for pattern in patterns:
         if found := sorted(Path(root).glob(pattern)):
             return found[0]
@@ -129,7 +136,24 @@ def read_table(
     names: Sequence[str] | None = None,     # of the columns, for a file without a header
     ragged: bool = False,                   # lines may be shorter than the header: the rest is blank
 ) -> pd.DataFrame:                          # text cells, blank = ""; index = number of the line
-    "Read a table as text. DataError names the line that has another number of fields, the columns that are missing or doubled …"
+    """Read a table as text. DataError names the line that has another number of fields, the columns that are missing or doubled …
+
+    Parameters
+    ----------
+    path : str | Path
+    columns : Sequence[str], default: ()
+        that must be there
+    separator : str, default: ','
+    names : Sequence[str] | None, default: None
+        of the columns, for a file without a header
+    ragged : bool, default: False
+        lines may be shorter than the header: the rest is blank
+
+    Returns
+    -------
+    pd.DataFrame
+        text cells, blank = ""; index = number of the line
+    """
     path = Path(path)
     lines = _lines(decode(read_bytes_of(path), path), path, separator)
     header = list(names) if names else next(lines, (0, []))[1]
@@ -152,7 +176,15 @@ def read_csv(
     text: Sequence[str | int] = (), # columns of text, whatever they look like: names, or 0 for the first
     separator: str = ",",
 ) -> pd.DataFrame:
-    "A table with types: numbers where a column has nothing else; NaN for empty cells, and for nothing but empty cells. pandas' errors."
+    """A table with types: numbers where a column has nothing else; NaN for empty cells, and for nothing but empty cells. pandas' errors.
+
+    Parameters
+    ----------
+    path : str | Path
+    text : Sequence[str | int], default: ()
+        columns of text, whatever they look like: names, or 0 for the first
+    separator : str, default: ','
+    """
     return pd.read_csv(path, sep=separator, encoding="utf-8-sig", dtype=dict.fromkeys(text, str), keep_default_na=False, na_values=[""], low_memory=False)
 
 # %% ../../nbs/data/02a_files.ipynb #120b041a
@@ -165,7 +197,17 @@ def number(
     low: float = -math.inf,     # smallest and largest value that makes sense
     high: float = math.inf,
 ) -> float:
-    "A cell as a number. DataError says what it is instead."
+    """A cell as a number. DataError says what it is instead.
+
+    Parameters
+    ----------
+    cell : str
+    what : str
+        for the error, such as "x" or "line 7: age"
+    low : float, default: -math.inf
+        smallest and largest value that makes sense
+    high : float, default: math.inf
+    """
     value = float(cell) if NUMBER.fullmatch(cell) else math.nan
     if not (math.isfinite(value) and low <= value <= high):
         between = f" between {low:g} and {high:g}" if math.isfinite(low) or math.isfinite(high) else ""
@@ -281,7 +323,15 @@ def lock_folder(
     what: str,          # that it holds, for the error: Pack, run
 ) -> Iterator[None]:
     """Be the only process that writes a folder, by <folder>.lock beside it. BlockingIOError (an OSError), one line with host and process id, if another is;
-    a lock whose process has ended on this host is taken over."""
+    a lock whose process has ended on this host is taken over.
+
+    Parameters
+    ----------
+    folder : Path
+        that is to be written; need not be there
+    what : str
+        that it holds, for the error: Pack, run
+    """
     folder = Path(os.path.realpath(folder))
     folder.parent.mkdir(parents=True, exist_ok=True)
     lock, note = folder.with_name(f"{folder.name}.lock"), json.dumps(_holder()).encode()

@@ -237,7 +237,13 @@ def _marks(path: Path, columns: tuple[str, ...], known: set[str], root: Path) ->
 
 # %% ../../nbs/data/10_folder.ipynb #5ced1f0c
 def read_boxes(path: Path, known: set[str], root: Path) -> dict[str, list]:     # image path -> [label, x1, y1, x2, y2] of each box
-    "The boxes of a table, by image"
+    """The boxes of a table, by image
+
+    Returns
+    -------
+    dict[str, list]
+        image path -> [label, x1, y1, x2, y2] of each box
+    """
     boxes: dict[str, list] = {}
     for image, label, cells, where in _marks(path, ("x1", "y1", "x2", "y2"), known, root):
         corners = [number(cell, f"{where}: {name}") for name, cell in zip(("x1", "y1", "x2", "y2"), cells, strict=True)]
@@ -246,7 +252,13 @@ def read_boxes(path: Path, known: set[str], root: Path) -> dict[str, list]:     
 
 # %% ../../nbs/data/10_folder.ipynb #3d01b130
 def read_masks(path: Path, known: set[str], root: Path) -> dict[str, dict]:     # image path -> label -> its mask, as `decode_mask` takes it
-    "The masks of a table, by image; several of one label are united"
+    """The masks of a table, by image; several of one label are united
+
+    Returns
+    -------
+    dict[str, dict]
+        image path -> label -> its mask, as `decode_mask` takes it
+    """
     masks: dict[str, dict] = {}
     for image, label, (name,), where in _marks(path, ("mask_path",), known, root):
         if not name:

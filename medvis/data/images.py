@@ -31,7 +31,13 @@ class ImageError(ValueError):
 def grey_range(
     values: np.ndarray,     # any real numbers that tell of tissue
 ) -> tuple[float, float]:
-    "Smallest and largest value without outliers, which are farther from the central 96 % of the values than these are wide"
+    """Smallest and largest value without outliers, which are farther from the central 96 % of the values than these are wide
+
+    Parameters
+    ----------
+    values : np.ndarray
+        any real numbers that tell of tissue
+    """
     if not values.size:
         return 0.0, 0.0
     low, high = np.percentile(values, [2, 98])
@@ -46,7 +52,22 @@ def to_uint8(
     low: float = 0.0,                   # the value that becomes 0; values below it do too
     high: float | None = None,          # the value that becomes 255; None = the maximum
 ) -> np.ndarray:                        # (H, W) uint8
-    "Scale so that `low` becomes 0 and `high` 255; an image without any value above `low` is black. ValueError for numbers that are not finite."
+    """Scale so that `low` becomes 0 and `high` 255; an image without any value above `low` is black. ValueError for numbers that are not finite.
+
+    Parameters
+    ----------
+    image : np.ndarray
+        (H, W) any real numbers
+    low : float, default: 0.0
+        the value that becomes 0; values below it do too
+    high : float | None, default: None
+        the value that becomes 255; None = the maximum
+
+    Returns
+    -------
+    np.ndarray
+        (H, W) uint8
+    """
     image = image.astype(np.float32) - np.float32(low)
     if not np.isfinite(image).all():
         raise ValueError("pixels are not finite numbers")
@@ -246,7 +267,13 @@ def _upright(values: np.ndarray, orientation: int) -> np.ndarray:
 
 # %% ../../nbs/data/03_images.ipynb #f9219dce
 def exif_orientation(data: bytes) -> int:     # 1 to 8; 1 = upright, or not told
-    "How a picture is to be turned; DICOM and what is no picture is not"
+    """How a picture is to be turned; DICOM and what is no picture is not
+
+    Returns
+    -------
+    int
+        1 to 8; 1 = upright, or not told
+    """
     try:
         with Image.open(io.BytesIO(data)) as picture:
             told = picture.getexif().get(ExifTags.Base.Orientation, 1)
@@ -284,7 +311,13 @@ def _in_words(error: Exception) -> str:
 
 # %% ../../nbs/data/03_images.ipynb #db20ff3d
 def decode_image(data: bytes, name: str) -> np.ndarray:     # (H, W) uint8
-    "Decode the bytes of a DICOM, PNG or JPEG file, told by its content; `name` is for the ImageError. ImportError for DICOM without pydicom."
+    """Decode the bytes of a DICOM, PNG or JPEG file, told by its content; `name` is for the ImageError. ImportError for DICOM without pydicom.
+
+    Returns
+    -------
+    np.ndarray
+        (H, W) uint8
+    """
     if not data:
         raise ImageError(name, "file is empty")
     try:
@@ -311,14 +344,31 @@ def read_bytes(path: str | Path, name: str = "") -> bytes:
 
 # %% ../../nbs/data/03_images.ipynb #c7f34b9e
 def read_image(path: str | Path) -> np.ndarray:     # (H, W) uint8
-    "Read a DICOM, PNG (8 or 16 bit) or JPEG file as grey; ImageError with the path and the reason if that fails"
+    """Read a DICOM, PNG (8 or 16 bit) or JPEG file as grey; ImageError with the path and the reason if that fails
+
+    Returns
+    -------
+    np.ndarray
+        (H, W) uint8
+    """
     return decode_image(read_bytes(path), str(path))
 
 # %% ../../nbs/data/03_images.ipynb #528fd26e
 def equalise(
     image: np.ndarray,      # (H, W) uint8
 ) -> np.ndarray:            # (H, W) uint8
-    "Equalise the histogram: a level becomes 255 times the share of pixels that are as bright or darker, rounded down (LoVT, but for scikit-image's interpolation between bins)"
+    """Equalise the histogram: a level becomes 255 times the share of pixels that are as bright or darker, rounded down (LoVT, but for scikit-image's interpolation between bins)
+
+    Parameters
+    ----------
+    image : np.ndarray
+        (H, W) uint8
+
+    Returns
+    -------
+    np.ndarray
+        (H, W) uint8
+    """
     levels = 255 * np.bincount(image.ravel(), minlength=256).cumsum() // image.size
     return levels.astype(np.uint8)[image]
 
@@ -332,7 +382,16 @@ def square_frame(
     size: int,
     fit: str = "pad",       # of FITS, see `to_square`
 ) -> tuple[float, float, float, float]:
-    "Where an image lies in its square: its new height and width, and the rows above and columns left of it (negative: cut off)"
+    """Where an image lies in its square: its new height and width, and the rows above and columns left of it (negative: cut off)
+
+    Parameters
+    ----------
+    height : int
+    width : int
+    size : int
+    fit : str, default: 'pad'
+        of FITS, see `to_square`
+    """
     if fit not in FITS:
         raise ValueError(f"fit is {fit!r}; expected one of {', '.join(FITS)}")
     longest, shortest = max(height, width), min(height, width)
@@ -359,6 +418,19 @@ def to_square(
     "pad": the longer side becomes `size`, zeros are added evenly, the odd pixel at the right or bottom (MGCA, released code).
     "pad-first": zeros, then bilinear with antialiasing (LoVT, released code). "crop": the shorter side becomes `size`, the centre is kept (local-mi).
     "stretch": both sides become `size`.
+
+    Parameters
+    ----------
+    image : np.ndarray
+        (H, W) uint8 or float32
+    size : int
+    fit : str, default: 'pad'
+        of FITS
+
+    Returns
+    -------
+    np.ndarray
+        (size, size), same type
     """
     height, width, top, left = square_frame(*image.shape, size, fit)
     if fit == "pad-first":
@@ -378,7 +450,17 @@ def check_not_blank(
     size: int,              # side of the square
     name: str,              # for the error
 ) -> None:
-    "ImageError for an image whose grey levels, at the size of the square, differ by no more than two of 255"
+    """ImageError for an image whose grey levels, at the size of the square, differ by no more than two of 255
+
+    Parameters
+    ----------
+    image : np.ndarray
+        (H, W) uint8
+    size : int
+        side of the square
+    name : str
+        for the error
+    """
     small = image if max(image.shape) <= size else np.asarray(Image.fromarray(image).resize([min(size, side) for side in image.shape[::-1]], Image.Resampling.BOX))
     if int(small.max()) - int(small.min()) <= 2:
         raise ImageError(name, f"blank: the whole picture is of grey level {int(np.median(small))}")
@@ -391,7 +473,23 @@ def boxes_to_square(
     size: int,
     fit: str = "pad",
 ) -> np.ndarray:            # (K, 4) float64, in pixels of the square; with "crop" they may lie outside
-    "Move boxes as `to_square` moves the image"
+    """Move boxes as `to_square` moves the image
+
+    Parameters
+    ----------
+    boxes : np.ndarray
+        (K, 4) x0, y0, x1, y1 in pixels of the original image
+    height : int
+        of the original image
+    width : int
+    size : int
+    fit : str, default: 'pad'
+
+    Returns
+    -------
+    np.ndarray
+        (K, 4) float64, in pixels of the square; with "crop" they may lie outside
+    """
     new_height, new_width, top, left = square_frame(height, width, size, fit)
     scale, shift = np.array([new_width / width, new_height / height] * 2), np.array([left, top] * 2)
     return np.asarray(boxes, dtype=np.float64).reshape(-1, 4) * scale + shift
@@ -414,7 +512,20 @@ def mask_to_square(
     size: int,
     fit: str = "pad",
 ) -> np.ndarray:            # (size, size) bool
-    "Move a mask as `to_square` moves the image; one that is not empty stays so, unless the crop cuts it off"
+    """Move a mask as `to_square` moves the image; one that is not empty stays so, unless the crop cuts it off
+
+    Parameters
+    ----------
+    mask : np.ndarray
+        (H, W) bool
+    size : int
+    fit : str, default: 'pad'
+
+    Returns
+    -------
+    np.ndarray
+        (size, size) bool
+    """
     covered = to_square(np.asarray(mask, np.float32), size, fit)
     if not covered.any():
         return covered > 0

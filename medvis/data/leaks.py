@@ -97,7 +97,20 @@ def difference_hash(
     images: np.ndarray,                 # (n, S, S) local contrast
     parts: np.ndarray | None = None,    # (n, 4) the part of each that is looked at, in shares of the side; None = the whole
 ) -> np.ndarray:                        # (n, 4) uint64
-    "242 bits: which cells are less than the next to the right (121) and than the one below (121)"
+    """242 bits: which cells are less than the next to the right (121) and than the one below (121)
+
+    Parameters
+    ----------
+    images : np.ndarray
+        (n, S, S) local contrast
+    parts : np.ndarray | None, default: None
+        (n, 4) the part of each that is looked at, in shares of the side; None = the whole
+
+    Returns
+    -------
+    np.ndarray
+        (n, 4) uint64
+    """
     parts = np.tile(WHOLE, (len(images), 1)) if parts is None else parts
     across, down = np.diff(_cells(images, parts, GRID, GRID + 1), axis=2), np.diff(_cells(images, parts, GRID + 1, GRID), axis=1)
     bits = np.zeros((len(images), 256), bool)
@@ -123,7 +136,21 @@ def _parts(
 # %% ../../nbs/data/04b_leaks.ipynb #f73d3fe0
 @dataclass(frozen=True)
 class Prints:
-    "What is compared of some images: the rows of `pixels` they came from, thumbnails, and the hashes of their views"
+    """What is compared of some images: the rows of `pixels` they came from, thumbnails, and the hashes of their views
+
+    Parameters
+    ----------
+    pixels : np.ndarray
+        (N, S, S) uint8, memory map or not
+    rows : np.ndarray
+        (n,) rows of pixels; images of one even grey are left out
+    thumbnails : np.ndarray
+        (n, 32, 32) uint8
+    parts : np.ndarray
+        (views, n, 4)
+    hashes : np.ndarray
+        (views, 4, n) uint64
+    """
 
     pixels: np.ndarray      # (N, S, S) uint8, memory map or not
     rows: np.ndarray        # (n,) rows of pixels; images of one even grey are left out
@@ -152,7 +179,17 @@ def take_prints(
     rows: np.ndarray,       # (n,) the images to look at
     block: int = 256,       # images in memory at a time
 ) -> Prints:
-    "The prints of some images"
+    """The prints of some images
+
+    Parameters
+    ----------
+    pixels : np.ndarray
+        (N, S, S) uint8
+    rows : np.ndarray
+        (n,) the images to look at
+    block : int, default: 256
+        images in memory at a time
+    """
     taken = []
     for start in range(0, len(rows), block):
         of = np.asarray(rows[start:start + block])
@@ -282,7 +319,21 @@ def near_duplicates(
     progress: bool = False,
     block: int = 256,           # pairs laid upon each other at a time
 ) -> pd.DataFrame:              # columns row_a, row_b, distance = 1 - correlation; sorted by rows
-    "Images of a that are images of b in other clothes"
+    """Images of a that are images of b in other clothes
+
+    Parameters
+    ----------
+    a : Prints
+    b : Prints
+    progress : bool, default: False
+    block : int, default: 256
+        pairs laid upon each other at a time
+
+    Returns
+    -------
+    pd.DataFrame
+        columns row_a, row_b, distance = 1 - correlation; sorted by rows
+    """
     near = [_look(a, b, np.empty((0, 5), int))]
     for candidates in _candidates(a, b, progress=progress):
         near += [_look(a, b, candidates[start:start + block]) for start in range(0, len(candidates), block)]
@@ -310,7 +361,13 @@ def _shared(
 
 # %% ../../nbs/data/04b_leaks.ipynb #5b242c18
 def join_leaks(found: Iterable[pd.DataFrame]) -> pd.DataFrame:     # columns LEAK_COLUMNS
-    "Tables of leaks as one; without offences, a table without rows"
+    """Tables of leaks as one; without offences, a table without rows
+
+    Returns
+    -------
+    pd.DataFrame
+        columns LEAK_COLUMNS
+    """
     return pd.concat([table for table in found if len(table)] or [pd.DataFrame(columns=list(LEAK_COLUMNS))], ignore_index=True)
 
 # %% ../../nbs/data/04b_leaks.ipynb #431ae704
@@ -348,7 +405,18 @@ def _by_split(table: pd.DataFrame) -> dict[str, pd.DataFrame]:
 def patients_within(
     table: pd.DataFrame,        # columns patient_id, split
 ) -> pd.DataFrame:              # columns LEAK_COLUMNS
-    "Patients that are in more than one split: what can be told before a pixel is read"
+    """Patients that are in more than one split: what can be told before a pixel is read
+
+    Parameters
+    ----------
+    table : pd.DataFrame
+        columns patient_id, split
+
+    Returns
+    -------
+    pd.DataFrame
+        columns LEAK_COLUMNS
+    """
     return join_leaks(_shared("patient", a, b, "patient_id", "patient_id") for a, b in combinations(_by_split(table).values(), 2))
 
 # %% ../../nbs/data/04b_leaks.ipynb #f7f9fde4
@@ -357,7 +425,21 @@ def leaks_within(
     pixels: np.ndarray,         # (n, S, S) uint8
     progress: bool = False,
 ) -> pd.DataFrame:              # columns LEAK_COLUMNS
-    "Patients, files and near duplicates that are in more than one split"
+    """Patients, files and near duplicates that are in more than one split
+
+    Parameters
+    ----------
+    table : pd.DataFrame
+        one row an image: patient_id, split, image_id, sha256
+    pixels : np.ndarray
+        (n, S, S) uint8
+    progress : bool, default: False
+
+    Returns
+    -------
+    pd.DataFrame
+        columns LEAK_COLUMNS
+    """
     table = _check_table(table, pixels)
     splits = _by_split(table)
     prints = {split: take_prints(pixels, part.index.to_numpy()) for split, part in splits.items() if len(splits) > 1}
@@ -375,6 +457,25 @@ def leaks_between(
     """Patients, files and near duplicates that the one trains on and the other validates or tests on, or the other way round.
 
     Patients are the same if their ids are: where two data sets number theirs independently, give one of them a prefix or "" first.
+
+    Parameters
+    ----------
+    table : pd.DataFrame
+        of the one Pack: patient_id, split, image_id, sha256, one row an image
+    pixels : np.ndarray
+        (n, S, S) uint8
+    other_table : pd.DataFrame
+        of the other
+    other_pixels : np.ndarray
+        (m, S', S') uint8, of any size
+    progress : bool, default: False
+    both : bool, default: True
+        or only what the other trains on, and the one validates or tests on
+
+    Returns
+    -------
+    pd.DataFrame
+        columns LEAK_COLUMNS: a is the one Pack, b the other
     """
     table, other_table = _check_table(table, pixels), _check_table(other_table, other_pixels)
     found = []
@@ -389,7 +490,19 @@ def leaks_summary(
     leaks: pd.DataFrame,        # columns LEAK_COLUMNS
     most: int = 1000,
 ) -> dict:                      # JSON-like
-    "How many of each kind, and the first of them: for a manifest"
+    """How many of each kind, and the first of them: for a manifest
+
+    Parameters
+    ----------
+    leaks : pd.DataFrame
+        columns LEAK_COLUMNS
+    most : int, default: 1000
+
+    Returns
+    -------
+    dict
+        JSON-like
+    """
     counts = {kind: int((leaks.kind == kind).sum()) for kind in ("patient", "same file", "near duplicate")}
     return {**counts, "offenders": [[*row[:5], round(float(row[5]), 4)] for row in leaks.head(most).itertuples(index=False)]}
 
@@ -399,7 +512,17 @@ def refuse(
     what: str,                  # whose splits were compared: begins the message
     listed: str = "",           # the file that lists all of them, if there is one
 ) -> None:
-    "DataError with the counts, the first offenders and what to do, unless there are none"
+    """DataError with the counts, the first offenders and what to do, unless there are none
+
+    Parameters
+    ----------
+    leaks : pd.DataFrame
+        columns LEAK_COLUMNS
+    what : str
+        whose splits were compared: begins the message
+    listed : str, default: ''
+        the file that lists all of them, if there is one
+    """
     if not len(leaks):
         return
     summary = leaks_summary(leaks, 6)

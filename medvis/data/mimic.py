@@ -35,13 +35,25 @@ from .source import DataSet, ReadConfig, Recipe, Source
 
 # %% ../../nbs/data/12_mimic.ipynb #badcc445
 def mimic_ids(study: PhantomStudy) -> tuple[str, str]:      # subject, study
-    "Invented ids of MIMIC's form for a phantom study."
+    """Invented ids of MIMIC's form for a phantom study.
+
+    Returns
+    -------
+    tuple[str, str]
+        subject, study
+    """
     patient, number = (int(name.rpartition("-")[2]) for name in (study.patient_id, study.study_id))
     return f"1{patient * 1234567 % 10**7:07d}", f"5{number * 7654321 % 10**7:07d}"
 
 # %% ../../nbs/data/12_mimic.ipynb #040bf8e8
 def mimic_images(study: PhantomStudy) -> list[tuple[str, str, np.ndarray]]:     # (dicom id, view, (H, W) uint8) of each
-    "The images of a phantom study in MIMIC's clothing."
+    """The images of a phantom study in MIMIC's clothing.
+
+    Returns
+    -------
+    list[tuple[str, str, np.ndarray]]
+        (dicom id, view, (H, W) uint8) of each
+    """
     subject, number = mimic_ids(study)
     shown = [(study.view, study.image)] + [("LATERAL", study.image.T)] * (study.view == "PA")
     shown += [(study.view, study.image[:, ::-1])] * (int(number) % 3 == 0)
@@ -61,7 +73,13 @@ def mimic_labels(study: PhantomStudy) -> dict[str, float | None]:
 
 # %% ../../nbs/data/12_mimic.ipynb #779f351e
 def mimic_splits(studies: Sequence[PhantomStudy]) -> dict[str, str]:    # patient -> split
-    "Three of five patients train, then one validates, then one tests."
+    """Three of five patients train, then one validates, then one tests.
+
+    Returns
+    -------
+    dict[str, str]
+        patient -> split
+    """
     names = ("train", "train", "train", "validate", "test")
     return {patient: names[place % 5] for place, patient in enumerate(dict.fromkeys(study.patient_id for study in studies))}
 
@@ -160,7 +178,18 @@ def image_table(root: str | Path) -> pd.DataFrame:
 def label_values(
     table: pd.DataFrame,        # with the columns study_id and LABELS
 ) -> tuple[dict[str, dict[str, float | None]], dict[str, str]]:     # study -> labels; study -> what is wrong with its row
-    "The labels of each study, and the studies whose row is damaged."
+    """The labels of each study, and the studies whose row is damaged.
+
+    Parameters
+    ----------
+    table : pd.DataFrame
+        with the columns study_id and LABELS
+
+    Returns
+    -------
+    tuple[dict[str, dict[str, float | None]], dict[str, str]]
+        study -> labels; study -> what is wrong with its row
+    """
     values, wrong = {}, {}
     for cell in {cell for name in LABELS for cell in table[name].unique()}:
         try:
@@ -200,7 +229,19 @@ def find_reports(
     root: str | Path,
     names: Sequence[str],       # of the wanted reports, as p10/p10999001/s50999001.txt
 ) -> dict[str, dict[str, str]]:     # name -> what an item says of its report; without those that a zip lacks
-    "Where the reports are: in `mimic-cxr-reports.zip`, or unpacked. DataError if there are none."
+    """Where the reports are: in `mimic-cxr-reports.zip`, or unpacked. DataError if there are none.
+
+    Parameters
+    ----------
+    root : str | Path
+    names : Sequence[str]
+        of the wanted reports, as p10/p10999001/s50999001.txt
+
+    Returns
+    -------
+    dict[str, dict[str, str]]
+        name -> what an item says of its report; without those that a zip lacks
+    """
     root = Path(root)
     for folder in sorted(path for pattern in REPORT_FOLDERS for path in (root.glob(pattern) if pattern else [root])):
         relative = "" if folder == root else folder.relative_to(root).as_posix() + "/"
@@ -244,7 +285,19 @@ def study_items(
     reports: dict[str, dict[str, str]],             # where the reports are; {} = they are not needed
     folder: str,                                    # of the pictures: what stands before files/, relative to the root
 ) -> list[dict]:
-    "One item per study; of a study with a problem only the rejects."
+    """One item per study; of a study with a problem only the rejects.
+
+    Parameters
+    ----------
+    images : pd.DataFrame
+        as image_table makes it
+    facts : dict[str, dict]
+        study -> further entries of its item, such as its labels
+    reports : dict[str, dict[str, str]]
+        where the reports are; {} = they are not needed
+    folder : str
+        of the pictures: what stands before files/, relative to the root
+    """
     items = []
     for (subject, study, split), rows in groupby(images.itertuples(index=False), key=attrgetter("subject_id", "study_id", "split")):
         rows, home = list(rows), report_name(subject, study)[:-4]
@@ -260,7 +313,19 @@ def leave_out(
     images: pd.DataFrame,
     rules: dict[str, pd.Series],    # rule -> True for the rows to leave out, if they have no problem
 ) -> tuple[pd.DataFrame, dict[str, int]]:   # the images that stay; rule -> number of images left out
-    "Apply rules one after another; an image counts for the first that meets it."
+    """Apply rules one after another; an image counts for the first that meets it.
+
+    Parameters
+    ----------
+    images : pd.DataFrame
+    rules : dict[str, pd.Series]
+        rule -> True for the rows to leave out, if they have no problem
+
+    Returns
+    -------
+    tuple[pd.DataFrame, dict[str, int]]
+        the images that stay; rule -> number of images left out
+    """
     dropped = {}
     for rule, met in rules.items():
         met = met[images.index] & (images["problem"] == "")
@@ -276,7 +341,19 @@ def read_edema_table(
     root: str | Path,
     kind: str,          # "regex_report", "expert_report" or "consensus_image"
 ) -> pd.DataFrame:      # text: subject_id, study_id, dicom_id (of consensus_image), edema_severity
-    "A table of edema grades, with the column `edeme_severity` of older copies under its right name."
+    """A table of edema grades, with the column `edeme_severity` of older copies under its right name.
+
+    Parameters
+    ----------
+    root : str | Path
+    kind : str
+        "regex_report", "expert_report" or "consensus_image"
+
+    Returns
+    -------
+    pd.DataFrame
+        text: subject_id, study_id, dicom_id (of consensus_image), edema_severity
+    """
     name = f"{kind}_edema_severity.csv"
     try:
         path = find_file(root, *(f"{folder}{name}{packed}" for folder in EDEMA_FOLDERS for packed in ("", ".gz")))
@@ -313,7 +390,22 @@ def edema_grades(
     images: pd.DataFrame,   # as image_table gives it
     key: str,               # "study_id" or, of the consensus, "dicom_id"
 ) -> tuple[dict[str, int], dict[str, str]]:     # key -> grade; key -> what is wrong with its row
-    "Grades by study or by image, checked against the images of MIMIC-CXR. DataError if no id meets."
+    """Grades by study or by image, checked against the images of MIMIC-CXR. DataError if no id meets.
+
+    Parameters
+    ----------
+    table : pd.DataFrame
+        as read_edema_table gives it
+    images : pd.DataFrame
+        as image_table gives it
+    key : str
+        "study_id" or, of the consensus, "dicom_id"
+
+    Returns
+    -------
+    tuple[dict[str, int], dict[str, str]]
+        key -> grade; key -> what is wrong with its row
+    """
     subjects, studies = (dict(zip(images[key].tolist(), images[column].tolist(), strict=True)) for column in ("subject_id", "study_id"))
     if not set(table[key]) & set(subjects):
         raise DataError(f"no {key} of the edema grades is in MIMIC-CXR's metadata table; are both complete?")

@@ -34,14 +34,26 @@ NAME = re.compile(r"((\d{8})_\d{3})\.png")
 
 
 def read_entries(root: Path) -> pd.DataFrame:       # index = number of the line
-    "Data_Entry_2017, as of 2020 or of 2017: one line an image"
+    """Data_Entry_2017, as of 2020 or of 2017: one line an image
+
+    Returns
+    -------
+    pd.DataFrame
+        index = number of the line
+    """
     path = find_file(root, "Data_Entry_2017_v2020.csv", "Data_Entry_2017.csv", "Data_Entry_2017*.csv.gz")
     columns = ["Image Index", "Finding Labels", "Patient ID", "View Position"]
     return read_table(path, columns)[columns]
 
 # %% ../../nbs/data/18_nih.ipynb #4472b83e
 def read_boxes(root: Path) -> dict[str, dict[int, dict[str, str]]]:     # image -> number of the line -> its cells
-    "BBox_List_2017.csv; {} where it is not at hand. DataError for a line with more or fewer than six fields."
+    """BBox_List_2017.csv; {} where it is not at hand. DataError for a line with more or fewer than six fields.
+
+    Returns
+    -------
+    dict[str, dict[int, dict[str, str]]]
+        image -> number of the line -> its cells
+    """
     try:
         path = find_file(root, "BBox_List_2017.csv", "BBox_List_2017.csv.gz")
     except DataError:
@@ -71,7 +83,13 @@ def read_findings(cell: str) -> dict[str, float]:
 
 # %% ../../nbs/data/18_nih.ipynb #4e8df675
 def read_box(line: int, cells: dict[str, str]) -> list:     # name, x0, y0, x1, y1 in the frame of 1024 x 1024
-    "The box of a line. DataError names line and column."
+    """The box of a line. DataError names line and column.
+
+    Returns
+    -------
+    list
+        name, x0, y0, x1, y1 in the frame of 1024 x 1024
+    """
     name = cells["Finding Label"].replace("Infiltrate", "Infiltration")
     where = f"BBox_List_2017.csv, line {line}: "
     if name not in BOXED:
@@ -86,7 +104,17 @@ def image_item(
     path: str,
     boxes: dict[int, dict[str, str]] | None,    # the same of `read_boxes`; {} = somebody looked and drew none, None = nobody looked
 ) -> dict:
-    "An image with its labels and boxes. DataError names the column at fault."
+    """An image with its labels and boxes. DataError names the column at fault.
+
+    Parameters
+    ----------
+    lines : dict[int, dict[str, str]]
+        number of the line -> its cells; more than one is one too many
+    split : str
+    path : str
+    boxes : dict[int, dict[str, str]] | None
+        the same of `read_boxes`; {} = somebody looked and drew none, None = nobody looked
+    """
     cells = next(iter(lines.values()))
     if len(lines) > 1:
         raise DataError(f"Data_Entry_2017, lines {', '.join(map(str, lines))} are of the same image")
@@ -143,7 +171,16 @@ def healthy_sample(
     count: int,
     seed: int,
 ) -> list[str]:
-    "So many images of No Finding from the test list, those whose names have the smallest hashes. DataError if there are fewer."
+    """So many images of No Finding from the test list, those whose names have the smallest hashes. DataError if there are fewer.
+
+    Parameters
+    ----------
+    table : pd.DataFrame
+    tested : Sequence[str]
+        names of the test list
+    count : int
+    seed : int
+    """
     healthy = table.loc[(table["Finding Labels"] == "No Finding") & table["Image Index"].isin(set(tested)), "Image Index"]
     if len(healthy) < count:
         raise DataError(f"the test list has {len(healthy)} images of No Finding, {count} are wanted; choose fewer (no_findings)")

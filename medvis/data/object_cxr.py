@@ -28,7 +28,13 @@ CLASS = "foreign object"
 
 
 def read_annotations(path: Path) -> pd.DataFrame:       # name, annotation; index = number of the line
-    "One of the two tables, with either name of its first column. DataError if there is neither."
+    """One of the two tables, with either name of its first column. DataError if there is neither.
+
+    Returns
+    -------
+    pd.DataFrame
+        name, annotation; index = number of the line
+    """
     table = read_table(path, ["annotation"])
     column = next((name for name in ("image_name", "image_path") if name in table), None)
     if column is None:
@@ -91,14 +97,34 @@ def split_train(
     rule: str,              # "patients 80/20", "lovt 80/20" or "mgca 90/10"
     seed: int,
 ) -> pd.Series:             # row -> train or validate; in the order of the draw, by which LoVT's small shares go
-    "Which images of the training table are for validation; MGCA's draw (scikit-learn, random_state 0) does not ask for the seed."
+    """Which images of the training table are for validation; MGCA's draw (scikit-learn, random_state 0) does not ask for the seed.
+
+    Parameters
+    ----------
+    names : Sequence[str]
+        (n,) of the images of train.csv, in its order
+    rule : str
+        "patients 80/20", "lovt 80/20" or "mgca 90/10"
+    seed : int
+
+    Returns
+    -------
+    pd.Series
+        row -> train or validate; in the order of the draw, by which LoVT's small shares go
+    """
     if rule.startswith("patients"):
         return pd.Series(draw_splits(names, rule, seed))
     return draw_rows(len(names), 0.2, seed=seed) if rule == "lovt 80/20" else draw_rows(len(names), 0.1)
 
 # %% ../../nbs/data/17_object_cxr.ipynb #9900d02d
 def read_parts(root: Path) -> pd.DataFrame:     # name, annotation, part, line, path below the root, id, twice (does the id occur again?)
-    "The two tables as one, train first. DataError if one of them cannot be read."
+    """The two tables as one, train first. DataError if one of them cannot be read.
+
+    Returns
+    -------
+    pd.DataFrame
+        name, annotation, part, line, path below the root, id, twice (does the id occur again?)
+    """
     tables = []
     for part in ("train", "dev"):
         path = find_table(root, part)

@@ -50,7 +50,13 @@ MESH = {"normal": "normal", "Cardiomegaly": "Cardiomegaly", "Pulmonary Atelectas
 def mesh_labels(
     terms: Sequence[str],   # of MeSH/major, such as "Cardiomegaly/borderline"
 ) -> dict[str, float | None]:
-    "Labels by what the coders wrote: 1 coded, -1 only as borderline, 0 not coded; None if the report was not coded."
+    """Labels by what the coders wrote: 1 coded, -1 only as borderline, 0 not coded; None if the report was not coded.
+
+    Parameters
+    ----------
+    terms : Sequence[str]
+        of MeSH/major, such as "Cardiomegaly/borderline"
+    """
     if not terms or "no indexing" in {term.lower() for term in terms}:
         return dict.fromkeys(MESH.values())
     coded = {}
@@ -66,7 +72,13 @@ def phantom_terms(study: PhantomStudy) -> list[str]:
 
 # %% ../../nbs/data/20_openi.ipynb #06b9824f
 def openi_images(study: PhantomStudy) -> list[tuple[str, np.ndarray]]:      # (id, (H, W) uint8) of each
-    "The images of a phantom study under Open-i's names: its own, and with a PA a lateral (the picture, transposed)."
+    """The images of a phantom study under Open-i's names: its own, and with a PA a lateral (the picture, transposed).
+
+    Returns
+    -------
+    list[tuple[str, np.ndarray]]
+        (id, (H, W) uint8) of each
+    """
     number = int(study.study_id.rpartition("-")[2]) + 1
     shown = [study.image] + [study.image.T] * (study.view == "PA")
     return [(f"CXR{number}_IM-{number % 10000:04d}-{place}001", pixels) for place, pixels in enumerate(shown, 1)]
@@ -106,7 +118,19 @@ def parse_xml(
     data: bytes,
     name: str,      # of the file, for errors
 ) -> dict:          # study, sections, major (MeSH terms), images (id, file, view) without a view
-    "A report of Open-i. DataError says what is wrong with the file, without its text."
+    """A report of Open-i. DataError says what is wrong with the file, without its text.
+
+    Parameters
+    ----------
+    data : bytes
+    name : str
+        of the file, for errors
+
+    Returns
+    -------
+    dict
+        study, sections, major (MeSH terms), images (id, file, view) without a view
+    """
     if len(data) > LARGEST:
         raise DataError(f"{name} has {len(data)} bytes; no report is longer than {LARGEST}")
     try:
@@ -150,7 +174,13 @@ def _archived(path: Path) -> Iterator[tuple[str, bytes]]:
 def xml_files(
     root: Path,     # the folder of the data set, or an archive
 ) -> Iterator[tuple[str, bytes]]:
-    "(name, bytes) of each XML report. DataError if there are none."
+    """(name, bytes) of each XML report. DataError if there are none.
+
+    Parameters
+    ----------
+    root : Path
+        the folder of the data set, or an archive
+    """
     if root.is_file():
         return _archived(root)
     for folder in XML_FOLDERS:
@@ -243,7 +273,19 @@ def openi_reports(
     path: str | Path,                       # folder of the data set, or the archive of reports
     rules: ReportRules = ReportRules(),
 ) -> pd.DataFrame:  # study, the four sections, text, sentences, dropped ("" = kept), major, images (ids)
-    "The reports of Open-i as a table, damaged ones with their reason; needs no pictures."
+    """The reports of Open-i as a table, damaged ones with their reason; needs no pictures.
+
+    Parameters
+    ----------
+    path : str | Path
+        folder of the data set, or the archive of reports
+    rules : ReportRules, default: ReportRules()
+
+    Returns
+    -------
+    pd.DataFrame
+        study, the four sections, text, sentences, dropped ("" = kept), major, images (ids)
+    """
     reports, rejects = read_reports(path)
     told, rows = [(report, "") for report in reports], []
     told += [({"study": study, "sections": {}, "major": [], "images": []}, f"damaged: {reason}") for one in rejects for study, reason in one["rejects"]]
@@ -264,7 +306,13 @@ OPENI_RECIPES = {
 
 
 def read_annotation(root: str | Path) -> dict[str, str]:    # study -> split
-    "R2Gen's splits from `annotation.json`. DataError if it is missing, malformed, or gives a study two splits."
+    """R2Gen's splits from `annotation.json`. DataError if it is missing, malformed, or gives a study two splits.
+
+    Returns
+    -------
+    dict[str, str]
+        study -> split
+    """
     path, splits = find_file(root, "annotation.json", "*/annotation.json"), {}
     try:
         table = json.loads(read_text(path))

@@ -40,7 +40,29 @@ from .reports import ReportRules, check_report, count_headings
 # %% ../../nbs/data/05_pack.ipynb #15f8a7fc
 @dataclass
 class ImageRecord:
-    "One image of a study, ready to be stored"
+    """One image of a study, ready to be stored
+
+    Parameters
+    ----------
+    image_id : str
+    pixels : np.ndarray
+        (size, size) uint8
+    path : str, default: ''
+        where it came from, relative to the data set's root
+    sha256 : str, default: ''
+        of the source file; empty = that of the pixels
+    width : int, default: 0
+        of the source; 0 = as stored
+    height : int, default: 0
+    view : str, default: ''
+        such as PA, AP or LATERAL
+    boxes : list[tuple[str, float, float, float, float]] | None, default: None
+        name, x0, y0, x1, y1 in pixels of the source; None = nobody looked
+    masks : dict[str, np.ndarray | None] | None, default: None
+        name -> (size, size) bool; left out = empty; None = nobody looked (for this one)
+    levels : int, default: 0
+        grey levels that its source takes; 0 = as stored
+    """
 
     image_id: str
     pixels: np.ndarray  # (size, size) uint8
@@ -56,7 +78,23 @@ class ImageRecord:
 # %% ../../nbs/data/05_pack.ipynb #a142659c
 @dataclass
 class StudyRecord:
-    "One study as a reader hands it over; what of it could not be read is in `rejects`, as (item, reason)"
+    """One study as a reader hands it over; what of it could not be read is in `rejects`, as (item, reason)
+
+    Parameters
+    ----------
+    study_id : str
+    patient_id : str
+    split : str
+    images : list[ImageRecord]
+    report : str, default: ''
+    labels : dict[str, float | None], default: field(default_factory=dict)
+        1 present, 0 absent, -1 uncertain, None blank
+    rejects : list[tuple[str, str]], default: field(default_factory=list)
+    grades : dict[str, int | None], default: field(default_factory=dict)
+        0, 1, 2 … of an ordinal finding, None blank
+    planned : int | None, default: None
+        images that the data set has of it; None = those above, and one a reject
+    """
 
     study_id: str
     patient_id: str
@@ -625,11 +663,22 @@ class Pack:
         return f"Pack({str(self.path)!r}: {_counts_told(self.manifest)}, hash {self.manifest['hash'][:12]})"
 
     def image(self, index: int) -> np.ndarray:      # (H, W) uint8
-        "A copy of image `index`"
+        """A copy of image `index`
+
+        Returns
+        -------
+        np.ndarray
+            (H, W) uint8
+        """
         return np.array(self.images[index])
 
     @cached_property
     def images(self) -> np.ndarray:                 # (n, H, W) uint8
+        """Returns
+        -------
+        np.ndarray
+            (n, H, W) uint8
+        """
         self.check(["images.u8"])
         return np.memmap(self.path / "images.u8", np.uint8, "r", shape=(len(self), self.size, self.size))
 
@@ -670,7 +719,13 @@ class Pack:
         return bits, np.where(masked, masked.cumsum() - 1, -1)
 
     def mask(self, index: int) -> np.ndarray | None:    # (kinds, H, W) bool, in the order of the manifest's masks
-        "The masks of image `index`, empty where nobody looked (see the image table's `masked`); None if nobody looked for any"
+        """The masks of image `index`, empty where nobody looked (see the image table's `masked`); None if nobody looked for any
+
+        Returns
+        -------
+        np.ndarray | None
+            (kinds, H, W) bool, in the order of the manifest's masks
+        """
         if not self.manifest.get("masks"):
             return None
         bits, rows = self._mask_bits
@@ -730,7 +785,23 @@ def find_pack_leaks(
     both: bool = True,              # and what this Pack trains on, while others validate or test on it
     progress: bool = False,
 ) -> pd.DataFrame:                  # kind, split_a, item_a (of the pack), split_b, item_b, distance
-    "Patients and images that are in two splits of a Pack, or for validation or test in it and for training in another"
+    """Patients and images that are in two splits of a Pack, or for validation or test in it and for training in another
+
+    Parameters
+    ----------
+    pack : Pack
+    against : Sequence[Pack], default: ()
+    within : bool, default: True
+        look between the splits of the Pack itself too
+    both : bool, default: True
+        and what this Pack trains on, while others validate or test on it
+    progress : bool, default: False
+
+    Returns
+    -------
+    pd.DataFrame
+        kind, split_a, item_a (of the pack), split_b, item_b, distance
+    """
     found = [leaks_within(_image_owners(pack), pack.images, progress)] if within else []
     for other in against:
         same = _numbering(pack) == _numbering(other)
@@ -742,7 +813,15 @@ def refuse_leaks(
     leaks: pd.DataFrame,        # columns leaks.LEAK_COLUMNS
     folder: Path,               # of a Pack, or of one that is being built: <out>.partial/pack
 ) -> None:
-    "DataError with the first offenders; all of them are listed in <folder>.leaks.csv"
+    """DataError with the first offenders; all of them are listed in <folder>.leaks.csv
+
+    Parameters
+    ----------
+    leaks : pd.DataFrame
+        columns leaks.LEAK_COLUMNS
+    folder : Path
+        of a Pack, or of one that is being built: <out>.partial/pack
+    """
     listed = Path(f"{folder}.leaks.csv")
     listed.parent.mkdir(parents=True, exist_ok=True)
     write_bytes(listed, leaks.to_csv(index=False).encode())
@@ -765,7 +844,18 @@ def guard(
     progress: bool = False,
     built: bool = False,                    # just now: its files were hashed a moment ago
 ) -> None:
-    "Look through a Pack, as far as its manifest does not say that it was done, and write down what was found. ValueError if anything leaks and is not allowed to."
+    """Look through a Pack, as far as its manifest does not say that it was done, and write down what was found. ValueError if anything leaks and is not allowed to.
+
+    Parameters
+    ----------
+    folder : Path
+    against : Sequence[str | Path], default: ()
+        Packs that are trained on before
+    allow_leaks : bool, default: False
+    progress : bool, default: False
+    built : bool, default: False
+        just now: its files were hashed a moment ago
+    """
     pack, others = _hashed_now(Pack(folder)) if built else Pack(folder), {other.manifest["hash"]: other for other in map(Pack, against)}
     told = pack.manifest.get("guard", NOTHING)
     new = [other for name, other in others.items() if name not in told["against"]]
@@ -785,7 +875,17 @@ def guard_measured(
     allow_leaks: bool = False,
     progress: bool = False,
 ) -> None:
-    "ValueError if patients or images that are for validation or test in the one were for training in the other; if that is allowed, the manifest of the one lists them."
+    """ValueError if patients or images that are for validation or test in the one were for training in the other; if that is allowed, the manifest of the one lists them.
+
+    Parameters
+    ----------
+    pack : Pack
+        that an encoder is to be measured on
+    trained : Pack
+        that it was trained on
+    allow_leaks : bool, default: False
+    progress : bool, default: False
+    """
     told, name = pack.manifest.get("guard"), trained.manifest["hash"]
     if told is None or "guard" not in trained.manifest or name == pack.manifest["hash"] or (name in told["against"] and not told["leaks"]):
         return
@@ -889,6 +989,42 @@ def write_pack(
     """Build a Pack, or go on with a build that was killed, or open the one that is there.
 
     FileExistsError if `out` (or `<out>.partial`) holds something else; BlockingIOError if another process builds it; ValueError if too much is rejected, or if patients or images leak between splits.
+
+    Parameters
+    ----------
+    out : str | Path
+        folder of the Pack to be
+    items : Sequence
+        one per study, JSON-like
+    read : Callable[[Any], StudyRecord]
+        item -> study; picklable if workers > 0
+    size : int
+        side of the stored images
+    source : dict
+        where the data comes from and how it is read: kept in the manifest, JSON-like
+    labels : Sequence[str], default: ()
+        names of the labels, in order
+    rules : ReportRules, default: ReportRules()
+    require_report : bool, default: True
+        drop studies whose report does not pass the rules
+    workers : int, default: 0
+        processes; 0 = this one
+    max_rejects : float, default: 0.2
+        share of images that may be lost
+    part_size : int, default: 64
+        studies per part
+    progress : bool, default: True
+    grades : Sequence[str], default: ()
+        names of the ordinal grades, the boxes and the masks, in order
+    boxes : Sequence[str], default: ()
+    masks : Sequence[str], default: ()
+    guarded : bool, default: True
+        look for leaks between splits, and to the Packs `against`; what was drawn by a formula has none
+    against : Sequence[str | Path], default: ()
+    allow_leaks : bool, default: False
+        list them in the manifest instead of refusing
+    fresh : bool, default: False
+        throw away what was built of an unfinished build with other settings
     """
     out, _ = Path(out), [Pack(path) for path in against]      # a wrong path is told before any work
     if not len(items):

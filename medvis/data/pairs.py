@@ -27,7 +27,18 @@ from .view import View, tokens_kept
 def counter_seed(
     *numbers: int,  # non-negative, e.g. seed, epoch, index
 ) -> int:           # 0 .. 2**63 - 1
-    "A seed that depends on all the numbers and their order, and on nothing else."
+    """A seed that depends on all the numbers and their order, and on nothing else.
+
+    Parameters
+    ----------
+    *numbers : int
+        non-negative, e.g. seed, epoch, index
+
+    Returns
+    -------
+    int
+        0 .. 2**63 - 1
+    """
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
 
 # %% ../../nbs/data/07_pairs.ipynb #6d2d435a
@@ -49,7 +60,26 @@ def epoch_batches(
 ) -> list[list[int]]:     # sample indices, batch by batch
     """The order of one training epoch. The last incomplete batch is left out, unless it would be the only one.
 
-    Raises ValueError when there is nothing to train on."""
+    Raises ValueError when there is nothing to train on.
+
+    Parameters
+    ----------
+    n : int
+        samples
+    batch_size : int
+        per process
+    seed : int
+    epoch : int
+    rank : int, default: 0
+        this process ...
+    world : int, default: 1
+        ... of this many: all together see every sample once
+
+    Returns
+    -------
+    list[list[int]]
+        sample indices, batch by batch
+    """
     if n < 1 or batch_size < 1:
         raise ValueError(f"{n} samples in batches of {batch_size}: there is nothing to train on")
     order = np.random.default_rng([seed, epoch]).permutation(n).tolist()
@@ -60,7 +90,19 @@ def epoch_batches(
 # %% ../../nbs/data/07_pairs.ipynb #1366f316
 @dataclass(frozen=True)
 class Report:
-    "A tokenised report; word w stands at `sentences[s][start:end]` with (s, start, end) = `word_spans[w]`."
+    """A tokenised report; word w stands at `sentences[s][start:end]` with (s, start, end) = `word_spans[w]`.
+
+    Parameters
+    ----------
+    input_ids : list[int]
+        T tokens, [CLS] first, [SEP] last
+    word_index : list[int]
+        T, -1 = none
+    sentence_index : list[int]
+        T, -1 = none
+    sentences : list[str]
+    word_spans : list[tuple[int, int, int]]
+    """
     input_ids: list[int]         # T tokens, [CLS] first, [SEP] last
     word_index: list[int]        # T, -1 = none
     sentence_index: list[int]    # T, -1 = none
@@ -77,7 +119,21 @@ def cut_words(
     spans: list[tuple[int, int]],        # (start, end) of its words
     pieces: list[tuple[int, int]],       # (start, end) of the tokenizer's pieces; a blank before a word may be in its piece
 ) -> tuple[list[int | None], list[tuple[int, int]]]:  # word of every piece; spans of the words that have pieces
-    "Which piece of running text belongs to which word. Words that share a piece become one; pieces of no word are None."
+    """Which piece of running text belongs to which word. Words that share a piece become one; pieces of no word are None.
+
+    Parameters
+    ----------
+    sentence : str
+    spans : list[tuple[int, int]]
+        (start, end) of its words
+    pieces : list[tuple[int, int]]
+        (start, end) of the tokenizer's pieces; a blank before a word may be in its piece
+
+    Returns
+    -------
+    tuple[list[int | None], list[tuple[int, int]]]
+        word of every piece; spans of the words that have pieces
+    """
     touched = []
     for start, end in pieces:
         if not sentence[start:end].strip():  # blanks by themselves belong to the word behind them
@@ -99,7 +155,20 @@ def encode_words(
     tokenizer: PreTrainedTokenizerBase,
 ) -> list[tuple[list[int], list[int], list[tuple[int, int]]]]:  # of every sentence: ids, the word of each, spans of the words
     """The pieces of running text that belong to words. BERT's tokenizers cut at blanks and punctuation first, so that words apart
-    have the same pieces; byte-level and SentencePiece tokenizers need the blank before a word, and are given the sentence."""
+    have the same pieces; byte-level and SentencePiece tokenizers need the blank before a word, and are given the sentence.
+
+    Parameters
+    ----------
+    sentences : Sequence[str]
+    spans : Sequence[list[tuple[int, int]]]
+        of the words of every sentence, at least one
+    tokenizer : PreTrainedTokenizerBase
+
+    Returns
+    -------
+    list[tuple[list[int], list[int], list[tuple[int, int]]]]
+        of every sentence: ids, the word of each, spans of the words
+    """
     if type(tokenizer.backend_tokenizer.pre_tokenizer).__name__ == "BertPreTokenizer":
         texts = [[normalise(sentence[start:end]) for start, end in found] for sentence, found in zip(sentences, spans)]
         coded = tokenizer(texts, is_split_into_words=True, add_special_tokens=False)
@@ -121,7 +190,20 @@ def tokenise(
 ) -> Report:
     """Tokenise sentences one by one. Sentences without words are dropped; no sentences at all give [CLS] [SEP].
 
-    ValueError for a tokenizer that cannot say where its pieces stand, or has no [CLS] and [SEP]."""
+    ValueError for a tokenizer that cannot say where its pieces stand, or has no [CLS] and [SEP].
+
+    Parameters
+    ----------
+    sentences : Sequence[str]
+    tokenizer : PreTrainedTokenizerBase
+        a fast one (it says where its pieces stand), with cls_token and sep_token
+    max_tokens : int, default: 256
+        of the whole report, special tokens included
+    punctuation : bool, default: False
+        keep punctuation marks, as words of their own
+    overflow : str, default: 'cut'
+        what becomes of a longer report, see `tokens_kept`
+    """
     cls, sep = tokenizer.cls_token_id, tokenizer.sep_token_id
     if cls is None or sep is None or not tokenizer.is_fast:
         raise ValueError(f"{type(tokenizer).__name__} cannot be used: expected a fast tokenizer with cls_token and sep_token")
@@ -145,7 +227,28 @@ def tokenise(
 # %% ../../nbs/data/07_pairs.ipynb #cacf03b5
 @dataclass
 class Batch:
-    "Tensors of B image-report pairs; padding has index -1 and attention 0. `rejects` are (study id, reason) of unreadable ones."
+    """Tensors of B image-report pairs; padding has index -1 and attention 0. `rejects` are (study id, reason) of unreadable ones.
+
+    Parameters
+    ----------
+    image : Tensor
+        (B, C, H, W) float32
+    input_ids : Tensor
+        (B, T) int64
+    attention_mask : Tensor
+        (B, T) int64
+    word_index : Tensor
+        (B, T) int64 word of every token, -1 = none
+    sentence_index : Tensor
+        (B, T) int64 sentence of every token, -1 = none
+    study_id : Tensor
+        (B,) int64 row in pack.studies
+    patient_id : Tensor
+        (B,) int64
+    labels : dict[str, Tensor], default: field(default_factory=dict)
+        name -> (B,) float32: 1, 0, -1, nan
+    rejects : list[tuple[str, str]], default: field(default_factory=list)
+    """
     image: Tensor            # (B, C, H, W) float32
     input_ids: Tensor        # (B, T) int64
     attention_mask: Tensor   # (B, T) int64
@@ -183,7 +286,13 @@ class Sample:
 def collate(
     samples: list[Sample],
 ) -> Batch:   # of length 0 when not one of the samples could be read
-    "Pad the reports of a batch to the longest of them; samples that could not be read are left out and listed."
+    """Pad the reports of a batch to the longest of them; samples that could not be read are left out and listed.
+
+    Returns
+    -------
+    Batch
+        of length 0 when not one of the samples could be read
+    """
     rejects = [(sample.name, sample.error) for sample in samples if sample.error]
     samples = [sample for sample in samples if not sample.error]
     if not samples:
@@ -214,7 +323,21 @@ def draw_swaps(
     swap: float,             # P(no swap); the number of swaps k has probability swap * (1 - swap)^k
     rng: np.random.Generator,
 ) -> np.ndarray:             # (k, 2) places to exchange, one pair after the other
-    "LoVT's sentence swaps (2.6); none for an empty report or swap 0."
+    """LoVT's sentence swaps (2.6); none for an empty report or swap 0.
+
+    Parameters
+    ----------
+    n : int
+        sentences
+    swap : float
+        P(no swap); the number of swaps k has probability swap * (1 - swap)^k
+    rng : np.random.Generator
+
+    Returns
+    -------
+    np.ndarray
+        (k, 2) places to exchange, one pair after the other
+    """
     count = rng.geometric(swap) - 1 if swap and n else 0
     return rng.integers(n, size=(count, 2)) if count else np.zeros((0, 2), int)
 
@@ -223,7 +346,14 @@ def swapped(
     items: Sequence,
     pairs: np.ndarray,  # (k, 2)
 ) -> list:
-    "The items after these exchanges."
+    """The items after these exchanges.
+
+    Parameters
+    ----------
+    items : Sequence
+    pairs : np.ndarray
+        (k, 2)
+    """
     items = list(items)
     for a, b in pairs:
         items[a], items[b] = items[b], items[a]
@@ -252,7 +382,23 @@ def select_samples(
     per: str,                     # "study" or "image"
     need_text: bool,
 ) -> list[tuple[int, int]]:       # (row of the study, row of the image)
-    "The samples of a split: one a study with its first image, or one an image; without text only when not needed."
+    """The samples of a split: one a study with its first image, or one an image; without text only when not needed.
+
+    Parameters
+    ----------
+    studies : pd.DataFrame
+        of a Pack
+    split : str | None
+        None = all
+    per : str
+        "study" or "image"
+    need_text : bool
+
+    Returns
+    -------
+    list[tuple[int, int]]
+        (row of the study, row of the image)
+    """
     wanted = np.ones(len(studies), bool) if split is None else (studies["split"] == split).to_numpy()
     if need_text:
         wanted = wanted & (studies["sentences"].map(len).to_numpy() > 0)
@@ -263,7 +409,21 @@ def select_samples(
 class Pairs(Dataset):
     """Image-report pairs of a Pack. `pairs[epoch, i]` is decided by (seed, epoch, i) alone; `pairs[i]` is `pairs[0, i]`.
 
-    Without `train` nothing is augmented or swapped, and a study shows its first image."""
+    Without `train` nothing is augmented or swapped, and a study shows its first image.
+
+    Parameters
+    ----------
+    pack : Pack
+    tokenizer : PreTrainedTokenizerBase
+    preprocessing : Preprocessing
+    view : View, default: View()
+    split : str | None, default: None
+        "train", "validate", "test"; None = all
+    train : bool, default: False
+    seed : int, default: 0
+    need_text : bool, default: True
+        leave out studies without a report
+    """
 
     def __init__(
         self, pack: Pack, tokenizer: PreTrainedTokenizerBase, preprocessing: Preprocessing, view: View = View(),
@@ -294,7 +454,13 @@ class Pairs(Dataset):
         return self._reports[row]
 
     def image(self, i: int, epoch: int = 0) -> Tensor:  # (C, size, size) float32
-        "The preprocessed image of sample i; the global random state is left as it was."
+        """The preprocessed image of sample i; the global random state is left as it was.
+
+        Returns
+        -------
+        Tensor
+            (C, size, size) float32
+        """
         row, image = self.items[i]
         with seeded(self.seed, epoch, i, 2):
             if self.train and self.view.per == "study":
@@ -319,5 +485,12 @@ def read_batch(
     pairs: Pairs,
     keys: Sequence[int | tuple[int, int]],  # indices, or (epoch, index)
 ) -> Batch:
-    "The batch of these samples."
+    """The batch of these samples.
+
+    Parameters
+    ----------
+    pairs : Pairs
+    keys : Sequence[int | tuple[int, int]]
+        indices, or (epoch, index)
+    """
     return collate([pairs[key] for key in keys])

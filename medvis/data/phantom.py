@@ -28,7 +28,25 @@ from .phantom_report import Sentence, read_labels, write_report
 # %% ../../nbs/data/01d_phantom.ipynb #380ea3d0
 @dataclass(frozen=True)
 class Finding:
-    "What is in the picture, and where."
+    """What is in the picture, and where.
+
+    Parameters
+    ----------
+    name : str
+        one of FINDINGS
+    side : str
+        of the patient: "left", "right", "both" or "none"
+    zone : str
+        "upper", "middle", "lower" or "none"
+    severity : int
+        1 mild or small, 2 moderate, 3 severe or large
+    mask : np.ndarray
+        (H, W) bool, never empty
+    box : tuple[int, int, int, int]
+        x0, y0, x1, y1: tight, x1 and y1 exclusive
+    kind : str, default: ''
+        variety, e.g. "pacemaker"
+    """
     name: str  # one of FINDINGS
     side: str  # of the patient: "left", "right", "both" or "none"
     zone: str  # "upper", "middle", "lower" or "none"
@@ -49,7 +67,18 @@ class Scene:
 def tight_box(
     mask: np.ndarray,  # (H, W) bool, not empty
 ) -> tuple[int, int, int, int]:  # x0, y0, x1, y1, the last two exclusive
-    "The smallest box around a mask."
+    """The smallest box around a mask.
+
+    Parameters
+    ----------
+    mask : np.ndarray
+        (H, W) bool, not empty
+
+    Returns
+    -------
+    tuple[int, int, int, int]
+        x0, y0, x1, y1, the last two exclusive
+    """
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
 
@@ -58,7 +87,13 @@ def render(
     scene: Scene,
     size: int = 256,
 ) -> tuple[np.ndarray, list[Finding]]:  # (size, size) uint8, one finding for each of the scene's
-    "Take the radiograph of a scene, with the mask of each finding."
+    """Take the radiograph of a scene, with the mask of each finding.
+
+    Returns
+    -------
+    tuple[np.ndarray, list[Finding]]
+        (size, size) uint8, one finding for each of the scene's
+    """
     large = max([enlargement(f.severity, f.extent) for f in scene.findings if f.name == "Cardiomegaly"], default=1.0)
     chest = build_chest(scene.patient, scene.pose, size, large)
     findings = []
@@ -70,7 +105,26 @@ def render(
 # %% ../../nbs/data/01d_phantom.ipynb #a63059d5
 @dataclass(frozen=True)
 class PhantomStudy:
-    "A radiograph, its report, and the truth about both."
+    """A radiograph, its report, and the truth about both.
+
+    Parameters
+    ----------
+    image : np.ndarray
+        (H, W) uint8
+    report : str
+    patient_id : str
+    study_id : str
+    view : str
+        "PA" or "AP"
+    labels : dict[str, int | None]
+        what the report says: 1 present, 0 absent, -1 uncertain, None not mentioned
+    severities : dict[str, int | None]
+        what the report says: 0 absent, 1 to 3, None not mentioned
+    findings : list[Finding]
+        what the picture shows, mentioned or not
+    sentences : list[Sentence]
+        FINDINGS, then IMPRESSION
+    """
     image: np.ndarray  # (H, W) uint8
     report: str
     patient_id: str
@@ -93,7 +147,13 @@ def patient_number(
     seed: int,
     index: int,
 ) -> int:  # the first study index of the patient
-    "Which patient a study belongs to: each ten neighbouring studies are shared out to patients of one to four studies."
+    """Which patient a study belongs to: each ten neighbouring studies are shared out to patients of one to four studies.
+
+    Returns
+    -------
+    int
+        the first study index of the patient
+    """
     block, place = divmod(index, BLOCK)
     first, rng = 0, stream(seed, 1, block)
     for share in rng.random(BLOCK).tolist():
@@ -109,7 +169,13 @@ def plan_study(
     seed: int,
     index: int,
 ) -> tuple[Scene, int]:  # what to render, and the number of the patient
-    "Draw body, state, exposure and findings of a study; half the time a patient comes back with the same trouble."
+    """Draw body, state, exposure and findings of a study; half the time a patient comes back with the same trouble.
+
+    Returns
+    -------
+    tuple[Scene, int]
+        what to render, and the number of the patient
+    """
     if not 0 <= operator.index(index) <= 2**60:
         raise IndexError(f"study {index}: the phantom's studies are numbered from 0 to 2**60")
     owner = patient_number(seed, index)
@@ -125,7 +191,13 @@ def stated_severities(
     findings: list[Finding] | list[Planted],
     sentences: list[Sentence],
 ) -> dict[str, int | None]:  # 0 absent, 1 to 3, None not mentioned or without a degree
-    "How severe the report says each finding is."
+    """How severe the report says each finding is.
+
+    Returns
+    -------
+    dict[str, int | None]
+        0 absent, 1 to 3, None not mentioned or without a degree
+    """
     told = {index for s in sentences for _, _, index in s.words if index is not None}
     out: dict[str, int | None] = {name: 0 if state == 0 else None for name, state in labels.items()}
     for index in told:
@@ -139,6 +211,13 @@ class Phantom:
 
     Index from 0 to 2**60, without making the others. Raises ValueError for a size or a seed out of range,
     IndexError for an index out of range.
+
+    Parameters
+    ----------
+    size : int, default: 64
+        side of the image, 64 to 512
+    seed : int, default: 0
+        0 to 2**63
     """
 
     def __init__(

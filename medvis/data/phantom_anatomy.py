@@ -21,13 +21,51 @@ def stream(
     which: int = 0,  # 0 .. 7, what the numbers are for
     index: int = 0,  # whose numbers, 0 .. 2**60
 ) -> np.random.Generator:
-    "A random generator (Philox) that depends on its arguments alone."
+    """A random generator (Philox) that depends on its arguments alone.
+
+    Parameters
+    ----------
+    seed : int
+        0 .. 2**64 - 1
+    which : int, default: 0
+        0 .. 7, what the numbers are for
+    index : int, default: 0
+        whose numbers, 0 .. 2**60
+    """
     return np.random.Generator(np.random.Philox(key=np.array([seed, 8 * index + which], np.uint64)))
 
 # %% ../../nbs/data/01a_phantom_anatomy.ipynb #6579b8f4
 @dataclass(frozen=True)
 class Patient:
-    "A body: everything that stays the same over a patient's studies."
+    """A body: everything that stays the same over a patient's studies.
+
+    Parameters
+    ----------
+    female : bool, default: False
+    age : int, default: 60
+    width : float, default: 1.0
+        of the rib cage
+    tall : float, default: 0.0
+        -1 short lungs .. 1 long lungs
+    girth : float, default: 0.3
+        soft tissue, 0 thin .. 1 obese
+    heart : float, default: 1.0
+        size of the heart
+    aorta : float, default: 1.0
+        prominence of the aortic knob
+    rib_pitch : float, default: 0.125
+        distance between ribs
+    rib_phase : float, default: 0.0
+        where the first rib starts, in ribs
+    rib_slope : float, default: 0.36
+        how steeply posterior ribs fall towards the side
+    bone : float, default: 1.0
+        mineral
+    breast : float, default: 0.0
+        thickness, 0 = none
+    tree : int, default: 0
+        which vessel tree, 0 to 255
+    """
     female: bool = False
     age: int = 60
     width: float = 1.0  # of the rib cage
@@ -61,7 +99,42 @@ def sample_patient(
 # %% ../../nbs/data/01a_phantom_anatomy.ipynb #a52cb9c4
 @dataclass(frozen=True)
 class Pose:
-    "One exposure: how the body stood before the detector and what the machine made of it."
+    """One exposure: how the body stood before the detector and what the machine made of it.
+
+    Parameters
+    ----------
+    view : str, default: 'PA'
+    angle : float, default: 0.0
+        in-plane rotation, radians
+    scale : float, default: 1.0
+    dx : float, default: 0.0
+        shift, in half image sides
+    dy : float, default: 0.0
+    turn : float, default: 0.0
+        rotation about the long axis, -1 .. 1
+    breath : float, default: 0.3
+        -1 expiration .. 1 deep inspiration
+    scapula : float, default: 0.0
+        0 rotated out of the lungs .. 1 over them
+    stomach : float, default: 0.0
+        gas under the left dome
+    centre : float, default: 0.62
+        of the tone curve: larger is darker
+    window : float, default: 0.22
+        of the tone curve: larger is flatter
+    veil : float, default: 0.0
+        scattered light
+    noise : float, default: 0.02
+    blur : float, default: 0.002
+        in image sides
+    marker : str, default: 'L'
+        burned-in letter, "" = none
+    marker_x : float, default: 0.8
+    marker_y : float, default: -0.85
+    border : tuple[float, float, float, float], default: (0.0, 0.0, 0.0, 0.0)
+        black left, top, right, bottom, share of the side
+    noise_key : int, default: 0
+    """
 
     view: str = "PA"
     angle: float = 0.0  # in-plane rotation, radians
@@ -93,7 +166,14 @@ def sample_pose(
     rng: np.random.Generator,
     portable: bool,  # True: AP, in bed
 ) -> Pose:
-    "Draw an exposure; a portable one is turned more, breathes less and keeps its scapulae over the lungs."
+    """Draw an exposure; a portable one is turned more, breathes less and keeps its scapulae over the lungs.
+
+    Parameters
+    ----------
+    rng : np.random.Generator
+    portable : bool
+        True: AP, in bed
+    """
     z, u = np.clip(rng.standard_normal(16), -2.2, 2.2).tolist(), rng.random(14).tolist()
     border = (
         tuple(float(b) for b in np.where(rng.random(4) < 0.3, rng.random(4) * 0.09, 0)) if u[0] < 0.25 else (0.0,) * 4
@@ -124,7 +204,23 @@ def sample_pose(
 # %% ../../nbs/data/01a_phantom_anatomy.ipynb #f1f93209
 @dataclass(frozen=True)
 class Geometry:
-    "Where things lie in body units: x in -1..1 from the patient's right to the left, y in -1..1 downwards."
+    """Where things lie in body units: x in -1..1 from the patient's right to the left, y in -1..1 downwards.
+
+    Parameters
+    ----------
+    width : float
+        half-width of the rib cage, inside
+    apex : float
+        y of the top of the lungs
+    dome : tuple[float, float]
+        y of the right and left dome of the diaphragm
+    heart : tuple[float, float, float, float]
+        cx, cy, long and short half axis
+    knob : tuple[float, float, float]
+        cx, cy, radius of the aortic arch
+    turn : float
+        shift of what lies in front against what lies behind
+    """
     width: float  # half-width of the rib cage, inside
     apex: float  # y of the top of the lungs
     dome: tuple[float, float]  # y of the right and left dome of the diaphragm
@@ -138,7 +234,15 @@ def geometry(
     pose: Pose,
     enlarge: float = 1.0,  # of the heart
 ) -> Geometry:
-    "The few numbers from which lungs, heart and diaphragm are drawn."
+    """The few numbers from which lungs, heart and diaphragm are drawn.
+
+    Parameters
+    ----------
+    patient : Patient
+    pose : Pose
+    enlarge : float, default: 1.0
+        of the heart
+    """
     portable = pose.view == "AP"
     width = 0.665 * patient.width
     right = 0.33 + 0.10 * pose.breath + 0.05 * patient.tall
@@ -157,7 +261,23 @@ def lung_point(
     down: float,  # 0 apex .. 1 dome
     out: float,  # 0 midline .. 1 chest wall
 ) -> tuple[float, float]:  # x, y in body units
-    "A point inside a lung, in the lung's own coordinates."
+    """A point inside a lung, in the lung's own coordinates.
+
+    Parameters
+    ----------
+    geo : Geometry
+    side : str
+        "left" or "right", of the patient
+    down : float
+        0 apex .. 1 dome
+    out : float
+        0 midline .. 1 chest wall
+
+    Returns
+    -------
+    tuple[float, float]
+        x, y in body units
+    """
     sign = 1 if side == "left" else -1
     y = geo.apex + down * (geo.dome[int(sign > 0)] - geo.apex)
     rise = max(0.0, (geo.apex / 2 + geo.dome[0] / 2 - 0.05 - y) / (geo.dome[0] / 2 - geo.apex / 2))
@@ -169,7 +289,13 @@ def body_frame(
     pose: Pose,
     size: int,
 ) -> tuple[np.ndarray, np.ndarray]:  # x, y, each (size, size) float32
-    "Body coordinates of every pixel."
+    """Body coordinates of every pixel.
+
+    Returns
+    -------
+    tuple[np.ndarray, np.ndarray]
+        x, y, each (size, size) float32
+    """
     t = (np.arange(size, dtype=np.float32) + 0.5) * (2 / size) - 1
     cos, sin = math.cos(pose.angle) / pose.scale, math.sin(pose.angle) / pose.scale
     gx, gy = t[None] - pose.dx, t[:, None] - pose.dy
@@ -182,7 +308,13 @@ def to_pixels(
     x: np.ndarray,
     y: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray]:  # column, row, as floats
-    "The inverse of `body_frame`: where a point of the body falls on the detector."
+    """The inverse of `body_frame`: where a point of the body falls on the detector.
+
+    Returns
+    -------
+    tuple[np.ndarray, np.ndarray]
+        column, row, as floats
+    """
     cos, sin = math.cos(pose.angle) * pose.scale, math.sin(pose.angle) * pose.scale
     return ((cos * x - sin * y + pose.dx + 1) * size - 1) / 2, ((sin * x + cos * y + pose.dy + 1) * size - 1) / 2
 
@@ -190,7 +322,18 @@ def to_pixels(
 def chord(
     r2: np.ndarray,  # squared distance from the centre, in radii
 ) -> np.ndarray:  # 1 in the centre, 0 outside
-    "Thickness of a ball (or tube) seen from the front."
+    """Thickness of a ball (or tube) seen from the front.
+
+    Parameters
+    ----------
+    r2 : np.ndarray
+        squared distance from the centre, in radii
+
+    Returns
+    -------
+    np.ndarray
+        1 in the centre, 0 outside
+    """
     return np.sqrt(np.maximum(1 - r2, 0))
 
 # %% ../../nbs/data/01a_phantom_anatomy.ipynb #43f6fa8f
@@ -198,7 +341,13 @@ def ramp(
     distance: np.ndarray,
     softness: float,
 ) -> np.ndarray:  # 0 .. 1
-    "A smooth step at `distance` = 0 which is `softness` wide on either side."
+    """A smooth step at `distance` = 0 which is `softness` wide on either side.
+
+    Returns
+    -------
+    np.ndarray
+        0 .. 1
+    """
     t = np.clip(distance * (0.5 / softness) + 0.5, 0, 1)
     return t * t * (3 - 2 * t)
 
@@ -209,7 +358,21 @@ def lungs(
     y: np.ndarray,
     soft: float,  # width of an edge
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # wall (> 0 inside), below (y under the dome), air thickness 0 .. 1
-    "The air of both lungs as if there were no heart between them."
+    """The air of both lungs as if there were no heart between them.
+
+    Parameters
+    ----------
+    geo : Geometry
+    x : np.ndarray
+    y : np.ndarray
+    soft : float
+        width of an edge
+
+    Returns
+    -------
+    tuple[np.ndarray, np.ndarray, np.ndarray]
+        wall (> 0 inside), below (y under the dome), air thickness 0 .. 1
+    """
     ax, half = np.abs(x), geo.width
     x0, middle = 0.32 * half, (geo.apex + geo.dome[0]) / 2 - 0.05
     outer = half * (1 + 0.06 * (y - middle))
@@ -233,7 +396,13 @@ def mediastinum(
     x: np.ndarray,
     y: np.ndarray,
 ) -> np.ndarray:  # share of the depth taken by heart and great vessels, 0 .. 1
-    "Heart, right atrium, aortic arch and the column of the great vessels, joined softly."
+    """Heart, right atrium, aortic arch and the column of the great vessels, joined softly.
+
+    Returns
+    -------
+    np.ndarray
+        share of the depth taken by heart and great vessels, 0 .. 1
+    """
     cx, cy, a, b = geo.heart
     xa = x - geo.turn
     dx, dy = xa - cx, y - cy
@@ -254,7 +423,13 @@ def torso(
     x: np.ndarray,
     y: np.ndarray,
 ) -> np.ndarray:  # thickness, 1 = the depth of a chest
-    "Soft tissue from front to back: neck, shoulders, trunk and arms."
+    """Soft tissue from front to back: neck, shoulders, trunk and arms.
+
+    Returns
+    -------
+    np.ndarray
+        thickness, 1 = the depth of a chest
+    """
     ax = np.abs(x)
     fat = 0.10 + 0.10 * patient.girth
     half = geo.width + fat + 0.03 * ramp(y - 0.3, 0.4) + (1.18 - geo.width - fat) * ramp(-(y + 0.36), 0.22)
@@ -272,7 +447,13 @@ def breasts(
     x: np.ndarray,
     y: np.ndarray,
 ) -> np.ndarray:  # thickness
-    "Two pendulous half-ellipsoids: a sharp lower edge and no upper one."
+    """Two pendulous half-ellipsoids: a sharp lower edge and no upper one.
+
+    Returns
+    -------
+    np.ndarray
+        thickness
+    """
     dy = y - geo.dome[0] + 0.02
     r2 = np.square((np.abs(x) - 0.43) / 0.30) + np.square(dy / np.where(dy > 0, 0.22, 0.60).astype(np.float32))
     return patient.breast * chord(r2)
@@ -284,7 +465,19 @@ def hollow(
     fill: float = 0.45,  # how dense the marrow is
     soft: float = 0.0,  # widening for coarse pixels
 ) -> np.ndarray:
-    "A tube of cortical bone seen from the side: two bright edges and a paler middle."
+    """A tube of cortical bone seen from the side: two bright edges and a paler middle.
+
+    Parameters
+    ----------
+    offset : np.ndarray
+        distance from the middle of the bone, in radii
+    shell : float, default: 0.72
+        radius of the marrow, in radii
+    fill : float, default: 0.45
+        how dense the marrow is
+    soft : float, default: 0.0
+        widening for coarse pixels
+    """
     r2 = offset * offset
     return np.sqrt(np.maximum(1 + soft - r2, 0)) - (1 - fill) * np.sqrt(np.maximum(shell * shell - r2, 0))
 
@@ -296,7 +489,17 @@ def ribs(
     y: np.ndarray,
     soft: float,  # size of a pixel
 ) -> np.ndarray:
-    "Ten pairs of ribs, drawn at once: each is a stripe of the same curved phase."
+    """Ten pairs of ribs, drawn at once: each is a stripe of the same curved phase.
+
+    Parameters
+    ----------
+    patient : Patient
+    geo : Geometry
+    x : np.ndarray
+    y : np.ndarray
+    soft : float
+        size of a pixel
+    """
     xp = np.abs(x + geo.turn)
     rise = np.clip((-0.05 - y) / 0.64, 0, 0.985)
     wall = geo.width * (0.34 + 0.72 * chord(rise * rise)) * (1 + 0.05 * y)
@@ -368,7 +571,13 @@ def airways(
     x: np.ndarray,
     y: np.ndarray,
 ) -> np.ndarray:  # thickness of air
-    "Trachea and main bronchi: a dark column a little right of the midline, which forks."
+    """Trachea and main bronchi: a dark column a little right of the midline, which forks.
+
+    Returns
+    -------
+    np.ndarray
+        thickness of air
+    """
     xt = x - 0.5 * geo.turn + 0.012
     ax, down = np.abs(xt), y - geo.knob[1] - 0.02
     path = np.where(xt < 0, 0.55 * down, 0.95 * down)
@@ -383,7 +592,13 @@ def stomach_gas(
     x: np.ndarray,
     y: np.ndarray,
 ) -> np.ndarray:  # thickness of air
-    "The bubble under the left dome, round above and fading downwards."
+    """The bubble under the left dome, round above and fading downwards.
+
+    Returns
+    -------
+    np.ndarray
+        thickness of air
+    """
     dy = y - geo.dome[1] - 0.085
     half = np.where(dy < 0, np.float32(0.045), np.float32(0.04 + 0.06 * pose.stomach))
     r2 = np.square((x - 0.28) / (0.12 + 0.06 * pose.stomach)) + np.square(dy / half)
@@ -396,7 +611,17 @@ def splat(
     row: np.ndarray,
     weight: np.ndarray,
 ) -> None:
-    "Add points to a picture, each shared among its four nearest pixels; points off the picture are lost."
+    """Add points to a picture, each shared among its four nearest pixels; points off the picture are lost.
+
+    Parameters
+    ----------
+    canvas : np.ndarray
+        (H, W) float32, added to in place
+    column : np.ndarray
+        (n,) float
+    row : np.ndarray
+    weight : np.ndarray
+    """
     size = canvas.shape[0]
     keep = (column > 0) & (column < size - 1) & (row > 0) & (row < size - 1)
     column, row, weight = column[keep], row[keep], weight[keep]
@@ -411,7 +636,18 @@ def splat(
 def slope(
     path: np.ndarray,  # (curves, points)
 ) -> np.ndarray:  # the same shape
-    "The step from point to point along each curve, its first one repeated."
+    """The step from point to point along each curve, its first one repeated.
+
+    Parameters
+    ----------
+    path : np.ndarray
+        (curves, points)
+
+    Returns
+    -------
+    np.ndarray
+        the same shape
+    """
     step = np.diff(path, axis=-1)
     return np.concatenate([step[:, :1], step], -1)
 
@@ -425,7 +661,23 @@ def draw(
     height: np.ndarray | float,  # attenuation in the middle of the tube
     rim: float = 0.0,  # 0: solid; 1: a thin-walled tube
 ) -> None:
-    "Draw tubes along curves: the chord of a cylinder across, whatever the resolution."
+    """Draw tubes along curves: the chord of a cylinder across, whatever the resolution.
+
+    Parameters
+    ----------
+    canvas : np.ndarray
+        (H, W) float32, added to in place
+    pose : Pose
+    x : np.ndarray
+        (curves, points) body units
+    y : np.ndarray
+    width : np.ndarray | float
+        (curves, 1) or (curves, points) body units
+    height : np.ndarray | float
+        attenuation in the middle of the tube
+    rim : float, default: 0.0
+        0: solid; 1: a thin-walled tube
+    """
     size = canvas.shape[0]
     column, row = to_pixels(pose, size, x, y)
     dc, dr = slope(column), slope(row)
@@ -449,7 +701,13 @@ def vessel_tree(
     key: int,
     depth: int = 4,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:  # start (n, 2), bend (n, 2), end (n, 2), width (n,)
-    "Pulmonary vessels of both lungs from the hila outwards, by repeated forking; in body units, y from the hilum."
+    """Pulmonary vessels of both lungs from the hila outwards, by repeated forking; in body units, y from the hilum.
+
+    Returns
+    -------
+    tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
+        start (n, 2), bend (n, 2), end (n, 2), width (n,)
+    """
     rng = stream(key)
     n = 28
     angle = np.tile(np.linspace(-1.35, 1.45, n // 2), 2) + 0.15 * rng.standard_normal(n)
@@ -478,7 +736,20 @@ def vessel_paths(
     depth: int,
     points: int,  # along each branch
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # x, y (branches, points) and width (branches, 1)
-    "The branches of a vessel tree as curves, each a parabola through its bend."
+    """The branches of a vessel tree as curves, each a parabola through its bend.
+
+    Parameters
+    ----------
+    key : int
+    depth : int
+    points : int
+        along each branch
+
+    Returns
+    -------
+    tuple[np.ndarray, np.ndarray, np.ndarray]
+        x, y (branches, points) and width (branches, 1)
+    """
     start, bend, end, width = vessel_tree(key, depth)
     t = np.linspace(0, 1, points, dtype=np.float32)[:, None, None]
     path = (1 - t) ** 2 * start + 2 * t * (1 - t) * bend + t * t * end
@@ -491,7 +762,13 @@ def vessels(
     geo: Geometry,
     size: int,
 ) -> np.ndarray:  # (size, size)
-    "The pulmonary vessels as attenuation."
+    """The pulmonary vessels as attenuation.
+
+    Returns
+    -------
+    np.ndarray
+        (size, size)
+    """
     x, y, width = vessel_paths(patient.tree, 3 if size <= 96 else 5, max(5, size // 12))
     stretch = (geo.dome[0] - geo.apex) / 1.05
     canvas = np.zeros((size, size), np.float32)
@@ -501,7 +778,34 @@ def vessels(
 # %% ../../nbs/data/01a_phantom_anatomy.ipynb #4d4f8e7c
 @dataclass
 class Chest:
-    "The thickness maps of one chest, each (H, W) float32; findings are painted into them."
+    """The thickness maps of one chest, each (H, W) float32; findings are painted into them.
+
+    Parameters
+    ----------
+    patient : Patient
+    pose : Pose
+    geo : Geometry
+    size : int
+    x : np.ndarray
+        body coordinates
+    y : np.ndarray
+    wall : np.ndarray
+        > 0 inside the rib cage
+    below : np.ndarray
+        y under the dome of the diaphragm
+    lung : np.ndarray
+        air if there were no heart
+    centre : np.ndarray
+        share of heart and great vessels
+    depth : np.ndarray
+        of the body
+    bone : np.ndarray
+    vessel : np.ndarray
+    water : np.ndarray
+        share of the lung's air replaced by water: opacities
+    extra : np.ndarray
+        further attenuation: devices, lines; < 0 for air
+    """
     patient: Patient
     pose: Pose
     geo: Geometry
@@ -535,7 +839,16 @@ def build_chest(
     size: int,
     enlarge: float = 1.0,  # of the heart
 ) -> Chest:
-    "A healthy chest (but for the size of its heart), ready for findings and exposure."
+    """A healthy chest (but for the size of its heart), ready for findings and exposure.
+
+    Parameters
+    ----------
+    patient : Patient
+    pose : Pose
+    size : int
+    enlarge : float, default: 1.0
+        of the heart
+    """
     geo = geometry(patient, pose, enlarge)
     x, y = body_frame(pose, size)
     soft = 2 / size / pose.scale
@@ -556,7 +869,13 @@ def build_chest(
 def attenuation(
     chest: Chest,
 ) -> np.ndarray:  # (H, W) float32
-    "Add up what a ray meets: soft tissue less air, bone, vessels, devices."
+    """Add up what a ray meets: soft tissue less air, bone, vessels, devices.
+
+    Returns
+    -------
+    np.ndarray
+        (H, W) float32
+    """
     aerated = chest.air * (1 - chest.water)
     tissue = chest.depth * (1 + 0.12 * np.clip(chest.below / 0.5 + 0.3, 0, 1))
     fat = 0.06 * chest.patient.girth * np.clip(chest.depth, 0, 1)
@@ -571,7 +890,14 @@ def burn_marker(
     image: np.ndarray,  # (H, W) float, changed in place
     pose: Pose,
 ) -> None:
-    "Burn the side letter into the picture, in white."
+    """Burn the side letter into the picture, in white.
+
+    Parameters
+    ----------
+    image : np.ndarray
+        (H, W) float, changed in place
+    pose : Pose
+    """
     size = image.shape[0]
     zoom = max(1, round(size / 110))
     glyph = GLYPHS[pose.marker].repeat(zoom, 0).repeat(zoom, 1)
@@ -585,7 +911,19 @@ def expose(
     total: np.ndarray,  # (H, W) attenuation
     pose: Pose,
 ) -> np.ndarray:  # (H, W) uint8
-    "Turn attenuation into grey values: blur, quantum noise, tone curve, scatter, marker, collimation."
+    """Turn attenuation into grey values: blur, quantum noise, tone curve, scatter, marker, collimation.
+
+    Parameters
+    ----------
+    total : np.ndarray
+        (H, W) attenuation
+    pose : Pose
+
+    Returns
+    -------
+    np.ndarray
+        (H, W) uint8
+    """
     from scipy.ndimage import gaussian_filter       # here, as a command line need not wait for it
 
     size = len(total)

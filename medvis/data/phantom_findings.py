@@ -26,7 +26,30 @@ LUNG_FINDINGS = ("Consolidation", "Edema", "Lung Opacity", "Pneumonia", "Atelect
 # %% ../../nbs/data/01b_phantom_findings.ipynb #8a01a200
 @dataclass(frozen=True)
 class Planted:
-    "What to paint: one finding of one study, independent of the resolution."
+    """What to paint: one finding of one study, independent of the resolution.
+
+    Parameters
+    ----------
+    name : str
+        one of FINDINGS
+    side : str, default: 'right'
+        of the patient: "left", "right", "both", or "none" for the midline
+    zone : str, default: 'none'
+        "upper", "middle", "lower" or "none"
+    severity : int, default: 2
+        1 mild or small, 2 moderate, 3 severe or large
+    kind : str, default: ''
+        variety, e.g. "pacemaker"
+    down : float, default: 0.5
+        place in the lung: 0 apex .. 1 dome
+    out : float, default: 0.6
+        0 midline .. 1 chest wall
+    extent : float, default: 1.0
+        of the size that the severity asks for
+    angle : float, default: 0.0
+    key : int, default: 0
+        of the finding's own texture
+    """
     name: str  # one of FINDINGS
     side: str = "right"  # of the patient: "left", "right", "both", or "none" for the midline
     zone: str = "none"  # "upper", "middle", "lower" or "none"
@@ -44,7 +67,20 @@ def waves(
     key: int,
     pitch: float,  # wavelength in body units
 ) -> np.ndarray:  # about -1 .. 1
-    "Smooth irregular texture, the same at every resolution: plane waves, each bending the next."
+    """Smooth irregular texture, the same at every resolution: plane waves, each bending the next.
+
+    Parameters
+    ----------
+    chest : Chest
+    key : int
+    pitch : float
+        wavelength in body units
+
+    Returns
+    -------
+    np.ndarray
+        about -1 .. 1
+    """
     u = stream(key).random(8).tolist()
     total, bend = 0.0, 0.0
     for k in range(4):
@@ -62,7 +98,13 @@ def patch(
     ry: float,
     angle: float = 0.0,
 ) -> np.ndarray:  # squared distance in radii
-    "Elliptic distance from a point."
+    """Elliptic distance from a point.
+
+    Returns
+    -------
+    np.ndarray
+        squared distance in radii
+    """
     c, s = math.cos(angle), math.sin(angle)
     u, v = c * (chest.x - x) + s * (chest.y - y), c * (chest.y - y) - s * (chest.x - x)
     return np.square(u / rx) + np.square(v / ry)
@@ -73,7 +115,21 @@ def cloud(
     water: np.ndarray,  # 0 .. 1, share of air to replace
     level: float = 0.5,  # share of the peak that counts as the finding
 ) -> np.ndarray:  # (H, W) bool
-    "Fill lung with water on top of what is there, and say where it shows."
+    """Fill lung with water on top of what is there, and say where it shows.
+
+    Parameters
+    ----------
+    chest : Chest
+    water : np.ndarray
+        0 .. 1, share of air to replace
+    level : float, default: 0.5
+        share of the peak that counts as the finding
+
+    Returns
+    -------
+    np.ndarray
+        (H, W) bool
+    """
     chest.water = 1 - (1 - chest.water) * (1 - water)
     shown = water * np.minimum(chest.air, 0.5)
     return shown > level * shown.max()
@@ -223,7 +279,14 @@ def enlargement(
     severity: int,  # 0 = a heart of normal size
     extent: float = 1.0,
 ) -> float:
-    "How much longer each axis of the heart is with cardiomegaly of a severity."
+    """How much longer each axis of the heart is with cardiomegaly of a severity.
+
+    Parameters
+    ----------
+    severity : int
+        0 = a heart of normal size
+    extent : float, default: 1.0
+    """
     return (1.0, 1.24, 1.40, 1.58)[severity] + 0.15 * (extent - 1) * (severity > 0)
 
 # %% ../../nbs/data/01b_phantom_findings.ipynb #995f3595
@@ -231,7 +294,19 @@ def curve(
     points: list[tuple[float, float]],  # at least two
     n: int = 160,
 ) -> tuple[np.ndarray, np.ndarray]:  # x, y of shape (1, n)
-    "A smooth curve through points (Catmull-Rom)."
+    """A smooth curve through points (Catmull-Rom).
+
+    Parameters
+    ----------
+    points : list[tuple[float, float]]
+        at least two
+    n : int, default: 160
+
+    Returns
+    -------
+    tuple[np.ndarray, np.ndarray]
+        x, y of shape (1, n)
+    """
     p = np.asarray(points, float)
     p = np.concatenate([2 * p[:1] - p[1:2], p, 2 * p[-1:] - p[-2:-1]])
     u = np.linspace(0, len(points) - 1 - 1e-6, n)
@@ -453,7 +528,16 @@ def place(
     state: str,
     taken: set,  # (side, zone) of lung findings already there; added to
 ) -> Planted:
-    "Draw side, zone, severity and the rest of one finding."
+    """Draw side, zone, severity and the rest of one finding.
+
+    Parameters
+    ----------
+    rng : np.random.Generator
+    name : str
+    state : str
+    taken : set
+        (side, zone) of lung findings already there; added to
+    """
     u = rng.random(8).tolist()
     side = "right" if u[0] < 0.53 else "left"
     severity = 1 + (u[1] > 0.40) + (u[1] > 0.78)
@@ -511,7 +595,13 @@ def sample_findings(
     rng: np.random.Generator,
     state: str,
 ) -> list[Planted]:  # 0 to 5
-    "Draw the findings of a study of a patient in a state."
+    """Draw the findings of a study of a patient in a state.
+
+    Returns
+    -------
+    list[Planted]
+        0 to 5
+    """
     chosen = [name for name, p in STATES[state][1].items() if rng.random() < p]
     if state == "intensive care" and rng.random() < 0.5:
         chosen.insert(1, "Support Devices")
@@ -528,7 +618,13 @@ def paint(
     chest: Chest,
     spec: Planted,
 ) -> np.ndarray:  # (H, W) bool
-    "Paint a finding into a chest and return its mask, which is never empty."
+    """Paint a finding into a chest and return its mask, which is never empty.
+
+    Returns
+    -------
+    np.ndarray
+        (H, W) bool
+    """
     mask = PAINTERS[spec.name](chest, spec)
     if not mask.any():
         x, y = lung_point(chest.geo, spec.side if spec.side in ("left", "right") else "right", spec.down, spec.out)

@@ -21,7 +21,20 @@ from .phantom_findings import FINDINGS, LUNG_FINDINGS, Planted
 # %% ../../nbs/data/01c_phantom_report.ipynb #70457028
 @dataclass(frozen=True)
 class Sentence:
-    "One sentence of FINDINGS or IMPRESSION and what it speaks of."
+    """One sentence of FINDINGS or IMPRESSION and what it speaks of.
+
+    Parameters
+    ----------
+    text : str
+    finding : int | None
+        index into the study's findings
+    words : list[tuple[int, int, int | None]]
+        start, end, finding index of every word, in order
+    section : str, default: 'findings'
+        or "impression"
+    states : tuple[tuple[str, int], ...], default: ()
+        what it asserts: (name, 1 present | 0 absent | -1 uncertain)
+    """
     text: str
     finding: int | None  # index into the study's findings
     words: list[tuple[int, int, int | None]]  # start, end, finding index of every word, in order
@@ -538,7 +551,18 @@ def write(
     section: str,
     states: tuple[tuple[str, int], ...],
 ) -> Sentence:
-    "Fill a template and note which words point at which finding."
+    """Fill a template and note which words point at which finding.
+
+    Parameters
+    ----------
+    rng : np.random.Generator
+    template : str
+    specs : list[Planted]
+    indices : list[int | None]
+        which finding [..] and <..> point at
+    section : str
+    states : tuple[tuple[str, int], ...]
+    """
     text, _, also = template.partition(" @ ")
     if also:
         states = (*states, *((name, 1) for name in also.split(", ")))
@@ -576,7 +600,17 @@ def mention(
     index: int,
     section: str,
 ) -> Sentence:
-    "A sentence which says that a finding is there, or may be."
+    """A sentence which says that a finding is there, or may be.
+
+    Parameters
+    ----------
+    rng : np.random.Generator
+    specs : list[Planted]
+    certain : list[int]
+        1 or -1 per finding
+    index : int
+    section : str
+    """
     spec = specs[index]
     if spec.name == "Support Devices":
         options = DEVICES[spec.kind]
@@ -592,7 +626,17 @@ def mention_pair(
     told: list[int],  # findings that are to be mentioned
     section: str,
 ) -> tuple[Sentence, set[int]] | None:
-    "A sentence about two findings which go together, and their indices; None if no two do."
+    """A sentence about two findings which go together, and their indices; None if no two do.
+
+    Parameters
+    ----------
+    rng : np.random.Generator
+    specs : list[Planted]
+    certain : list[int]
+    told : list[int]
+        findings that are to be mentioned
+    section : str
+    """
     at = {specs[i].name: i for i in told if certain[i] == 1}
     for (first, second), options in PAIRS.items():
         if first in at and second in at and rng.random() < 0.4:
@@ -616,7 +660,16 @@ def negations(
     count: int,
     section: str,
 ) -> list[Sentence]:
-    "Up to `count` sentences that deny what is not there, no name twice."
+    """Up to `count` sentences that deny what is not there, no name twice.
+
+    Parameters
+    ----------
+    rng : np.random.Generator
+    present : set[str]
+        names that must not be denied
+    count : int
+    section : str
+    """
     denied, out = set(), []
     weight = np.array([3, 1.5, 1.5, 1.5, 2, 4, 1.8, 0.8, 0.6, 0.3, 0.3, 0.1, 0.1, 0.5])
     for k in np.argsort(rng.random(len(ABSENT)) ** (1 / weight))[::-1]:
@@ -655,7 +708,20 @@ def findings_section(
     view: str,
     length: int,  # 0 terse, 1 plain, 2 verbose
 ) -> list[Sentence]:
-    "The sentences of FINDINGS."
+    """The sentences of FINDINGS.
+
+    Parameters
+    ----------
+    rng : np.random.Generator
+    specs : list[Planted]
+    certain : list[int]
+    told : list[int]
+    doubt : tuple[str, str] | None
+        (name, sentence) about something that is not there
+    view : str
+    length : int
+        0 terse, 1 plain, 2 verbose
+    """
     section, names = "findings", {spec.name for spec in specs} | ({doubt[0]} if doubt else set())
     pair = mention_pair(rng, specs, certain, told, section)
     body = [pair[0]] if pair else []
@@ -689,7 +755,18 @@ def impression_section(
     doubt: tuple[str, str] | None,
     alone: bool,  # True: there is no FINDINGS section, so everything is said here
 ) -> list[Sentence]:
-    "The sentences of IMPRESSION: what matters, worst first."
+    """The sentences of IMPRESSION: what matters, worst first.
+
+    Parameters
+    ----------
+    rng : np.random.Generator
+    specs : list[Planted]
+    certain : list[int]
+    told : list[int]
+    doubt : tuple[str, str] | None
+    alone : bool
+        True: there is no FINDINGS section, so everything is said here
+    """
     section, names = "impression", {spec.name for spec in specs} | ({doubt[0]} if doubt else set())
     chief = [i for i in told if alone or rng.random() < (0.35 if specs[i].name == "Support Devices" else 0.8)]
     chief.sort(key=lambda i: -specs[i].severity)
@@ -713,7 +790,14 @@ def wrap(
     sentences: list[str],  # one paragraph, two spaces between its sentences
     width: int = 79,
 ) -> str:
-    "Lines that start with one space and hold at most `width` characters."
+    """Lines that start with one space and hold at most `width` characters.
+
+    Parameters
+    ----------
+    sentences : list[str]
+        one paragraph, two spaces between its sentences
+    width : int, default: 79
+    """
     lines, line = [], ""
     for sentence in sentences:
         gap = "  "
@@ -738,7 +822,13 @@ def header(
     view: str,
     female: bool,
 ) -> list[str]:  # lines
-    "What a report says before its findings."
+    """What a report says before its findings.
+
+    Returns
+    -------
+    list[str]
+        lines
+    """
     who = pick(rng, ("___ year old {}", "___-year-old {}", "{}")).format("woman" if female else "man")
     who += " " + pick(rng, INDICATIONS)
     if rng.random() < 0.3:
@@ -757,7 +847,17 @@ def layout(
     female: bool,
     numbered: bool,  # the impression as a list
 ) -> str:
-    "The report as MIMIC-CXR prints it: capital headers, one leading space, blank lines of one space."
+    """The report as MIMIC-CXR prints it: capital headers, one leading space, blank lines of one space.
+
+    Parameters
+    ----------
+    rng : np.random.Generator
+    sentences : list[Sentence]
+    view : str
+    female : bool
+    numbered : bool
+        the impression as a list
+    """
     lines = header(rng, view, female)
     for section in ("findings", "impression"):
         texts = [s.text for s in sentences if s.section == section]
@@ -793,7 +893,13 @@ def write_report(
 def read_labels(
     sentences: list[Sentence],
 ) -> dict[str, int | None]:  # name -> 1 present, -1 uncertain, 0 absent, None not mentioned
-    "CheXpert's rule over all mentions: one sure mention wins over a doubtful one, and that over a denial."
+    """CheXpert's rule over all mentions: one sure mention wins over a doubtful one, and that over a denial.
+
+    Returns
+    -------
+    dict[str, int | None]
+        name -> 1 present, -1 uncertain, 0 absent, None not mentioned
+    """
     labels: dict[str, int | None] = dict.fromkeys(FINDINGS)
     rank = {None: 0, 0: 1, -1: 2, 1: 3}
     for sentence in sentences:

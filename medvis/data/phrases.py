@@ -27,7 +27,24 @@ from .source import check_boxes
 # %% ../../nbs/data/09_phrases.ipynb #7c41a8aa
 @dataclass(frozen=True)
 class Phrase:
-    "A phrase about an image, and where what it speaks of is seen."
+    """A phrase about an image, and where what it speaks of is seen.
+
+    Parameters
+    ----------
+    image_id : str
+        in MS-CXR the dicom_id
+    text : str
+    category : str
+        the finding
+    boxes : tuple[tuple[float, float, float, float], ...]
+        x0, y0, x1, y1 in pixels of the original image
+    width : int
+        of the original image
+    height : int
+    path : str, default: ''
+    split : str, default: ''
+        MS-CXR has one since version 1.1
+    """
 
     image_id: str  # in MS-CXR the dicom_id
     text: str
@@ -83,7 +100,18 @@ def _measures(row: dict) -> tuple[tuple[float, float, float, float], int, int]:
 def read_ms_cxr(
     path: str | Path,  # .csv or .json
 ) -> list[Phrase]:  # in order of their first box
-    "Read phrases with boxes. DataError names the file and the column, line or annotation that is wrong."
+    """Read phrases with boxes. DataError names the file and the column, line or annotation that is wrong.
+
+    Parameters
+    ----------
+    path : str | Path
+        .csv or .json
+
+    Returns
+    -------
+    list[Phrase]
+        in order of their first box
+    """
     path = Path(path)
     if path.suffix.lower() == ".json":
         rows = _json_rows(path)
@@ -120,7 +148,13 @@ def write_ms_cxr(path: str | Path, phrases: Iterable[Phrase]) -> None:
 def tight_boxes(
     mask: np.ndarray,  # (H, W) bool
 ) -> tuple[tuple[float, float, float, float], ...]:
-    "The tight box of every connected part (diagonals connect) of a mask, x0, y0, x1, y1 with the last two exclusive."
+    """The tight box of every connected part (diagonals connect) of a mask, x0, y0, x1, y1 with the last two exclusive.
+
+    Parameters
+    ----------
+    mask : np.ndarray
+        (H, W) bool
+    """
     parts = ndimage.find_objects(ndimage.label(mask, structure=np.ones((3, 3)))[0])
     return tuple(tuple(map(float, (columns.start, rows.start, columns.stop, rows.stop))) for rows, columns in parts)
 
@@ -130,7 +164,16 @@ def phantom_phrases(
     split: str | None = "test",  # None: all
     findings: Sequence[str] = FINDINGS,
 ) -> list[Phrase]:
-    "What the phantom's reports say of its pictures, with boxes; once if they say it twice. ValueError for another Pack."
+    """What the phantom's reports say of its pictures, with boxes; once if they say it twice. ValueError for another Pack.
+
+    Parameters
+    ----------
+    pack : Pack
+        of a phantom
+    split : str | None, default: 'test'
+        None: all
+    findings : Sequence[str], default: FINDINGS
+    """
     source = pack.manifest["source"]
     if source.get("kind") != "phantom":
         raise ValueError(f"{pack.path} holds {source.get('kind', 'other')} data, not a phantom: read its phrases from a file (read_ms_cxr)")
@@ -158,7 +201,13 @@ def find_phrases(
     phrases: Sequence[Phrase],
     pack: Pack,
 ) -> np.ndarray:  # (n,) row of each phrase's image in the Pack
-    "Which images are meant. ValueError names images that the Pack does not hold, holds twice, or has in another shape."
+    """Which images are meant. ValueError names images that the Pack does not hold, holds twice, or has in another shape.
+
+    Returns
+    -------
+    np.ndarray
+        (n,) row of each phrase's image in the Pack
+    """
     rows = pd.Series(range(len(pack))).groupby(image_names(pack)).indices
     wanted = list(dict.fromkeys(phrase.image_id for phrase in phrases))
     for what, bad in {"does not hold": [name for name in wanted if name not in rows],
@@ -183,7 +232,21 @@ def phrase_mask(
     size: int,  # of the Pack
     fit: str | None,  # how the Pack's images were made square, as its manifest tells
 ) -> np.ndarray:  # (size, size) bool
-    "The union of a phrase's boxes in the square that a Pack made of the image; every box has at least one pixel."
+    """The union of a phrase's boxes in the square that a Pack made of the image; every box has at least one pixel.
+
+    Parameters
+    ----------
+    phrase : Phrase
+    size : int
+        of the Pack
+    fit : str | None
+        how the Pack's images were made square, as its manifest tells
+
+    Returns
+    -------
+    np.ndarray
+        (size, size) bool
+    """
     if fit is None and phrase.width != phrase.height:
         raise ValueError(f"image {phrase.image_id} was {phrase.width} x {phrase.height} and the Pack does not tell how it was made square; "
                          "prepare it again with this medvis")

@@ -31,7 +31,17 @@ def item_or_reject(
     *arguments,
     images: int = 1,                # that the study has in the tables
 ) -> dict:
-    "The item of a study; or, if a row of it is damaged, the reject in its place"
+    """The item of a study; or, if a row of it is damaged, the reject in its place
+
+    Parameters
+    ----------
+    study : str
+    make : Callable[..., dict]
+        returns the item, or raises DataError
+    *arguments
+    images : int, default: 1
+        that the study has in the tables
+    """
     try:
         return make(*arguments)
     except DataError as error:
@@ -39,7 +49,13 @@ def item_or_reject(
 
 # %% ../../nbs/data/05b_plans.ipynb #f4119ce5
 def rows_by(table: pd.DataFrame, column: str) -> dict[str, dict[int, dict[str, str]]]:      # value of the column -> number of the line -> cells
-    "The lines of a table of `read_table`, grouped by a column, in the order of the table"
+    """The lines of a table of `read_table`, grouped by a column, in the order of the table
+
+    Returns
+    -------
+    dict[str, dict[int, dict[str, str]]]
+        value of the column -> number of the line -> cells
+    """
     rows: dict[str, dict[int, dict[str, str]]] = {}
     for line, cells in zip(table.index, table.to_dict("records")):
         rows.setdefault(cells[column], {})[line] = cells
@@ -50,7 +66,19 @@ def image_files(
     root: str | Path,
     *patterns: str,         # globs below the root, the best one first
 ) -> dict[str, str]:        # name without ending -> path below the root
-    "The files of the first pattern that fits any; {} if none does. DataError for two files of one name: which is meant?"
+    """The files of the first pattern that fits any; {} if none does. DataError for two files of one name: which is meant?
+
+    Parameters
+    ----------
+    root : str | Path
+    *patterns : str
+        globs below the root, the best one first
+
+    Returns
+    -------
+    dict[str, str]
+        name without ending -> path below the root
+    """
     for pattern in patterns:
         found: dict[str, str] = {}
         for path in sorted(Path(root).glob(pattern)):
@@ -80,7 +108,22 @@ def listed_splits(
     what: str,                  # the table that has them, for the error
 ) -> dict[str, str]:            # name -> split, in the order of the lists, train first
     """Splits from train.csv, validation.csv and test.csv. DataError for one that is missing, for an image that is there twice, and for one that the
-    table does not have."""
+    table does not have.
+
+    Parameters
+    ----------
+    folder : str | Path
+        of the lists
+    names : Collection[str]
+        of all images, without their ending
+    what : str
+        the table that has them, for the error
+
+    Returns
+    -------
+    dict[str, str]
+        name -> split, in the order of the lists, train first
+    """
     splits: dict[str, str] = {}
     for split, files in {"train": ("train",), "validate": ("validation", "validate", "valid", "val"), "test": ("test",)}.items():
         path = find_file(folder, *(f"{file}.csv" for file in files))
@@ -99,7 +142,16 @@ def draw_splits(
     rule: str = "patients",         # or "patients 60/20/20": % of train, validate, test
     seed: int = 0,
 ) -> list[str]:
-    "A split for each row, by patient (see `splits.patient_splits`); 80/10/10 unless the rule says otherwise"
+    """A split for each row, by patient (see `splits.patient_splits`); 80/10/10 unless the rule says otherwise
+
+    Parameters
+    ----------
+    patients : Sequence[str]
+        of each row
+    rule : str, default: 'patients'
+        or "patients 60/20/20": % of train, validate, test
+    seed : int, default: 0
+    """
     shares = rule.removeprefix("patients").strip() or "80/10/10"
     fractions = {name: int(share) / 100 for name, share in zip(("train", "validate", "test"), shares.split("/"))}
     return [str(split) for split in patient_splits(patients, fractions, seed)]
@@ -111,7 +163,23 @@ def deal_splits(
     seed: int,
     share: float = 0.2,         # of the images that test and validation get, each
 ) -> dict[str, str]:            # name -> split, in the order in which they were dealt
-    "Deal out patients in a random order: to the test set until it has its share, then to validation, then to training (LoVT, released code)"
+    """Deal out patients in a random order: to the test set until it has its share, then to validation, then to training (LoVT, released code)
+
+    Parameters
+    ----------
+    names : Sequence[str]
+        of the images
+    patients : Sequence[str]
+        whose each is
+    seed : int
+    share : float, default: 0.2
+        of the images that test and validation get, each
+
+    Returns
+    -------
+    dict[str, str]
+        name -> split, in the order in which they were dealt
+    """
     owned: dict[str, list[str]] = {}
     for name, patient in zip(names, patients, strict=True):
         owned.setdefault(patient, []).append(name)
@@ -130,7 +198,23 @@ def draw_rows(
     halved: bool = False,   # are they halved into validation and test?
     seed: int = 0,
 ) -> pd.Series:             # row -> split, in the order of the draw
-    "A split for each row as LoVT and MGCA draw it; a patient may be on several sides"
+    """A split for each row as LoVT and MGCA draw it; a patient may be on several sides
+
+    Parameters
+    ----------
+    count : int
+        of the rows
+    held_out : float
+        share or number of those that are not for training
+    halved : bool, default: False
+        are they halved into validation and test?
+    seed : int, default: 0
+
+    Returns
+    -------
+    pd.Series
+        row -> split, in the order of the draw
+    """
     from sklearn.model_selection import train_test_split        # here, as importing it takes a second that a command line need not wait
 
     train, rest = train_test_split(np.arange(count), test_size=held_out, random_state=seed)
@@ -149,7 +233,22 @@ def write_dicom(
     inverted: bool = False,     # store as MONOCHROME1
     compressed: bool = False,   # JPEG 2000, lossless
 ) -> None:
-    "Write a radiograph as DICOM. ImportError without pydicom (and, if compressed, pylibjpeg-openjpeg)."
+    """Write a radiograph as DICOM. ImportError without pydicom (and, if compressed, pylibjpeg-openjpeg).
+
+    Parameters
+    ----------
+    path : Path
+    pixels : np.ndarray
+        (H, W) uint8
+    name : str
+        unique id of the image
+    patient : str, default: ''
+    view : str, default: 'PA'
+    inverted : bool, default: False
+        store as MONOCHROME1
+    compressed : bool, default: False
+        JPEG 2000, lossless
+    """
     from pydicom.dataset import Dataset, FileMetaDataset
     from pydicom.uid import ComputedRadiographyImageStorage, ExplicitVRLittleEndian, JPEG2000Lossless, generate_uid
 

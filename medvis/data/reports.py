@@ -238,7 +238,19 @@ def count_headings(
     texts: Iterable[str | None],
     least: int = 5,     # a heading of fewer reports is not named: it could be a name
 ) -> dict[str, int]:    # heading -> reports, the most frequent first; "(seldom)" for all the others
-    "Headings that were not understood, and in how many reports they are."
+    """Headings that were not understood, and in how many reports they are.
+
+    Parameters
+    ----------
+    texts : Iterable[str | None]
+    least : int, default: 5
+        a heading of fewer reports is not named: it could be a name
+
+    Returns
+    -------
+    dict[str, int]
+        heading -> reports, the most frequent first; "(seldom)" for all the others
+    """
     counts = Counter(heading for text in texts for heading in unknown_headings(text or ""))
     seldom = sum(count for count in counts.values() if count < least)
     told = {heading: count for heading, count in sorted(counts.items(), key=lambda one: (-one[1], one[0])) if count >= least}
@@ -430,7 +442,19 @@ def filter_reports(
     texts: list[str | None],        # report texts; None or "" = no report
     rules: ReportRules = ReportRules(),
 ) -> tuple[list[list[str] | None], dict[str, int]]:  # sentences per report, None where dropped; reason -> count, with "kept"
-    "Sentences of many reports, and how many reports were dropped for which reason"
+    """Sentences of many reports, and how many reports were dropped for which reason
+
+    Parameters
+    ----------
+    texts : list[str | None]
+        report texts; None or "" = no report
+    rules : ReportRules, default: ReportRules()
+
+    Returns
+    -------
+    tuple[list[list[str] | None], dict[str, int]]
+        sentences per report, None where dropped; reason -> count, with "kept"
+    """
     checked = [check_report(text, rules) for text in texts]
     counts = Counter(reason or "kept" for _, reason in checked)
     return [None if reason else sentences for sentences, reason in checked], dict(sorted(counts.items()))

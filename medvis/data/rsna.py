@@ -46,7 +46,13 @@ def read_classes(root: Path) -> dict[str, set[str]]:
 
 # %% ../../nbs/data/14_rsna.ipynb #f5a6dfbf
 def read_box(cells: dict[str, str]) -> list | None:     # name, x0, y0, x1, y1
-    "The box of a line; None if it says that there is none. DataError for anything between the two."
+    """The box of a line; None if it says that there is none. DataError for anything between the two.
+
+    Returns
+    -------
+    list | None
+        name, x0, y0, x1, y1
+    """
     if number(cells["Target"], "Target", 0, 1) not in (0, 1):
         raise DataError(f"Target is {cells['Target'][:20]!r}; expected 0 or 1")
     given = [name for name in ("x", "y", "width", "height") if cells[name]]
@@ -66,7 +72,18 @@ def image_item(
     path: str,
     classes: dict[str, set[str]],           # of `read_classes`
 ) -> dict:
-    "An image with all its boxes. DataError if one of its lines is damaged, if they disagree, or if one is there twice."
+    """An image with all its boxes. DataError if one of its lines is damaged, if they disagree, or if one is there twice.
+
+    Parameters
+    ----------
+    name : str
+    lines : dict[int, dict[str, str]]
+        number of the line -> its cells
+    split : str
+    path : str
+    classes : dict[str, set[str]]
+        of `read_classes`
+    """
     boxes = []
     for line, cells in lines.items():
         try:
@@ -112,7 +129,15 @@ def mgca_splits(
     names: Sequence[str],       # of all images
     held_out: float,            # share or number of the images in validation and test together
 ) -> dict[str, str]:
-    "MGCA's draw: scikit-learn's, twice, random_state 0, from the sorted names"
+    """MGCA's draw: scikit-learn's, twice, random_state 0, from the sorted names
+
+    Parameters
+    ----------
+    names : Sequence[str]
+        of all images
+    held_out : float
+        share or number of the images in validation and test together
+    """
     if held_out >= len(names):
         raise DataError(f"{held_out} images are wanted for validation and test, but there are {len(names)} in all; choose fewer (held_out)")
     return dict(zip(sorted(names), draw_rows(len(names), held_out, halved=True).sort_index()))
@@ -146,7 +171,13 @@ def plan_rsna(config: RsnaConfig) -> Source:
 
 # %% ../../nbs/data/14_rsna.ipynb #65767cb2
 def enlarge(pixels: np.ndarray) -> np.ndarray:      # (FRAME, FRAME), same type
-    "Every pixel a block, so that the picture fills the frame of 1024 pixels"
+    """Every pixel a block, so that the picture fills the frame of 1024 pixels
+
+    Returns
+    -------
+    np.ndarray
+        (FRAME, FRAME), same type
+    """
     block = FRAME // len(pixels)
     return pixels.repeat(block, 0).repeat(block, 1)
 

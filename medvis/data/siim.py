@@ -32,14 +32,31 @@ def find_runs(root: Path) -> Path:
 
 # %% ../../nbs/data/15_siim.ipynb #bf173710
 def read_runs(root: Path) -> pd.DataFrame:      # ImageId, EncodedPixels; index = number of the line
-    "The table of run-length codes: one line a piece of a mask, or an image without any"
+    """The table of run-length codes: one line a piece of a mask, or an image without any
+
+    Returns
+    -------
+    pd.DataFrame
+        ImageId, EncodedPixels; index = number of the line
+    """
     return read_table(find_runs(root), ["ImageId", "EncodedPixels"])
 
 # %% ../../nbs/data/15_siim.ipynb #b598bfd0
 def code_dialect(
     code: str,      # EncodedPixels
 ) -> str:           # "relative", "absolute", or "" if it could be both, or is none
-    "The dialect in which a code of several runs goes forwards and ends inside; if it does in both, the one in which most runs are near the one before"
+    """The dialect in which a code of several runs goes forwards and ends inside; if it does in both, the one in which most runs are near the one before
+
+    Parameters
+    ----------
+    code : str
+        EncodedPixels
+
+    Returns
+    -------
+    str
+        "relative", "absolute", or "" if it could be both, or is none
+    """
     words = code.split()
     if len(words) < 4 or len(words) % 2 or max(map(len, words)) > 12 or not "".join(words).isdecimal():
         return ""
@@ -57,7 +74,17 @@ def check_dialect(
     relative: bool = True,          # what was asked for
     file: str = "train-rle.csv",    # where it stands
 ) -> None:
-    "DataError, with the option to change, if the codes that tell their dialect are written in the other one"
+    """DataError, with the option to change, if the codes that tell their dialect are written in the other one
+
+    Parameters
+    ----------
+    table : pd.DataFrame
+        of `read_runs`
+    relative : bool, default: True
+        what was asked for
+    file : str, default: 'train-rle.csv'
+        where it stands
+    """
     wanted, other = ("relative", "absolute") if relative else ("absolute", "relative")
     told = table["EncodedPixels"].map({code: code_dialect(code) for code in table["EncodedPixels"].unique()})
     found = told[told != ""]
@@ -74,7 +101,18 @@ def image_item(
     relative: bool = True,
     file: str = "train-rle.csv",
 ) -> dict:
-    "An image with its mask. DataError for a blank line, a code of the other dialect or with wrong runs, or if only some say that there is nothing."
+    """An image with its mask. DataError for a blank line, a code of the other dialect or with wrong runs, or if only some say that there is nothing.
+
+    Parameters
+    ----------
+    name : str
+    runs : dict[int, str]
+        number of the line -> code
+    split : str
+    path : str
+    relative : bool, default: True
+    file : str, default: 'train-rle.csv'
+    """
     codes = list(runs.values())
     if "" in codes:
         line = next(line for line in runs if not runs[line])
@@ -114,7 +152,13 @@ class SiimConfig(ListedConfig):
 
 # %% ../../nbs/data/15_siim.ipynb #556fd148
 def mgca_lines(table: pd.DataFrame) -> pd.DataFrame:    # the lines in the order of the draw, with a column split
-    "MGCA's draw of lines: scikit-learn's, twice, random_state 0"
+    """MGCA's draw of lines: scikit-learn's, twice, random_state 0
+
+    Returns
+    -------
+    pd.DataFrame
+        the lines in the order of the draw, with a column split
+    """
     drawn = draw_rows(len(table), 0.15 * 2, halved=True)
     return table.iloc[drawn.index].assign(split=drawn.to_numpy())
 

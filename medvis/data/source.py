@@ -33,7 +33,35 @@ from .reports import ReportRules
 # %% ../../nbs/data/05a_source.ipynb #77efb842
 @dataclass(frozen=True)
 class Recipe:
-    "The rules of one paper for one data set."
+    """The rules of one paper for one data set.
+
+    Parameters
+    ----------
+    size : int, default: 256
+        side of the stored squares
+    fit : str, default: 'pad'
+        how they are made square, of images.FITS
+    equalise : bool, default: False
+        equalise the histogram first
+    views : tuple[str, ...], default: ()
+        () = all
+    rules : ReportRules | None, default: None
+        for reports; None = there are none
+    require_report : bool, default: True
+        leave studies without a usable report out, if there are rules
+    splits : str, default: 'patients'
+        name of a split rule of the data set
+    classes : tuple[str, ...], default: ()
+        the labels that its task asks for; () = all
+    uncertain : str | dict[str, str], default: 'ignore'
+        what -1 becomes in a task, see tasks.label_targets
+    blank : str, default: 'negative'
+        what a blank becomes
+    subset : str, default: 'patients'
+        small shares of labels: of "patients", nested, or the "first" rows (LoVT)
+    notes : tuple[str, ...], default: ()
+        what else differs
+    """
 
     size: int = 256                                     # side of the stored squares
     fit: str = "pad"                                    # how they are made square, of images.FITS
@@ -105,7 +133,20 @@ class BuildConfig:
 # %% ../../nbs/data/05a_source.ipynb #3c5932ec
 @dataclass(frozen=True)
 class Source:
-    "A data set, planned: items (one per study, in the order of its table), the names of what they tell, and what a rule left out."
+    """A data set, planned: items (one per study, in the order of its table), the names of what they tell, and what a rule left out.
+
+    Parameters
+    ----------
+    items : list[dict]
+    labels : tuple[str, ...], default: ()
+    grades : tuple[str, ...], default: ()
+    boxes : tuple[str, ...], default: ()
+    masks : tuple[str, ...], default: ()
+    dropped : dict[str, int], default: field(default_factory=dict)
+        rule -> images, or studies without any
+    settings : dict, default: field(default_factory=dict)
+        further facts for the manifest
+    """
 
     items: list[dict]
     labels: tuple[str, ...] = ()
@@ -123,7 +164,27 @@ class Source:
 # %% ../../nbs/data/05a_source.ipynb #4d6f8285
 @dataclass(frozen=True)
 class DataSet:
-    "A public data set: how to get, check, read and imitate it."
+    """A public data set: how to get, check, read and imitate it.
+
+    Parameters
+    ----------
+    name : str
+        as in `medvis prepare NAME`
+    title : str
+    get : str
+        what to download, from where, and where to put it
+    plan : Callable[[Any], Source]
+    recipes : dict[str, Recipe]
+    tables : Callable[[Any], list[tuple[str, Callable[[], Any]]]]
+        config -> (what, function that reads it), for the check
+    dress : Callable[[Path, Sequence[PhantomStudy]], None]
+        writes phantom studies in the true format
+    config : type[ReadConfig], default: ReadConfig
+    follow_ups : bool, default: True
+        do patients come back, under an id that tells it?
+    wanted : tuple[str, ...], default: ()
+        findings that it is about: phantoms in its format show them often enough
+    """
 
     name: str                                                       # as in `medvis prepare NAME`
     title: str
@@ -149,7 +210,14 @@ def read_report(
     report: dict | None,    # {"text": …}, {"path": relative} or {"zip": relative, "member": name}; None = there is none
     root: Path,
 ) -> str:
-    "The text of a report. DataError if its file is missing, empty, damaged or not UTF-8; the text itself is never in it."
+    """The text of a report. DataError if its file is missing, empty, damaged or not UTF-8; the text itself is never in it.
+
+    Parameters
+    ----------
+    report : dict | None
+        {"text": …}, {"path": relative} or {"zip": relative, "member": name}; None = there is none
+    root : Path
+    """
     if not report:
         return ""
     if "text" in report:
@@ -176,7 +244,18 @@ def check_boxes(
     height: float,
     clip: bool = False,             # they may stand out of it, and are cut
 ) -> list[tuple[str, float, float, float, float]]:
-    "The same boxes, cut to the frame. DataError for one that stands out of it by more than a pixel, or has no extent."
+    """The same boxes, cut to the frame. DataError for one that stands out of it by more than a pixel, or has no extent.
+
+    Parameters
+    ----------
+    boxes : Sequence[Sequence]
+        name, x0, y0, x1, y1
+    width : float
+        of the frame they were drawn in
+    height : float
+    clip : bool, default: False
+        they may stand out of it, and are cut
+    """
     checked = []
     for name, *corners in boxes:
         x0, y0, x1, y1 = (number(str(corner), f"a corner of the box of {name}") for corner in corners)
@@ -204,7 +283,18 @@ def read_item_image(
     fit: str,
     even: bool = False,     # equalise the histogram first
 ) -> ImageRecord:
-    "Read an image and bring it, with its masks, to the square; boxes stay in pixels of the upright picture. ImageError or DataError if anything of it is damaged."
+    """Read an image and bring it, with its masks, to the square; boxes stay in pixels of the upright picture. ImageError or DataError if anything of it is damaged.
+
+    Parameters
+    ----------
+    planned : dict
+        id, path; view, boxes, masks, frame, clip (boxes may stand out)
+    root : Path
+    size : int
+    fit : str
+    even : bool, default: False
+        equalise the histogram first
+    """
     path = safe_path(planned["path"])
     data = read_bytes(root / path, path)
     image = decode_image(data, path)
@@ -230,7 +320,19 @@ def read_study(
     fit: str,
     even: bool = False,     # equalise histograms first
 ) -> StudyRecord:
-    "A planned study with its pixels; what of it is damaged becomes a reject"
+    """A planned study with its pixels; what of it is damaged becomes a reject
+
+    Parameters
+    ----------
+    item : dict
+        study, patient, split, images (id, path, view, boxes, masks, frame), report, labels, grades; or study,
+        rejects, planned (images of it)
+    root : Path
+    size : int
+    fit : str
+    even : bool, default: False
+        equalise histograms first
+    """
     if "rejects" in item:
         rejects = [tuple(one) for one in item["rejects"]]
         return StudyRecord(study_id=item["study"], patient_id="", split="", images=[], rejects=rejects, planned=item.get("planned"))
@@ -252,7 +354,13 @@ def read_study(
 
 # %% ../../nbs/data/05a_source.ipynb #fabc27fc
 def find_shared_patients(source: Source) -> pd.DataFrame:     # columns leaks.LEAK_COLUMNS
-    "Patients whose studies are planned for more than one split"
+    """Patients whose studies are planned for more than one split
+
+    Returns
+    -------
+    pd.DataFrame
+        columns leaks.LEAK_COLUMNS
+    """
     return patients_within(pd.DataFrame([(item["patient"], item["split"]) for item in source.items if "images" in item], columns=["patient_id", "split"]))
 
 # %% ../../nbs/data/05a_source.ipynb #0a8057f6

@@ -18,7 +18,17 @@ def tokens_kept(
     room: int,                # tokens that fit
     overflow: str = "cut",    # "cut" mid-sentence, or "drop" the first sentence that does not fit and all later ones
 ) -> int:
-    "How many tokens of a report stay. Raises ValueError for an unknown rule."
+    """How many tokens of a report stay. Raises ValueError for an unknown rule.
+
+    Parameters
+    ----------
+    lengths : Sequence[int]
+        tokens of every sentence
+    room : int
+        tokens that fit
+    overflow : str, default: 'cut'
+        "cut" mid-sentence, or "drop" the first sentence that does not fit and all later ones
+    """
     if overflow not in ("cut", "drop"):
         raise ValueError(f"overflow is {overflow!r}, expected 'cut' or 'drop'")
     ends = np.cumsum(lengths, dtype=int)

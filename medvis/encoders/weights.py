@@ -39,7 +39,14 @@ def unwrap_state(
     found: object,            # what a file held
     origin: str = "the file",
 ) -> dict[str, Tensor]:
-    "The one state dict in a checkpoint: below `state_dict`, `model` or another name, or bare. ValueError if there is none, or several."
+    """The one state dict in a checkpoint: below `state_dict`, `model` or another name, or bare. ValueError if there is none, or several.
+
+    Parameters
+    ----------
+    found : object
+        what a file held
+    origin : str, default: 'the file'
+    """
     def tensors(part) -> dict[str, Tensor]:
         part = part if isinstance(part, dict) else {}
         return {key: value for key, value in part.items() if isinstance(key, str) and isinstance(value, Tensor)}
@@ -80,7 +87,14 @@ def weight_files(folder: Path) -> list[Path]:
 def read_state(
     path: str | Path,  # .safetensors, or .pt / .pth / .bin; or a folder that holds model.safetensors or pytorch_model.bin, whole or in shards
 ) -> dict[str, Tensor]:
-    "A state dict from a file; only tensors are ever unpickled. Raises FileNotFoundError or ValueError naming the path."
+    """A state dict from a file; only tensors are ever unpickled. Raises FileNotFoundError or ValueError naming the path.
+
+    Parameters
+    ----------
+    path : str | Path
+        .safetensors, or .pt / .pth / .bin; or a folder that holds model.safetensors or pytorch_model.bin, whole or
+        in shards
+    """
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"no weights at {path}: pass a state-dict file or folder, or None for random weights")
@@ -103,7 +117,20 @@ def strip_prefix(
     wanted: dict[str, Tensor],   # every weight that the network needs
     origin: str = "the state dict",
 ) -> dict[str, Tensor]:          # what lies under the one prefix that holds them all; the state itself if none does
-    "Take off the name that somebody gave the network. ManyPrefixes if it is there more than once, none of them bare."
+    """Take off the name that somebody gave the network. ManyPrefixes if it is there more than once, none of them bare.
+
+    Parameters
+    ----------
+    state : dict[str, Tensor]
+    wanted : dict[str, Tensor]
+        every weight that the network needs
+    origin : str, default: 'the state dict'
+
+    Returns
+    -------
+    dict[str, Tensor]
+        what lies under the one prefix that holds them all; the state itself if none does
+    """
     needed = {key: value.shape for key, value in wanted.items() if not key.endswith("num_batches_tracked")}
     first = next(iter(needed), "")
     found = [key.removesuffix(first) for key in state if key == first or key.endswith("." + first)] if first else []
@@ -125,7 +152,13 @@ def check_numbers(state: dict[str, Tensor], origin: str) -> None:
 def refuse_code(
     name: str | Path,   # a folder; a hub name is left to `trust_remote_code=False`
 ) -> None:
-    "ValueError if a folder wants to run code of its own, or its settings are damaged."
+    """ValueError if a folder wants to run code of its own, or its settings are damaged.
+
+    Parameters
+    ----------
+    name : str | Path
+        a folder; a hub name is left to `trust_remote_code=False`
+    """
     settings = ("config.json", "tokenizer_config.json", "preprocessor_config.json", "processor_config.json")
     for file in (*settings, "tokenizer.json"):
         path = Path(name) / file
@@ -171,7 +204,24 @@ def complete(
     name: str,                    # folder or hub name
     needed: Callable[[str], bool],   # of the name of a weight: is it used?
 ) -> nn.Module:                   # the model; or one filled from under another prefix, where all of it lies under one
-    "A model no part of which is random. ValueError if a weight is absent, of another shape, NaN or infinite."
+    """A model no part of which is random. ValueError if a weight is absent, of another shape, NaN or infinite.
+
+    Parameters
+    ----------
+    model : nn.Module
+        as from_pretrained(..., output_loading_info=True, ignore_mismatched_sizes=True) gives it
+    report : dict
+        ... and its loading info
+    name : str
+        folder or hub name
+    needed : Callable[[str], bool]
+        of the name of a weight: is it used?
+
+    Returns
+    -------
+    nn.Module
+        the model; or one filled from under another prefix, where all of it lies under one
+    """
     lost = _lost(model, report, needed)
     filled = _under_prefix(model, name, needed) if any(lost) and Path(name).is_dir() else None
     if filled is None and any(lost):

@@ -40,13 +40,31 @@ def read_images(
     rows,                               # of the task
     encoder: nn.Module,
 ) -> Tensor:                            # (B, C, H, W), where the encoder is
-    "Images as the encoder expects them, without augmentation."
+    """Images as the encoder expects them, without augmentation.
+
+    Parameters
+    ----------
+    task : Task
+    rows
+        of the task
+    encoder : nn.Module
+
+    Returns
+    -------
+    Tensor
+        (B, C, H, W), where the encoder is
+    """
     stack = np.stack([task.pack.image(row) for row in task.images["image"].to_numpy()[rows]])
     return encoder.preprocessing.eval()(torch.from_numpy(stack)[:, None].to(next(encoder.parameters()).device))
 
 # %% ../../nbs/evaluate/07a_cache.ipynb #25373d59
 def read_targets(task: Task, rows, encoder: nn.Module):  # Tensor, or for boxes a list of arrays (k, 5)
-    "What is right, as the encoder sees it: labels, classes and grades as they are, masks float32 and boxes in pixels of its view."
+    """What is right, as the encoder sees it: labels, classes and grades as they are, masks float32 and boxes in pixels of its view.
+
+    Returns
+    -------
+    Tensor, or for boxes a list of arrays (k, 5)
+    """
     if task.kind == "boxes":
         return [boxes_in_view(task.targets[row], task.pack.size, encoder.preprocessing) for row in rows]
     target = torch.from_numpy(np.ascontiguousarray(task.targets[rows]))
@@ -60,7 +78,20 @@ def look(
     image: Tensor,          # (B, C, H, W) prepared
     head,                   # .needs: "whole", "regions" or "pyramid"
 ):                          # (B, D'), (B, N, D), or a list of maps: the image, then finest first
-    "What the head needs of the encoder. ValueError if it needs something else."
+    """What the head needs of the encoder. ValueError if it needs something else.
+
+    Parameters
+    ----------
+    encoder : nn.Module
+    image : Tensor
+        (B, C, H, W) prepared
+    head
+        .needs: "whole", "regions" or "pyramid"
+
+    Returns
+    -------
+    (B, D'), (B, N, D), or a list of maps: the image, then finest first
+    """
     if head.needs == "pyramid":
         return encoder.pyramid(image)
     if head.needs not in ("whole", "regions"):
@@ -118,7 +149,15 @@ def feature_key(
     task: Task,
     read: str,          # what of the encoder, and its shapes
 ) -> str:
-    "Hash of everything that frozen features depend on: all tasks on the same images share them."
+    """Hash of everything that frozen features depend on: all tasks on the same images share them.
+
+    Parameters
+    ----------
+    encoder : nn.Module
+    task : Task
+    read : str
+        what of the encoder, and its shapes
+    """
     told = f"{encoder_hash(encoder)} {task.pack.manifest['hash']} {CHUNK} {read}"
     return hashlib.sha256(told.encode() + task.images["image"].to_numpy(np.int64).tobytes()).hexdigest()[:32]
 
@@ -128,7 +167,21 @@ def open_store(
     count: int,                         # n images
     shapes: list[tuple[int, ...]],      # of one image's features
 ) -> tuple[list[np.ndarray], np.ndarray]:  # memory maps (n, *shape) float32; (n,) bool, which are there
-    "Files that features are kept in; made if they are not there (and then take no room on most disks until they are filled)."
+    """Files that features are kept in; made if they are not there (and then take no room on most disks until they are filled).
+
+    Parameters
+    ----------
+    folder : Path
+    count : int
+        n images
+    shapes : list[tuple[int, ...]]
+        of one image's features
+
+    Returns
+    -------
+    tuple[list[np.ndarray], np.ndarray]
+        memory maps (n, *shape) float32; (n,) bool, which are there
+    """
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{number}.npy" for number in range(len(shapes))]
     if not (folder / "known.npy").exists():
@@ -144,7 +197,17 @@ def write_rows(
     rows: np.ndarray,       # (k,)
     values: np.ndarray,     # (k, ...) of the store's type
 ) -> None:
-    "Put rows into a store and on the disk. OSError names the file when that is full: a memory map itself would kill the process."
+    """Put rows into a store and on the disk. OSError names the file when that is full: a memory map itself would kill the process.
+
+    Parameters
+    ----------
+    store : np.memmap
+        (n, ...)
+    rows : np.ndarray
+        (k,)
+    values : np.ndarray
+        (k, ...) of the store's type
+    """
     with naming(store.filename), open(store.filename, "r+b") as file:
         for row, value in zip(rows, values, strict=True):
             file.seek(store.offset + int(row) * value.nbytes)
@@ -158,7 +221,15 @@ def fill(
     rows,                       # of the task
     progress: bool = False,
 ) -> None:
-    "Compute and keep what is not there yet; nothing without a folder."
+    """Compute and keep what is not there yet; nothing without a folder.
+
+    Parameters
+    ----------
+    features : FrozenFeatures
+    rows
+        of the task
+    progress : bool, default: False
+    """
     if features.folder is None:
         return
     missing = np.asarray(rows)[~features.known[rows]]

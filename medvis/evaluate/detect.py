@@ -33,7 +33,20 @@ def anchor_boxes(
     kind: str = "coco",  # "lovt": COCO's by 0.54, with LoVT's typo; "lovt-corrected": without
     size: int = 224,  # of the image, pixels
 ) -> Tensor:  # (3 scales, 3 anchors, 2) width, height in pixels; coarsest grid first
-    """The anchors of YOLOv3 for an image of this size. ValueError for an unknown kind."""
+    """The anchors of YOLOv3 for an image of this size. ValueError for an unknown kind.
+
+    Parameters
+    ----------
+    kind : str, default: 'coco'
+        "lovt": COCO's by 0.54, with LoVT's typo; "lovt-corrected": without
+    size : int, default: 224
+        of the image, pixels
+
+    Returns
+    -------
+    Tensor
+        (3 scales, 3 anchors, 2) width, height in pixels; coarsest grid first
+    """
     scales = {"coco": size / 416, "lovt": 0.54 * size / 224, "lovt-corrected": 0.54 * size / 224}
     if kind not in scales:
         raise ValueError(f"anchors are {kind!r}; expected one of {', '.join(scales)}")
@@ -61,7 +74,22 @@ def decode(
     anchors: Tensor,  # (A, 2) pixels
     size: int,  # of the square image, pixels
 ) -> Tensor:  # (B, A*H*W, 5+C): centre x, y, width, height in pixels, objectness, class probabilities
-    """Boxes of all cells and anchors, in the order anchor, row, column."""
+    """Boxes of all cells and anchors, in the order anchor, row, column.
+
+    Parameters
+    ----------
+    raw : Tensor
+        (B, A*(5+C), H, W) of one scale
+    anchors : Tensor
+        (A, 2) pixels
+    size : int
+        of the square image, pixels
+
+    Returns
+    -------
+    Tensor
+        (B, A*H*W, 5+C): centre x, y, width, height in pixels, objectness, class probabilities
+    """
     x = _cells(raw, len(anchors))
     h, w = x.shape[2:4]
     column, row = torch.arange(w, device=x.device), torch.arange(h, device=x.device)[:, None]
@@ -98,7 +126,17 @@ YOLO_RULES = {
 # %% ../../nbs/evaluate/05_detect.ipynb #8aa56c76
 @dataclass
 class Targets:
-    """K ground-truth boxes of a batch."""
+    """K ground-truth boxes of a batch.
+
+    Parameters
+    ----------
+    image : Tensor
+        (K,) int64 row of the batch
+    boxes : Tensor
+        (K, 4) centre x, y, width, height in pixels
+    classes : Tensor
+        (K,) int64
+    """
 
     image: Tensor  # (K,) int64 row of the batch
     boxes: Tensor  # (K, 4) centre x, y, width, height in pixels
@@ -110,7 +148,15 @@ class Targets:
         padded: Tensor,  # (B, R, 5) class, centre x, y, width, height as shares of the image; rows of zeros are padding
         size: int,  # of the square image, pixels
     ) -> "Targets":
-        "Targets from labels padded to the same number of boxes, as MGCA has them."
+        """Targets from labels padded to the same number of boxes, as MGCA has them.
+
+        Parameters
+        ----------
+        padded : Tensor
+            (B, R, 5) class, centre x, y, width, height as shares of the image; rows of zeros are padding
+        size : int
+            of the square image, pixels
+        """
         image, row = padded.any(-1).nonzero(as_tuple=True)
         return cls(image, padded[image, row, 1:] * size, padded[image, row, 0].long())
 
@@ -120,7 +166,14 @@ class Targets:
         boxes: Sequence,  # one (k, 5) array or tensor an image: x0, y0, x1, y1 in pixels, class
         device: str | torch.device = "cpu",
     ) -> "Targets":
-        "Targets from the boxes of each image of a batch, as a task has them."
+        """Targets from the boxes of each image of a batch, as a task has them.
+
+        Parameters
+        ----------
+        boxes : Sequence
+            one (k, 5) array or tensor an image: x0, y0, x1, y1 in pixels, class
+        device : str | torch.device, default: 'cpu'
+        """
         image = torch.repeat_interleave(torch.arange(len(boxes)), torch.tensor([len(rows) for rows in boxes]))
         table = torch.cat([torch.as_tensor(rows).reshape(-1, 5) for rows in boxes]).to(device, torch.float32)
         return cls(image.to(device), box_convert(table[:, :4], "xyxy", "cxcywh"), table[:, 4].long())
@@ -135,7 +188,22 @@ def shape_iou(
     second: Tensor,  # (..., 2), shapes broadcast
     side: float = 0.0,  # added to all of them
 ) -> Tensor:  # (...)
-    """Intersection over union of two boxes with the same centre."""
+    """Intersection over union of two boxes with the same centre.
+
+    Parameters
+    ----------
+    first : Tensor
+        (..., 2) width, height
+    second : Tensor
+        (..., 2), shapes broadcast
+    side : float, default: 0.0
+        added to all of them
+
+    Returns
+    -------
+    Tensor
+        (...)
+    """
     first, second = first + side, second + side
     both = torch.minimum(first, second).prod(-1)
     return both / (first.prod(-1) + second.prod(-1) - both)
@@ -143,7 +211,19 @@ def shape_iou(
 # %% ../../nbs/evaluate/05_detect.ipynb #2fbe12a5
 @dataclass
 class Assignment:
-    """What each anchor of each cell has to do."""
+    """What each anchor of each cell has to do.
+
+    Parameters
+    ----------
+    positive : Tensor
+        (B, A, H, W) bool: responsible for a box
+    background : Tensor
+        (B, A, H, W) bool: has to be silent
+    offsets : Tensor
+        (B, A, H, W, 4) wanted x, y within the cell, log width and height over the anchor's
+    labels : Tensor
+        (B, A, H, W, C) 1 = wanted class
+    """
 
     positive: Tensor  # (B, A, H, W) bool: responsible for a box
     background: Tensor  # (B, A, H, W) bool: has to be silent
@@ -158,7 +238,19 @@ def assign(
     size: int,  # of the square image, pixels
     rules: YoloRules = YOLO_RULES["corrected"],
 ) -> Assignment:
-    """Share the boxes out. Of two on the same cell and anchor the later sets the place, both set their class."""
+    """Share the boxes out. Of two on the same cell and anchor the later sets the place, both set their class.
+
+    Parameters
+    ----------
+    targets : Targets
+    anchors : Tensor
+        (A, 2) pixels
+    shape : tuple[int, int, int, int, int]
+        B, A, H, W, C
+    size : int
+        of the square image, pixels
+    rules : YoloRules, default: YOLO_RULES['corrected']
+    """
     *grid, classes = shape
     stride = size / torch.tensor([grid[3], grid[2]]).to(targets.boxes)
     centre, sides, anchors = targets.boxes[:, :2] / stride, targets.boxes[:, 2:] / stride, anchors.to(stride) / stride
@@ -189,7 +281,24 @@ def scale_loss(
     size: int,  # of the square image, pixels
     rules: YoloRules = YOLO_RULES["corrected"],
 ) -> Losses:  # parts x, y, w, h, present, absent, class
-    """YOLOv3's loss of one scale (LoVT and MGCA, released code), from logits, in single precision at least."""
+    """YOLOv3's loss of one scale (LoVT and MGCA, released code), from logits, in single precision at least.
+
+    Parameters
+    ----------
+    raw : Tensor
+        (B, A*(5+C), H, W)
+    targets : Targets
+    anchors : Tensor
+        (A, 2) pixels
+    size : int
+        of the square image, pixels
+    rules : YoloRules, default: YOLO_RULES['corrected']
+
+    Returns
+    -------
+    Losses
+        parts x, y, w, h, present, absent, class
+    """
     x = _cells(raw, len(anchors))
     b, a, h, w, width = x.shape
     role = assign(targets, anchors, (b, a, h, w, width - 5), size, rules)
@@ -218,7 +327,18 @@ def yolo_loss(
     size: int,
     rules: YoloRules = YOLO_RULES["corrected"],
 ) -> Losses:
-    """YOLOv3's loss: the sum over its scales, part by part."""
+    """YOLOv3's loss: the sum over its scales, part by part.
+
+    Parameters
+    ----------
+    raws : Sequence[Tensor]
+        (B, A*(5+C), H, W) each, coarsest first
+    targets : Targets
+    anchors : Tensor
+        (scales, A, 2) pixels
+    size : int
+    rules : YoloRules, default: YOLO_RULES['corrected']
+    """
     losses = [scale_loss(raw, targets, shapes, size, rules) for raw, shapes in zip(raws, anchors, strict=True)]
     parts = {name: sum(loss.parts[name] for loss in losses) for name in losses[0].parts}
     return Losses(sum(loss.total for loss in losses), parts)
@@ -238,7 +358,24 @@ def suppress(
     overlap: float = 0.4,  # IoU from which a box is dropped
     side: float = 0.0,  # added to the sides of boxes: 1 = "+1 pixel"
 ) -> tuple[Tensor, Tensor, Tensor]:  # image (K,), row of P (K,), class (K,)
-    """Non-maximum suppression; what is kept is in order of image, class and falling objectness."""
+    """Non-maximum suppression; what is kept is in order of image, class and falling objectness.
+
+    Parameters
+    ----------
+    predictions : Tensor
+        (B, P, 5+C) of `decode`
+    objectness : float, default: 0.2
+        least that is kept
+    overlap : float, default: 0.4
+        IoU from which a box is dropped
+    side : float, default: 0.0
+        added to the sides of boxes: 1 = "+1 pixel"
+
+    Returns
+    -------
+    tuple[Tensor, Tensor, Tensor]
+        image (K,), row of P (K,), class (K,)
+    """
     image, row = (predictions[..., 4] >= objectness).nonzero(as_tuple=True)
     chosen = predictions[image, row].double()
     kinds = chosen[:, 5:].argmax(1)
@@ -259,7 +396,20 @@ def detect(
     first: int = 0,  # number of the batch's first image in its split
     **suppression,  # objectness, overlap, side
 ) -> Boxes:
-    """The detections of a batch, scored by objectness."""
+    """The detections of a batch, scored by objectness.
+
+    Parameters
+    ----------
+    raws : Sequence[Tensor]
+        (B, A*(5+C), H, W) each, coarsest first
+    anchors : Tensor
+        (scales, A, 2) pixels
+    size : int
+    first : int, default: 0
+        number of the batch's first image in its split
+    **suppression
+        objectness, overlap, side
+    """
     predictions = torch.cat([decode(raw, shapes, size) for raw, shapes in zip(raws, anchors, strict=True)], 1)
     image, row, kind = suppress(predictions, **suppression)
     kept = predictions[image, row].detach().cpu().double()
@@ -285,6 +435,16 @@ class YoloScale(nn.Module):
         self,
         x: Tensor,  # (B, width_in, H, W)
     ) -> tuple[Tensor, Tensor]:  # (B, answers, H, W), and (B, width, H, W) for the next scale
+        """Parameters
+        ----------
+        x : Tensor
+            (B, width_in, H, W)
+
+        Returns
+        -------
+        tuple[Tensor, Tensor]
+            (B, answers, H, W), and (B, width, H, W) for the next scale
+        """
         branch = self.trunk(x)
         return self.answer(branch), branch
 
@@ -299,7 +459,16 @@ YOLO_ANCHORS = {"corrected": "coco", "corrected-mgca": "coco", "lovt": "lovt", "
 
 
 class YoloV3(nn.Module):
-    """YOLOv3's heads on the pyramid of an encoder. ValueError for unknown rules."""
+    """YOLOv3's heads on the pyramid of an encoder. ValueError for unknown rules.
+
+    Parameters
+    ----------
+    encoder : nn.Module
+        an image encoder
+    classes : Sequence[str]
+    rules : str, default: 'corrected'
+        "corrected-mgca": with MGCA's thresholds; "lovt", "mgca": as in their released codes
+    """
 
     needs = "pyramid"
 
@@ -327,6 +496,16 @@ class YoloV3(nn.Module):
         self,
         maps: Sequence[Tensor],  # of encoder.pyramid
     ) -> list[Tensor]:  # (B, 3 * (5 + C), H, W) each, coarsest first
+        """Parameters
+        ----------
+        maps : Sequence[Tensor]
+            of encoder.pyramid
+
+        Returns
+        -------
+        list[Tensor]
+            (B, 3 * (5 + C), H, W) each, coarsest first
+        """
         maps = [maps[level] for level in self.levels]
         while len(maps) < 3:
             maps.append(F.max_pool2d(maps[-1], 2, ceil_mode=True))
@@ -344,5 +523,11 @@ class YoloV3(nn.Module):
         return yolo_loss(raw, targets, self.anchors, self.size, YOLO_RULES[self.rules])
 
     def predict(self, raw: Sequence[Tensor]) -> Boxes:  # image: row of the batch
-        "What is left after suppression."
+        """What is left after suppression.
+
+        Returns
+        -------
+        Boxes
+            image: row of the batch
+        """
         return detect(raw, self.anchors, self.size, **NMS[self.rules])

@@ -59,7 +59,23 @@ def vary(
     seed: int,
     epoch: int,
 ):                      # images (B, C, H, W), and targets as `read_targets` gives them
-    "Training images, varied, with their answers. ValueError for boxes: they are not moved along."
+    """Training images, varied, with their answers. ValueError for boxes: they are not moved along.
+
+    Parameters
+    ----------
+    task : Task
+    rows
+        of the task
+    encoder : nn.Module
+    augment : str
+        a key of VARIATIONS
+    seed : int
+    epoch : int
+
+    Returns
+    -------
+    images (B, C, H, W), and targets as `read_targets` gives them
+    """
     if task.kind == "boxes":
         raise ValueError(f"augment={augment!r} would move the images away from their boxes; neither paper varies images for detection")
     view = encoder.preprocessing
@@ -80,7 +96,18 @@ def vary(
 def grade_log_probability(
     raw: Tensor,    # (B, C-1) logits of "at least k, given at least k-1"
 ) -> Tensor:        # (B, C) logarithms that add up to 1 as probabilities
-    "Log-probability of every grade (continuation ratios)."
+    """Log-probability of every grade (continuation ratios).
+
+    Parameters
+    ----------
+    raw : Tensor
+        (B, C-1) logits of "at least k, given at least k-1"
+
+    Returns
+    -------
+    Tensor
+        (B, C) logarithms that add up to 1 as probabilities
+    """
     reached = F.pad(F.logsigmoid(raw).cumsum(1), (1, 0))
     return reached + F.pad(F.logsigmoid(-raw), (0, 1))
 
@@ -97,10 +124,21 @@ class LinearClassifier(nn.Module):
         self.kind, self.linear = kind, nn.Linear(encoder.whole_dim, len(classes) - (kind == "ordinal"))
 
     def forward(self, whole: Tensor) -> Tensor:  # (B, D') -> (B, C), of grades (B, C-1)
+        """Returns
+        -------
+        Tensor
+            (B, D') -> (B, C), of grades (B, C-1)
+        """
         return self.linear(whole)
 
     def loss(self, raw: Tensor, target: Tensor) -> Losses:  # (B, C) 1, 0, NaN; or (B,)
-        "Mean over the known answers."
+        """Mean over the known answers.
+
+        Returns
+        -------
+        Losses
+            (B, C) 1, 0, NaN; or (B,)
+        """
         if self.kind == "classes":
             return add_up(entropy=F.cross_entropy(raw, target))
         if self.kind == "ordinal":
@@ -110,6 +148,11 @@ class LinearClassifier(nn.Module):
         return add_up(entropy=(each * known).sum() / known.sum().clamp(min=1))
 
     def predict(self, raw: Tensor) -> Tensor:  # (B, C) probabilities
+        """Returns
+        -------
+        Tensor
+            (B, C) probabilities
+        """
         if self.kind == "ordinal":
             return grade_log_probability(raw).exp()
         return raw.softmax(1) if self.kind == "classes" else raw.sigmoid()
@@ -127,10 +170,27 @@ def trained_parts(encoder: nn.Module, trains: str) -> list[nn.Module]:
 
 # %% ../../nbs/evaluate/07c_finetune.ipynb #88510c31
 class Learner:
-    "An encoder and a head that learn a task by a protocol; `live` if the encoder has to look at images all the time."
+    """An encoder and a head that learn a task by a protocol; `live` if the encoder has to look at images all the time.
 
-    def __init__(self, encoder: nn.Module, head: nn.Module, task: Task, protocol: Protocol,
-                 cache: str | Path | None = None, seed: int = 0, limit: float = 50.0):  # folder of features; of how many GB at most
+    Parameters
+    ----------
+    encoder : nn.Module
+    head : nn.Module
+    task : Task
+    protocol : Protocol
+    cache : str | Path | None, default: None
+        folder of features
+    seed : int, default: 0
+    limit : float, default: 50.0
+        of how many GB at most
+    """
+
+    def __init__(
+        self, encoder: nn.Module, head: nn.Module, task: Task, protocol: Protocol,
+        cache: str | Path | None = None,    # folder of features
+        seed: int = 0,
+        limit: float = 50.0,                # of how many GB at most
+    ):
         self.live = protocol.trains != "head" or protocol.augment != "none" or "loose-batchnorm" in protocol.switches
         self.encoder, self.task, self.protocol, self.seed = copy.deepcopy(encoder) if self.live else encoder, task, protocol, seed
         self.head = head.to(next(encoder.parameters()).device)
@@ -173,7 +233,17 @@ def rate(
     step: int,              # steps done
     history: list[dict],    # loss and score of each epoch done
 ) -> float:
-    "The learning rate of the next step."
+    """The learning rate of the next step.
+
+    Parameters
+    ----------
+    protocol : Protocol
+    lr : float
+    step : int
+        steps done
+    history : list[dict]
+        loss and score of each epoch done
+    """
     if step < protocol.warmup_steps:
         return protocol.warmup_lr
     if protocol.plateau is None or ("plateau-ignored" in protocol.switches and protocol.trains == "all"):
@@ -186,7 +256,19 @@ def predict(
     learner: Learner,
     rows,               # of the task
 ) -> tuple[Predictions, float]:  # and the mean loss
-    "What the head says of these images, unvaried, in evaluation mode."
+    """What the head says of these images, unvaried, in evaluation mode.
+
+    Parameters
+    ----------
+    learner : Learner
+    rows
+        of the task
+
+    Returns
+    -------
+    tuple[Predictions, float]
+        and the mean loss
+    """
     task, size, total, said, truth, sizes = learner.task, learner.protocol.batch_size, 0.0, [], [], []
     with frozen(nn.ModuleList(learner.parts)):
         for start in range(0, len(rows), size):
@@ -223,7 +305,22 @@ def fit_head(
 ) -> pd.DataFrame:          # one row an epoch: epoch, step, lr, train_loss, loss, score (larger is better)
     """Train a head (and what else the protocol says) and leave it as it was in its best epoch.
 
-    Raises Diverged if a loss is not finite before the first epoch is over; later, that ends the run."""
+    Raises Diverged if a loss is not finite before the first epoch is over; later, that ends the run.
+
+    Parameters
+    ----------
+    learner : Learner
+    lr : float
+    train : np.ndarray
+        rows of the task
+    validate : np.ndarray
+        rows of the task
+
+    Returns
+    -------
+    pd.DataFrame
+        one row an epoch: epoch, step, lr, train_loss, loss, score (larger is better)
+    """
     p, history, best, step = learner.protocol, [], None, 0
     optimizer = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[p.optimizer](learner.parameters(), lr, weight_decay=p.weight_decay)
     for epoch in range(p.epochs):

@@ -37,7 +37,20 @@ def on_target(
     masks,  # (K, H, W) bool
     grid: tuple[int, int],  # (h, w), N = h*w
 ) -> np.ndarray:  # (K, N) bool
-    """Which regions, row-major, have their centre in the mask."""
+    """Which regions, row-major, have their centre in the mask.
+
+    Parameters
+    ----------
+    masks
+        (K, H, W) bool
+    grid : tuple[int, int]
+        (h, w), N = h*w
+
+    Returns
+    -------
+    np.ndarray
+        (K, N) bool
+    """
     masks, (h, w) = np.asarray(masks, dtype=bool), grid
     rows = ((np.arange(h) + 0.5) * masks.shape[1] / h).astype(int)
     columns = ((np.arange(w) + 0.5) * masks.shape[2] / w).astype(int)
@@ -51,7 +64,22 @@ def point(
 ) -> tuple[np.ndarray, np.ndarray]:  # hits (K,) in 0..1, chance (K,) area share
     """Whether the highest region's centre lies in the mask, and how likely a blind throw is to do so.
 
-    Ties share the hit. Raises ValueError when shapes do not fit or a score is not a number."""
+    Ties share the hit. Raises ValueError when shapes do not fit or a score is not a number.
+
+    Parameters
+    ----------
+    scores
+        (K, N) one map a target, regions row-major
+    masks
+        (K, H, W) bool, the target in the same view of the image
+    grid : tuple[int, int]
+        (h, w), N = h*w
+
+    Returns
+    -------
+    tuple[np.ndarray, np.ndarray]
+        hits (K,) in 0..1, chance (K,) area share
+    """
     scores, masks = np.asarray(scores, dtype=np.float64), np.asarray(masks, dtype=bool)
     _fits(scores, masks, grid)
     highest = scores == scores.max(1, keepdims=True)
@@ -73,7 +101,22 @@ def drawn(
     masks: np.ndarray,  # (K, H, W)
     grid: tuple[int, int],  # (h, w), N = h*w
 ) -> np.ndarray:  # (K, H, W) float64
-    """Maps drawn bilinearly at the size of their masks, each score at the centre of its region."""
+    """Maps drawn bilinearly at the size of their masks, each score at the centre of its region.
+
+    Parameters
+    ----------
+    scores : np.ndarray
+        (K, N) float64, regions row-major
+    masks : np.ndarray
+        (K, H, W)
+    grid : tuple[int, int]
+        (h, w), N = h*w
+
+    Returns
+    -------
+    np.ndarray
+        (K, H, W) float64
+    """
     maps = torch.from_numpy(np.ascontiguousarray(scores)).view(-1, 1, *grid)
     return interpolate(maps, size=masks.shape[1:], mode="bilinear", align_corners=False)[:, 0].numpy()
 
@@ -85,7 +128,22 @@ def contrast_to_noise(
 ) -> np.ndarray:  # (K,) signed; the absolute value of each is the other convention
     """Contrast-to-noise ratio of maps drawn bilinearly over their masks; 0 for a constant map, NaN without an outside.
 
-    Variances are those of all pixels (divided by their number). Raises ValueError as `point` does."""
+    Variances are those of all pixels (divided by their number). Raises ValueError as `point` does.
+
+    Parameters
+    ----------
+    scores
+        (K, N) one map a target, regions row-major
+    masks
+        (K, H, W) bool
+    grid : tuple[int, int]
+        (h, w), N = h*w
+
+    Returns
+    -------
+    np.ndarray
+        (K,) signed; the absolute value of each is the other convention
+    """
     scores, masks = np.asarray(scores, dtype=np.float64), np.asarray(masks, dtype=bool)
     _fits(scores, masks, grid)
     where, maps = torch.from_numpy(masks), torch.from_numpy(drawn(scores, masks, grid))
@@ -111,7 +169,15 @@ def stretched(
 ) -> np.ndarray:
     """Each map from `low` at its lowest to `high` at its highest; a constant map is `low` all over.
 
-    Rounded to 12 digits, so that pixels which differ by the order of a sum alone are equal."""
+    Rounded to 12 digits, so that pixels which differ by the order of a sum alone are equal.
+
+    Parameters
+    ----------
+    maps : np.ndarray
+        (K, H, W)
+    low : float, default: 0.0
+    high : float, default: 1.0
+    """
     least, most = maps.min((1, 2), keepdims=True), maps.max((1, 2), keepdims=True)
     uneven = most - least > 1e-9 * np.maximum(np.abs(least), np.abs(most))  # drawing adds errors of the last digit
     share = np.divide(maps - least, most - least, out=np.zeros_like(maps), where=uneven)
@@ -123,7 +189,22 @@ def overlap(
     masks: np.ndarray,  # (K, H, W) bool
     heights: Sequence[float] = HEIGHTS,  # T
 ) -> tuple[np.ndarray, np.ndarray]:  # IoU (K, T), Dice (K, T)
-    """Overlap of each mask with the pixels of its map above each height; 0 if both are empty."""
+    """Overlap of each mask with the pixels of its map above each height; 0 if both are empty.
+
+    Parameters
+    ----------
+    maps : np.ndarray
+        (K, H, W)
+    masks : np.ndarray
+        (K, H, W) bool
+    heights : Sequence[float], default: HEIGHTS
+        T
+
+    Returns
+    -------
+    tuple[np.ndarray, np.ndarray]
+        IoU (K, T), Dice (K, T)
+    """
     area, found = masks.sum((1, 2)), []
     for height in heights:
         above = maps > height
@@ -136,7 +217,20 @@ def best_dice(
     maps: np.ndarray,  # (K, H, W)
     masks: np.ndarray,  # (K, H, W) bool
 ) -> np.ndarray:  # (K,)
-    """The highest Dice that any height gives; heights are compared at every value that the map takes."""
+    """The highest Dice that any height gives; heights are compared at every value that the map takes.
+
+    Parameters
+    ----------
+    maps : np.ndarray
+        (K, H, W)
+    masks : np.ndarray
+        (K, H, W) bool
+
+    Returns
+    -------
+    np.ndarray
+        (K,)
+    """
     best = np.zeros(len(maps))
     for k, (values, inside) in enumerate(zip(maps.reshape(len(maps), -1), masks.reshape(len(maps), -1))):
         order = np.argsort(-values)
@@ -175,7 +269,24 @@ def measure(
     grid: tuple[int, int],  # (h, w), N = h*w
     together: int = 64,  # how many maps are drawn at a time
 ) -> pd.DataFrame:  # K rows, the columns of MEASURES
-    """All measures of every map. Raises ValueError as `point` does."""
+    """All measures of every map. Raises ValueError as `point` does.
+
+    Parameters
+    ----------
+    scores
+        (K, N) one map a target, regions row-major
+    masks
+        (K, H, W) bool
+    grid : tuple[int, int]
+        (h, w), N = h*w
+    together : int, default: 64
+        how many maps are drawn at a time
+
+    Returns
+    -------
+    pd.DataFrame
+        K rows, the columns of MEASURES
+    """
     scores, masks = np.asarray(scores, dtype=np.float64), np.asarray(masks, dtype=bool)
     _fits(scores, masks, grid)
     if not len(scores):
@@ -189,7 +300,15 @@ def best_fixed_point(
     cells,  # (K, N) bool, of `on_target`
     kinds,  # (K,) each kind may have a point of its own: the finding, or finding and side
 ) -> float:
-    """Hit rate of pointing at one region for each kind, the best one in hindsight; NaN without targets."""
+    """Hit rate of pointing at one region for each kind, the best one in hindsight; NaN without targets.
+
+    Parameters
+    ----------
+    cells
+        (K, N) bool, of `on_target`
+    kinds
+        (K,) each kind may have a point of its own: the finding, or finding and side
+    """
     cells, kinds = np.asarray(cells, dtype=bool), np.asarray(kinds)
     if not len(kinds):
         return np.nan
@@ -198,7 +317,20 @@ def best_fixed_point(
 # %% ../../nbs/evaluate/03_ground.ipynb #70366c6d
 @dataclass(frozen=True)
 class Pointing:
-    """Result of a pointing game: means over targets, with intervals from drawing whole groups (patients)."""
+    """Result of a pointing game: means over targets, with intervals from drawing whole groups (patients).
+
+    Parameters
+    ----------
+    hit_rate : Interval
+    chance : Interval
+    gain : Interval
+        hit rate minus chance, on the same draws
+    cnr : Interval
+        contrast-to-noise ratio, signed
+    targets : int
+    groups : int
+    grain : str, default: 'word'
+    """
 
     hit_rate: Interval
     chance: Interval
@@ -222,7 +354,22 @@ def pointing_rate(
     level: float = 0.95,
     grain: str = "word",
 ) -> Pointing:
-    """Sum up a pointing game; all is NaN when there were no targets."""
+    """Sum up a pointing game; all is NaN when there were no targets.
+
+    Parameters
+    ----------
+    hits
+        (K,)
+    chance
+        (K,)
+    cnr
+        (K,) those that are NaN are left out
+    groups
+        (K,) patient or study of each target
+    resamples : int, default: 500
+    level : float, default: 0.95
+    grain : str, default: 'word'
+    """
     hits, chance, cnr = (np.asarray(values, dtype=float) for values in (hits, chance, cnr))
     groups, known = np.asarray(groups), ~np.isnan(cnr)
     rates = [bootstrap_mean(values, groups, resamples, level=level) for values in (hits, chance, hits - chance)]
@@ -236,7 +383,17 @@ def pointing_game(
     groups=None,  # (B,) patient of each row; None: every row is its own
     resamples: int = 500,
 ) -> Pointing:
-    """Hit rate and chance of the words that have a mask. Words that the correspondence does not hold are no targets."""
+    """Hit rate and chance of the words that have a mask. Words that the correspondence does not hold are no targets.
+
+    Parameters
+    ----------
+    correspondence : Correspondence
+    masks
+        dict (row, word) -> (H, W) bool; or (B, W, H, W') bool, empty = no target
+    groups : default: None
+        (B,) patient of each row; None: every row is its own
+    resamples : int, default: 500
+    """
     masks, valid = _sparse(masks), correspondence.word_mask.cpu().numpy()
     targets = [
         (row, word) for row, word in masks if word < valid.shape[1] and valid[row, word] and np.any(masks[row, word])
@@ -273,7 +430,13 @@ OTHERS = frozenset(
 def word_role(
     word: str,
 ) -> str:  # "name", "place" or "other" (how much, how sure, how large; function words)
-    """What a word of a finding's phrase contributes."""
+    """What a word of a finding's phrase contributes.
+
+    Returns
+    -------
+    str
+        "name", "place" or "other" (how much, how sure, how large; function words)
+    """
     word = word.lower()
     return "place" if word in PLACES else "other" if word in OTHERS or word.isdigit() else "name"
 
@@ -282,7 +445,19 @@ def phantom_words(
     report: Report,  # sentences and word_spans, as the method sees them
     study: PhantomStudy,
 ) -> dict[int, int]:  # word -> index of the finding it speaks of
-    """Which words of a tokenised report speak of which finding of the phantom."""
+    """Which words of a tokenised report speak of which finding of the phantom.
+
+    Parameters
+    ----------
+    report : Report
+        sentences and word_spans, as the method sees them
+    study : PhantomStudy
+
+    Returns
+    -------
+    dict[int, int]
+        word -> index of the finding it speaks of
+    """
     known = defaultdict(list)
     for sentence in study.sentences:
         known[_plain(sentence.text)].append(sentence)
@@ -309,7 +484,27 @@ ROLES = ("name", "place", "other")
 # %% ../../nbs/evaluate/03_ground.ipynb #01e37824
 @dataclass(frozen=True)
 class Target:
-    """A word or a sentence of a report and the place in the image that it speaks of."""
+    """A word or a sentence of a report and the place in the image that it speaks of.
+
+    Parameters
+    ----------
+    item : int
+        of the pairs
+    word : int | None
+        of the report; None: the whole sentence
+    sentence : int
+        of the report
+    text : str
+    finding : str
+    side : str
+        of the finding: left, right, both or none
+    zone : str
+        upper, middle, lower or none
+    role : str
+        one of ROLES, see word_role
+    mask : np.ndarray
+        (size, size) bool, in the encoder's view of the image
+    """
 
     item: int  # of the pairs
     word: int | None  # of the report; None: the whole sentence
@@ -337,7 +532,16 @@ def report_targets(
     study: PhantomStudy,
     view,  # (H, W) bool tensor -> (size, size) bool tensor
 ) -> list[Target]:
-    """The words of one report that speak of a finding the view holds, in order; then the sentences that do."""
+    """The words of one report that speak of a finding the view holds, in order; then the sentences that do.
+
+    Parameters
+    ----------
+    item : int
+    report : Report
+    study : PhantomStudy
+    view
+        (H, W) bool tensor -> (size, size) bool tensor
+    """
     about, words, sentences = phantom_words(report, study), [], {}
     masks = {index: view(torch.from_numpy(study.findings[index].mask)).numpy() for index in set(about.values())}
     for word, index in about.items():
@@ -361,7 +565,17 @@ def phantom_targets(
     """All words (or sentences) that speak of a finding, with its mask as the encoder sees it, if the crop holds it.
 
     Raises ValueError if the pairs are not of a phantom, are augmented, or were drawn by another version of the phantom:
-    then nobody knows where things are."""
+    then nobody knows where things are.
+
+    Parameters
+    ----------
+    pairs : Pairs
+        of a phantom Pack, not augmented
+    items : default: None
+        which pairs; None: all
+    grains : tuple[str, ...], default: ('word',)
+        of GRAINS
+    """
     source = pairs.pack.manifest["source"]
     if source.get("kind") != "phantom" or pairs.train:
         raise ValueError(
@@ -383,7 +597,15 @@ def phantom_targets(
 # %% ../../nbs/evaluate/03_ground.ipynb #f55a03e9
 @dataclass
 class PhantomPointing:
-    """The pointing game of a method on a phantom: one row a target, and sums over them."""
+    """The pointing game of a method on a phantom: one row a target, and sums over them.
+
+    Parameters
+    ----------
+    table : pd.DataFrame
+        COLUMNS; position counts words or sentences of the report
+    cells : np.ndarray
+        (K, N) bool, the regions that lie on each row's target
+    """
 
     table: pd.DataFrame  # COLUMNS; position counts words or sentences of the report
     cells: np.ndarray  # (K, N) bool, the regions that lie on each row's target
@@ -431,7 +653,17 @@ def finding_row(
 
     hit_rate with its interval low..high; chance of a blind throw; best_fixed_point, what the best constant map of each
     finding gets, and best_fixed_side, one that may also differ by side (both in hindsight); cnr with its interval;
-    absolute_cnr, the other convention of it; miou, dice and best_dice as in MEASURES; targets."""
+    absolute_cnr, the other convention of it; miou, dice and best_dice as in MEASURES; targets.
+
+    Parameters
+    ----------
+    pointing : PhantomPointing
+    role : str | None
+    finding : str | None
+        None: all
+    resamples : int
+    grain : str
+    """
     rate, rows = pointing.rate(role, finding, resamples, grain), pointing.select(role, finding, grain)
     return {
         "finding": finding or "all",
@@ -460,7 +692,22 @@ def target_rows(
     rows: Mapping[int, int],  # item -> row of the batch
     patients: Mapping[int, int],  # item -> patient
 ) -> tuple[pd.DataFrame, np.ndarray]:  # COLUMNS, and cells (K, N)
-    """Score targets by a correspondence. Those that it does not hold (cut off, masked) are left out."""
+    """Score targets by a correspondence. Those that it does not hold (cut off, masked) are left out.
+
+    Parameters
+    ----------
+    correspondence : Correspondence
+    targets : list[Target]
+    rows : Mapping[int, int]
+        item -> row of the batch
+    patients : Mapping[int, int]
+        item -> patient
+
+    Returns
+    -------
+    tuple[pd.DataFrame, np.ndarray]
+        COLUMNS, and cells (K, N)
+    """
     maps = {"word": correspondence.words, "sentence": correspondence.sentences}
     maps = {grain: scores.detach().float().cpu().numpy() for grain, scores in maps.items()}
     held = {"word": correspondence.word_mask.cpu().numpy(), "sentence": correspondence.sentence_mask.cpu().numpy()}
@@ -481,7 +728,19 @@ def phantom_pointing(
     batch_size: int = 32,
     device: str | torch.device | None = None,  # None: where the method is
 ) -> PhantomPointing:
-    """Play the pointing game with every word and every sentence that speaks of a finding."""
+    """Play the pointing game with every word and every sentence that speaks of a finding.
+
+    Parameters
+    ----------
+    method : nn.Module
+        .correspondence(batch)
+    pairs : Pairs
+        of a phantom Pack, not augmented
+    items : default: None
+    batch_size : int, default: 32
+    device : str | torch.device | None, default: None
+        None: where the method is
+    """
     device = device or next(method.parameters()).device
     items, tables, cells = list(range(len(pairs)) if items is None else items), [pd.DataFrame(columns=COLUMNS)], []
     with frozen(method.to(device)):
@@ -515,7 +774,20 @@ def grounding_table(
     resamples: int = 500,
     level: float = 0.95,
 ) -> pd.DataFrame:  # the columns SUMS
-    """Every measure of every finding, of all, and macro, with intervals from drawing patients."""
+    """Every measure of every finding, of all, and macro, with intervals from drawing patients.
+
+    Parameters
+    ----------
+    rows : pd.DataFrame
+        of one grain and role: finding, patient, MEASURES, and perhaps other_...
+    resamples : int, default: 500
+    level : float, default: 0.95
+
+    Returns
+    -------
+    pd.DataFrame
+        the columns SUMS
+    """
     weights, lines = resample(rows["patient"].astype(str), resamples), []
     own = {name: (rows["finding"] == name).to_numpy() for name in sorted(set(rows["finding"]))}
     own |= {"all": np.ones(len(rows), dtype=bool)}
@@ -543,7 +815,18 @@ def _means_over(draws: list[np.ndarray]) -> np.ndarray:  # of (1+R,) each
 def strangers(
     patients,  # (K,)
 ) -> np.ndarray:  # (K,) of each the next, counted around, that is of another patient; itself where there is none
-    """Whose image to show instead."""
+    """Whose image to show instead.
+
+    Parameters
+    ----------
+    patients
+        (K,)
+
+    Returns
+    -------
+    np.ndarray
+        (K,) of each the next, counted around, that is of another patient; itself where there is none
+    """
     patients, count = np.asarray(patients), len(patients)
     nearest, chosen = -1, np.arange(count)
     for place in range(2 * count - 2, -1, -1):
@@ -560,7 +843,22 @@ def phrase_maps(
     phrases: Sequence[Phrase],
     images: Sequence[int],  # a row of the Pack for each phrase
 ) -> tuple[np.ndarray, tuple[int, int]]:  # scores (K, N), and the grid
-    """The map of each phrase on its image. ValueError for a phrase without words."""
+    """The map of each phrase on its image. ValueError for a phrase without words.
+
+    Parameters
+    ----------
+    method : nn.Module
+        .tokenizer, .preprocessing, .view, .correspondence(batch)
+    pack : Pack
+    phrases : Sequence[Phrase]
+    images : Sequence[int]
+        a row of the Pack for each phrase
+
+    Returns
+    -------
+    tuple[np.ndarray, tuple[int, int]]
+        scores (K, N), and the grid
+    """
     prepare, view, samples = method.preprocessing.eval(), method.view, []
     for number, (phrase, row) in enumerate(zip(phrases, images, strict=True)):
         report = tokenise([phrase.text], method.tokenizer, view.max_tokens, view.punctuation, view.overflow)
@@ -588,7 +886,21 @@ def ground_phrases(
 ) -> pd.DataFrame:  # phrase (its number), image_id, patient, split, finding, boxes; MEASURES; other_..., on another's image
     """Measure a method on phrases with boxes; those whose boxes the encoder's crop leaves out have no row.
 
-    ValueError if the Pack does not hold the images, or in another shape, or not as the encoder expects them."""
+    ValueError if the Pack does not hold the images, or in another shape, or not as the encoder expects them.
+
+    Parameters
+    ----------
+    method : nn.Module
+        see phrase_maps
+    pack : Pack
+    phrases : Sequence[Phrase]
+    batch_size : int, default: 32
+
+    Returns
+    -------
+    pd.DataFrame
+        phrase (its number), image_id, patient, finding, boxes; MEASURES; other_..., on another's image
+    """
     check_preprocessing(method, pack)
     phrases, fit, view = list(phrases), pack.manifest["source"].get("fit"), method.preprocessing.mask()
     own = find_phrases(phrases, pack)

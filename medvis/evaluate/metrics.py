@@ -23,7 +23,17 @@ from .stats import auroc
 # %% ../../nbs/evaluate/04_metrics.ipynb #af285dac
 @dataclass(frozen=True)
 class PixelCounts:
-    """Pixel counts of n images, (n,) each, or (n, C) for C classes."""
+    """Pixel counts of n images, (n,) each, or (n, C) for C classes.
+
+    Parameters
+    ----------
+    both : np.ndarray
+        predicted and true
+    predicted : np.ndarray
+    true : np.ndarray
+    pixels : int
+        of an image
+    """
 
     both: np.ndarray  # predicted and true
     predicted: np.ndarray
@@ -48,7 +58,16 @@ def count_pixels(
     truth,  # same shape, 0..1
     threshold: float = 0.5,
 ) -> PixelCounts:
-    """Count the pixels whose probability, and whose truth, exceed the threshold. ValueError if shapes differ."""
+    """Count the pixels whose probability, and whose truth, exceed the threshold. ValueError if shapes differ.
+
+    Parameters
+    ----------
+    probability
+        (n, H, W) or (n, C, H, W) in 0..1
+    truth
+        same shape, 0..1
+    threshold : float, default: 0.5
+    """
     probability, truth = (torch.as_tensor(array).detach().cpu() for array in (probability, truth))
     if probability.shape != truth.shape or probability.ndim not in (3, 4):
         raise ValueError(
@@ -69,7 +88,13 @@ def dice_pooled(counts: PixelCounts) -> float:
 
 # %% ../../nbs/evaluate/04_metrics.ipynb #0db7aa26
 def dice_of_images(counts: PixelCounts) -> np.ndarray:  # (n,) or (n, C)
-    """Dice of each image; 1 if it is rightly left empty."""
+    """Dice of each image; 1 if it is rightly left empty.
+
+    Returns
+    -------
+    np.ndarray
+        (n,) or (n, C)
+    """
     total = counts.predicted + counts.true
     return np.divide(2 * counts.both, total, out=np.ones(total.shape), where=total > 0)
 
@@ -78,7 +103,19 @@ def dice_of_batches(
     counts: PixelCounts,
     batches,  # (n,) which batch each image was in
 ) -> np.ndarray:  # (batches,) in order of their number
-    """Mean Dice of the images of each batch."""
+    """Mean Dice of the images of each batch.
+
+    Parameters
+    ----------
+    counts : PixelCounts
+    batches
+        (n,) which batch each image was in
+
+    Returns
+    -------
+    np.ndarray
+        (batches,) in order of their number
+    """
     each = dice_of_images(counts).reshape(len(counts.both), -1).mean(1)
     return pd.Series(each).groupby(np.asarray(batches)).mean().to_numpy()
 
@@ -87,7 +124,19 @@ def dice_table(
     counts: PixelCounts,
     batches=None,  # (n,) as MGCA would have drawn them; None: leaves out MGCA's convention
 ) -> pd.DataFrame:  # name, value, reported_by
-    """Dice in all conventions."""
+    """Dice in all conventions.
+
+    Parameters
+    ----------
+    counts : PixelCounts
+    batches : default: None
+        (n,) as MGCA would have drawn them; None: leaves out MGCA's convention
+
+    Returns
+    -------
+    pd.DataFrame
+        name, value, reported_by
+    """
     two = float(np.mean([dice_pooled(counts), dice_pooled(counts.outside())]))
     rows = [
         ("Dice, pooled pixels", dice_pooled(counts), "LoVT"),
@@ -103,7 +152,19 @@ def dice_table(
 class Boxes:
     """K boxes of many images. Corners are x0, y0, x1, y1 in pixels; classes are 0 and scores 1 unless given.
 
-    Raises ValueError if lengths differ or a corner or score is not a number."""
+    Raises ValueError if lengths differ or a corner or score is not a number.
+
+    Parameters
+    ----------
+    image : np.ndarray
+        (K,) int, which image
+    corners : np.ndarray
+        (K, 4)
+    classes : np.ndarray | None, default: None
+        (K,) int
+    scores : np.ndarray | None, default: None
+        (K,) confidence of detections
+    """
 
     image: np.ndarray  # (K,) int, which image
     corners: np.ndarray  # (K, 4)
@@ -138,7 +199,13 @@ class Boxes:
         return replace(drawn, image=np.repeat(np.arange(len(images)), sizes))
 
     def table(self) -> pd.DataFrame:  # image, x0, y0, x1, y1, class, score: what one saves
-        "The boxes as a table; `Boxes.of` reads it back."
+        """The boxes as a table; `Boxes.of` reads it back.
+
+        Returns
+        -------
+        pd.DataFrame
+            image, x0, y0, x1, y1, class, score: what one saves
+        """
         return pd.DataFrame(self.corners, columns=["x0", "y0", "x1", "y1"]).assign(
             image=self.image, **{"class": self.classes}, score=self.scores
         )
@@ -154,7 +221,22 @@ def box_iou(
     second,  # (..., 4), shapes broadcast
     side: float = 0.0,  # added to the width and height of every box; 1 = the "+1 pixel" of old code
 ) -> np.ndarray:  # (...)
-    """Intersection over union of boxes; 0 where both are empty."""
+    """Intersection over union of boxes; 0 where both are empty.
+
+    Parameters
+    ----------
+    first
+        (..., 4) corners
+    second
+        (..., 4), shapes broadcast
+    side : float, default: 0.0
+        added to the width and height of every box; 1 = the "+1 pixel" of old code
+
+    Returns
+    -------
+    np.ndarray
+        (...)
+    """
     first, second = (np.moveaxis(np.asarray(boxes, dtype=np.float64), -1, 0) for boxes in (first, second))
     (x0, y0, x1, y1), (u0, v0, u1, v1) = first, second
     width = np.minimum(x1, u1) - np.maximum(x0, u0) + side
@@ -199,7 +281,21 @@ def by_group(
     count: int,
     order: np.ndarray,  # (K,) a permutation of the items
 ) -> np.ndarray:  # (count, longest) items of each group in that order, -1 = none; longest is at least 1
-    """Lay items out as one row a group."""
+    """Lay items out as one row a group.
+
+    Parameters
+    ----------
+    groups : np.ndarray
+        (K,) 0 .. count-1
+    count : int
+    order : np.ndarray
+        (K,) a permutation of the items
+
+    Returns
+    -------
+    np.ndarray
+        (count, longest) items of each group in that order, -1 = none; longest is at least 1
+    """
     order = order[np.argsort(groups[order], kind="stable")]
     sizes = np.bincount(groups, minlength=count)
     place = np.arange(len(order)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
@@ -214,7 +310,21 @@ def match(
     thresholds: tuple[float, ...] = IOUS,  # T
     rules: MapRules = MAP_RULES["coco"],
 ) -> np.ndarray:  # (K, T) float: 1 hit, 0 false, NaN beyond the limit
-    """Which detections find a ground truth of their image and class, at each threshold."""
+    """Which detections find a ground truth of their image and class, at each threshold.
+
+    Parameters
+    ----------
+    detections : Boxes
+    truth : Boxes
+    thresholds : tuple[float, ...], default: IOUS
+        T
+    rules : MapRules, default: MAP_RULES['coco']
+
+    Returns
+    -------
+    np.ndarray
+        (K, T) float: 1 hit, 0 false, NaN beyond the limit
+    """
     kinds = np.concatenate([np.column_stack([boxes.image, boxes.classes]) for boxes in (truth, detections)])
     kinds, groups = np.unique(kinds, axis=0, return_inverse=True)
     groups = groups.reshape(-1)
@@ -237,7 +347,13 @@ def match(
 
 # %% ../../nbs/evaluate/04_metrics.ipynb #f87c6aab
 def single_points(count: int) -> np.ndarray:  # (count,) float32
-    """Recalls from 0 to 1 as `torch.linspace` gives them with fused rounding, counted from the nearer end."""
+    """Recalls from 0 to 1 as `torch.linspace` gives them with fused rounding, counted from the nearer end.
+
+    Returns
+    -------
+    np.ndarray
+        (count,) float32
+    """
     index, step = np.arange(count), np.float64(np.float32(1 / (count - 1)))
     return np.where(index < count // 2, index * step, 1 - (count - 1 - index) * step).astype(np.float32)
 
@@ -247,7 +363,21 @@ def average_precision(
     positives: int,  # ground truths
     rules: MapRules = MAP_RULES["coco"],
 ) -> np.ndarray:  # (T,)
-    """Mean over 101 recalls of the best precision at or beyond each; `rules.absent` without positives."""
+    """Mean over 101 recalls of the best precision at or beyond each; `rules.absent` without positives.
+
+    Parameters
+    ----------
+    hits
+        (K, T) 1 or 0, best score first
+    positives : int
+        ground truths
+    rules : MapRules, default: MAP_RULES['coco']
+
+    Returns
+    -------
+    np.ndarray
+        (T,)
+    """
     hits = np.asarray(hits, dtype=np.float64)
     if not positives:
         return np.full(hits.shape[1], rules.absent)
@@ -268,7 +398,22 @@ def average_precisions(
     classes: int | None = None,  # how many there are; None: those that occur
     rules: MapRules = MAP_RULES["coco"],
 ) -> pd.DataFrame:  # one row a threshold, one column a class
-    """Average precision at each overlap threshold, of each class."""
+    """Average precision at each overlap threshold, of each class.
+
+    Parameters
+    ----------
+    detections : Boxes
+    truth : Boxes
+    thresholds : tuple[float, ...], default: IOUS
+    classes : int | None, default: None
+        how many there are; None: those that occur
+    rules : MapRules, default: MAP_RULES['coco']
+
+    Returns
+    -------
+    pd.DataFrame
+        one row a threshold, one column a class
+    """
     if rules.skip_empty:
         counted = np.intersect1d(detections.image, truth.image)
         detections, truth = (boxes[np.isin(boxes.image, counted)] for boxes in (detections, truth))
@@ -309,7 +454,13 @@ def centre_hits(
     detections: Boxes,
     truth: Boxes,
 ) -> tuple[np.ndarray, np.ndarray]:  # found (K,) boxes so far, false (K,) false positives so far
-    """Walk down the detections, best score first, and count boxes that held a centre (border included), and centres in none."""
+    """Walk down the detections, best score first, and count boxes that held a centre (border included), and centres in none.
+
+    Returns
+    -------
+    tuple[np.ndarray, np.ndarray]
+        found (K,) boxes so far, false (K,) false positives so far
+    """
     ranked = detections[np.argsort(-detections.scores, kind="stable")]
     count, images = len(ranked), 1 + max(boxes.image.max(initial=-1) for boxes in (truth, detections))
     if not count:
@@ -330,7 +481,19 @@ def froc(
     points: tuple[float, ...] = FROC_POINTS,  # false positives an image
     recorded: bool = False,  # read the curve as LoVT's code does
 ) -> Froc:
-    """Free-response score. Without ground truth sensitivities are 0 (recorded: the score is 1, or NaN past a rate)."""
+    """Free-response score. Without ground truth sensitivities are 0 (recorded: the score is 1, or NaN past a rate).
+
+    Parameters
+    ----------
+    detections : Boxes
+    truth : Boxes
+    images : int
+        of the split, those without any box too
+    points : tuple[float, ...], default: FROC_POINTS
+        false positives an image
+    recorded : bool, default: False
+        read the curve as LoVT's code does
+    """
     found, false = centre_hits(detections, truth)
     sensitivity, rate = found / max(len(truth), 1), false / images
     if not recorded:
@@ -362,7 +525,22 @@ def detection_table(
     thresholds: tuple[float, ...] = IOUS,
     classes: int | None = None,
 ) -> pd.DataFrame:  # name, value, reported_by
-    """mAP and FROC in all conventions, from the same boxes. ValueError for boxes of images beyond the split."""
+    """mAP and FROC in all conventions, from the same boxes. ValueError for boxes of images beyond the split.
+
+    Parameters
+    ----------
+    detections : Boxes
+    truth : Boxes
+    images : int
+        of the split, those without any box too
+    thresholds : tuple[float, ...], default: IOUS
+    classes : int | None, default: None
+
+    Returns
+    -------
+    pd.DataFrame
+        name, value, reported_by
+    """
     last = max(boxes.image.max(initial=-1) for boxes in (detections, truth))
     if last >= images:
         raise ValueError(f"a box is of image {last}, but there are {images} images; they count from 0")
@@ -384,7 +562,16 @@ def calibration_error(
     outcomes,  # (n,) 1 or 0: what happened
     bins: int = 15,
 ) -> float:
-    """Expected calibration error with bins of equal width, right edges included (Guo et al. 2017); NaN without rows."""
+    """Expected calibration error with bins of equal width, right edges included (Guo et al. 2017); NaN without rows.
+
+    Parameters
+    ----------
+    probabilities
+        (n,) in 0..1
+    outcomes
+        (n,) 1 or 0: what happened
+    bins : int, default: 15
+    """
     probabilities, outcomes = np.asarray(probabilities, dtype=np.float64), np.asarray(outcomes, dtype=np.float64)
     if not len(outcomes):
         return np.nan
@@ -396,7 +583,15 @@ def best_f1(
     scores,  # (n,)
     labels,  # (n,) 1 or 0
 ) -> float:
-    """F1 at the threshold that is best for these very labels; NaN without positives."""
+    """F1 at the threshold that is best for these very labels; NaN without positives.
+
+    Parameters
+    ----------
+    scores
+        (n,)
+    labels
+        (n,) 1 or 0
+    """
     if not np.any(labels):
         return np.nan
     precision, recall, _ = precision_recall_curve(labels, scores)
@@ -422,7 +617,22 @@ def binary_metrics(
     threshold: float = 0.5,
     bins: int = 15,
 ) -> pd.DataFrame:  # index BINARY; value, chance
-    """What can be said of one finding, and what chance would get; NaN as the table above says, never an error."""
+    """What can be said of one finding, and what chance would get; NaN as the table above says, never an error.
+
+    Parameters
+    ----------
+    scores
+        (n,) higher means more likely positive
+    labels
+        (n,) 1 or 0; rows of any other label (NaN, -1) are left out
+    threshold : float, default: 0.5
+    bins : int, default: 15
+
+    Returns
+    -------
+    pd.DataFrame
+        index BINARY; value, chance
+    """
     scores, labels = np.asarray(scores, dtype=np.float64), np.asarray(labels, dtype=np.float64)
     used = (labels == 1) | (labels == 0)
     scores, labels = scores[used], labels[used]
@@ -471,7 +681,16 @@ def metric_rows(
     values: dict[str, tuple],  # what of -> (value, chance, images, positives, classes it speaks of)
     kind: str | None = None,  # of all of them, for REPORTED; None: as each is called
 ) -> list[dict[str, object]]:
-    """Rows of a table of metrics, each with who reports it."""
+    """Rows of a table of metrics, each with who reports it.
+
+    Parameters
+    ----------
+    name : str
+    values : dict[str, tuple]
+        what of -> (value, chance, images, positives, classes it speaks of)
+    kind : str | None, default: None
+        of all of them, for REPORTED; None: as each is called
+    """
     columns = ("value", "chance", "n", "positives", "classes")
     return [
         {"name": name, "of": of, **dict(zip(columns, told)), "reported_by": REPORTED.get((name, kind or of), "usual")}
@@ -484,7 +703,22 @@ def counted_classes(
     n,  # (C,) labelled images
     positives,  # (C,)
 ) -> np.ndarray:  # (C,) bool
-    """Which classes a macro mean is taken over: those for which the metric exists, whatever the scores."""
+    """Which classes a macro mean is taken over: those for which the metric exists, whatever the scores.
+
+    Parameters
+    ----------
+    name : str
+        of BINARY
+    n
+        (C,) labelled images
+    positives
+        (C,)
+
+    Returns
+    -------
+    np.ndarray
+        (C,) bool
+    """
     if name in ("AUROC", "balanced accuracy"):
         return (0 < positives) & (positives < n)
     return positives > 0 if name.startswith(("F1", "average")) else n > 0
@@ -497,7 +731,19 @@ def label_metrics(
     threshold: float = 0.5,
     bins: int = 15,
 ) -> list[dict[str, object]]:
-    """Metrics of every finding, their macro means and the micro ones."""
+    """Metrics of every finding, their macro means and the micro ones.
+
+    Parameters
+    ----------
+    scores
+        (n, C)
+    labels
+        (n, C) 1, 0, anything else = not used
+    classes
+        C names
+    threshold : float, default: 0.5
+    bins : int, default: 15
+    """
     used, true = np.isin(labels, (0, 1)), labels == 1
     n, positives = used.sum(0), true.sum(0)
     each = [binary_metrics(scores[:, c], labels[:, c], threshold, bins) for c in range(len(classes))]
@@ -529,7 +775,18 @@ def class_metrics(
     classes,  # C names
     bins: int = 15,
 ) -> list[dict[str, object]]:
-    """Metrics of exclusive classes; NaN where a score is NaN or no image is labelled."""
+    """Metrics of exclusive classes; NaN where a score is NaN or no image is labelled.
+
+    Parameters
+    ----------
+    scores
+        (n, C)
+    labels
+        (n,) 0 .. C-1, anything else = not used
+    classes
+        C names
+    bins : int, default: 15
+    """
     used = np.isin(labels, np.arange(len(classes)))
     scores, truth = scores[used], labels[used, None] == np.arange(len(classes))
     answers = np.where(np.isnan(scores), np.nan, scores.argmax(1)[:, None] == np.arange(len(classes)))
@@ -552,7 +809,17 @@ def grade_metrics(
     labels,  # (n,) grade 0 .. C-1, anything else = not used
     classes,  # C names
 ) -> list[dict[str, object]]:
-    """Metrics of ordered grades; NaN where a score is NaN or no image is labelled."""
+    """Metrics of ordered grades; NaN where a score is NaN or no image is labelled.
+
+    Parameters
+    ----------
+    scores
+        (n, C) probability of each grade
+    labels
+        (n,) grade 0 .. C-1, anything else = not used
+    classes
+        C names
+    """
     last = len(classes) - 1
     used = np.isin(labels, np.arange(last + 1))
     scores, labels = scores[used], labels[used].astype(int)
@@ -593,7 +860,28 @@ def classification_table(
     """All metrics of a classifier from its saved scores, each with what chance gets and who reports it.
 
     `of`: the class, macro, micro or all; `n` labelled images, `positives` of these, `classes` that the number speaks of.
-    Degenerate cases are NaN (see the notebook). ValueError for an unknown kind, and for shapes that do not fit."""
+    Degenerate cases are NaN (see the notebook). ValueError for an unknown kind, and for shapes that do not fit.
+
+    Parameters
+    ----------
+    scores
+        (n, C), or (n,) for one finding; probabilities where calibration matters
+    labels
+        as a Task's: "labels" (n, C) 1/0/NaN, "classes" and "ordinal" (n,) 0 .. C-1
+    classes
+        C names
+    kind : str, default: 'labels'
+        of KINDS
+    threshold : float, default: 0.5
+        of decisions, for "labels"
+    bins : int, default: 15
+        of the calibration error
+
+    Returns
+    -------
+    pd.DataFrame
+        name, of, value, chance, n, positives, classes, reported_by
+    """
     if kind not in KINDS:
         raise ValueError(f"kind is {kind!r}; expected one of {', '.join(KINDS)}")
     scores, labels = np.asarray(scores, dtype=np.float64), np.asarray(labels, dtype=np.float64)

@@ -23,7 +23,21 @@ from ..train.checkpoint import write_atomic
 # %% ../../nbs/evaluate/07b_predictions.ipynb #2c1c694f
 @dataclass
 class Predictions:
-    "What was said of n images, and what is true."
+    """What was said of n images, and what is true.
+
+    Parameters
+    ----------
+    kind : str
+        of the task
+    classes : tuple[str, ...]
+        C
+    image_id : np.ndarray
+        (n,)
+    patient_id : np.ndarray
+        (n,)
+    predicted : np.ndarray | Boxes
+    truth : np.ndarray | Boxes
+    """
 
     kind: str                       # of the task
     classes: tuple[str, ...]        # C
@@ -45,7 +59,15 @@ def join(
     parts: Sequence,        # arrays (b, ...), or Boxes whose images count from 0 in each batch
     sizes: Sequence[int],   # images of each batch
 ):
-    "Put batches together: one array, or Boxes of all images."
+    """Put batches together: one array, or Boxes of all images.
+
+    Parameters
+    ----------
+    parts : Sequence
+        arrays (b, ...), or Boxes whose images count from 0 in each batch
+    sizes : Sequence[int]
+        images of each batch
+    """
     if not isinstance(parts[0], Boxes):
         return np.concatenate(parts)
     starts = np.cumsum([0, *sizes[:-1]])
@@ -101,7 +123,18 @@ def macro_auroc(told: Predictions) -> float:
 
 # %% ../../nbs/evaluate/07b_predictions.ipynb #8ea5218e
 class Metric(NamedTuple):
-    "A number that may be watched."
+    """A number that may be watched.
+
+    Parameters
+    ----------
+    kinds : tuple[str, ...]
+        of tasks that it is for
+    definition : str
+    compute : Callable[[Any], float]
+        from what `reduce` leaves
+    reduce : Callable[[Predictions], Any], default: lambda told: told
+        to what still tells images apart, indexed by them
+    """
 
     kinds: tuple[str, ...]  # of tasks that it is for
     definition: str
@@ -146,7 +179,19 @@ def score_table(
     told: Predictions,
     batch_size: int = 64,   # of the batches that MGCA's Dice is the mean of
 ) -> pd.DataFrame:          # metric, value, n, reported_by
-    "All metrics of these predictions, in all conventions."
+    """All metrics of these predictions, in all conventions.
+
+    Parameters
+    ----------
+    told : Predictions
+    batch_size : int, default: 64
+        of the batches that MGCA's Dice is the mean of
+
+    Returns
+    -------
+    pd.DataFrame
+        metric, value, n, reported_by
+    """
     columns = ["metric", "value", "n", "reported_by"]
     if told.kind == "boxes":
         table = detection_table(told.predicted, told.truth, len(told), classes=len(told.classes)).rename(columns={"name": "metric"})

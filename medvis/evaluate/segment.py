@@ -32,7 +32,23 @@ def soft_dice(
     smooth: float = 0.0,
     dims: tuple[int, ...] | None = None,  # that are summed; None: all
 ) -> Tensor:  # scalar, or what dims leave
-    """Soft Dice coefficient, over the whole batch unless dims say otherwise. ValueError if shapes differ."""
+    """Soft Dice coefficient, over the whole batch unless dims say otherwise. ValueError if shapes differ.
+
+    Parameters
+    ----------
+    logits : Tensor
+        (B, ...) any shape
+    target : Tensor
+        same shape, 0..1
+    smooth : float, default: 0.0
+    dims : tuple[int, ...] | None, default: None
+        that are summed; None: all
+
+    Returns
+    -------
+    Tensor
+        scalar, or what dims leave
+    """
     _check_shapes(logits, target)
     probability = single(logits).sigmoid()
     target = target.to(probability)
@@ -46,7 +62,22 @@ def dice_loss(
     target: Tensor,  # same shape, 0..1
     per_class: bool = False,  # the mean of a Dice for each class of axis 1; False: all in one sum (LoVT's code)
 ) -> Tensor:  # scalar in 0..1
-    """Soft Dice loss over the batch; 0, with no gradient, for a class (or batch) without a positive pixel."""
+    """Soft Dice loss over the batch; 0, with no gradient, for a class (or batch) without a positive pixel.
+
+    Parameters
+    ----------
+    logits : Tensor
+        (B, H, W) or (B, C, H, W)
+    target : Tensor
+        same shape, 0..1
+    per_class : bool, default: False
+        the mean of a Dice for each class of axis 1; False: all in one sum (LoVT's code)
+
+    Returns
+    -------
+    Tensor
+        scalar in 0..1
+    """
     dims = tuple(axis for axis in range(logits.ndim) if not (per_class and axis == 1))
     loss = 1 - soft_dice(logits, target, dims=dims)
     return (loss * (target.sum(dims) > 0)).mean()
@@ -57,7 +88,20 @@ def focal_loss(
     target: Tensor,  # same shape, 0..1
     gamma: float = 2.0,
 ) -> Tensor:  # scalar
-    """Mean focal loss (MGCA's released form for soft masks), in single precision at least. ValueError if shapes differ."""
+    """Mean focal loss (MGCA's released form for soft masks), in single precision at least. ValueError if shapes differ.
+
+    Parameters
+    ----------
+    logits : Tensor
+    target : Tensor
+        same shape, 0..1
+    gamma : float, default: 2.0
+
+    Returns
+    -------
+    Tensor
+        scalar
+    """
     _check_shapes(logits, target)
     logits = single(logits)
     target = target.to(logits)
@@ -72,7 +116,22 @@ def mixed_loss(
     gamma: float = 2.0,
     smooth: float = 1.0,
 ) -> Losses:  # parts focal, dice
-    """Focal loss minus the logarithm of the soft Dice (MGCA, released code)."""
+    """Focal loss minus the logarithm of the soft Dice (MGCA, released code).
+
+    Parameters
+    ----------
+    logits : Tensor
+    target : Tensor
+        same shape, 0..1
+    alpha : float, default: 10.0
+    gamma : float, default: 2.0
+    smooth : float, default: 1.0
+
+    Returns
+    -------
+    Losses
+        parts focal, dice
+    """
     return add_up(
         focal=alpha * focal_loss(logits, target, gamma),
         dice=-soft_dice(logits, target, smooth).log(),
@@ -102,19 +161,47 @@ class Segmenter(nn.Module):
         raw: Tensor,  # (B, C, H, W) logits
         target: Tensor,  # (B, C, H, W) masks, 0..1
     ) -> Losses:
-        "What it costs; ValueError for masks of another size."
+        """What it costs; ValueError for masks of another size.
+
+        Parameters
+        ----------
+        raw : Tensor
+            (B, C, H, W) logits
+        target : Tensor
+            (B, C, H, W) masks, 0..1
+        """
         return SEGMENTATION_LOSSES[self.objective](raw, target)
 
     def predict(
         self,
         raw: Tensor,  # (B, C, H, W) logits
     ) -> Tensor:  # (B, C, H, W) probabilities, single precision at least
-        "The probability of each pixel to belong to each class."
+        """The probability of each pixel to belong to each class.
+
+        Parameters
+        ----------
+        raw : Tensor
+            (B, C, H, W) logits
+
+        Returns
+        -------
+        Tensor
+            (B, C, H, W) probabilities, single precision at least
+        """
         return single(raw).sigmoid()
 
 # %% ../../nbs/evaluate/06_segment.ipynb #0cc15f29
 class LinearSegmenter(Segmenter):
-    """One linear layer on every region, enlarged bilinearly to the image (LoVT's linear protocol)."""
+    """One linear layer on every region, enlarged bilinearly to the image (LoVT's linear protocol).
+
+    Parameters
+    ----------
+    encoder : nn.Module
+        an image encoder
+    classes : Sequence[str]
+    objective : str, default: 'dice'
+        classes are independent as in LoVT's supplement; "dice-joint" as in its code
+    """
 
     needs = "regions"
 
@@ -131,6 +218,16 @@ class LinearSegmenter(Segmenter):
         self,
         regions: Tensor,  # (B, N, D) of a square grid, row-major
     ) -> Tensor:  # (B, C, H, W) logits
+        """Parameters
+        ----------
+        regions : Tensor
+            (B, N, D) of a square grid, row-major
+
+        Returns
+        -------
+        Tensor
+            (B, C, H, W) logits
+        """
         side = math.isqrt(regions.shape[1])
         logits = self.linear(regions).mT.unflatten(2, (side, side))
         return F.interpolate(logits, size=(self.size,) * 2, mode="bilinear", align_corners=False)
@@ -156,6 +253,18 @@ class UpBlock(nn.Module):
         x: Tensor,  # (B, width_in, h, w)
         skip: Tensor,  # (B, skip, step * h, step * w)
     ) -> Tensor:  # (B, width, step * h, step * w)
+        """Parameters
+        ----------
+        x : Tensor
+            (B, width_in, h, w)
+        skip : Tensor
+            (B, skip, step * h, step * w)
+
+        Returns
+        -------
+        Tensor
+            (B, width, step * h, step * w)
+        """
         return self.mix(torch.cat([self.up(x), skip], 1))
 
 # %% ../../nbs/evaluate/06_segment.ipynb #9aa79d2e
@@ -181,6 +290,16 @@ class UNet(Segmenter):
         self,
         maps: Sequence[Tensor],  # of encoder.pyramid, the image first
     ) -> Tensor:  # (B, C, H, W) logits
+        """Parameters
+        ----------
+        maps : Sequence[Tensor]
+            of encoder.pyramid, the image first
+
+        Returns
+        -------
+        Tensor
+            (B, C, H, W) logits
+        """
         x = self.bridge(maps[-1])
         for step, skip in zip(self.steps, reversed(maps[:-1]), strict=True):
             x = step(x, skip)
@@ -204,6 +323,16 @@ class SmpUNet(Segmenter):
         self,
         maps: Sequence[Tensor],  # of encoder.pyramid, the image first: only its size is used
     ) -> Tensor:  # (B, C, H, W) logits
+        """Parameters
+        ----------
+        maps : Sequence[Tensor]
+            of encoder.pyramid, the image first: only its size is used
+
+        Returns
+        -------
+        Tensor
+            (B, C, H, W) logits
+        """
         return self.head(self.decoder(list(maps)))
 
 # %% ../../nbs/evaluate/06_segment.ipynb #b136919d
@@ -231,6 +360,16 @@ class SetrDecoder(Segmenter):
         self,
         maps: Sequence[Tensor],  # of encoder.pyramid; only the coarsest is used
     ) -> Tensor:  # (B, C, H, W) logits
+        """Parameters
+        ----------
+        maps : Sequence[Tensor]
+            of encoder.pyramid; only the coarsest is used
+
+        Returns
+        -------
+        Tensor
+            (B, C, H, W) logits
+        """
         x = self.project(maps[-1])
         for left, step in zip(reversed(range(len(self.steps))), self.steps):
             side = 2 * x.shape[-1] if left else self.size

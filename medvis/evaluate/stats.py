@@ -25,7 +25,21 @@ def resample(
 ) -> np.ndarray:  # (1 + R, n) float64 weights; row 0 is all ones
     """Draw groups with replacement; each row of the result says how often each item came up.
 
-    Row 0 is the sample itself. The draws depend on the seed, the number of groups and their order of appearance."""
+    Row 0 is the sample itself. The draws depend on the seed, the number of groups and their order of appearance.
+
+    Parameters
+    ----------
+    groups
+        (n,) whose row this is: the patient, or the study; drawn together
+    resamples : int, default: 500
+        R
+    seed : int, default: 0
+
+    Returns
+    -------
+    np.ndarray
+        (1 + R, n) float64 weights; row 0 is all ones
+    """
     groups = np.asarray(groups)
     _, first, inverse = np.unique(groups, return_index=True, return_inverse=True)
     codes = np.argsort(np.argsort(first))[inverse]
@@ -41,7 +55,21 @@ def auroc(
 ):  # float, or (R,) one AUROC for each row of weights
     """Weighted area under the ROC curve, ties counted one half; NaN where a class has no weight.
 
-    Raises ValueError when the lengths differ or a score of a labelled row is NaN."""
+    Raises ValueError when the lengths differ or a score of a labelled row is NaN.
+
+    Parameters
+    ----------
+    scores
+        (n,) higher means more likely positive
+    labels
+        (n,) 1 or 0; rows of any other label (NaN, -1) are left out
+    weights : default: None
+        (n,) or (R, n) non-negative; None counts every row once
+
+    Returns
+    -------
+    float, or (R,) one AUROC for each row of weights
+    """
     scores, labels = np.asarray(scores, dtype=np.float64), np.asarray(labels, dtype=np.float64)
     weights = np.ones(len(scores)) if weights is None else np.asarray(weights, dtype=np.float64)
     if not scores.shape == labels.shape == weights.shape[-1:]:
@@ -78,7 +106,14 @@ def interval(
     replicates,  # (1 + R,) the statistic on the sample, then on each draw
     level: float = 0.95,
 ) -> Interval:
-    """Percentile bootstrap interval. Draws on which the statistic does not exist (NaN) are left out."""
+    """Percentile bootstrap interval. Draws on which the statistic does not exist (NaN) are left out.
+
+    Parameters
+    ----------
+    replicates
+        (1 + R,) the statistic on the sample, then on each draw
+    level : float, default: 0.95
+    """
     replicates = np.asarray(replicates, dtype=np.float64)
     drawn = replicates[1:][~np.isnan(replicates[1:])]
     if np.isnan(replicates[0]) or not len(drawn):
@@ -95,7 +130,20 @@ def bootstrap_auroc(
     seed: int = 0,
     level: float = 0.95,
 ) -> Interval:
-    """AUROC with its patient-level bootstrap interval."""
+    """AUROC with its patient-level bootstrap interval.
+
+    Parameters
+    ----------
+    scores
+        (n,)
+    labels
+        (n,)
+    patients
+        (n,) drawn together
+    resamples : int, default: 500
+    seed : int, default: 0
+    level : float, default: 0.95
+    """
     return interval(auroc(scores, labels, resample(patients, resamples, seed)), level)
 
 # %% ../../nbs/evaluate/01_stats.ipynb #9cd9f3ee
@@ -106,7 +154,18 @@ def bootstrap_mean(
     seed: int = 0,
     level: float = 0.95,
 ) -> Interval:
-    """Mean of values with an interval from drawing whole groups; NaN when there are none."""
+    """Mean of values with an interval from drawing whole groups; NaN when there are none.
+
+    Parameters
+    ----------
+    values
+        (n,)
+    groups
+        (n,) drawn together
+    resamples : int, default: 500
+    seed : int, default: 0
+    level : float, default: 0.95
+    """
     values = np.asarray(values, dtype=np.float64)
     if not len(values):
         return Interval(np.nan, np.nan, np.nan)
@@ -119,7 +178,16 @@ def paired_difference(
     second,  # (1 + R,) replicates on the same draws
     level: float = 0.95,
 ) -> Interval:
-    """Interval of first minus second, taken draw by draw. Raises ValueError if the numbers of draws differ."""
+    """Interval of first minus second, taken draw by draw. Raises ValueError if the numbers of draws differ.
+
+    Parameters
+    ----------
+    first
+        (1 + R,) replicates
+    second
+        (1 + R,) replicates on the same draws
+    level : float, default: 0.95
+    """
     first, second = np.asarray(first), np.asarray(second)
     if first.shape != second.shape:
         raise ValueError(
@@ -136,7 +204,22 @@ def bootstrap(
 ) -> np.ndarray:  # (1 + R,) or (1 + R, K) the metric on the sample, then on each draw: see `interval`
     """Replicates of any metric of predictions: it is called with the rows of the sample, then with those of each draw.
 
-    A patient who came up twice has his rows in there twice."""
+    A patient who came up twice has his rows in there twice.
+
+    Parameters
+    ----------
+    metric : Callable
+        row numbers (n,) -> a number, or an array of K numbers
+    groups
+        (n,) whose row this is; drawn together
+    resamples : int, default: 500
+    seed : int, default: 0
+
+    Returns
+    -------
+    np.ndarray
+        (1 + R,) or (1 + R, K) the metric on the sample, then on each draw: see `interval`
+    """
     rows = np.arange(len(groups))
     return np.array(
         [metric(np.repeat(rows, draw.astype(int))) for draw in resample(groups, resamples, seed)], dtype=float
@@ -146,7 +229,13 @@ def bootstrap(
 def bootstrap_p(
     differences,  # (1 + R,) replicates of a difference
 ) -> float:
-    """Two-sided p value of a paired bootstrap; NaN without a difference or without draws."""
+    """Two-sided p value of a paired bootstrap; NaN without a difference or without draws.
+
+    Parameters
+    ----------
+    differences
+        (1 + R,) replicates of a difference
+    """
     differences = np.asarray(differences, dtype=np.float64)
     drawn = differences[1:][~np.isnan(differences[1:])]
     if np.isnan(differences[0]) or not len(drawn):
@@ -171,7 +260,16 @@ def seed_interval(
 ) -> Interval:
     """Mean over runs with its interval; no interval (NaN) for one run, no mean if a run has no number.
 
-    Raises ValueError for an unknown rule."""
+    Raises ValueError for an unknown rule.
+
+    Parameters
+    ----------
+    values
+        (n,) one number a run
+    rule : str, default: 'student-t'
+        or "lovt": 1.96 standard errors, whatever n is (level is then .95)
+    level : float, default: 0.95
+    """
     if rule not in SEED_RULES:
         raise ValueError(f"rule is {rule!r}; expected one of {', '.join(SEED_RULES)}")
     values = np.asarray(values, dtype=np.float64)
@@ -188,7 +286,20 @@ def coverage(
     rule: str = "student-t",
     level: float = 0.95,
 ) -> float:  # share, to a hundredth; NaN for fewer than two
-    """How often `seed_interval` holds the mean of normal runs, counted over 20 000 simulated experiments."""
+    """How often `seed_interval` holds the mean of normal runs, counted over 20 000 simulated experiments.
+
+    Parameters
+    ----------
+    count : int
+        runs
+    rule : str, default: 'student-t'
+    level : float, default: 0.95
+
+    Returns
+    -------
+    float
+        share, to a hundredth; NaN for fewer than two
+    """
     if count < 2:
         return np.nan
     experiments = np.random.default_rng(0).normal(size=(20_000, count))
@@ -207,7 +318,17 @@ def paired_test(
     """Two-sided p value of the differences of paired runs; 1 if all are 0.
 
     NaN with fewer than two pairs, with a number missing, or for a t test whose differences are all the same.
-    Raises ValueError for an unknown test or for numbers of runs that differ."""
+    Raises ValueError for an unknown test or for numbers of runs that differ.
+
+    Parameters
+    ----------
+    first
+        (n,) one number a run
+    second
+        (n,) of the other method, the same seeds in the same order
+    test : str, default: 'sign-flip'
+        exact up to 16 runs, with 65 536 random flips beyond
+    """
     if test not in PAIRED_TESTS:
         raise ValueError(f"test is {test!r}; expected one of {', '.join(PAIRED_TESTS)}")
     first, second = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
@@ -230,7 +351,14 @@ def smallest_p(
     pairs: int,
     test: str = "sign-flip",  # of PAIRED_TESTS
 ) -> float:
-    """The smallest p that a paired test can give for so many pairs, all pointing one way; NaN for fewer than two."""
+    """The smallest p that a paired test can give for so many pairs, all pointing one way; NaN for fewer than two.
+
+    Parameters
+    ----------
+    pairs : int
+    test : str, default: 'sign-flip'
+        of PAIRED_TESTS
+    """
     if pairs < 2:
         return np.nan
     return 0.0 if test == "paired-t" else max(2 / 2**pairs, 2 / (2**16 + 1) if test == "sign-flip" and pairs > 16 else 0.0)
@@ -243,7 +371,19 @@ def corrected(
     p,  # (m,) p values of one family of tests; NaN = no test
     rule: str = "holm",
 ) -> np.ndarray:  # (m,) in the same order
-    """p values corrected for their number; those that are NaN stay so, and do not count. ValueError for an unknown rule."""
+    """p values corrected for their number; those that are NaN stay so, and do not count. ValueError for an unknown rule.
+
+    Parameters
+    ----------
+    p
+        (m,) p values of one family of tests; NaN = no test
+    rule : str, default: 'holm'
+
+    Returns
+    -------
+    np.ndarray
+        (m,) in the same order
+    """
     if rule not in CORRECTIONS:
         raise ValueError(f"correction is {rule!r}; expected one of {', '.join(CORRECTIONS)}")
     p = np.asarray(p, dtype=np.float64)
@@ -259,7 +399,13 @@ def corrected(
 def fingerprint(
     predictions,  # a table, or an array
 ) -> str:
-    """SHA-256 of predictions, to tell runs apart: equal if, and only if, every number and its place are."""
+    """SHA-256 of predictions, to tell runs apart: equal if, and only if, every number and its place are.
+
+    Parameters
+    ----------
+    predictions
+        a table, or an array
+    """
     if isinstance(predictions, pd.DataFrame):
         told = pd.util.hash_pandas_object(predictions.reset_index(drop=True)).to_numpy()
         return hashlib.sha256(" ".join(map(str, predictions.columns)).encode() + told.tobytes()).hexdigest()
@@ -274,7 +420,15 @@ def check_runs(
     results: pd.DataFrame,  # one row a run and metric; columns of RUN, those in `keys`, perhaps `predictions`: a fingerprint
     keys: Sequence[str] = ("metric",),  # what tells the rows of one run apart
 ) -> None:
-    """Refuse duplicate runs: ValueError naming a run that is there twice, or seeds or encoders with the very same predictions."""
+    """Refuse duplicate runs: ValueError naming a run that is there twice, or seeds or encoders with the very same predictions.
+
+    Parameters
+    ----------
+    results : pd.DataFrame
+        one row a run and metric; columns of RUN, those in `keys`, perhaps `predictions`: a fingerprint
+    keys : Sequence[str], default: ('metric',)
+        what tells the rows of one run apart
+    """
     rows = [name for name in (*RUN, *keys) if name in results]
     if (twice := results.duplicated(rows, keep=False)).any():
         told = results[twice][rows].drop_duplicates().head(3).to_dict("records")
@@ -310,7 +464,29 @@ def compare(
     covers: how often intervals by this rule hold the truth for n normal runs (`coverage`); p_least: the smallest p, before correction, that the
     test can give for so many pairs: above 0.05 it cannot call any gain significant.
 
-    Raises ValueError for duplicate runs, missing columns or a baseline that is not there."""
+    Raises ValueError for duplicate runs, missing columns or a baseline that is not there.
+
+    Parameters
+    ----------
+    results : pd.DataFrame
+        one row a run and metric: encoder, seed, value, and the columns in `keys`; see check_runs
+    baseline : str | None, default: None
+        encoder that the others are tested against; None: no tests
+    keys : Sequence[str], default: ('protocol', 'fraction', 'metric')
+        what is never mixed
+    rule : str, default: 'student-t'
+        of SEED_RULES
+    test : str, default: 'sign-flip'
+        of PAIRED_TESTS
+    correction : str, default: 'holm'
+        of CORRECTIONS
+    level : float, default: 0.95
+
+    Returns
+    -------
+    pd.DataFrame
+        keys, encoder, mean, low, high, std, n, covers, gain, gain_low, gain_high, pairs, p, p_least, p_corrected
+    """
     if missing := [name for name in (*keys, "encoder", "seed", "value") if name not in results]:
         raise ValueError(f"results need the columns {', '.join(missing)}; found {', '.join(map(str, results.columns))}")
     check_runs(results, [name for name in keys if name not in RUN])
@@ -350,7 +526,27 @@ def compare_predictions(
 ) -> pd.DataFrame:  # method, value, low, high, gain, gain_low, gain_high, p, p_corrected, n (rows), groups
     """A metric of several methods' predictions with patient-bootstrap intervals, and differences from a baseline.
 
-    Raises ValueError if numbers of rows differ or the baseline is not there. p is NaN for fewer than two groups."""
+    Raises ValueError if numbers of rows differ or the baseline is not there. p is NaN for fewer than two groups.
+
+    Parameters
+    ----------
+    predictions : Mapping[str, Sequence]
+        method -> what it said of n rows, and the truth; indexed by rows, as an array is
+    groups
+        (n,) patient of each row; drawn together
+    metric : Callable
+        predictions of some rows -> number
+    baseline : str
+    resamples : int, default: 500
+    seed : int, default: 0
+    correction : str, default: 'holm'
+    level : float, default: 0.95
+
+    Returns
+    -------
+    pd.DataFrame
+        method, value, low, high, gain, gain_low, gain_high, p, p_corrected, n (rows), groups
+    """
     groups, count = np.asarray(groups), len(np.unique(np.asarray(groups)))
     sizes = {name: len(told) for name, told in predictions.items()}
     if baseline not in sizes or {*sizes.values()} != {len(groups)}:

@@ -19,7 +19,13 @@ from ..objectives.tokens import gloria_attention, gloria_loss, gloria_scores
 
 # %% ../../nbs/methods/07_gloria.ipynb #807a79f8
 def cls_and_words(text: TextFeatures) -> tuple[Tensor, Tensor]:  # (B, 1 + W, D), (B, 1 + W)
-    "The words that GLoRIA contrasts, [CLS] first, and their mask."
+    """The words that GLoRIA contrasts, [CLS] first, and their mask.
+
+    Returns
+    -------
+    tuple[Tensor, Tensor]
+        (B, 1 + W, D), (B, 1 + W)
+    """
     return torch.cat([text.tokens[:, :1], text.words], 1), F.pad(text.word_mask, (1, 0), value=True)
 
 # %% ../../nbs/methods/07_gloria.ipynb #96b703eb
@@ -63,10 +69,20 @@ class GLoRIA(Method):
         return Aligned(regions, chosen.mT @ text.words, text.words, from_image, mask, image.grid, "word")
 
     def embed_image(self, image: Tensor) -> tuple[Tensor, Tensor]:  # (B, D) global; (B, N, D) regions
+        """Returns
+        -------
+        tuple[Tensor, Tensor]
+            (B, D) global; (B, N, D) regions
+        """
         seen = self.image_encoder(image)
         return self.global_image(seen.whole), self.local_image(seen.regions)
 
     def embed_text(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:  # (B, D) global; (B, 1 + W, D) words and mask
+        """Returns
+        -------
+        tuple[Tensor, Tensor, Tensor]
+            (B, D) global; (B, 1 + W, D) words and mask
+        """
         text = self.read(batch)
         return text.whole, *cls_and_words(text)
 

@@ -31,13 +31,35 @@ class Losses:
 def add_up(
     **parts: Tensor,  # weighted scalars by name
 ) -> Losses:
-    "Losses from their parts."
+    """Losses from their parts.
+
+    Parameters
+    ----------
+    **parts : Tensor
+        weighted scalars by name
+    """
     return Losses(sum(parts.values()), {name: part.detach() for name, part in parts.items()})
 
 # %% ../../nbs/methods/01_method.ipynb #24a38365
 @dataclass
 class Correspondence:
-    "How well each region fits each word and each sentence of its own report; padding is masked, regions are row-major."
+    """How well each region fits each word and each sentence of its own report; padding is masked, regions are row-major.
+
+    Parameters
+    ----------
+    words : Tensor
+        (B, N, W) scores
+    sentences : Tensor
+        (B, N, M) scores
+    word_mask : Tensor
+        (B, W) True = valid
+    sentence_mask : Tensor
+        (B, M)
+    grid : tuple[int, int]
+        (h, w), N = h*w
+    prototypes : Tensor | None, default: None
+        (B, N, K) scores of disease prototypes, for methods that have them
+    """
     words: Tensor           # (B, N, W) scores
     sentences: Tensor       # (B, N, M) scores
     word_mask: Tensor       # (B, W) True = valid
@@ -53,7 +75,19 @@ def cosine_correspondence(
     text: TextFeatures,
     grid: tuple[int, int],
 ) -> Correspondence:
-    "Scores as cosines in the shared space."
+    """Scores as cosines in the shared space.
+
+    Parameters
+    ----------
+    regions : Tensor
+        (B, N, d) projected
+    words : Tensor
+        (B, W, d)
+    sentences : Tensor
+        (B, M, d)
+    text : TextFeatures
+    grid : tuple[int, int]
+    """
     regions = unit(regions)
     return Correspondence(
         regions @ unit(words).mT, regions @ unit(sentences).mT, text.word_mask, text.sentence_mask, grid)
@@ -135,13 +169,29 @@ class Method(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} does not define a correspondence")
 
     def embed_image(self, image: Tensor) -> Any:  # (B, C, H, W) -> what `similarity` wants of B images
+        """Returns
+        -------
+        Any
+            (B, C, H, W) -> what `similarity` wants of B images
+        """
         raise NotImplementedError(f"{type(self).__name__} does not embed images")
 
     def embed_text(self, batch: Batch) -> Any:    # what `similarity` wants of B texts; the batch's images are not looked at
+        """Returns
+        -------
+        Any
+            what `similarity` wants of B texts; the batch's images are not looked at
+        """
         raise NotImplementedError(f"{type(self).__name__} does not embed texts")
 
     def similarity(self, image: Any, text: Any) -> Tensor:  # (I, T), higher = fits better
-        "How well every image fits every text, from their embeddings: cosines, unless the method trains another score."
+        """How well every image fits every text, from their embeddings: cosines, unless the method trains another score.
+
+        Returns
+        -------
+        Tensor
+            (I, T), higher = fits better
+        """
         return unit(image) @ unit(text).mT
 
 # %% ../../nbs/methods/01_method.ipynb #13bfb585
@@ -149,7 +199,19 @@ def negatives(
     batch: Batch,
     rule: str,                 # "all", "other-study" or "other-patient"
 ) -> Tensor | None:            # (B, B) bool for clip_loss; None = all
-    "Which pairs of a batch may be contrasted. Raises ValueError for an unknown rule."
+    """Which pairs of a batch may be contrasted. Raises ValueError for an unknown rule.
+
+    Parameters
+    ----------
+    batch : Batch
+    rule : str
+        "all", "other-study" or "other-patient"
+
+    Returns
+    -------
+    Tensor | None
+        (B, B) bool for clip_loss; None = all
+    """
     owners = {"all": None, "other-study": batch.study_id, "other-patient": batch.patient_id}
     known("rule for negatives", [rule], owners)
     return None if owners[rule] is None else valid_pairs(owners[rule])

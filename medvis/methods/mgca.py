@@ -20,7 +20,13 @@ from ..objectives.tokens import clip_weights, gather_context, matching_scores, t
 
 # %% ../../nbs/methods/03_mgca.ipynb #929da91f
 def token_loss(method: "MGCA", image: ImageFeatures, text: TextFeatures) -> Tensor:  # scalar
-    "CTA from the features of a batch; as released, padding takes part in batch statistics and contrast."
+    """CTA from the features of a batch; as released, padding takes part in batch statistics and contrast.
+
+    Returns
+    -------
+    Tensor
+        scalar
+    """
     c = method.config
     regions = method.local_image(image.regions)
     words = method.local_text(text.words, text.word_mask if c.mask_padding else None)
@@ -57,7 +63,13 @@ def _attentions(config: MGCAConfig) -> tuple[nn.Module | None, nn.Module | None]
 
 # %% ../../nbs/methods/03_mgca.ipynb #3e4a56b0
 def prototype_scores(method: "MGCA", image: ImageFeatures) -> Tensor | None:  # (B, N, K)
-    "Cosine of every region, seen as an image of its own, with every prototype; None without prototypes or where widths differ."
+    """Cosine of every region, seen as an image of its own, with every prototype; None without prototypes or where widths differ.
+
+    Returns
+    -------
+    Tensor | None
+        (B, N, K)
+    """
     if method.prototypes is None or method.image_encoder.region_dim != method.image_encoder.whole_dim:
         return None
     return unit(method.global_image(image.regions)) @ unit(method.prototypes).T
@@ -127,7 +139,17 @@ class MGCA(Method):
         return Aligned(regions, from_text, words, from_image, mask, image.grid, "word")
 
     def embed_image(self, image: Tensor) -> Tensor:  # (B, d)
+        """Returns
+        -------
+        Tensor
+            (B, d)
+        """
         return self.global_image(self.image_encoder(image).whole)
 
     def embed_text(self, batch: Batch) -> Tensor:  # (B, d)
+        """Returns
+        -------
+        Tensor
+            (B, d)
+        """
         return self.global_text(self.read(batch).whole)

@@ -27,6 +27,18 @@ class CosineCritic(nn.Module):
         image: Tensor,  # (..., Di)
         text: Tensor,   # (..., Dt)
     ) -> Tensor:        # (...) scores f; the leading axes are broadcast
+        """Parameters
+        ----------
+        image : Tensor
+            (..., Di)
+        text : Tensor
+            (..., Dt)
+
+        Returns
+        -------
+        Tensor
+            (...) scores f; the leading axes are broadcast
+        """
         return (unit(self.image(image)) * unit(self.text(text))).sum(-1) / self.temperature
 
     def scores(
@@ -35,7 +47,22 @@ class CosineCritic(nn.Module):
         text: Tensor,              # (C, Dt)
         chunk: int | None = None,  # as in Discriminator; nothing here is large enough to need it
     ) -> Tensor:                   # (B, C)
-        "Scores of all pairs: every image in a row, every text in a column."
+        """Scores of all pairs: every image in a row, every text in a column.
+
+        Parameters
+        ----------
+        image : Tensor
+            (B, Di); or (B, C, Di), a vector of its own for every pair
+        text : Tensor
+            (C, Dt)
+        chunk : int | None, default: None
+            as in Discriminator; nothing here is large enough to need it
+
+        Returns
+        -------
+        Tensor
+            (B, C)
+        """
         if image.ndim == 3:
             return self(image, text)
         with torch.autocast(image.device.type, enabled=False):
@@ -48,7 +75,23 @@ def mixture_scores(
     sentence: Tensor,          # (C, Dt)
     chunk: int | None = None,  # most pairs judged at a time
 ) -> Tensor:                   # (B, C) F; between the highest region score less log N and the highest region score
-    "Scores of all images with all sentences, the region that a sentence means being hidden (log of a mean of exponentials)."
+    """Scores of all images with all sentences, the region that a sentence means being hidden (log of a mean of exponentials).
+
+    Parameters
+    ----------
+    critic : Discriminator | CosineCritic
+    regions : Tensor
+        (B, N, Di)
+    sentence : Tensor
+        (C, Dt)
+    chunk : int | None, default: None
+        most pairs judged at a time
+
+    Returns
+    -------
+    Tensor
+        (B, C) F; between the highest region score less log N and the highest region score
+    """
     scores = single(critic.scores(regions.flatten(0, 1), sentence, chunk).unflatten(0, regions.shape[:2]))
     highest = scores.detach().amax(1)  # taken out so that nothing overflows; faster than logsumexp, whose backward looks again
     return (scores - highest[:, None]).exp().mean(1).log() + highest

@@ -37,6 +37,18 @@ class Discriminator(nn.Module):
         image: Tensor,  # (..., Di)
         text: Tensor,   # (..., Dt)
     ) -> Tensor:        # (...) scores f; the leading axes are broadcast
+        """Parameters
+        ----------
+        image : Tensor
+            (..., Di)
+        text : Tensor
+            (..., Dt)
+
+        Returns
+        -------
+        Tensor
+            (...) scores f; the leading axes are broadcast
+        """
         with torch.autocast(image.device.type, enabled=False):
             return self.layers[1:](self._first("image", image) + self._first("text", text)).squeeze(-1)
 
@@ -46,7 +58,22 @@ class Discriminator(nn.Module):
         text: Tensor,               # (C, Dt)
         chunk: int | None = None,   # most pairs judged at a time; None = all
     ) -> Tensor:                    # (B, C)
-        "Scores of all pairs: every image in a row, every text in a column."
+        """Scores of all pairs: every image in a row, every text in a column.
+
+        Parameters
+        ----------
+        image : Tensor
+            (B, Di); or (B, C, Di), a vector of its own for every pair
+        text : Tensor
+            (C, Dt)
+        chunk : int | None, default: None
+            most pairs judged at a time; None = all
+
+        Returns
+        -------
+        Tensor
+            (B, C)
+        """
         if text.ndim != 2 or image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[1] != len(text)):
             found = f"{tuple(image.shape)} and {tuple(text.shape)}"
             raise ValueError(f"expected images (B, Di) or (B, C, Di), and texts (C, Dt); found {found}")
@@ -67,7 +94,15 @@ def score_table(
     scores: Tensor,         # (B, C), C >= B: text i belongs to image i, texts beyond B to none
     valid: Tensor | None,   # (B, C) bool; None = all
 ) -> tuple[Tensor, Tensor, Tensor]:
-    "Scores in single precision at least, which pairs are matched, which count. ValueError for tables of another shape."
+    """Scores in single precision at least, which pairs are matched, which count. ValueError for tables of another shape.
+
+    Parameters
+    ----------
+    scores : Tensor
+        (B, C), C >= B: text i belongs to image i, texts beyond B to none
+    valid : Tensor | None
+        (B, C) bool; None = all
+    """
     if scores.ndim != 2 or not 0 < scores.shape[0] <= scores.shape[1]:
         raise ValueError(f"scores have shape {tuple(scores.shape)}; expected (B, B), images in rows and texts in columns")
     if valid is not None and (valid.shape != scores.shape or valid.dtype != torch.bool):
@@ -80,7 +115,20 @@ def dv_bound(
     scores: Tensor,                # (B, B) f, images in rows, texts in columns
     valid: Tensor | None = None,   # (B, B) bool, False = this pair is not a negative
 ) -> Tensor:                       # scalar, to be maximised; 0 without any negative
-    "Lower bound on the mutual information in nats (Donsker-Varadhan; local-mi Eq. 3; released `dv`, sign turned)."
+    """Lower bound on the mutual information in nats (Donsker-Varadhan; local-mi Eq. 3; released `dv`, sign turned).
+
+    Parameters
+    ----------
+    scores : Tensor
+        (B, B) f, images in rows, texts in columns
+    valid : Tensor | None, default: None
+        (B, B) bool, False = this pair is not a negative
+
+    Returns
+    -------
+    Tensor
+        scalar, to be maximised; 0 without any negative
+    """
     scores, matched, valid = score_table(scores, valid)
     negative = valid & ~matched
     count = negative.sum()
@@ -93,7 +141,20 @@ def cpc_bound(
     scores: Tensor,                # (B, B) f, images in rows, texts in columns
     valid: Tensor | None = None,   # (B, B) bool, False = this text is no candidate for this image
 ) -> Tensor:                       # scalar, to be maximised; at most log B
-    "Lower bound on the mutual information in nats (contrastive predictive coding; local-mi Eq. 4 plus log B)."
+    """Lower bound on the mutual information in nats (contrastive predictive coding; local-mi Eq. 4 plus log B).
+
+    Parameters
+    ----------
+    scores : Tensor
+        (B, B) f, images in rows, texts in columns
+    valid : Tensor | None, default: None
+        (B, B) bool, False = this text is no candidate for this image
+
+    Returns
+    -------
+    Tensor
+        scalar, to be maximised; at most log B
+    """
     scores, _, valid = score_table(scores, valid)
     hit = scores.diagonal() - scores.masked_fill(~valid, -torch.inf).logsumexp(1)  # never above 0
     return (hit + valid.sum(1).to(scores.dtype).log()).mean()
@@ -103,7 +164,20 @@ def released_cpc(
     scores: Tensor,                # (B, B)
     valid: Tensor | None = None,   # (B, B) bool
 ) -> Tensor:                       # scalar, to be maximised; no bound
-    "What the released code calls infonce, sign turned: dv_bound less the logarithm of the number of negatives."
+    """What the released code calls infonce, sign turned: dv_bound less the logarithm of the number of negatives.
+
+    Parameters
+    ----------
+    scores : Tensor
+        (B, B)
+    valid : Tensor | None, default: None
+        (B, B) bool
+
+    Returns
+    -------
+    Tensor
+        scalar, to be maximised; no bound
+    """
     _, matched, counted = score_table(scores, valid)
     bound = dv_bound(scores, valid)
     return bound - (counted & ~matched).sum().clamp(min=1).to(bound.dtype).log()
@@ -115,7 +189,21 @@ def select_regions(
     regions: Tensor,    # (B, N, Di)
     sentence: Tensor,   # (B, Dt) a sentence of the same row's report
 ) -> Tensor:            # (B,) int64 the region of each image that fits its sentence best; no gradient
-    "Region by score: argmax over n of f(region n, sentence) (local-mi Eq. 5)."
+    """Region by score: argmax over n of f(region n, sentence) (local-mi Eq. 5).
+
+    Parameters
+    ----------
+    discriminator : Discriminator
+    regions : Tensor
+        (B, N, Di)
+    sentence : Tensor
+        (B, Dt) a sentence of the same row's report
+
+    Returns
+    -------
+    Tensor
+        (B,) int64 the region of each image that fits its sentence best; no gradient
+    """
     return discriminator(regions, sentence[:, None]).argmax(1)
 
 # %% ../../nbs/objectives/04_mutual_information.ipynb #d5f16c0e
@@ -126,7 +214,23 @@ def region_scores(
     sentence: Tensor,          # (B, Dt)
     chunk: int | None = None,  # most pairs judged at a time
 ) -> Tensor:                   # (B, N, B) every region of every image against every sentence; no gradient
-    "Scores of all regions with the sentences of the batch, to select by."
+    """Scores of all regions with the sentences of the batch, to select by.
+
+    Parameters
+    ----------
+    discriminator : Discriminator
+    regions : Tensor
+        (B, N, Di)
+    sentence : Tensor
+        (B, Dt)
+    chunk : int | None, default: None
+        most pairs judged at a time
+
+    Returns
+    -------
+    Tensor
+        (B, N, B) every region of every image against every sentence; no gradient
+    """
     return discriminator.scores(regions.flatten(0, 1), sentence, chunk).unflatten(0, regions.shape[:2])
 
 # %% ../../nbs/objectives/04_mutual_information.ipynb #14e8e9a3
@@ -134,7 +238,20 @@ def select_by_bound(
     scores: Tensor,                # (B, N, B) from region_scores
     valid: Tensor | None = None,   # (B, B) bool, False = this pair is not a negative
 ) -> Tensor:                       # (B,) int64
-    "Region by bound: argmax over n of the image's own term of the CPC bound (local-mi Eq. 5)."
+    """Region by bound: argmax over n of the image's own term of the CPC bound (local-mi Eq. 5).
+
+    Parameters
+    ----------
+    scores : Tensor
+        (B, N, B) from region_scores
+    valid : Tensor | None, default: None
+        (B, B) bool, False = this pair is not a negative
+
+    Returns
+    -------
+    Tensor
+        (B,) int64
+    """
     _, matched, valid = score_table(scores[:, 0], valid)
     scores = scores.transpose(1, 2)
     return (scores[matched] - scores.masked_fill(~valid[:, :, None], -torch.inf).logsumexp(1)).argmax(1)
@@ -144,7 +261,20 @@ def reselect_negatives(
     scores: Tensor,     # (B, N, B) from region_scores
     selected: Tensor,   # (B,) int64 regions of the matched pairs
 ) -> Tensor:            # (B, B) int64, `selected` on the diagonal
-    "For every shuffled pair the region with the highest score of its own."
+    """For every shuffled pair the region with the highest score of its own.
+
+    Parameters
+    ----------
+    scores : Tensor
+        (B, N, B) from region_scores
+    selected : Tensor
+        (B,) int64 regions of the matched pairs
+
+    Returns
+    -------
+    Tensor
+        (B, B) int64, `selected` on the diagonal
+    """
     return scores.argmax(1).diagonal_scatter(selected)
 
 # %% ../../nbs/objectives/04_mutual_information.ipynb #198cb686
@@ -155,6 +285,23 @@ def local_scores(
     index: Tensor,             # (B,) the region of every image, or (B, B) of every pair
     chunk: int | None = None,
 ) -> Tensor:                   # (B, B)
-    "Scores of all pairs, each image seen through the chosen region; gradients go to chosen regions alone."
+    """Scores of all pairs, each image seen through the chosen region; gradients go to chosen regions alone.
+
+    Parameters
+    ----------
+    discriminator : Discriminator
+    regions : Tensor
+        (B, N, Di)
+    sentence : Tensor
+        (B, Dt)
+    index : Tensor
+        (B,) the region of every image, or (B, B) of every pair
+    chunk : int | None, default: None
+
+    Returns
+    -------
+    Tensor
+        (B, B)
+    """
     row = torch.arange(len(regions), device=regions.device)
     return discriminator.scores(regions[row if index.ndim == 1 else row[:, None], index], sentence, chunk)

@@ -18,7 +18,14 @@ from .contrastive import unit
 
 # %% ../../nbs/objectives/05_regions.ipynb #804eb73a
 class CrossModalAttention(nn.Module):
-    "LoVT's alignment model: regions gather sentences and sentences gather regions, by one symmetric score (2.3)."
+    """LoVT's alignment model: regions gather sentences and sentences gather regions, by one symmetric score (2.3).
+
+    Parameters
+    ----------
+    dim : int, default: 512
+    padded : bool, default: False
+        True: padded sentences enter the batch statistics (released code)
+    """
 
     def __init__(
         self, dim: int = 512,
@@ -33,7 +40,20 @@ class CrossModalAttention(nn.Module):
         regions: Tensor,    # (B, N, d)
         texts: Tensor,      # (B, M, d) sentences, or words
     ) -> Tensor:            # (B, N, M), in the precision of the weights
-        "How well every region fits every text, before any softmax."
+        """How well every region fits every text, before any softmax.
+
+        Parameters
+        ----------
+        regions : Tensor
+            (B, N, d)
+        texts : Tensor
+            (B, M, d) sentences, or words
+
+        Returns
+        -------
+        Tensor
+            (B, N, M), in the precision of the weights
+        """
         with torch.autocast(regions.device.type, enabled=False):
             regions, texts = (self.match(x.to(self.match.weight.dtype)) for x in (regions, texts))
             return regions @ texts.mT / regions.shape[-1] ** 0.5
@@ -46,7 +66,17 @@ class CrossModalAttention(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """What every region gathered (B, N, d) and every sentence gathered (B, M, d), and where: (B, N, M) and (B, M, N).
 
-        The maps are zero at padded sentences. Regions of a report without sentences gather nothing."""
+        The maps are zero at padded sentences. Regions of a report without sentences gather nothing.
+
+        Parameters
+        ----------
+        regions : Tensor
+            (B, N, d) projected regions, any length
+        sentences : Tensor
+            (B, M, d) projected sentences
+        sentence_mask : Tensor
+            (B, M) True = valid
+        """
         mask, some = sentence_mask, sentence_mask.any(-1, keepdim=True)
         with torch.autocast(regions.device.type, enabled=False):
             sentences = sentences.masked_fill(~mask[..., None], 0)
@@ -69,7 +99,25 @@ def positiveness(
     device: torch.device | str | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:                    # (N, N) rows sum to 1; N = h*w, row-major
-    "How far each region passes for each other one, by their distance on the grid (LoVT 2.4)."
+    """How far each region passes for each other one, by their distance on the grid (LoVT 2.4).
+
+    Parameters
+    ----------
+    grid : tuple[int, int]
+        (h, w) of the regions at hand
+    beta : float, default: 1.0
+    threshold : float, default: 0.5
+        T, inclusive; 0 = only the region itself
+    smooth : bool, default: True
+        False: all regions within the threshold alike
+    device : torch.device | str | None, default: None
+    dtype : torch.dtype, default: torch.float32
+
+    Returns
+    -------
+    Tensor
+        (N, N) rows sum to 1; N = h*w, row-major
+    """
     h, w = grid
     diagonal = h * h + w * w
     row, column = (index.flatten() for index in torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij"))
@@ -85,7 +133,24 @@ def soft_cross_entropy(
     weights: Tensor,   # (B, K) of the rows, 0 where masked
     mask: Tensor,      # (B, K) True = valid
 ) -> Tensor:           # scalar; log K at chance, when weights sum to 1 and nothing is masked
-    "Weighted cross-entropy of rows over the valid columns of their own sample (one direction of LoVT's local losses)."
+    """Weighted cross-entropy of rows over the valid columns of their own sample (one direction of LoVT's local losses).
+
+    Parameters
+    ----------
+    scores : Tensor
+        (B, K, K) rows ask, columns answer
+    target : Tensor
+        (K, K) rows sum to 1; no mass on masked columns
+    weights : Tensor
+        (B, K) of the rows, 0 where masked
+    mask : Tensor
+        (B, K) True = valid
+
+    Returns
+    -------
+    Tensor
+        scalar; log K at chance, when weights sum to 1 and nothing is masked
+    """
     rivals = scores.masked_fill(~(mask | ~mask.any(-1, keepdim=True))[:, None], -torch.inf)
     cost = rivals.logsumexp(2) - (target * scores).sum(2)
     return (weights * cost).sum(1).mean()
@@ -97,7 +162,21 @@ def share_weights(
     mask: Tensor,            # (B, K) True = valid
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:                 # (B, K) sums to 1 over the valid entries, or to 0 where nothing valid has weight; no gradient
-    "Weights of the entries of each sample."
+    """Weights of the entries of each sample.
+
+    Parameters
+    ----------
+    weights : Tensor | None
+        (B, K) not negative; None = even
+    mask : Tensor
+        (B, K) True = valid
+    dtype : torch.dtype, default: torch.float32
+
+    Returns
+    -------
+    Tensor
+        (B, K) sums to 1 over the valid entries, or to 0 where nothing valid has weight; no gradient
+    """
     weights = (mask if weights is None else weights).to(dtype).masked_fill(~mask, 0)
     return weights / weights.sum(1, keepdim=True).clamp(min=torch.finfo(dtype).tiny)
 
@@ -110,7 +189,27 @@ def both_ways(
     temperature: float,
     weights: Tensor | None,  # (B, K)
 ) -> Tensor:            # scalar
-    "Mean of the two directions of `soft_cross_entropy` over cosines, in single precision at least."
+    """Mean of the two directions of `soft_cross_entropy` over cosines, in single precision at least.
+
+    Parameters
+    ----------
+    local : Tensor
+        (B, K, d) any length
+    aligned : Tensor
+        (B, K, d) what each of them gathered
+    target : Tensor
+        (K, K)
+    mask : Tensor
+        (B, K) True = valid
+    temperature : float
+    weights : Tensor | None
+        (B, K)
+
+    Returns
+    -------
+    Tensor
+        scalar
+    """
     with torch.autocast(local.device.type, enabled=False):
         local, aligned = (unit(x.masked_fill(~mask[..., None], 0)) for x in (local, aligned))
         scores = local @ aligned.mT / temperature
@@ -125,7 +224,26 @@ def local_image_loss(
     temperature: float = 0.3,         # tau'
     weights: Tensor | None = None,    # (B, N) of the regions, need not sum to 1; None = even. No gradient flows into them.
 ) -> Tensor:                 # scalar
-    "Recognise each region, or a neighbour of it, by what it gathered, and back (LoVT 2.4). Samples of weight 0 add nothing."
+    """Recognise each region, or a neighbour of it, by what it gathered, and back (LoVT 2.4). Samples of weight 0 add nothing.
+
+    Parameters
+    ----------
+    regions : Tensor
+        (B, N, d) projected regions z^I, any length
+    aligned : Tensor
+        (B, N, d) what each gathered from the sentences, z^{R->I}
+    p : Tensor
+        (N, N) `positiveness` of their grid
+    temperature : float, default: 0.3
+        tau'
+    weights : Tensor | None, default: None
+        (B, N) of the regions, need not sum to 1; None = even. No gradient flows into them.
+
+    Returns
+    -------
+    Tensor
+        scalar
+    """
     every = regions.new_ones(regions.shape[:2], dtype=torch.bool)
     return both_ways(regions, aligned, p, every, temperature, weights)
 
@@ -137,6 +255,25 @@ def local_report_loss(
     temperature: float = 0.3,         # tau'
     weights: Tensor | None = None,    # (B, M) of the sentences; None = even. No gradient flows into them.
 ) -> Tensor:                 # scalar
-    "Recognise each sentence by what it gathered, and back (LoVT 2.4). Reports of one sentence or none add nothing."
+    """Recognise each sentence by what it gathered, and back (LoVT 2.4). Reports of one sentence or none add nothing.
+
+    Parameters
+    ----------
+    sentences : Tensor
+        (B, M, d) projected sentences z^R, any length
+    aligned : Tensor
+        (B, M, d) what each gathered from the regions, z^{I->R}
+    mask : Tensor
+        (B, M) True = valid
+    temperature : float, default: 0.3
+        tau'
+    weights : Tensor | None, default: None
+        (B, M) of the sentences; None = even. No gradient flows into them.
+
+    Returns
+    -------
+    Tensor
+        scalar
+    """
     alone = torch.eye(mask.shape[1], device=mask.device)
     return both_ways(sentences, aligned, alone, mask, temperature, weights)

@@ -21,7 +21,25 @@ def gather_context(
     temperature: float,
     attention: nn.MultiheadAttention | None = None,  # learned Q, K, V, O (batch first); None = parameter-free
 ) -> tuple[Tensor, Tensor]:      # (B, Q, d) what each query gathered; (B, Q, K) where it looked
-    "Let every query gather the keys it resembles (MGCA Eq. 4). Samples without any valid key gather evenly."
+    """Let every query gather the keys it resembles (MGCA Eq. 4). Samples without any valid key gather evenly.
+
+    Parameters
+    ----------
+    queries : Tensor
+        (B, Q, d) length 1
+    keys : Tensor
+        (B, K, d) length 1
+    key_mask : Tensor
+        (B, K) True = valid
+    temperature : float
+    attention : nn.MultiheadAttention | None, default: None
+        learned Q, K, V, O (batch first); None = parameter-free
+
+    Returns
+    -------
+    tuple[Tensor, Tensor]
+        (B, Q, d) what each query gathered; (B, Q, K) where it looked
+    """
     open_ = key_mask | ~key_mask.any(-1, keepdim=True)
     if attention is not None:
         return attention(queries, keys, keys, key_padding_mask=~open_)
@@ -35,7 +53,22 @@ def matching_scores(
     keys: Tensor,                # (B, K, d) length 1
     attention: nn.MultiheadAttention | None = None,  # one head; None = parameter-free
 ) -> Tensor:                     # (B, Q, K) cosines, or the logits of the learned attention
-    "How well every query fits every key, as `gather_context` sees it."
+    """How well every query fits every key, as `gather_context` sees it.
+
+    Parameters
+    ----------
+    queries : Tensor
+        (B, Q, d) length 1
+    keys : Tensor
+        (B, K, d) length 1
+    attention : nn.MultiheadAttention | None, default: None
+        one head; None = parameter-free
+
+    Returns
+    -------
+    Tensor
+        (B, Q, K) cosines, or the logits of the learned attention
+    """
     if attention is None:
         return queries @ keys.mT
     ask, answer, _ = attention.in_proj_weight.chunk(3)
@@ -50,7 +83,25 @@ def recognition_loss(
     temperature: float,
     mask: Tensor | None = None,  # (B, K) True = valid; None = padding stays among the rivals
 ) -> Tensor:                     # scalar; log K at chance when the weights of a sample sum to 1
-    "Weighted two-way InfoNCE between tokens and their contexts within each sample (MGCA Eq. 5)."
+    """Weighted two-way InfoNCE between tokens and their contexts within each sample (MGCA Eq. 5).
+
+    Parameters
+    ----------
+    tokens : Tensor
+        (B, K, d) length 1
+    contexts : Tensor
+        (B, K, d) what each gathered
+    weights : Tensor
+        (B, K) of the tokens; 0 on padding
+    temperature : float
+    mask : Tensor | None, default: None
+        (B, K) True = valid; None = padding stays among the rivals
+
+    Returns
+    -------
+    Tensor
+        scalar; log K at chance when the weights of a sample sum to 1
+    """
     scores = tokens @ contexts.mT / temperature
     rows = columns = scores
     if mask is not None:
@@ -68,7 +119,20 @@ def clip_weights(
     low: float = 0.1,
     high: float = 0.9,
 ) -> Tensor:              # (B, K) sums to 1 (or to 0 when all are 0); no gradient
-    "Clip the weights of every sample to its quantiles over non-zero entries, then normalise (released MGCA)."
+    """Clip the weights of every sample to its quantiles over non-zero entries, then normalise (released MGCA).
+
+    Parameters
+    ----------
+    weights : Tensor
+        (B, K) attention, 0 on padding
+    low : float, default: 0.1
+    high : float, default: 0.9
+
+    Returns
+    -------
+    Tensor
+        (B, K) sums to 1 (or to 0 when all are 0); no gradient
+    """
     weights = single(weights)
     valid = weights > 0
     present = weights.masked_fill(~valid, torch.nan)
@@ -89,7 +153,36 @@ def token_alignment_loss(
     word_attention: nn.MultiheadAttention | None = None,    # learned attention of words over regions (paper)
     region_attention: nn.MultiheadAttention | None = None,  # learned attention of regions over words (paper)
 ) -> Tensor:                     # scalar: word loss + region loss
-    "Cross-attention token alignment, both ways (MGCA Eq. 4-6). Reports without words add nothing."
+    """Cross-attention token alignment, both ways (MGCA Eq. 4-6). Reports without words add nothing.
+
+    Parameters
+    ----------
+    regions : Tensor
+        (B, N, d) projected regions, any length
+    words : Tensor
+        (B, W, d) projected words, any length
+    word_mask : Tensor
+        (B, W) True = valid
+    temperature : float
+        tau_2
+    region_weights : Tensor | None, default: None
+        (B, N) sums to 1; None = even. No gradient flows into weights.
+    word_weights : Tensor | None, default: None
+        (B, W) sums to 1, 0 on padding; None = even over valid words
+    mask_padding : bool, default: True
+        False: padded words stay among the rivals (released code)
+    unit_region_context : bool, default: True
+        False: what a region gathered keeps its length (released code, ViT)
+    word_attention : nn.MultiheadAttention | None, default: None
+        learned attention of words over regions (paper)
+    region_attention : nn.MultiheadAttention | None, default: None
+        learned attention of regions over words (paper)
+
+    Returns
+    -------
+    Tensor
+        scalar: word loss + region loss
+    """
     with torch.autocast(regions.device.type, enabled=False):
         regions, words = unit(regions), unit(words)
         even = torch.ones_like(regions[..., 0]) / regions.shape[1]
@@ -112,7 +205,22 @@ def gloria_attention(
     word_mask: Tensor,     # (..., W) True = valid
     scale: float = 4.0,    # gamma_1, temp1
 ) -> Tensor:               # (..., W, N) sums to 1 over the regions; zero for words that are padding
-    "Where each word looks: regions choose among the words, words among the regions that chose them (released GLoRIA)."
+    """Where each word looks: regions choose among the words, words among the regions that chose them (released GLoRIA).
+
+    Parameters
+    ----------
+    similarity : Tensor
+        (..., W, N) dot products of words and regions
+    word_mask : Tensor
+        (..., W) True = valid
+    scale : float, default: 4.0
+        gamma_1, temp1
+
+    Returns
+    -------
+    Tensor
+        (..., W, N) sums to 1 over the regions; zero for words that are padding
+    """
     open_ = word_mask | ~word_mask.any(-1, keepdim=True)
     chosen = similarity.masked_fill(~open_[..., None], -torch.inf).softmax(-2)
     return (scale * chosen).softmax(-1) * word_mask[..., None]
@@ -127,7 +235,30 @@ def gloria_scores(
     average: bool = False,        # mean instead of sum over the words of a text
     chunk: int | None = None,     # texts at a time; None = all
 ) -> Tensor:                      # (B, T) image i against text t; 0 for a text without words
-    "Score every image against every text through its words (released GLoRIA, without its temp3)."
+    """Score every image against every text through its words (released GLoRIA, without its temp3).
+
+    Parameters
+    ----------
+    regions : Tensor
+        (B, N, d) projected regions, any length
+    words : Tensor
+        (T, W, d) words, any length
+    word_mask : Tensor
+        (T, W) True = valid
+    attention_scale : float, default: 4.0
+        gamma_1, temp1
+    word_scale : float, default: 5.0
+        gamma_2, temp2
+    average : bool, default: False
+        mean instead of sum over the words of a text
+    chunk : int | None, default: None
+        texts at a time; None = all
+
+    Returns
+    -------
+    Tensor
+        (B, T) image i against text t; 0 for a text without words
+    """
     with torch.autocast(regions.device.type, enabled=False):
         regions, words = single(regions), single(words)
         gram = regions @ regions.mT
@@ -159,6 +290,33 @@ def gloria_loss(
     valid: Tensor | None = None,  # (B, B) bool, False = this pair is not a negative
     chunk: int | None = None,     # texts at a time; None = all
 ) -> Tensor:                      # scalar, 2 log B at chance
-    "GLoRIA's local loss: image to text and text to image, added as published."
+    """GLoRIA's local loss: image to text and text to image, added as published.
+
+    Parameters
+    ----------
+    regions : Tensor
+        (B, N, d) projected regions, any length
+    words : Tensor
+        (B, W, d) words of the texts of the same rows, any length
+    word_mask : Tensor
+        (B, W) True = valid
+    attention_scale : float, default: 4.0
+        gamma_1, temp1
+    word_scale : float, default: 5.0
+        gamma_2, temp2
+    scale : float, default: 10.0
+        gamma_3, temp3
+    average : bool, default: False
+        mean instead of sum over the words of a text
+    valid : Tensor | None, default: None
+        (B, B) bool, False = this pair is not a negative
+    chunk : int | None, default: None
+        texts at a time; None = all
+
+    Returns
+    -------
+    Tensor
+        scalar, 2 log B at chance
+    """
     scores = gloria_scores(regions, words, word_mask, attention_scale, word_scale, average, chunk)
     return 2 * pair_loss(scale * scores, valid=valid)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FOCAL', 'make_subject', 'OtherImages', 'pointing_rows', 'example_maps', 'loss_rows', 'run_subject', 'gather',
-           'grounding', 'pointing_summary', 'summary', 'draw_summary', 'draw_findings', 'draw_examples']
+           'run_grounding', 'pointing_summary', 'summary', 'draw_summary', 'draw_findings', 'draw_examples']
 
 # %% ../../nbs/studies/03_grounding.ipynb #e00a0a91
 from dataclasses import replace
@@ -37,7 +37,16 @@ def make_subject(
     data: Pack,    # its training reports give the vocabulary
     seed: int,
 ) -> Method:
-    "The method of a subject, not yet trained. ValueError for a name that does not exist."
+    """The method of a subject, not yet trained. ValueError for a name that does not exist.
+
+    Parameters
+    ----------
+    subject : str
+        "method", "method:preset" or "untrained"
+    data : Pack
+        its training reports give the vocabulary
+    seed : int
+    """
     name, _, preset = (subject if subject != "untrained" else next(iter(METHODS))).partition(":")
     return create_method(name, preset or "tiny", data, seed)
 
@@ -55,7 +64,13 @@ class OtherImages(torch.nn.Module):
 
 # %% ../../nbs/studies/03_grounding.ipynb #a4c56ba3
 def pointing_rows(method: Method, pairs: Pairs) -> pd.DataFrame:  # grain, other_image, and the columns of evaluate.ground.finding_row
-    "The pointing game by finding at both grains, and the hit rate on another patient's image."
+    """The pointing game by finding at both grains, and the hit rate on another patient's image.
+
+    Returns
+    -------
+    pd.DataFrame
+        grain, other_image, and the columns of evaluate.ground.finding_row
+    """
     found, blind = phantom_pointing(method, pairs), phantom_pointing(OtherImages(method), pairs)
     tables = []
     for grain in ("word", "sentence"):
@@ -66,7 +81,13 @@ def pointing_rows(method: Method, pairs: Pairs) -> pd.DataFrame:  # grain, other
 # %% ../../nbs/studies/03_grounding.ipynb #52aa1ec0
 @torch.no_grad()
 def example_maps(method: Method, pairs: Pairs, studies: int = 6) -> pd.DataFrame:  # study, text, finding, scores (N), side of the grid
-    "Score maps of the words that name a finding, one row a word, for a few studies."
+    """Score maps of the words that name a finding, one row a word, for a few studies.
+
+    Returns
+    -------
+    pd.DataFrame
+        study, text, finding, scores (N), side of the grid
+    """
     rows = []
     for item, targets in pick_targets(phantom_targets(pairs), studies).items():
         found = method.eval().correspondence(collate([pairs[item]]).to(next(method.parameters()).device))
@@ -80,7 +101,13 @@ def example_maps(method: Method, pairs: Pairs, studies: int = 6) -> pd.DataFrame
 # %% ../../nbs/studies/03_grounding.ipynb #381d17a9
 @torch.no_grad()
 def loss_rows(method: Method, pairs: Pairs, batch_size: int = 64) -> pd.DataFrame:  # part, own, other_image
-    "Every part of the loss in nats, with the reports' own images and with those of the next reports of the batch."
+    """Every part of the loss in nats, with the reports' own images and with those of the next reports of the batch.
+
+    Returns
+    -------
+    pd.DataFrame
+        part, own, other_image
+    """
     device, rows = next(method.eval().parameters()).device, []
     for start in range(0, max(len(pairs) - batch_size, 0) + 1, batch_size):
         batch = read_batch(pairs, range(start, min(start + batch_size, len(pairs)))).to(device)
@@ -90,7 +117,13 @@ def loss_rows(method: Method, pairs: Pairs, batch_size: int = 64) -> pd.DataFram
 
 # %% ../../nbs/studies/03_grounding.ipynb #bd659307
 def run_subject(subject: str, seed: int, data: Pack, config: GroundingConfig) -> Path:  # of the results
-    "Train and measure one subject with one seed; done already, it is left as it is."
+    """Train and measure one subject with one seed; done already, it is left as it is.
+
+    Returns
+    -------
+    Path
+        of the results
+    """
     name = f"{subject.replace(':', '-')}-{seed}"
     run, results = config.out / "runs" / name, config.out / "results" / name
     if (results / "probe.csv").exists():
@@ -110,14 +143,26 @@ def run_subject(subject: str, seed: int, data: Pack, config: GroundingConfig) ->
 
 # %% ../../nbs/studies/03_grounding.ipynb #b4ac606c
 def gather(results: Path, kind: str) -> pd.DataFrame:  # one table of all runs; kind is "pointing", "probe", "loss" or "maps"
-    "The results of a kind that are there, of all subjects and seeds."
+    """The results of a kind that are there, of all subjects and seeds.
+
+    Returns
+    -------
+    pd.DataFrame
+        one table of all runs; kind is "pointing", "probe", "loss" or "maps"
+    """
     read = {"maps": pd.read_parquet}.get(kind, read_csv)
     found = sorted(results.glob(f"*/{kind}.*"))
     return pd.concat([read(path) for path in found], ignore_index=True)
 
 # %% ../../nbs/studies/03_grounding.ipynb #c5a1f542
-def grounding(config: GroundingConfig) -> pd.DataFrame:  # the table of `summary`
-    "Train and measure all subjects with all seeds, and write the tables; goes on where it was stopped."
+def run_grounding(config: GroundingConfig) -> pd.DataFrame:  # the table of `summary`
+    """Train and measure all subjects with all seeds, and write the tables; goes on where it was stopped.
+
+    Returns
+    -------
+    pd.DataFrame
+        the table of `summary`
+    """
     out = Path(config.out)
     data = prepare_phantom(PhantomConfig(
         out=out / "pack", studies=config.studies, size=config.size, seed=0, progress=config.progress))
@@ -142,7 +187,21 @@ def pointing_summary(
     findings: tuple[str, ...] | None = None,  # None: all
     grain: str = "word",
 ) -> pd.DataFrame:  # subject, seed -> hit_rate, chance, other_image, best_fixed_point, cnr
-    "Each run's pointing over some findings, every target counted once."
+    """Each run's pointing over some findings, every target counted once.
+
+    Parameters
+    ----------
+    pointing : pd.DataFrame
+        of all runs
+    findings : tuple[str, ...] | None, default: None
+        None: all
+    grain : str, default: 'word'
+
+    Returns
+    -------
+    pd.DataFrame
+        subject, seed -> hit_rate, chance, other_image, best_fixed_point, cnr
+    """
     rows = pointing[(pointing.grain == grain) & (pointing.finding != "all")]
     rows = rows if findings is None else rows[rows.finding.isin(findings)]
     values = rows[["hit_rate", "chance", "other_image", "best_fixed_point", "cnr"]]
@@ -152,7 +211,13 @@ def pointing_summary(
 
 # %% ../../nbs/studies/03_grounding.ipynb #ad941525
 def summary(pointing: pd.DataFrame, probe: pd.DataFrame) -> pd.DataFrame:  # one row a subject
-    "Probe (10 % of labels) and pointing of every subject: means over seeds, with the lowest and the highest seed."
+    """Probe (10 % of labels) and pointing of every subject: means over seeds, with the lowest and the highest seed.
+
+    Returns
+    -------
+    pd.DataFrame
+        one row a subject
+    """
     tenth = probe[probe.fraction == 0.1]
     own, random = (tenth[chosen].groupby("subject").auroc for chosen in (tenth.encoder != "random", tenth.encoder == "random"))
     told = pd.DataFrame({"auroc": own.mean(), "auroc_low": own.min(), "auroc_high": own.max(), "random": random.mean(), "seeds": own.size()})

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['VARIANTS', 'OPACITIES', 'POSITIVE', 'KINDS', 'train_variants', 'figure_manifest', 'overlap_table', 'local_table',
-           'weights_table', 'FiguresConfig', 'save_table', 'lovt_figures', 'draw_local', 'draw_overlap']
+           'weights_table', 'FiguresConfig', 'save_table', 'run_lovt_figures', 'draw_local', 'draw_overlap']
 
 # %% ../../nbs/studies/05_lovt_figures.ipynb #0d950e7b
 from collections.abc import Iterable, Mapping
@@ -69,7 +69,17 @@ def overlap_table(
     studies: int = 100,   # in the picture
     measured: int = 300,  # for the numbers
 ) -> tuple[pd.DataFrame, dict[str, float]]:
-    "t-SNE of the regions of the first studies with their overlap with an opacity (Fig. 4), and how well vectors tell it."
+    """t-SNE of the regions of the first studies with their overlap with an opacity (Fig. 4), and how well vectors tell it.
+
+    Parameters
+    ----------
+    method : Method
+    pairs : Pairs
+    studies : int, default: 100
+        in the picture
+    measured : int, default: 300
+        for the numbers
+    """
     items = range(min(measured, len(pairs)))
     seen = image_features(method, pairs, items)
     overlap = region_overlap(phantom_masks(pairs, items, OPACITIES), seen.grid).ravel().astype(np.float32)
@@ -135,7 +145,7 @@ def save_table(path: Path, rows: Mapping[str, Mapping[str, float]]) -> pd.DataFr
     return table
 
 # %% ../../nbs/studies/05_lovt_figures.ipynb #1aca3b30
-def lovt_figures(config: FiguresConfig, main: str = "lovt-0") -> None:
+def run_lovt_figures(config: FiguresConfig, main: str = "lovt-0") -> None:
     "Measure all runs and write the result files of Fig. 1, 2 and 4, and of Fig. 3 and 5 for the main one."
     data, out = Pack(config.pack), Path(config.out)
     spreads, aligned, overlaps, weights, local = [], {}, {}, {}, {}
@@ -174,7 +184,14 @@ def draw_local(
     table: pd.DataFrame,        # of `local_table`
     numbers: Mapping[str, float],
 ) -> Figure:
-    "t-SNE of local vectors (points) and of what they gathered (crosses): LoVT supplement, Fig. 3."
+    """t-SNE of local vectors (points) and of what they gathered (crosses): LoVT supplement, Fig. 3.
+
+    Parameters
+    ----------
+    table : pd.DataFrame
+        of `local_table`
+    numbers : Mapping[str, float]
+    """
     figure = Figure(figsize=(4.6, 4.6), dpi=110)
     ax, looks = figure.subplots(), zip(KINDS, ("o", "o", "x", "x"), (SERIES[0], SERIES[1], SERIES[3], SERIES[2]))
     for kind, mark, colour in looks:
@@ -194,7 +211,14 @@ def draw_overlap(
     tables: Mapping[str, pd.DataFrame],        # title -> of `overlap_table`
     numbers: Mapping[str, Mapping[str, float]],
 ) -> Figure:
-    "t-SNE of regions coloured by their overlap with an opacity, side by side: LoVT supplement, Fig. 4."
+    """t-SNE of regions coloured by their overlap with an opacity, side by side: LoVT supplement, Fig. 4.
+
+    Parameters
+    ----------
+    tables : Mapping[str, pd.DataFrame]
+        title -> of `overlap_table`
+    numbers : Mapping[str, Mapping[str, float]]
+    """
     figure = Figure(figsize=(2.35 * len(tables) + 0.6, 2.9), dpi=110)
     axes, highest = figure.subplots(1, len(tables), squeeze=False)[0], max(table.overlap.max() for table in tables.values())
     for ax, (title, table) in zip(axes, tables.items()):

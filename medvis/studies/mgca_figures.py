@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['word_map_rows', 'word_numbers', 'draw_word_maps', 'single_findings', 'image_vectors', 'pair_embeddings',
-           'mgca_figures']
+           'run_mgca_figures']
 
 # %% ../../nbs/studies/06_mgca_figures.ipynb #ae099a32
 from pathlib import Path
@@ -74,7 +74,13 @@ def draw_word_maps(rows: pd.DataFrame, phantom: Phantom, width: float = 1.45) ->
 
 # %% ../../nbs/studies/06_mgca_figures.ipynb #b65b3a8d
 def single_findings(phantom: Phantom, count: int = 1600, start: int = 6000) -> list[tuple[int, str]]:  # (study, finding)
-    "The first studies from `start` on that show exactly one finding."
+    """The first studies from `start` on that show exactly one finding.
+
+    Returns
+    -------
+    list[tuple[int, str]]
+        (study, finding)
+    """
     found, index = [], start
     while len(found) < count:
         shown = phantom.scene(index).findings
@@ -86,7 +92,13 @@ def single_findings(phantom: Phantom, count: int = 1600, start: int = 6000) -> l
 # %% ../../nbs/studies/06_mgca_figures.ipynb #119ca195
 @torch.no_grad()
 def image_vectors(method: Method, phantom: Phantom, studies: list[int], together: int = 64) -> np.ndarray:  # (n, d)
-    "Projected images of phantom studies."
+    """Projected images of phantom studies.
+
+    Returns
+    -------
+    np.ndarray
+        (n, d)
+    """
     view, vectors = method.eval().preprocessing.eval(), []
     for start in range(0, len(studies), together):
         images = [view(torch.from_numpy(phantom.render(index)[0])[None]) for index in studies[start : start + together]]
@@ -96,7 +108,13 @@ def image_vectors(method: Method, phantom: Phantom, studies: list[int], together
 # %% ../../nbs/studies/06_mgca_figures.ipynb #c50c6703
 @torch.no_grad()
 def pair_embeddings(method: Method, pairs: Pairs, together: int = 64) -> tuple[np.ndarray, np.ndarray]:  # (n, d), (n, d)
-    "Projected images and reports of pairs."
+    """Projected images and reports of pairs.
+
+    Returns
+    -------
+    tuple[np.ndarray, np.ndarray]
+        (n, d), (n, d)
+    """
     images, texts = [], []
     for start in range(0, len(pairs), together):
         batch = collate([pairs[i] for i in range(start, min(start + together, len(pairs)))])
@@ -105,7 +123,7 @@ def pair_embeddings(method: Method, pairs: Pairs, together: int = 64) -> tuple[n
     return np.concatenate(images), np.concatenate(texts)
 
 # %% ../../nbs/studies/06_mgca_figures.ipynb #d9333af7
-def mgca_figures(config: FiguresConfig, main: str = "mgca-0", images: int = 1600, words: int = 150) -> None:
+def run_mgca_figures(config: FiguresConfig, main: str = "mgca-0", images: int = 1600, words: int = 150) -> None:
     "Measure all runs and write the result files of Fig. 3 and 4 and of prototype usage; pictures are of the main run."
     data, out = Pack(config.pack), Path(config.out)
     source = data.manifest["source"]

@@ -42,7 +42,19 @@ def pick_targets(
     targets: Sequence[Target],
     count: int = 4,             # studies
 ) -> dict[int, list[Target]]:   # item -> its targets whose word names a finding
-    "The first study for each of the rarest findings, rarest first: a rule, so that nothing is picked by its looks."
+    """The first study for each of the rarest findings, rarest first: a rule, so that nothing is picked by its looks.
+
+    Parameters
+    ----------
+    targets : Sequence[Target]
+    count : int, default: 4
+        studies
+
+    Returns
+    -------
+    dict[int, list[Target]]
+        item -> its targets whose word names a finding
+    """
     named = [target for target in targets if target.role == "name"]
     frequency = pd.Series([target.finding for target in named]).value_counts()
     chosen: dict[int, list[Target]] = {}
@@ -60,7 +72,16 @@ def study_cards(
     chosen: dict[int, list[Target]],  # item -> targets; without targets the words that stand out are drawn
     show_text: bool,
 ) -> list[Html]:
-    "Image, report and word maps of some studies."
+    """Image, report and word maps of some studies.
+
+    Parameters
+    ----------
+    method : Method
+    pairs : Pairs
+    chosen : dict[int, list[Target]]
+        item -> targets; without targets the words that stand out are drawn
+    show_text : bool
+    """
     cards = []
     for item, targets in chosen.items():
         batch = collate([pairs[item]]).to(next(method.parameters()).device)
@@ -83,7 +104,18 @@ def live_card(
     chosen: dict[int, list[Target]],  # row of the Pack -> targets
     show_text: bool,
 ) -> Live:
-    "The correspondence widget with some test studies as a part of a page."
+    """The correspondence widget with some test studies as a part of a page.
+
+    Parameters
+    ----------
+    name : str
+        of the run
+    method : Method
+    data : Pack
+    chosen : dict[int, list[Target]]
+        row of the Pack -> targets
+    show_text : bool
+    """
     widget = CorrespondenceWidget({name: method}, data, masked=not show_text)
     positions = [widget.studies.rows.index(row) for row in chosen]
     words = [target.word for target in next(iter(chosen.values()))][:1]
@@ -103,7 +135,16 @@ def top_numbers(
     pointing: PhantomPointing | None,
     control: PhantomPointing | None = None,  # of the untrained network
 ) -> Html:
-    "The run in a few large numbers, each with its interval and what an untrained network gets."
+    """The run in a few large numbers, each with its interval and what an untrained network gets.
+
+    Parameters
+    ----------
+    probe : pd.DataFrame | None
+    gains : pd.DataFrame | None
+    pointing : PhantomPointing | None
+    control : PhantomPointing | None, default: None
+        of the untrained network
+    """
     numbers = []
     if probe is not None and gains is not None:
         macro = probe[probe.finding == "macro"].set_index(["encoder", "fraction"])
@@ -177,7 +218,24 @@ def show_run(
     pointing: PhantomPointing | None = None,  # None: play the game now, if it is a phantom
     command: str | None = None,      # what made the run; None: `medvis pretrain`
 ) -> Path:
-    "Write the page of a run. FileNotFoundError when the run or its pack is not there."
+    """Write the page of a run. FileNotFoundError when the run or its pack is not there.
+
+    Parameters
+    ----------
+    run : Run
+    data : Pack | None, default: None
+        None: the pack it was trained on
+    out : str | Path | None, default: None
+        None: page.html in the run folder
+    studies : int, default: 4
+        shown with their word maps
+    show_text : bool | None, default: None
+        None: only the phantom's reports
+    pointing : PhantomPointing | None, default: None
+        None: play the game now, if it is a phantom
+    command : str | None, default: None
+        what made the run; None: `medvis pretrain`
+    """
     method, probe, gains, control = load_method(run.path), None, None, None
     data = trained_on(run.provenance) if data is None else data
     phantom = data.manifest["source"].get("kind") == "phantom"

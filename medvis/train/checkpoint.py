@@ -34,7 +34,14 @@ def write_atomic(
     path: str | Path,
     write: Callable,   # called with the open binary file
 ) -> None:
-    "Write a file beside and rename it; OSError names the file, and leaves nothing behind, when that fails (disk full, ...)."
+    """Write a file beside and rename it; OSError names the file, and leaves nothing behind, when that fails (disk full, ...).
+
+    Parameters
+    ----------
+    path : str | Path
+    write : Callable
+        called with the open binary file
+    """
     path = Path(path)
     partial = path.with_name(path.name + ".partial")
     try:
@@ -74,7 +81,20 @@ def read_settings(
     path: str | Path,  # config.json or manifest.json of a run
     *needed: str,      # names it must have: `method` leads to a word, the others to settings by name; `data` to hash and path
 ) -> dict[str, Any]:   # without the checksum
-    "Settings from a JSON file. ValueError names the file that is damaged, changed or foreign."
+    """Settings from a JSON file. ValueError names the file that is damaged, changed or foreign.
+
+    Parameters
+    ----------
+    path : str | Path
+        config.json or manifest.json of a run
+    *needed : str
+        names it must have: `method` leads to a word, the others to settings by name; `data` to hash and path
+
+    Returns
+    -------
+    dict[str, Any]
+        without the checksum
+    """
     try:
         told = json.loads(Path(path).read_bytes())
     except (ValueError, RecursionError) as error:
@@ -112,7 +132,13 @@ def save_weights(path: str | Path, module: torch.nn.Module) -> None:
 def read_weights(
     path: str | Path,  # a file of `save_weights`; one without a checksum is taken as it is
 ) -> dict[str, torch.Tensor]:
-    "The tensors of a file of weights. ValueError if they are not those that were written."
+    """The tensors of a file of weights. ValueError if they are not those that were written.
+
+    Parameters
+    ----------
+    path : str | Path
+        a file of `save_weights`; one without a checksum is taken as it is
+    """
     try:
         with safe_open(path, "pt") as file:
             noted, state = file.metadata() or {}, {key: file.get_tensor(key) for key in file.keys()}
@@ -128,7 +154,16 @@ def save_checkpoint(
     state: dict[str, Any],  # tensors and plain values; has "step"
     keep: int = 2,          # newest ones that stay
 ) -> Path:
-    "Write `step_XXXXXXXX.pt` and delete older ones, in this order."
+    """Write `step_XXXXXXXX.pt` and delete older ones, in this order.
+
+    Parameters
+    ----------
+    folder : str | Path
+    state : dict[str, Any]
+        tensors and plain values; has "step"
+    keep : int, default: 2
+        newest ones that stay
+    """
     folder = Path(folder)
     path = folder / f"step_{state['step']:08d}.pt"
     write_atomic(path, lambda file: torch.save(state, file))
@@ -145,7 +180,13 @@ def list_checkpoints(folder: str | Path) -> list[Path]:
 def load_checkpoint(
     folder: str | Path,
 ) -> dict[str, Any] | None:  # None when there is none
-    "The newest checkpoint; leftovers of an interrupted write are swept away. ValueError names a damaged one."
+    """The newest checkpoint; leftovers of an interrupted write are swept away. ValueError names a damaged one.
+
+    Returns
+    -------
+    dict[str, Any] | None
+        None when there is none
+    """
     for leftover in Path(folder).glob("*.partial"):
         leftover.unlink()
     paths = list_checkpoints(folder)

@@ -77,10 +77,23 @@ class TrainConfig(View):
                 raise ValueError(f"{name} is {getattr(self, name)}; expected at least {least}")
 
     @classmethod
-    def of(cls, method, run: str | Path, **changes) -> "TrainConfig":
-        "The own recipe of a Method, with changes; ValueError for a setting that does not exist."
+    def of(
+        cls, method,
+        run: "str | Path | TrainConfig",    # folder of the run; or all settings, which the method's own recipe does not change
+        **changes,                          # of single settings
+    ) -> "TrainConfig":
+        """The own recipe of a Method, with changes; ValueError for a setting that does not exist.
+
+        Parameters
+        ----------
+        method
+        run : 'str | Path | TrainConfig'
+            folder of the run; or all settings, which the method's own recipe does not change
+        **changes
+            of single settings
+        """
         known("training setting", changes, cls.__dataclass_fields__)
-        return cls(**{"run": Path(run), **method.recipe, **changes})
+        return replace(run, **changes) if isinstance(run, cls) else cls(**{"run": Path(run), **method.recipe, **changes})
 
     @property
     def text(self) -> "TrainConfig":

@@ -18,7 +18,23 @@ def warmup_cosine(
     start: float = 0.0,   # rate at step 0 (unless there is no warm-up)
     end: float = 0.0,     # rate that the cosine ends in
 ) -> float:
-    "Linear warm-up, then one half cosine (MGCA 5.4)."
+    """Linear warm-up, then one half cosine (MGCA 5.4).
+
+    Parameters
+    ----------
+    step : int
+        0, 1, ... total - 1
+    total : int
+        steps of the whole run
+    lr : float
+        base rate
+    warmup : float, default: 0.1
+        share of the steps spent warming up
+    start : float, default: 0.0
+        rate at step 0 (unless there is no warm-up)
+    end : float, default: 0.0
+        rate that the cosine ends in
+    """
     rising = round(warmup * total)
     if step < rising:
         return start + (lr - start) * step / rising
@@ -43,7 +59,18 @@ def plateau_factor(
     factor: float = 0.5,
     threshold: float = 1e-4,   # relative improvement that counts
 ) -> float:
-    "What the base rate is multiplied with after these epochs: `factor` to the number of plateaus."
+    """What the base rate is multiplied with after these epochs: `factor` to the number of plateaus.
+
+    Parameters
+    ----------
+    history : Sequence[float]
+        validation loss of every finished epoch
+    patience : int
+        epochs without improvement that are borne
+    factor : float, default: 0.5
+    threshold : float, default: 0.0001
+        relative improvement that counts
+    """
     best, waited, scale = math.inf, 0, 1.0
     for loss in history:
         if best == math.inf or loss < best - threshold * abs(best):
@@ -60,7 +87,17 @@ def stopped_improving(
     patience: int | None,      # None = never stop
     min_delta: float = 1e-5,   # improvement that counts
 ) -> bool:
-    "Whether early stopping is due: no improvement within the last `patience` epochs."
+    """Whether early stopping is due: no improvement within the last `patience` epochs.
+
+    Parameters
+    ----------
+    history : Sequence[float]
+        validation loss of every finished epoch
+    patience : int | None
+        None = never stop
+    min_delta : float, default: 1e-05
+        improvement that counts
+    """
     best, waited = math.inf, 0
     for loss in history:
         best, waited = (loss, 0) if loss < best - min_delta else (best, waited + 1)

@@ -29,7 +29,18 @@ from .shell import COLOURS, Pictured, Slider, picture_url, themed
 def outline(
     places: torch.Tensor,  # (3, h, w) of every pixel of a view: its column and row on the film, and 1; or zeros, without film
 ) -> np.ndarray:  # (K, 2) x, y of the corners on the film, in order; K = 0 if there is no film
-    "The convex outline of what a view shows of the film."
+    """The convex outline of what a view shows of the film.
+
+    Parameters
+    ----------
+    places : torch.Tensor
+        (3, h, w) of every pixel of a view: its column and row on the film, and 1; or zeros, without film
+
+    Returns
+    -------
+    np.ndarray
+        (K, 2) x, y of the corners on the film, in order; K = 0 if there is no film
+    """
     column, row = places[:2, places[2] > 0].numpy()
     if not len(column):
         return np.zeros((0, 2))
@@ -40,7 +51,18 @@ def outline(
 def motion(
     places: torch.Tensor,  # (3, h, w), see `outline`
 ) -> tuple[float, bool]:  # degrees, mirrored
-    "Whether a view shows the film mirrored, and by how many degrees it is then turned clockwise."
+    """Whether a view shows the film mirrored, and by how many degrees it is then turned clockwise.
+
+    Parameters
+    ----------
+    places : torch.Tensor
+        (3, h, w), see `outline`
+
+    Returns
+    -------
+    tuple[float, bool]
+        degrees, mirrored
+    """
     y, x = torch.nonzero(places[2] > 0).double().T
     there = places[:2, places[2] > 0].T.double()
     here = torch.stack([x, y, torch.ones_like(x)], 1)
@@ -51,7 +73,19 @@ def motion(
 # %% ../../nbs/widgets/03_augmentation.ipynb #ce7d606a
 @dataclass(frozen=True)
 class Look:
-    "A film and one view of it."
+    """A film and one view of it.
+
+    Parameters
+    ----------
+    film : np.ndarray
+        (H, W) uint8
+    seen : torch.Tensor
+        (C, size, size) float32, as the encoder gets it
+    outline : np.ndarray
+        (K, 2) of the part of the film that is seen
+    told : str
+        the same in words
+    """
 
     film: np.ndarray  # (H, W) uint8
     seen: torch.Tensor  # (C, size, size) float32, as the encoder gets it
@@ -64,7 +98,15 @@ def look(
     preprocessing: Preprocessing,
     augment: str,
 ) -> Look:
-    "One view of a film; draws from torch's generator exactly what `preprocessing.train(augment)` draws."
+    """One view of a film; draws from torch's generator exactly what `preprocessing.train(augment)` draws.
+
+    Parameters
+    ----------
+    film : torch.Tensor
+        (1, H, W) uint8
+    preprocessing : Preprocessing
+    augment : str
+    """
     before = torch.get_rng_state()
     seen = preprocessing.train(augment)(film)
     after = torch.get_rng_state()
@@ -97,7 +139,25 @@ def tile(
     colour: str = "",  # of the bar beside the caption
     outlines: dict[str, np.ndarray] = {},  # colour -> (K, 2)
 ) -> str:  # HTML
-    "A captioned picture, with outlines drawn over it."
+    """A captioned picture, with outlines drawn over it.
+
+    Parameters
+    ----------
+    picture : np.ndarray
+        (H, W) uint8
+    alt : str
+        what it shows, for those who do not see it
+    caption : str
+    colour : str, default: ''
+        of the bar beside the caption
+    outlines : dict[str, np.ndarray], default: {}
+        colour -> (K, 2)
+
+    Returns
+    -------
+    str
+        HTML
+    """
     height, width = picture.shape
     lines = "".join(
         f'<polygon style="--c:{shade}" points="{" ".join(f"{x:.1f},{y:.1f}" for x, y in corners)}"/>'
@@ -114,7 +174,19 @@ def grey_levels(
     seen: torch.Tensor,  # (C, size, size) as an encoder gets it
     preprocessing: Preprocessing,
 ) -> np.ndarray:  # (size, size) uint8
-    "What an encoder gets as grey levels again: its first channel without the normalisation."
+    """What an encoder gets as grey levels again: its first channel without the normalisation.
+
+    Parameters
+    ----------
+    seen : torch.Tensor
+        (C, size, size) as an encoder gets it
+    preprocessing : Preprocessing
+
+    Returns
+    -------
+    np.ndarray
+        (size, size) uint8
+    """
     mean, std = (np.ravel(value)[0] for value in (preprocessing.mean, preprocessing.std))
     return (255 * (seen[0].numpy() * std + mean)).round().clip(0, 255).astype(np.uint8)
 
@@ -125,7 +197,17 @@ def draw_film(
     title: str,
     colour: str = "",  # of a bar under the picture
 ) -> None:
-    "A grey picture with a title below it."
+    """A grey picture with a title below it.
+
+    Parameters
+    ----------
+    ax : Axes
+    picture : np.ndarray
+        (H, W) uint8
+    title : str
+    colour : str, default: ''
+        of a bar under the picture
+    """
     ax.imshow(picture, cmap="gray", vmin=0, vmax=255)
     ax.set(xticks=[], yticks=[], xlim=(-0.5, picture.shape[1] - 0.5), ylim=(picture.shape[0] - 0.5, -0.5))
     ax.spines[:].set_visible(False)
@@ -136,7 +218,19 @@ def draw_film(
 # %% ../../nbs/widgets/03_augmentation.ipynb #3ef199de
 class AugmentationExplorer(Pictured, ipywidgets.VBox):
     """A study beside the views of it that training will draw. Its controls are attributes (`study`, `augment`, `epoch`,
-    `seed`, `views`: set their `.value`), and so is what they show: `name` of the study, `looks`."""
+    `seed`, `views`: set their `.value`), and so is what they show: `name` of the study, `looks`.
+
+    Parameters
+    ----------
+    data : Pack
+    preprocessing : Preprocessing | None, default: None
+        None: the pack's size, one channel
+    view : View, default: View()
+        of a method
+    split : str | None, default: 'train'
+    seed : int, default: 0
+    views : int, default: 4
+    """
 
     def __init__(
         self,

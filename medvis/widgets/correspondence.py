@@ -41,7 +41,13 @@ def pieces(
     view: StudyView,
     masked: bool,
 ) -> list[list[tuple[str, int]]]:  # per sentence: text, number of the word or -1
-    "The sentences of a report, cut into words and what stands between them."
+    """The sentences of a report, cut into words and what stands between them.
+
+    Returns
+    -------
+    list[list[tuple[str, int]]]
+        per sentence: text, number of the word or -1
+    """
     out = [[] for _ in view.sentences]
     ends = [0] * len(out)
     for word, (s, start, end) in enumerate(view.spans):
@@ -57,7 +63,19 @@ def pack_study(
     view: StudyView,
     masked: bool = False,  # leave the report's words out
 ) -> tuple[dict, list[bytes]]:  # the head; the picture and the scores of each run, grain by grain
-    "A study as it goes to the browser."
+    """A study as it goes to the browser.
+
+    Parameters
+    ----------
+    view : StudyView
+    masked : bool, default: False
+        leave the report's words out
+
+    Returns
+    -------
+    tuple[dict, list[bytes]]
+        the head; the picture and the scores of each run, grain by grain
+    """
     runs = [{"grid": run.grid, "frame": run.frame, "grains": list(run.scores), "prototypes": run.prototypes,
              "temperature": run.temperature, "tokens": run.tokens,
              "cells": [np.flatnonzero(cells).tolist() for cells in view.cells[name]]} for name, run in view.runs.items()]
@@ -78,7 +96,19 @@ def combined(
     run: RunScores,
     selection: Mapping[str, Sequence],  # words, sentences, prototypes
 ) -> np.ndarray | None:                 # (N,)
-    "The mean map of the pinned items that the run knows; None when it knows none."
+    """The mean map of the pinned items that the run knows; None when it knows none.
+
+    Parameters
+    ----------
+    run : RunScores
+    selection : Mapping[str, Sequence]
+        words, sentences, prototypes
+
+    Returns
+    -------
+    np.ndarray | None
+        (N,)
+    """
     maps = [run.scores[grain][item] for grain in GRAINS for item in selection.get(grain, ())
             if grain in run.scores and item < len(run.scores[grain])]
     maps = [scores for scores in maps if not np.isnan(scores).any()]
@@ -105,7 +135,24 @@ def heat_picture(
     threshold: float,
     smooth: bool,
 ) -> np.ndarray:                 # (h', w', 4) in 0..1
-    "A map in colours: transparent where it is low, and below the threshold."
+    """A map in colours: transparent where it is low, and below the threshold.
+
+    Parameters
+    ----------
+    run : RunScores
+    scores : np.ndarray
+        (N,)
+    ends : tuple[float, float]
+    colours : str
+    opacity : float
+    threshold : float
+    smooth : bool
+
+    Returns
+    -------
+    np.ndarray
+        (h', w', 4) in 0..1
+    """
     shown = upsample(scores, run.grid, (160, 160)) if smooth else scores.reshape(run.grid)
     share = np.clip((shown - ends[0]) / (ends[1] - ends[0]), 0, 1) if ends[1] > ends[0] else np.zeros_like(shown)
     rgba = matplotlib.colormaps[colours](share)
@@ -121,7 +168,20 @@ def fitted(
     size: float,
     wide: float,         # inches
 ) -> tuple[str, float]:  # the text, and its width in inches at the worst of the usual resolutions
-    "A text that is not wider than it may be: what is left out is an ellipsis."
+    """A text that is not wider than it may be: what is left out is an ellipsis.
+
+    Parameters
+    ----------
+    text : str
+    size : float
+    wide : float
+        inches
+
+    Returns
+    -------
+    tuple[str, float]
+        the text, and its width in inches at the worst of the usual resolutions
+    """
     font = FontProperties(family="serif", size=size)
 
     def width(shown: str) -> float:
@@ -141,7 +201,23 @@ def draw_report(
     size: float = 10,
     unread: Sequence[int] = (),  # words that a run did not read: grey
 ) -> bool:                       # whether all of it is there
-    "Write a report from the top of the axes, pinned words and sentences on a coloured ground; where it is cut stands an ellipsis."
+    """Write a report from the top of the axes, pinned words and sentences on a coloured ground; where it is cut stands an ellipsis.
+
+    Parameters
+    ----------
+    ax : Axes
+    lines : Sequence[Sequence[tuple[str, int]]]
+        of `pieces`
+    selection : Mapping[str, Sequence]
+    size : float, default: 10
+    unread : Sequence[int], default: ()
+        words that a run did not read: grey
+
+    Returns
+    -------
+    bool
+        whether all of it is there
+    """
     ax.axis("off")
     box = ax.get_window_extent()
     wide, high = box.width / ax.figure.dpi, box.height / ax.figure.dpi
@@ -205,7 +281,17 @@ def draw_run(
     name: str,        # of the run
     state: Mapping,   # the SETTINGS
 ) -> None:
-    "Draw one run's picture: radiograph, map of what is pinned, outlines, boxes, and whether it hits."
+    """Draw one run's picture: radiograph, map of what is pinned, outlines, boxes, and whether it hits.
+
+    Parameters
+    ----------
+    ax : Axes
+    view : StudyView
+    name : str
+        of the run
+    state : Mapping
+        the SETTINGS
+    """
     (level, width), run, selection = state["window"], view.runs[name], state["selection"]
     ax.imshow(view.picture, cmap="gray", vmin=level - width / 2, vmax=level + width / 2, extent=(0, 1, 1, 0), interpolation="bicubic")
     ax.set_title(fitted(name, 10, 2.45)[0], size=10, loc="left", parse_math=False)
@@ -233,7 +319,17 @@ def correspondence_figure(
     state: Mapping,         # the SETTINGS
     masked: bool = False,
 ) -> Figure:
-    "One picture a run, and the report beside them with what is pinned."
+    """One picture a run, and the report beside them with what is pinned.
+
+    Parameters
+    ----------
+    view : StudyView
+    shown : Sequence[str]
+        runs
+    state : Mapping
+        the SETTINGS
+    masked : bool, default: False
+    """
     figure = Figure(figsize=(3.1 * len(shown) + 4.4, 3.5), dpi=80)
     FigureCanvasAgg(figure)  # which can measure text
     left, total = 0.1, 3.1 * len(shown) + 4.4
@@ -255,7 +351,15 @@ def page_state(
     state: Mapping,                             # trait -> value
     studies: Sequence[tuple[dict, list[bytes]]],  # of `pack_study`
 ) -> dict:
-    "The state of a page that holds these studies and shows the first."
+    """The state of a page that holds these studies and shows the first.
+
+    Parameters
+    ----------
+    state : Mapping
+        trait -> value
+    studies : Sequence[tuple[dict, list[bytes]]]
+        of `pack_study`
+    """
     heads = [{**head, "position": position} for position, (head, _) in enumerate(studies)]
     counts = [(name, sum(head["labels"].get(name) == 1 for head in heads)) for name, _ in state["findings"]]
     held = {"studies": [{"head": head, "buffers": body} for head, (_, body) in zip(heads, studies)]}
@@ -294,7 +398,16 @@ def answer(
     message: Mapping,     # ask: "study", of a position; or "list", of those that fit query and finding, by order and run (a number)
     masked: bool,         # or asked for so in the message
 ) -> tuple[dict, list[bytes]]:
-    "What goes back to the browser. An order that needs numbers measures some studies at a time: the browser asks again."
+    """What goes back to the browser. An order that needs numbers measures some studies at a time: the browser asks again.
+
+    Parameters
+    ----------
+    studies : Studies
+    message : Mapping
+        ask: "study", of a position; or "list", of those that fit query and finding, by order and run (a number)
+    masked : bool
+        or asked for so in the message
+    """
     try:
         if message["ask"] == "study":
             head, body = pack_study(studies[message["position"]], masked or message.get("masked", False))
@@ -311,7 +424,20 @@ class CorrespondenceWidget(Pictured, Display):
     """Words and regions of the studies of a Pack, for one or more runs: show it in a notebook.
 
     `selection` holds what is pinned: study, words, sentences, prototypes (numbers) and boxes (x0, y0, x1, y1 in shares
-    of the picture). ValueError when runs, Pack and split do not go together."""
+    of the picture). ValueError when runs, Pack and split do not go together.
+
+    Parameters
+    ----------
+    runs : Mapping[str, Method | str | Path] | Method | str | Path
+        by name: methods, or run folders
+    data : Pack | str | Path
+    split : str | None, default: 'test'
+        None: all
+    outlines : Callable[[str], Sequence[Outline]] | None, default: None
+        study id -> what is known; None: of a phantom all, else the Pack's boxes and masks
+    **display
+        traits of Display, e.g. grain="sentences"
+    """
 
     _esm = static("correspondence.js")
     _css = static("theme.css") + static("correspondence.css")
@@ -370,7 +496,15 @@ class CorrespondenceWidget(Pictured, Display):
         studies: Sequence[int] | None = None,  # positions; None: the one that is shown and the next eleven of the search
         title: str = "Words and regions",
     ) -> Path:
-        "Write one self-contained file with the present state and some studies: no server, no kernel, no network."
+        """Write one self-contained file with the present state and some studies: no server, no kernel, no network.
+
+        Parameters
+        ----------
+        path : str | Path
+        studies : Sequence[int] | None, default: None
+            positions; None: the one that is shown and the next eleven of the search
+        title : str, default: 'Words and regions'
+        """
         if studies is None:
             fitting = self.studies.find(self.query, self.finding)
             studies = [self.position, *[p for p in fitting if p > self.position][:11]]
@@ -379,8 +513,16 @@ class CorrespondenceWidget(Pictured, Display):
         write_atomic(path, lambda file: file.write(standalone(title, self._esm, self._css, page).encode()))
         return Path(path)
 
-    def to_figure(self, **changes) -> Figure:  # e.g. scale="raw": for the figure alone
-        "The pictures of the runs that are shown with the map of what is pinned, and the report. TypeError for a setting that does not exist."
+    def to_figure(
+        self, **changes,    # e.g. scale="raw": for the figure alone
+    ) -> Figure:
+        """The pictures of the runs that are shown with the map of what is pinned, and the report. TypeError for a setting that does not exist.
+
+        Parameters
+        ----------
+        **changes
+            e.g. scale="raw": for the figure alone
+        """
         if strange := set(changes) - set(SETTINGS):
             raise TypeError(f"no setting of a figure: {', '.join(sorted(strange))}; there are {', '.join(SETTINGS)}")
         return correspondence_figure(self.study, self.shown, {name: getattr(self, name) for name in SETTINGS} | changes, self.masked)

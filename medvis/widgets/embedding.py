@@ -66,7 +66,20 @@ def jpegs(
     pictures: Sequence[np.ndarray],  # (H, W) uint8 each
     most: int = 256,  # pixels of the longer side
 ) -> tuple[bytes, bytes]:  # all of them, one after the other; int32 where each ends
-    "Grey pictures for the browser."
+    """Grey pictures for the browser.
+
+    Parameters
+    ----------
+    pictures : Sequence[np.ndarray]
+        (H, W) uint8 each
+    most : int, default: 256
+        pixels of the longer side
+
+    Returns
+    -------
+    tuple[bytes, bytes]
+        all of them, one after the other; int32 where each ends
+    """
     out, ends = io.BytesIO(), []
     for picture in pictures:
         image = Image.fromarray(picture)
@@ -109,7 +122,13 @@ def spread_examples(
     by: str | None,
     most: int = 6,
 ) -> list[int]:  # rows
-    "One point for each of the most frequent kinds: the one whose tenth part of its kind lies nearest around it."
+    """One point for each of the most frequent kinds: the one whose tenth part of its kind lies nearest around it.
+
+    Returns
+    -------
+    list[int]
+        rows
+    """
     found = []
     kinds = points[by].astype("string").fillna("–") if by else pd.Series("", index=points.index)
     for kind in sorted(kinds.value_counts().index, key=lambda kind: kind in QUIET)[:most]:
@@ -129,7 +148,19 @@ def draw_example(
     text: str,
     colour: str,
 ) -> None:
-    "A point's picture with its region outlined, and its sentence."
+    """A point's picture with its region outlined, and its sentence.
+
+    Parameters
+    ----------
+    ax : Axes
+    picture : np.ndarray | None
+    box : Sequence[float]
+        x0, y0, x1, y1 in shares
+    label : str
+        of the point
+    text : str
+    colour : str
+    """
     if picture is not None:
         height, width = picture.shape
         ax.imshow(picture, cmap="gray", vmin=0, vmax=255, extent=(0, width, height, 0))
@@ -149,7 +180,21 @@ def draw_points(
     column: dict | None,  # that gives the colours
     examples: Sequence[int] = (),  # rows, numbered
 ) -> None:
-    "The plane, with a legend or a scale, and numbers at the examples."
+    """The plane, with a legend or a scale, and numbers at the examples.
+
+    Parameters
+    ----------
+    ax : Axes
+    points : pd.DataFrame
+    colours : np.ndarray
+        (n,)
+    bright : np.ndarray
+        (n,) bool, the others are faint
+    column : dict | None
+        that gives the colours
+    examples : Sequence[int], default: ()
+        rows, numbered
+    """
     order = np.random.default_rng(0).permutation(len(points))
     order = order[np.argsort(colours[order] != GREY, kind="stable")]
     size = float(np.clip(9000 / max(len(points), 1), 5, 40))
@@ -173,7 +218,19 @@ def draw_points(
 
 # %% ../../nbs/widgets/05_embedding.ipynb #d11c87ab
 class EmbeddingView(Browser):
-    "Points of a plane, each of which shows its region and its sentence."
+    """Points of a plane, each of which shows its region and its sentence.
+
+    Parameters
+    ----------
+    points : pd.DataFrame
+        x, y; perhaps text, picture, x0, y0, x1, y1; more columns
+    pictures : Sequence[np.ndarray], default: ()
+        (H, W) uint8 each
+    colour : str | None, default: None
+        a column; None: the first that offers colours
+    show_text : bool, default: True
+        False: no sentence leaves the kernel
+    """
 
     _esm = static("embedding.js")
     _css = static("theme.css") + static("embedding.css")
@@ -208,7 +265,13 @@ class EmbeddingView(Browser):
         return next((one for one in self.data["columns"] if one["name"] == self.colour), None)
 
     def shades(self) -> tuple[np.ndarray, np.ndarray]:  # (n,) colours, (n,) bool
-        "The colour of every point, and whether it is shown."
+        """The colour of every point, and whether it is shown.
+
+        Returns
+        -------
+        tuple[np.ndarray, np.ndarray]
+            (n,) colours, (n,) bool
+        """
         column = self.column()
         if column is None:
             return np.full(len(self.points), COLOURS[0]), np.ones(len(self.points), bool)
@@ -264,7 +327,17 @@ def text_rows(
     grain: str,  # "words" or "sentences"
     items: Sequence[int],  # of the view's words or sentences
 ) -> list[dict]:
-    "Words or sentences of a study: what each speaks of, which region fits it best."
+    """Words or sentences of a study: what each speaks of, which region fits it best.
+
+    Parameters
+    ----------
+    view : StudyView
+    run : str
+    grain : str
+        "words" or "sentences"
+    items : Sequence[int]
+        of the view's words or sentences
+    """
     regions, rows = region_rows(view, run), []
     for item in items:
         about = [outline.name for outline in view.outlines if item in getattr(outline, grain)]
@@ -283,7 +356,25 @@ def study_points(
     regions: int = 24,  # of each study, by lot
     seed: int = 0,  # of the lot and of t-SNE
 ) -> tuple[pd.DataFrame, list[np.ndarray]]:  # of `EmbeddingView`, with the vectors; one picture a study
-    "Regions and texts of some studies as a run embeds them. TypeError for a method without a space for both."
+    """Regions and texts of some studies as a run embeds them. TypeError for a method without a space for both.
+
+    Parameters
+    ----------
+    method : Method
+    data : Pack
+    split : str | None, default: 'test'
+    count : int, default: 60
+        studies
+    regions : int, default: 24
+        of each study, by lot
+    seed : int, default: 0
+        of the lot and of t-SNE
+
+    Returns
+    -------
+    tuple[pd.DataFrame, list[np.ndarray]]
+        of `EmbeddingView`, with the vectors; one picture a study
+    """
     studies, rng = Studies({"run": method}, data, split), np.random.default_rng(seed)
     items, pairs = range(min(count, len(studies))), studies.pairs["run"]
     found = aligned_studies(method, pairs, items)

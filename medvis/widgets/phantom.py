@@ -36,7 +36,18 @@ def draws(name: str, key: int = 0) -> Iterator[Planted]:
 def placements(
     name: str,  # one of FINDINGS
 ) -> dict[str, tuple[str, str, str]]:  # in words -> kind, side, zone
-    "As what, and where, the phantom shows a finding."
+    """As what, and where, the phantom shows a finding.
+
+    Parameters
+    ----------
+    name : str
+        one of FINDINGS
+
+    Returns
+    -------
+    dict[str, tuple[str, str, str]]
+        in words -> kind, side, zone
+    """
     seen = {(found.kind, found.side, found.zone) for found in islice(draws(name), 600)}
     return {" ".join(part for part in spot if part not in ("", "none")) or "present": spot for spot in sorted(seen)}
 
@@ -47,7 +58,19 @@ def plant(
     severity: int = 2,  # 1 mild or small, 2 moderate, 3 severe or large
     key: int = 0,  # another key, another spot there, another shape
 ) -> Planted:
-    "A finding as the phantom draws it, in a place that one chooses. ValueError when it is never drawn there."
+    """A finding as the phantom draws it, in a place that one chooses. ValueError when it is never drawn there.
+
+    Parameters
+    ----------
+    name : str
+        one of FINDINGS
+    where : str, default: ''
+        one of `placements(name)`; "": the first
+    severity : int, default: 2
+        1 mild or small, 2 moderate, 3 severe or large
+    key : int, default: 0
+        another key, another spot there, another shape
+    """
     if name not in FINDINGS or severity not in (1, 2, 3) or where and where not in placements(name):
         known = "; ".join(placements(name)) if name in FINDINGS else ", ".join(FINDINGS)
         raise ValueError(f"no {name!r} at {where!r} with severity {severity}; expected 1 to 3, and one of: {known}")
@@ -62,7 +85,17 @@ def study_with(
     index: int = 0,  # whose body and pose
     wording: int | None = None,  # another number, other words; None: those of the study
 ) -> PhantomStudy:
-    "A study of the phantom with other findings than its own."
+    """A study of the phantom with other findings than its own.
+
+    Parameters
+    ----------
+    findings : Sequence[Planted]
+    phantom : Phantom, default: Phantom(256)
+    index : int, default: 0
+        whose body and pose
+    wording : int | None, default: None
+        another number, other words; None: those of the study
+    """
     scene = phantom.scene(index)
     rng = stream(phantom.seed, 4, index if wording is None else wording)
     report, sentences = write_report(rng, list(findings), scene.pose.view, scene.patient.female)
@@ -75,7 +108,13 @@ def study_with(
 def marked(
     sentence: Sentence,
 ) -> list[tuple[str, int | None]]:  # stretches of the text, in order, and the finding each speaks of
-    "A sentence in stretches that speak of the same finding, or of none."
+    """A sentence in stretches that speak of the same finding, or of none.
+
+    Returns
+    -------
+    list[tuple[str, int | None]]
+        stretches of the text, in order, and the finding each speaks of
+    """
     runs: list[list] = []  # start, end, finding
     for start, end, finding in sentence.words:
         if runs and runs[-1][2] == finding:
@@ -135,7 +174,15 @@ def draw_report(
     study: PhantomStudy,
     columns: int = 62,  # letters in a line
 ) -> None:
-    "The findings and the sentences of a report, the words of each finding in its colour."
+    """The findings and the sentences of a report, the words of each finding in its colour.
+
+    Parameters
+    ----------
+    ax : Axes
+    study : PhantomStudy
+    columns : int, default: 62
+        letters in a line
+    """
     lines = [[(f"{k}. {told_of(finding)}", k - 1)] for k, finding in enumerate(study.findings, 1)] + [[]]
     for section in dict.fromkeys(sentence.section for sentence in study.sentences):
         lines += [[(section.upper(), None)], []]

@@ -44,7 +44,22 @@ def places_in(
     spans: Sequence[Span],
     punctuation: bool,        # whether the run keeps punctuation as words
 ) -> tuple[dict[int, int], dict[int, int]]:  # our word -> its word, our sentence -> its sentence
-    "How the words and sentences of a report are numbered by a run."
+    """How the words and sentences of a report are numbered by a run.
+
+    Parameters
+    ----------
+    report : Report
+        as the run read it
+    sentences : Sequence[str]
+    spans : Sequence[Span]
+    punctuation : bool
+        whether the run keeps punctuation as words
+
+    Returns
+    -------
+    tuple[dict[int, int], dict[int, int]]
+        our word -> its word, our sentence -> its sentence
+    """
     kept = [s for s, sentence in enumerate(sentences) if find_words(sentence, punctuation)][: len(report.sentences)]
     its = {(kept[s], start, end): word for word, (s, start, end) in enumerate(report.word_spans)}
     return {w: its[span] for w, span in enumerate(spans) if span in its}, {s: i for i, s in enumerate(kept)}
@@ -52,7 +67,23 @@ def places_in(
 # %% ../../nbs/widgets/01_study.ipynb #cdf13612
 @dataclass(frozen=True)
 class RunScores:
-    "What one run says of one study."
+    """What one run says of one study.
+
+    Parameters
+    ----------
+    grid : tuple[int, int]
+        (h, w), N = h*w
+    frame : tuple[float, float, float, float]
+        x0, y0, x1, y1: what the encoder sees, in shares of the picture
+    scores : dict[str, np.ndarray]
+        words (W, N), sentences (M, N), perhaps prototypes (K, N); NaN: not read
+    prototypes : list[int], default: field(default_factory=list)
+        numbers of the K prototypes
+    temperature : float, default: 1.0
+        what scores are divided by before a softmax over regions
+    tokens : int | None, default: None
+        the most that the run reads; None: unknown
+    """
     grid: tuple[int, int]                         # (h, w), N = h*w
     frame: tuple[float, float, float, float]      # x0, y0, x1, y1: what the encoder sees, in shares of the picture
     scores: dict[str, np.ndarray]                 # words (W, N), sentences (M, N), perhaps prototypes (K, N); NaN: not read
@@ -64,7 +95,13 @@ class RunScores:
 def seen_frame(
     preprocessing: Preprocessing,
 ) -> tuple[float, float, float, float]:  # x0, y0, x1, y1 in shares of the picture
-    "The part of a picture that is left after an encoder's centre crop."
+    """The part of a picture that is left after an encoder's centre crop.
+
+    Returns
+    -------
+    tuple[float, float, float, float]
+        x0, y0, x1, y1 in shares of the picture
+    """
     side = round(preprocessing.size / preprocessing.crop)
     start = int(round((side - preprocessing.size) / 2))
     return start / side, start / side, (start + preprocessing.size) / side, (start + preprocessing.size) / side
@@ -75,7 +112,22 @@ def picked_rows(
     places: Mapping[int, int],  # our item -> its item
     count: int,                # our items
 ) -> np.ndarray:               # (count, N) float32, NaN where the run has nothing
-    "The scores of one grain, in our numbering."
+    """The scores of one grain, in our numbering.
+
+    Parameters
+    ----------
+    scores : torch.Tensor
+        (N, items of the run)
+    places : Mapping[int, int]
+        our item -> its item
+    count : int
+        our items
+
+    Returns
+    -------
+    np.ndarray
+        (count, N) float32, NaN where the run has nothing
+    """
     held = {ours: its for ours, its in places.items() if its < scores.shape[1]}
     rows = np.full((count, scores.shape[0]), np.nan, np.float32)
     rows[list(held)] = scores.float().cpu().numpy().T[list(held.values())]
@@ -92,7 +144,19 @@ def run_scores(
     counts: tuple[int, int],           # our words and sentences
     preprocessing: Preprocessing,
 ) -> RunScores:
-    "One row of a correspondence, in our numbering."
+    """One row of a correspondence, in our numbering.
+
+    Parameters
+    ----------
+    correspondence : Correspondence
+    row : int
+        of the batch
+    places : tuple[dict[int, int], dict[int, int]]
+        of `places_in`
+    counts : tuple[int, int]
+        our words and sentences
+    preprocessing : Preprocessing
+    """
     scores = {grain: picked_rows(getattr(correspondence, grain)[row], place, count)
               for grain, place, count in zip(("words", "sentences"), places, counts)}
     numbers = []
@@ -105,7 +169,18 @@ def run_scores(
 # %% ../../nbs/widgets/01_study.ipynb #5bc8445e
 @dataclass(frozen=True)
 class Outline:
-    "A known place in the picture, and what of the report speaks of it."
+    """A known place in the picture, and what of the report speaks of it.
+
+    Parameters
+    ----------
+    name : str
+        e.g. of the finding
+    mask : np.ndarray
+        (H, W) bool, of the picture as the Pack holds it
+    words : tuple[int, ...], default: ()
+        of `word_spans`
+    sentences : tuple[int, ...], default: ()
+    """
     name: str                          # e.g. of the finding
     mask: np.ndarray                   # (H, W) bool, of the picture as the Pack holds it
     words: tuple[int, ...] = ()        # of `word_spans`
@@ -124,7 +199,15 @@ def phantom_outlines(
     phantom: Phantom,
     sentences: Sequence[str],
 ) -> list[Outline]:
-    "Every finding of a phantom's study, mentioned or not."
+    """Every finding of a phantom's study, mentioned or not.
+
+    Parameters
+    ----------
+    study_id : str
+        "phantom-0000012"
+    phantom : Phantom
+    sentences : Sequence[str]
+    """
     study = phantom[int(study_id.rpartition("-")[2])]
     spans = word_spans(sentences)
     about = phantom_words(Report([], [], [], list(sentences), spans), study)
@@ -137,7 +220,14 @@ def pack_outlines(
     pack: Pack,
     image: int,  # row of the image table
 ) -> list[Outline]:
-    "The boxes and masks that a Pack holds of an image; nothing says which words speak of them."
+    """The boxes and masks that a Pack holds of an image; nothing says which words speak of them.
+
+    Parameters
+    ----------
+    pack : Pack
+    image : int
+        row of the image table
+    """
     masks = zip(pack.manifest.get("masks", ()), found) if (found := pack.mask(image)) is not None else ()
     out = [Outline(name, mask) for name, mask in masks if mask.any()]
     if not (pack.boxes["image"] == image).any():
@@ -153,7 +243,27 @@ def pack_outlines(
 # %% ../../nbs/widgets/01_study.ipynb #51bea516
 @dataclass(frozen=True)
 class StudyView:
-    "One study with the scores of all runs."
+    """One study with the scores of all runs.
+
+    Parameters
+    ----------
+    position : int
+        among the Studies
+    id : str
+    patient : str
+    split : str
+    picture : np.ndarray
+        (H, W) uint8
+    sentences : list[str]
+    spans : list[Span]
+        of the words
+    labels : dict[str, float]
+        1, 0, -1, nan
+    outlines : list[Outline]
+    runs : dict[str, RunScores]
+    cells : dict[str, np.ndarray]
+        run -> (outlines, N) bool, the regions on each outline
+    """
     position: int                      # among the Studies
     id: str
     patient: str
@@ -209,7 +319,13 @@ def seen_cells(
     grid: tuple[int, int],
     preprocessing: Preprocessing,
 ) -> np.ndarray:  # (outlines, N) bool
-    "Which regions of an encoder lie on each outline."
+    """Which regions of an encoder lie on each outline.
+
+    Returns
+    -------
+    np.ndarray
+        (outlines, N) bool
+    """
     view = preprocessing.mask()
     masks = [view(torch.from_numpy(np.ascontiguousarray(outline.mask))).numpy() for outline in outlines]
     return on_target(np.stack(masks), grid) if masks else np.zeros((0, grid[0] * grid[1]), bool)
@@ -221,7 +337,16 @@ def batch_scores(
     positions: Sequence[int],
     reports: Sequence[Sequence[str]],   # sentences of each
 ) -> list[RunScores]:
-    "What a method says of some studies, in one batch. ValueError names a study whose image cannot be read."
+    """What a method says of some studies, in one batch. ValueError names a study whose image cannot be read.
+
+    Parameters
+    ----------
+    method : Method
+    pairs : Pairs
+    positions : Sequence[int]
+    reports : Sequence[Sequence[str]]
+        sentences of each
+    """
     batch = collate([pairs[position] for position in positions])
     for study, reason in batch.rejects:
         raise ValueError(f"study {study}: {reason}")
@@ -242,7 +367,18 @@ def fitting_rows(
     query: str,
     finding: str,            # "": any
 ) -> list[int]:
-    "Rows of the studies which have all words of the query in their id or report, and the finding."
+    """Rows of the studies which have all words of the query in their id or report, and the finding.
+
+    Parameters
+    ----------
+    studies : pd.DataFrame
+        study_id, sentences
+    labels : pd.DataFrame
+        the same rows
+    query : str
+    finding : str
+        "": any
+    """
     words = query.lower().split()
     texts = (studies["study_id"].astype(str) + " " + studies["sentences"].map(" ".join)).str.lower()
     fits = np.array([all(word in text for word in words) for text in texts], bool)
@@ -250,7 +386,19 @@ def fitting_rows(
 
 # %% ../../nbs/widgets/01_study.ipynb #0baad7de
 class Studies:
-    "The studies of a Pack's split as `StudyView`s, made when they are asked for; `len` and index as a list has them."
+    """The studies of a Pack's split as `StudyView`s, made when they are asked for; `len` and index as a list has them.
+
+    Parameters
+    ----------
+    runs : Mapping[str, Method | str | Path] | Method | str | Path
+    data : Pack
+    split : str | None, default: 'test'
+        None: all
+    outlines : Callable[[str], Sequence[Outline]] | None, default: None
+        study id -> what is known; None: of a phantom all, else the Pack's boxes and masks
+    keep : int, default: 64
+        views in memory
+    """
 
     def __init__(
         self,
