@@ -9,6 +9,7 @@ import json
 from pathlib import Path
 
 import pytest
+import traitlets
 
 import medvis
 
@@ -39,14 +40,15 @@ def asked(function) -> dict:
 
 
 def told(thing) -> dict:
-    "Defaults of a function; of a class, those of its methods and fields, and whether it may be changed."
+    "Defaults of a function; of a class, those of its methods, fields and traits (which the browser shares or not), and whether it may be changed."
     if not inspect.isclass(thing):
         return asked(thing)
     methods = {name: asked(one) for name, one in vars(thing).items() if inspect.isfunction(one)}
     made = {one.name: plain(one.default_factory()) for one in dataclasses.fields(thing) if one.default_factory is not dataclasses.MISSING} if dataclasses.is_dataclass(thing) else {}
     rules = thing.__dataclass_params__ if dataclasses.is_dataclass(thing) else None
-    constants = {name: plain(one) for name, one in vars(thing).items() if isinstance(one, bool | int | float | tuple | dict) and not name.startswith("__")}
-    return {"fields": constants | made, **{name: found for name, found in methods.items() if found}} | ({"rules": [rules.frozen, rules.eq, rules.order]} if rules else {})
+    constants = {name: plain(one) for name, one in vars(thing).items() if isinstance(one, bool | int | float | tuple | dict) and not name.startswith("_")}
+    traits = {name: [plain(one.default_value), one.metadata.get("sync", False)] for name, one in vars(thing).items() if isinstance(one, traitlets.TraitType)}
+    return {"fields": constants | made | traits, **{name: found for name, found in methods.items() if found}} | ({"rules": [rules.frozen, rules.eq, rules.order]} if rules else {})
 
 
 def defaults(module) -> dict:
