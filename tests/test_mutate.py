@@ -43,6 +43,10 @@ def test_replay_comes_first_and_then_what_names_the_module():
     assert found[0] == "tests/test_replay.py::test_replay[evaluate/01_stats]" and "tests/test_stats.py" in found
 
 
+def test_tests_that_reach_a_module_by_a_helper_are_asked():
+    assert "tests/test_widget_correspondence.py" in mutate.targets("medvis/widgets/correspondence.py", (ROOT / "medvis/widgets/correspondence.py").read_text())
+
+
 @pytest.mark.parametrize("body, killer", [("assert f(1) == 2", True), ("f(1)", False)])
 def test_killed_and_survived(body, killer, tmp_path, monkeypatch):
     "A small tree of its own: one module, one test file that looks, or does not."

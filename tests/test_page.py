@@ -82,7 +82,8 @@ def test_poor_runs_have_a_page(given, tmp_path):
 def test_text_can_be_withheld():
     report = Report([], [], [], ["Secret finding here."], [(0, 0, 6), (0, 7, 14), (0, 15, 19)])
     card = page.correspondence_card(np.eye(16), correspondence(), 0, report, pick=[0, 1], show_text=False)
-    assert not re.search("secret|finding|here", card, re.I) and "word 2" in card
+    text = re.sub(r"base64,[\w+/=]+", "", card)     # where any word may turn up
+    assert not re.search("secret|finding|here", text, re.I) and "word 2" in text
 
 
 def test_a_map_lies_where_its_regions_are():

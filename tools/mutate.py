@@ -138,9 +138,17 @@ def draw(paths: list[Path], number: int, seed: int) -> list[Mutant]:
 
 
 def imports(source: str) -> set[str]:
-    "Dotted names of medvis that a test file imports: `from a.b import c` asks for a.b and a.b.c."
+    "Dotted names of medvis that a test file imports: `from a.b import c` asks for a.b and a.b.c, `import medvis`, and nothing by name, for all."
+    whole = {"medvis" for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Import) and node.names[0].name == "medvis"}
     asked = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("medvis")]
-    return {name for node in asked for alias in node.names for name in (node.module, f"{node.module}.{alias.name}")}
+    return {name for node in asked for alias in node.names for name in (node.module, f"{node.module}.{alias.name}")} or whole
+
+
+def reached(file: Path) -> set[str]:
+    "What a test file imports of medvis, itself or by the helpers beside it (`from folders import folder_pack`)."
+    source = file.read_text(encoding="utf-8")
+    helpers = [file.with_name(f"{node.module}.py") for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ImportFrom)]
+    return imports(source).union(*(imports(one.read_text(encoding="utf-8")) for one in helpers if one.exists()))
 
 
 def notebook(source: str) -> str:
@@ -150,7 +158,7 @@ def notebook(source: str) -> str:
 
 def targets(path: str, source: str) -> list[str]:
     """What pytest is asked for: replays of the module's notebook and of those in its room whose modules import it; then the
-    test files that import it or what it exports, most names first."""
+    test files that import it or what it exports, themselves or by their helpers, or medvis as a whole, most names first."""
     own, dotted = ROOT / path, path.removesuffix(".py").replace("/", ".")
     room = dotted.rpartition(".")[0] + "."       # names are also imported from its door, and from its other modules
     exported = next(
@@ -159,7 +167,7 @@ def targets(path: str, source: str) -> list[str]:
     books = [notebook(source), *(notebook(other) for other in beside if f"from .{own.stem} import" in other)]
     found = {}
     for file in sorted((ROOT / "tests").glob("test_*.py")):
-        named = [name for name in imports(file.read_text(encoding="utf-8")) if name == dotted or name.startswith(room) and name.rpartition(".")[2] in exported]
+        named = [name for name in reached(file) if name in (dotted, "medvis") or name.startswith(room) and name.rpartition(".")[2] in exported]
         if named:
             found[f"tests/{file.name}"] = len(named)
     return [*(f"tests/test_replay.py::test_replay[{book}]" for book in books), *sorted(found, key=lambda name: -found[name])]

@@ -16,7 +16,7 @@ import torch
 from matplotlib.figure import Figure
 
 from ..analyse.page import exact_for
-from ..analyse.maps import draw_map
+from ..analyse.maps import common_limits, draw_map
 from ..data.files import read_csv
 from ..data.pack import Pack
 from ..data.pairs import Batch, Pairs, collate, read_batch
@@ -274,15 +274,16 @@ def draw_findings(pointing: pd.DataFrame, grain: str = "word") -> Figure:
 
 # %% ../../nbs/studies/03_grounding.ipynb #011972a4
 def draw_examples(maps: pd.DataFrame, subjects: list[str], findings: tuple[str, ...], phantom: Phantom) -> Figure:
-    "One word of each finding (columns) as each method (rows) sees it, with the true extent; the first such word of the table."
+    "One word of each finding (columns) as each method (rows) sees it, on one scale a method, with the true extent; the first such word of the table."
     figure = Figure(figsize=(1.5 * len(findings) + 0.6, 1.62 * len(subjects)), dpi=80, layout="constrained")
     axes = figure.subplots(len(subjects), len(findings), squeeze=False)
     for row, subject in zip(axes, subjects):
         own = maps[(maps.subject == subject) & (maps.seed == maps.seed.min())]
-        for ax, finding in zip(row, findings):
-            word = own[own.finding == finding].iloc[0]
+        words = [own[own.finding == finding].iloc[0] for finding in findings]
+        limits = common_limits(np.concatenate([list(word.scores) for word in words]))
+        for ax, word in zip(row, words):
             study = phantom[int(word.study.rpartition("-")[2])]
-            mask = np.any([found.mask for found in study.findings if found.name == finding], axis=0)
-            draw_map(ax, study.image, list(word.scores), (word.side, word.side), mask, word.text if subject == subjects[0] else "")
+            mask = np.any([found.mask for found in study.findings if found.name == word.finding], axis=0)
+            draw_map(ax, study.image, list(word.scores), (word.side, word.side), mask, word.text if subject == subjects[0] else "", limits)
         row[0].set_ylabel(subject, fontsize=9)
     return figure

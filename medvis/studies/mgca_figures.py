@@ -15,7 +15,7 @@ import torch
 from matplotlib.figure import Figure
 
 from ..analyse.embed import embedding_table, neighbour_purity, tsne, write_embedding
-from ..analyse.maps import draw_map
+from ..analyse.maps import common_limits, draw_map
 from ..analyse.prototypes import cluster_agreement, nearest_prototype, prototype_usage
 from ..analyse.regions import share_inside
 from ..data.pack import Pack
@@ -59,14 +59,14 @@ def draw_word_maps(rows: pd.DataFrame, phantom: Phantom, width: float = 1.45) ->
     studies = list(dict.fromkeys(rows.study))
     columns = min(rows.groupby("study").finding.nunique().max(), 4)
     figure = Figure(figsize=(width * (columns + 1), 1.14 * width * len(studies)), dpi=100, layout="constrained")
-    axes = figure.subplots(len(studies), columns + 1, squeeze=False)
+    axes, limits = figure.subplots(len(studies), columns + 1, squeeze=False), common_limits(np.concatenate(rows["map"].tolist()))
     for line, name in zip(axes, studies):
         study = phantom[int(name.rpartition("-")[2])]
         draw_map(line[0], study.image, title="image" if name == studies[0] else "")
         words = rows[rows.study == name].drop_duplicates("finding").head(columns)
         for ax, word in zip(line[1:], words.itertuples()):
             mask = np.any([f.mask for f in study.findings if f.name == word.finding], axis=0)
-            draw_map(ax, study.image, np.asarray(word.map, np.float32), (word.side, word.side), mask, word.text)
+            draw_map(ax, study.image, np.asarray(word.map, np.float32), (word.side, word.side), mask, word.text, limits)
             ax.set_xlabel(f"{word.inside:.1%} on it, area {word.area:.1%}", fontsize=7)
         for ax in line[1 + len(words):]:
             ax.axis("off")

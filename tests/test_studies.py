@@ -1,0 +1,146 @@
+"""The studies' parts with an untrained network and planted trainings: what is asked of whom, and what is written."""
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from medvis.data.pairs import Pairs, collate
+from medvis.data.phantom import Phantom
+from medvis.data.prepare import PhantomConfig, prepare_phantom
+from medvis.evaluate import phantom_pointing, phantom_targets
+from medvis.methods import METHODS
+from medvis.studies import demo, grounding, lovt_figures, mgca_figures, show
+from medvis.studies.config import DemoConfig, GroundingConfig
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return prepare_phantom(PhantomConfig(out=tmp_path_factory.mktemp("studies") / "pack", studies=120, size=64, seed=0, workers=0, progress=False))
+
+
+@pytest.fixture(scope="module")
+def method(data):
+    return grounding.make_subject("untrained", data, 3).eval()
+
+
+@pytest.fixture(scope="module")
+def pairs(method, data):
+    return show.held_out_pairs(method, data)
+
+
+def weights(method) -> torch.Tensor:
+    return torch.cat([one.detach().flatten()[:50] for one in method.parameters()])
+
+
+def test_a_subject_is_its_method_preset_and_seed(data, method):
+    assert type(method) is next(iter(METHODS.values())) and torch.equal(weights(method), weights(grounding.make_subject("untrained", data, 3)))
+    assert not torch.equal(weights(method), weights(grounding.make_subject("untrained", data, 4)))
+    assert type(grounding.make_subject("lovt", data, 0)) is METHODS["lovt"]
+    with pytest.raises(ValueError, match="preset"):
+        grounding.make_subject("lovt:none", data, 0)
+
+
+def test_test_studies_are_held_out_with_whole_reports(method, data, pairs):
+    rows = [row for row, _ in pairs.items]
+    assert set(data.studies["split"].iloc[rows]) == {"test"} and not pairs.train
+    assert [len(pairs.report(item).sentences) for item in range(3)] == [len(data.studies["sentences"].iloc[row]) for row in rows[:3]]
+
+
+def test_pointing_is_told_beside_that_on_the_next_image(method, pairs):
+    rows = grounding.pointing_rows(method, pairs)
+    own, other = phantom_pointing(method, pairs), phantom_pointing(grounding.OtherImages(method), pairs)
+    for grain in ("word", "sentence"):
+        part = rows[rows.grain == grain].set_index("finding")
+        assert part.hit_rate.equals(own.by_finding(grain=grain).set_index("finding").hit_rate)
+        assert part.other_image.tolist() == other.by_finding(grain=grain).set_index("finding").hit_rate.tolist()
+    assert rows.index.tolist() == list(range(len(rows)))
+    batch = collate([pairs[0], pairs[1], pairs[2]])
+    with torch.no_grad():
+        shown = grounding.OtherImages(method).correspondence(batch).sentences
+        torch.testing.assert_close(shown, method.correspondence(replace(batch, image=batch.image[[2, 0, 1]])).sentences)
+
+
+def test_examples_are_the_maps_of_the_words(method, pairs):
+    maps, chosen = grounding.example_maps(method, pairs, 3), show.pick_targets(phantom_targets(pairs), 3)
+    assert maps.finding.tolist() == [target.finding for targets in chosen.values() for target in targets if target.word is not None and target.word < 512][: len(maps)]
+    item, (first, *_) = next(iter(chosen.items()))
+    with torch.no_grad():
+        found = method.correspondence(collate([pairs[item]]))
+    assert np.allclose(maps.scores[0], found.words[0, :, first.word], atol=1e-5) and maps.side[0] == found.grid[0] and maps.text[0] == first.text
+    assert maps.study[0] == pairs.pack.studies["study_id"].iloc[pairs.items[item][0]]
+
+
+def test_losses_are_means_over_whole_batches(method, data):
+    pairs = Pairs(data, method.tokenizer, method.preprocessing, method.view, "test")
+    rows = grounding.loss_rows(method, pairs, batch_size=4).set_index("part")
+    with torch.no_grad():
+        batches = [collate([pairs[item] for item in range(start, start + 4)]) for start in range(0, len(pairs) - 3, 4)]
+        own, other = ([method(replace(batch, image=batch.image.roll(shift, 0))).parts for batch in batches] for shift in (0, 1))
+    for part in rows.index:
+        assert rows.own[part] == pytest.approx(np.mean([float(one[part]) for one in own]), rel=1e-4)
+        assert rows.other_image[part] == pytest.approx(np.mean([float(one[part]) for one in other]), rel=1e-4)
+    assert rows.index.tolist() == list(own[0]) and len(grounding.loss_rows(method, pairs, batch_size=len(pairs) + 9)) == len(rows)
+
+
+def test_a_subject_is_trained_and_measured_once(data, tmp_path, monkeypatch):
+    asked = []
+
+    def probe(encoders, pack, fractions, seeds):
+        asked.append((list(encoders), fractions, seeds))
+        return pd.DataFrame({"encoder": ["clip", "clip", "random"], "finding": ["macro", "Edema", "macro"], "fraction": 0.1, "auroc": [0.7, 0.6, 0.5]})
+
+    def fit(method, pack, config):
+        asked.append((type(method).__name__, str(config.run), config.seed, config.progress))
+
+    monkeypatch.setattr(grounding, "linear_probe", probe)
+    monkeypatch.setattr(grounding, "fit", fit)
+    config = GroundingConfig(out=tmp_path, subjects=("untrained", "convirt"), seeds=(5,), studies=120, progress=False)
+    monkeypatch.setattr(grounding, "prepare_phantom", lambda settings: asked.append((settings.out, settings.studies, settings.size, settings.seed, settings.progress)) or data)
+    told = grounding.grounding(config)
+    assert asked == [(tmp_path / "pack", 120, 64, 0, False), (["untrained"], (0.01, 0.1, 1.0), (0, 1, 2)),
+                     ("ConVIRT", str(tmp_path / "runs" / "convirt-5"), 5, False), (["convirt"], (0.01, 0.1, 1.0), (0, 1, 2))]
+    assert set(told.index) == {"untrained", "convirt"} and told.auroc.tolist() == [0.7, 0.7] and told.random.tolist() == [0.5, 0.5]
+    probes = pd.read_csv(tmp_path / "probe.csv")
+    assert probes.columns.tolist() == ["encoder", "finding", "fraction", "auroc", "subject", "seed"] and set(probes.finding) == {"macro"} and set(probes.seed) == {5}
+    assert pd.read_csv(tmp_path / "pointing.csv").columns[0] == "finding" and set(pd.read_parquet(tmp_path / "maps.parquet").subject) == {"untrained", "convirt"}
+    assert pd.read_csv(tmp_path / "loss.csv").columns.tolist() == ["part", "own", "other_image", "subject", "seed"] and (tmp_path / "manifest.json").exists()
+    grounding.run_subject("convirt", 5, data, config)
+    assert len(asked) == 4, "done already"
+
+
+def test_the_demo_goes_the_whole_way(tmp_path, data, monkeypatch, capsys):
+    asked = {}
+    gains = pd.DataFrame({"encoder": ["lovt"], "fraction": [1.0], "gain": [0.1], "low": [0.0], "high": [0.2]})
+    table = pd.DataFrame({"encoder": ["lovt"], "finding": ["macro"], "fraction": [1.0], "auroc": [0.7], "low": [0.6], "high": [0.8], "n": [90]})
+    monkeypatch.setattr(demo, "prepare_phantom", lambda config: asked.update(pack=(config.out, config.studies, config.seed, config.progress)) or data)
+
+    def fit(method, pack, config):
+        asked.update(fit=(type(method).__name__, str(config.run), config.seed, config.progress, config.workers, config.epochs))
+        return SimpleNamespace(path=tmp_path / "run", method=method.eval, manifest={"processor": "Zen", "threads": 1})
+
+    monkeypatch.setattr(demo, "fit", fit)
+    monkeypatch.setattr(demo, "linear_probe", lambda encoders, pack, out, cache: asked.update(probe=(list(encoders), out, cache)) or table)
+    monkeypatch.setattr(demo, "paired_gain", lambda predictions: gains)
+    monkeypatch.setattr(demo.pd, "read_parquet", lambda path: asked.update(read=path))
+    monkeypatch.setattr(demo, "show_run", lambda run, pack, pointing, command: asked.update(shown=command) or tmp_path / "page.html")
+    config = DemoConfig(out=tmp_path, method="lovt", studies=120, epochs=2, seed=7, progress=False)
+    assert demo.demo(config) == tmp_path / "page.html"
+    assert asked == {"pack": (tmp_path / "pack", 120, 7, False), "fit": ("LoVT", str(tmp_path / "run"), 7, False, 1, 2), "shown": demo.demo_command(config),
+                     "probe": (["lovt"], tmp_path / "run" / "probe", tmp_path / "features"), "read": tmp_path / "run" / "probe" / "predictions.parquet"}
+    said = capsys.readouterr().out
+    assert "0.700 (0.600 to 0.800)" in said and "+0.100 (+0.000 to +0.200)" in said and "Zen" in said and "(0.0 minutes)" in said
+
+
+def test_single_findings_and_vectors(method):
+    phantom = Phantom(64, 2)
+    found = mgca_figures.single_findings(phantom, 4, start=50)
+    assert [index for index, _ in found] == [index for index in range(50, found[-1][0] + 1) if len(phantom.scene(index).findings) == 1]
+    assert [name for _, name in found] == [phantom.scene(index).findings[0].name for index, _ in found] and len(found) == 4
+
+
+def test_rows_are_written_by_run(tmp_path):
+    lovt_figures.save_table(tmp_path / "x.csv", {"a": {"b": 1 / 3, "c": 2}, "d": {"b": 1.0, "c": 4}})
+    assert (tmp_path / "x.csv").read_text() == "run,b,c\na,0.33333,2\nd,1,4\n"
