@@ -13,7 +13,19 @@ from typing import Any
 
 # %% ../../nbs/core/01_registry.ipynb #bc11f507
 class Registry(dict):
-    "Entries of one kind by name. More are added with `add`; `find` also takes my_package.my_module:name, and imports the module."
+    """Entries of one kind by name. More are added with `add`; `find` also takes my_package.my_module:name, and imports the module.
+
+    Parameters
+    ----------
+    kind : str
+        what an entry is, for messages
+    expected : str
+        what one must be, for messages
+    valid : Callable[[Any], bool]
+        whether something is one
+    entries : Mapping[str, Any]
+        those of medvis
+    """
 
     def __init__(
         self,
