@@ -2,15 +2,14 @@
 So does the method of CONTRIBUTING.md, word for word."""
 import importlib
 import json
-import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import pytest
 import torch
+from commands import run_fresh, run_line
 from notebooks import ROOT
 from safetensors.torch import load_file
 
@@ -18,6 +17,7 @@ from medvis.analyse import draw_map
 from medvis.data.datasets import DATASETS, list_datasets
 from medvis.data.pack import Pack
 from medvis.data.pairs import Pairs, collate
+from medvis.data.phantom import Phantom
 from medvis.data.phrases import phantom_phrases
 from medvis.data.prepare import PhantomConfig, prepare_phantom
 from medvis.encoders.image import IMAGE_ENCODERS
@@ -97,32 +97,26 @@ SMALLER = {     # what takes an hour as it stands
     "probe": "--fractions 1.0 --seeds 0", "show": "--studies 2"}
 
 
-def in_fresh_process(folder: Path, commands: list[str], *paths: Path) -> list[tuple[int, str]]:
-    "Exit code and all that is printed of commands, one after the other in a process that has imported nothing."
-    code = ("import contextlib, io, json, sys\nfrom medvis.cli.start import main\nfound = []\n"
-            "for line in json.loads(sys.argv[1]):\n"
-            "    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(out):\n"
-            "        try: done = main(line.split()[1:])\n"
-            "        except SystemExit as stop: done = stop.code or 0\n"
-            "    found.append((done, out.getvalue()))\n"
-            "print(json.dumps(found))\n")
-    path = os.pathsep.join(map(str, [*paths, ROOT]))
-    told = subprocess.run([sys.executable, "-c", code, json.dumps(commands)], cwd=folder, capture_output=True, text=True, timeout=300,
-                          env={**os.environ, "PYTHONPATH": path, "COLUMNS": "200"})
-    assert told.returncode == 0, told.stderr[-3000:]
-    return json.loads(told.stdout.splitlines()[-1])
+def forget(names: tuple[str, ...] = ("their_package.own", "their_package", "siglip")) -> None:
+    "Take what the stranger's modules registered out of the lists, and the modules out of this process."
+    for registry in (METHODS, IMAGE_ENCODERS, DATASETS):
+        for name in [*registry.origins]:
+            del registry[name], registry.origins[name]
+            SETTINGS.pop(name, None)
+    for name in names:
+        sys.modules.pop(name, None)
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory) -> Path:
-    "A folder with the stranger's modules, and what the command line made of them in two processes: a Pack, runs, tables and pages."
+    "A folder with the stranger's modules, and what the command line made of them: a Pack and runs in this process, tables and pages in a fresh one."
     home = tmp_path_factory.mktemp("home")
     (home / "code" / "their_package").mkdir(parents=True)
     (home / "code" / "their_package" / "own.py").write_text(OWN)
     (home / "code" / "siglip.py").write_text(CODE)
-    DATASETS["class-folder"].dress(home / "files", [study for study in map(prepare_study, range(10))])
+    DATASETS["class-folder"].dress(home / "files", [Phantom(64, 0)[index] for index in range(10)])
     lines = [" ".join([line, *(more for start, more in SMALLER.items() if line.startswith(f"medvis {start}"))]) for line in COMMANDS.splitlines()]
-    assert [len([line for line in lines if line.endswith(more)]) for more in SMALLER.values()] == [1] * len(SMALLER)
+    assert all(len([line for line in lines if line.endswith(more)]) == 1 for more in SMALLER.values())
     train = [line for line in lines if line.startswith(("medvis prepare", "medvis pretrain"))] + [
         "medvis pretrain their_package.own:Mine --help",
         "medvis pretrain their_package.own:Mine --data packs/phantom --run runs/mine --power 3 --seed 5 --no-progress",
@@ -130,33 +124,25 @@ def home(tmp_path_factory) -> Path:
         "medvis prepare their_package.own:WARD --root files --out packs/ward --size 64 --max-rejects 1 --no-progress"]
     measure = [line for line in lines if line not in train] + [
         "medvis probe --data packs/phantom --encoders runs/mine runs/mgca --fractions 1.0 --seeds 0", "medvis phrases runs/mine"]
-    done = {}
-    for commands in (train, measure):
-        done |= dict(zip(commands, in_fresh_process(home, commands, home / "code"), strict=True))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(home)
+        patch.setenv("COLUMNS", "200")
+        patch.syspath_prepend(home / "code")
+        done = dict(zip(train, map(run_line, train)))
+        forget()
+    done |= dict(zip(measure, run_fresh(measure, home, home / "code"), strict=True))
     failed = {line: told for line, (code, told) in done.items() if code}
     assert not failed, failed
     (home / "told.json").write_text(json.dumps({line: told for line, (_, told) in done.items()}))
     return home
 
 
-def prepare_study(index: int):
-    from medvis.data.phantom import Phantom
-
-    return Phantom(64, 0)[index]
-
-
 @pytest.fixture
 def own(home, monkeypatch):
-    "The stranger's module, imported; afterwards medvis has forgotten it."
+    "The stranger's module, imported."
     monkeypatch.syspath_prepend(home / "code")
-    before = [(one, dict(one), dict(getattr(one, "origins", {}))) for one in (METHODS, SETTINGS, IMAGE_ENCODERS, DATASETS)]
     yield importlib.import_module("their_package.own")
-    for one, entries, origins in before:
-        one.clear(), one.update(entries)
-        if hasattr(one, "origins"):
-            one.origins.clear(), one.origins.update(origins)
-    for name in ("their_package.own", "their_package", "siglip"):
-        sys.modules.pop(name, None)
+    forget()
 
 
 def test_the_command_line_knows_it(home):
@@ -177,15 +163,12 @@ def test_without_its_module_the_run_names_the_import(home):
             load_method(home / "runs" / run)
     with pytest.raises(ValueError, match="the image encoder 'their_package.own:Patches' .*No module named 'their_package'"):
         load_method(home / "runs" / "mgca")
-    (code, told), = in_fresh_process(home, ["medvis probe --data packs/phantom --encoders runs/mine"])
+    code, told = run_line(f"medvis probe --data {home}/packs/phantom --encoders {home}/runs/mine")
     assert code == 1 and told.count("\n") == 1 and "No module named 'their_package'" in told
 
 
-def test_it_is_loaded_where_nobody_imported_it(home, own, monkeypatch):
-    for registry in (METHODS, IMAGE_ENCODERS):
-        for name in ("mine", "patches"):
-            registry.pop(name, None), registry.origins.pop(name, None)
-    sys.modules.pop("their_package.own")
+def test_it_is_loaded_where_nobody_imported_it(home, own):
+    forget()
     method = load_method(home / "runs" / "mine")
     assert type(method).__name__ == "Mine" and METHODS["mine"] is type(method) and method.config.power == 3
     assert type(load_encoder(home / "runs" / "mine")).__name__ == "Patches"
@@ -258,7 +241,7 @@ def test_what_a_notebook_defined(home, own, tmp_path, monkeypatch):
     method = create_method("noted", data=pack)
     run = fit(method, pack, TrainConfig.of(method, tmp_path / "run", progress=False))
     assert type(run.method()) is kind
-    del METHODS["noted"], SETTINGS["noted"]
+    del METHODS["noted"], METHODS.origins["noted"], SETTINGS["noted"]
     with pytest.raises(ValueError, match="the method 'noted' is __main__:Noted, and was defined in a notebook or script: run its definition first"):
         run.method()
     monkeypatch.setattr(sys.modules["__main__"], "Noted", kind, raising=False)
