@@ -131,9 +131,9 @@ def home(tmp_path_factory) -> Path:
         done = dict(zip(train, map(run_line, train)))
         forget()
     done |= dict(zip(measure, run_fresh(measure, home, home / "code"), strict=True))
-    failed = {line: told for line, (code, told) in done.items() if code}
+    failed = {line: output for line, (code, output) in done.items() if code}
     assert not failed, failed
-    (home / "told.json").write_text(json.dumps({line: told for line, (_, told) in done.items()}))
+    (home / "output.json").write_text(json.dumps({line: output for line, (_, output) in done.items()}))
     return home
 
 
@@ -146,9 +146,9 @@ def own(home, monkeypatch):
 
 
 def test_the_command_line_knows_it(home):
-    told = json.loads((home / "told.json").read_text())
-    assert "--power FLOAT" in (page := told["medvis pretrain their_package.own:Mine --help"]) and "Exponent of the gap." in page
-    assert "--scale FLOAT" in told["medvis pretrain siglip:SigLIP --help"]
+    output = json.loads((home / "output.json").read_text())
+    assert "--power FLOAT" in (page := output["medvis pretrain their_package.own:Mine --help"]) and "Exponent of the gap." in page
+    assert "--scale FLOAT" in output["medvis pretrain siglip:SigLIP --help"]
     config = json.loads((home / "runs" / "mine" / "config.json").read_text())
     assert config["method"] == "mine" and config["config"]["power"] == 3
     assert config["defined_in"] == {"method": "their_package.own:Mine", "image": "their_package.own:Patches"}
@@ -163,8 +163,8 @@ def test_without_its_module_the_run_names_the_import(home):
             load_method(home / "runs" / run)
     with pytest.raises(ValueError, match="the image encoder 'their_package.own:Patches' .*No module named 'their_package'"):
         load_method(home / "runs" / "mgca")
-    code, told = run_line(f"medvis probe --data {home}/packs/phantom --encoders {home}/runs/mine")
-    assert code == 1 and told.count("\n") == 1 and "No module named 'their_package'" in told
+    code, output = run_line(f"medvis probe --data {home}/packs/phantom --encoders {home}/runs/mine")
+    assert code == 1 and output.count("\n") == 1 and "No module named 'their_package'" in output
 
 
 def test_it_is_loaded_where_nobody_imported_it(home, own):
