@@ -25,6 +25,7 @@ from medvis.evaluate import ground_phrases, linear_probe
 from medvis.methods import METHODS, list_methods, list_presets, register_method
 from medvis.methods.settings import SETTINGS
 from medvis.train import Run, TrainConfig, create_method, fit, load_encoder, load_method
+from medvis.train.loop import find_kind, name_method
 
 OWN = '''
 from __future__ import annotations
@@ -172,6 +173,16 @@ def test_it_is_loaded_where_nobody_imported_it(home, own):
     method = load_method(home / "runs" / "mine")
     assert type(method).__name__ == "Mine" and METHODS["mine"] is type(method) and method.config.power == 3
     assert type(load_encoder(home / "runs" / "mine")).__name__ == "Patches"
+
+
+def test_a_run_of_medvis_with_their_encoder(home, own):
+    method = create_method("mgca", data=Pack(home / "packs" / "phantom"), image="patches", dim=8, hidden=16, prototypes=5)
+    config = {**name_method(method), "config": {"image": method.config.image}}
+    assert config["method"] == "mgca" and config["defined_in"] == {"image": "their_package.own:Patches"}
+    forget()
+    with pytest.raises(ValueError, match="unknown image encoder 'patches'; choose from resnet50, "):
+        load_encoder("random", image="patches")
+    assert find_kind(home / "config.json", config) is METHODS["mgca"] and type(load_encoder("random", image="patches")).__name__ == "Patches"
 
 
 def test_in_the_library(home, own, tmp_path):
