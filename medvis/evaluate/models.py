@@ -13,7 +13,6 @@ from pathlib import Path
 from torch import nn
 
 from ..data.pack import Pack, guard_measured
-from ..methods.method import Method
 from ..train.loop import Run, trained_on, load_encoder, load_method
 
 # %% ../../nbs/evaluate/01a_models.ipynb #5091c820
@@ -32,9 +31,8 @@ def as_method(
     nn.Module
         in evaluation mode
     """
-    if isinstance(run, nn.Module):
-        return run.eval()
-    return load_method(run.path if isinstance(run, Run) else run)
+    run = run.path if isinstance(run, Run) else run
+    return load_method(run) if isinstance(run, str | Path) else run.eval()
 
 # %% ../../nbs/evaluate/01a_models.ipynb #feef4a62
 def as_encoder(
@@ -53,11 +51,10 @@ def as_encoder(
     size : int | None, default: None
         side in pixels of what encoders other than runs are shown; None: their own
     """
-    if isinstance(encoder, Method | Run):
-        return as_method(encoder).image_encoder
-    if isinstance(encoder, nn.Module):
-        return encoder
-    return load_encoder(encoder, image, **({} if size is None else {"size": size}))
+    encoder = encoder.path if isinstance(encoder, Run) else encoder
+    if isinstance(encoder, str | Path):
+        return load_encoder(encoder, image, **({} if size is None else {"size": size}))
+    return getattr(encoder, "image_encoder", encoder)
 
 # %% ../../nbs/evaluate/01a_models.ipynb #2f538f9b
 def as_encoders(

@@ -12,7 +12,7 @@ from ..data.pack import Pack
 from ..evaluate import random_like
 from ..methods.method import Method
 from .correspondence import CorrespondenceWidget
-from .study import as_method
+from ..evaluate.models import as_method
 
 # %% ../../nbs/widgets/09_tour.ipynb #11a529c6
 def beside_untrained(
