@@ -342,7 +342,9 @@ PREPARE = {name: prepare_options(name) for name in list_datasets()}
 
 @dataclass
 class PrepareConfig:
-    "Make a Pack: images and reports, checked, resized and split, in one folder. A data set of your own: medvis prepare my_package.my_module:MY_DATA --help."
+    """Make a Pack: images and reports, checked, resized and split, in one folder.
+
+    A data set of your own: medvis prepare my_package.my_module:MY_DATA --help"""
     source: Union[tuple(Annotated[kind, tyro.conf.subcommand(name, description=kind.__doc__)] for name, kind in PREPARE.items())]
 
 # %% ../../nbs/cli/01_commands.ipynb #b93f6a34
