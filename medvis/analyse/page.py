@@ -26,7 +26,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
-from .maps import draw_map, pick_words
+from .maps import common_limits, draw_map, pick_words
 from ..data.pairs import Report
 from ..evaluate.ground import point
 from ..methods.method import Correspondence
@@ -367,18 +367,17 @@ def marked_text(
 
 # %% ../../nbs/analyse/02_page.ipynb #5be1d260
 def colour_bar(
-    scores,  # (N,)
+    limits: tuple[float, float],  # scores at its ends
 ) -> Html:
-    """The colours of `heat` from a map's lowest to its highest score, with both numbers.
+    """The colours of `heat` from one end to the other, with the scores there.
 
     Parameters
     ----------
-    scores
-        (N,)
+    limits : tuple[float, float]
+        scores at its ends
     """
     colours = ",".join(to_hex(matplotlib.colormaps["inferno"](0.25 + 0.7 * share)) for share in np.linspace(0, 1, 7))
-    low, high = float(np.min(scores)), float(np.max(scores))
-    return Html(f'<span class="bar">{low:.2f}<i style="background:linear-gradient(90deg,{colours})"></i>{high:.2f}</span>')
+    return Html(f'<span class="bar">{limits[0]:.2f}<i style="background:linear-gradient(90deg,{colours})"></i>{limits[1]:.2f}</span>')
 
 # %% ../../nbs/analyse/02_page.ipynb #f2bf575e
 def tile(
@@ -388,6 +387,7 @@ def tile(
     mask=None,
     caption: str = "",
     note: str = "",
+    limits: tuple[float, float] | None = None,  # of the colours; None: of this map alone
 ) -> Html:
     """A radiograph with one map, as a captioned JPEG of 340 pixels.
 
@@ -401,12 +401,14 @@ def tile(
     mask : default: None
     caption : str, default: ''
     note : str, default: ''
+    limits : tuple[float, float] | None, default: None
+        of the colours; None: of this map alone
     """
     figure, out = Figure(figsize=(2, 2), dpi=170), io.BytesIO()
-    draw_map(figure.add_axes((0, 0, 1, 1)), image, scores, grid, mask)
+    draw_map(figure.add_axes((0, 0, 1, 1)), image, scores, grid, mask, limits=limits)
     figure.savefig(out, format="jpeg", pil_kwargs={"quality": 85})
     data = base64.b64encode(out.getvalue()).decode()
-    caption = f"{escape(caption)} <small>{escape(note)}</small>{'' if scores is None else colour_bar(scores)}"
+    caption = f"{escape(caption)} <small>{escape(note)}</small>{'' if scores is None else colour_bar(limits or common_limits(scores))}"
     return Html(
         f'<figure><img alt="map over a radiograph" src="data:image/jpeg;base64,{data}">'
         f"<figcaption>{caption}</figcaption></figure>"
@@ -423,7 +425,7 @@ def correspondence_card(
     title: str = "",  # e.g. the study's id
     show_text: bool = True,  # False: words become numbers and the report is left out
 ) -> Html:
-    """A study's report and the maps of some of its words, with true extents and hits.
+    """A study's report and the maps of some of its words on one scale, with true extents and hits.
 
     Parameters
     ----------
@@ -449,8 +451,10 @@ def correspondence_card(
         else [w for w in masks if w < len(words)][:6] or pick_words(correspondence, index)
     )
     tiles = [tile(image, caption="image")]
-    for word in pick:
-        scores, mask = correspondence.words[index, :, word].detach().float().cpu().numpy(), masks.get(word)
+    maps = correspondence.words[index].detach().float().cpu().numpy().T[pick]
+    limits = common_limits(maps)
+    for word, scores in zip(pick, maps):
+        mask = masks.get(word)
         hit = (
             ""
             if mask is None
@@ -459,7 +463,7 @@ def correspondence_card(
             else "off target"
         )
         tiles.append(
-            tile(image, scores, correspondence.grid, mask, words[word] if show_text else f"word {word + 1}", hit)
+            tile(image, scores, correspondence.grid, mask, words[word] if show_text else f"word {word + 1}", hit, limits)
         )
     text = marked_text(report, pick) if show_text else ""
     return Html(f'<article><h3>{escape(title)}</h3>{text}<div class="tiles">{"".join(tiles)}</div></article>')
@@ -634,8 +638,8 @@ ABOUT = {
     "share of the image that the finding covers. Number of words in brackets.",
     "Training": "Mean loss of each step (pale), its running mean (strong), and the loss on validation patients after each epoch "
     "(points). Lower is better; validation that rises while training falls is overfitting.",
-    "Words and regions": "Brighter is a better fit of region and word. Each map has a scale of its own, given below "
-    "it: a narrow one says little. The ring is the highest region, the outline the true extent.",
+    "Words and regions": "Brighter is a better fit of region and word. The maps of a study share one scale, given below "
+    "each: a pale one says little. The ring is the highest region, the outline the true extent.",
 }
 
 # %% ../../nbs/analyse/02_page.ipynb #e705d418

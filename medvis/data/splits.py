@@ -29,7 +29,21 @@ def patient_splits(
     fractions: dict[str, float] = FRACTIONS,        # split name -> share of the patients, summing to 1
     seed: int = 0,
 ) -> np.ndarray:                                    # (n,) split names
-    "Assign every patient to a split by a hash of (seed, patient): independent of row order and of the other patients"
+    """Assign every patient to a split by a hash of (seed, patient): independent of row order and of the other patients
+
+    Parameters
+    ----------
+    patient_ids
+        (n,) one id per row; rows of a patient may stand anywhere
+    fractions : dict[str, float], default: FRACTIONS
+        split name -> share of the patients, summing to 1
+    seed : int, default: 0
+
+    Returns
+    -------
+    np.ndarray
+        (n,) split names
+    """
     names, shares = list(fractions), np.array(list(fractions.values()), dtype=float)
     if len(names) == 0 or (shares < 0).any() or abs(shares.sum() - 1) > 1e-6:
         raise ValueError(f"the shares of the splits must be positive and sum to 1, found {fractions}")
@@ -46,7 +60,23 @@ def nested_subsets(
 ) -> dict[float, np.ndarray]:                                   # fraction -> sorted row numbers (int64)
     """Rows of growing, nested shares of the patients, at least one patient each; independent of row order.
 
-    ValueError for a share outside (0, 1] or another rule."""
+    ValueError for a share outside (0, 1] or another rule.
+
+    Parameters
+    ----------
+    patient_ids
+        (n,) one id per row
+    fractions : tuple[float, ...], default: (0.01, 0.1, 1.0)
+        shares of the patients, each in (0, 1]
+    seed : int, default: 0
+    how : str, default: 'patients'
+        or "first": the first rows, whoever they are of (LoVT)
+
+    Returns
+    -------
+    dict[float, np.ndarray]
+        fraction -> sorted row numbers (int64)
+    """
     if bad := [fraction for fraction in fractions if not 0 < fraction <= 1]:
         raise ValueError(f"fractions must be above 0 and at most 1, found {bad}")
     if how == "first":
@@ -62,7 +92,13 @@ def nested_subsets(
 def check_leaks(
     studies: pd.DataFrame,      # columns patient_id, split
 ) -> None:
-    "Raise ValueError, naming the patients, if a patient is in more than one split"
+    """Raise ValueError, naming the patients, if a patient is in more than one split
+
+    Parameters
+    ----------
+    studies : pd.DataFrame
+        columns patient_id, split
+    """
     counts = studies.groupby("patient_id")["split"].nunique()
     if leaks := sorted(counts.index[counts > 1].astype(str)):
         more = f" and {len(leaks) - 5} more" if len(leaks) > 5 else ""

@@ -29,7 +29,13 @@ def read_targets(path: Path) -> pd.DataFrame:
 
 # %% ../../nbs/data/08a_task_files.ipynb #85664255
 def read_masks(folder: Path, pack: Pack, classes: Sequence[str]) -> dict[str, np.ndarray]:  # image id -> (C, S, S) bool
-    "Mask pictures of a folder, squared as the Pack's images were; white = there. FileNotFoundError if it holds none."
+    """Mask pictures of a folder, squared as the Pack's images were; white = there. FileNotFoundError if it holds none.
+
+    Returns
+    -------
+    dict[str, np.ndarray]
+        image id -> (C, S, S) bool
+    """
     named = {str(Path(name).with_suffix("")): str(name) for name in pack.image_table["image_id"].astype(str)}
     fit, masks = pack.manifest["source"].get("fit", "pad"), {}
     for place, within in enumerate([folder] if len(classes) == 1 else [folder / name for name in classes]):
@@ -62,7 +68,23 @@ def read_task(
     uncertain: str | Mapping[str, str] | None = None,   # of labels, see tasks.label_targets; None: ignore
     blank: str | None = None,                           # None: negative
 ) -> Task:
-    "A task from a file. FileNotFoundError if it is not there, ValueError if it does not fit the Pack, or has no uncertain or blank answers."
+    """A task from a file. FileNotFoundError if it is not there, ValueError if it does not fit the Pack, or has no uncertain or blank answers.
+
+    Parameters
+    ----------
+    path : str | Path
+        table (.csv, .parquet) of labels or grades (first column: image or study id) or of boxes, or folder of mask
+        pictures
+    pack : Pack
+    kind : str
+        of tasks.KINDS
+    classes : Sequence[str], default: ()
+        columns, or classes of masks or boxes; without, all
+    uncertain : str | Mapping[str, str] | None, default: None
+        of labels, see tasks.label_targets; None: ignore
+    blank : str | None, default: None
+        None: negative
+    """
     path, classes = Path(path), list(classes)
     if kind != "labels" and (uncertain or blank):
         raise ValueError(f"uncertain and blank are said of labels; {path} is asked for {kind}")

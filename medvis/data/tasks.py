@@ -26,7 +26,13 @@ from .splits import check_leaks, nested_subsets
 
 # %% ../../nbs/data/08_tasks.ipynb #523a6e67
 def pack_images(pack: Pack) -> pd.DataFrame:  # image (row in the pack), image_id, study_id, patient_id, split
-    "All images of a Pack with what is known of their study."
+    """All images of a Pack with what is known of their study.
+
+    Returns
+    -------
+    pd.DataFrame
+        image (row in the pack), image_id, study_id, patient_id, split
+    """
     table = pack.image_table
     studies = pack.studies[["study_id", "patient_id", "split"]].iloc[table["study"]].reset_index(drop=True)
     return pd.concat([pd.DataFrame({"image": np.arange(len(table)), "image_id": table["image_id"]}), studies], axis=1)
@@ -37,7 +43,21 @@ def find_images(
     ids: Iterable,          # K image ids, or study ids for all images of a study
     what: str = "labels",   # for the errors
 ) -> tuple[np.ndarray, np.ndarray]:  # rows of images in the pack, rising; for each, its place in ids
-    "Which images are meant. ValueError names ids that the Pack does not have, and images that are meant twice."
+    """Which images are meant. ValueError names ids that the Pack does not have, and images that are meant twice.
+
+    Parameters
+    ----------
+    pack : Pack
+    ids : Iterable
+        K image ids, or study ids for all images of a study
+    what : str, default: 'labels'
+        for the errors
+
+    Returns
+    -------
+    tuple[np.ndarray, np.ndarray]
+        rows of images in the pack, rising; for each, its place in ids
+    """
     table, ids = pack_images(pack), [str(one) for one in ids]
     images, studies = (table.groupby(table[name].astype(str)).indices for name in ("image_id", "study_id"))
     if unknown := [one for one in ids if one not in images and one not in studies]:
@@ -67,7 +87,21 @@ KINDS = ("labels", "classes", "ordinal", "masks", "boxes")
 
 @dataclass(frozen=True, eq=False)
 class Task:
-    "What is to be predicted for which images of a Pack. ValueError if a patient is in two splits or a count does not fit."
+    """What is to be predicted for which images of a Pack. ValueError if a patient is in two splits or a count does not fit.
+
+    Parameters
+    ----------
+    name : str
+    kind : str
+        of KINDS
+    classes : tuple[str, ...]
+        C; of an ordinal task the grades
+    pack : Pack
+    images : pd.DataFrame
+        n rows: image (row in the pack), image_id, study_id, patient_id, split
+    targets : np.ndarray | list[np.ndarray]
+        n, as the kind says
+    """
 
     name: str
     kind: str                           # of KINDS
@@ -116,7 +150,19 @@ def make_task(
     rows,     # (n,) images in the pack
     targets,  # n
 ) -> Task:
-    "A task for some images of a Pack."
+    """A task for some images of a Pack.
+
+    Parameters
+    ----------
+    name : str
+    kind : str
+    classes : Iterable[str]
+    pack : Pack
+    rows
+        (n,) images in the pack
+    targets
+        n
+    """
     return Task(name, kind, tuple(map(str, classes)), pack, pack_images(pack).iloc[rows].reset_index(drop=True), targets)
 
 # %% ../../nbs/data/08_tasks.ipynb #133b982a
@@ -129,7 +175,22 @@ def label_targets(
     uncertain: str | Mapping[str, str] = "ignore",  # or "positive" (CheXpert's U-Ones), "negative" (U-Zeros); or column by column
     blank: str = "negative",  # as with CheXpert labels; or "ignore"
 ) -> pd.DataFrame:  # 1, 0 and NaN = not used
-    """Turn CheXpert-style labels into targets. Raises ValueError for another policy or value, naming the column."""
+    """Turn CheXpert-style labels into targets. Raises ValueError for another policy or value, naming the column.
+
+    Parameters
+    ----------
+    labels : pd.DataFrame
+        1, 0, -1 uncertain, NaN blank
+    uncertain : str | Mapping[str, str], default: 'ignore'
+        or "positive" (CheXpert's U-Ones), "negative" (U-Zeros); or column by column
+    blank : str, default: 'negative'
+        as with CheXpert labels; or "ignore"
+
+    Returns
+    -------
+    pd.DataFrame
+        1, 0 and NaN = not used
+    """
     policies = uncertain if isinstance(uncertain, Mapping) else dict.fromkeys(labels, uncertain)
     if not {*policies.values()} <= {*UNCERTAIN} or blank not in BLANK or not {*labels} <= {*policies}:
         raise ValueError(
@@ -148,7 +209,13 @@ def label_targets(
 
 # %% ../../nbs/data/08_tasks.ipynb #2e2ff25f
 def held_kinds(pack: Pack) -> dict[str, list[str]]:     # kind of task -> names of labels, grades, masks or boxes
-    "What a Pack can be asked about. Without masks, its boxes can be painted as such."
+    """What a Pack can be asked about. Without masks, its boxes can be painted as such.
+
+    Returns
+    -------
+    dict[str, list[str]]
+        kind of task -> names of labels, grades, masks or boxes
+    """
     given = {"labels": "labels", "classes": "labels", "ordinal": "grades", "masks": "masks" if pack.manifest.get("masks") else "boxes", "boxes": "boxes"}
     return {kind: list(pack.manifest[name]) for kind, name in given.items() if pack.manifest.get(name)}
 
@@ -158,7 +225,15 @@ def asked_names(
     kind: str,                                  # of KINDS
     classes: Iterable[str] | None = None,
 ) -> list[str]:
-    "What a task of a Pack asks for: the classes that are given, else those of the recipe, else all. ValueError says what the Pack holds instead."
+    """What a task of a Pack asks for: the classes that are given, else those of the recipe, else all. ValueError says what the Pack holds instead.
+
+    Parameters
+    ----------
+    pack : Pack
+    kind : str
+        of KINDS
+    classes : Iterable[str] | None, default: None
+    """
     held, recipe = held_kinds(pack), list(pack.recipe.get("classes", []))
     if kind not in held:
         told = "; ".join(f"{', '.join(names)} (kind {other})" for other, names in held.items() if other != "classes")
@@ -175,7 +250,15 @@ def asked_names(
 # %% ../../nbs/data/08_tasks.ipynb #404d9dab
 @dataclass(frozen=True)
 class LabelPolicy:
-    "Which labels are used, and what uncertain and blank ones count as."
+    """Which labels are used, and what uncertain and blank ones count as.
+
+    Parameters
+    ----------
+    findings : tuple[str, ...]
+    uncertain : str | Mapping[str, str]
+        see label_targets
+    blank : str
+    """
 
     findings: tuple[str, ...]
     uncertain: str | Mapping[str, str]      # see label_targets
@@ -188,7 +271,18 @@ def label_policy(
     uncertain: str | Mapping[str, str] | None = None,   # see label_targets; None: as the recipe says, else "ignore"
     blank: str | None = None,                           # None: as the recipe says, else "negative"
 ) -> LabelPolicy:
-    "How the labels of a Pack are read. ValueError names labels that it does not hold."
+    """How the labels of a Pack are read. ValueError names labels that it does not hold.
+
+    Parameters
+    ----------
+    pack : Pack
+    findings : Iterable[str] | None, default: None
+        label columns; None: as the recipe says, else all
+    uncertain : str | Mapping[str, str] | None, default: None
+        see label_targets; None: as the recipe says, else "ignore"
+    blank : str | None, default: None
+        None: as the recipe says, else "negative"
+    """
     recipe = pack.recipe
     uncertain, blank = uncertain or recipe.get("uncertain", "ignore"), blank or recipe.get("blank", "negative")
     if findings is None and isinstance(uncertain, Mapping):
@@ -202,7 +296,21 @@ def chosen_labels(
     columns: Iterable[str] | None = None,   # None: all
     table: pd.DataFrame | None = None,      # index: image or study ids; None: the Pack's own labels
 ) -> tuple[pd.DataFrame, np.ndarray]:       # one row an image of which there is a row; the images' rows in the pack
-    "Label columns image by image. ValueError names columns that are not there, and ids that the Pack does not have."
+    """Label columns image by image. ValueError names columns that are not there, and ids that the Pack does not have.
+
+    Parameters
+    ----------
+    pack : Pack
+    columns : Iterable[str] | None, default: None
+        None: all
+    table : pd.DataFrame | None, default: None
+        index: image or study ids; None: the Pack's own labels
+
+    Returns
+    -------
+    tuple[pd.DataFrame, np.ndarray]
+        one row an image of which there is a row; the images' rows in the pack
+    """
     table = pack.labels.set_axis(pack.studies["study_id"]) if table is None else table
     columns = list(table.columns if columns is None else columns)
     missing = [name for name in columns if name not in table.columns]
@@ -218,7 +326,21 @@ def study_targets(
     uncertain: str | Mapping[str, str] | None = None,
     blank: str | None = None,
 ) -> pd.DataFrame:                                      # one row a study; 1, 0, NaN
-    "Targets study by study. A study of which nothing at all is known was not labelled: its blanks do not mean that a finding is absent."
+    """Targets study by study. A study of which nothing at all is known was not labelled: its blanks do not mean that a finding is absent.
+
+    Parameters
+    ----------
+    pack : Pack
+    findings : Iterable[str] | None, default: None
+        see label_policy for all three
+    uncertain : str | Mapping[str, str] | None, default: None
+    blank : str | None, default: None
+
+    Returns
+    -------
+    pd.DataFrame
+        one row a study; 1, 0, NaN
+    """
     policy = label_policy(pack, findings, uncertain, blank)
     labels = pack.labels[list(policy.findings)]
     return label_targets(labels, policy.uncertain, policy.blank)[pack.labels.notna().any(axis=1)].reindex(labels.index)
@@ -232,7 +354,21 @@ def label_task(
     blank: str | None = None,                           # None: see label_policy; of a table "negative"
     name: str = "labels",
 ) -> Task:
-    "Binary or multi-label: which findings are there? Images without any known label are left out."
+    """Binary or multi-label: which findings are there? Images without any known label are left out.
+
+    Parameters
+    ----------
+    pack : Pack
+    columns : Iterable[str] | None, default: None
+        None: see label_policy; of a table all
+    table : pd.DataFrame | None, default: None
+        1, 0, -1, NaN; index: image or study ids; None: the Pack's own labels
+    uncertain : str | Mapping[str, str] | None, default: None
+        None: see label_policy; of a table "ignore"
+    blank : str | None, default: None
+        None: see label_policy; of a table "negative"
+    name : str, default: 'labels'
+    """
     if table is None:
         policy = label_policy(pack, columns, uncertain, blank)
         columns, uncertain, blank = policy.findings, policy.uncertain, policy.blank
@@ -250,7 +386,17 @@ def class_task(
     table: pd.DataFrame | None = None,      # exactly one 1 a row; of a column of names: pd.get_dummies(column)
     name: str = "classes",
 ) -> Task:
-    "Multi-class: which one is it? Images without any label are left out; ValueError names those with none or several classes."
+    """Multi-class: which one is it? Images without any label are left out; ValueError names those with none or several classes.
+
+    Parameters
+    ----------
+    pack : Pack
+    columns : Iterable[str] | None, default: None
+        None: those that the recipe asks for, else all
+    table : pd.DataFrame | None, default: None
+        exactly one 1 a row; of a column of names: pd.get_dummies(column)
+    name : str, default: 'classes'
+    """
     columns = asked_names(pack, "classes", columns) if table is None else columns
     labels, rows = chosen_labels(pack, columns, table)
     known = labels.notna().any(axis=1).to_numpy()
@@ -267,7 +413,17 @@ def ordinal_task(
     classes: Iterable[str] | None = None,    # names of the grades; None: 0, 1, ... to the highest that occurs
     name: str = "grades",
 ) -> Task:
-    "Ordinal: how much of it? ValueError for a grade that is none of them."
+    """Ordinal: how much of it? ValueError for a grade that is none of them.
+
+    Parameters
+    ----------
+    pack : Pack
+    grades : pd.Series
+        0 .. C-1, NaN = left out; index: image or study ids
+    classes : Iterable[str] | None, default: None
+        names of the grades; None: 0, 1, ... to the highest that occurs
+    name : str, default: 'grades'
+    """
     grades = grades.dropna()
     rows, places = find_images(pack, grades.index, "grades")
     values = grades.to_numpy(float)[places]
@@ -284,7 +440,16 @@ def mask_task(
     classes: Iterable[str] = ("finding",),
     name: str = "masks",
 ) -> Task:
-    "Segmentation: which pixels? ValueError names masks of unknown images, of another size, or with other values than 0 and 1."
+    """Segmentation: which pixels? ValueError names masks of unknown images, of another size, or with other values than 0 and 1.
+
+    Parameters
+    ----------
+    pack : Pack
+    masks : Mapping
+        image id -> (S, S) or (C, S, S), 0 or 1; empty = nothing there
+    classes : Iterable[str], default: ('finding',)
+    name : str, default: 'masks'
+    """
     rows, places = find_images(pack, masks, "masks")
     classes, given = tuple(classes), list(masks.items())
     targets = np.zeros((len(rows), len(classes), pack.size, pack.size), np.uint8)
@@ -310,7 +475,19 @@ def box_task(
     images: Iterable | None = None,          # ids of the images that were looked at; None: all of the Pack
     name: str = "boxes",
 ) -> Task:
-    "Detection: where are they? ValueError names boxes of unknown images or classes, and boxes outside of their image."
+    """Detection: where are they? ValueError names boxes of unknown images or classes, and boxes outside of their image.
+
+    Parameters
+    ----------
+    pack : Pack
+    table : pd.DataFrame
+        one row a box: image_id, x0, y0, x1, y1 in pixels of the Pack, and class if there are several
+    classes : Iterable[str] | None, default: None
+        None: those that occur
+    images : Iterable | None, default: None
+        ids of the images that were looked at; None: all of the Pack
+    name : str, default: 'boxes'
+    """
     if missing := [column for column in ("image_id", *BOX) if column not in table.columns]:
         raise ValueError(f"the table of boxes lacks {', '.join(missing)}; it has {', '.join(map(str, table.columns))}")
     kinds = table["class"].astype(str) if "class" in table else pd.Series("finding", index=table.index)
@@ -366,7 +543,19 @@ def phantom_task(
     progress: bool = True,
 ) -> Task:
     """What a phantom's pictures show, image by image. ValueError for another Pack, an unknown finding, or a Pack
-    that another version of the phantom drew."""
+    that another version of the phantom drew.
+
+    Parameters
+    ----------
+    pack : Pack
+        of a phantom
+    kind : str, default: 'labels'
+        labels, ordinal (one finding: 0 absent, or its severity, 1 to 3), masks or boxes
+    findings : Iterable[str], default: FINDINGS
+    name : str | None, default: None
+        None: phantom-<kind>
+    progress : bool, default: True
+    """
     source, findings = pack.manifest["source"], tuple(findings)
     if source.get("kind") != "phantom":
         raise ValueError(f"{pack.path} holds {source.get('kind', 'other')} data, not a phantom: give its targets yourself (label_task, mask_task, …)")
@@ -387,7 +576,13 @@ def phantom_task(
 
 # %% ../../nbs/data/08_tasks.ipynb #e3fdb6bc
 def pack_boxes(pack: Pack) -> pd.DataFrame:     # image_id, class, x0, y0, x1, y1 in pixels of the Pack
-    "The boxes of a Pack in its squares; what a cropped square leaves out is cut off, and gone if nothing of it is left."
+    """The boxes of a Pack in its squares; what a cropped square leaves out is cut off, and gone if nothing of it is left.
+
+    Returns
+    -------
+    pd.DataFrame
+        image_id, class, x0, y0, x1, y1 in pixels of the Pack
+    """
     table, boxes = pack.image_table, pack.boxes
     fit = pack.manifest["source"].get("fit", "pad")
     moved = [boxes_to_square(group[list(BOX)].to_numpy(), table["height"][image], table["width"][image], pack.size, fit) for image, group in boxes.groupby("image", sort=False)]
@@ -411,7 +606,20 @@ def pack_task(
     uncertain: str | Mapping[str, str] | None = None,   # of labels, see label_policy
     blank: str | None = None,
 ) -> Task:
-    "A task from what a Pack holds, by the rules of its recipe. ValueError if it holds nothing of that kind, or if that has no uncertain or blank answers."
+    """A task from what a Pack holds, by the rules of its recipe. ValueError if it holds nothing of that kind, or if that has no uncertain or blank answers.
+
+    Parameters
+    ----------
+    pack : Pack
+    kind : str, default: 'labels'
+        of KINDS
+    classes : Iterable[str] | None, default: None
+        None: those that the recipe asks for or has an uncertainty policy for, else all; ordinal: the one grade
+    name : str | None, default: None
+    uncertain : str | Mapping[str, str] | None, default: None
+        of labels, see label_policy
+    blank : str | None, default: None
+    """
     source = pack.manifest["source"]
     name = name or f"{source.get('kind', pack.path.name)}-{kind}"
     if kind == "labels":
@@ -467,7 +675,22 @@ def boxes_in_view(
     size: int,                      # of the image they lie in, pixels
     preprocessing,                  # Preprocessing
 ) -> np.ndarray:                    # (k', 5) in pixels of the view
-    "Boxes through the geometry of `Preprocessing.eval`."
+    """Boxes through the geometry of `Preprocessing.eval`.
+
+    Parameters
+    ----------
+    boxes : np.ndarray
+        (k, 5) x0, y0, x1, y1, class
+    size : int
+        of the image they lie in, pixels
+    preprocessing
+        Preprocessing
+
+    Returns
+    -------
+    np.ndarray
+        (k', 5) in pixels of the view
+    """
     side = round(preprocessing.size / preprocessing.crop)
     margin = round((side - preprocessing.size) / 2)
     corners = (boxes[:, :4] * (side / size) - margin).clip(0, preprocessing.size)

@@ -38,7 +38,16 @@ def read_preprocessing(
 ) -> Preprocessing:
     """What a Hugging Face model expects; without a preprocessor the whole image_size, and mean and deviation 1/2.
 
-    ValueError if it scales grey levels in another way than ours, or wants oblong images."""
+    ValueError if it scales grey levels in another way than ours, or wants oblong images.
+
+    Parameters
+    ----------
+    told : dict
+        of preprocessor_config.json; empty = there is none
+    image_size : int, default: 224
+        what the model's configuration says
+    channels : int, default: 3
+    """
     if not told.get("do_rescale", True) or abs(told.get("rescale_factor", 1 / 255) * 255 - 1) > 1e-3:
         raise ValueError(
             f"its images are scaled by {told.get('rescale_factor')} (do_rescale {told.get('do_rescale')}); "
@@ -62,7 +71,22 @@ def token_grid(
     side: int,  # of the image, in pixels
     config,  # patch_size; for hierarchical models depths; num_register_tokens
 ) -> tuple[int, int]:  # how many tokens at the front are no regions, and the side of the grid
-    "Tell regions from other tokens. ValueError if the tokens are not a square grid with a few others before it."
+    """Tell regions from other tokens. ValueError if the tokens are not a square grid with a few others before it.
+
+    Parameters
+    ----------
+    count : int
+        of tokens
+    side : int
+        of the image, in pixels
+    config
+        patch_size; for hierarchical models depths; num_register_tokens
+
+    Returns
+    -------
+    tuple[int, int]
+        how many tokens at the front are no regions, and the side of the grid
+    """
     patch = getattr(config, "patch_size", None)
     patch = patch[0] if isinstance(patch, list | tuple) else patch
     halved = 2 ** (len(config.depths) - 1) if isinstance(getattr(config, "depths", None), list | tuple) else 1
@@ -118,7 +142,14 @@ class PretrainedEncoder(nn.Module):
         self.pyramid_dims = [level.shape[1] for level in maps]
         self.pyramid_strides = [preprocessing.size // level.shape[-1] for level in maps]
 
-    def forward(self, image: Tensor) -> ImageFeatures:  # (B, C, H, W) preprocessed
+    def forward(
+        self, image: Tensor,  # (B, C, H, W) preprocessed
+    ) -> ImageFeatures:
+        """Parameters
+        ----------
+        image : Tensor
+            (B, C, H, W) preprocessed
+        """
         return self._features(self.body(pixel_values=image, **self._options), image.shape[-1])
 
     def _features(self, out, side: int) -> ImageFeatures:
@@ -133,7 +164,13 @@ class PretrainedEncoder(nn.Module):
         return ImageFeatures(hidden[:, first:], pooled.flatten(1), grid)
 
     def pyramid(self, image: Tensor) -> list[Tensor]:  # (B, pyramid_dims[s], H / pyramid_strides[s], ...)
-        "The image and all maps, finest first: the stages of a convolutional network, or the one map of the tokens."
+        """The image and all maps, finest first: the stages of a convolutional network, or the one map of the tokens.
+
+        Returns
+        -------
+        list[Tensor]
+            (B, pyramid_dims[s], H / pyramid_strides[s], ...)
+        """
         out = self.body(pixel_values=image, output_hidden_states=True, **self._options)
         if out.last_hidden_state.ndim == 4:
             return [image, *out.hidden_states[1:]]
@@ -183,7 +220,20 @@ def pretrained_encoder(
     name: str | Path,  # a folder with config.json and weights, or a hub name "organisation/model"
     size: int | None = None,  # side of the input; None = what the model was made for
 ) -> PretrainedEncoder:  # in evaluation mode
-    "A Hugging Face model with its preprocessing. OSError when it cannot be had, ValueError when it cannot be used."
+    """A Hugging Face model with its preprocessing. OSError when it cannot be had, ValueError when it cannot be used.
+
+    Parameters
+    ----------
+    name : str | Path
+        a folder with config.json and weights, or a hub name "organisation/model"
+    size : int | None, default: None
+        side of the input; None = what the model was made for
+
+    Returns
+    -------
+    PretrainedEncoder
+        in evaluation mode
+    """
     model, report, told = _fetch(str(name))
     body = _vision_part(model, report, str(name))
     side = getattr(body.config, "image_size", None) or 224
@@ -212,7 +262,13 @@ def architecture_of(
     state: dict[str, Tensor],
     origin: str = "the state dict",
 ) -> str:  # a key of IMAGE_ENCODERS
-    "Which of our architectures a backbone's state dict fits; one that somebody registered is not tried. ValueError if none."
+    """Which of our architectures a backbone's state dict fits; one that somebody registered is not tried. ValueError if none.
+
+    Returns
+    -------
+    str
+        a key of IMAGE_ENCODERS
+    """
     ours = [name for name in IMAGE_ENCODERS if name not in IMAGE_ENCODERS.origins]
     for name in ours:
         with torch.device("meta"):

@@ -4,47 +4,48 @@
 
 # %% auto #0
 __all__ = ['check_preprocessing', 'encode', 'linear_probe', 'paired_gain', 'probe_predictions', 'probe_table', 'random_like',
-           'PROTOCOLS', 'Protocol', 'as_encoders', 'as_method', 'as_pack', 'check_unseen', 'compare_runs', 'evaluate',
-           'protocol_task', 'run_protocol', 'summary', 'Predictions', 'load_predictions', 'score_table',
-           'LinearSegmenter', 'SetrDecoder', 'SmpUNet', 'UNet', 'YoloV3', 'dice_loss', 'mixed_loss', 'yolo_loss',
-           'prompt_table', 'retrieval_table', 'zero_shot', 'zero_shot_table', 'Pointing', 'contrast_to_noise',
-           'ground_phrases', 'grounding_table', 'phantom_pointing', 'phantom_targets', 'pointing_game', 'Boxes',
-           'classification_table', 'count_pixels', 'detection_table', 'dice_table', 'froc', 'mean_ap', 'Interval',
-           'auroc', 'bootstrap', 'bootstrap_auroc', 'compare', 'compare_predictions']
+           'YoloV3', 'yolo_loss', 'Pointing', 'contrast_to_noise', 'ground_phrases', 'grounding_table',
+           'phantom_pointing', 'phantom_targets', 'pointing_game', 'Boxes', 'classification_table', 'count_pixels',
+           'detection_table', 'dice_table', 'froc', 'mean_ap', 'as_encoders', 'as_method', 'as_pack', 'check_unseen',
+           'Predictions', 'load_predictions', 'score_table', 'compare_runs', 'evaluate', 'protocol_task',
+           'run_protocol', 'summary', 'PROTOCOLS', 'Protocol', 'prompt_table', 'retrieval_table', 'zero_shot',
+           'zero_shot_table', 'LinearSegmenter', 'SetrDecoder', 'SmpUNet', 'UNet', 'dice_loss', 'mixed_loss',
+           'Interval', 'auroc', 'bootstrap', 'bootstrap_auroc', 'compare', 'compare_predictions']
 
 # %% ../../nbs/evaluate/00_doors.ipynb #dcb44a08
-from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING
+
+from ..core.doors import callable_door, lazy_door
 
 # %% ../../nbs/evaluate/00_doors.ipynb #ab1d0f36
-_HOME = {name: module for module, names in {
-    "classify": "check_preprocessing encode linear_probe paired_gain probe_predictions probe_table random_like",
-    "detect": "YoloV3 yolo_loss",
-    "ground": "Pointing contrast_to_noise ground_phrases grounding_table phantom_pointing phantom_targets pointing_game",
-    "metrics": "Boxes classification_table count_pixels detection_table dice_table froc mean_ap",
-    "predictions": "Predictions load_predictions score_table",
-    "recipes": "PROTOCOLS Protocol",
-    "models": "as_encoders as_method as_pack check_unseen",
-    "protocol": "compare_runs evaluate protocol_task run_protocol summary",
-    "retrieve": "prompt_table retrieval_table zero_shot zero_shot_table",
-    "segment": "LinearSegmenter SetrDecoder SmpUNet UNet dice_loss mixed_loss",
-    "stats": "Interval auroc bootstrap bootstrap_auroc compare compare_predictions",
-}.items() for name in names.split()}
-
-# %% ../../nbs/evaluate/00_doors.ipynb #5f5cc7b9
-def __getattr__(name: str) -> Any:
-    "A name of this door is imported when it is first asked for (PEP 562): settings can be read without waiting for torch."
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"medvis.evaluate.{_HOME[name]}"), name)
+if TYPE_CHECKING:
+    from medvis.evaluate.classify import (
+        check_preprocessing, encode, linear_probe, paired_gain, probe_predictions, probe_table, random_like)
+    from medvis.evaluate.detect import YoloV3, yolo_loss
+    from medvis.evaluate.ground import (
+        Pointing, contrast_to_noise, ground_phrases, grounding_table, phantom_pointing, phantom_targets,
+        pointing_game)
+    from medvis.evaluate.metrics import (
+        Boxes, classification_table, count_pixels, detection_table, dice_table, froc, mean_ap)
+    from medvis.evaluate.models import as_encoders, as_method, as_pack, check_unseen
+    from medvis.evaluate.predictions import Predictions, load_predictions, score_table
+    from medvis.evaluate.protocol import compare_runs, evaluate, protocol_task, run_protocol, summary
+    from medvis.evaluate.recipes import PROTOCOLS, Protocol
+    from medvis.evaluate.retrieve import prompt_table, retrieval_table, zero_shot, zero_shot_table
+    from medvis.evaluate.segment import LinearSegmenter, SetrDecoder, SmpUNet, UNet, dice_loss, mixed_loss
+    from medvis.evaluate.stats import Interval, auroc, bootstrap, bootstrap_auroc, compare, compare_predictions
+else:
+    __getattr__, __dir__ = lazy_door("medvis.evaluate")
+    callable_door("medvis.evaluate", "medvis.evaluate.protocol:evaluate")
 
 # %% ../../nbs/evaluate/00_doors.ipynb #23146c90
 _all_ = [
     "check_preprocessing", "encode", "linear_probe", "paired_gain", "probe_predictions", "probe_table", "random_like",
-    "PROTOCOLS", "Protocol", "as_encoders", "as_method", "as_pack", "check_unseen", "compare_runs", "evaluate", "protocol_task", "run_protocol", "summary", "Predictions", "load_predictions", "score_table",
-    "LinearSegmenter", "SetrDecoder", "SmpUNet", "UNet", "YoloV3", "dice_loss", "mixed_loss", "yolo_loss",
-    "prompt_table", "retrieval_table", "zero_shot", "zero_shot_table",
-    "Pointing", "contrast_to_noise", "ground_phrases", "grounding_table", "phantom_pointing", "phantom_targets", "pointing_game",
-    "Boxes", "classification_table", "count_pixels", "detection_table", "dice_table", "froc", "mean_ap",
-    "Interval", "auroc", "bootstrap", "bootstrap_auroc", "compare", "compare_predictions",
+    "YoloV3", "yolo_loss", "Pointing", "contrast_to_noise", "ground_phrases", "grounding_table", "phantom_pointing",
+    "phantom_targets", "pointing_game", "Boxes", "classification_table", "count_pixels", "detection_table",
+    "dice_table", "froc", "mean_ap", "as_encoders", "as_method", "as_pack", "check_unseen",
+    "Predictions", "load_predictions", "score_table", "compare_runs", "evaluate", "protocol_task", "run_protocol",
+    "summary", "PROTOCOLS", "Protocol", "prompt_table", "retrieval_table", "zero_shot", "zero_shot_table",
+    "LinearSegmenter", "SetrDecoder", "SmpUNet", "UNet", "dice_loss", "mixed_loss", "Interval", "auroc", "bootstrap",
+    "bootstrap_auroc", "compare", "compare_predictions",
 ]

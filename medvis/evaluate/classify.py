@@ -48,7 +48,16 @@ def about(
     pack,
     **told,  # rules and definitions, as JSON knows them
 ) -> dict[str, object]:
-    """What numbers depend on."""
+    """What numbers depend on.
+
+    Parameters
+    ----------
+    networks : Mapping[str, nn.Module]
+        name in the table -> encoder or method
+    pack
+    **told
+        rules and definitions, as JSON knows them
+    """
     hashes = {name: encoder_hash(one) for name, one in networks.items()}
     data = {"hash": pack.manifest["hash"], "name": Path(pack.path).name}
     return {"encoder_hashes": hashes, "data": data, **told, "machine": describe_machine()}
@@ -58,7 +67,15 @@ def check_preprocessing(
     encoder: nn.Module,  # or a method: whatever has .preprocessing
     pack,  # .size, .path and .manifest["source"], as of a Pack
 ) -> None:
-    """ValueError if the pack's images are not such as the encoder expects: made square otherwise, or too small."""
+    """ValueError if the pack's images are not such as the encoder expects: made square otherwise, or too small.
+
+    Parameters
+    ----------
+    encoder : nn.Module
+        or a method: whatever has .preprocessing
+    pack
+        .size, .path and .manifest["source"], as of a Pack
+    """
     expected, fit = getattr(encoder, "preprocessing", None), pack.manifest["source"].get("fit")
     if expected is None:
         raise ValueError(
@@ -98,7 +115,25 @@ def encode_images(
     batch_size: int = 64,
     device: str | torch.device | None = None,  # None: where the encoder is
 ) -> np.ndarray:  # (n, D') float32
-    """Whole-image features of the frozen encoder, without augmentation."""
+    """Whole-image features of the frozen encoder, without augmentation.
+
+    Parameters
+    ----------
+    encoder : nn.Module
+        encoder(image).whole is (B, D'); has .preprocessing
+    pack
+        .image(row) -> (H, W) uint8
+    rows
+        image rows
+    batch_size : int, default: 64
+    device : str | torch.device | None, default: None
+        None: where the encoder is
+
+    Returns
+    -------
+    np.ndarray
+        (n, D') float32
+    """
     device = device or next(encoder.parameters()).device
     prepare, features = encoder.preprocessing.eval(), []
     with frozen(encoder.to(device)):
@@ -121,7 +156,25 @@ def encode(
 
     With `cache` they are read from there if they were computed before for this very encoder, pack and rows.
     Raises ValueError naming the studies that have no image or whose features are not finite, or if the pack's images are
-    not such as the encoder expects."""
+    not such as the encoder expects.
+
+    Parameters
+    ----------
+    encoder : nn.Module
+    pack
+        a Pack
+    rows : default: None
+        study rows; None: all
+    batch_size : int, default: 64
+    device : str | torch.device | None, default: None
+    cache : str | Path | None, default: None
+        folder in which features are kept
+
+    Returns
+    -------
+    np.ndarray
+        (n, D') float32, one row a study
+    """
     check_preprocessing(encoder, pack)
     rows = np.arange(len(pack.studies)) if rows is None else np.asarray(rows, dtype=np.int64)
     key = f"{encoder_hash(encoder)} {pack.manifest['hash']} {hashlib.sha256(rows.tobytes()).hexdigest()}"
@@ -181,7 +234,22 @@ def fit_scores(
     targets,  # (n,) 1, 0 or NaN = not used
     test,  # (m, D') features
 ) -> np.ndarray:  # (m,) logits; all zero if the targets hold only one class
-    """Train a logistic regression on the targets that are 1 or 0 and score the test features."""
+    """Train a logistic regression on the targets that are 1 or 0 and score the test features.
+
+    Parameters
+    ----------
+    train
+        (n, D') features
+    targets
+        (n,) 1, 0 or NaN = not used
+    test
+        (m, D') features
+
+    Returns
+    -------
+    np.ndarray
+        (m,) logits; all zero if the targets hold only one class
+    """
     known = ~np.isnan(targets)
     if len(np.unique(targets[known])) < 2:
         return np.zeros(len(test))
@@ -242,7 +310,37 @@ def probe_predictions(
 ) -> pd.DataFrame:  # study_id, patient_id, encoder, fraction, seed, finding, label, score, n, positives
     """Scores of every test study by every probe: encoders x fractions x seeds x findings.
 
-    An encoder of the baseline's name is used as it is. Raises ValueError for unknown findings, missing splits, or leaks."""
+    An encoder of the baseline's name is used as it is. Raises ValueError for unknown findings, missing splits, or leaks.
+
+    Parameters
+    ----------
+    encoder
+        an image encoder, method, run folder, ...; several in a list or a dict name -> encoder: see
+        models.as_encoders
+    data
+        a Pack with the splits train and test
+    fractions : tuple[float, ...], default: (0.01, 0.1, 1.0)
+        shares of the training patients
+    seeds : tuple[int, ...], default: (0, 1, 2)
+        each draws other subsets, and another random baseline
+    findings : list[str] | None, default: None
+        label columns; this and the next three: None = as the Pack's recipe says, see label_policy
+    baseline : str | None, default: 'random'
+        name of the untaught copy of the first encoder; None: without it
+    uncertain : str | Mapping[str, str] | None, default: None
+    blank : str | None, default: None
+    subset : str | None, default: None
+        "patients": shares are drawn by patient; "first": they are the first rows
+    allow_leaks : bool, default: False
+        measure although an encoder was trained on patients or images that are tested here
+    **encoding
+        batch_size, device, cache: see encode
+
+    Returns
+    -------
+    pd.DataFrame
+        study_id, patient_id, encoder, fraction, seed, finding, label, score, n, positives
+    """
     encoders = as_encoders(encoder)
     targets = study_targets(data, findings, uncertain, blank)
     check_unseen(data, encoders.values(), allow_leaks)
@@ -275,7 +373,19 @@ def replicates(
 ) -> pd.DataFrame:  # (encoder, fraction, finding, seed) x (1 + R)
     """AUROC of every probe on the sample and on the same draws of test patients.
 
-    Raises ValueError if the probes scored different studies."""
+    Raises ValueError if the probes scored different studies.
+
+    Parameters
+    ----------
+    predictions : pd.DataFrame
+        of probe_predictions
+    resamples : int, default: 500
+
+    Returns
+    -------
+    pd.DataFrame
+        (encoder, fraction, finding, seed) x (1 + R)
+    """
     weights, order, rows = None, None, {}
     for key, group in predictions.groupby(_PROBE, sort=False, observed=True):
         studies = group["study_id"].astype(str).to_numpy()
@@ -326,7 +436,20 @@ def probe_table(
     n: training studies; spread: standard deviation over seeds; positives: of n, mean over seeds; n_test: labelled test
     studies; positives_test: of these; constant: how many probes saw one class only and scored every study alike (AUROC
     0.5, part of the mean), of how many `probes` that the AUROC is the mean of; seeds: how many. A finding without both classes in the test split has AUROC NaN and is no
-    part of macro."""
+    part of macro.
+
+    Parameters
+    ----------
+    predictions : pd.DataFrame
+        of probe_predictions
+    resamples : int, default: 500
+    level : float, default: 0.95
+
+    Returns
+    -------
+    pd.DataFrame
+        encoder, finding, fraction, auroc, low, high, n, and what the docstring lists
+    """
     draws = replicates(predictions, resamples)
     means = _averages(draws)
     found = [interval(row, level) for row in means.to_numpy()]
@@ -344,7 +467,21 @@ def paired_gain(
     resamples: int = 500,
     level: float = 0.95,
 ) -> pd.DataFrame:  # encoder, fraction, gain, low, high
-    """Macro AUROC of every other encoder minus that of the baseline, with the interval of the paired difference."""
+    """Macro AUROC of every other encoder minus that of the baseline, with the interval of the paired difference.
+
+    Parameters
+    ----------
+    predictions : pd.DataFrame
+        of probe_predictions
+    baseline : str, default: 'random'
+    resamples : int, default: 500
+    level : float, default: 0.95
+
+    Returns
+    -------
+    pd.DataFrame
+        encoder, fraction, gain, low, high
+    """
     macro = _averages(replicates(predictions, resamples)).xs("macro", level="finding")
     if baseline not in macro.index.get_level_values("encoder"):
         raise ValueError(f"no baseline {baseline!r} among {list(macro.index.unique('encoder'))}")
@@ -373,7 +510,38 @@ def linear_probe(
 ) -> pd.DataFrame:  # encoder, finding, fraction, auroc, low, high, n, ...: see probe_table
     """Linear classification from frozen features with few and many labels, against random initialisation.
 
-    See probe_predictions for the protocol's settings and probe_table for the columns."""
+    See probe_predictions for the protocol's settings and probe_table for the columns.
+
+    Parameters
+    ----------
+    encoder
+        an image encoder, method, run folder, ...; several in a list or a dict name -> encoder: see
+        models.as_encoders
+    data
+        a Pack with the splits train and test
+    fractions : tuple[float, ...], default: (0.01, 0.1, 1.0)
+        shares of the training patients
+    seeds : tuple[int, ...], default: (0, 1, 2)
+    findings : list[str] | None, default: None
+        label columns; this and the three below: None = as the Pack's recipe says
+    baseline : str | None, default: 'random'
+    uncertain : str | Mapping[str, str] | None, default: None
+        see label_policy
+    blank : str | None, default: None
+    subset : str | None, default: None
+        see probe_predictions
+    resamples : int, default: 500
+    out : str | Path | None, default: None
+        folder for predictions.parquet, probe.csv and probe.json
+    allow_leaks : bool, default: False
+    **encoding
+        batch_size, device, cache: see encode
+
+    Returns
+    -------
+    pd.DataFrame
+        encoder, finding, fraction, auroc, low, high, n, ...: see probe_table
+    """
     encoders, policy = as_encoders(encoder), label_policy(data, findings, uncertain, blank)
     subset = subset or data.recipe.get("subset", "patients")
     rules = {**vars(policy), "subset": subset}

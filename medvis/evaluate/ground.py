@@ -899,7 +899,7 @@ def ground_phrases(
     Returns
     -------
     pd.DataFrame
-        phrase (its number), image_id, patient, finding, boxes; MEASURES; other_..., on another's image
+        phrase (its number), image_id, patient, split, finding, boxes; MEASURES; other_..., on another's image
     """
     check_preprocessing(method, pack)
     phrases, fit, view = list(phrases), pack.manifest["source"].get("fit"), method.preprocessing.mask()
@@ -928,7 +928,27 @@ def ground(
     resamples: int = 500,
     allow_leaks: bool = False,  # measure although the run was trained on patients or images that are for validation or test
 ) -> pd.DataFrame:  # see grounding_table
-    """Does a run find the places that phrases speak of? With the same phrases on another patient's image beside it. ValueError for leaks."""
+    """Does a run find the places that phrases speak of? With the same phrases on another patient's image beside it. ValueError for leaks.
+
+    Parameters
+    ----------
+    run : nn.Module | Run | str | Path
+        a method (see phrase_maps) or a run folder
+    data : Pack | str | Path | None, default: None
+        the Pack that holds the phrases' images; None: the one that the run was trained on
+    phrases : Sequence[Phrase] | str | Path | None, default: None
+        or a file in the format of MS-CXR; None: what a phantom's test reports say
+    out : str | Path | None, default: None
+        folder for phrases.csv (one row a phrase), findings.csv (the table) and phrases.json
+    resamples : int, default: 500
+    allow_leaks : bool, default: False
+        measure although the run was trained on patients or images that are for validation or test
+
+    Returns
+    -------
+    pd.DataFrame
+        see grounding_table
+    """
     method = as_method(run)
     pack = as_pack(data, method)
     check_unseen(pack, [method], allow_leaks)

@@ -20,7 +20,18 @@ from ..train.loop import Run, trained_on, load_encoder, load_method
 def as_method(
     run: nn.Module | Run | str | Path,  # a method, or a run folder
 ) -> nn.Module:                         # in evaluation mode
-    "The method of a run. FileNotFoundError if the folder is not one."
+    """The method of a run. FileNotFoundError if the folder is not one.
+
+    Parameters
+    ----------
+    run : nn.Module | Run | str | Path
+        a method, or a run folder
+
+    Returns
+    -------
+    nn.Module
+        in evaluation mode
+    """
     if isinstance(run, nn.Module):
         return run.eval()
     return load_method(run.path if isinstance(run, Run) else run)
@@ -31,7 +42,17 @@ def as_encoder(
     image: str | None = None,               # architecture of state-dict files, of "random" and of "imagenet"
     size: int | None = None,                # side in pixels of what encoders other than runs are shown; None: their own
 ) -> nn.Module:
-    "An image encoder with its preprocessing. OSError if it is not there, ValueError if it does not fit."
+    """An image encoder with its preprocessing. OSError if it is not there, ValueError if it does not fit.
+
+    Parameters
+    ----------
+    encoder : nn.Module | Run | str | Path
+        a method stands for its image encoder; paths and names: see load_encoder
+    image : str | None, default: None
+        architecture of state-dict files, of "random" and of "imagenet"
+    size : int | None, default: None
+        side in pixels of what encoders other than runs are shown; None: their own
+    """
     if isinstance(encoder, Method | Run):
         return as_method(encoder).image_encoder
     if isinstance(encoder, nn.Module):
@@ -44,7 +65,22 @@ def as_encoders(
     names: Sequence[str] = (),      # of those in a list; without, the names of their folders
     **loading,                      # image, size: see as_encoder
 ) -> dict[str, nn.Module]:          # by name in the tables
-    "Image encoders by name. ValueError if two have the same name."
+    """Image encoders by name. ValueError if two have the same name.
+
+    Parameters
+    ----------
+    encoders
+        one of what as_encoder takes, several in a list, or a dict name -> encoder
+    names : Sequence[str], default: ()
+        of those in a list; without, the names of their folders
+    **loading
+        image, size: see as_encoder
+
+    Returns
+    -------
+    dict[str, nn.Module]
+        by name in the tables
+    """
     if isinstance(encoders, Mapping):
         return {str(name): as_encoder(one, **loading) for name, one in encoders.items()}
     several = list(encoders) if isinstance(encoders, list | tuple) else [encoders]
@@ -58,7 +94,14 @@ def as_pack(
     data: Pack | str | Path | None,     # None: the Pack that the model was trained on
     model: nn.Module,
 ) -> Pack:
-    "The Pack to measure a model on. ValueError if none is given and it is not known, or not there."
+    """The Pack to measure a model on. ValueError if none is given and it is not known, or not there.
+
+    Parameters
+    ----------
+    data : Pack | str | Path | None
+        None: the Pack that the model was trained on
+    model : nn.Module
+    """
     if isinstance(data, Pack):
         return data
     if data is not None:
@@ -76,7 +119,17 @@ def check_unseen(
 ) -> None:
     """ValueError if a model was trained on patients or images that a Pack has for validation or test (`data.pack.guard_measured`).
 
-    Warns if the Pack that it was trained on is not there any more."""
+    Warns if the Pack that it was trained on is not there any more.
+
+    Parameters
+    ----------
+    pack : Pack
+        that is measured on
+    models : Iterable[nn.Module]
+        methods or encoders
+    allow_leaks : bool, default: False
+    progress : bool, default: True
+    """
     for provenance in {one.run: one for model in models if (one := getattr(model, "provenance", None))}.values():
         try:
             trained = trained_on(provenance)

@@ -103,14 +103,26 @@ RELEASED = {name: _lovt_code(name, one) for name, one in LOVT.items()} | {name: 
 def released_protocol(
     name: str,      # a key of RELEASED
 ) -> Protocol:
-    "A protocol as the authors' code ran it. ValueError if there is no such code."
+    """A protocol as the authors' code ran it. ValueError if there is no such code.
+
+    Parameters
+    ----------
+    name : str
+        a key of RELEASED
+    """
     if name not in RELEASED:
         raise ValueError(f"no downstream code was released for {name!r}; there is some for {', '.join(RELEASED)}")
     return replace(PROTOCOLS[name], name=f"{name}-released", **RELEASED[name])
 
 # %% ../../nbs/evaluate/08_protocol.ipynb #e9889084
 def share_rule(task: Task, protocol: Protocol) -> str:      # "patients" or "first", see Task.rows
-    "How small shares of the training images are drawn: as the protocol says, else as the recipe of the task's Pack, else by patient."
+    """How small shares of the training images are drawn: as the protocol says, else as the recipe of the task's Pack, else by patient.
+
+    Returns
+    -------
+    str
+        "patients" or "first", see Task.rows
+    """
     return protocol.subset or task.pack.recipe.get("subset", "patients")
 
 # %% ../../nbs/evaluate/08_protocol.ipynb #2d2b44f3
@@ -166,7 +178,30 @@ def run_one(
     limit: float = 50.0,                    # GB that the features of an encoder may take there
     progress: bool = False,                 # show a bar when many features are computed
 ) -> Path:                                  # the run's folder
-    "Train, pick the best epoch, predict the test split; nothing if that was done before. Raises Diverged."
+    """Train, pick the best epoch, predict the test split; nothing if that was done before. Raises Diverged.
+
+    Parameters
+    ----------
+    encoder : nn.Module
+    task : Task
+    protocol : Protocol
+    lr : float
+    fraction : float
+    seed : int
+    out : str | Path
+        the run's folder lies below its folder runs
+    cache : str | Path | None, default: None
+        folder of features
+    limit : float, default: 50.0
+        GB that the features of an encoder may take there
+    progress : bool, default: False
+        show a bar when many features are computed
+
+    Returns
+    -------
+    Path
+        the run's folder
+    """
     told = identity(encoder, task, protocol, lr, fraction, seed)
     key = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:12]
     label = re.sub(r"[^\w.-]+", "_", f"{task.name}-{protocol.name}")
@@ -194,7 +229,18 @@ def run_one(
 def run_rows(
     folder: str | Path,     # of a run
 ) -> pd.DataFrame:          # one row a metric
-    "All numbers of a run, from its predictions. FileNotFoundError if it is not finished."
+    """All numbers of a run, from its predictions. FileNotFoundError if it is not finished.
+
+    Parameters
+    ----------
+    folder : str | Path
+        of a run
+
+    Returns
+    -------
+    pd.DataFrame
+        one row a metric
+    """
     folder = Path(folder)
     told = json.loads((folder / "manifest.json").read_text())
     test = load_predictions(folder / "predictions.npz")
@@ -225,7 +271,15 @@ def find_protocol(
     protocol: str | Protocol,   # a key of PROTOCOLS
     released: bool = False,     # as the authors' code ran it, where that differs from the paper
 ) -> Protocol:
-    "A protocol by its name. ValueError with the names there are, or if no code was released for it."
+    """A protocol by its name. ValueError with the names there are, or if no code was released for it.
+
+    Parameters
+    ----------
+    protocol : str | Protocol
+        a key of PROTOCOLS
+    released : bool, default: False
+        as the authors' code ran it, where that differs from the paper
+    """
     if isinstance(protocol, Protocol):
         return protocol
     if protocol not in PROTOCOLS:
@@ -255,7 +309,29 @@ def run_protocol(
 ) -> pd.DataFrame:  # one row a run and metric: encoder, protocol, task, fraction, seed, metric, value, n, reported_by, ...
     """Evaluate encoders on a task. Runs that stand in `out` are not repeated; results.csv there gets these rows beside others.
 
-    ValueError if encoder, task and protocol do not fit together."""
+    ValueError if encoder, task and protocol do not fit together.
+
+    Parameters
+    ----------
+    encoders : Mapping[str, nn.Module | Sequence[nn.Module]]
+        name -> encoder, or one for each seed
+    task : Task
+    protocol : str | Protocol
+        a key of PROTOCOLS
+    out : str | Path
+        folder of runs, features and results.csv
+    fractions : Sequence[float] | None, default: None
+        None: as the protocol says
+    seeds : Sequence[int] | None, default: None
+    cache : float, default: 50.0
+        GB of a frozen encoder's features that may be kept in out; 0 = none are
+    progress : bool, default: True
+
+    Returns
+    -------
+    pd.DataFrame
+        one row a run and metric: encoder, protocol, task, fraction, seed, metric, value, n, reported_by, ...
+    """
     protocol = find_protocol(protocol)
     protocol = replace(protocol, fractions=tuple(fractions or protocol.fractions), seeds=tuple(protocol.seeds if seeds is None else seeds))
     given = {name: list(one) if isinstance(one, Sequence) else [one] * len(protocol.seeds) for name, one in encoders.items()}
@@ -290,14 +366,33 @@ def summary(
     table: pd.DataFrame,            # of run_protocol
     baseline: str | None = None,    # encoder that the others are tested against
 ) -> pd.DataFrame:                  # task, protocol, fraction, metric, encoder, mean, low, high, std, n (runs), ...: see stats.compare
-    "The headline metric of every encoder, over seeds."
+    """The headline metric of every encoder, over seeds.
+
+    Parameters
+    ----------
+    table : pd.DataFrame
+        of run_protocol
+    baseline : str | None, default: None
+        encoder that the others are tested against
+
+    Returns
+    -------
+    pd.DataFrame
+        task, protocol, fraction, metric, encoder, mean, low, high, std, n (runs), ...: see stats.compare
+    """
     chosen = table[table["metric"] == table["kind"].map(HEADLINE)]
     return compare(chosen, baseline, keys=("task", "protocol", "fraction", "metric"))
 
 # %% ../../nbs/evaluate/08_protocol.ipynb #3c6fbf36
 @dataclass(frozen=True)
 class Together:
-    "What several runs said of the same images."
+    """What several runs said of the same images.
+
+    Parameters
+    ----------
+    runs : list
+        each indexed by rows, as a bootstrap draws them
+    """
 
     runs: list  # each indexed by rows, as a bootstrap draws them
 
@@ -317,7 +412,22 @@ def compare_runs(
     metric: str | None = None,          # a key of METRICS; None: the headline of the kind of task, see KEYS
     resamples: int = 500,
 ) -> pd.DataFrame:                      # method, value, low, high, gain, gain_low, gain_high, p, ...: see stats.compare_predictions
-    "Means over runs with intervals over test patients, and differences from a baseline. ValueError if they were not asked the same."
+    """Means over runs with intervals over test patients, and differences from a baseline. ValueError if they were not asked the same.
+
+    Parameters
+    ----------
+    runs : Mapping[str, Sequence[str | Path]]
+        name -> folders of its runs
+    baseline : str
+    metric : str | None, default: None
+        a key of METRICS; None: the headline of the kind of task, see KEYS
+    resamples : int, default: 500
+
+    Returns
+    -------
+    pd.DataFrame
+        method, value, low, high, gain, gain_low, gain_high, p, ...: see stats.compare_predictions
+    """
     told = {name: [load_predictions(Path(run) / "predictions.npz") for run in each] for name, each in runs.items()}
     first = told.get(baseline, next(iter(told.values())))[0]
     asked = lambda one: (one.kind, list(one.image_id), fingerprint(one.truth.table() if isinstance(one.truth, Boxes) else one.truth))
@@ -335,7 +445,22 @@ def over_patients(
     baseline: str,
     resamples: int = 500,
 ) -> pd.DataFrame:              # task, protocol, fraction, and the columns of compare_runs
-    "The headline number of every encoder, mean over seeds, with intervals over test patients."
+    """The headline number of every encoder, mean over seeds, with intervals over test patients.
+
+    Parameters
+    ----------
+    table : pd.DataFrame
+        of run_protocol
+    out : str | Path
+        its folder
+    baseline : str
+    resamples : int, default: 500
+
+    Returns
+    -------
+    pd.DataFrame
+        task, protocol, fraction, and the columns of compare_runs
+    """
     runs, tables = table.drop_duplicates(["encoder", "run"]), []
     for (task, protocol, fraction), group in runs.groupby(["task", "protocol", "fraction"], sort=False):
         folders = {name: [Path(out) / "runs" / run for run in own["run"]] for name, own in group.groupby("encoder", sort=False)}
@@ -366,7 +491,24 @@ def protocol_task(
     blank: str | None = None,
     progress: bool = True,
 ) -> Task:
-    "What a protocol asks of a Pack. ValueError or FileNotFoundError if Pack, protocol and file do not fit together."
+    """What a protocol asks of a Pack. ValueError or FileNotFoundError if Pack, protocol and file do not fit together.
+
+    Parameters
+    ----------
+    pack : Pack
+    protocol : str
+        a key of PROTOCOLS
+    targets : str | Path | None, default: None
+        file or folder, see data.task_files; None: what the Pack holds, or a phantom shows
+    kind : str | None, default: None
+        None: what the protocol asks first
+    classes : Sequence[str], default: ()
+        without: those of the recipe, else all
+    uncertain : str | Mapping[str, str] | None, default: None
+        of labels; None: as the recipe says, see data.tasks.label_policy
+    blank : str | None, default: None
+    progress : bool, default: True
+    """
     found = find_protocol(protocol)
     kinds = HEADS[found.head].kinds
     kind = kind or found.kind or kinds[0]
@@ -393,7 +535,22 @@ def drawn_anew(
     seeds: Sequence[int],
     baseline: bool = True,      # add untaught copies of the first encoder, unless one is random anyway
 ) -> tuple[dict[str, nn.Module | list[nn.Module]], str | None]:    # and the name of the baseline
-    "Encoders for `run_protocol`: of random weights, others for every seed. ValueError if one has the name of the untaught copies."
+    """Encoders for `run_protocol`: of random weights, others for every seed. ValueError if one has the name of the untaught copies.
+
+    Parameters
+    ----------
+    encoders : Mapping[str, nn.Module]
+    random : Sequence[str]
+        names of those that nothing was ever taught
+    seeds : Sequence[int]
+    baseline : bool, default: True
+        add untaught copies of the first encoder, unless one is random anyway
+
+    Returns
+    -------
+    tuple[dict[str, nn.Module | list[nn.Module]], str | None]
+        and the name of the baseline
+    """
     added = {UNTAUGHT: next(iter(encoders.values()))} if baseline and not random else {}
     if set(added) & set(encoders):
         raise ValueError(f"an encoder is named {UNTAUGHT!r}, as its untaught copies are: give it another name with --names (names= in Python)")
@@ -418,7 +575,45 @@ def evaluate(
     progress: bool = True,
     **changes,                          # of the protocol: lrs, fractions, subset, seeds, epochs, ...
 ) -> pd.DataFrame:                      # see summary; all metrics of all runs stand in results.csv
-    "Measure encoders by a protocol of the papers or a tiny one, against untaught copies. ValueError for what does not fit together, and for leaks."
+    """Measure encoders by a protocol of the papers or a tiny one, against untaught copies. ValueError for what does not fit together, and for leaks.
+
+    Parameters
+    ----------
+    encoders
+        run folders, methods, encoders, "random", ...: see models.as_encoders
+    task : Task | Pack | str | Path
+        of a Pack: what the protocol asks of it, see protocol_task
+    protocol : str | Protocol
+        a key of PROTOCOLS
+    out : str | Path
+        folder of the runs, results.csv and patients.csv; finished runs there are not repeated
+    names : Sequence[str], default: ()
+        of encoders in a list; without, the names of their folders
+    baseline : bool, default: True
+        add untaught copies of the first encoder, one for each seed, unless one is random anyway
+    released : bool, default: False
+        as the authors' code ran it, where that differs from the paper
+    resamples : int, default: 500
+        draws of test patients; 0: without patients.csv
+    allow_leaks : bool, default: False
+        measure although a run was trained on patients or images that are for validation or test here
+    image : str | None, default: None
+        architecture of state-dict files, of "random" and of "imagenet"
+    size : int | None, default: None
+        side in pixels of what encoders other than runs are shown; None: their own
+    device : str, default: 'auto'
+        or "cpu"
+    cache : float, default: 50.0
+        GB of a frozen encoder's features that may be kept
+    progress : bool, default: True
+    **changes
+        of the protocol: lrs, fractions, subset, seeds, epochs, ...
+
+    Returns
+    -------
+    pd.DataFrame
+        see summary; all metrics of all runs stand in results.csv
+    """
     rules = replace(find_protocol(protocol, released), **changes)
     if not isinstance(task, Task):
         task = protocol_task(task if isinstance(task, Pack) else Pack(task), protocol, progress=progress)

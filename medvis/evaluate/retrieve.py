@@ -39,7 +39,17 @@ from ..train.loop import Run
 class PairScores:
     """How well I images fit T texts (higher = better), and what they are.
 
-    Raises ValueError if the shapes do not fit or a score is not a number."""
+    Raises ValueError if the shapes do not fit or a score is not a number.
+
+    Parameters
+    ----------
+    scores : np.ndarray
+        (I, T) float32
+    images : pd.DataFrame
+        I rows: image_id, study_id, patient_id
+    texts : pd.DataFrame
+        T rows; of reports study_id, patient_id; of prompts finding, sign, pair, prompt
+    """
 
     scores: np.ndarray  # (I, T) float32
     images: pd.DataFrame  # I rows: image_id, study_id, patient_id
@@ -93,7 +103,16 @@ def embed_images(
     rows,  # image rows
     batch_size: int = 64,
 ) -> list[Any]:
-    """What the method's `similarity` wants of these images, batch by batch, without augmentation. ValueError if the Pack's do not suit it."""
+    """What the method's `similarity` wants of these images, batch by batch, without augmentation. ValueError if the Pack's do not suit it.
+
+    Parameters
+    ----------
+    method : Method
+    pack : Pack
+    rows
+        image rows
+    batch_size : int, default: 64
+    """
     check_preprocessing(method, pack)
     prepare, device, found = method.preprocessing.eval(), next(method.parameters()).device, []
     with frozen(method):
@@ -108,7 +127,20 @@ def embed_texts(
     texts: Sequence[Sequence[str]],  # the sentences of each
     batch_size: int = 64,
 ) -> tuple[list[Any], np.ndarray]:  # batch by batch; (S,) which text each embedded one is, or is a sentence of
-    """What the method's `similarity` wants of these texts. ValueError for texts without any word, by number."""
+    """What the method's `similarity` wants of these texts. ValueError for texts without any word, by number.
+
+    Parameters
+    ----------
+    method : Method
+    texts : Sequence[Sequence[str]]
+        the sentences of each
+    batch_size : int, default: 64
+
+    Returns
+    -------
+    tuple[list[Any], np.ndarray]
+        batch by batch; (S,) which text each embedded one is, or is a sentence of
+    """
     view, device = method.view, next(method.parameters()).device
     cut = lambda sentences: tokenise(sentences, method.tokenizer, view.max_tokens, view.punctuation, view.overflow)
     alone = method.text_unit == "sentence"
@@ -135,7 +167,23 @@ def similarity_table(
     texts: list[Any],  # of embed_texts
     owner: np.ndarray,  # (S,)
 ) -> np.ndarray:  # (I, T) float32
-    """Similarity of every image and every text; the mean over its sentences if these were embedded one by one."""
+    """Similarity of every image and every text; the mean over its sentences if these were embedded one by one.
+
+    Parameters
+    ----------
+    method : Method
+    images : list[Any]
+        of embed_images
+    texts : list[Any]
+        of embed_texts
+    owner : np.ndarray
+        (S,)
+
+    Returns
+    -------
+    np.ndarray
+        (I, T) float32
+    """
     share = np.zeros((len(owner), owner.max(initial=-1) + 1), np.float32)
     share[np.arange(len(owner)), owner] = 1 / np.bincount(owner)[owner]
     with frozen(method):
@@ -155,7 +203,17 @@ def retrieval_scores(
 ) -> PairScores:
     """Images of a split against its reports. Studies without a report, or without an image, are left out.
 
-    Raises ValueError if nothing remains."""
+    Raises ValueError if nothing remains.
+
+    Parameters
+    ----------
+    method : Method
+    pack : Pack
+    split : str, default: 'test'
+    studies : int | None, default: None
+        the first so many of the split; None: all
+    batch_size : int, default: 64
+    """
     wanted = (
         (pack.studies["split"] == split)
         & (pack.studies["sentences"].map(len) > 0)
@@ -183,7 +241,20 @@ def cosine_scores(
     image,  # (I, d) features
     text,  # (T, d)
 ) -> np.ndarray:  # (I, T) float32
-    """Cosines of features; 0 where a vector is zero."""
+    """Cosines of features; 0 where a vector is zero.
+
+    Parameters
+    ----------
+    image
+        (I, d) features
+    text
+        (T, d)
+
+    Returns
+    -------
+    np.ndarray
+        (I, T) float32
+    """
     image, text = (np.asarray(features, dtype=np.float64) for features in (image, text))
     image, text = (
         features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12) for features in (image, text)
@@ -195,7 +266,20 @@ def first_relevant(
     scores: np.ndarray,  # (Q, C) of queries and candidates
     relevant: np.ndarray,  # (Q, C) bool; every row has one
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # (Q,) int each
-    """How many candidates are better than the best relevant one; tied with it, itself too; relevant among the tied."""
+    """How many candidates are better than the best relevant one; tied with it, itself too; relevant among the tied.
+
+    Parameters
+    ----------
+    scores : np.ndarray
+        (Q, C) of queries and candidates
+    relevant : np.ndarray
+        (Q, C) bool; every row has one
+
+    Returns
+    -------
+    tuple[np.ndarray, np.ndarray, np.ndarray]
+        (Q,) int each
+    """
     best = np.where(relevant, scores, -np.inf).max(1, keepdims=True)
     tied = scores == best
     return (scores > best).sum(1), tied.sum(1), (tied & relevant).sum(1)
@@ -207,7 +291,21 @@ def hit_at(
     tied: np.ndarray,
     good: np.ndarray,
 ) -> np.ndarray:  # (Q,) in 0..1
-    """Chance that a relevant candidate is among the first k, if tied ones come in any order."""
+    """Chance that a relevant candidate is among the first k, if tied ones come in any order.
+
+    Parameters
+    ----------
+    k : int
+    better : np.ndarray
+        (Q,), of first_relevant
+    tied : np.ndarray
+    good : np.ndarray
+
+    Returns
+    -------
+    np.ndarray
+        (Q,) in 0..1
+    """
     return 1 - hypergeom.pmf(0, tied, good, np.clip(k - better, 0, tied))
 
 # %% ../../nbs/evaluate/09_retrieve.ipynb #359e9327
@@ -216,7 +314,20 @@ def expected_rank(
     tied: np.ndarray,
     good: np.ndarray,
 ) -> np.ndarray:  # (Q,) from 1
-    """Rank of the first relevant candidate, on average over the orders of tied ones."""
+    """Rank of the first relevant candidate, on average over the orders of tied ones.
+
+    Parameters
+    ----------
+    better : np.ndarray
+        (Q,), of first_relevant
+    tied : np.ndarray
+    good : np.ndarray
+
+    Returns
+    -------
+    np.ndarray
+        (Q,) from 1
+    """
     return better + (tied + 1) / (good + 1)
 
 # %% ../../nbs/evaluate/09_retrieve.ipynb #cebea184
@@ -225,7 +336,21 @@ def precision_at(
     scores: np.ndarray,  # (Q, C)
     relevant: np.ndarray,  # (Q, C) bool
 ) -> np.ndarray:  # (Q,); NaN for fewer than k candidates
-    """Share of relevant ones among the first k, on average over the orders of tied ones."""
+    """Share of relevant ones among the first k, on average over the orders of tied ones.
+
+    Parameters
+    ----------
+    k : int
+    scores : np.ndarray
+        (Q, C)
+    relevant : np.ndarray
+        (Q, C) bool
+
+    Returns
+    -------
+    np.ndarray
+        (Q,); NaN for fewer than k candidates
+    """
     if k > scores.shape[1]:
         return np.full(len(scores), np.nan)
     last = -np.partition(-scores, k - 1, axis=1)[:, k - 1 : k]
@@ -238,7 +363,14 @@ def blind_median_rank(
     relevant: np.ndarray,  # (Q,) how many relevant candidates each query has, at least 1
     candidates: int,
 ) -> float:
-    """Median rank of the first relevant candidate if candidates come in any order."""
+    """Median rank of the first relevant candidate if candidates come in any order.
+
+    Parameters
+    ----------
+    relevant : np.ndarray
+        (Q,) how many relevant candidates each query has, at least 1
+    candidates : int
+    """
     ranks = np.arange(1, candidates + 1)
     counts, times = np.unique(relevant, return_counts=True)
     found = 1 - times @ hypergeom.pmf(0, candidates, counts[:, None], ranks) / times.sum()
@@ -255,7 +387,24 @@ def retrieval_metrics(
 ) -> pd.DataFrame:  # metric, value, low, high, chance, n (queries), candidates
     """Hit and precision at each k and the median rank, with intervals from drawing the queries' patients, and chance.
 
-    Ties are shared (see the notebook). With no query left all is NaN."""
+    Ties are shared (see the notebook). With no query left all is NaN.
+
+    Parameters
+    ----------
+    scores : np.ndarray
+        (Q, C) of queries and candidates
+    relevant : np.ndarray
+        (Q, C) bool; queries without a relevant candidate are left out
+    patients
+        (Q,) of the queries; drawn together
+    ks : Sequence[int], default: (1, 5, 10)
+    resamples : int, default: 500
+
+    Returns
+    -------
+    pd.DataFrame
+        metric, value, low, high, chance, n (queries), candidates
+    """
     asked = relevant.any(1)
     scores, relevant, patients = scores[asked], relevant[asked], np.asarray(patients)[asked]
     first, count, (n, candidates) = first_relevant(scores, relevant), relevant.sum(1), scores.shape
@@ -277,7 +426,21 @@ def exclusive_class(
     per_class: int | None = None,  # at most so many of each; None: all
     seed: int = 0,
 ) -> np.ndarray:  # (n,) str, "" = none, several, or not drawn
-    """The one finding of each row that has exactly one."""
+    """The one finding of each row that has exactly one.
+
+    Parameters
+    ----------
+    targets : pd.DataFrame
+        1, 0, NaN; one row a study or an image
+    per_class : int | None, default: None
+        at most so many of each; None: all
+    seed : int, default: 0
+
+    Returns
+    -------
+    np.ndarray
+        (n,) str, "" = none, several, or not drawn
+    """
     hit = targets.to_numpy() == 1
     found = np.where(hit.sum(1) == 1, np.array(targets.columns, dtype=str)[hit.argmax(1)], "")
     if per_class is None:
@@ -306,7 +469,21 @@ def retrieval_table(
     ks: Sequence[int] = (1, 5, 10),
     resamples: int = 500,
 ) -> pd.DataFrame:  # direction, relevant, metric, value, low, high, chance, n, candidates, reported_by
-    """Retrieval in both directions: R@k and median rank of the same study; precision@k and hit@k of the same class."""
+    """Retrieval in both directions: R@k and median rank of the same study; precision@k and hit@k of the same class.
+
+    Parameters
+    ----------
+    pairs : PairScores
+    classes : Mapping[str, str] | None, default: None
+        study_id -> its one finding, "" = none; None: leaves out "same class"
+    ks : Sequence[int], default: (1, 5, 10)
+    resamples : int, default: 500
+
+    Returns
+    -------
+    pd.DataFrame
+        direction, relevant, metric, value, low, high, chance, n, candidates, reported_by
+    """
     studies = [table["study_id"].to_numpy() for table in (pairs.images, pairs.texts)]
     kinds = {"same study": studies}
     if classes is not None:
@@ -352,7 +529,21 @@ def prompt_table(
     templates: Sequence[tuple[str, str]] = TEMPLATES,  # positive and negative, {} for the name
     names: Mapping[str, Sequence[str]] = NAMES,
 ) -> pd.DataFrame:  # finding, sign (1 or -1), pair (int, of the finding), prompt
-    """Every template with every name of a finding, in positive and negative form. ValueError for one without names."""
+    """Every template with every name of a finding, in positive and negative form. ValueError for one without names.
+
+    Parameters
+    ----------
+    findings : Sequence[str] | None, default: None
+        None: all in `names`
+    templates : Sequence[tuple[str, str]], default: TEMPLATES
+        positive and negative, {} for the name
+    names : Mapping[str, Sequence[str]], default: NAMES
+
+    Returns
+    -------
+    pd.DataFrame
+        finding, sign (1 or -1), pair (int, of the finding), prompt
+    """
     findings = list(names if findings is None else findings)
     known("finding with names for its prompts", findings, names)
     rows = []
@@ -366,7 +557,13 @@ def prompt_table(
 def read_prompts(
     path: str | Path,  # .csv with the columns of prompt_table
 ) -> pd.DataFrame:
-    """A table of prompts. FileNotFoundError, or ValueError that names what is missing: a column, a word, a sign."""
+    """A table of prompts. FileNotFoundError, or ValueError that names what is missing: a column, a word, a sign.
+
+    Parameters
+    ----------
+    path : str | Path
+        .csv with the columns of prompt_table
+    """
     table = read_csv(path, ("finding", "prompt"))
     if missing := [name for name in ("finding", "sign", "pair", "prompt") if name not in table]:
         raise ValueError(f"{path} lacks the columns {', '.join(missing)}; it has {', '.join(table)}")
@@ -385,7 +582,17 @@ def zero_shot_scores(
     split: str = "test",
     batch_size: int = 64,
 ) -> PairScores:
-    """All images of a split against all prompts. ValueError if the split has no image."""
+    """All images of a split against all prompts. ValueError if the split has no image.
+
+    Parameters
+    ----------
+    method : Method
+    pack : Pack
+    prompts : pd.DataFrame
+        of prompt_table, or your own: finding, sign, pair, prompt
+    split : str, default: 'test'
+    batch_size : int, default: 64
+    """
     images = pack_images(pack)
     images = images[images["split"] == split]
     if not len(images):
@@ -407,7 +614,22 @@ def finding_scores(
     sign: int | None = None,  # 1: of the positive prompts alone; None: positive minus negative
     combine: str = "mean",  # or "max": how the prompts of a finding and sign become one number
 ) -> pd.DataFrame:  # one row an image, one column a finding
-    """Scores of findings from those of their prompts. ValueError if a finding lacks prompts of a needed sign."""
+    """Scores of findings from those of their prompts. ValueError if a finding lacks prompts of a needed sign.
+
+    Parameters
+    ----------
+    pairs : PairScores
+        of zero_shot_scores
+    sign : int | None, default: None
+        1: of the positive prompts alone; None: positive minus negative
+    combine : str, default: 'mean'
+        or "max": how the prompts of a finding and sign become one number
+
+    Returns
+    -------
+    pd.DataFrame
+        one row an image, one column a finding
+    """
     known("way to combine prompts", [combine], COMBINE)
     texts, found = pairs.texts, {}
     for finding in pd.unique(texts["finding"]):
@@ -427,7 +649,21 @@ def zero_shot_targets(
     uncertain: str | Mapping[str, str] | None = None,  # None: as the Pack's recipe says, see data.tasks.label_policy
     blank: str | None = None,
 ) -> pd.DataFrame:  # one row an image of `pairs`, one column a finding of its prompts; 1, 0, NaN
-    """What is true of these images, by the labels of their studies. ValueError for findings without labels."""
+    """What is true of these images, by the labels of their studies. ValueError for findings without labels.
+
+    Parameters
+    ----------
+    pairs : PairScores
+    pack : Pack
+    uncertain : str | Mapping[str, str] | None, default: None
+        None: as the Pack's recipe says, see data.tasks.label_policy
+    blank : str | None, default: None
+
+    Returns
+    -------
+    pd.DataFrame
+        one row an image of `pairs`, one column a finding of its prompts; 1, 0, NaN
+    """
     findings = list(pd.unique(pairs.texts["finding"]))
     known("label column", findings, pack.labels.columns)
     row = pd.Series(np.arange(len(pack.studies)), index=pack.studies["study_id"].astype(str))
@@ -460,7 +696,21 @@ def zero_shot_table(
 ) -> pd.DataFrame:  # finding, metric, value, low, high, chance, n, positives
     """Positive against negative prompts, finding by finding, and the macro mean of those with both classes.
 
-    Intervals draw patients. A finding without both classes is NaN."""
+    Intervals draw patients. A finding without both classes is NaN.
+
+    Parameters
+    ----------
+    pairs : PairScores
+    targets : pd.DataFrame
+        (I, findings) 1, 0, NaN
+    combine : str, default: 'mean'
+    resamples : int, default: 500
+
+    Returns
+    -------
+    pd.DataFrame
+        finding, metric, value, low, high, chance, n, positives
+    """
     scores, labels = finding_scores(pairs, combine=combine)[list(targets)].to_numpy(), targets.to_numpy(dtype=float)
     judged = lambda rows: [_judge(scores[rows, c], labels[rows, c]) for c in range(labels.shape[1])]
     draws = bootstrap(judged, pairs.images["patient_id"], resamples)  # (1 + R, C, 3)
@@ -483,7 +733,19 @@ def prompt_breakdown(
     pairs: PairScores,
     targets: pd.DataFrame,  # (I, findings) 1, 0, NaN
 ) -> pd.DataFrame:  # finding, sign, pair, prompt, alone, paired, ensemble, chance, n, positives
-    """AUROC of every prompt alone, minus its opposite (NaN if it has none), and of all prompts of its finding."""
+    """AUROC of every prompt alone, minus its opposite (NaN if it has none), and of all prompts of its finding.
+
+    Parameters
+    ----------
+    pairs : PairScores
+    targets : pd.DataFrame
+        (I, findings) 1, 0, NaN
+
+    Returns
+    -------
+    pd.DataFrame
+        finding, sign, pair, prompt, alone, paired, ensemble, chance, n, positives
+    """
     texts, rows, ensemble = pairs.texts, [], finding_scores(pairs)
     for place, (finding, sign, pair) in enumerate(texts[["finding", "sign", "pair"]].itertuples(index=False)):
         labels, scores = targets[finding].to_numpy(dtype=float), sign * pairs.scores[:, place]
@@ -508,7 +770,20 @@ def class_table(
     classes: np.ndarray,  # (I,) the one finding of each image, "" = leave it out: exclusive_class
     combine: str = "mean",
 ) -> pd.DataFrame:  # scores (raw or standardised), and the columns of classification_table, no calibration
-    """Which finding's positive prompts fit best: accuracy, F1, AUROC of classes against each other."""
+    """Which finding's positive prompts fit best: accuracy, F1, AUROC of classes against each other.
+
+    Parameters
+    ----------
+    pairs : PairScores
+    classes : np.ndarray
+        (I,) the one finding of each image, "" = leave it out: exclusive_class
+    combine : str, default: 'mean'
+
+    Returns
+    -------
+    pd.DataFrame
+        scores (raw or standardised), and the columns of classification_table, no calibration
+    """
     scores, classes = finding_scores(pairs, sign=1, combine=combine), np.asarray(classes)
     names, kept = list(scores), classes[classes != ""]
     known("finding of the prompts", np.unique(kept).tolist(), names)
@@ -537,7 +812,34 @@ def retrieve(
     allow_leaks: bool = False,  # measure although the run was trained on patients or images of the split
     batch_size: int = 64,
 ) -> pd.DataFrame:  # see retrieval_table
-    """Retrieval between the images and the reports of a split, both ways, same study and same class. ValueError for leaks."""
+    """Retrieval between the images and the reports of a split, both ways, same study and same class. ValueError for leaks.
+
+    Parameters
+    ----------
+    run : Method | Run | str | Path
+        or a run folder
+    data : Pack | str | Path | None, default: None
+        None: the Pack that it was trained on
+    split : str, default: 'test'
+    findings : Sequence[str] | None, default: None
+        of "same class"; this and the next two: None = as the Pack's recipe says, see label_policy
+    uncertain : str | Mapping[str, str] | None, default: None
+    blank : str | None, default: None
+    per_class : int | None, default: None
+        at most so many studies of each class; the papers: 200
+    ks : Sequence[int], default: (1, 5, 10)
+    resamples : int, default: 500
+    out : str | Path | None, default: None
+        folder for retrieval.npz, retrieval.csv and retrieval.json
+    allow_leaks : bool, default: False
+        measure although the run was trained on patients or images of the split
+    batch_size : int, default: 64
+
+    Returns
+    -------
+    pd.DataFrame
+        see retrieval_table
+    """
     method = as_method(run)
     pack = as_pack(data, method)
     check_unseen(pack, [method], allow_leaks)
@@ -570,7 +872,34 @@ def zero_shot(
     allow_leaks: bool = False,  # measure although the run was trained on patients or images of the split
     batch_size: int = 64,
 ) -> dict[str, pd.DataFrame]:  # "findings": zero_shot_table, "prompts": prompt_breakdown, "classes": class_table
-    """Zero-shot classification of a split: positive against negative, prompt by prompt, class against class. ValueError for leaks."""
+    """Zero-shot classification of a split: positive against negative, prompt by prompt, class against class. ValueError for leaks.
+
+    Parameters
+    ----------
+    run : Method | Run | str | Path
+        or a run folder
+    data : Pack | str | Path | None, default: None
+        None: the Pack that it was trained on
+    prompts : pd.DataFrame | None, default: None
+        None: prompt_table of `findings`, as far as they have names
+    split : str, default: 'test'
+    findings : Sequence[str] | None, default: None
+        this and the next two: None = as the Pack's recipe says, see label_policy
+    uncertain : str | Mapping[str, str] | None, default: None
+    blank : str | None, default: None
+    combine : str, default: 'mean'
+    resamples : int, default: 500
+    out : str | Path | None, default: None
+        folder for zero_shot.npz, zero_shot.json and the three tables as zero_shot_<name>.csv
+    allow_leaks : bool, default: False
+        measure although the run was trained on patients or images of the split
+    batch_size : int, default: 64
+
+    Returns
+    -------
+    dict[str, pd.DataFrame]
+        "findings": zero_shot_table, "prompts": prompt_breakdown, "classes": class_table
+    """
     method = as_method(run)
     pack = as_pack(data, method)
     check_unseen(pack, [method], allow_leaks)

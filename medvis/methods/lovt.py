@@ -47,7 +47,23 @@ def local_losses(
     region_weights: Tensor | None,    # (B, N), None = even
     sentence_weights: Tensor | None,  # (B, M), None = even
 ) -> dict[str, Tensor]:               # scalars by name, weighted; those of weight 0 are left out
-    "The two local losses from the features of a batch."
+    """The two local losses from the features of a batch.
+
+    Parameters
+    ----------
+    method : 'LoVT'
+    image : ImageFeatures
+    text : TextFeatures
+    region_weights : Tensor | None
+        (B, N), None = even
+    sentence_weights : Tensor | None
+        (B, M), None = even
+
+    Returns
+    -------
+    dict[str, Tensor]
+        scalars by name, weighted; those of weight 0 are left out
+    """
     c, mask = method.config, text.sentence_mask
     regions, to_region, sentences, to_sentence = local_vectors(method, image, text)
     parts = {}
@@ -145,8 +161,18 @@ class LoVT(Method):
         return self.pool_image(self.image_encoder(batch.image))[0], self.read(batch).whole
 
     def embed_image(self, image: Tensor) -> Tensor:  # (B, d); ValueError without the global loss
+        """Returns
+        -------
+        Tensor
+            (B, d); ValueError without the global loss
+        """
         return _global_head(self, "image")(self.pool_image(self.image_encoder(image))[0])
 
     def embed_text(self, batch: Batch) -> Tensor:  # (B, d); ValueError without the global loss
+        """Returns
+        -------
+        Tensor
+            (B, d); ValueError without the global loss
+        """
         text = self.read(batch)
         return _global_head(self, "text")(text.whole if self.text_pool is None else self.text_pool(text.sentences, text.sentence_mask)[0])

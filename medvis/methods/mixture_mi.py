@@ -22,7 +22,20 @@ def sentence_pairs(
     owner: Tensor,               # (S,) int64 image of every sentence
     valid: Tensor | None,        # (B, B) bool, pairs of images and reports that may be contrasted; None = all
 ) -> Tensor:                     # (S, S) bool for a bound: row = the image of sentence s, column = a sentence
-    "Which sentences may be contrasted: matched ones, and those of other reports as `valid` says."
+    """Which sentences may be contrasted: matched ones, and those of other reports as `valid` says.
+
+    Parameters
+    ----------
+    owner : Tensor
+        (S,) int64 image of every sentence
+    valid : Tensor | None
+        (B, B) bool, pairs of images and reports that may be contrasted; None = all
+
+    Returns
+    -------
+    Tensor
+        (S, S) bool for a bound: row = the image of sentence s, column = a sentence
+    """
     matched = torch.eye(len(owner), dtype=torch.bool, device=owner.device)
     others = owner[:, None] != owner
     return matched | (others if valid is None else others & valid[owner][:, owner])
@@ -67,9 +80,19 @@ class MixtureMI(Method):
         return "sentence"
 
     def embed_image(self, image: Tensor) -> Tensor:  # (B, N, d)
+        """Returns
+        -------
+        Tensor
+            (B, N, d)
+        """
         return unit(self.critic.image(self.image_encoder(image).regions))
 
     def embed_text(self, batch: Batch) -> Tensor:  # (B, d), of texts of one sentence
+        """Returns
+        -------
+        Tensor
+            (B, d), of texts of one sentence
+        """
         return unit(self.critic.text(self.read_sentences(batch).whole))
 
     def pair_vectors(self, batch: Batch) -> tuple[Tensor, Tensor]:

@@ -28,7 +28,13 @@ METHODS = Registry("method", "a subclass of medvis.methods.Method with presets",
 def register_method(
     name: str,      # by which it is asked for, as in create_method(name)
 ) -> Callable[[type[Method]], type[Method]]:
-    "Class decorator: put a method among the others. ValueError if the name is taken, or the class is no Method with presets."
+    """Class decorator: put a method among the others. ValueError if the name is taken, or the class is no Method with presets.
+
+    Parameters
+    ----------
+    name : str
+        by which it is asked for, as in create_method(name)
+    """
     def add(kind: type[Method]) -> type[Method]:
         METHODS.add(name, kind)
         SETTINGS[name] = (kind.Config, kind.presets)

@@ -406,6 +406,12 @@ def list_methods() -> list[str]:
 def list_presets(
     name: str,      # of a method
 ) -> list[str]:
-    "Names of a method's presets. ValueError for an unknown method."
+    """Names of a method's presets. ValueError for an unknown method.
+
+    Parameters
+    ----------
+    name : str
+        of a method
+    """
     known("method", [name], SETTINGS)
     return list(SETTINGS[name][1])

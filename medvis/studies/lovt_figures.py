@@ -21,11 +21,12 @@ from ..analyse.alignment import alignment_distances, alignment_numbers
 from ..analyse.embed import draw_values, embedding_table, neighbour_purity, separability, tsne, write_embedding
 from ..analyse.page import SERIES, STYLE
 from ..analyse.regions import mirror_symmetry, phantom_masks, region_overlap, weight_numbers
-from ..analyse.represent import Aligned, aligned_studies, image_features
+from ..analyse.represent import aligned_studies, batches, image_features
 from ..analyse.spread import spread_table
 from ..data.pack import Pack
 from ..data.pairs import Pairs
-from ..methods import LoVT, Method
+from ..methods import Method
+from ..methods.method import Aligned
 from .show import held_out_pairs
 from ..train import Run, TrainConfig, create_method, fit, load_method
 from ..train.checkpoint import write_atomic, write_json
@@ -146,27 +147,26 @@ def save_table(path: Path, rows: Mapping[str, Mapping[str, float]]) -> pd.DataFr
 
 # %% ../../nbs/studies/05_lovt_figures.ipynb #1aca3b30
 def run_lovt_figures(config: FiguresConfig, main: str = "lovt-0") -> None:
-    "Measure all runs and write the result files of Fig. 1, 2 and 4, and of Fig. 3 and 5 for the main one."
-    data, out = Pack(config.pack), Path(config.out)
+    "Result files of Fig. 1 and 2 for all runs (2: those that align), of Fig. 3 for the main one, of Fig. 4 and 5 for all of its method."
+    data, out, kind = Pack(config.pack), Path(config.out), Run(Path(config.runs[main])).config["method"]
     spreads, aligned, overlaps, weights, local = [], {}, {}, {}, {}
     for name, path in config.runs.items():
         method = load_method(path)
         pairs = held_out_pairs(method, data)
-        spreads.append(spread_table({name: image_features(method, pairs)}))
-        if isinstance(method, LoVT):
+        seen = image_features(method, pairs)
+        spreads.append(spread_table({name: seen}))
+        if Run(Path(path)).config["method"] == kind:
             table, overlaps[name] = overlap_table(method, pairs, config.studies)
             write_embedding(out / f"regions-{name}.parquet", table)
-            if method.image_pool is not None:
+            if seen.weights is not None:
                 arrays, weights[name] = weights_table(method, pairs)
                 if name == main:
                     write_atomic(out / "weights.npz", lambda file: np.savez_compressed(file, **arrays))
-            if method.local:
-                aligned[name] = alignment_distances(aligned_studies(method, pairs))
-                if name == main:
-                    table, local[name] = local_table(aligned_studies(method, pairs, range(config.studies)))
-                    write_embedding(out / "local.parquet", table)
-        else:
+        if method.align(next(batches(method, pairs, [0]))) is not None:
             aligned[name] = alignment_distances(aligned_studies(method, pairs))
+            if name == main:
+                table, local[name] = local_table(aligned_studies(method, pairs, range(config.studies)))
+                write_embedding(out / "local.parquet", table)
     write_atomic(out / "spread.csv", lambda file: pd.concat(spreads).to_csv(file, index=False, float_format="%.5g"))
     numbers = alignment_numbers(aligned)
     write_atomic(out / "alignment.csv", lambda file: numbers.to_csv(file, index=False, float_format="%.5g"))

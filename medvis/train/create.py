@@ -58,7 +58,22 @@ def create_method(
 ) -> Method:
     """A new method, ready for `fit`.
 
-    ValueError for an unknown name, preset or setting, for a text encoder without words, and for settings that do not fit `init`."""
+    ValueError for an unknown name, preset or setting, for a text encoder without words, and for settings that do not fit `init`.
+
+    Parameters
+    ----------
+    name : str
+        of a method, see `list_methods`, or my_package.my_module:MyMethod
+    preset : str, default: 'tiny'
+    data : Pack | None, default: None
+        that it will be trained on: its reports give the vocabulary, where the text encoder has none
+    seed : int, default: 0
+        of the first weights; the random numbers of the caller are left as they are
+    init : str | Path | None, default: None
+        run folder whose weights and vocabulary it starts from
+    **changes
+        to the settings of the preset
+    """
     kind = METHODS.find(name)
     known(f"preset of {name}", [preset], kind.presets)
     with torch.random.fork_rng(devices=[]):

@@ -23,7 +23,20 @@ def spread(
     vectors: Tensor,             # (B, N, D) local vectors of samples, any length; (B, D) one a sample
     mask: Tensor | None = None,  # (B, N) True = valid; None = all. Samples with fewer than two valid vectors have no variance
 ) -> dict[str, float]:           # total; for local vectors per_sample and centroids too. 1 = over the sphere, 0 = constant
-    "Standard deviations of unit vectors times the root of their width (LoVT supplement, Fig. 1)."
+    """Standard deviations of unit vectors times the root of their width (LoVT supplement, Fig. 1).
+
+    Parameters
+    ----------
+    vectors : Tensor
+        (B, N, D) local vectors of samples, any length; (B, D) one a sample
+    mask : Tensor | None, default: None
+        (B, N) True = valid; None = all. Samples with fewer than two valid vectors have no variance
+
+    Returns
+    -------
+    dict[str, float]
+        total; for local vectors per_sample and centroids too. 1 = over the sphere, 0 = constant
+    """
     x, scale = unit(vectors), vectors.shape[-1] ** 0.5
     if x.ndim == 2:
         return {"total": float(x.std(0).mean() * scale)}
@@ -42,7 +55,20 @@ def alignment(
     x: Tensor,  # (B, D), any length
     y: Tensor,  # (B, D) partners
 ) -> Tensor:    # scalar, 0 to 4; about 2 for strangers
-    "Mean squared distance of partners on the unit sphere (Wang & Isola)."
+    """Mean squared distance of partners on the unit sphere (Wang & Isola).
+
+    Parameters
+    ----------
+    x : Tensor
+        (B, D), any length
+    y : Tensor
+        (B, D) partners
+
+    Returns
+    -------
+    Tensor
+        scalar, 0 to 4; about 2 for strangers
+    """
     return (unit(x) - unit(y)).square().sum(-1).mean()
 
 # %% ../../nbs/train/02b_diagnostics.ipynb #af9154c1
@@ -50,7 +76,19 @@ def uniformity(
     x: Tensor,        # (B, D), any length
     t: float = 2.0,
 ) -> Tensor:          # scalar, 0 = all the same
-    "Logarithm of the mean Gaussian potential of all pairs of unit vectors (Wang & Isola)."
+    """Logarithm of the mean Gaussian potential of all pairs of unit vectors (Wang & Isola).
+
+    Parameters
+    ----------
+    x : Tensor
+        (B, D), any length
+    t : float, default: 2.0
+
+    Returns
+    -------
+    Tensor
+        scalar, 0 = all the same
+    """
     squared = torch.pdist(unit(x)).square()
     return (-t * squared).logsumexp(0) - torch.tensor(float(len(squared))).log()
 
@@ -58,7 +96,18 @@ def uniformity(
 def effective_rank(
     x: Tensor,  # (B, D)
 ) -> Tensor:    # scalar, 1 to min(B - 1, D); 0 when all vectors are the same
-    "Number of directions in which centred vectors differ, as the exponential of an entropy (Roy & Vetterli)."
+    """Number of directions in which centred vectors differ, as the exponential of an entropy (Roy & Vetterli).
+
+    Parameters
+    ----------
+    x : Tensor
+        (B, D)
+
+    Returns
+    -------
+    Tensor
+        scalar, 1 to min(B - 1, D); 0 when all vectors are the same
+    """
     x = unit(x)
     strength = torch.linalg.svdvals(x - x.mean(0))
     share = strength / strength.sum().clamp(min=1e-12)
@@ -69,7 +118,18 @@ def effective_rank(
 def attention_entropy(
     maps: Tensor,  # (..., N) shares of the regions, sum to 1
 ) -> Tensor:       # (...) 0 = one region, 1 = all alike
-    "Entropy of maps as a share of the highest possible."
+    """Entropy of maps as a share of the highest possible.
+
+    Parameters
+    ----------
+    maps : Tensor
+        (..., N) shares of the regions, sum to 1
+
+    Returns
+    -------
+    Tensor
+        (...) 0 = one region, 1 = all alike
+    """
     return -(maps * maps.clamp(min=1e-12).log()).sum(-1) / torch.tensor(float(maps.shape[-1])).log()
 
 # %% ../../nbs/train/02b_diagnostics.ipynb #60b5944b
@@ -77,13 +137,27 @@ def dead_prototypes(
     vectors: Tensor,     # (n, d) projected images and reports
     prototypes: Tensor,  # (K, d)
 ) -> tuple[float, float]:
-    "Share of prototypes that are nobody's nearest, and what it would be if everybody chose blindly."
+    """Share of prototypes that are nobody's nearest, and what it would be if everybody chose blindly.
+
+    Parameters
+    ----------
+    vectors : Tensor
+        (n, d) projected images and reports
+    prototypes : Tensor
+        (K, d)
+    """
     nearest = (unit(vectors) @ unit(prototypes).T).argmax(1)
     return 1 - len(nearest.unique()) / len(prototypes), (1 - 1 / len(prototypes)) ** len(vectors)
 
 # %% ../../nbs/train/02b_diagnostics.ipynb #d7de4984
 def vectors_of(method: Method, batch: Batch) -> dict[str, Tensor]:  # image, text, whole, regions, entropy
-    "What `measures` wants of a batch; what a method does not have is missing."
+    """What `measures` wants of a batch; what a method does not have is missing.
+
+    Returns
+    -------
+    dict[str, Tensor]
+        image, text, whole, regions, entropy
+    """
     seen = method.image_encoder(batch.image)
     found = {"whole": method.pool_image(seen)[0], "regions": seen.regions}
     if (pair := method.pair_vectors(batch)) is not None:
@@ -99,7 +173,19 @@ def measures(
     method: Method,
     found: Mapping[str, Tensor],  # of `vectors_of`, all samples together
 ) -> dict[str, float]:            # names as in `MEANING`
-    "The diagnostics from the vectors of some samples."
+    """The diagnostics from the vectors of some samples.
+
+    Parameters
+    ----------
+    method : Method
+    found : Mapping[str, Tensor]
+        of `vectors_of`, all samples together
+
+    Returns
+    -------
+    dict[str, float]
+        names as in `MEANING`
+    """
     told = {f"{side}_std": spread(found[side])["total"] for side in ("image", "text", "whole") if side in found}
     told |= {f"region_std_{name}": value for name, value in spread(found["regions"]).items()}
     for side in ("image", "text"):
@@ -139,7 +225,13 @@ def diagnose(
     method: Method,
     batches: Iterable[Batch],
 ) -> dict[str, float]:        # names as in `MEANING`; empty for fewer than three samples
-    "What the representations of a method look like over some batches, in evaluation mode. Nothing of the method is changed."
+    """What the representations of a method look like over some batches, in evaluation mode. Nothing of the method is changed.
+
+    Returns
+    -------
+    dict[str, float]
+        names as in `MEANING`; empty for fewer than three samples
+    """
     training, device = method.training, next(method.parameters()).device
     method.eval()
     found: dict[str, list[Tensor]] = {}
@@ -159,7 +251,18 @@ class CollapseWarning(UserWarning):
 def collapse(
     told: Mapping[str, float],  # of `diagnose`
 ) -> list[str]:                 # one sentence a symptom, empty for a healthy run
-    "What is wrong with the representations, in words."
+    """What is wrong with the representations, in words.
+
+    Parameters
+    ----------
+    told : Mapping[str, float]
+        of `diagnose`
+
+    Returns
+    -------
+    list[str]
+        one sentence a symptom, empty for a healthy run
+    """
     found = []
     for side, many in (("image", "images"), ("text", "reports")):
         spread_, rank = told.get(f"{side}_std", 1.0), told.get(f"{side}_rank", 9.0)

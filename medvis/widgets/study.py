@@ -301,7 +301,13 @@ class StudyView:
 def as_method(
     run: Method | str | Path,  # or a run folder
 ) -> Method:
-    "A run's method: loaded if it is a folder."
+    """A run's method: loaded if it is a folder.
+
+    Parameters
+    ----------
+    run : Method | str | Path
+        or a run folder
+    """
     return load_method(run) if isinstance(run, str | Path) else run
 
 # %% ../../nbs/widgets/01_study.ipynb #0dbf7d5e
