@@ -176,7 +176,8 @@ class Columns:
                                      "split": np.where(np.arange(studies) < 60, "train", "test"), "image_rows": [[i] for i in range(studies)]})
         self.pixels = np.random.default_rng(0).integers(0, 60, (studies, 64, 64)).astype(np.uint8)
         self.pixels[:, :32] += (60 * kind)[:, None, None].astype(np.uint8)
-        self.path, self.size, self.manifest = "columns", 64, {"hash": "columns", "source": {}}
+        self.path, self.size, self.manifest = "columns", 64, {"hash": "columns", "source": {}, "labels": list(self.labels)}
+        self.recipe = {}
 
     def image(self, row):
         return self.pixels[row]

@@ -8,6 +8,7 @@ __all__ = ['as_method', 'as_encoder', 'as_encoders', 'as_pack', 'check_unseen']
 # %% ../../nbs/evaluate/01a_models.ipynb #d0d03fbb
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from os import PathLike
 from pathlib import Path
 
 from torch import nn
@@ -18,23 +19,21 @@ from ..train.loop import Run, trained_on, load_encoder, load_method
 
 # %% ../../nbs/evaluate/01a_models.ipynb #5091c820
 def as_method(
-    run: nn.Module | Run | str | Path,  # a method, or a run folder
+    run: nn.Module | str | PathLike,    # a method, a run, or its folder
 ) -> nn.Module:                         # in evaluation mode
     """The method of a run. FileNotFoundError if the folder is not one.
 
     Parameters
     ----------
-    run : nn.Module | Run | str | Path
-        a method, or a run folder
+    run : nn.Module | str | PathLike
+        a method, a run, or its folder
 
     Returns
     -------
     nn.Module
         in evaluation mode
     """
-    if isinstance(run, nn.Module):
-        return run.eval()
-    return load_method(run.path if isinstance(run, Run) else run)
+    return load_method(run) if isinstance(run, str | PathLike) else run.eval()
 
 # %% ../../nbs/evaluate/01a_models.ipynb #feef4a62
 def as_encoder(
@@ -102,10 +101,10 @@ def as_pack(
         None: the Pack that the model was trained on
     model : nn.Module
     """
-    if isinstance(data, Pack):
-        return data
-    if data is not None:
+    if isinstance(data, str | Path):
         return Pack(data)
+    if data is not None:
+        return data
     if (provenance := getattr(model, "provenance", None)) is None:
         raise ValueError("no run of medvis made this model, so it is not known which Pack it was trained on: name a Pack with --data (data= in Python)")
     return trained_on(provenance)

@@ -616,7 +616,7 @@ def evaluate(
     """
     rules = replace(find_protocol(protocol, released), **changes)
     if not isinstance(task, Task):
-        task = protocol_task(task if isinstance(task, Pack) else Pack(task), protocol, progress=progress)
+        task = protocol_task(Pack(task) if isinstance(task, str | Path) else task, protocol, progress=progress)
     given = as_encoders(encoders, names, image=image, size=size)
     check_unseen(task.pack, given.values(), allow_leaks, progress)
     if device == "auto" and torch.accelerator.is_available():

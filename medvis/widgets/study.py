@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['Span', 'PROTOTYPES', 'word_spans', 'places_in', 'RunScores', 'seen_frame', 'picked_rows', 'run_scores', 'Outline',
-           'phantom_outlines', 'pack_outlines', 'StudyView', 'as_method', 'as_methods', 'seen_cells', 'batch_scores',
-           'fitting_rows', 'Studies']
+           'phantom_outlines', 'pack_outlines', 'StudyView', 'as_methods', 'seen_cells', 'batch_scores', 'fitting_rows',
+           'Studies']
 
 # %% ../../nbs/widgets/01_study.ipynb #5c87c949
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from os import PathLike
 from pathlib import Path
 
 import numpy as np
@@ -26,8 +27,8 @@ from ..data.reports import find_words
 from ..data.tasks import pack_boxes
 from ..evaluate.classify import check_preprocessing, frozen
 from ..evaluate.ground import on_target, phantom_words
+from ..evaluate.models import as_method
 from ..methods.method import Correspondence, Method
-from ..train import load_method
 
 # %% ../../nbs/widgets/01_study.ipynb #40d112a5
 Span = tuple[int, int, int]  # sentence, start, end
@@ -297,27 +298,22 @@ class StudyView:
         known = best[np.isfinite(best)]
         return float(known.mean()) if len(known) else 0.0
 
-# %% ../../nbs/widgets/01_study.ipynb #d7dc2a41
-def as_method(
-    run: Method | str | Path,  # or a run folder
-) -> Method:
-    """A run's method: loaded if it is a folder.
+# %% ../../nbs/widgets/01_study.ipynb #0dbf7d5e
+def as_methods(
+    runs: Mapping[str, Method | str | PathLike] | Method | str | PathLike,      # methods, runs, or their folders
+) -> dict[str, Method]:
+    """Methods by name, in evaluation mode. ValueError when there is none.
 
     Parameters
     ----------
-    run : Method | str | Path
-        or a run folder
+    runs : Mapping[str, Method | str | PathLike] | Method | str | PathLike
+        methods, runs, or their folders
     """
-    return load_method(run) if isinstance(run, str | Path) else run
-
-# %% ../../nbs/widgets/01_study.ipynb #0dbf7d5e
-def as_methods(runs: Mapping[str, Method | str | Path] | Method | str | Path) -> dict[str, Method]:
-    "Runs by name: loaded if they are folders. ValueError when there is none."
     if not isinstance(runs, Mapping):
-        runs = {Path(runs).resolve().name if isinstance(runs, str | Path) else type(runs).__name__: runs}
+        runs = {Path(runs).resolve().name if isinstance(runs, str | PathLike) else type(runs).__name__: runs}
     if not runs:
         raise ValueError("there is no run to look at; give at least one, as {name: method or run folder}")
-    return {str(name): as_method(run).eval() for name, run in runs.items()}
+    return {str(name): as_method(run) for name, run in runs.items()}
 
 # %% ../../nbs/widgets/01_study.ipynb #2b092273
 def seen_cells(
@@ -396,7 +392,8 @@ class Studies:
 
     Parameters
     ----------
-    runs : Mapping[str, Method | str | Path] | Method | str | Path
+    runs : Mapping[str, Method | str | PathLike] | Method | str | PathLike
+        see as_methods
     data : Pack
     split : str | None, default: 'test'
         None: all
@@ -408,7 +405,7 @@ class Studies:
 
     def __init__(
         self,
-        runs: Mapping[str, Method | str | Path] | Method | str | Path,
+        runs: Mapping[str, Method | str | PathLike] | Method | str | PathLike,  # see as_methods
         data: Pack,
         split: str | None = "test",    # None: all
         outlines: Callable[[str], Sequence[Outline]] | None = None,  # study id -> what is known; None: of a phantom all, else the Pack's boxes and masks
