@@ -17,7 +17,7 @@ from medvis.analyse.spread import draw_spread, spread_table
 from medvis.data.pairs import Pairs, read_batch
 from medvis.data.prepare import PhantomConfig, prepare_phantom
 from medvis.methods import METHODS, Correspondence, Method
-from medvis.methods.method import add_up, cosine_correspondence, gathered, phantom_tokenizer
+from medvis.methods.method import NoCorrespondence, add_up, cosine_correspondence, gathered, phantom_tokenizer
 from medvis.objectives.contrastive import clip_loss, unit
 from medvis.studies.lovt_figures import weights_table
 from medvis.studies.mgca_figures import pair_embeddings, word_map_rows
@@ -146,6 +146,19 @@ def test_no_vectors_no_dead_prototypes(make):
     method, _, batch = make(Silent)
     method.prototypes = torch.eye(16)
     assert "dead_prototypes" not in diagnose(method, [batch])
+
+
+@pytest.mark.parametrize("name, changes, says", [("mgca", dict(weight_token=0.0), "layer4"), ("global-mi", dict(layer="layer3"), "last layer")])
+def test_a_method_without_maps_is_diagnosed_all_the_same(name, changes, says, make):
+    method, pairs, batch = make(METHODS[name], **changes)
+    told = diagnose(method, [batch])
+    assert "attention_entropy" not in told and {"image_std", "text_rank", "region_std_total"} <= set(told)
+    with pytest.raises(NoCorrespondence, match=says):
+        method.correspondence(batch)
+    with pytest.raises(ValueError, match=says):     # which the command line turns into a line
+        Studies(method, pairs.pack)[0]
+    with pytest.raises(TypeError, match="no space"):
+        aligned_studies(method, pairs, range(2))
 
 
 def test_the_figures_of_a_method_of_ones_own(make):

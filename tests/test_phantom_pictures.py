@@ -37,6 +37,12 @@ def chests() -> dict[str, np.ndarray]:
     return {"layers": layers.clip(-9, 9).astype(np.float32), "exposed": np.stack([blocks(expose(attenuation(chest), chest.pose)) for chest in made]).round().astype(np.uint8)}
 
 
+def sharp() -> np.ndarray:
+    "A part of a large exposure, pixel by pixel: only there is the blur of the focus seen."
+    pose = Pose(blur=0.0035, noise=0.03, border=(0.1, 0.0, 0.0, 0.0))
+    return expose(attenuation(build_chest(Patient(), pose, 256)), pose)[16:96, 16:112]
+
+
 def shapes() -> dict[str, np.ndarray]:
     "Every finding and every kind, in one body: what it adds, and its area."
     places = [(side, zone) for side in ("left", "right", "both") for zone in ("upper", "lower")]
@@ -92,6 +98,12 @@ def test_chests_are_what_they_were():
             assert abs(found.astype(float) - kept[name]).max() <= room, name
 
 
+def test_the_large_are_as_sharp_as_they_were():
+    with np.load(KEPT, allow_pickle=False) as kept:
+        far = abs(sharp().astype(int) - kept["sharp"])
+    assert far.max() <= 1 and (far > 0).mean() < 0.002
+
+
 def test_findings_look_as_they_did():
     found = shapes()
     with np.load(KEPT, allow_pickle=False) as kept:
@@ -110,4 +122,4 @@ def test_reports_say_what_they_said():
 
 
 if __name__ == "__main__":
-    np.savez_compressed(KEPT, **drawn(), **chests(), **shapes(), placed=placed(), labels=labelled())
+    np.savez_compressed(KEPT, **drawn(), **chests(), **shapes(), sharp=sharp(), placed=placed(), labels=labelled())

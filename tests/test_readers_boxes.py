@@ -346,6 +346,11 @@ def test_dealt_splits(patients, seed):
     assert {*deal_splits("abcde", ["one"] * 5, seed).values()} == {"test"}        # served first
 
 
+def test_every_image_has_its_patient():
+    with pytest.raises(ValueError, match="shorter"):
+        deal_splits("abc", ["one", "two"], 0)
+
+
 def some_image(root: Path) -> tuple[Path, str]:
     folder = root / "covid_rural_annot"
     return folder, sorted(path.stem for path in (folder / "pngs_masks").glob("*.png"))[0]

@@ -21,8 +21,7 @@ from torch.nn.functional import adaptive_avg_pool2d
 from .maps import OUTLINE, as_picture
 from .page import INK, SERIES, STYLE
 from ..data.pairs import Pairs
-from ..data.phantom import Phantom
-from ..data.phantom_anatomy import build_chest
+from ..data.prepare import pack_phantom, redraw_study
 from ..evaluate.ground import on_target
 from ..methods.method import Correspondence
 
@@ -116,18 +115,16 @@ def phantom_masks(
     np.ndarray
         (items, size, size) bool, in the encoder's view
     """
-    source, view, masks = pairs.pack.manifest["source"], pairs.preprocessing.mask(), []
-    if source.get("kind") != "phantom" or pairs.train:
-        raise ValueError(f"masks are known only for a phantom's pairs with train=False; these have source {source.get('kind')!r}")
-    phantom = Phantom(source["size"], source["seed"])
+    phantom, view, masks = pack_phantom(pairs.pack), pairs.preprocessing.mask(), []
+    if phantom is None or pairs.train:
+        raise ValueError(f"masks are known only for a phantom's pairs with train=False; these have source {pairs.pack.manifest['source'].get('kind')!r}")
     for item in items:
-        index = int(pairs.pack.studies["study_id"].iloc[pairs.items[item][0]].rpartition("-")[2])
+        study = redraw_study(pairs.pack, pairs.items[item][0])
         if findings is None:
-            scene = phantom.scene(index)
-            mask = build_chest(scene.patient, scene.pose, source["size"]).air > 0.15
+            mask = phantom.lungs(study.study_id)
         else:
-            found = [f.mask for f in phantom.render(index)[1] if f.name in findings]
-            mask = np.any(found, axis=0) if found else np.zeros((source["size"],) * 2, bool)
+            found = [f.mask for f in study.findings if f.name in findings]
+            mask = np.any(found, axis=0) if found else np.zeros((phantom.size,) * 2, bool)
         masks.append(view(torch.from_numpy(mask)).numpy())
     return np.stack(masks)
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BLOCK', 'PORTABLE', 'Finding', 'Scene', 'tight_box', 'render', 'PhantomStudy', 'patient_number', 'plan_study',
-           'stated_severities', 'Phantom']
+           'stated_severities', 'study_number', 'Phantom']
 
 # %% ../../nbs/data/01d_phantom.ipynb #7a5429fc
 import operator
@@ -205,6 +205,20 @@ def stated_severities(
         out[f.name] = max(out[f.name] or 0, f.severity)
     return out
 
+# %% ../../nbs/data/01d_phantom.ipynb #bbff3477
+def study_number(study_id: str) -> int:     # 12 of "phantom-0000012"
+    """The index of a phantom's study. ValueError for another name.
+
+    Returns
+    -------
+    int
+        12 of "phantom-0000012"
+    """
+    prefix, _, number = study_id.rpartition("-")
+    if prefix != "phantom" or not number.isdecimal():
+        raise ValueError(f"{study_id!r} is no study of a phantom; expected an id such as phantom-0000012")
+    return int(number)
+
 # %% ../../nbs/data/01d_phantom.ipynb #abdd31b5
 class Phantom:
     """Endless synthetic studies: `Phantom(size, seed)[index]` depends on nothing but these three numbers.
@@ -249,6 +263,21 @@ class Phantom:
         severities = stated_severities(labels, findings, sentences)
         names = f"patient-{owner:07d}", f"phantom-{index:07d}"
         return PhantomStudy(image, report, *names, view, labels, severities, findings, sentences)
+
+    def study(self, study_id: str) -> PhantomStudy:
+        "The study of an id, as in `PhantomStudy.study_id`. ValueError for another name."
+        return self[study_number(study_id)]
+
+    def lungs(self, study_id: str) -> np.ndarray:       # (size, size) bool
+        """Where there is air in the lungs of a study. ValueError for another name.
+
+        Returns
+        -------
+        np.ndarray
+            (size, size) bool
+        """
+        scene = self.scene(study_number(study_id))
+        return build_chest(scene.patient, scene.pose, self.size).air > 0.15
 
     def __repr__(self) -> str:
         return f"Phantom(size={self.size}, seed={self.seed})"

@@ -21,7 +21,8 @@ from scipy import ndimage
 from .files import DataError, number, read_table, read_text
 from .images import boxes_to_square
 from .pack import Pack
-from .phantom import FINDINGS, Phantom
+from .phantom import FINDINGS
+from .prepare import pack_phantom
 from .source import check_boxes
 
 # %% ../../nbs/data/09_phrases.ipynb #7c41a8aa
@@ -174,13 +175,12 @@ def phantom_phrases(
         None: all
     findings : Sequence[str], default: FINDINGS
     """
-    source = pack.manifest["source"]
-    if source.get("kind") != "phantom":
-        raise ValueError(f"{pack.path} holds {source.get('kind', 'other')} data, not a phantom: read its phrases from a file (read_ms_cxr)")
-    phantom, phrases = Phantom(source["size"], source["seed"]), {}
+    phantom, phrases = pack_phantom(pack), {}
+    if phantom is None:
+        raise ValueError(f"{pack.path} holds {pack.manifest['source'].get('kind', 'other')} data, not a phantom: read its phrases from a file (read_ms_cxr)")
     studies = pack.studies if split is None else pack.studies[pack.studies["split"] == split]
     for study_id in studies["study_id"]:
-        study = phantom[int(study_id.rpartition("-")[2])]
+        study = phantom.study(study_id)
         for sentence in study.sentences:
             for index in sorted({index for _, _, index in sentence.words if index is not None}):
                 if (found := study.findings[index]).name in findings:

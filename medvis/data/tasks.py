@@ -21,7 +21,8 @@ from tqdm.auto import tqdm
 
 from .images import boxes_to_square
 from .pack import Pack, list_hash, note_files
-from .phantom import FINDINGS, Phantom, PhantomStudy
+from .phantom import FINDINGS, PhantomStudy
+from .prepare import pack_phantom
 from .splits import check_leaks, nested_subsets
 
 # %% ../../nbs/data/08_tasks.ipynb #523a6e67
@@ -556,17 +557,17 @@ def phantom_task(
         None: phantom-<kind>
     progress : bool, default: True
     """
-    source, findings = pack.manifest["source"], tuple(findings)
-    if source.get("kind") != "phantom":
-        raise ValueError(f"{pack.path} holds {source.get('kind', 'other')} data, not a phantom: give its targets yourself (label_task, mask_task, …)")
+    phantom, findings = pack_phantom(pack), tuple(findings)
+    if phantom is None:
+        raise ValueError(f"{pack.path} holds {pack.manifest['source'].get('kind', 'other')} data, not a phantom: give its targets yourself (label_task, mask_task, …)")
     if (strange := set(findings) - set(FINDINGS)) or not findings or (kind == "ordinal" and len(findings) > 1):
         raise ValueError(f"a phantom task of kind {kind} cannot ask for {_some(strange or findings) or 'no finding'}; the findings are "
                          f"{', '.join(FINDINGS)}" + ("; name one of them" if kind == "ordinal" else ""))
     if kind not in ("labels", "ordinal", "masks", "boxes"):
         raise ValueError(f"a phantom has no task of kind {kind!r}; expected labels, ordinal, masks or boxes")
-    phantom, targets, images = Phantom(source["size"], source["seed"]), [], pack_images(pack)
+    targets, images = [], pack_images(pack)
     for row, study_id in tqdm(zip(images["image"], images["study_id"]), total=len(images), desc=f"draw {kind}", delay=2, disable=not progress):
-        study = phantom[int(study_id.rpartition("-")[2])]
+        study = phantom.study(study_id)
         if not np.array_equal(study.image, pack.image(row)):
             raise ValueError(f"{study_id} in {pack.path} is another picture than this phantom draws; prepare the pack again")
         targets.append(phantom_target(study, kind, findings))

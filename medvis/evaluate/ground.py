@@ -23,8 +23,9 @@ from torch.nn.functional import interpolate
 
 from ..data.pack import Pack
 from ..data.pairs import Pairs, Report, Sample, collate, tokenise
-from ..data.phantom import Phantom, PhantomStudy
+from ..data.phantom import PhantomStudy
 from ..data.phrases import Phrase, find_phrases, phantom_phrases, phrase_mask, read_ms_cxr
+from ..data.prepare import pack_phantom, redraw_study
 from .classify import about, check_preprocessing, frozen
 from .models import as_method, as_pack, check_unseen
 from .stats import Interval, bootstrap_mean, interval, resample
@@ -576,21 +577,14 @@ def phantom_targets(
     grains : tuple[str, ...], default: ('word',)
         of GRAINS
     """
-    source = pairs.pack.manifest["source"]
-    if source.get("kind") != "phantom" or pairs.train:
+    if pack_phantom(pairs.pack) is None or pairs.train:
         raise ValueError(
             f"targets are known only for a phantom's pairs with train=False; "
-            f"these have source {source.get('kind')!r}, train={pairs.train}"
+            f"these have source {pairs.pack.manifest['source'].get('kind')!r}, train={pairs.train}"
         )
-    phantom, view, targets = Phantom(source["size"], source["seed"]), pairs.preprocessing.mask(), []
+    view, targets = pairs.preprocessing.mask(), []
     for item in range(len(pairs)) if items is None else items:
-        packed = pairs.pack.studies.iloc[pairs.items[item][0]]
-        study = phantom[int(packed["study_id"].rpartition("-")[2])]
-        if study.report != packed["report"]:
-            raise ValueError(
-                f"{packed['study_id']} has another report in {pairs.pack.path} than this phantom writes; "
-                "prepare the pack again"
-            )
+        study = redraw_study(pairs.pack, pairs.items[item][0])
         targets += [t for t in report_targets(int(item), pairs.report(item), study, view) if t.grain in grains]
     return targets
 

@@ -28,6 +28,7 @@ from ..data.files import read_csv
 from ..data.pack import Pack
 from ..data.pairs import seeded
 from ..data.phantom import FINDINGS
+from ..data.prepare import pack_phantom
 from ..data.task_files import read_task
 from ..data.tasks import Task, held_kinds, pack_task, phantom_task
 from .cache import check_fit, fill
@@ -512,7 +513,7 @@ def protocol_task(
     found = find_protocol(protocol)
     kinds = HEADS[found.head].kinds
     kind = kind or found.kind or kinds[0]
-    phantom = targets is None and pack.manifest["source"].get("kind") == "phantom"
+    phantom = targets is None and pack_phantom(pack) is not None
     if kind not in kinds:
         raise ValueError(f"{protocol} asks for {' or '.join(kinds)}, not for {kind}: leave out --kind, or take another protocol")
     if (uncertain or blank) and (phantom or kind != "labels"):

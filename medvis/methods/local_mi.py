@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..data.pairs import Batch
 from ..encoders.features import ImageFeatures
-from .method import Correspondence, Losses, Method, add_up, known, negatives
+from .method import Correspondence, Losses, Method, NoCorrespondence, add_up, known, negatives
 from .settings import GLOBAL_MI_PRESETS, GlobalMIConfig, LOCAL_MI_PRESETS, LocalMIConfig, MutualInformationConfig
 from medvis.objectives.mutual_information import (
     Discriminator, cpc_bound, dv_bound, local_scores, region_scores, released_cpc, reselect_negatives, select_by_bound,
@@ -111,11 +111,12 @@ class GlobalMI(MutualInformation):
         return self.discriminator.scores(image, text, self.config.chunk)
 
     def places(self, image: ImageFeatures) -> Tensor:
-        "An image that looks like the region everywhere. ValueError when the whole is not pooled from the regions."
+        "An image that looks like the region everywhere. NoCorrespondence when the whole is not pooled from the regions."
         region, whole = self.image_encoder.region_dim, self.image_encoder.whole_dim
         if whole not in (region, 4 * region):
-            raise ValueError(f"global-mi judges whole images, {whole} wide; regions {region} wide are not what they are pooled "
-                             f"from: take them from the last layer (layer or local_grid of {self.config.image})")
+            raise NoCorrespondence(
+                f"global-mi judges whole images, {whole} wide; regions {region} wide are not what they are pooled from: "
+                f"take them from the last layer (layer or local_grid of {self.config.image})")
         return image.regions.repeat_interleave(whole // region, -1)
 
 # %% ../../nbs/methods/05_local_mi.ipynb #5dc7272e

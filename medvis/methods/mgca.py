@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..data.pairs import Batch
 from ..encoders.features import ImageFeatures, TextFeatures, pool_tokens
 from ..encoders.heads import ProjectionHead
-from .method import Aligned, Correspondence, Losses, Method, add_up, negatives
+from .method import Aligned, Correspondence, Losses, Method, NoCorrespondence, add_up, negatives
 from .settings import MGCAConfig, MGCA_PRESETS as PRESETS
 from ..objectives.contrastive import clip_loss, unit
 from ..objectives.prototypes import prototype_loss
@@ -38,13 +38,12 @@ def token_loss(method: "MGCA", image: ImageFeatures, text: TextFeatures) -> Tens
         method.word_attention, method.region_attention)
 
 # %% ../../nbs/methods/03_mgca.ipynb #b5f6129b
-def token_heads(method: "MGCA") -> tuple[ProjectionHead, ProjectionHead]:
-    "The heads of regions and words: their own, or without CTA those of the wholes. Raises ValueError when these do not fit."
+def token_heads(method: "MGCA") -> tuple[ProjectionHead, ProjectionHead] | None:
+    "The heads of regions and words: their own, or without CTA those of the wholes; None when these do not fit."
     if method.local_image is not None:
         return method.local_image, method.local_text
-    if method.image_encoder.region_dim != method.image_encoder.whole_dim:
-        raise ValueError("without CTA only the pooled layer can be shown: build the method with layer='layer4'")
-    return method.global_image, method.global_text
+    fits = method.image_encoder.region_dim == method.image_encoder.whole_dim
+    return (method.global_image, method.global_text) if fits else None
 
 # %% ../../nbs/methods/03_mgca.ipynb #807e0260
 def token_temperature(method: "MGCA") -> float:
@@ -119,8 +118,9 @@ class MGCA(Method):
 
     def correspondence(self, batch: Batch) -> Correspondence:
         "Scores of words and sentences against regions: cosines, or the learned attention's logits. By the global heads without CTA."
-        image, text = self.encode(batch)
-        see, read = token_heads(self)
+        if (heads := token_heads(self)) is None:
+            raise NoCorrespondence("without CTA only the pooled layer can be shown: build the method with layer='layer4'")
+        (image, text), (see, read) = self.encode(batch), heads
         words, word_mask = pool_tokens(text.tokens, batch.word_index)  # of the report; the released [SEP] is none of them
         regions = unit(see(image.regions))
         scores = [matching_scores(unit(read(x, mask)), regions, self.word_attention).mT
@@ -129,9 +129,11 @@ class MGCA(Method):
         return Correspondence(
             *scores, word_mask, text.sentence_mask, image.grid, prototype_scores(self, image), token_temperature(self), learned)
 
-    def align(self, batch: Batch) -> Aligned:
-        "Regions and words, which gather each other as in CTA."
-        (image, text), (see, read), tau = self.encode(batch), token_heads(self), token_temperature(self)
+    def align(self, batch: Batch) -> Aligned | None:
+        "Regions and words, which gather each other as in CTA; None where no head fits the regions."
+        if (heads := token_heads(self)) is None:
+            return None
+        (image, text), (see, read), tau = self.encode(batch), heads, token_temperature(self)
         mask = text.word_mask
         regions, words = unit(see(image.regions)), unit(read(text.words, mask))
         from_text, _ = gather_context(regions, words, mask, tau, self.region_attention)

@@ -20,7 +20,7 @@ from .mixture_mi import MixtureMI
 from .settings import SETTINGS
 
 # %% ../../nbs/methods/09_registry.ipynb #e1902746
-METHODS = Registry("method", "a subclass of medvis.methods.Method with presets", lambda kind: isinstance(kind, type) and issubclass(kind, Method) and bool(kind.presets), {
+METHODS = Registry("method", "a subclass of medvis.methods.Method", lambda kind: isinstance(kind, type) and issubclass(kind, Method), {
     "convirt": ConVIRT, "clip": CLIP, "gloria": GLoRIA, "lovt": LoVT, "mgca": MGCA, "global-mi": GlobalMI, "local-mi": LocalMI,
     "mixture-mi": MixtureMI})
 
@@ -28,7 +28,7 @@ METHODS = Registry("method", "a subclass of medvis.methods.Method with presets",
 def register_method(
     name: str,      # by which it is asked for, as in create_method(name)
 ) -> Callable[[type[Method]], type[Method]]:
-    """Class decorator: put a method among the others. ValueError if the name is taken, or the class is no Method with presets.
+    """Class decorator: put a method among the others. ValueError if the name is taken, or the class is no Method.
 
     Parameters
     ----------

@@ -18,7 +18,7 @@ from typing import Any, Literal
 class MethodConfig:
     "Encoders and projections of a method."
     image: str = "resnet50"
-    "Image encoder: resnet50, vit_base_patch16_224, tiny_resnet or tiny_vit."
+    "Image encoder: resnet50, vit_base_patch16_224, tiny_resnet, tiny_vit, or my_module:my_encoder."
     image_weights: str | None = "imagenet"
     "Initial weights: imagenet, imagenet-v2, a state-dict file or folder, or None for random."
     layer: str | None = None

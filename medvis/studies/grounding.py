@@ -282,7 +282,7 @@ def draw_examples(maps: pd.DataFrame, subjects: list[str], findings: tuple[str, 
         words = [own[own.finding == finding].iloc[0] for finding in findings]
         limits = common_limits(np.concatenate([list(word.scores) for word in words]))
         for ax, word in zip(row, words):
-            study = phantom[int(word.study.rpartition("-")[2])]
+            study = phantom.study(word.study)
             mask = np.any([found.mask for found in study.findings if found.name == word.finding], axis=0)
             draw_map(ax, study.image, list(word.scores), (word.side, word.side), mask, word.text if subject == subjects[0] else "", limits)
         row[0].set_ylabel(subject, fontsize=9)

@@ -61,7 +61,7 @@ def draw_word_maps(rows: pd.DataFrame, phantom: Phantom, width: float = 1.45) ->
     figure = Figure(figsize=(width * (columns + 1), 1.14 * width * len(studies)), dpi=100, layout="constrained")
     axes, limits = figure.subplots(len(studies), columns + 1, squeeze=False), common_limits(np.concatenate(rows["map"].tolist()))
     for line, name in zip(axes, studies):
-        study = phantom[int(name.rpartition("-")[2])]
+        study = phantom.study(name)
         draw_map(line[0], study.image, title="image" if name == studies[0] else "")
         words = rows[rows.study == name].drop_duplicates("finding").head(columns)
         for ax, word in zip(line[1:], words.itertuples()):

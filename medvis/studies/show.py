@@ -23,6 +23,7 @@ from ..analyse.page import Html, Live, exact_for
 from ..data.files import read_csv
 from ..data.pack import Pack
 from ..data.pairs import Pairs, collate
+from ..data.prepare import pack_phantom
 from ..evaluate import paired_gain, phantom_pointing, phantom_targets
 from ..evaluate.ground import PhantomPointing, Target
 from ..methods import Method
@@ -185,7 +186,7 @@ def diagnostics_section(run: Run) -> list[Section]:
 def run_title(run: Run, data: Pack) -> str:
     "Method, preset and data: \"mixture-mi tiny on 2 000 phantom pairs\"."
     count = f"{(data.studies['split'] == 'train').sum():,}".replace(",", "\u202f")
-    what = "phantom pairs" if data.manifest["source"].get("kind") == "phantom" else f"studies of {data.path.name}"
+    what = "phantom pairs" if pack_phantom(data) else f"studies of {data.path.name}"
     return f"{run.config['method']} {run.config['preset']} on {count} {what}"
 
 # %% ../../nbs/studies/01_show.ipynb #9d5e41b5
@@ -238,7 +239,7 @@ def show_run(
     """
     method, probe, gains, control = load_method(run.path), None, None, None
     data = trained_on(run.provenance) if data is None else data
-    phantom = data.manifest["source"].get("kind") == "phantom"
+    phantom = pack_phantom(data) is not None
     pairs = held_out_pairs(method, data)
     chosen = {item: [] for item in range(min(studies, len(pairs)))}
     cards, live, shown = [], None, phantom if show_text is None else show_text

@@ -28,9 +28,9 @@ def pack_tokenizer(data: Pack) -> PreTrainedTokenizerFast:
 def _differences(start: Method, method: Method) -> str:
     "Which settings make two methods different networks"
     old, new = ({name: list(value) if isinstance(value, tuple) else value for name, value in vars(one.config).items()} for one in (start, method))
-    told = [f"{name} is {old[name]!r} there and {new[name]!r} here" for name in new if name in old and old[name] != new[name] and name not in ("image_weights", "text_weights")]
+    changed = [f"{name} is {old[name]!r} there and {new[name]!r} here" for name in new if name in old and old[name] != new[name] and name not in ("image_weights", "text_weights")]
     kinds = [type(one).__name__ for one in (start, method)]
-    return "; ".join(([] if kinds[0] == kinds[1] else [f"it is a {kinds[0]}, not a {kinds[1]}"]) + told)
+    return "; ".join(([] if kinds[0] == kinds[1] else [f"it is a {kinds[0]}, not a {kinds[1]}"]) + changed)
 
 # %% ../../nbs/train/04_create.ipynb #87a34f5e
 _FRESH = dict(image_weights=None, text_weights=False)     # no pre-trained weights: those of the run take their place

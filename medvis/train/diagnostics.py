@@ -162,7 +162,7 @@ def vectors_of(method: Method, batch: Batch) -> dict[str, Tensor]:  # image, tex
     found = {"whole": method.pool_image(seen)[0], "regions": seen.regions}
     if (pair := method.pair_vectors(batch)) is not None:
         found["image"], found["text"] = pair
-    with suppress(NotImplementedError):
+    with suppress(NotImplementedError):  # NoCorrespondence, as it is configured
         told = method.correspondence(batch)
         maps = (told.sentences / told.temperature).float().softmax(1).mT
         found["entropy"] = attention_entropy(maps[told.sentence_mask])

@@ -223,7 +223,7 @@ def read_log(path: Path) -> pd.DataFrame:
 # %% ../../nbs/train/03_loop.ipynb #438cf9e6
 def find_kind(
     path: Path,                 # config.json, for messages
-    told: dict[str, Any],       # what it says
+    config: dict[str, Any],       # what it says
 ) -> type[Method]:
     """The class of a run's method. What is not of medvis is imported from where it was defined, if it is installed; ValueError names what is missing.
 
@@ -231,14 +231,14 @@ def find_kind(
     ----------
     path : Path
         config.json, for messages
-    told : dict[str, Any]
+    config : dict[str, Any]
         what it says
     """
-    defined = told.get("defined_in", {})
+    defined = config.get("defined_in", {})
     try:
         if "image" in defined:
-            IMAGE_ENCODERS.find(told["config"]["image"], defined["image"])
-        return METHODS.find(told["method"], defined.get("method"))
+            IMAGE_ENCODERS.find(config["config"]["image"], defined["image"])
+        return METHODS.find(config["method"], defined.get("method"))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 

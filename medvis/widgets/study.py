@@ -23,6 +23,7 @@ from ..data.preprocessing import Preprocessing
 from ..data.pack import Pack
 from ..data.pairs import Pairs, Report, collate
 from ..data.phantom import Phantom
+from ..data.prepare import pack_phantom
 from ..data.reports import find_words
 from ..data.tasks import pack_boxes
 from ..evaluate.classify import check_preprocessing, frozen
@@ -209,7 +210,7 @@ def phantom_outlines(
     phantom : Phantom
     sentences : Sequence[str]
     """
-    study = phantom[int(study_id.rpartition("-")[2])]
+    study = phantom.study(study_id)
     spans = word_spans(sentences)
     about = phantom_words(Report([], [], [], list(sentences), spans), study)
     words = {index: tuple(w for w, i in about.items() if i == index) for index in range(len(study.findings))}
@@ -437,12 +438,12 @@ class Studies:
 
     def outlines(self, position: int) -> list[Outline]:
         "What is known of a study's places."
-        study, source = self.table.iloc[position], self.data.manifest["source"]
+        study, phantom = self.table.iloc[position], pack_phantom(self.data)
         if self._outlines is not None:
             return list(self._outlines(str(study["study_id"])))
-        if source.get("kind") != "phantom":
+        if phantom is None:
             return pack_outlines(self.data, study["image_rows"][0])
-        return phantom_outlines(study["study_id"], Phantom(source["size"], source["seed"]), study["sentences"])
+        return phantom_outlines(study["study_id"], phantom, study["sentences"])
 
     def make(self, positions: Sequence[int]) -> list[StudyView]:
         "The views of some studies, in one batch. ValueError names a study whose image cannot be read."
