@@ -102,7 +102,7 @@ def test_nothing_else_changes_and_twice_is_as_once():
 
 def doors() -> list:
     "The public functions and classes of medvis' rooms, each once, by the name of its door."
-    rooms = [importlib.import_module(room.name) for room in pkgutil.iter_modules(medvis.__path__, "medvis.") if room.ispkg]
+    rooms = [medvis, *(importlib.import_module(room.name) for room in pkgutil.iter_modules(medvis.__path__, "medvis.") if room.ispkg)]
     things = {getattr(room, name): f"{room.__name__}.{name}" for room in rooms for name in getattr(room, "__all__", ()) if callable(getattr(room, name))}
     return [pytest.param(thing, id=name) for thing, name in things.items()]
 

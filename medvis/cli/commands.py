@@ -460,7 +460,7 @@ def run_command(argv: Sequence[str]) -> None:
         return
     flat = (tyro.conf.OmitSubcommandPrefixes, tyro.conf.OmitArgPrefixes)
     if argv[:1] == ["prepare"] and ":" in "".join(argv[1:2]):
-        prepare(PrepareConfig(tyro.cli(command_config(DATASETS.find(argv[1])), args=argv[2:], prog=f"medvis prepare {argv[1]}", config=flat)))
+        prepare(PrepareConfig(tyro.cli(prepare_options(argv[1]), args=argv[2:], prog=f"medvis prepare {argv[1]}", config=flat)))
         return
     kinds = [Annotated[kind, tyro.conf.subcommand(name)] for name, (kind, _) in COMMANDS.items()]
     config = tyro.cli(

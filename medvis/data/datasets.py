@@ -98,7 +98,7 @@ def prepare_options(
         of `list_datasets()`, or my_package.my_module:MY_DATA
     """
     if name not in list_datasets() and ":" not in name:
-        raise ValueError(f"unknown data set {name!r}; choose from {', '.join(list_datasets())}")
+        raise ValueError(f"unknown data set {name!r}; choose from {', '.join(list_datasets())}, or import the module that registers it")
     return PhantomConfig if name == "phantom" else command_config(DATASETS.find(name))
 
 # %% ../../nbs/data/21_datasets.ipynb #5bee5f53

@@ -15,7 +15,7 @@ __all__ = ['check_preprocessing', 'encode', 'linear_probe', 'paired_gain', 'prob
 # %% ../../nbs/evaluate/00_doors.ipynb #dcb44a08
 from typing import TYPE_CHECKING
 
-from ..core.doors import lazy_door
+from ..core.doors import callable_door, lazy_door
 
 # %% ../../nbs/evaluate/00_doors.ipynb #ab1d0f36
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from medvis.evaluate.stats import Interval, auroc, bootstrap, bootstrap_auroc, compare, compare_predictions
 else:
     __getattr__, __dir__ = lazy_door("medvis.evaluate")
+    callable_door("medvis.evaluate", "medvis.evaluate.protocol:evaluate")
 
 # %% ../../nbs/evaluate/00_doors.ipynb #23146c90
 _all_ = [

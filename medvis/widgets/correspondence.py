@@ -10,6 +10,7 @@ __all__ = ['MASK', 'GRAINS', 'RENDERERS', 'SETTINGS', 'NOTHING', 'masked_text', 
 # %% ../../nbs/widgets/02_correspondence.ipynb #45d9fef3
 import re
 from collections.abc import Callable, Mapping, Sequence
+from os import PathLike
 from pathlib import Path
 
 import anywidget
@@ -428,7 +429,7 @@ class CorrespondenceWidget(Pictured, Display):
 
     Parameters
     ----------
-    runs : Mapping[str, Method | str | Path] | Method | str | Path
+    runs : Mapping[str, Method | str | PathLike] | Method | str | PathLike
         by name: methods, or run folders
     data : Pack | str | Path
     split : str | None, default: 'test'
@@ -444,7 +445,7 @@ class CorrespondenceWidget(Pictured, Display):
 
     def __init__(
         self,
-        runs: Mapping[str, Method | str | Path] | Method | str | Path,  # by name: methods, or run folders
+        runs: Mapping[str, Method | str | PathLike] | Method | str | PathLike,  # by name: methods, or run folders
         data: Pack | str | Path,
         split: str | None = "test",    # None: all
         outlines: Callable[[str], Sequence[Outline]] | None = None,     # study id -> what is known; None: of a phantom all, else the Pack's boxes and masks
