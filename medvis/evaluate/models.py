@@ -8,6 +8,7 @@ __all__ = ['as_method', 'as_encoder', 'as_encoders', 'as_pack', 'check_unseen']
 # %% ../../nbs/evaluate/01a_models.ipynb #d0d03fbb
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from os import PathLike
 from pathlib import Path
 
 from torch import nn
@@ -17,22 +18,21 @@ from ..train.loop import Run, trained_on, load_encoder, load_method
 
 # %% ../../nbs/evaluate/01a_models.ipynb #5091c820
 def as_method(
-    run: nn.Module | Run | str | Path,  # a method, or a run folder
+    run: nn.Module | str | PathLike,    # a method, a run, or its folder
 ) -> nn.Module:                         # in evaluation mode
     """The method of a run. FileNotFoundError if the folder is not one.
 
     Parameters
     ----------
-    run : nn.Module | Run | str | Path
-        a method, or a run folder
+    run : nn.Module | str | PathLike
+        a method, a run, or its folder
 
     Returns
     -------
     nn.Module
         in evaluation mode
     """
-    run = run.path if isinstance(run, Run) else run
-    return load_method(run) if isinstance(run, str | Path) else run.eval()
+    return load_method(run) if isinstance(run, str | PathLike) else run.eval()
 
 # %% ../../nbs/evaluate/01a_models.ipynb #feef4a62
 def as_encoder(

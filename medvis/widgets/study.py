@@ -11,6 +11,7 @@ __all__ = ['Span', 'PROTOTYPES', 'word_spans', 'places_in', 'RunScores', 'seen_f
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from os import PathLike
 from pathlib import Path
 
 import numpy as np
@@ -299,10 +300,18 @@ class StudyView:
         return float(known.mean()) if len(known) else 0.0
 
 # %% ../../nbs/widgets/01_study.ipynb #0dbf7d5e
-def as_methods(runs: Mapping[str, Method | str | Path] | Method | str | Path) -> dict[str, Method]:
-    "Runs by name: loaded if they are folders. ValueError when there is none."
+def as_methods(
+    runs: Mapping[str, Method | str | PathLike] | Method | str | PathLike,      # methods, runs, or their folders
+) -> dict[str, Method]:
+    """Methods by name, in evaluation mode. ValueError when there is none.
+
+    Parameters
+    ----------
+    runs : Mapping[str, Method | str | PathLike] | Method | str | PathLike
+        methods, runs, or their folders
+    """
     if not isinstance(runs, Mapping):
-        runs = {Path(runs).resolve().name if isinstance(runs, str | Path) else type(runs).__name__: runs}
+        runs = {Path(runs).resolve().name if isinstance(runs, str | PathLike) else type(runs).__name__: runs}
     if not runs:
         raise ValueError("there is no run to look at; give at least one, as {name: method or run folder}")
     return {str(name): as_method(run) for name, run in runs.items()}
@@ -384,7 +393,8 @@ class Studies:
 
     Parameters
     ----------
-    runs : Mapping[str, Method | str | Path] | Method | str | Path
+    runs : Mapping[str, Method | str | PathLike] | Method | str | PathLike
+        see as_methods
     data : Pack
     split : str | None, default: 'test'
         None: all
@@ -396,7 +406,7 @@ class Studies:
 
     def __init__(
         self,
-        runs: Mapping[str, Method | str | Path] | Method | str | Path,
+        runs: Mapping[str, Method | str | PathLike] | Method | str | PathLike,  # see as_methods
         data: Pack,
         split: str | None = "test",    # None: all
         outlines: Callable[[str], Sequence[Outline]] | None = None,  # study id -> what is known; None: of a phantom all, else the Pack's boxes and masks

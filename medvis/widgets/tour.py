@@ -9,10 +9,9 @@ __all__ = ['beside_untrained']
 from pathlib import Path
 
 from ..data.pack import Pack
-from ..evaluate import random_like
+from ..evaluate import as_method, random_like
 from ..methods.method import Method
 from .correspondence import CorrespondenceWidget
-from ..evaluate.models import as_method
 
 # %% ../../nbs/widgets/09_tour.ipynb #11a529c6
 def beside_untrained(
