@@ -27,7 +27,7 @@ from medvis.data.phantom import Phantom  # noqa: E402
 SIZE, BATCH = 256, 64
 PREPARE = """
 import sys, time
-from medvis.data.folder import FOLDER, FolderConfig
+from medvis.data.sets.folder import FOLDER, FolderConfig
 from medvis.data.source import BuildConfig, prepare_source
 if __name__ == "__main__":
     root, out, workers, size = sys.argv[1:]

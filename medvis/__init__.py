@@ -17,7 +17,7 @@ from .core.doors import lazy_door
 
 # %% ../nbs/00_medvis.ipynb #4ac6b407
 if TYPE_CHECKING:
-    from medvis.data.datasets import list_datasets, prepare, register_dataset
+    from medvis.data.sets.registry import list_datasets, prepare, register_dataset
     from medvis.data.pack import Pack
     from medvis.data.phantom import Phantom
     from medvis.encoders.image import register_encoder

@@ -2,7 +2,7 @@
 from dataclasses import fields
 from pathlib import Path
 
-from medvis.data.folder import FOLDER, FolderConfig
+from medvis.data.sets.folder import FOLDER, FolderConfig
 from medvis.data.pack import Pack
 from medvis.data.source import BuildConfig, DataSet, ReadConfig, prepare_source
 

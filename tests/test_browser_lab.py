@@ -74,7 +74,7 @@ widget"""
 def lab(browser, tmp_path_factory):  # noqa: F811
     "A page on JupyterLab, whose folder holds copies; and all that it asked for."
     folder, home = tmp_path_factory.mktemp("notebooks"), tmp_path_factory.mktemp("home")
-    shutil.copy(ROOT / "nbs/widgets/09_tour.ipynb", folder / "tour.ipynb")
+    shutil.copy(ROOT / "nbs/widgets/07_tour.ipynb", folder / "tour.ipynb")
     shutil.copytree(ROOT / "nbs/widgets/run", folder / "run")
     write_pack(folder / "pack500", range(500), random_study, 64, {"kind": "random"}, ["Nodule"], progress=False)
     cell = {"cell_type": "code", "id": "a", "metadata": {}, "source": MANY, "outputs": [], "execution_count": None}

@@ -28,7 +28,7 @@ import pytest
 from PIL import Image
 from pydicom.encaps import encapsulate
 
-from medvis.data.datasets import DATASETS, command_config, dress, prepare_data
+from medvis.data.sets.registry import DATASETS, command_config, dress, prepare_data
 from medvis.data.files import DataError
 from medvis.data.leaks import refuse
 from medvis.data.pack import StudyRecord

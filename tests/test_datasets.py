@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as some
 
 from medvis.cli.commands import main
-from medvis.data.datasets import DATASETS, command_config, dress, prepare_data
+from medvis.data.sets.registry import DATASETS, command_config, dress, prepare_data
 from medvis.data.images import FITS, boxes_to_square, mask_to_square
 from medvis.data.pack import Pack
 from medvis.data.phantom import tight_box
@@ -67,7 +67,7 @@ def test_what_has_no_image_takes_none(name, tmp_path):
 PREPARE = """
 import sys
 from pathlib import Path
-from medvis.data.datasets import DATASETS, command_config, prepare_data
+from medvis.data.sets.registry import DATASETS, command_config, prepare_data
 from medvis.data.source import BuildConfig
 if __name__ == "__main__":
     name, root, out, workers = sys.argv[1:]

@@ -15,7 +15,7 @@ import medvis
 
 KEPT = Path(__file__).parent / "golden" / "defaults.json"
 FOLDER = Path(medvis.__file__).parent
-MODULES = [".".join(("medvis", *path.relative_to(FOLDER).with_suffix("").parts)) for path in sorted(FOLDER.glob("*/[a-z]*.py"))]
+MODULES = [".".join(("medvis", *path.relative_to(FOLDER).with_suffix("").parts)) for path in sorted(FOLDER.glob("*/**/[a-z]*.py"))]
 
 
 def plain(value):

@@ -11,7 +11,7 @@ import torch
 from medvis.data.preprocessing import AUGMENTATIONS, Preprocessing
 from medvis.data.pairs import Pairs, View
 from medvis.data.phantom import Phantom
-from medvis.data.phantom_findings import FINDINGS
+from medvis.data.phantom.findings import FINDINGS
 from medvis.data.prepare import PhantomConfig, prepare_phantom
 from medvis.widgets import shell
 from medvis.widgets.augmentation import AugmentationExplorer

@@ -25,7 +25,7 @@ from medvis.analyse.represent import Aligned
 from medvis.analyse.spread import draw_spread, spread_table
 from medvis.data.pairs import Report
 from medvis.data.phantom import Finding, PhantomStudy
-from medvis.data.phantom_report import Sentence
+from medvis.data.phantom.report import Sentence
 from medvis.data.preprocessing import Preprocessing
 from medvis.encoders.features import ImageFeatures
 from medvis.evaluate.ground import Target

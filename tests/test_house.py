@@ -8,6 +8,7 @@ import pytest
 from IPython.core.inputtransformer2 import TransformerManager
 from notebooks import PATHS, ROOT, Cell, Notebook, label, read
 
+WINGS = {"data": ("phantom", "", "sets")}     # of a room, in reading order; "" is the room itself
 ROOMS = ("core", "data", "encoders", "objectives", "methods", "train", "evaluate", "analyse", "widgets", "studies", "cli")
 LONGEST = 40  # lines of an exported function, without docstrings, comments and blank lines
 LONGEST_CLASS = 60  # of a class: several short methods
@@ -50,11 +51,13 @@ def title_and_question(notebook: Notebook) -> list[str]:
 def one_module_of_its_room(notebook: Notebook) -> list[str]:
     if "/" not in notebook.name:
         return []
+    if notebook.cells[0].kind != "markdown":
+        return ["the title stands first, before `#| default_exp`"]
     named = [cell for cell in notebook.cells if "default_exp" in cell.directives]
     if len(named) != 1 or parse(named[0].source).body or named[0] is not next(cell for cell in notebook.cells if cell.kind == "code"):
         return ["exactly one cell, the first code cell and otherwise empty, says `#| default_exp room.module`"]
-    found = [] if re.match(r"\d\d[a-z]?_", notebook.name.split("/")[-1]) else ["the file's name must begin with its number, `02_`"]
-    if notebook.module.split(".")[0] != notebook.name.split("/")[0]:
+    found = [] if re.match(r"\d\d_", notebook.name.split("/")[-1]) else ["the file's name must begin with its number, `02_`"]
+    if notebook.module.split(".")[:-1] != notebook.name.split("/")[:-1]:
         found.append(say(named[0], f"module {notebook.module} does not belong to the room of {notebook.name}"))
     if MODULES.get(notebook.module, notebook.name) != notebook.name:
         found.append(say(named[0], f"module {notebook.module} is also made by {MODULES[notebook.module]}"))
@@ -123,7 +126,7 @@ def imports_look_left(notebook: Notebook) -> list[str]:
                 found.append(say(cell, f"relative import {name}: write `from medvis...` (nbdev makes it relative)"))
             elif target in ROOMS and room in ROOMS and ROOMS.index(target) > ROOMS.index(room):       # a page of no room may import all
                 found.append(say(cell, f"imports {name}, but {target} stands to the right of {room} in {' -> '.join(ROOMS)}"))
-            elif target == room and module != "__init__" and not earlier(name, notebook):
+            elif target == room and not module.endswith("__init__") and not earlier(name, notebook):
                 found.append(say(cell, f"imports {name}, which no lower-numbered notebook of {room} makes"))
     return found
 
@@ -131,8 +134,14 @@ def imports_look_left(notebook: Notebook) -> list[str]:
 def earlier(name: str, notebook: Notebook) -> bool:
     "Whether `medvis.room.module[.name]` is made by a notebook that comes before this one in its room."
     parts = name.split(".")[1:]
-    made_by = MODULES.get(".".join(parts[:2]))
-    return made_by is not None and made_by < notebook.name
+    made_by = next((made for length in (3, 2) if (made := MODULES.get(".".join(parts[:length])) or MODULES.get(".".join([*parts[:length], "__init__"])))), None)
+    return made_by is not None and reading_order(made_by) < reading_order(notebook.name)
+
+
+def reading_order(name: str) -> tuple:
+    "Room, wing, number."
+    room, *wing, file = name.split("/")
+    return room, WINGS.get(room, ("",)).index("".join(wing)), file
 
 
 def used_names(body: ast.AST) -> set[str]:
@@ -198,7 +207,7 @@ def test_no_paths_of_one_machine():
 
 
 # The checks can fail: each meets a notebook with its fault, and a sound notebook pleases them all.
-SOUND = ("#| default_exp encoders.zzz", "# Rows\n\n> How long is a row?", "#| export\nimport torch\n\nfrom medvis.data.pairs import Batch",
+SOUND = ("# Rows\n\n> How long is a row?", "#| default_exp encoders.zzz", "#| export\nimport torch\n\nfrom medvis.data.pairs import Batch",
          "#| export\ndef unit(x):\n    'Scale to length one.'\n    return x / x.norm()", "%time unit(torch.ones(3))")
 
 
@@ -237,6 +246,17 @@ def test_fault_is_found(check, fault, complaint):
     cells = (fault, *SOUND[2:]) if fault.startswith("# ") else (*SOUND, fault)
     found = check(notebook_of(*cells))
     assert len(found) == 1 and complaint in found[0], found
+
+
+def test_a_title_that_comes_second_is_found():
+    assert one_module_of_its_room(notebook_of(SOUND[1], SOUND[0], *SOUND[2:])) == ["the title stands first, before `#| default_exp`"]
+
+
+def test_wings_are_read_in_their_order(monkeypatch):
+    monkeypatch.setattr(f"{__name__}.MODULES", {"data.phantom.__init__": "data/phantom/00_doors.ipynb", "data.sets.rsna": "data/sets/06_rsna.ipynb"})
+    cells = ("# Packs\n\n> What is in a Pack?", "#| default_exp data.zzz")
+    assert imports_look_left(notebook_of(*cells, "#| export\nfrom medvis.data.phantom import Phantom", name="data/01_zzz.ipynb")) == []
+    assert len(imports_look_left(notebook_of(*cells, "#| export\nfrom medvis.data.sets.rsna import RSNA", name="data/99_zzz.ipynb"))) == 1
 
 
 def test_a_use_before_the_definition_does_not_count():

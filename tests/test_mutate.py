@@ -40,7 +40,7 @@ def test_the_draw_depends_on_the_seed_alone():
 
 def test_replay_comes_first_and_then_what_names_the_module():
     found = mutate.targets("medvis/evaluate/stats.py", (ROOT / "medvis/evaluate/stats.py").read_text())
-    assert found[0] == "tests/test_replay.py::test_replay[evaluate/01_stats]" and "tests/test_stats.py" in found
+    assert found[0] == "tests/test_replay.py::test_replay[evaluate/02_stats]" and "tests/test_stats.py" in found
 
 
 def test_tests_that_reach_a_module_by_a_helper_are_asked():

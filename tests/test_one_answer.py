@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from medvis.cli.commands import main
-from medvis.data.chexpert import COMPETITION
-from medvis.data.datasets import dress
+from medvis.data.sets.chexpert import COMPETITION
+from medvis.data.sets.registry import dress
 from medvis.data.pack import Pack
 from medvis.data.phrases import phantom_phrases
 from medvis.data.tasks import label_policy, pack_task, study_targets

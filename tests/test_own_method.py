@@ -14,7 +14,7 @@ from notebooks import ROOT
 from safetensors.torch import load_file
 
 from medvis.analyse import draw_map
-from medvis.data.datasets import DATASETS, list_datasets
+from medvis.data.sets.registry import DATASETS, list_datasets
 from medvis.data.pack import Pack
 from medvis.data.pairs import Pairs, collate
 from medvis.data.phantom import Phantom
@@ -35,8 +35,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from medvis.data.class_folder import CLASS_FOLDER
-from medvis.data.datasets import register_dataset
+from medvis.data.sets.class_folder import CLASS_FOLDER
+from medvis.data.sets.registry import register_dataset
 from medvis.data.preprocessing import Preprocessing
 from medvis.encoders import ImageFeatures, register_encoder
 from medvis.methods import Method, MethodConfig, add_up, cosine_correspondence, register_method

@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from medvis.data.phantom import FINDINGS, Phantom, PhantomStudy, Scene, patient_number, render, tight_box
-from medvis.data.phantom_anatomy import Patient, Pose, sample_patient, sample_pose, stream
-from medvis.data.phantom_findings import DEVICES, Planted, place, sample_findings, sample_state
-from medvis.data.phantom_report import DOUBT, read_labels, write_report
+from medvis.data.phantom.anatomy import Patient, Pose, sample_patient, sample_pose, stream
+from medvis.data.phantom.findings import DEVICES, Planted, place, sample_findings, sample_state
+from medvis.data.phantom.report import DOUBT, read_labels, write_report
 
 LUNGS = {"Consolidation", "Edema", "Lung Opacity", "Pneumonia", "Atelectasis", "Nodule"}
 INDICES = st.integers(0, 10**9)

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from medvis.data.phantom import FINDINGS, Phantom
-from medvis.data.phantom_anatomy import Patient, Pose, attenuation, build_chest, expose, sample_patient, sample_pose, stream
-from medvis.data.phantom_findings import STATES, TUBES, Planted, paint, sample_findings, sample_state
-from medvis.data.phantom_report import read_labels
+from medvis.data.phantom.anatomy import Patient, Pose, attenuation, build_chest, expose, sample_patient, sample_pose, stream
+from medvis.data.phantom.findings import STATES, TUBES, Planted, paint, sample_findings, sample_state
+from medvis.data.phantom.report import read_labels
 
 KEPT = Path(__file__).parent / "golden" / "phantom.npz"
 STUDIES = 160

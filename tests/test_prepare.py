@@ -14,7 +14,7 @@ from PIL import Image
 from test_pack import contents, kill_when, parts
 
 from medvis.data.files import DataError
-from medvis.data.folder import FOLDER, FolderConfig, plan_folder
+from medvis.data.sets.folder import FOLDER, FolderConfig, plan_folder
 from medvis.data.images import ImageError, read_image, to_square
 from medvis.data.preprocessing import AUGMENTATIONS, Preprocessing
 from medvis.data.pack import Pack

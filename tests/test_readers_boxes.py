@@ -14,15 +14,15 @@ from hypothesis import strategies as st
 from PIL import Image
 from sklearn.model_selection import train_test_split
 
-from medvis.data.class_folder import CLASS_FOLDER, ClassFolderConfig
-from medvis.data.covid_rural import COVID_RURAL, CovidRuralConfig, dress_lungs, dress_opacity
-from medvis.data.covidx import COVIDX, CovidxConfig, covidx_class, parse_line
+from medvis.data.sets.class_folder import CLASS_FOLDER, ClassFolderConfig
+from medvis.data.sets.covid_rural import COVID_RURAL, CovidRuralConfig, dress_lungs, dress_opacity
+from medvis.data.sets.covidx import COVIDX, CovidxConfig, covidx_class, parse_line
 from medvis.data.files import DataError
 from medvis.data.images import boxes_to_square
-from medvis.data.object_cxr import CLASS, OBJECT_CXR, ObjectCxrConfig, dress_shapes
+from medvis.data.sets.object_cxr import CLASS, OBJECT_CXR, ObjectCxrConfig, dress_shapes
 from medvis.data.pack import Pack
 from medvis.data.phantom import Phantom, patient_number, tight_box
-from medvis.data.plans import deal_splits
+from medvis.data.sets.plans import deal_splits
 from medvis.data.source import BuildConfig, check_source, prepare_source, read_study
 
 STUDIES = [Phantom(64)[number] for number in range(40)]

@@ -10,9 +10,9 @@ from PIL import Image
 from medvis.data.annotations import encode_rle
 from medvis.data.files import DataError
 from medvis.data.images import read_image
-from medvis.data.plans import write_dicom
-from medvis.data.rsna import RSNA, RsnaConfig
-from medvis.data.siim import SIIM, SiimConfig, check_dialect, code_dialect
+from medvis.data.sets.plans import write_dicom
+from medvis.data.sets.rsna import RSNA, RsnaConfig
+from medvis.data.sets.siim import SIIM, SiimConfig, check_dialect, code_dialect
 from medvis.data.source import BuildConfig, check_source, prepare_source
 
 pydicom = pytest.importorskip("pydicom")

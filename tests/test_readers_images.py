@@ -13,16 +13,16 @@ from PIL import Image
 from sklearn.model_selection import train_test_split
 
 from medvis.cli.commands import main
-from medvis.data import chexpert, nih, rsna, siim
+from medvis.data.sets import chexpert, nih, rsna, siim
 from medvis.data.annotations import decode_mask, decode_rle, encode_rle, parse_shapes, polygon_mask, read_mask, shape_box, shape_mask
-from medvis.data.chexpert import CHEXPERT, ChexpertConfig
+from medvis.data.sets.chexpert import CHEXPERT, ChexpertConfig
 from medvis.data.files import DataError
 from medvis.data.images import boxes_to_square
-from medvis.data.nih import NIH, NihConfig
+from medvis.data.sets.nih import NIH, NihConfig
 from medvis.data.pack import Pack
 from medvis.data.phantom import Phantom, patient_number, tight_box
-from medvis.data.rsna import RSNA, RsnaConfig
-from medvis.data.siim import SIIM, SiimConfig
+from medvis.data.sets.rsna import RSNA, RsnaConfig
+from medvis.data.sets.siim import SIIM, SiimConfig
 from medvis.data.source import BuildConfig, check_source, prepare_source
 from medvis.data.tasks import pack_task
 from medvis.encoders.image import image_encoder

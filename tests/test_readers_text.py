@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from medvis.data import mimic, openi
+from medvis.data.sets import mimic, openi
 from medvis.data.files import DataError
 from medvis.data.phantom import Phantom
 from medvis.data.reports import ReportRules, check_report, parse_sections

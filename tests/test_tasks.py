@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from medvis.cli.commands import main
 from medvis.data import tasks
-from medvis.data.datasets import DATASETS, dress
+from medvis.data.sets.registry import DATASETS, dress
 from medvis.data.preprocessing import Preprocessing
 from medvis.data.pack import ImageRecord, Pack, StudyRecord, write_pack
 from medvis.data.phantom import FINDINGS, Phantom

@@ -27,7 +27,7 @@ import pandas as pd
 import tyro
 
 from .. import __version__
-from ..data.datasets import DATASETS, command_config, dress, list_datasets, prepare_data, prepare_options
+from ..data.sets.registry import DATASETS, command_config, dress, list_datasets, prepare_data, prepare_options
 from ..data.pack import Pack, find_pack_leaks
 from ..data.source import check_source, summary
 from ..evaluate.recipes import EvaluateConfig
