@@ -263,15 +263,15 @@ def note_provenance(method: Method, provenance: Provenance) -> None:
 
 # %% ../../nbs/train/03_loop.ipynb #43e353ff
 def load_method(
-    path: str | Path,                        # a run folder
+    path: str | os.PathLike,                    # a run, or its folder
     which: Literal["best", "last"] = "best",
 ) -> Method:                                 # in evaluation mode
     """The trained method of a run, from the run folder alone. FileNotFoundError when it is not one.
 
     Parameters
     ----------
-    path : str | Path
-        a run folder
+    path : str | os.PathLike
+        a run, or its folder
     which : Literal['best', 'last'], default: 'best'
 
     Returns
@@ -299,13 +299,13 @@ def load_method(
     return method.eval()
 
 # %% ../../nbs/train/03_loop.ipynb #308b2f1b
-def is_run(path: str | Path) -> bool:
+def is_run(path: str | os.PathLike) -> bool:
     "Is this a run folder (and not a state dict, or a folder of Hugging Face's)?"
     return (Path(path) / "config.json").exists() and (Path(path) / "text").is_dir()
 
 # %% ../../nbs/train/03_loop.ipynb #a442f8b5
 def load_encoder(
-    name_or_path: str | Path,   # a run folder, "random", "imagenet", a state-dict file or folder, or a Hugging Face folder or name
+    name_or_path: str | os.PathLike,   # a run or its folder, "random", "imagenet", a state-dict file or folder, or a Hugging Face folder or name
     image: str | None = None,   # architecture of "random" and "imagenet" (None: resnet50) and of a state dict (None: that it fits)
     **options,                  # of the architecture: layer, size, ...; of a Hugging Face model: size
 ) -> torch.nn.Module:           # image encoder with its preprocessing, in evaluation mode
@@ -315,8 +315,8 @@ def load_encoder(
 
     Parameters
     ----------
-    name_or_path : str | Path
-        a run folder, "random", "imagenet", a state-dict file or folder, or a Hugging Face folder or name
+    name_or_path : str | os.PathLike
+        a run or its folder, "random", "imagenet", a state-dict file or folder, or a Hugging Face folder or name
     image : str | None, default: None
         architecture of "random" and "imagenet" (None: resnet50) and of a state dict (None: that it fits)
     **options
@@ -380,13 +380,13 @@ class Run:
 
 # %% ../../nbs/train/03_loop.ipynb #1c17622a
 def load_run(
-    path: str | Path,   # a run folder
+    path: str | os.PathLike,   # a run folder
 ) -> Run:
     """The run of a folder: its numbers (`.metrics`, `.diagnostics`), its settings, its trained method. FileNotFoundError when it is not one.
 
     Parameters
     ----------
-    path : str | Path
+    path : str | os.PathLike
         a run folder
     """
     if not is_run(path):
