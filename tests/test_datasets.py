@@ -45,6 +45,25 @@ def test_from_the_command_line(name, tmp_path, capsys):
     assert pack.manifest["source"]["kind"] == name and pack.manifest["lists"]["all"]["images"]["count"] == len(pack) and (pack.path / "subsets.csv").exists()
 
 
+STRAYS = {      # data set -> a file that names what has no image, how it comes to do so, what is said
+    "covid-rural": ("*/pngs_masks/*.png", lambda file: shutil.copy(file, file.with_name("stray.png")), "there is no such image"),
+    "rsna": ("stage_2_detailed_class_info.csv", lambda file: file.write_text(file.read_text() + "stray,Normal\n"), "not in stage_2_train_labels.csv"),
+    "mimic-cxr": ("*chexpert.csv.gz", lambda file: (table := pd.read_csv(file, dtype=str)).loc[[*table.index, 0]].assign(
+        study_id=[*table["study_id"], "59999999"]).to_csv(file, index=False), "not in the metadata table"),
+    "mimic-edema": ("regex_report*.csv", lambda file: file.write_text(file.read_text() + "19999999,59999999,1\n"), "not in the metadata table")}
+
+
+@pytest.mark.parametrize("name", STRAYS)
+def test_what_has_no_image_takes_none(name, tmp_path):
+    "A row or a mask without an image is told, and counts as no image of the data set."
+    dress(name, tmp_path, studies=40)
+    pattern, spoil, reason = STRAYS[name]
+    spoil(next(iter(sorted(tmp_path.rglob(pattern)))))
+    data_set = DATASETS[name]
+    stray, = (item for item in data_set.plan(data_set.config(tmp_path, "local-mi" if name == "mimic-edema" else "medvis")).items if reason in str(item.get("rejects")))
+    assert stray["planned"] == 0 and ("stray" in stray["study"] or "59999999" in stray["study"])
+
+
 PREPARE = """
 import sys
 from pathlib import Path

@@ -8,13 +8,13 @@ __all__ = ['as_method', 'as_encoder', 'as_encoders', 'as_pack', 'check_unseen']
 # %% ../../nbs/evaluate/01a_models.ipynb #d0d03fbb
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from os import PathLike
+from os import PathLike, fspath
 from pathlib import Path
 
 from torch import nn
 
 from ..data.pack import Pack, guard_measured
-from ..train.loop import Run, trained_on, load_encoder, load_method
+from ..train.loop import load_encoder, load_method, trained_on
 
 # %% ../../nbs/evaluate/01a_models.ipynb #5091c820
 def as_method(
@@ -36,7 +36,7 @@ def as_method(
 
 # %% ../../nbs/evaluate/01a_models.ipynb #feef4a62
 def as_encoder(
-    encoder: nn.Module | Run | str | Path,  # a method stands for its image encoder; paths and names: see load_encoder
+    encoder: nn.Module | str | PathLike,    # a method stands for its image encoder; a run, paths and names: see load_encoder
     image: str | None = None,               # architecture of state-dict files, of "random" and of "imagenet"
     size: int | None = None,                # side in pixels of what encoders other than runs are shown; None: their own
 ) -> nn.Module:
@@ -44,16 +44,15 @@ def as_encoder(
 
     Parameters
     ----------
-    encoder : nn.Module | Run | str | Path
-        a method stands for its image encoder; paths and names: see load_encoder
+    encoder : nn.Module | str | PathLike
+        a method stands for its image encoder; a run, paths and names: see load_encoder
     image : str | None, default: None
         architecture of state-dict files, of "random" and of "imagenet"
     size : int | None, default: None
         side in pixels of what encoders other than runs are shown; None: their own
     """
-    encoder = encoder.path if isinstance(encoder, Run) else encoder
-    if isinstance(encoder, str | Path):
-        return load_encoder(encoder, image, **({} if size is None else {"size": size}))
+    if isinstance(encoder, str | PathLike):
+        return load_encoder(fspath(encoder), image, **({} if size is None else {"size": size}))
     return getattr(encoder, "image_encoder", encoder)
 
 # %% ../../nbs/evaluate/01a_models.ipynb #2f538f9b
@@ -81,25 +80,25 @@ def as_encoders(
     if isinstance(encoders, Mapping):
         return {str(name): as_encoder(one, **loading) for name, one in encoders.items()}
     several = list(encoders) if isinstance(encoders, list | tuple) else [encoders]
-    names = [str(name) for name in names] or ["encoder" if isinstance(one, nn.Module) else Path(one.path if isinstance(one, Run) else one).name for one in several]
+    names = [str(name) for name in names] or ["encoder" if isinstance(one, nn.Module) else Path(one).name for one in several]
     if not len(several) == len(names) == len(set(names)):
         raise ValueError(f"{len(several)} encoders need as many different names, found {', '.join(names)}: pass --names (names= in Python)")
     return {name: as_encoder(one, **loading) for name, one in zip(names, several)}
 
 # %% ../../nbs/evaluate/01a_models.ipynb #2d8dc515
 def as_pack(
-    data: Pack | str | Path | None,     # None: the Pack that the model was trained on
+    data: Pack | str | PathLike | None, # None: the Pack that the model was trained on
     model: nn.Module,
 ) -> Pack:
     """The Pack to measure a model on. ValueError if none is given and it is not known, or not there.
 
     Parameters
     ----------
-    data : Pack | str | Path | None
+    data : Pack | str | PathLike | None
         None: the Pack that the model was trained on
     model : nn.Module
     """
-    if isinstance(data, str | Path):
+    if isinstance(data, str | PathLike):
         return Pack(data)
     if data is not None:
         return data
