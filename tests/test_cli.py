@@ -392,7 +392,7 @@ def test_help_and_typos_do_not_wait_for_torch(tmp_path):
 
 @pytest.mark.parametrize("home, name", [
     ("medvis.train", "TrainConfig"), ("medvis.train.loop", "TrainConfig"), ("medvis.train.loop", "Diverged"), ("medvis.data.pairs", "View"), ("medvis.methods", "METHODS"),
-    ("medvis.methods.method", "MethodConfig"), ("medvis.methods.method", "known"), ("medvis.methods.mgca", "PRESETS"), ("medvis.evaluate.protocol", "PROTOCOLS"),
+    ("medvis.methods.method", "MethodConfig"), ("medvis.methods.mgca", "PRESETS"), ("medvis.evaluate.protocol", "PROTOCOLS"),
     ("medvis.evaluate.protocol", "LOCALMI"), ("medvis.evaluate.finetune", "SWITCHES"), ("medvis.train.loop", "Schedule"),
     ("medvis.evaluate.finetune", "Protocol"), ("medvis.studies.demo", "DemoConfig"),
     ("medvis.studies.grounding", "GroundingConfig"), ("medvis.studies.downstream", "DownstreamConfig")])

@@ -299,7 +299,7 @@ def test_questions_are_found(source):
 
 
 @pytest.mark.parametrize("source", [
-    "from ..methods import METHODS, Method", "from ..methods.settings import known", "isinstance(run, str | Path)",
+    "from ..methods import METHODS, Method", "from ..core.choices import check_choice", "isinstance(run, str | Path)",
     "getattr(method.config, 'lr')", "@singledispatch\ndef render(part: object): pass"])
 def test_other_questions_are_none_of_our_business(source):
     assert class_questions(source) == []

@@ -370,7 +370,7 @@ def test_two_builds_of_one_pack(tmp_path, whole):
 def test_one_takes_over_a_stale_lock(tmp_path):
     "Many find the lock of a process that has ended; never do two hold it"
     stale = json.dumps({"host": socket.gethostname(), "pid": 2**22 + 1, "start": 0.0})
-    script = ("import sys, time\nfrom pathlib import Path\nfrom medvis.data.files import lock_folder\n"
+    script = ("import sys, time\nfrom pathlib import Path\nfrom medvis.core.files import lock_folder\n"
               "folder = Path(sys.argv[1])\nwhile not (folder.parent / 'go').exists():\n    time.sleep(0.001)\n"
               "try:\n    with lock_folder(folder, 'run'):\n        (folder.parent / 'held').mkdir()\n        time.sleep(0.3)\n        (folder.parent / 'held').rmdir()\n"
               "        print('held')\nexcept BlockingIOError as error:\n    print(error)\n")

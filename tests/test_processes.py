@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from medvis.data.files import lock_folder
+from medvis.core.files import lock_folder
 from medvis.data.pack import Pack
 from medvis.data.pairs import Pairs, collate, epoch_batches
 from medvis.data.prepare import PhantomConfig, prepare_phantom

@@ -22,7 +22,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from .page import FAINT, MARKS, SERIES
-from ..train.checkpoint import write_atomic
+from ..core.files import write_atomic
 
 # %% ../../nbs/analyse/06_embed.ipynb #358aabd0
 def as_units(vectors) -> np.ndarray:  # (n, D) array or tensor -> (n, D) float64 of length 1

@@ -30,7 +30,7 @@ from .maps import common_limits, draw_map, pick_words
 from ..data.pairs import Report
 from ..evaluate.ground import point
 from ..methods.method import Correspondence
-from ..train.checkpoint import write_atomic
+from ..core.files import write_atomic
 
 # %% ../../nbs/analyse/02_page.ipynb #50c0001e
 class Html(str):

@@ -4,29 +4,23 @@
 
 # %% auto #0
 __all__ = ['NUMBER', 'DataError', 'same_looks', 'lookalike', 'find_file', 'read_bytes_of', 'decode', 'read_text', 'read_table',
-           'read_csv', 'number', 'label', 'told_path', 'write_bytes', 'safe_path', 'lock_folder']
+           'read_csv', 'number', 'label', 'safe_path']
 
 # %% ../../nbs/data/01_files.ipynb #d65b66fc
 import csv
-import errno
 import gzip
 import io
-import json
 import math
 import os
 import posixpath
 import re
-import socket
-import time
 import unicodedata
 import zlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 
 import pandas as pd
-import psutil
 
 # %% ../../nbs/data/01_files.ipynb #8d1a97c8
 class DataError(ValueError):
@@ -223,28 +217,6 @@ def label(cell: str, what: str) -> float | None:
         raise DataError(f"{what} is {cell[:30]!r}; expected 1, 0, -1 or a blank")
     return value
 
-# %% ../../nbs/data/01_files.ipynb #c6b361f4
-@contextmanager
-def told_path(path: Path) -> Iterator[None]:
-    "Give the path to an OSError that has none, such as that of a full disk"
-    try:
-        yield
-    except OSError as error:
-        if error.filename is not None:
-            raise
-        raise OSError(error.errno or errno.EIO, error.strerror or str(error), str(path)) from error
-
-# %% ../../nbs/data/01_files.ipynb #0d3a5984
-def write_bytes(path: Path, data: bytes) -> None:
-    "Write beside, then rename: the file is there complete or not at all. Several processes may write the same one. OSError names the path."
-    beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with told_path(path):
-        try:
-            beside.write_bytes(data)
-            os.replace(beside, path)
-        finally:
-            beside.unlink(missing_ok=True)
-
 # %% ../../nbs/data/01_files.ipynb #b0ab908c
 def safe_path(name: str) -> str:
     "A relative path that stays below the root, tidied. DataError for a blank one, an absolute one, one that leads out."
@@ -252,92 +224,3 @@ def safe_path(name: str) -> str:
     if not name or "\0" in name or tidy.startswith(("/", "..")) or tidy == "." or ":" in tidy.split("/")[0]:
         raise DataError(f"the path {name[:60]!r} does not lead to a file below the folder of the data set")
     return tidy
-
-# %% ../../nbs/data/01_files.ipynb #f5f5e240
-def _holder() -> dict:
-    "Who we are: host, process id, and when the process started (seconds)"
-    return {"host": socket.gethostname(), "pid": os.getpid(), "start": psutil.Process().create_time()}
-
-# %% ../../nbs/data/01_files.ipynb #298e53a1
-def _gone(note: bytes, age: float) -> bool:
-    "Has the holder of a lock ended? Of another host nobody knows: no. An empty lock is being written, or its writer was killed (it is some seconds old)."
-    try:
-        held = json.loads(note)
-        if held["host"] != socket.gethostname():
-            return False
-        process = psutil.Process(held["pid"])
-        return abs(process.create_time() - held["start"]) > 2 or process.status() == psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return True
-    except psutil.AccessDenied:
-        return False
-    except (ValueError, TypeError, KeyError, RecursionError):
-        return not note.strip() and age > 5
-
-# %% ../../nbs/data/01_files.ipynb #bc1ddb17
-def _whose(note: bytes) -> str:
-    "The holder of a lock, for the error"
-    try:
-        held = json.loads(note)
-        return f"process {held['pid']} on {held['host']}"
-    except (ValueError, TypeError, KeyError, RecursionError):
-        return "a process that is not named (the lock is damaged, or just being written)"
-
-# %% ../../nbs/data/01_files.ipynb #503a939c
-def _move_aside(lock: Path, judged: bytes) -> None:
-    "Remove a stale lock, as it was judged; one that has come into its place since is put back"
-    aside = lock.with_name(f"{lock.name}.{os.getpid()}.stale")
-    try:
-        os.rename(lock, aside)
-    except FileNotFoundError:       # somebody else was first
-        return
-    if aside.read_bytes() != judged:
-        os.link(aside, lock)
-    aside.unlink()
-
-# %% ../../nbs/data/01_files.ipynb #d3939778
-def _take(lock: Path, note: bytes, what: str) -> None:
-    "Make the lock; BlockingIOError (an OSError) if somebody holds it"
-    for _ in range(100):
-        try:
-            handle = os.open(lock, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
-            with told_path(lock), open(handle, "wb") as file:
-                file.write(note)
-            return
-        except FileExistsError:
-            pass
-        try:
-            found, age = lock.read_bytes(), time.time() - lock.stat().st_mtime
-        except FileNotFoundError:       # it was given back just now
-            continue
-        if not _gone(found, age):
-            raise BlockingIOError(f"{lock.with_suffix('')}: {_whose(found)} is working on this {what}; wait for it, or choose another place. "
-                                  f"If that process has ended, delete {lock}")
-        _move_aside(lock, found)
-    raise BlockingIOError(f"{lock}: others take and give back this lock all the time; try again")
-
-# %% ../../nbs/data/01_files.ipynb #318ba31e
-@contextmanager
-def lock_folder(
-    folder: Path,       # that is to be written; need not be there
-    what: str,          # that it holds, for the error: Pack, run
-) -> Iterator[None]:
-    """Be the only process that writes a folder, by <folder>.lock beside it. BlockingIOError (an OSError), one line with host and process id, if another is;
-    a lock whose process has ended on this host is taken over.
-
-    Parameters
-    ----------
-    folder : Path
-        that is to be written; need not be there
-    what : str
-        that it holds, for the error: Pack, run
-    """
-    folder = Path(os.path.realpath(folder))
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    lock, note = folder.with_name(f"{folder.name}.lock"), json.dumps(_holder()).encode()
-    _take(lock, note, what)
-    try:
-        yield
-    finally:
-        if lock.exists() and lock.read_bytes() == note:
-            lock.unlink()

@@ -33,7 +33,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm.auto import tqdm
 
-from .files import lock_folder, told_path, write_bytes
+from ..core.files import lock_folder, naming, write_atomic
 from .leaks import LEAK_COLUMNS, join_leaks, leaks_between, leaks_summary, leaks_within, refuse
 from .reports import ReportRules, check_report, count_headings
 
@@ -233,7 +233,7 @@ def _build_part(plan: _Plan, number: int, items: Sequence) -> None:
         studies.append(_study_row(record, sentences, plan))
     table = {"studies": studies, "images": images, "boxes": boxes, "sums": sums, "rejects": rejects, "lost": lost}
     for path, data in zip(plan.part(number), (b"".join(pixels), b"".join(masks), json.dumps(table).encode()), strict=True):
-        write_bytes(path, data)
+        write_atomic(path, data)
 
 # %% ../../nbs/data/08_pack.ipynb #e562cec1
 def _read_part(plan: _Plan, number: int) -> dict | None:
@@ -473,7 +473,7 @@ def _checksum(manifest: dict) -> str:
 # %% ../../nbs/data/08_pack.ipynb #e3c15917
 def _write_manifest(folder: Path, manifest: dict) -> None:
     "Write a manifest with its checksum"
-    write_bytes(folder / "manifest.json", json.dumps({**manifest, "checksum": _checksum(manifest)}, indent=1).encode())
+    write_atomic(folder / "manifest.json", json.dumps({**manifest, "checksum": _checksum(manifest)}, indent=1).encode())
 
 # %% ../../nbs/data/08_pack.ipynb #93d8a757
 def _assemble(plan: _Plan, key: str, parts: list[dict]) -> Path:
@@ -482,11 +482,11 @@ def _assemble(plan: _Plan, key: str, parts: list[dict]) -> Path:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     for place, name in enumerate(("images.u8", "masks.u1") if plan.masks else ("images.u8",)):
-        with told_path(folder / name), open(folder / name, "wb") as file:
+        with naming(folder / name), open(folder / name, "wb") as file:
             for number in range(len(parts)):
                 with open(plan.part(number)[place], "rb") as part:
                     shutil.copyfileobj(part, file, 1 << 20)
-    with told_path(folder):
+    with naming(folder):
         sums = _write_tables(plan, len(parts), any(view for part in parts for view in part["views"]), folder)
     _write_manifest(folder, _manifest(plan, key, parts, sums, folder))
     return folder
@@ -612,7 +612,7 @@ def _check_files(
             new[name] = [stamp, expected]
     if new and ask:
         with suppress(OSError):     # where nothing may be written, it is hashed each time
-            write_bytes(folder / "checked.json", json.dumps({**known, **new}, indent=1).encode())
+            write_atomic(folder / "checked.json", json.dumps({**known, **new}, indent=1).encode())
 
 # %% ../../nbs/data/08_pack.ipynb #7dd08c77
 def _check_hash(folder: Path, manifest: dict) -> None:
@@ -757,7 +757,7 @@ def note_files(pack: Pack, files: dict[str, bytes]) -> None:
     told = {name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in files.items()}
     for name, data in files.items():
         if not (pack.path / name).exists() or _hash_file(pack.path / name) != told[name]["sha256"]:
-            write_bytes(pack.path / name, data)
+            write_atomic(pack.path / name, data)
     manifest = _read_manifest(pack.path)            # another note may have been written since it was opened
     if manifest.get("subsets") != told:
         _write_manifest(pack.path, manifest | {"subsets": told})
@@ -824,7 +824,7 @@ def refuse_leaks(
     """
     listed = Path(f"{folder}.leaks.csv")
     listed.parent.mkdir(parents=True, exist_ok=True)
-    write_bytes(listed, leaks.to_csv(index=False).encode())
+    write_atomic(listed, leaks.to_csv(index=False).encode())
     refuse(leaks, str(folder).removesuffix(".partial/pack"), str(listed))
 
 # %% ../../nbs/data/08_pack.ipynb #2ecf12fb
@@ -929,8 +929,8 @@ def _unfinished(out: Path, plan: _Plan, key: str, tell: bool = False, fresh: boo
         for name in ("parts", "pack"):
             shutil.rmtree(plan.folder / name, ignore_errors=True)
     (plan.folder / "parts").mkdir(parents=True, exist_ok=True)
-    write_bytes(settings, json.dumps(plan.settings()).encode())
-    write_bytes(note, key.encode())
+    write_atomic(settings, json.dumps(plan.settings()).encode())
+    write_atomic(note, key.encode())
     return True
 
 # %% ../../nbs/data/08_pack.ipynb #8bb47ca8
@@ -942,7 +942,7 @@ def _check_rejects(plan: _Plan, parts: list[dict], max_rejects: float) -> None:
     rejects = [tuple(reject) for number in range(len(parts)) for reject in _read_part(plan, number)["rejects"]]
     reasons = ", ".join(f"{count} x {reason}" for reason, count in Counter(by_reason(Counter(reason for _, reason in rejects))).most_common(4))
     listed = plan.folder / "rejects.csv"
-    write_bytes(listed, pd.DataFrame(rejects, columns=["item", "reason"]).to_csv(index=False).encode())
+    write_atomic(listed, pd.DataFrame(rejects, columns=["item", "reason"]).to_csv(index=False).encode())
     for number, part in enumerate(parts):
         if part["rejects"]:
             plan.part(number)[2].unlink()

@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from ..data.tasks import Task, boxes_in_view
 from .classify import check_preprocessing, encoder_hash, frozen
-from ..train.checkpoint import naming, write_atomic
+from ..core.files import naming, write_atomic
 
 # %% ../../nbs/evaluate/09_cache.ipynb #c89c98b7
 def check_fit(encoder: nn.Module, task: Task) -> None:

@@ -26,8 +26,8 @@ from ..data.splits import check_leaks, nested_subsets
 from ..data.tasks import label_policy, study_targets
 from .models import as_encoders, check_unseen
 from .stats import auroc, interval, resample
-from ..train.checkpoint import write_atomic, write_json
-from ..train.loop import describe_machine
+from ..core.files import write_atomic, write_json
+from ..core.machine import describe_machine
 
 # %% ../../nbs/evaluate/04_classify.ipynb #f0243dc3
 def encoder_hash(encoder: nn.Module) -> str:

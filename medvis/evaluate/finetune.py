@@ -20,7 +20,8 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from ..data.preprocessing import AUGMENTATIONS
-from ..data.pairs import epoch_batches, seeded
+from ..core.randomness import seeded
+from ..data.pairs import epoch_batches
 from ..data.tasks import Task
 from .cache import FrozenFeatures, look, read_images, read_targets
 from .classify import frozen

@@ -30,7 +30,7 @@ from .classify import about, check_preprocessing, frozen
 from .models import as_method, as_pack, check_unseen
 from .stats import Interval, bootstrap_mean, interval, resample
 from ..methods.method import Correspondence
-from ..train.checkpoint import write_atomic, write_json
+from ..core.files import write_atomic, write_json
 from ..train.loop import Run
 
 # %% ../../nbs/evaluate/05_ground.ipynb #565f800c

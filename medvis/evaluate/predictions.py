@@ -18,7 +18,7 @@ import pandas as pd
 from .metrics import (
     MAP_RULES, Boxes, classification_table, count_pixels, detection_table, dice_pooled, dice_table, froc, mean_ap)
 from .stats import auroc
-from ..train.checkpoint import write_atomic
+from ..core.files import write_atomic
 
 # %% ../../nbs/evaluate/10_predictions.ipynb #2c1c694f
 @dataclass

@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 
 from ..data.files import read_csv
 from ..data.pack import Pack
-from ..data.pairs import seeded
+from ..core.randomness import seeded
 from ..data.phantom import FINDINGS
 from ..data.prepare import pack_phantom
 from ..data.task_files import read_task
@@ -41,9 +41,9 @@ from .predictions import METRICS, Predictions, load_predictions, save_prediction
 from .recipes import LOCALMI, LOVT, MGCA, PROTOCOLS, TINY, Protocol
 from .segment import LinearSegmenter, SetrDecoder, SmpUNet, UNet
 from .stats import compare, compare_predictions, fingerprint
-from ..train.checkpoint import write_atomic, write_json
+from ..core.files import write_atomic, write_json
 from ..train.config import Diverged
-from ..train.loop import describe_machine
+from ..core.machine import describe_machine
 
 # %% ../../nbs/evaluate/12_protocol.ipynb #fecc2254
 _all_ = ["LOCALMI", "TINY"]      # made elsewhere, found here too

@@ -22,6 +22,7 @@ from scipy.stats import hypergeom
 from sklearn.metrics import average_precision_score
 from tqdm import tqdm
 
+from ..core.choices import check_choice
 from ..data.files import read_csv
 from ..data.pack import Pack
 from ..data.pairs import Sample, collate, tokenise
@@ -30,8 +31,8 @@ from .classify import about, check_preprocessing, frozen
 from .metrics import classification_table
 from .models import as_method, as_pack, check_unseen
 from .stats import auroc, bootstrap, bootstrap_mean, interval
-from ..methods.method import Method, known
-from ..train.checkpoint import write_atomic, write_json
+from ..methods.method import Method
+from ..core.files import write_atomic, write_json
 from ..train.loop import Run
 
 # %% ../../nbs/evaluate/13_retrieve.ipynb #60912cbc
@@ -545,7 +546,8 @@ def prompt_table(
         finding, sign (1 or -1), pair (int, of the finding), prompt
     """
     findings = list(names if findings is None else findings)
-    known("finding with names for its prompts", findings, names)
+    for name in findings:
+        check_choice("finding with names for its prompts", name, names)
     rows = []
     for finding in findings:
         for pair, (both, name) in enumerate((both, name) for both in templates for name in names[finding]):
@@ -630,7 +632,7 @@ def finding_scores(
     pd.DataFrame
         one row an image, one column a finding
     """
-    known("way to combine prompts", [combine], COMBINE)
+    check_choice("way to combine prompts", combine, COMBINE)
     texts, found = pairs.texts, {}
     for finding in pd.unique(texts["finding"]):
         means = {}
@@ -665,7 +667,8 @@ def zero_shot_targets(
         one row an image of `pairs`, one column a finding of its prompts; 1, 0, NaN
     """
     findings = list(pd.unique(pairs.texts["finding"]))
-    known("label column", findings, pack.labels.columns)
+    for name in findings:
+        check_choice("label column", name, pack.labels.columns)
     row = pd.Series(np.arange(len(pack.studies)), index=pack.studies["study_id"].astype(str))
     labels = study_targets(pack, findings, uncertain, blank)
     return labels.iloc[row[pairs.images["study_id"].astype(str)].to_numpy()].reset_index(drop=True)
@@ -786,7 +789,8 @@ def class_table(
     """
     scores, classes = finding_scores(pairs, sign=1, combine=combine), np.asarray(classes)
     names, kept = list(scores), classes[classes != ""]
-    known("finding of the prompts", np.unique(kept).tolist(), names)
+    for name in np.unique(kept).tolist():
+        check_choice("finding of the prompts", name, names)
     scores, labels = scores[classes != ""].to_numpy(), np.array([names.index(name) for name in kept], dtype=int)
     spread = scores.std(0) if len(kept) else np.ones(len(names))
     standard = (scores - scores.sum(0) / max(len(kept), 1)) / np.where(spread > 0, spread, 1)

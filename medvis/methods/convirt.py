@@ -8,10 +8,11 @@ __all__ = ['ConVIRT']
 # %% ../../nbs/methods/03_convirt.ipynb #5a62080c
 from torch import Tensor
 
+from ..core.choices import check_choice
 from ..data.pairs import Batch
 from ..encoders.features import ImageFeatures
 from ..encoders.heads import AttentionPool, ProjectionHead
-from .method import Aligned, Correspondence, Losses, Method, add_up, cosine_correspondence, gathered, known, negatives
+from .method import Aligned, Correspondence, Losses, Method, add_up, cosine_correspondence, gathered, negatives
 from .settings import CONVIRT_PRESETS as PRESETS, ConVIRTConfig
 from ..objectives.contrastive import clip_loss
 
@@ -24,7 +25,7 @@ class ConVIRT(Method):
 
     def __init__(self, config: ConVIRTConfig, tokenizer=None):
         super().__init__(config, tokenizer, whole=config.whole_text)
-        known("image vector", [config.whole_image], ("encoder", "attention"))
+        check_choice("image vector", config.whole_image, ("encoder", "attention"))
         attends, image, size = config.whole_image == "attention", self.image_encoder, (config.hidden, config.dim)
         self.pool = AttentionPool(image.region_dim) if attends else None
         self.image_head = ProjectionHead(image.region_dim if attends else image.whole_dim, *size, config.norm, config.head_init)

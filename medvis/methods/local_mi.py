@@ -11,9 +11,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from ..core.choices import check_choice
 from ..data.pairs import Batch
 from ..encoders.features import ImageFeatures
-from .method import Correspondence, Losses, Method, NoCorrespondence, add_up, known, negatives
+from .method import Correspondence, Losses, Method, NoCorrespondence, add_up, negatives
 from .settings import GLOBAL_MI_PRESETS, GlobalMIConfig, LOCAL_MI_PRESETS, LocalMIConfig, MutualInformationConfig
 from medvis.objectives.mutual_information import (
     Discriminator, cpc_bound, dv_bound, local_scores, region_scores, released_cpc, reselect_negatives, select_by_bound,
@@ -31,7 +32,7 @@ class MutualInformation(Method):
     learned: tuple[str, ...] = ()   # grains, as in `Correspondence`
 
     def __init__(self, config: MutualInformationConfig, tokenizer=None):
-        known("bound", [config.bound], BOUNDS)
+        check_choice("bound", config.bound, BOUNDS)
         super().__init__(config, tokenizer, words="mean", whole=config.text_feature)
         self.discriminator = Discriminator(self.image_dim, self.text_encoder.dim, config.hidden)
 
@@ -128,8 +129,8 @@ class LocalMI(MutualInformation):
     learned = ("sentences",)
 
     def __init__(self, config: LocalMIConfig, tokenizer=None):
-        known("rule to select regions", [config.region_select], ("score", "bound"))
-        known("rule for the regions of negatives", [config.negatives_regions], ("selected", "max"))
+        check_choice("rule to select regions", config.region_select, ("score", "bound"))
+        check_choice("rule for the regions of negatives", config.negatives_regions, ("selected", "max"))
         super().__init__(config, tokenizer)
 
     @property

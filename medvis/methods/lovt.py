@@ -8,10 +8,11 @@ __all__ = ['wholes', 'local_vectors', 'local_losses', 'global_correspondence', '
 # %% ../../nbs/methods/05_lovt.ipynb #efa3091b
 from torch import Tensor
 
+from ..core.choices import check_choice
 from ..data.pairs import Batch
 from ..encoders.features import ImageFeatures, TextFeatures
 from ..encoders.heads import AttentionPool, ProjectionHead
-from .method import Aligned, Correspondence, Losses, Method, add_up, cosine_correspondence, known, negatives
+from .method import Aligned, Correspondence, Losses, Method, add_up, cosine_correspondence, negatives
 from .settings import LOVT_PRESETS as PRESETS, LoVTConfig
 from ..objectives.contrastive import clip_loss
 from ..objectives.regions import CrossModalAttention, local_image_loss, local_report_loss, positiveness
@@ -103,7 +104,7 @@ class LoVT(Method):
     def __init__(self, config: LoVTConfig, tokenizer=None):
         super().__init__(config, tokenizer, words="max", sentences="max", whole="max")
         c, image, text = config, self.image_encoder, self.text_encoder
-        known("pooling of LoVT", [c.pool], ("attention", "avg-max"))
+        check_choice("pooling of LoVT", c.pool, ("attention", "avg-max"))
         attends, self.local = c.pool == "attention" and c.weight_global > 0, c.weight_image > 0 or c.weight_report > 0
         if c.local_weights and self.local and not attends:
             raise ValueError("local_weights come from attention pooling, which the global loss trains: "

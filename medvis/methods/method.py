@@ -14,12 +14,13 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from ..core.choices import check_choice
 from ..data.pairs import Batch, View
 from ..data.phantom import Phantom
 from ..encoders.features import ImageFeatures, TextFeatures
 from ..encoders.image import image_encoder
 from ..encoders.text import encode_sentences, text_encoder, train_tokenizer
-from .settings import MethodConfig, known
+from .settings import MethodConfig
 from ..objectives.contrastive import unit, valid_pairs
 from ..objectives.tokens import gather_context
 
@@ -201,7 +202,7 @@ class Method(nn.Module):
 
     def __init__(self, config: MethodConfig, tokenizer: PreTrainedTokenizerBase | None = None, **pooling):
         super().__init__()
-        known("rule for negatives", [config.negatives], NEGATIVES)
+        check_choice("rule for negatives", config.negatives, NEGATIVES)
         self.config, self.recipe, self.preset, self.prototypes = config, {}, None, None   # prototypes (K, D): in the space of `pair_vectors`
         self.image_encoder = image_encoder(config.image, config.image_weights, **config.image_options)
         self.text_encoder = text_encoder(
@@ -210,8 +211,9 @@ class Method(nn.Module):
     @classmethod
     def from_preset(cls, preset: str, tokenizer: PreTrainedTokenizerBase | None = None, **changes) -> "Method":
         "Build the method from a preset and named changes to it. Raises ValueError for a name that does not exist."
-        known(f"preset of {cls.__name__}", [preset], cls.presets)
-        known(f"setting of {cls.__name__}", changes, cls.Config.__dataclass_fields__)
+        check_choice(f"preset of {cls.__name__}", preset, cls.presets)
+        for name in changes:
+            check_choice(f"setting of {cls.__name__}", name, cls.Config.__dataclass_fields__)
         config, recipe = cls.presets[preset]
         method = cls(cls.Config(**{**config, **changes}), tokenizer)
         method.recipe, method.preset = dict(recipe), preset
@@ -330,5 +332,5 @@ def negatives(
         (B, B) bool for clip_loss; None = all
     """
     owners = {"all": None, "other-study": batch.study_id, "other-patient": batch.patient_id}
-    known("rule for negatives", [rule], owners)
+    check_choice("rule for negatives", rule, owners)
     return None if owners[rule] is None else valid_pairs(owners[rule])

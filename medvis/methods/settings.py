@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['CONVIRT_PRESETS', 'MGCA_PRESETS', 'LOVT_PRESETS', 'GLOBAL_MI_PRESETS', 'LOCAL_MI_PRESETS', 'CLIP_PRESETS',
-           'GLORIA_PRESETS', 'MIXTURE_MI_PRESETS', 'SETTINGS', 'MethodConfig', 'known', 'ConVIRTConfig', 'MGCAConfig',
+           'GLORIA_PRESETS', 'MIXTURE_MI_PRESETS', 'SETTINGS', 'MethodConfig', 'ConVIRTConfig', 'MGCAConfig',
            'LoVTConfig', 'MutualInformationConfig', 'GlobalMIConfig', 'LocalMIConfig', 'CLIPConfig', 'GLoRIAConfig',
            'MixtureMIConfig', 'list_methods', 'list_presets']
 
 # %% ../../nbs/methods/01_settings.ipynb #6f1bcdbd
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
+
+from ..core.choices import check_choice
 
 # %% ../../nbs/methods/01_settings.ipynb #16628fec
 @dataclass(frozen=True)
@@ -45,13 +46,6 @@ class MethodConfig:
         "What the image encoder is given beside its name and weights: those of these settings that are not None."
         options = {"layer": self.layer, "upsample": self.upsample}
         return {name: value for name, value in options.items() if value is not None}
-
-# %% ../../nbs/methods/01_settings.ipynb #72fabe51
-def known(what: str, names: Iterable[str], there: Iterable[str]) -> None:
-    "ValueError for the first name that does not exist, with those that do."
-    for name in names:
-        if name not in there:
-            raise ValueError(f"{name!r} is no {what}; there are: {', '.join(there)}")
 
 # %% ../../nbs/methods/01_settings.ipynb #faf1141e
 @dataclass(frozen=True)
@@ -141,7 +135,7 @@ class MGCAConfig(MethodConfig):
     "Words and their weights with the released slips, reports padded to this many tokens (112); None = without slips."
 
     def __post_init__(self):
-        known("way to add directions", [self.directions], ("mean", "sum"))
+        check_choice("way to add directions", self.directions, ("mean", "sum"))
 
 # %% ../../nbs/methods/01_settings.ipynb #960ad157
 _MGCA_RESNET50 = dict(image="resnet50", layer="layer3", upsample=299)
@@ -413,5 +407,5 @@ def list_presets(
     name : str
         of a method
     """
-    known("method", [name], SETTINGS)
+    check_choice("method", name, SETTINGS)
     return list(SETTINGS[name][1])

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from ..methods.settings import SETTINGS, known
+from ..core.choices import check_choice
+from ..methods.settings import SETTINGS
 
 # %% ../../nbs/studies/00_config.ipynb #9d370a65
 @dataclass
@@ -47,7 +48,8 @@ class GroundingConfig:
     "Show progress bars."
 
     def __post_init__(self):
-        known("method", [one.partition(":")[0] for one in self.subjects], ("untrained", *SETTINGS))
+        for one in self.subjects:
+            check_choice("method", one.partition(":")[0], ("untrained", *SETTINGS))
 
 # %% ../../nbs/studies/00_config.ipynb #f50bfbad
 @dataclass

@@ -26,8 +26,8 @@ from ..methods import Method
 from .config import DownstreamConfig
 from .show import held_out_pairs
 from ..train import load_method
-from ..train.checkpoint import write_atomic, write_json
-from ..train.loop import describe_machine
+from ..core.files import write_atomic, write_json
+from ..core.machine import describe_machine
 
 # %% ../../nbs/studies/04_downstream.ipynb #c31d9605
 TASKS = {  # family -> kind of task, protocol

@@ -28,8 +28,8 @@ from ..methods import METHODS, Correspondence, Method
 from .config import GroundingConfig
 from .show import held_out_pairs, pick_targets
 from ..train import TrainConfig, create_method, fit
-from ..train.checkpoint import write_atomic, write_json
-from ..train.loop import describe_machine
+from ..core.files import write_atomic, write_json
+from ..core.machine import describe_machine
 
 # %% ../../nbs/studies/03_grounding.ipynb #56b47a3c
 def make_subject(

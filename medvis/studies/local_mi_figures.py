@@ -22,7 +22,7 @@ from ..methods import Method
 from .lovt_figures import FiguresConfig, figure_manifest, save_table
 from .show import held_out_pairs
 from ..train import Run, load_method
-from ..train.checkpoint import write_atomic, write_json
+from ..core.files import write_atomic, write_json
 
 # %% ../../nbs/studies/07_local_mi_figures.ipynb #d051584f
 @torch.no_grad()

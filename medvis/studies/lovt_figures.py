@@ -29,8 +29,8 @@ from ..methods import Method
 from ..methods.method import Aligned
 from .show import held_out_pairs
 from ..train import Run, TrainConfig, create_method, fit, load_method
-from ..train.checkpoint import write_atomic, write_json
-from ..train.loop import describe_machine
+from ..core.files import write_atomic, write_json
+from ..core.machine import describe_machine
 
 # %% ../../nbs/studies/05_lovt_figures.ipynb #b7aca8c7
 VARIANTS = {

@@ -26,7 +26,7 @@ from ..methods import Method
 from .lovt_figures import FiguresConfig, figure_manifest, save_table
 from .show import held_out_pairs, pick_targets
 from ..train import load_method
-from ..train.checkpoint import write_atomic, write_json
+from ..core.files import write_atomic, write_json
 
 # %% ../../nbs/studies/06_mgca_figures.ipynb #8ab4542b
 @torch.no_grad()

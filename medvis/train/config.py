@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+from ..core.choices import check_choice
 from ..data.view import View
-from ..methods.settings import known
 
 # %% ../../nbs/train/01_config.ipynb #51fec0cb
 Schedule = Literal["warmup-cosine", "warmup-linear", "cyclic-cosine", "plateau", "constant"]
@@ -92,7 +92,8 @@ class TrainConfig(View):
         **changes
             of single settings
         """
-        known("training setting", changes, cls.__dataclass_fields__)
+        for name in changes:
+            check_choice("training setting", name, cls.__dataclass_fields__)
         return replace(run, **changes) if isinstance(run, cls) else cls(**{"run": Path(run), **method.recipe, **changes})
 
     @property

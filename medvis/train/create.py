@@ -11,11 +11,11 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerFast
 
+from ..core.choices import check_choice
 from ..data.pack import Pack
 from ..encoders.text import TEXT_CONFIGS, train_tokenizer
 from ..methods import METHODS
 from ..methods.method import Method
-from ..methods.settings import known
 from .loop import load_method
 
 # %% ../../nbs/train/06_create.ipynb #0c83f7c4
@@ -75,7 +75,7 @@ def create_method(
         to the settings of the preset
     """
     kind = METHODS.find(name)
-    known(f"preset of {name}", [preset], kind.presets)
+    check_choice(f"preset of {name}", preset, kind.presets)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         if init is not None:

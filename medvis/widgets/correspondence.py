@@ -25,7 +25,7 @@ from matplotlib.font_manager import FontProperties
 from ..analyse.maps import OUTLINE, upsample
 from ..data.pack import Pack
 from ..methods.method import Method
-from ..train.checkpoint import write_atomic
+from ..core.files import write_atomic
 from .shell import Pictured, standalone, static
 from .study import Outline, RunScores, Studies, StudyView
 

@@ -20,7 +20,7 @@ import traitlets
 from matplotlib.figure import Figure
 from PIL import Image
 
-from ..train.checkpoint import write_atomic
+from ..core.files import write_atomic
 
 # %% ../../nbs/widgets/01_shell.ipynb #73c93527
 def static(
