@@ -27,6 +27,7 @@ import pandas as pd
 import tyro
 
 from .. import __version__
+from ..core.choices import check_choice, default_text
 from ..data.sets.registry import DATASETS, command_config, dress, list_datasets, prepare_data, prepare_options
 from ..data.pack import Pack, find_pack_leaks
 from ..data.source import check_source, summary
@@ -81,8 +82,7 @@ def pretrain_options(
         dataclass: data, init, settings, train
     """
     kind, presets = SETTINGS[method] if method in SETTINGS else find_settings(method)
-    if preset not in presets:
-        raise ValueError(f"{method} has no preset {preset!r}; there are: {', '.join(presets)}")
+    check_choice(f"preset of {method}", preset, presets)
     config, recipe = presets[preset]
     flat = tyro.conf.arg(name="")
     made = make_dataclass("Pretrain", [
@@ -128,26 +128,26 @@ class ProbeConfig:
     "Folder of a Pack with labels."
     encoders: tuple[str, ...]
     "Run folders, state-dict files, or imagenet."
-    names: tuple[str, ...] = ()
-    "Their names in the table; without, the names of the folders."
-    image: str | None = None
-    "Architecture of state-dict files and of imagenet; without, the one that the file fits, and resnet50."
-    size: int | None = None
-    "Side in pixels of the images that encoders other than runs are shown; without, their own."
+    names: Annotated[tuple[str, ...], default_text("the names of the folders")] = ()
+    "Their names in the table."
+    image: Annotated[str | None, default_text("the one that the file fits, and resnet50")] = None
+    "Architecture of state-dict files and of imagenet."
+    size: Annotated[int | None, default_text("their own")] = None
+    "Side in pixels of the images that encoders other than runs are shown."
     fractions: tuple[float, ...] = (0.01, 0.1, 1.0)
     "Shares of the training patients whose labels are used."
     seeds: tuple[int, ...] = (0, 1, 2)
     "Each draws other subsets, and another random initialisation."
-    findings: tuple[str, ...] = ()
-    "Label columns; without, all."
-    uncertain: Literal["ignore", "positive", "negative"] | None = None
-    "What labels of -1 count as; without, what the Pack's recipe says, else they are ignored."
-    blank: Literal["ignore", "negative"] | None = None
-    "What missing labels count as; without, what the Pack's recipe says, else negative."
-    out: Path | None = None
-    "Folder for the table and the predictions; without, the folder probe of the first run."
-    subset: Literal["patients", "first"] | None = None
-    "Shares are drawn by patient, or are the first rows; without, as the Pack's recipe says, else by patient."
+    findings: Annotated[tuple[str, ...], default_text("all")] = ()
+    "Label columns."
+    uncertain: Annotated[Literal["ignore", "positive", "negative"] | None, default_text("what the Pack's recipe says, else they are ignored")] = None
+    "What labels of -1 count as."
+    blank: Annotated[Literal["ignore", "negative"] | None, default_text("what the Pack's recipe says, else negative")] = None
+    "What missing labels count as."
+    out: Annotated[Path | None, default_text("the folder probe of the first run")] = None
+    "Folder for the table and the predictions."
+    subset: Annotated[Literal["patients", "first"] | None, default_text("as the Pack's recipe says, else by patient")] = None
+    "Shares are drawn by patient, or are the first rows."
     allow_leaks: bool = False
     "Measure although a run was trained on patients or images that are for validation or test here; the Pack's manifest lists them."
 
@@ -180,14 +180,14 @@ class ShowConfig:
     "Write a run as one HTML page: curves, probe, pointing game, word maps."
     run: tyro.conf.Positional[Path]
     "Run folder."
-    data: Path | None = None
-    "Folder of the Pack whose test studies are shown; without, the one the run was trained on."
-    out: Path | None = None
-    "File; without, page.html in the run folder."
+    data: Annotated[Path | None, default_text("the one the run was trained on")] = None
+    "Folder of the Pack whose test studies are shown."
+    out: Annotated[Path | None, default_text("page.html in the run folder")] = None
+    "File."
     studies: int = 4
     "Studies shown with their word maps."
-    show_text: bool | None = None
-    "Show the text of reports; without, only the phantom's."
+    show_text: Annotated[bool | None, default_text("only the phantom's")] = None
+    "Show the text of reports."
 
 # %% ../../nbs/cli/01_commands.ipynb #199c1d90
 def show(config: ShowConfig) -> Path:
@@ -206,20 +206,20 @@ class RetrieveConfig:
     "Find reports by images and images by reports, and name findings by prompts alone, on the test split."
     run: tyro.conf.Positional[Path]
     "Run folder."
-    data: Path | None = None
-    "Folder of the Pack; without, the one the run was trained on."
-    findings: tuple[str, ...] = ()
-    "Label columns; without, those of the Pack's recipe, else all."
-    uncertain: Literal["ignore", "positive", "negative"] | None = None
-    "What labels of -1 count as; without, what the Pack's recipe says, else they are ignored."
-    blank: Literal["ignore", "negative"] | None = None
-    "What missing labels count as; without, what the Pack's recipe says, else negative."
-    per_class: int | None = None
-    "At most so many studies of each class are searched for their class; without, all."
-    prompts: Path | None = None
-    "Table (.csv: finding, sign, pair, prompt) of prompts; without, medvis' own."
-    out: Path | None = None
-    "Folder of the scores and tables; without, retrieval in the run folder."
+    data: Annotated[Path | None, default_text("the one the run was trained on")] = None
+    "Folder of the Pack."
+    findings: Annotated[tuple[str, ...], default_text("those of the Pack's recipe, else all")] = ()
+    "Label columns."
+    uncertain: Annotated[Literal["ignore", "positive", "negative"] | None, default_text("what the Pack's recipe says, else they are ignored")] = None
+    "What labels of -1 count as."
+    blank: Annotated[Literal["ignore", "negative"] | None, default_text("what the Pack's recipe says, else negative")] = None
+    "What missing labels count as."
+    per_class: Annotated[int | None, default_text("all")] = None
+    "At most so many studies of each class are searched for their class."
+    prompts: Annotated[Path | None, default_text("medvis' own")] = None
+    "Table (.csv: finding, sign, pair, prompt) of prompts."
+    out: Annotated[Path | None, default_text("retrieval in the run folder")] = None
+    "Folder of the scores and tables."
     allow_leaks: bool = False
     "Measure although a run was trained on patients or images that are for validation or test here; the Pack's manifest lists them."
 
@@ -252,12 +252,12 @@ class PhrasesConfig:
     "Find the places that phrases speak of: pointing game, CNR, mIoU and Dice, also on another patient's image."
     run: tyro.conf.Positional[Path]
     "Run folder."
-    phrases: Path | None = None
-    "Phrases with boxes in the format of MS-CXR (.json or .csv); without, what a phantom's test reports say."
-    data: Path | None = None
-    "Folder of the Pack that holds their images; without, the one the run was trained on."
-    out: Path | None = None
-    "Folder of the tables; without, phrases in the run folder."
+    phrases: Annotated[Path | None, default_text("what a phantom's test reports say")] = None
+    "Phrases with boxes in the format of MS-CXR (.json or .csv)."
+    data: Annotated[Path | None, default_text("the one the run was trained on")] = None
+    "Folder of the Pack that holds their images."
+    out: Annotated[Path | None, default_text("phrases in the run folder")] = None
+    "Folder of the tables."
     allow_leaks: bool = False
     "Measure although a run was trained on patients or images that are for validation or test here; the Pack's manifest lists them."
 

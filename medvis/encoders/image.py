@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models.resnet import BasicBlock
 
+from ..core.choices import check_choice
 from ..core.registry import Registry
 from ..data.preprocessing import Preprocessing
 from .features import ImageFeatures
@@ -162,8 +163,7 @@ LOCAL_GRIDS = {"4x4x512": ("layer5", 2), "8x8x128": ("layer5", 1), "4x4x192": ("
 
 
 def _resnet256(local_grid: str = "4x4x512", size: int = 256, crop: float = 1.0) -> nn.Module:
-    if local_grid not in LOCAL_GRIDS:
-        raise ValueError(f"resnet256 has no local grid {local_grid!r}; there are: {', '.join(LOCAL_GRIDS)}")
+    check_choice("local grid of resnet256", local_grid, LOCAL_GRIDS)
     layer, merge = LOCAL_GRIDS[local_grid]
     preprocessing = Preprocessing(size=size, crop=crop, channels=1, mean=0.0, std=1.0, scale="max")
     return ResNetEncoder(ResNet256(), preprocessing, layer, merge=merge)

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
+from ..core.choices import check_choice
 from .metrics import (
     MAP_RULES, Boxes, classification_table, count_pixels, detection_table, dice_pooled, dice_table, froc, mean_ap)
 from .stats import auroc
@@ -170,9 +171,7 @@ def watched(metric: str, told: Predictions) -> float:
 # %% ../../nbs/evaluate/10_predictions.ipynb #bbb73989
 def check_metric(metric: str, kind: str) -> None:
     "ValueError if this cannot be watched in a task of this kind."
-    if metric not in METRICS or kind not in METRICS[metric].kinds:
-        fitting = ", ".join(name for name, (kinds, *_) in METRICS.items() if kind in kinds)
-        raise ValueError(f"{metric!r} is no metric of {kind}; there are: {fitting}")
+    check_choice(f"metric of {kind}", metric, [name for name, (kinds, *_) in METRICS.items() if kind in kinds])
 
 # %% ../../nbs/evaluate/10_predictions.ipynb #75765b79
 def score_table(

@@ -24,6 +24,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from ..core.choices import check_choice
 from ..data.files import read_csv
 from ..data.pack import Pack
 from ..core.randomness import seeded
@@ -72,8 +73,7 @@ HEADS = {
 
 def make_head(protocol: Protocol, encoder: nn.Module, task: Task) -> nn.Module:
     "The protocol's head on an encoder. ValueError if there is none of that name, or it is for another kind of task."
-    if protocol.head not in HEADS:
-        raise ValueError(f"there is no head {protocol.head!r}; there are: {', '.join(HEADS)}")
+    check_choice("head", protocol.head, HEADS)
     if task.kind not in HEADS[protocol.head].kinds:
         fitting = ", ".join(name for name, head in HEADS.items() if task.kind in head.kinds)
         raise ValueError(f"the protocol {protocol.name!r} has the head {protocol.head!r}, for {' or '.join(HEADS[protocol.head].kinds)}, but the task "
@@ -283,8 +283,7 @@ def find_protocol(
     """
     if isinstance(protocol, Protocol):
         return protocol
-    if protocol not in PROTOCOLS:
-        raise ValueError(f"unknown protocol {protocol!r}; choose from {', '.join(PROTOCOLS)}")
+    check_choice("protocol", protocol, PROTOCOLS)
     return released_protocol(protocol) if released else PROTOCOLS[protocol]
 
 # %% ../../nbs/evaluate/12_protocol.ipynb #34a7fa9e

@@ -12,6 +12,9 @@ from typing import Annotated, Literal
 
 import tyro
 
+from ..core.choices import default_text
+
+
 # %% ../../nbs/evaluate/01_recipes.ipynb #0c44c497
 SWITCHES = {
     "plateau-on-loss": "the rate is halved by the validation loss, not by the metric (LoVT, released)",
@@ -149,36 +152,36 @@ class EvaluateConfig:
     "Run folders, state-dict files, Hugging Face models, random or imagenet."
     out: Path
     "Folder of the runs and results.csv. Finished runs that stand there are not repeated."
-    targets: Path | None = None
-    "Table (.csv, .parquet) of labels or grades (first column: image or study id) or of boxes (image_id, x0, y0, x1, y1 in pixels of the original image, class), or folder of mask pictures, png files named by image id (several classes: a folder each). Without: what the Pack holds; of a phantom, what its pictures show."
-    kind: Literal["labels", "classes", "ordinal"] | None = None
-    "What a classifier is asked: independent findings (labels), exclusive classes, or grades (ordinal); without, classes for mgca_covidx, else labels."
-    classes: tuple[str, ...] = ()
-    "Label columns, or classes of masks or boxes; without, those of the Pack's recipe, else all that there are."
-    uncertain: Literal["ignore", "positive", "negative"] | None = None
-    "What labels of -1 count as; without, what the Pack's recipe says, else they are ignored."
-    blank: Literal["ignore", "negative"] | None = None
-    "What missing labels count as; without, what the Pack's recipe says, else negative."
-    names: tuple[str, ...] = ()
-    "Names of the encoders in the table; without, the names of their folders."
+    targets: Annotated[Path | None, default_text("what the Pack holds, or what a phantom's pictures show")] = None
+    "Table (.csv, .parquet) of labels or grades (first column: image or study id) or of boxes (image_id, x0, y0, x1, y1 in pixels of the original image, class), or folder of mask pictures, png files named by image id (several classes: a folder each)."
+    kind: Annotated[Literal["labels", "classes", "ordinal"] | None, default_text("classes for mgca_covidx, else labels")] = None
+    "What a classifier is asked: independent findings (labels), exclusive classes, or grades (ordinal)."
+    classes: Annotated[tuple[str, ...], default_text("those of the Pack's recipe, else all that there are")] = ()
+    "Label columns, or classes of masks or boxes."
+    uncertain: Annotated[Literal["ignore", "positive", "negative"] | None, default_text("what the Pack's recipe says, else they are ignored")] = None
+    "What labels of -1 count as."
+    blank: Annotated[Literal["ignore", "negative"] | None, default_text("what the Pack's recipe says, else negative")] = None
+    "What missing labels count as."
+    names: Annotated[tuple[str, ...], default_text("the names of their folders")] = ()
+    "Names of the encoders in the table."
     image: str | None = None
     "Architecture of state-dict files, of random and of imagenet."
-    size: int | None = None
-    "Side in pixels of the images that encoders other than runs are shown; without, their own."
+    size: Annotated[int | None, default_text("their own")] = None
+    "Side in pixels of the images that encoders other than runs are shown."
     baseline: bool = True
     "Add untaught copies of the first encoder, one for each seed, unless one is random anyway."
     released: bool = False
     "As the authors' code ran it, where that differs from the paper."
-    fractions: tuple[float, ...] = ()
-    "Shares of the training images whose labels are used; without, as the protocol says."
-    subset: Literal["patients", "first"] | None = None
-    "These shares are drawn by patient, or are the first rows; without, as the protocol says, else as the Pack's recipe, else by patient."
-    seeds: tuple[int, ...] = ()
-    "One run each; without, as the protocol says."
-    lrs: tuple[float, ...] = ()
-    "Learning rates to choose from; without, as the protocol says."
-    epochs: int | None = None
-    "Most passes over the training images; without, as the protocol says."
+    fractions: Annotated[tuple[float, ...], default_text("as the protocol says")] = ()
+    "Shares of the training images whose labels are used."
+    subset: Annotated[Literal["patients", "first"] | None, default_text("as the protocol says, else as the Pack's recipe, else by patient")] = None
+    "These shares are drawn by patient, or are the first rows."
+    seeds: Annotated[tuple[int, ...], default_text("as the protocol says")] = ()
+    "One run each."
+    lrs: Annotated[tuple[float, ...], default_text("as the protocol says")] = ()
+    "Learning rates to choose from."
+    epochs: Annotated[int | None, default_text("as the protocol says")] = None
+    "Most passes over the training images."
     cache: float = 50.0
     "GB of features that may be kept for each frozen encoder; 0 = none."
     resamples: int = 500

@@ -12,9 +12,11 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 from PIL import Image
 
+from ...core.choices import default_text
 from ..files import DataError
 from .folder import SPLIT_NAMES
 from ..phantom import PhantomStudy
@@ -29,8 +31,8 @@ PATIENT_RULES = {"kermany": r"((?:NORMAL2-)?IM-\d+|person\d+)"}
 class ClassFolderConfig(ReadConfig):
     """Prepare images that lie in a folder per class, perhaps below a folder per split: `medvis prepare class-folder`."""
 
-    patients: str = ""
-    """Who is in an image: a regular expression with one group, for the start of the file's name, or the rule kermany; without, every image is a patient."""
+    patients: Annotated[str, default_text("every image is a patient")] = ""
+    """Who is in an image: a regular expression with one group, for the start of the file's name, or the rule kermany."""
     keep_splits: bool = True
     """Keep the splits that the folders tell; if off, or if they tell none, splits (80 / 10 / 10 % of the patients) are drawn."""
 

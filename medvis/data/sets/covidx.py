@@ -11,10 +11,12 @@ __all__ = ['SOURCES', 'CLASSES', 'VERSIONS', 'RECIPES', 'COVIDX', 'parse_line', 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import pandas as pd
 from PIL import Image
 
+from ...core.choices import default_text
 from ..files import DataError, find_file, read_text, safe_path
 from ..phantom import PhantomStudy
 from .plans import MGCA_SHARES, draw_rows, draw_splits, item_or_reject
@@ -118,8 +120,8 @@ RECIPES = {
 class CovidxConfig(ReadConfig):
     """Prepare COVIDx, lists of radiographs with and without COVID-19 from eight sources: `medvis prepare covidx`."""
 
-    version: str = ""
-    """Version of the lists, such as 9A (three classes) or 6 (two); without, the recipe's."""
+    version: Annotated[str, default_text("the recipe's")] = ""
+    """Version of the lists, such as 9A (three classes) or 6 (two)."""
 
 # %% ../../../nbs/data/sets/08_covidx.ipynb #bf864f9e
 def split_train(
