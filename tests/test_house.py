@@ -172,8 +172,36 @@ def no_stored_errors(notebook: Notebook) -> list[str]:
             for cell in notebook.cells for output in cell.outputs if output["output_type"] == "error"]
 
 
+def text_of(output: dict) -> str:
+    "What an output says where no picture and no table can be shown."
+    text = output.get("text", output.get("data", {}).get("text/plain", ""))
+    return text if isinstance(text, str) else "".join(text)
+
+
+def rich(output: dict) -> bool:
+    "A picture or a table. Beside it stands a text for where neither can be shown, such as `<Figure size ...>`."
+    return any(kind.startswith("image/") or kind == "text/html" for kind in output.get("data", {}))
+
+
+def shown(output: dict) -> bool:
+    "A picture, a table, or at least two lines of text; the name of an object (`<Axes: ...>`) shows nothing."
+    lines = text_of(output).strip().splitlines() if output.get("name") != "stderr" else []
+    return rich(output) or (len(lines) >= 2 and not lines[0].startswith("<"))
+
+
+def something_to_see(notebook: Notebook) -> list[str]:
+    if not code(notebook, exported=True) or any(shown(output) for cell in notebook.cells for output in cell.outputs):
+        return []
+    return ["exports something and shows nothing: end with a figure or a table of what it makes, and keep the output in the file"]
+
+
+def figures_are_pictures(notebook: Notebook) -> list[str]:
+    return [say(cell, "a figure is kept as text, `<Figure size ...>`: run the cell where figures are shown (`%matplotlib inline`)")
+            for cell in notebook.cells for output in cell.outputs if "<Figure size" in text_of(output) and not rich(output)]
+
+
 CHECKS = (title_and_question, one_module_of_its_room, small_exports, imports_alone, plain_exports, imports_look_left,
-          exports_are_used, no_stored_errors)
+          exports_are_used, no_stored_errors, something_to_see, figures_are_pictures)
 
 
 @pytest.mark.parametrize("path", PATHS, ids=label)
@@ -211,10 +239,14 @@ SOUND = ("# Rows\n\n> How long is a row?", "#| default_exp encoders.zzz", "#| ex
          "#| export\ndef unit(x):\n    'Scale to length one.'\n    return x / x.norm()", "%time unit(torch.ones(3))")
 
 
-def notebook_of(*sources: str, name: str = "encoders/99_zzz.ipynb") -> Notebook:
-    "A notebook whose prose cells are those that begin with a title."
-    return Notebook(name, [Cell(number, "markdown" if source.startswith("# ") else "code", source)
-                           for number, source in enumerate(sources, 1)])
+TABLE = {"output_type": "execute_result", "data": {"text/plain": ["   x"], "text/html": ["<table></table>"]}}
+
+
+def notebook_of(*sources: str, name: str = "encoders/99_zzz.ipynb", outputs: tuple[dict, ...] = (TABLE,)) -> Notebook:
+    "A notebook whose prose cells are those that begin with a title; the last cell has the outputs."
+    cells = [Cell(number, "markdown" if source.startswith("# ") else "code", source) for number, source in enumerate(sources, 1)]
+    cells[-1].outputs = list(outputs)
+    return Notebook(name, cells)
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
@@ -257,6 +289,31 @@ def test_wings_are_read_in_their_order(monkeypatch):
     cells = ("# Packs\n\n> What is in a Pack?", "#| default_exp data.zzz")
     assert imports_look_left(notebook_of(*cells, "#| export\nfrom medvis.data.phantom import Phantom", name="data/01_zzz.ipynb")) == []
     assert len(imports_look_left(notebook_of(*cells, "#| export\nfrom medvis.data.sets.rsna import RSNA", name="data/99_zzz.ipynb"))) == 1
+
+
+FIGURE = {"output_type": "display_data", "data": {"text/plain": "<Figure size 640x480 with 1 Axes>"}}
+PICTURE = {"output_type": "display_data", "data": FIGURE["data"] | {"image/png": "iVBORw0KGgo="}}
+LINES = {"output_type": "stream", "name": "stdout", "text": ["one\n", "two\n", "three\n"]}
+OUTPUT_FAULTS = [
+    (no_stored_errors, {"output_type": "error", "ename": "KeyError"}, "a stored KeyError"),
+    (something_to_see, {"output_type": "execute_result", "data": {"text/plain": "<Axes: >\n\n\n"}}, "shows nothing"),
+    (something_to_see, {"output_type": "stream", "name": "stdout", "text": ["200\n"]}, "shows nothing"),
+    (something_to_see, LINES | {"name": "stderr"}, "shows nothing"),
+    (figures_are_pictures, FIGURE, "kept as text"),
+    (figures_are_pictures, LINES | {"text": "one\ntwo\n<Figure size 640x480 with 1 Axes>\n"}, "kept as text"),
+]
+
+
+@pytest.mark.parametrize("check, output, complaint", OUTPUT_FAULTS)
+def test_fault_of_an_output_is_found(check, output, complaint):
+    found = check(notebook_of(*SOUND, outputs=(output,)))
+    assert len(found) == 1 and complaint in found[0], found
+
+
+def test_what_can_be_seen():
+    assert all(something_to_see(notebook_of(*SOUND, outputs=(output,))) == [] for output in (TABLE, PICTURE, LINES))
+    assert len(something_to_see(notebook_of(*SOUND, outputs=()))) == 1 and figures_are_pictures(notebook_of(*SOUND, outputs=(PICTURE,))) == []
+    assert something_to_see(notebook_of("# A page\n\n> What?", "1 + 1", outputs=())) == []       # it makes nothing
 
 
 def test_a_use_before_the_definition_does_not_count():
