@@ -197,13 +197,15 @@ class Judge:
     "Runs mutants in as many trees as there are jobs."
 
     def __init__(self, folder: Path, jobs: int, timeout: float):
-        self.trees, self.sound, self.lock = Queue(), {}, threading.Lock()
+        self.trees, self.sound, self.lock, self.asked = Queue(), {}, threading.Lock(), {}
         for place in range(jobs):
             self.trees.put(Tree(folder / str(place), timeout))
 
     def is_sound(self, target: str, tree: Tree) -> bool:
-        "Whether a target passes without any change; asked once."
+        "Whether a target passes without any change; asked once, while other jobs ask for other targets."
         with self.lock:
+            asked = self.asked.setdefault(target, threading.Lock())
+        with asked:
             if target not in self.sound:
                 self.sound[target] = tree.passes(target)
                 if not self.sound[target]:
