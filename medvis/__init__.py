@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     from medvis.methods.registry import register_method
     from medvis.methods.settings import list_methods, list_presets
     from medvis.train.create import create_method
-    from medvis.train.loop import fit, load_encoder, load_run
+    from medvis.train.loop import fit
+    from medvis.train.run import load_encoder, load_run
     from medvis.widgets.correspondence import CorrespondenceWidget
 else:
     __getattr__, __dir__ = lazy_door("medvis")

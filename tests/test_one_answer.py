@@ -20,7 +20,7 @@ from medvis.evaluate.models import as_method, check_unseen
 from medvis.evaluate.retrieve import PairScores, retrieve, zero_shot_targets
 from medvis.train import TrainConfig, fit, load_encoder
 from medvis.train.checkpoint import write_json
-from medvis.train.loop import Run
+from medvis.train.run import Run
 
 PROBE = dict(fractions=(0.2, 1.0), seeds=(0,))
 OPTIONS = "--fractions 0.2 1.0 --seeds 0".split()

@@ -25,7 +25,7 @@ from medvis.evaluate import ground_phrases, linear_probe
 from medvis.methods import METHODS, list_methods, list_presets, register_method
 from medvis.methods.settings import SETTINGS
 from medvis.train import Run, TrainConfig, create_method, fit, load_encoder, load_method
-from medvis.train.loop import find_kind, name_method
+from medvis.train.run import find_kind, name_method
 
 OWN = '''
 from __future__ import annotations

@@ -13,7 +13,7 @@ from medvis.data.pack import Pack
 from medvis.data.prepare import PhantomConfig, prepare_phantom
 from medvis.methods import MGCA
 from medvis.methods.method import phantom_tokenizer
-from medvis.train import TrainConfig, checkpoint, loop
+from medvis.train import Run, TrainConfig, checkpoint, loop
 
 FORK = multiprocessing.get_context("fork")
 
@@ -85,7 +85,7 @@ def die_in_write(call: int):
 def same_run(run: Path, wanted: Path) -> None:
     for name in ("last.safetensors", "weights.safetensors"):
         assert (run / name).read_bytes() == (wanted / name).read_bytes(), f"{name} differs"
-    pd.testing.assert_frame_equal(loop.Run(run).metrics, loop.Run(wanted).metrics)
+    pd.testing.assert_frame_equal(Run(run).metrics, Run(wanted).metrics)
     assert not list(run.rglob("*.partial"))
 
 
@@ -104,13 +104,13 @@ def undisturbed(pack, tokenizer, tmp_path_factory):
 
 
 POINTS = {
-    "before the first step": (die_at_call(loop, "take_step", 1), {}),
-    "in the middle of an epoch": (die_at_call(loop, "take_step", 9), {}),
+    "before the first step": (die_at_call(loop.Trainer, "take_step", 1), {}),
+    "in the middle of an epoch": (die_at_call(loop.Trainer, "take_step", 9), {}),
     "between forward and optimiser step": (die_at_call(torch.nn.utils, "clip_grad_norm_", 8), {}),
     "in the middle of an accumulation": (die_at_call(MGCA, "forward", 11), {"accumulate": 2}),
-    "while workers load": (die_at_call(loop, "take_step", 9), {"workers": 2}),
+    "while workers load": (die_at_call(loop.Trainer, "take_step", 9), {"workers": 2}),
     "in validation": (die_at_call(loop, "validate", 2), {}),
-    "between the best weights and the checkpoint": (die_at_call(loop, "save", 5), {}),
+    "between the best weights and the checkpoint": (die_at_call(loop.Trainer, "save", 5), {}),
     "in a checkpoint write": (die_in_write(3), {}),
     "before a checkpoint's rename": (die_at_call(checkpoint.os, "replace", 6), {}),
 }

@@ -21,7 +21,7 @@ from medvis.evaluate.cache import open_store, write_rows
 from medvis.methods import MGCA, ConVIRT
 from medvis.methods.method import Losses, phantom_tokenizer
 from medvis.train import Diverged, Run, TrainConfig, fit, load_method
-from medvis.train import loop
+from medvis.train import loop, run as run_folder
 from medvis.train.checkpoint import list_checkpoints, load_checkpoint
 
 FORK = multiprocessing.get_context("fork")
@@ -170,17 +170,17 @@ def small_files(limit: int) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
 
 
-def limit_at_call(name: str, call: int, limit: int):
-    "Limit the files when a function of the loop is called the nth time."
+def limit_at_call(owner, name: str, call: int, limit: int):
+    "Limit the files when a function is called the nth time."
     def sabotage():
-        real, calls = getattr(loop, name), [0]
+        real, calls = getattr(owner, name), [0]
 
         def limited(*args, **kwargs):
             calls[0] += 1
             if calls[0] == call:
                 small_files(limit)
             return real(*args, **kwargs)
-        setattr(loop, name, limited)
+        setattr(owner, name, limited)
     return sabotage
 
 
@@ -207,15 +207,15 @@ def in_process(sabotage, *args) -> str:
 
 
 FULL = {    # what could not be written -> when files become how small
-    "text": ("open_run", 1, 2_000),
-    "manifest.json": ("write_settings", 1, 100),
-    "config.json": ("write_settings", 2, 100),
-    "step_00000000.pt": ("restore", 1, 50_000),
-    "metrics.jsonl": ("take_step", 1, 50),
-    "step_00000002.pt": ("take_step", 2, 50_000),
-    "weights.safetensors": ("validate", 2, 50_000),
-    "step_00000008.pt": ("save_weights", 2, 5_000_000),
-    "last.safetensors": ("save_weights", 3, 50_000),
+    "text": (loop, "open_run", 1, 2_000),
+    "manifest.json": (run_folder, "write_settings", 1, 100),
+    "config.json": (run_folder, "write_settings", 2, 100),
+    "step_00000000.pt": (loop.Trainer, "restore", 1, 50_000),
+    "metrics.jsonl": (loop.Trainer, "take_step", 1, 50),
+    "step_00000002.pt": (loop.Trainer, "take_step", 2, 50_000),
+    "weights.safetensors": (loop, "validate", 2, 50_000),
+    "step_00000008.pt": (loop, "save_weights", 2, 5_000_000),
+    "last.safetensors": (loop, "save_weights", 3, 50_000),
 }
 
 
@@ -228,8 +228,8 @@ def undisturbed(pack, tokenizer, tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("file", FULL)
 def test_full_disk(file, pack, tokenizer, tmp_path, undisturbed):
-    run, (name, call, limit) = tmp_path / "run", FULL[file]
-    told = in_process(limit_at_call(name, call, limit), pack, tokenizer, run)
+    run = tmp_path / "run"
+    told = in_process(limit_at_call(*FULL[file]), pack, tokenizer, run)
     assert told.startswith("OSError: ") and str(run) in told and f"/{file}: File too large" in told, told
     assert "\n" not in told and (run / "text").exists() == (file != "text")
     assert not list(run.rglob("*.partial")) and not (run / "last.safetensors").exists()

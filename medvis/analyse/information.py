@@ -14,7 +14,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from .page import GREY, INK, MARKS, SERIES, STYLE
-from ..train.loop import Run
+from ..train.run import Run
 
 # %% ../../nbs/analyse/09_information.ipynb #b8a0a8f2
 def information_curve(run: Run) -> pd.DataFrame:  # step, split ("train", "validate"), nats

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 
 from .page import GREY, INK, MARKS, SERIES, STYLE
 from ..train.diagnostics import MEANING, collapse
-from ..train.loop import Run
+from ..train.run import Run
 
 # %% ../../nbs/analyse/10_live.ipynb #2a277ae4
 PANELS = {

@@ -14,7 +14,7 @@ from pathlib import Path
 from torch import nn
 
 from ..data.pack import Pack, guard_measured
-from ..train.loop import load_encoder, load_method, trained_on
+from ..train.run import load_encoder, load_method, trained_on
 
 # %% ../../nbs/evaluate/03_models.ipynb #5091c820
 def as_method(

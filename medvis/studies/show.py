@@ -29,7 +29,7 @@ from ..evaluate.ground import PhantomPointing, Target
 from ..methods import Method
 from ..train import Run, load_method
 from ..train.diagnostics import collapse
-from ..train.loop import trained_on
+from ..train.run import trained_on
 from ..widgets.correspondence import CorrespondenceWidget, Display, pack_study, page_state
 from ..widgets.shell import state_json, static
 

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from medvis.train.config import Diverged, TrainConfig
     from medvis.train.create import create_method
     from medvis.train.diagnostics import CollapseWarning, collapse, diagnose
-    from medvis.train.loop import Run, fit, load_encoder, load_method, load_run
+    from medvis.train.loop import fit
+    from medvis.train.run import Run, load_encoder, load_method, load_run
 else:
     __getattr__, __dir__ = lazy_door("medvis.train")
 
