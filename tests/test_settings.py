@@ -6,7 +6,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 
 from medvis.data.view import View
-from medvis.evaluate.protocol import RELEASED
+from medvis.evaluate.recipes import RELEASED
 from medvis.evaluate.recipes import PROTOCOLS
 from medvis.methods.settings import SETTINGS
 from medvis.studies.config import DemoConfig, GroundingConfig

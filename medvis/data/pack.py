@@ -35,7 +35,7 @@ from tqdm.auto import tqdm
 
 from ..core.files import lock_folder, naming, write_atomic
 from .leaks import LEAK_COLUMNS, join_leaks, leaks_between, leaks_summary, leaks_within, refuse
-from .reports import ReportRules, check_report, count_headings
+from .reports import ReportRules, check_report, count_headings, drop_reasons
 
 # %% ../../nbs/data/08_pack.ipynb #15f8a7fc
 @dataclass
@@ -380,13 +380,23 @@ def list_hash(names: Iterable[str]) -> str:
     return hashlib.sha256("\n".join(sorted(set(map(str, names)))).encode()).hexdigest()
 
 # %% ../../nbs/data/08_pack.ipynb #2fce7ac5
-def by_reason(counts: dict[str, int]) -> dict[str, int]:
-    "Counts of each kind of reason: reasons but for the numbers and quoted names in which they differ; rules for reports, UTF-8 and what was expected keep theirs"
-    kinds: Counter = Counter()
+def by_reason(
+    counts: dict[str, int],
+    rules: ReportRules | None = None,       # for reports: why they drop one is kept as it is
+) -> dict[str, int]:
+    """Counts of each kind of reason: reasons but for the numbers and quoted names in which they differ; UTF-8 and what was expected keep theirs
+
+    Parameters
+    ----------
+    counts : dict[str, int]
+    rules : ReportRules | None, default: None
+        for reports: why they drop one is kept as it is
+    """
+    kinds, ruled = Counter(), {f"report: {reason}" for reason in drop_reasons(rules).values()} if rules else ()
     for reason, count in counts.items():
         found, *wanted = re.split("(?=; expected)", reason, maxsplit=1)
         plain = re.sub(r"(?<!UTF)(?<!UTF-)-?\d+(\.\d+)?", "#", re.sub(r"'[^']*'|\"[^\"]*\"", "…", found))
-        kinds[reason if reason.startswith("report: fewer than") else "".join([plain, *wanted])] += count
+        kinds[reason if reason in ruled else "".join([plain, *wanted])] += count
     return dict(sorted(kinds.items()))
 
 # %% ../../nbs/data/08_pack.ipynb #78f921e5
@@ -394,7 +404,7 @@ def _count_part(plan: _Plan, number: int) -> dict | None:
     "What is known of a finished part while others are built: how much it holds and what was lost; None if the part is missing or damaged"
     part = _read_part(plan, number)
     return part and {"images": len(part["images"]), "rejects": len(part["rejects"]), "sentences": sum(len(study["sentences"]) for study in part["studies"]),
-                     "lost": by_reason(part["lost"]), "views": Counter(image["view"] for image in part["images"]),
+                     "lost": by_reason(part["lost"], plan.rules), "views": Counter(image["view"] for image in part["images"]),
                      "levels": Counter(image["levels"] for image in part["images"] if "levels" in image)}
 
 # %% ../../nbs/data/08_pack.ipynb #fe4a3450
@@ -940,7 +950,7 @@ def _check_rejects(plan: _Plan, parts: list[dict], max_rejects: float) -> None:
     if kept and lost <= max_rejects * (kept + lost):
         return
     rejects = [tuple(reject) for number in range(len(parts)) for reject in _read_part(plan, number)["rejects"]]
-    reasons = ", ".join(f"{count} x {reason}" for reason, count in Counter(by_reason(Counter(reason for _, reason in rejects))).most_common(4))
+    reasons = ", ".join(f"{count} x {reason}" for reason, count in Counter(by_reason(Counter(reason for _, reason in rejects), plan.rules)).most_common(4))
     listed = plan.folder / "rejects.csv"
     write_atomic(listed, pd.DataFrame(rejects, columns=["item", "reason"]).to_csv(index=False).encode())
     for number, part in enumerate(parts):

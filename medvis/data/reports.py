@@ -6,7 +6,7 @@
 __all__ = ['SECTION_NAMES', 'MORE_NAMES', 'NEVER_LAST', 'SELDOM_LAST', 'NUMBERED', 'SMALL_WORDS', 'SPLITTERS', 'PARSERS',
            'LOVT_RULES', 'MGCA_RULES', 'section_name', 'parse_mimic_sections', 'parse_sections', 'unknown_headings',
            'count_headings', 'split_sentences', 'normalise', 'find_words', 'split_full_stops', 'ReportRules',
-           'check_report', 'report_sentences', 'filter_reports']
+           'drop_reasons', 'check_report', 'report_sentences', 'filter_reports']
 
 # %% ../../nbs/data/02_reports.ipynb #09a86580
 import html
@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from difflib import get_close_matches
+from typing import Literal
 
 # %% ../../nbs/data/02_reports.ipynb #164f3858
 SECTION_NAMES = {
@@ -413,6 +414,11 @@ def _clean_sentence(sentence: str, rules: ReportRules) -> str:
         sentence = " ".join(re.findall(r"\w+", sentence))      # the blanks ___ too
     return sentence
 
+# %% ../../nbs/data/02_reports.ipynb #8445d4b8
+def drop_reasons(rules: ReportRules) -> dict[Literal["empty", "section", "short"], str]:
+    "Why a report is dropped by the rules: code -> the sentence for people, in tables and manifests."
+    return {"empty": "empty report", "section": "no wanted section", "short": f"fewer than {rules.min_words} words"}
+
 # %% ../../nbs/data/02_reports.ipynb #fe8364a8
 def check_report(text: str | None, rules: ReportRules) -> tuple[list[str], str]:
     'The sentences of a report by the rules, and the reason why the report is to be dropped ("" = keep it)'
@@ -420,17 +426,16 @@ def check_report(text: str | None, rules: ReportRules) -> tuple[list[str], str]:
         raise ValueError(f"splitter is {rules.splitter!r}; expected one of {', '.join(map(repr, SPLITTERS))}")
     if rules.headings not in PARSERS:
         raise ValueError(f"headings is {rules.headings!r}; expected one of {', '.join(map(repr, PARSERS))}")
-    sections = PARSERS[rules.headings](normalise(text or ""))
+    sections, reasons = PARSERS[rules.headings](normalise(text or "")), drop_reasons(rules)
     chosen = [sections[name] for name in rules.sections if name in sections]
     chosen = chosen or [sections[name] for name in rules.fallback if name in sections][:1]
     if not chosen:
-        return [], "no wanted section" if sections else "empty report"
+        return [], reasons["section" if sections else "empty"]
     bodies = [" ".join(chosen)] if rules.splitter == "full stop" else chosen        # MGCA joins them first
     sentences = [_clean_sentence(sentence, rules) for body in bodies for sentence in SPLITTERS[rules.splitter](body)]
     counts = [len(find_words(sentence, rules.count_punctuation or rules.words_only)) for sentence in sentences]
     kept = [(sentence, count) for sentence, count in zip(sentences, counts, strict=True) if count >= max(1, rules.min_sentence_words)]
-    reason = f"fewer than {rules.min_words} words" if sum(count for _, count in kept) < rules.min_words else ""
-    return [sentence for sentence, _ in kept], reason
+    return [sentence for sentence, _ in kept], reasons["short"] if sum(count for _, count in kept) < rules.min_words else ""
 
 # %% ../../nbs/data/02_reports.ipynb #e95aba7b
 def report_sentences(text: str, rules: ReportRules = ReportRules()) -> list[str]:

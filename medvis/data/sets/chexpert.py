@@ -23,7 +23,7 @@ from PIL import Image
 from ..files import DataError, find_file, label, read_table
 from ..phantom import PhantomStudy
 from .plans import MGCA_SHARES, draw_splits, item_or_reject
-from ..source import DataSet, ReadConfig, Recipe, Source
+from ..source import DataSet, ReadConfig, Recipe, Source, SplitRule, StudyItem
 
 # %% ../../../nbs/data/sets/05_chexpert.ipynb #e0edb6b3
 LABELS = ("No Finding", "Enlarged Cardiomediastinum", "Cardiomegaly", "Lung Opacity", "Lung Lesion", "Edema", "Consolidation", "Pneumonia",
@@ -87,13 +87,13 @@ def part_rows(table: pd.DataFrame, part: str, base: str) -> dict[int, dict]:
 MGCA_UNCERTAIN = {"Atelectasis": "positive", "Cardiomegaly": "negative", "Consolidation": "negative", "Edema": "positive",
                   "Pleural Effusion": "positive"}
 RECIPES = {
-    "medvis": Recipe(splits="patients 90/10", notes=("valid.csv is the test set", "all views, 14 labels")),
-    "lovt": Recipe(size=224, fit="pad-first", views=("Frontal",), splits="lovt", classes=COMPETITION, uncertain="positive", subset="first", notes=(
+    "medvis": Recipe(splits=SplitRule.PATIENTS_90_10, notes=("valid.csv is the test set", "all views, 14 labels")),
+    "lovt": Recipe(size=224, fit="pad-first", views=("Frontal",), splits=SplitRule.LOVT, classes=COMPETITION, uncertain="positive", subset="first", notes=(
         "first patients with at least 5 000 frontal radiographs for validation", "valid.csv is the test set")),
-    "mgca": Recipe(views=("Frontal",), splits="mgca", classes=COMPETITION, uncertain=MGCA_UNCERTAIN, notes=(
+    "mgca": Recipe(views=("Frontal",), splits=SplitRule.MGCA, classes=COMPETITION, uncertain=MGCA_UNCERTAIN, notes=(
         "5x200 radiographs taken out of train", MGCA_SHARES, "5 000 rows for validation: patients leak", "valid.csv is the test set",
         "released code leaves most validation rows in train; not done here")),
-    "mgca-5x200": Recipe(views=("Frontal",), splits="mgca", classes=COMPETITION, notes=("only the 5x200 radiographs, all in the test split",)),
+    "mgca-5x200": Recipe(views=("Frontal",), splits=SplitRule.MGCA, classes=COMPETITION, notes=("only the 5x200 radiographs, all in the test split",)),
 }
 
 
@@ -181,15 +181,15 @@ def patients_up_to(
     return set(sums.index[: 1 + int((sums < count).sum())])
 
 # %% ../../../nbs/data/sets/05_chexpert.ipynb #7be0a884
-def split_lines(config: ChexpertConfig, train: pd.DataFrame, rows: dict[int, dict], rule: str) -> dict[int, str]:
+def split_lines(config: ChexpertConfig, train: pd.DataFrame, rows: dict[int, dict], rule: SplitRule) -> dict[int, str]:
     "Line of train.csv -> train or validate; lines of the retrieval set are left out"
     lines = list(rows)
-    if rule == "mgca":
+    if rule == SplitRule.MGCA:
         taken = set(retrieval_lines(train, config.retrieval))
         drawn = set(validation_lines(train, taken, config.validation))
         return {line: "validate" if line in drawn else "train" for line in lines if line not in taken}
     patients = [rows[line]["patient"] for line in lines]
-    if rule == "lovt":
+    if rule == SplitRule.LOVT:
         first = patients_up_to([rows[line]["patient"] for line in lines if rows[line]["side"] == "Frontal"], config.validation)
         if first >= set(patients):
             raise DataError(f"all {len(first)} patients of train.csv are needed for {config.validation} frontal radiographs for validation; choose fewer (validation)")
@@ -197,7 +197,7 @@ def split_lines(config: ChexpertConfig, train: pd.DataFrame, rows: dict[int, dic
     return dict(zip(lines, draw_splits(patients, rule, config.split_seed)))
 
 # %% ../../../nbs/data/sets/05_chexpert.ipynb #ab770ce3
-def study_item(study: str, rows: list[dict]) -> dict:
+def study_item(study: str, rows: list[dict]) -> StudyItem:
     "The lines of a study as one item. DataError if one of them is damaged, if they disagree, or if a radiograph is named twice."
     if damaged := next((row["error"] for row in rows if "error" in row), None):
         raise DataError(damaged)
@@ -231,7 +231,7 @@ def plan_chexpert(config: ChexpertConfig) -> Source:
         if recipe.views and "error" not in row and row["side"] not in recipe.views:
             dropped["view is lateral"] = dropped.get("view is lateral", 0) + 1
             continue
-        groups.setdefault(row["image" if recipe.splits == "mgca" else "study"], []).append(row)
+        groups.setdefault(row["image" if recipe.splits == SplitRule.MGCA else "study"], []).append(row)
     items = [item_or_reject(study, study_item, study, group, images=len(group)) for study, group in groups.items()]
     return Source(items, labels=LABELS, dropped=dropped, settings={"release": base.strip("/") or Path(config.root).name})
 

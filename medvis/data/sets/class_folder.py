@@ -21,7 +21,7 @@ from ..files import DataError
 from .folder import SPLIT_NAMES
 from ..phantom import PhantomStudy
 from .plans import draw_splits, item_or_reject
-from ..source import DataSet, ReadConfig, Recipe, Source
+from ..source import DataSet, ReadConfig, Recipe, Source, StudyItem
 
 # %% ../../../nbs/data/sets/03_class_folder.ipynb #49acdea9
 PATIENT_RULES = {"kermany": r"((?:NORMAL2-)?IM-\d+|person\d+)"}
@@ -72,7 +72,7 @@ def patient_pattern(rule: str) -> re.Pattern | None:
     return pattern if rule else None
 
 # %% ../../../nbs/data/sets/03_class_folder.ipynb #efa771d3
-def _class_item(path: str, split: str, kind: str, kinds: list[str], pattern: re.Pattern | None, seed: int) -> dict:
+def _class_item(path: str, split: str, kind: str, kinds: list[str], pattern: re.Pattern | None, seed: int) -> StudyItem:
     "The item of an image, with a split by the hash of its patient if none is told. DataError if its name does not tell the patient."
     owner = pattern and pattern.match(path.rpartition("/")[2])
     if pattern and not owner:

@@ -24,7 +24,7 @@ from ..annotations import check_points
 from ..files import DataError, find_file, read_text
 from ..phantom import PhantomStudy
 from .plans import UNLISTED, ListedConfig, deal_splits, draw_splits, image_files, item_or_reject, listed_splits, reject
-from ..source import DataSet, Recipe, Source
+from ..source import DataSet, ImageItem, Recipe, Source, SplitRule, StudyItem
 
 # %% ../../../nbs/data/sets/11_covid_rural.ipynb #ea02472a
 NAME = re.compile(r"(COVID-19-AR-\d{8})_\d\d-\d\d-\d{4}-XR")
@@ -72,7 +72,7 @@ def read_polygons(
     return found, frame
 
 # %% ../../../nbs/data/sets/11_covid_rural.ipynb #4fc3c89e
-def image_entry(folder: Path, root: Path, name: str) -> dict:
+def image_entry(folder: Path, root: Path, name: str) -> ImageItem:
     "Image and masks of a name, for `read_study`. DataError for a name that is not of the form, or a labelme file that is none."
     if not NAME.fullmatch(name):
         raise DataError("the name is not of the form COVID-19-AR-00000000_MM-DD-YYYY-XR; whose image is it?")
@@ -88,8 +88,8 @@ def image_entry(folder: Path, root: Path, name: str) -> dict:
 
 # %% ../../../nbs/data/sets/11_covid_rural.ipynb #9c4e5b0f
 RECIPES = {
-    "medvis": Recipe(splits="patients 60/20/20", notes=("all images; without a mask file the opacity is unknown",)),
-    "lovt": Recipe(size=224, fit="pad-first", equalise=True, splits="lovt 60/20/20", classes=("opacity",), subset="first", notes=(
+    "medvis": Recipe(splits=SplitRule.PATIENTS_60_20_20, notes=("all images; without a mask file the opacity is unknown",)),
+    "lovt": Recipe(size=224, fit="pad-first", equalise=True, splits=SplitRule.LOVT_60_20_20, classes=("opacity",), subset="first", notes=(
         "only images with a mask", "133 / 44 / 44 by patient, drawn without a seed: split_files for LoVT's own lists")),
 }
 
@@ -99,7 +99,7 @@ class CovidRuralConfig(ListedConfig):
     """Prepare COVID Rural (TCIA COVID-19-AR), radiographs with masks of opacities and lungs: `medvis prepare covid-rural`."""
 
 # %% ../../../nbs/data/sets/11_covid_rural.ipynb #3fee2a1c
-def image_item(folder: Path, root: Path, name: str, split: str) -> dict:
+def image_item(folder: Path, root: Path, name: str, split: str) -> StudyItem:
     "The item of an image"
     image = image_entry(folder, root, name)
     return {"study": name, "patient": NAME.fullmatch(name)[1], "split": split, "images": [image]}
@@ -111,11 +111,11 @@ def plan_covid_rural(config: CovidRuralConfig) -> Source:
     folder = find_annotations(root)
     pictures, dropped = image_files(folder, "jpgs/*.jpg"), {}
     names = list(pictures)
-    if recipe.splits.startswith("lovt"):
+    if recipe.splits == SplitRule.LOVT_60_20_20:
         masked = [name for name in names if (folder / "pngs_masks" / f"{name}.png").exists()]
         names, dropped = masked, {"no opacity mask": len(names) - len(masked)}
     patients = [name.partition("_")[0] for name in names]
-    if recipe.splits.startswith("lovt"):
+    if recipe.splits == SplitRule.LOVT_60_20_20:
         listed = deal_splits(names, patients, config.split_seed)
     else:
         listed = dict(zip(names, draw_splits(patients, recipe.splits, config.split_seed), strict=True))

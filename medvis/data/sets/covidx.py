@@ -20,7 +20,7 @@ from ...core.choices import default_text
 from ..files import DataError, find_file, read_text, safe_path
 from ..phantom import PhantomStudy
 from .plans import MGCA_SHARES, draw_rows, draw_splits, item_or_reject
-from ..source import DataSet, ReadConfig, Recipe, Source
+from ..source import DataSet, ReadConfig, Recipe, Source, SplitRule, StudyItem
 
 # %% ../../../nbs/data/sets/08_covidx.ipynb #3b075b2c
 SOURCES = ("rsna", "cohen", "fig1", "actmed", "sirm", "ricord", "stonybrook", "bimcv")
@@ -110,9 +110,9 @@ def drop_patients(lists: dict[str, pd.DataFrame], part: str, held_out: str) -> i
 # %% ../../../nbs/data/sets/08_covidx.ipynb #ff14c9f2
 VERSIONS = {"medvis": "9A", "mgca": "9A", "mgca-paper": "6"}
 RECIPES = {
-    "medvis": Recipe(splits="patients 80/20", notes=("version 9A", "test list as published; 20 % of the other patients for validation")),
-    "mgca": Recipe(splits="mgca 80/20", notes=("version 9A", "validation drawn by image: leaks patients", MGCA_SHARES)),
-    "mgca-paper": Recipe(splits="patients 90/10", notes=("version 6, which has two classes, not the paper's three", "10 % of the patients for validation")),
+    "medvis": Recipe(splits=SplitRule.PATIENTS_80_20, notes=("version 9A", "test list as published; 20 % of the other patients for validation")),
+    "mgca": Recipe(splits=SplitRule.MGCA_80_20, notes=("version 9A", "validation drawn by image: leaks patients", MGCA_SHARES)),
+    "mgca-paper": Recipe(splits=SplitRule.PATIENTS_90_10, notes=("version 6, which has two classes, not the paper's three", "10 % of the patients for validation")),
 }
 
 
@@ -126,7 +126,7 @@ class CovidxConfig(ReadConfig):
 # %% ../../../nbs/data/sets/08_covidx.ipynb #bf864f9e
 def split_train(
     patients: Sequence[str],    # (n,) one an image, in the order of the train list
-    rule: str,                  # "patients 80/20", "patients 90/10" or "mgca 80/20"
+    rule: SplitRule,            # PATIENTS_80_20, PATIENTS_90_10 or MGCA_80_20
     seed: int,
 ) -> list[str]:                 # (n,) train or validate
     """Which images of the train list are for validation; MGCA's draw (by image, scikit-learn, random_state 0) does not ask for the seed.
@@ -135,8 +135,8 @@ def split_train(
     ----------
     patients : Sequence[str]
         (n,) one an image, in the order of the train list
-    rule : str
-        "patients 80/20", "patients 90/10" or "mgca 80/20"
+    rule : SplitRule
+        PATIENTS_80_20, PATIENTS_90_10 or MGCA_80_20
     seed : int
 
     Returns
@@ -144,12 +144,12 @@ def split_train(
     list[str]
         (n,) train or validate
     """
-    if rule.startswith("patients"):
-        return draw_splits(patients, rule, seed)
-    return draw_rows(len(patients), 0.2).sort_index().tolist()
+    if rule == SplitRule.MGCA_80_20:
+        return draw_rows(len(patients), 0.2).sort_index().tolist()
+    return draw_splits(patients, rule, seed)
 
 # %% ../../../nbs/data/sets/08_covidx.ipynb #34a099ef
-def image_item(path: str, row: pd.Series, kinds: Sequence[str]) -> dict:
+def image_item(path: str, row: pd.Series, kinds: Sequence[str]) -> StudyItem:
     "The item of a line. DataError if something is wrong with it."
     if row["problem"]:
         raise DataError(row["problem"])
@@ -164,7 +164,7 @@ def plan_covidx(config: CovidxConfig) -> Source:
     kinds = list_classes(lists["train"]["class"])
     lists["train"]["split"] = "train" if "val" in lists else split_train(lists["train"]["patient"], recipe.splits, config.split_seed)
     dropped = {}
-    if recipe.splits.startswith("patients"):
+    if recipe.splits != SplitRule.MGCA_80_20:
         dropped = {f"training image of a patient of the {part} list": drop_patients(lists, "train", part) for part in lists if part != "train"}
     items = []
     for part, table in lists.items():

@@ -23,7 +23,7 @@ from ..files import DataError, find_file, lookalike, number, read_csv, read_tabl
 from ..phantom import FINDINGS, PhantomStudy
 from .plans import draw_splits, write_dicom
 from ..reports import ReportRules
-from ..source import DataSet, ReadConfig, Recipe, Source
+from ..source import DataSet, ImageItem, ReadConfig, Recipe, Source, StudyItem
 
 # %% ../../../nbs/data/sets/02_folder.ipynb #f9a6d5d2
 @dataclass
@@ -272,7 +272,7 @@ def _names(marks: dict | None) -> tuple[str, ...]:
     return tuple(sorted({one if isinstance(one, str) else one[0] for found in (marks or {}).values() for one in found}))
 
 # %% ../../../nbs/data/sets/02_folder.ipynb #4a8dedd0
-def _image_entry(row: dict, boxes: dict | None, masks: dict | None, annotated: str) -> dict:
+def _image_entry(row: dict, boxes: dict | None, masks: dict | None, annotated: str) -> ImageItem:
     "An image of a study with what was drawn on it, for `read_study`"
     path, entry = row["path"], {"id": row["path"] or f"row {row['row']}", "path": row["path"], "view": row["view"]}
     if boxes is not None and (path in boxes or annotated == "all"):
@@ -282,7 +282,7 @@ def _image_entry(row: dict, boxes: dict | None, masks: dict | None, annotated: s
     return entry
 
 # %% ../../../nbs/data/sets/02_folder.ipynb #fb0c6302
-def _study_item(study: str, rows: list[dict]) -> dict:
+def _study_item(study: str, rows: list[dict]) -> StudyItem:
     "The rows of a study as one item for the reader"
     agreed = {what: _agreed({row["row"]: row[what] for row in rows}, study, what) for what in ("patient", "split", "report")}
     labels = {name: _agreed({row["row"]: row["labels"][name] for row in rows}, study, name) for name in rows[0]["labels"]}

@@ -31,7 +31,7 @@ from ..files import DataError, find_file, label, read_table
 from ..phantom import PhantomStudy
 from .plans import reject
 from ..reports import LOVT_RULES, MGCA_RULES, ReportRules
-from ..source import DataSet, ReadConfig, Recipe, Source
+from ..source import DataSet, ReadConfig, Recipe, RejectItem, ReportItem, Source, SplitRule, StudyItem
 
 # %% ../../../nbs/data/sets/04_mimic.ipynb #badcc445
 def mimic_ids(study: PhantomStudy) -> tuple[str, str]:      # subject, study
@@ -228,7 +228,7 @@ def _zipped_reports(path: Path) -> dict[str, str]:
 def find_reports(
     root: str | Path,
     names: Sequence[str],       # of the wanted reports, as p10/p10999001/s50999001.txt
-) -> dict[str, dict[str, str]]:     # name -> what an item says of its report; without those that a zip lacks
+) -> dict[str, ReportItem]:      # name -> where it is; without those that a zip lacks
     """Where the reports are: in `mimic-cxr-reports.zip`, or unpacked. DataError if there are none.
 
     Parameters
@@ -239,8 +239,8 @@ def find_reports(
 
     Returns
     -------
-    dict[str, dict[str, str]]
-        name -> what an item says of its report; without those that a zip lacks
+    dict[str, ReportItem]
+        name -> where it is; without those that a zip lacks
     """
     root = Path(root)
     for folder in sorted(path for pattern in REPORT_FOLDERS for path in (root.glob(pattern) if pattern else [root])):
@@ -269,12 +269,12 @@ FIVE = ("Cardiomegaly", "Edema", "Consolidation", "Atelectasis", "Pleural Effusi
 PATHOLOGY9 = ("Support Devices", "Cardiomegaly", "Consolidation", "Edema", "Lung Opacity", "Pleural Effusion", "Pneumonia", "Pneumothorax", "Atelectasis")
 WITHOUT_ODD = "54 studies that the section parser misreads are left out"
 MIMIC_RECIPES = {
-    "medvis": Recipe(views=FRONTAL, rules=ReportRules(), splits="official", notes=(WITHOUT_ODD,)),
-    "lovt": Recipe(fit="pad-first", views=FRONTAL, rules=LOVT_RULES, splits="official", classes=FIVE, uncertain="positive", subset="first",
+    "medvis": Recipe(views=FRONTAL, rules=ReportRules(), splits=SplitRule.OFFICIAL, notes=(WITHOUT_ODD,)),
+    "lovt": Recipe(fit="pad-first", views=FRONTAL, rules=LOVT_RULES, splits=SplitRule.OFFICIAL, classes=FIVE, uncertain="positive", subset="first",
                    notes=(WITHOUT_ODD, "sentences by Stanza there, by our splitter here", "training crops are cut from the full resolution there")),
-    "mgca": Recipe(views=FRONTAL, rules=MGCA_RULES, splits="official, test joined to validate",
+    "mgca": Recipe(views=FRONTAL, rules=MGCA_RULES, splits=SplitRule.OFFICIAL_TEST_TO_VALIDATE,
                    notes=(WITHOUT_ODD, "one row per image there: a study with two frontal images counts twice")),
-    "local-mi": Recipe(fit="crop", views=FRONTAL, rules=LOCAL_MI_RULES, splits="official, edema test patients not in training",
+    "local-mi": Recipe(fit="crop", views=FRONTAL, rules=LOCAL_MI_RULES, splits=SplitRule.OFFICIAL_WITHOUT_EDEMA_TEST,
                        classes=PATHOLOGY9, blank="ignore", notes=(WITHOUT_ODD, "16 bit PNG made from DICOM there, 8 bit JPEG here")),
 }
 
@@ -282,9 +282,9 @@ MIMIC_RECIPES = {
 def study_items(
     images: pd.DataFrame,                           # as image_table makes it
     facts: dict[str, dict],                         # study -> further entries of its item, such as its labels
-    reports: dict[str, dict[str, str]],             # where the reports are; {} = they are not needed
+    reports: dict[str, ReportItem],                 # where the reports are; {} = they are not needed
     folder: str,                                    # of the pictures: what stands before files/, relative to the root
-) -> list[dict]:
+) -> list[StudyItem | RejectItem]:
     """One item per study; of a study with a problem only the rejects.
 
     Parameters
@@ -293,7 +293,7 @@ def study_items(
         as image_table makes it
     facts : dict[str, dict]
         study -> further entries of its item, such as its labels
-    reports : dict[str, dict[str, str]]
+    reports : dict[str, ReportItem]
         where the reports are; {} = they are not needed
     folder : str
         of the pictures: what stands before files/, relative to the root
@@ -453,9 +453,9 @@ def plan_mimic(config: MimicConfig) -> Source:
         raise DataError(f"{mimic_table(root, config.labeler)} and {mimic_table(root, 'metadata')} have no study_id in common")
     rules = {f"view is not {' or '.join(recipe.views)}": ~images["view"].isin(recipe.views),
              "study whose sections the parser misreads": images["study_id"].isin(ODD_REPORTS)}
-    if recipe.splits == "official, test joined to validate":
+    if recipe.splits == SplitRule.OFFICIAL_TEST_TO_VALIDATE:
         images["split"] = images["split"].replace("test", "validate")
-    if recipe.splits == "official, edema test patients not in training":
+    if recipe.splits == SplitRule.OFFICIAL_WITHOUT_EDEMA_TEST:
         held_out = set(read_edema_table(config.edema or root, "consensus_image")["subject_id"])
         rules["patient of the edema test set"] = images["subject_id"].isin(held_out) & (images["split"] != "test")
     images, dropped = leave_out(images, rules)
@@ -470,9 +470,9 @@ def plan_mimic(config: MimicConfig) -> Source:
 
 # %% ../../../nbs/data/sets/04_mimic.ipynb #e7498e79
 EDEMA_RECIPES = {
-    "medvis": Recipe(views=FRONTAL, splits="consensus test; else train as in MIMIC-CXR, the others validate",
+    "medvis": Recipe(views=FRONTAL, splits=SplitRule.CONSENSUS,
                      notes=("grades by regular expressions, corrected by the experts'",)),
-    "local-mi": Recipe(fit="crop", views=FRONTAL, splits="consensus test; else train as in MIMIC-CXR, the others validate; without MIMIC's test patients",
+    "local-mi": Recipe(fit="crop", views=FRONTAL, splits=SplitRule.CONSENSUS_WITHOUT_MIMIC_TEST,
                        notes=("grades by regular expressions",)),
 }
 EDEMA_GRADERS = {"medvis": ("regex_report", "expert_report"), "local-mi": ("regex_report",)}
@@ -486,7 +486,7 @@ class EdemaConfig(ReadConfig):
     """Folder of the three csv files; by default looked for below the root."""
 
 # %% ../../../nbs/data/sets/04_mimic.ipynb #c5a6196d
-def graded_images(config: EdemaConfig, images: pd.DataFrame) -> tuple[pd.DataFrame, list[dict]]:
+def graded_images(config: EdemaConfig, images: pd.DataFrame) -> tuple[pd.DataFrame, list[RejectItem]]:
     "The images that are graded, with their grade and `test` for those of the consensus; and rejects of grades without an image."
     folder, grades, problems = config.edema or config.root, {}, {}
     for kind in EDEMA_GRADERS[config.recipe]:       # a later table corrects an earlier one
@@ -512,7 +512,7 @@ def plan_edema(config: EdemaConfig) -> Source:
     learned, held_out = ~images["test"], set(images["subject_id"][images["test"]])
     rules = {f"view is not {' or '.join(recipe.views)}": learned & ~images["view"].isin(recipe.views),
              "patient of the edema test set": learned & images["subject_id"].isin(held_out)}
-    if recipe.splits.endswith("without MIMIC's test patients"):
+    if recipe.splits == SplitRule.CONSENSUS_WITHOUT_MIMIC_TEST:
         rules["patient of MIMIC-CXR's test set"] = learned & (images["split"] == "test")
     shared = np.where(images["split"] == "train", "train", "validate")      # so what was learned from MIMIC-CXR's training set is validated on others
     images, dropped = leave_out(images.assign(split=np.where(learned, shared, "test")), rules)
@@ -543,7 +543,7 @@ Terms: those of MIMIC-CXR. The pictures are those of MIMIC-CXR-JPG (see mimic-cx
   ROOT/mimic-cxr-jpg/2.0.0/…"""
 
 # %% ../../../nbs/data/sets/04_mimic.ipynb #1d07fa6b
-def _first_reports(root: str | Path) -> dict[str, dict[str, str]]:
+def _first_reports(root: str | Path) -> dict[str, ReportItem]:
     "Where the reports of the first hundred images are"
     images = read_metadata_table(root).head(100)
     return find_reports(root, list(map(report_name, images["subject_id"], images["study_id"])))
@@ -554,7 +554,7 @@ def mimic_tables(config: MimicConfig) -> list[tuple[str, Callable]]:
     readers = {"metadata": read_metadata_table, "split": read_split_table, "labels": partial(read_label_table, labeler=config.labeler),
                "reports": _first_reports}
     tables = [(what, partial(read, config.root)) for what, read in readers.items()]
-    if "edema" in config.choose(MIMIC_RECIPES).splits:
+    if config.choose(MIMIC_RECIPES).splits == SplitRule.OFFICIAL_WITHOUT_EDEMA_TEST:
         tables.append(("edema grades", partial(read_edema_table, config.edema or config.root, "consensus_image")))
     return tables
 

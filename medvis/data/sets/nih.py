@@ -23,7 +23,7 @@ from ..files import DataError, find_file, number, read_table
 from ..phantom import PhantomStudy
 from .plans import UNLISTED, ListedConfig, deal_splits, draw_splits, image_files, item_or_reject, listed_splits, rows_by
 from .rsna import FRAME, enlarge
-from ..source import DataSet, Recipe, Source, check_boxes
+from ..source import DataSet, Recipe, Source, SplitRule, StudyItem, check_boxes
 
 # %% ../../../nbs/data/sets/10_nih.ipynb #ca9f8c09
 LABELS = ("Atelectasis", "Cardiomegaly", "Consolidation", "Edema", "Effusion", "Emphysema", "Fibrosis", "Hernia", "Infiltration", "Mass", "Nodule",
@@ -103,7 +103,7 @@ def image_item(
     split: str,
     path: str,
     boxes: dict[int, dict[str, str]] | None,    # the same of `read_boxes`; {} = somebody looked and drew none, None = nobody looked
-) -> dict:
+) -> StudyItem:
     """An image with its labels and boxes. DataError names the column at fault.
 
     Parameters
@@ -132,9 +132,9 @@ def image_item(
 
 # %% ../../../nbs/data/sets/10_nih.ipynb #f98551c2
 RECIPES = {
-    "medvis": Recipe(splits="official", notes=("published lists; a tenth of the patients of train_val for validation",)),
-    "patients": Recipe(splits="patients", notes=("80/10/10 by patient; needs no lists",)),
-    "lovt": Recipe(size=224, fit="pad-first", equalise=True, splits="lovt 60/20/20", subset="first", notes=(
+    "medvis": Recipe(splits=SplitRule.OFFICIAL, notes=("published lists; a tenth of the patients of train_val for validation",)),
+    "patients": Recipe(splits=SplitRule.PATIENTS, notes=("80/10/10 by patient; needs no lists",)),
+    "lovt": Recipe(size=224, fit="pad-first", equalise=True, splits=SplitRule.LOVT_60_20_20, subset="first", notes=(
         "880 boxed images and 100 of No Finding from the test list, taken for empty",
         "LoVT's own lists (588 / 196 / 196) with split_files: some patients leak",
         "8 findings; masks are unions of boxes (tasks.paint_boxes)")),
@@ -161,7 +161,7 @@ def official_splits(root: Path, names: Sequence[str], seed: int) -> dict[str, st
         those, where = (listed, "train_val_list.txt and test_list.txt") if these is names else (names, "Data_Entry_2017")
         if missing := sorted(set(these) - set(those)):
             raise DataError(f"{len(missing)} images of {what} are not in {where} ({', '.join(missing[:3])}); get the published file, or use --recipe patients")
-    draws = dict(zip(names, draw_splits([name[:8] for name in names], "patients 90/10", seed)))
+    draws = dict(zip(names, draw_splits([name[:8] for name in names], SplitRule.PATIENTS_90_10, seed)))
     return {name: "test" if listed[name] == "test" else draws[name] for name in names}
 
 # %% ../../../nbs/data/sets/10_nih.ipynb #f26dcde1
@@ -187,18 +187,18 @@ def healthy_sample(
     return sorted(healthy, key=lambda name: hashlib.sha256(f"healthy:{seed}:{name}".encode()).digest())[:count]
 
 # %% ../../../nbs/data/sets/10_nih.ipynb #164bebb6
-def nih_splits(config: NihConfig, rule: str, table: pd.DataFrame, boxes: dict) -> dict[str, str]:
+def nih_splits(config: NihConfig, rule: SplitRule, table: pd.DataFrame, boxes: dict) -> dict[str, str]:
     "Image -> split, in the order in which the items shall stand; images that the recipe does not use are not in it"
     root, names = Path(config.root), table["Image Index"].unique().tolist()
     if config.split_files:
         files = {name.removesuffix(".png"): name for name in names}
         return {files[name]: split for name, split in listed_splits(config.split_files, files, "Data_Entry_2017").items()}
-    if rule == "official":
+    if rule == SplitRule.OFFICIAL:
         splits = official_splits(root, names, config.split_seed)
         if learned := [name for name in boxes if splits[name] != "test"]:
             raise DataError(f"{len(learned)} images with boxes are not in test_list.txt ({learned[0]}), where all of the published ones are; are the two lists exchanged?")
         return splits
-    if config.recipe == "lovt":
+    if rule == SplitRule.LOVT_60_20_20:
         if not boxes:
             raise DataError(f"{root}: there is no BBox_List_2017.csv; recipe lovt is about its images")
         tested = read_list(root, "test_list.txt") if config.no_findings else []

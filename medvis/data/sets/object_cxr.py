@@ -21,7 +21,7 @@ from ..annotations import POLYGON, RECTANGLE, parse_shapes, shape_box
 from ..files import DataError, find_file, read_table, safe_path
 from ..phantom import PhantomStudy
 from .plans import UNLISTED, ListedConfig, draw_rows, draw_splits, item_or_reject, listed_splits
-from ..source import DataSet, Recipe, Source
+from ..source import DataSet, ImageItem, Recipe, Source, SplitRule, StudyItem
 
 # %% ../../../nbs/data/sets/09_object_cxr.ipynb #fed0152d
 CLASS = "foreign object"
@@ -61,7 +61,7 @@ def released_box(shape: Sequence[float]) -> tuple[float, float, float, float]:
     return x0, y0, x0 + y1 - y0, y0 + x1 - x0
 
 # %% ../../../nbs/data/sets/09_object_cxr.ipynb #8a68414a
-def image_entry(name: str, path: str, annotation: str, released_defects: bool = False) -> dict:
+def image_entry(name: str, path: str, annotation: str, released_defects: bool = False) -> ImageItem:
     "Image, boxes and mask of a line, for `read_study`. DataError for an annotation that is none, also if only one of its shapes is not."
     shapes = parse_shapes(annotation)
     for shape in shapes:
@@ -74,11 +74,11 @@ def image_entry(name: str, path: str, annotation: str, released_defects: bool = 
 
 # %% ../../../nbs/data/sets/09_object_cxr.ipynb #7fc2611b
 RECIPES = {
-    "medvis": Recipe(splits="patients 80/20", notes=("dev.csv is the test set", "20 % of train.csv for validation, by a hash of the name")),
-    "lovt": Recipe(size=224, fit="pad-first", equalise=True, splits="lovt 80/20", subset="first", notes=(
+    "medvis": Recipe(splits=SplitRule.PATIENTS_80_20, notes=("dev.csv is the test set", "20 % of train.csv for validation, by a hash of the name")),
+    "lovt": Recipe(size=224, fit="pad-first", equalise=True, splits=SplitRule.LOVT_80_20, subset="first", notes=(
         "6 400 / 1 600 / 1 000; drawn without a seed: split_files for LoVT's own lists",
         "released files: width and height exchanged, polygons transposed (released_defects)")),
-    "mgca": Recipe(size=224, fit="stretch", splits="mgca 90/10", notes=(
+    "mgca": Recipe(size=224, fit="stretch", splits=SplitRule.MGCA_90_10, notes=(
         "released 7 200 / 800 / 1 000 (the paper says 6 400 / 1 600)",
         "released boxes of polygons are widened around the polygon's middle; here they are tight")),
 }
@@ -94,7 +94,7 @@ class ObjectCxrConfig(ListedConfig):
 # %% ../../../nbs/data/sets/09_object_cxr.ipynb #0fc1ad31
 def split_train(
     names: Sequence[str],   # (n,) of the images of train.csv, in its order
-    rule: str,              # "patients 80/20", "lovt 80/20" or "mgca 90/10"
+    rule: SplitRule,        # PATIENTS_80_20, LOVT_80_20 or MGCA_90_10
     seed: int,
 ) -> pd.Series:             # row -> train or validate; in the order of the draw, by which LoVT's small shares go
     """Which images of the training table are for validation; MGCA's draw (scikit-learn, random_state 0) does not ask for the seed.
@@ -103,8 +103,8 @@ def split_train(
     ----------
     names : Sequence[str]
         (n,) of the images of train.csv, in its order
-    rule : str
-        "patients 80/20", "lovt 80/20" or "mgca 90/10"
+    rule : SplitRule
+        PATIENTS_80_20, LOVT_80_20 or MGCA_90_10
     seed : int
 
     Returns
@@ -112,9 +112,9 @@ def split_train(
     pd.Series
         row -> train or validate; in the order of the draw, by which LoVT's small shares go
     """
-    if rule.startswith("patients"):
-        return pd.Series(draw_splits(names, rule, seed))
-    return draw_rows(len(names), 0.2, seed=seed) if rule == "lovt 80/20" else draw_rows(len(names), 0.1)
+    if rule == SplitRule.LOVT_80_20:
+        return draw_rows(len(names), 0.2, seed=seed)
+    return draw_rows(len(names), 0.1) if rule == SplitRule.MGCA_90_10 else pd.Series(draw_splits(names, rule, seed))
 
 # %% ../../../nbs/data/sets/09_object_cxr.ipynb #9900d02d
 def read_parts(root: Path) -> pd.DataFrame:     # name, annotation, part, line, path below the root, id, twice (does the id occur again?)
@@ -137,7 +137,7 @@ def read_parts(root: Path) -> pd.DataFrame:     # name, annotation, part, line, 
     return both.assign(twice=both["id"].duplicated(keep=False))
 
 # %% ../../../nbs/data/sets/09_object_cxr.ipynb #de77fc46
-def image_item(row: pd.Series, split: str, released_defects: bool) -> dict:
+def image_item(row: pd.Series, split: str, released_defects: bool) -> StudyItem:
     "The item of a line. DataError if something is wrong with it."
     if row["twice"]:
         raise DataError("listed more than once")

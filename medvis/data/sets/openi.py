@@ -30,7 +30,7 @@ from ..files import DataError, find_file, read_table, read_text
 from ..phantom import PhantomStudy
 from .plans import draw_splits, image_files, reject
 from ..reports import ReportRules, check_report, parse_sections
-from ..source import DataSet, ReadConfig, Recipe, Source
+from ..source import DataSet, ImageItem, ReadConfig, Recipe, RejectItem, Source, SplitRule
 
 # %% ../../../nbs/data/sets/12_openi.ipynb #bbd0ecb4
 SECTIONS = ("comparison", "indication", "findings", "impression")
@@ -203,7 +203,7 @@ def read_projections(root: str | Path) -> pd.DataFrame:
     return read_table(find_file(root, *PROJECTIONS), ("uid", "filename", "projection"))
 
 # %% ../../../nbs/data/sets/12_openi.ipynb #2f3c0d96
-def kaggle_reports(root: str | Path) -> tuple[list[dict], list[dict]]:
+def kaggle_reports(root: str | Path) -> tuple[list[dict], list[RejectItem]]:
     "Reports as parse_xml gives them, from Kaggle's tables, with views; and rejects, with the number of their pictures."
     table, pictures, reports, rejects = read_kaggle_reports(root), read_projections(root), [], []
     if not set(table["uid"]) & set(pictures["uid"]):
@@ -231,7 +231,7 @@ def is_there(root: Path, *patterns: str) -> bool:
     return any(True for pattern in patterns for _ in root.glob(pattern))
 
 # %% ../../../nbs/data/sets/12_openi.ipynb #cd5751a5
-def xml_reports(root: Path) -> tuple[list[dict], list[dict]]:
+def xml_reports(root: Path) -> tuple[list[dict], list[RejectItem]]:
     "Reports from XML, by number, with views if Kaggle's table of projections is there (DataError if it is damaged); and rejects, of files or studies."
     reports, rejects = [], []
     for name, data in xml_files(root):
@@ -255,7 +255,7 @@ def xml_reports(root: Path) -> tuple[list[dict], list[dict]]:
     return reports, rejects
 
 # %% ../../../nbs/data/sets/12_openi.ipynb #98f0c264
-def read_reports(root: str | Path) -> tuple[list[dict], list[dict]]:
+def read_reports(root: str | Path) -> tuple[list[dict], list[RejectItem]]:
     "All reports and rejects, from the form that is there: XML, or else Kaggle's. DataError if none is, or nothing is in it."
     root = Path(root)
     if root.is_file() or is_there(root, *XML_REPORTS):
@@ -300,7 +300,7 @@ def openi_reports(
 OPENI_RECIPES = {
     "medvis": Recipe(blank="ignore", rules=ReportRules(), notes=("a study stands for a patient", "frontal and lateral pictures")),
     "frontal": Recipe(blank="ignore", views=("Frontal",), rules=ReportRules(), notes=("a study stands for a patient", "views by indiana_projections.csv")),
-    "r2gen": Recipe(blank="ignore", rules=ReportRules(sections=("findings",), fallback=()), splits="annotation.json",
+    "r2gen": Recipe(blank="ignore", rules=ReportRules(sections=("findings",), fallback=()), splits=SplitRule.R2GEN,
                     notes=("studies and splits of R2Gen", "all pictures of a study; two there")),
 }
 
@@ -337,7 +337,7 @@ class OpeniConfig(ReadConfig):
     """Leave out pictures that are not there, instead of rejecting their studies."""
 
 # %% ../../../nbs/data/sets/12_openi.ipynb #58d2469e
-def wanted_images(report: dict, recipe: Recipe, files: dict[str, str], partial: bool, dropped: Counter) -> list[dict]:
+def wanted_images(report: dict, recipe: Recipe, files: dict[str, str], partial: bool, dropped: Counter) -> list[ImageItem]:
     "The pictures of a report by the recipe's views; what is left out is counted in `dropped`."
     images = []
     for image in report["images"]:
@@ -360,7 +360,7 @@ def plan_openi(config: OpeniConfig) -> Source:
     if recipe.views and not any(image["view"] for report in reports for image in report["images"]):
         raise DataError(f"{root}: the recipe {config.recipe!r} needs the views, and they are only in Kaggle's indiana_projections.csv: put it there")
     studies = [report["study"] for report in reports]
-    if recipe.splits == "annotation.json":
+    if recipe.splits == SplitRule.R2GEN:
         splits = read_annotation(root)
     else:
         splits = dict(zip(studies, draw_splits(studies, recipe.splits, config.split_seed), strict=True))

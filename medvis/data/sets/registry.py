@@ -59,7 +59,7 @@ def _told(recipe: Recipe) -> dict[str, str]:
         "size": str(recipe.size),
         "square": recipe.fit + ", equalised" * recipe.equalise,
         "views": ", ".join(recipe.views) or "all",
-        "splits": recipe.splits,
+        "splits": recipe.splits.value,
         "labels": ", ".join(recipe.classes) or "all",
         "sections": sections,
         "sentences": sentences,

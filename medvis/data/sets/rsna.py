@@ -19,7 +19,7 @@ import pandas as pd
 from ..files import DataError, find_file, number, read_table
 from ..phantom import PhantomStudy
 from .plans import MGCA_SHARES, UNLISTED, ListedConfig, deal_splits, draw_rows, draw_splits, image_files, item_or_reject, listed_splits, reject, rows_by, write_dicom
-from ..source import DataSet, Recipe, Source
+from ..source import DataSet, Recipe, Source, SplitRule, StudyItem
 
 # %% ../../../nbs/data/sets/06_rsna.ipynb #48456338
 FRAME = 1024
@@ -71,7 +71,7 @@ def image_item(
     split: str,
     path: str,
     classes: dict[str, set[str]],           # of `read_classes`
-) -> dict:
+) -> StudyItem:
     """An image with all its boxes. DataError if one of its lines is damaged, if they disagree, or if one is there twice.
 
     Parameters
@@ -108,11 +108,11 @@ def image_item(
 ASKED = (PNEUMONIA,)        # and not the three classes of the detailed table, of which one is the same
 MGCA_SCALING = "released code scales each DICOM so that its maximum is 255, without rescale or window; here 8 bits without them stay as they are"
 RECIPES = {
-    "medvis": Recipe(classes=ASKED, splits="patients", notes=("80/10/10 by a hash of the image's name", "patients are not known")),
-    "lovt": Recipe(classes=ASKED, size=224, fit="pad-first", splits="lovt 60/20/20", subset="first", notes=(
+    "medvis": Recipe(classes=ASKED, splits=SplitRule.PATIENTS, notes=("80/10/10 by a hash of the image's name", "patients are not known")),
+    "lovt": Recipe(classes=ASKED, size=224, fit="pad-first", splits=SplitRule.LOVT_60_20_20, subset="first", notes=(
         "LoVT's own lists (16 010 / 5 337 / 5 337) with split_files", "masks are unions of boxes (tasks.paint_boxes)")),
-    "mgca": Recipe(classes=ASKED, splits="mgca 70/15/15", notes=("classification", MGCA_SHARES, MGCA_SCALING)),
-    "mgca-boxes": Recipe(classes=ASKED, size=224, fit="stretch", splits="mgca 60/20/20", notes=(
+    "mgca": Recipe(classes=ASKED, splits=SplitRule.MGCA_70_15_15, notes=("classification", MGCA_SHARES, MGCA_SCALING)),
+    "mgca-boxes": Recipe(classes=ASKED, size=224, fit="stretch", splits=SplitRule.MGCA_60_20_20, notes=(
         "boxes and masks", "16 010 / 5 337 / 5 337", MGCA_SHARES, MGCA_SCALING)),
 }
 
@@ -143,14 +143,14 @@ def mgca_splits(
     return dict(zip(sorted(names), draw_rows(len(names), held_out, halved=True).sort_index()))
 
 # %% ../../../nbs/data/sets/06_rsna.ipynb #d1f838db
-def rsna_splits(config: RsnaConfig, rule: str, names: Sequence[str]) -> dict[str, str]:
+def rsna_splits(config: RsnaConfig, rule: SplitRule, names: Sequence[str]) -> dict[str, str]:
     "Image -> split, in the order in which the items shall stand"
     if config.split_files:
         return listed_splits(config.split_files, names, "stage_2_train_labels.csv")
-    if rule.startswith("mgca"):
-        drawn = mgca_splits(names, 0.15 * 2 if rule == "mgca 70/15/15" else 2 * config.held_out)
+    if rule in (SplitRule.MGCA_70_15_15, SplitRule.MGCA_60_20_20):
+        drawn = mgca_splits(names, 0.15 * 2 if rule == SplitRule.MGCA_70_15_15 else 2 * config.held_out)
         return {name: drawn[name] for name in names}
-    if rule.startswith("lovt"):
+    if rule == SplitRule.LOVT_60_20_20:
         return deal_splits(names, names, config.split_seed)
     return dict(zip(names, draw_splits(names, rule, config.split_seed)))
 

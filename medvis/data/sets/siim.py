@@ -20,7 +20,7 @@ from ..files import DataError, find_file, read_table
 from ..phantom import PhantomStudy
 from .plans import MGCA_SHARES, UNLISTED, ListedConfig, deal_splits, draw_rows, draw_splits, image_files, item_or_reject, listed_splits, rows_by, write_dicom
 from .rsna import FRAME, MGCA_SCALING, enlarge
-from ..source import DataSet, Recipe, Source
+from ..source import DataSet, Recipe, Source, SplitRule, StudyItem
 
 # %% ../../../nbs/data/sets/07_siim.ipynb #14e077fb
 PNEUMOTHORAX = "Pneumothorax"
@@ -100,7 +100,7 @@ def image_item(
     path: str,
     relative: bool = True,
     file: str = "train-rle.csv",
-) -> dict:
+) -> StudyItem:
     """An image with its mask. DataError for a blank line, a code of the other dialect or with wrong runs, or if only some say that there is nothing.
 
     Parameters
@@ -134,10 +134,10 @@ def image_item(
 
 # %% ../../../nbs/data/sets/07_siim.ipynb #4dfa3344
 RECIPES = {
-    "medvis": Recipe(splits="patients", notes=("80/10/10 by a hash of the image's name", "patients are not known")),
-    "lovt": Recipe(size=224, fit="pad-first", equalise=True, splits="lovt 60/20/20", subset="first", notes=(
+    "medvis": Recipe(splits=SplitRule.PATIENTS, notes=("80/10/10 by a hash of the image's name", "patients are not known")),
+    "lovt": Recipe(size=224, fit="pad-first", equalise=True, splits=SplitRule.LOVT_60_20_20, subset="first", notes=(
         "LoVT's own lists (7 229 / 2 409 / 2 409) with split_files",)),
-    "mgca": Recipe(size=224, fit="stretch", splits="mgca 70/15/15", notes=(
+    "mgca": Recipe(size=224, fit="stretch", splits=SplitRule.MGCA_70_15_15, notes=(
         "as many images without as with pneumothorax in train", "released code splits lines, not images; here an image goes with its first line",
         "the paper says 70/30/30", MGCA_SHARES, MGCA_SCALING)),
 }
@@ -172,17 +172,17 @@ def surplus_negatives(drawn: pd.DataFrame) -> set[str]:
     return set(healthy) - set(kept)
 
 # %% ../../../nbs/data/sets/07_siim.ipynb #eb075773
-def siim_splits(config: SiimConfig, rule: str, table: pd.DataFrame) -> dict[str, str]:
+def siim_splits(config: SiimConfig, rule: SplitRule, table: pd.DataFrame) -> dict[str, str]:
     "Image -> split, in the order in which the items shall stand; images that a rule leaves out are not in it"
     names = table["ImageId"].unique().tolist()
     if config.split_files:
         return listed_splits(config.split_files, names, find_runs(Path(config.root)).name)
-    if rule.startswith("mgca"):
+    if rule == SplitRule.MGCA_70_15_15:
         drawn = mgca_lines(table)
         firsts = drawn.loc[table.drop_duplicates("ImageId").index]
         surplus = surplus_negatives(drawn)
         return {name: split for name, split in firsts[["ImageId", "split"]].itertuples(index=False) if name not in surplus}
-    if rule.startswith("lovt"):
+    if rule == SplitRule.LOVT_60_20_20:
         return deal_splits(names, names, config.split_seed)
     return dict(zip(names, draw_splits(names, rule, config.split_seed)))
 
