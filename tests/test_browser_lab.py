@@ -17,7 +17,7 @@ from browser import browser  # noqa: F401
 from correspondences import lit, pixels, shot, word
 from notebooks import ROOT
 
-from medvis.data.pack import ImageRecord, StudyRecord, write_pack
+from medvis.data.build import ImageRecord, StudyRecord, write_pack
 
 KERNEL = "jupyterapp.shell.currentWidget?.sessionContext?.session?.kernel"
 EXECUTE = f"""async code => {{ let told = ''; const future = {KERNEL}.requestExecute({{ code }});

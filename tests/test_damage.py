@@ -28,10 +28,10 @@ import pytest
 from PIL import Image
 from pydicom.encaps import encapsulate
 
+from medvis.data.build import StudyRecord
 from medvis.data.sets.registry import DATASETS, command_config, dress, prepare_data
 from medvis.data.files import DataError
 from medvis.data.leaks import refuse
-from medvis.data.pack import StudyRecord
 from medvis.data.phantom import Phantom, patient_number
 from medvis.data.source import BuildConfig, ReadConfig, Source, check_source, files_of, find_shared_patients, read_study
 

@@ -79,9 +79,9 @@ def small_exports(notebook: Notebook) -> list[str]:
     found = []
     for cell, body in code(notebook, exported=True):
         definitions = [node for node in body.body if isinstance(node, DEFINITIONS)]
-        if len(definitions) > 1:
-            names = ", ".join(node.name for node in definitions)
-            found.append(say(cell, f"exports {len(definitions)} definitions ({names}); give each its cell and its test"))
+        public = [node.name for node in definitions if not node.name.startswith("_")]
+        if len(public) > 1:     # private ones share the cell of what they serve
+            found.append(say(cell, f"exports {len(public)} public definitions ({', '.join(public)}); give each its cell and its test"))
         for node in definitions:
             most = LONGER.get(node.name, LONGEST_CLASS) if isinstance(node, ast.ClassDef) else LONGEST
             if (count := lines_of_code(cell, node)) > most:
@@ -259,8 +259,9 @@ LONG = "#| export\ndef long(x):\n    '''One.\n\n    Two.'''\n" + "    # a remark
 FAULTS = [
     (title_and_question, "# Rows\n\nNo question.", "question"),
     (one_module_of_its_room, "#| default_exp encoders.other", "exactly one cell"),
-    (small_exports, "#| export\ndef f(): pass\nclass G: pass", "2 definitions (f, G)"),
+    (small_exports, "#| export\ndef f(): pass\ndef _g(): pass\nclass H: pass", "2 public definitions (f, H)"),
     (small_exports, LONG, f"{LONGEST + 1} lines"),
+    (small_exports, LONG.replace("def long", "def short(x): pass\n\n\ndef _long"), f"_long has {LONGEST + 1} lines"),
     (imports_alone, "import os\nos.getcwd()", "share the cell"),
     (plain_exports, "#| export\nfrom math import *", "star import of math"),
     (plain_exports, "#| export\nfrom fastcore.basics import patch", "fastcore.basics.patch"),

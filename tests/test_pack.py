@@ -18,8 +18,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from medvis.data import pack as pack_module
-from medvis.data.pack import ImageRecord, Pack, StudyRecord, write_pack
+from medvis.data import build
+from medvis.data.build import ImageRecord, StudyRecord, write_pack
+from medvis.data.pack import Pack
 from medvis.data.splits import check_leaks, nested_subsets, patient_splits
 from medvis.data.tasks import pack_task
 
@@ -57,7 +58,7 @@ def whole(tmp_path_factory) -> dict[str, bytes]:
 def start(out: Path, workers: int, slow: str = "", pids: Path | None = None) -> subprocess.Popen:
     "Build in another process; `slow` is Python that runs first and slows down what is to be hit"
     script = (f"import sys, time; from pathlib import Path; from functools import partial; sys.path.insert(0, {str(HERE)!r})\n"
-              f"from medvis.data import pack; from test_pack import *\n{slow}\n"
+              f"from medvis.data import build; from test_pack import *\n{slow}\n"
               f"if __name__ == '__main__': write_pack({str(out)!r}, STUDIES, partial(read_study, pause=0.01, pids={pids and f'Path({str(pids)!r})'}), workers={workers}, **SETTINGS)")
     return subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.PIPE, text=True)
 
@@ -77,9 +78,9 @@ def parts(out: Path) -> int:
     return len(list(Path(f"{out}.partial/parts").glob("*.json")))
 
 
-BETWEEN = "real = pack.write_bytes\ndef slow(path, data):\n    real(path, data)\n    time.sleep(0.2 if path.suffix == '.u8' else 0)\npack.write_bytes = slow"
-ASSEMBLY = "real = pack._manifest\npack._manifest = lambda *a: (time.sleep(5), real(*a))[1]"
-RENAMED = "real = pack.shutil.rmtree\npack.shutil.rmtree = lambda f, **k: (time.sleep(5 if (f / 'parts').exists() else 0), real(f, **k))"
+BETWEEN = "real = build.write_bytes\ndef slow(path, data):\n    real(path, data)\n    time.sleep(0.2 if path.suffix == '.u8' else 0)\nbuild.write_bytes = slow"
+ASSEMBLY = "real = build._manifest\nbuild._manifest = lambda *a: (time.sleep(5), real(*a))[1]"
+RENAMED = "real = build.shutil.rmtree\nbuild.shutil.rmtree = lambda f, **k: (time.sleep(5 if (f / 'parts').exists() else 0), real(f, **k))"
 MOMENTS = {
     "before the first part": ("", lambda out: Path(f"{out}.partial/parts").exists()),
     "after three parts": ("", lambda out: parts(out) >= 3),
@@ -176,7 +177,7 @@ def test_the_hash_is_of_the_content(tmp_path):
 
 
 def test_neither_tables_nor_hash_depend_on_row_groups(tmp_path, whole, monkeypatch):
-    monkeypatch.setattr(pack_module, "GROUP", 16)
+    monkeypatch.setattr(build, "GROUP", 16)
     pack = write_pack(tmp_path / "pack", STUDIES, read_study, **SETTINGS)
     assert pq.ParquetFile(pack.path / "studies.parquet").num_row_groups == 5 and pack.manifest["hash"] == json.loads(whole["manifest.json"])["hash"]
     for name in ("studies", "images", "rejects"):
@@ -190,8 +191,8 @@ def read_long(index: int) -> StudyRecord:
 
 def test_reports_do_not_pile_up_in_memory(tmp_path, monkeypatch):
     "Three times the studies, but no more of their reports at a time"
-    monkeypatch.setattr(pack_module, "GROUP", 500)
-    monkeypatch.setattr(pack_module, "check_report", lambda report, rules: ([report], ""))
+    monkeypatch.setattr(build, "GROUP", 500)
+    monkeypatch.setattr(build, "check_report", lambda report, rules: ([report], ""))
     peaks = []
     for studies in (1000, 3000):
         tracemalloc.start()

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from medvis.data.build import ImageRecord, StudyRecord, write_pack
 from medvis.data.sets.mimic import LOCAL_MI_RULES
-from medvis.data.pack import ImageRecord, StudyRecord, write_pack
 from medvis.data.reports import (LOVT_RULES, MGCA_RULES, ReportRules, check_report, count_headings, filter_reports, find_words, normalise,
                                  parse_mimic_sections, parse_sections, report_sentences, section_name, split_sentences, unknown_headings)
 from medvis.data.source import summary

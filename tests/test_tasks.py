@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 
 from medvis.cli.commands import main
 from medvis.data import tasks
+from medvis.data.build import ImageRecord, StudyRecord, write_pack
+from medvis.data.pack import Pack
 from medvis.data.sets.registry import DATASETS, dress
 from medvis.data.preprocessing import Preprocessing
-from medvis.data.pack import ImageRecord, Pack, StudyRecord, write_pack
 from medvis.data.phantom import FINDINGS, Phantom
 from medvis.data.prepare import PhantomConfig, prepare_phantom
 from medvis.data.source import BuildConfig, prepare_source

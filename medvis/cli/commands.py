@@ -28,8 +28,9 @@ import tyro
 
 from .. import __version__
 from ..core.choices import check_choice, default_text
+from ..data.guard import find_pack_leaks
+from ..data.pack import Pack
 from ..data.sets.registry import DATASETS, command_config, dress, list_datasets, prepare_data, prepare_options
-from ..data.pack import Pack, find_pack_leaks
 from ..data.source import check_source, summary
 from ..evaluate.recipes import EvaluateConfig
 from ..methods.settings import SETTINGS

@@ -14,8 +14,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import torch
-
 import medvis
 
 # %% ../../nbs/core/06_machine.ipynb #48026ad7
@@ -60,6 +58,8 @@ def package_versions(*names: str) -> dict[str, str]:
 # %% ../../nbs/core/06_machine.ipynb #18303079
 def describe_machine() -> dict[str, Any]:
     "Versions and hardware that a number may depend on."
+    import torch    # not before: a worker that only asks for versions does not need it
+
     return {
         "packages": package_versions("medvis", "torch", "torchvision", "transformers", "timm", "accelerate", "numpy", "pandas"),
         "commit": source_commit(Path(medvis.__file__).parent),

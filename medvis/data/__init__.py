@@ -18,10 +18,12 @@ from ..core.doors import lazy_door
 
 # %% ../../nbs/data/00_doors.ipynb #d9f57754
 if TYPE_CHECKING:
+    from medvis.data.build import ImageRecord, StudyRecord, write_pack
     from medvis.data.sets.registry import DATASETS, dress, list_datasets, recipe_table
     from medvis.data.files import DataError
+    from medvis.data.guard import find_pack_leaks
     from medvis.data.images import ImageError, read_image
-    from medvis.data.pack import ImageRecord, Pack, StudyRecord, find_pack_leaks, write_pack
+    from medvis.data.pack import Pack
     from medvis.data.pairs import Batch, Pairs, Report, Sample, collate, read_batch, tokenise
     from medvis.data.phantom import Phantom, PhantomStudy
     from medvis.data.phantom.findings import FINDINGS

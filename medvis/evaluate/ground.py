@@ -31,7 +31,7 @@ from .models import as_method, as_pack, check_unseen
 from .stats import Interval, bootstrap_mean, interval, resample
 from ..methods.method import Correspondence
 from ..core.files import write_atomic, write_json
-from ..train.loop import Run
+from ..train.run import Run
 
 # %% ../../nbs/evaluate/05_ground.ipynb #565f800c
 def on_target(

@@ -13,7 +13,8 @@ from pathlib import Path
 
 from torch import nn
 
-from ..data.pack import Pack, guard_measured
+from ..data.guard import guard_measured
+from ..data.pack import Pack
 from ..train.run import load_encoder, load_method, trained_on
 
 # %% ../../nbs/evaluate/03_models.ipynb #5091c820
@@ -113,7 +114,7 @@ def check_unseen(
     allow_leaks: bool = False,
     progress: bool = True,
 ) -> None:
-    """ValueError if a model was trained on patients or images that a Pack has for validation or test (`data.pack.guard_measured`).
+    """ValueError if a model was trained on patients or images that a Pack has for validation or test (`data.guard.guard_measured`).
 
     Warns if the Pack that it was trained on is not there any more.
 

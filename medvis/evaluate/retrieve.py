@@ -33,7 +33,7 @@ from .models import as_method, as_pack, check_unseen
 from .stats import auroc, bootstrap, bootstrap_mean, interval
 from ..methods.method import Method
 from ..core.files import write_atomic, write_json
-from ..train.loop import Run
+from ..train.run import Run
 
 # %% ../../nbs/evaluate/13_retrieve.ipynb #60912cbc
 @dataclass(frozen=True)
