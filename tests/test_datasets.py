@@ -1,4 +1,5 @@
 """Every data set from files of its public shape to a Pack, as a user would: check, prepare, kill, resume, evaluate."""
+import json
 import os
 import shutil
 import signal
@@ -6,6 +7,7 @@ import subprocess
 import sys
 import time
 import zipfile
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -43,6 +45,27 @@ def test_from_the_command_line(name, tmp_path, capsys):
     pack = Pack(tmp_path / "pack")
     pack.verify()
     assert pack.manifest["source"]["kind"] == name and pack.manifest["lists"]["all"]["images"]["count"] == len(pack) and (pack.path / "subsets.csv").exists()
+
+
+CONSENSUS = "consensus test; else train as in MIMIC-CXR, the others validate"
+SPLITS = {      # data set -> the split rule of each recipe, as Packs have it in their manifests
+    "mimic-cxr": ["official", "official", "official, test joined to validate", "official, edema test patients not in training"],
+    "mimic-edema": [CONSENSUS, f"{CONSENSUS}; without MIMIC's test patients"],
+    "chexpert": ["patients 90/10", "lovt", "mgca", "mgca"],
+    "rsna": ["patients", "lovt 60/20/20", "mgca 70/15/15", "mgca 60/20/20"],
+    "siim": ["patients", "lovt 60/20/20", "mgca 70/15/15"],
+    "covidx": ["patients 80/20", "mgca 80/20", "patients 90/10"],
+    "object-cxr": ["patients 80/20", "lovt 80/20", "mgca 90/10"],
+    "nih": ["official", "patients", "lovt 60/20/20"],
+    "covid-rural": ["patients 60/20/20", "lovt 60/20/20"],
+    "openi": ["patients", "patients", "annotation.json"],
+    "folder": ["patients"],
+    "class-folder": ["patients"]}
+
+
+def test_split_rules_are_written_as_ever():
+    "The sentence of a rule is part of a build: with another one, a Pack of yesterday would be of other settings."
+    assert {name: [json.loads(json.dumps(asdict(recipe)))["splits"] for recipe in data_set.recipes.values()] for name, data_set in DATASETS.items()} == SPLITS
 
 
 STRAYS = {      # data set -> a file that names what has no image, how it comes to do so, what is said

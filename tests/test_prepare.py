@@ -20,7 +20,7 @@ from medvis.data.preprocessing import AUGMENTATIONS, Preprocessing
 from medvis.data.pack import Pack
 from medvis.data.prepare import PhantomConfig, prepare_phantom
 from medvis.data.reports import ReportRules
-from medvis.data.source import check_source
+from medvis.data.source import check_source, summary
 
 REPORT = "FINDINGS: The lungs are clear. IMPRESSION: Normal chest."
 
@@ -390,6 +390,14 @@ def test_wrong_root_is_an_error_not_an_empty_pack(folder):
 def test_rules_reach_the_pack(folder):
     pack = prepared(folder, rows(), rules=ReportRules(sections=("impression",), min_words=2))
     assert pack.studies.sentences[0] == ["Normal chest."] and pack.manifest["rules"]["sections"] == ["impression"]
+
+
+def test_summary_tells_rules_from_damage(folder):
+    (folder / "d.png").write_bytes(b"")
+    reports = [REPORT, "IMPRESSION: Clear.", "COMPARISON: None.", REPORT, "", *[REPORT] * 3]
+    lines = [line.split(maxsplit=1)[1] for line in summary(prepared(folder, rows(report=reports), rules=ReportRules(min_words=5), max_rejects=0.9)).splitlines()]
+    assert [line for line in lines if line.startswith(("dropped by rule", "rejected"))] == [
+        "rejected: file is empty", "rejected: report: empty report", "dropped by rule: report: fewer than 5 words", "dropped by rule: report: no wanted section"]
 
 
 def test_workers_change_nothing(tmp_path):

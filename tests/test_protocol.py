@@ -15,7 +15,7 @@ from medvis.data.prepare import PhantomConfig, prepare_phantom
 from medvis.data.tasks import boxes_in_view, phantom_task
 from medvis.encoders.image import image_encoder
 from medvis.evaluate import cache, finetune, protocol
-from medvis.evaluate.recipes import LOCALMI
+from medvis.evaluate.recipes import LOCALMI, LOVT, MGCA
 from medvis.evaluate.finetune import Learner, LinearClassifier, Protocol, fit_head
 from medvis.evaluate.predictions import load_predictions
 from medvis.evaluate.protocol import PROTOCOLS, run_one, run_protocol
@@ -372,7 +372,7 @@ def test_protocols_are_those_of_the_papers():
         "nih_seg_linear": (64, (1e-1, 3e-2, 1e-2), 10), "pneumothorax_unet_frozen_100": (64, (3e-5, 1e-5), 10), "pneumothorax_unet_finetune_100": (64, (3e-5, 1e-5), 10),
         "object_frozen_100": (64, (1e-3, 3e-3), 10), "object_finetune_100": (64, (1e-3, 3e-4), 10), "object_seg_linear_100": (64, (3e-1, 1e-1, 3e-2, 1e-2), 10),
     }
-    assert set(grids) == set(protocol.LOVT)
+    assert set(grids) == set(LOVT)
     for name, (batch, lrs, patience) in grids.items():
         one = PROTOCOLS[name]
         assert (one.batch_size, one.lrs, one.patience, one.plateau, one.weight_decay, one.optimizer) == (batch, lrs, patience, 3, 1e-6, "adam"), name
@@ -381,7 +381,7 @@ def test_protocols_are_those_of_the_papers():
         assert (one.trains, one.warmup_steps) == (("all", 20 if "covid" in name else 100) if tuned else ("head", 0)) and one.warmup_lr == 1e-3
         assert one.head == ("linear-map" if "linear" in name else "unet" if "unet" in name else "yolo")
         assert one.metric == ("dice" if one.head != "yolo" else "froc" if "object" in name else "map")
-    for name in protocol.MGCA:
+    for name in MGCA:
         one = PROTOCOLS[name]
         assert (one.optimizer, one.epochs, one.patience, one.trains, one.plateau) == ("adamw", 50, 10, "head", None)
         assert one.weight_decay == (0.05 if "seg" in name else 1e-6) and one.metric == ("map" if "det" in name else "loss")
