@@ -102,7 +102,8 @@ def probe_predictions(
     blank: str | None = None,
     subset: str | None = None,  # "patients": shares are drawn by patient; "first": they are the first rows
     allow_leaks: bool = False,  # measure although an encoder was trained on patients or images that are tested here
-    **encoding,  # device, cache: see encode
+    device=None,  # this and cache: see encode
+    cache: str | Path | None = None,
 ) -> pd.DataFrame:  # study_id, patient_id, encoder, fraction, seed, finding, label, score, n, positives
     """Scores of every test study by every probe: encoders x fractions x seeds x findings.
 
@@ -129,8 +130,9 @@ def probe_predictions(
         "patients": shares are drawn by patient; "first": they are the first rows
     allow_leaks : bool, default: False
         measure although an encoder was trained on patients or images that are tested here
-    **encoding
-        device, cache: see encode
+    device : default: None
+        this and cache: see encode
+    cache : str | Path | None, default: None
 
     Returns
     -------
@@ -153,7 +155,7 @@ def probe_predictions(
         ]
     tables = []
     for name, model, chosen in jobs:
-        features = [encode(model, data, rows, **encoding) for rows in split]
+        features = [encode(model, data, rows, device, cache) for rows in split]
         tables += _probe_encoder(name, features, [targets.iloc[rows] for rows in split], studies, chosen)
     return pd.concat(tables, ignore_index=True).astype(
         {name: "category" for name in ("study_id", "patient_id", "encoder", "finding")}
@@ -302,7 +304,8 @@ def linear_probe(
     resamples: int = 500,
     out: str | Path | None = None,  # folder for predictions.parquet, probe.csv and probe.json
     allow_leaks: bool = False,
-    **encoding,  # device, cache: see encode
+    device=None,  # this and cache: see encode
+    cache: str | Path | None = None,
 ) -> pd.DataFrame:  # encoder, finding, fraction, auroc, low, high, n, ...: see probe_table
     """Linear classification from frozen features with few and many labels, against random initialisation.
 
@@ -330,8 +333,9 @@ def linear_probe(
     out : str | Path | None, default: None
         folder for predictions.parquet, probe.csv and probe.json
     allow_leaks : bool, default: False
-    **encoding
-        device, cache: see encode
+    device : default: None
+        this and cache: see encode
+    cache : str | Path | None, default: None
 
     Returns
     -------
@@ -341,7 +345,8 @@ def linear_probe(
     encoders, policy = as_encoders(encoder), label_policy(data, findings, uncertain, blank)
     subset = subset or data.recipe.get("subset", "patients")
     rules = {**vars(policy), "subset": subset}
-    predictions = probe_predictions(encoders, data, fractions, seeds, baseline=baseline, allow_leaks=allow_leaks, **rules, **encoding)
+    how = dict(baseline=baseline, allow_leaks=allow_leaks, device=device, cache=cache)
+    predictions = probe_predictions(encoders, data, fractions, seeds, **rules, **how)
     table = probe_table(predictions, resamples)
     if out is not None:
         write_atomic(Path(out) / "predictions.parquet", lambda file: predictions.to_parquet(file, index=False))
