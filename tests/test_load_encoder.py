@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from medvis.data.preprocessing import Preprocessing
 from medvis.data.prepare import PhantomConfig, prepare_phantom
 from medvis.encoders.pretrained import PretrainedEncoder, is_pretrained, pretrained_encoder, read_preprocessing
-from medvis.evaluate.classify import check_preprocessing, encode, encoder_hash, random_like
+from medvis.evaluate.encoder import check_preprocessing, encode, encoder_hash, random_like
 from medvis.methods import MGCA
 from medvis.methods.method import phantom_tokenizer
 from medvis.train import TrainConfig, fit, load_encoder

@@ -14,8 +14,14 @@ from torch import nn
 from medvis.data.prepare import PhantomConfig, prepare_phantom
 from medvis.data.tasks import boxes_in_view, phantom_task
 from medvis.encoders.image import image_encoder
+<<<<<<< HEAD
 from medvis.evaluate import cache, finetune, protocol
 from medvis.evaluate.recipes import LOCALMI, LOVT, MGCA
+=======
+from medvis.evaluate import encoder as room, finetune, linear_probe, protocol
+from medvis.evaluate.encoder import FrozenFeatures
+from medvis.evaluate.recipes import LOCALMI
+>>>>>>> w/feature
 from medvis.evaluate.finetune import Learner, LinearClassifier, Protocol, fit_head
 from medvis.evaluate.predictions import load_predictions
 from medvis.evaluate.protocol import PROTOCOLS, run_one, run_protocol
@@ -57,11 +63,11 @@ def test_company_changes_no_bit(name, options):
     "What the cache rests on: in groups of one size, an image's features do not depend on its place or its neighbours."
     torch.manual_seed(0)
     encoder = image_encoder(name, **options).eval()
-    images = torch.randn(cache.CHUNK, encoder.preprocessing.channels, 64, 64)
+    images = torch.randn(room.CHUNK, encoder.preprocessing.channels, 64, 64)
     with torch.no_grad():
         features, maps = encoder(images), encoder.pyramid(images)
         for _ in range(2):
-            order = torch.randint(0, cache.CHUNK, (cache.CHUNK,))
+            order = torch.randint(0, room.CHUNK, (room.CHUNK,))
             moved = encoder(images[order])
             assert torch.equal(moved.whole, features.whole[order]) and torch.equal(moved.regions, features.regions[order])
         assert all(torch.equal(a, b[order]) for a, b in zip(encoder.pyramid(images[order]), maps))
@@ -91,16 +97,16 @@ def test_cached_and_uncached_runs_agree_to_the_last_bit(head, kind, metric, task
 def test_one_map_is_kept_of_a_vit(tasks, tmp_path):
     vit, rows = image_encoder("tiny_vit").eval(), np.arange(20)
     head = protocol.make_head(Protocol(head="setr"), vit, tasks["masks"])
-    features, plain = (cache.FrozenFeatures(vit, tasks["masks"], head, of) for of in (tmp_path, None))
-    cache.fill(features, rows)
+    features, plain = (FrozenFeatures(vit, tasks["masks"].pack, rows, head.needs, head.levels, of) for of in (tmp_path, None))
+    room.fill(features, rows)
     image, only = features[rows]
     assert len(features.stores) == 1 and torch.equal(only, plain[rows][1]) and image is None
 
 
-def test_an_interrupted_fill_marks_nothing_as_known(tasks, encoder, tmp_path, monkeypatch):
-    head, rows = LinearClassifier(encoder, FINDINGS), np.arange(60)
-    monkeypatch.setattr(cache, "CHUNK", 2)  # blocks of 16 images
-    features = cache.FrozenFeatures(encoder, tasks["labels"], head, tmp_path)
+def test_an_interrupted_fill_goes_on(pack, encoder, tmp_path, monkeypatch):
+    rows = np.arange(60)
+    monkeypatch.setattr(room, "CHUNK", 2)  # blocks of 16 images
+    features = FrozenFeatures(encoder, pack, rows, folder=tmp_path)
     encode, calls = features.encode, []
 
     def stop(chosen):
@@ -111,11 +117,31 @@ def test_an_interrupted_fill_marks_nothing_as_known(tasks, encoder, tmp_path, mo
 
     features.encode = stop
     with pytest.raises(KeyboardInterrupt):
-        cache.fill(features, rows)
-    again = cache.FrozenFeatures(encoder, tasks["labels"], head, tmp_path)
-    assert again.folder == features.folder and not again.known.any()
-    cache.fill(again, rows)
-    assert torch.equal(again[rows], cache.FrozenFeatures(encoder, tasks["labels"], head)[rows])
+        room.fill(features, rows)
+    again = FrozenFeatures(encoder, pack, rows, folder=tmp_path)
+    assert again.folder == features.folder and np.flatnonzero(again.filled).tolist() == list(range(32))
+    missing, encode = [], again.encode
+    again.encode = lambda images: (missing.extend(images), encode(images))[1]
+    room.fill(again, rows)
+    assert missing == list(range(32, 60)) and torch.equal(again[rows], FrozenFeatures(encoder, pack, rows)[rows])
+
+
+@pytest.mark.parametrize("order", [("probe", "protocol"), ("protocol", "probe")])
+def test_probe_and_protocol_find_each_others_features(order, pack, encoder, tmp_path, monkeypatch):
+    "Each image is encoded once, whoever asks first; the probe does not look at the split `validate`. What they say is what they say alone."
+    looked, encode, recipe = [], FrozenFeatures.encode, Protocol("shared", metric="loss", epochs=1, lrs=(1e-3,), seeds=(0,), fractions=(1.0,))
+    task = phantom_task(pack, "labels", FINDINGS, progress=False)
+    doors = {
+        "probe": lambda out, cache: linear_probe(encoder, pack, (1.0,), (0,), baseline=None, resamples=10, out=out / "probe", cache=cache),
+        "protocol": lambda out, cache: run_protocol({"encoder": encoder}, task, recipe, out, cache=bool(cache), progress=False)}
+    asked = {"probe": set(task.rows("train")) | set(task.rows("test")), "protocol": set(range(60))}
+    alone = {name: door(tmp_path / name, None) for name, door in doors.items()}
+    monkeypatch.setattr(FrozenFeatures, "encode", lambda self, images: (looked.extend(images), encode(self, images))[1])
+    for place, name in enumerate(order):
+        looked.clear()
+        pd.testing.assert_frame_equal(doors[name](tmp_path, tmp_path / "features"), alone[name], check_exact=True)
+        assert set(looked) == asked[name] - (asked[order[0]] if place else set()) and len(looked) == len(set(looked)) + (not place)     # one more look, at the first, tells the shapes
+    assert len(list((tmp_path / "features").iterdir())) == 1
 
 
 # ---------------------------------------------------------------- the loop
@@ -129,7 +155,7 @@ def test_fine_tuning_is_what_one_would_write_by_hand(tasks, encoder):
     body, head = copy.deepcopy(encoder), copy.deepcopy(learner.head)
     history = fit_head(learner, 1e-2, train, validate)
 
-    images, answers = cache.read_images(task, np.arange(50), encoder), torch.from_numpy(task.targets[:50])
+    images, answers = room.read_images(encoder, task.pack, np.arange(50)), torch.from_numpy(task.targets[:50])
     entropy = lambda raw, target: head.loss(raw, target).total
     optimizer = torch.optim.Adam([*head.parameters(), *body.parameters()], lr=1e-2, weight_decay=1e-3)
     scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, "min", factor=0.5, patience=0)

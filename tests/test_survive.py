@@ -17,7 +17,7 @@ from medvis.data.pairs import Pairs, collate, epoch_batches
 from medvis.data.phantom import Phantom
 from medvis.data.prepare import PhantomConfig, prepare_phantom
 from medvis.encoders import train_tokenizer
-from medvis.evaluate.cache import open_store, write_rows
+from medvis.evaluate.encoder import open_store, write_rows
 from medvis.methods import MGCA, ConVIRT
 from medvis.methods.method import Losses, phantom_tokenizer
 from medvis.train import Diverged, Run, TrainConfig, fit, load_method

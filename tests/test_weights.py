@@ -18,8 +18,7 @@ from medvis.data.prepare import PhantomConfig, prepare_phantom
 from medvis.encoders import image_encoder, pretrained_encoder, text_encoder
 from medvis.encoders.text import train_tokenizer
 from medvis.evaluate import retrieve
-from medvis.evaluate.cache import open_store
-from medvis.evaluate.classify import encode
+from medvis.evaluate.encoder import encode, open_store
 from medvis.evaluate.predictions import load_predictions
 from medvis.methods import METHODS
 from medvis.methods import method as method_module
@@ -210,7 +209,7 @@ def hostile_npz(path, ran):
 
 def hostile_store(path, ran):
     open_store(path, 3, [(2,)])
-    np.save(path / "known.npy", np.array([Evil(ran)] * 3, dtype=object), allow_pickle=True)
+    np.save(path / "filled.npy", np.array([Evil(ran)] * 3, dtype=object), allow_pickle=True)
 
 
 def hostile_checkpoint(path, ran):
@@ -240,7 +239,7 @@ def test_nothing_is_unpickled_at_any_door(tmp_path, door, make):
 def test_kept_features_are_not_unpickled(tmp_path, pack):
     encoder = image_encoder("tiny_resnet").eval()
     encode(encoder, pack, cache=tmp_path)
-    (kept,) = tmp_path.glob("*.npy")
+    (kept,) = tmp_path.glob("*/0.npy")
     np.save(kept, np.array([Evil(tmp_path / "ran")], dtype=object), allow_pickle=True)
     with pytest.raises(ValueError):
         encode(encoder, pack, cache=tmp_path)

@@ -19,9 +19,9 @@ from ..core.doors import callable_door, lazy_door
 
 # %% ../../nbs/evaluate/00_doors.ipynb #ab1d0f36
 if TYPE_CHECKING:
-    from medvis.evaluate.classify import (
-        check_preprocessing, encode, linear_probe, paired_gain, probe_predictions, probe_table, random_like)
+    from medvis.evaluate.classify import linear_probe, paired_gain, probe_predictions, probe_table
     from medvis.evaluate.detect import YoloV3, yolo_loss
+    from medvis.evaluate.encoder import check_preprocessing, encode, random_like
     from medvis.evaluate.ground import (
         Pointing, contrast_to_noise, ground_phrases, grounding_table, phantom_pointing, phantom_targets,
         pointing_game)

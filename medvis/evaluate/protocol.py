@@ -32,9 +32,8 @@ from ..data.phantom import FINDINGS
 from ..data.prepare import pack_phantom
 from ..data.task_files import read_task
 from ..data.tasks import Task, held_kinds, pack_task, phantom_task
-from .cache import check_fit, fill
-from .classify import encoder_hash, random_like
 from .detect import YoloV3
+from .encoder import check_fit, encoder_hash, fill, random_like
 from .finetune import Learner, LinearClassifier, fit_head, predict
 from .metrics import Boxes
 from .models import as_encoders, check_unseen
@@ -320,7 +319,7 @@ def run_protocol(
         if len(each) != len(protocol.seeds):
             raise ValueError(f"{len(each)} encoders {name!r} for {len(protocol.seeds)} seeds; give one, or one for each seed")
         for encoder in {id(one): one for one in each}.values():
-            check_fit(encoder, task)
+            check_fit(encoder, task.pack, task.images["image"].iloc[0])
             make_head(protocol, encoder, task)
     if protocol.metric != "loss":
         watched(protocol.metric, know_all(task, rows["validate"]))

@@ -27,7 +27,7 @@ from ..data.files import read_csv
 from ..data.pack import Pack
 from ..data.pairs import Sample, collate, tokenise
 from ..data.tasks import label_policy, pack_images, study_targets
-from .classify import about, check_preprocessing, frozen
+from .encoder import about, check_preprocessing, frozen
 from .metrics import classification_table
 from .models import as_method, as_pack, check_unseen
 from .stats import auroc, bootstrap, bootstrap_mean, interval

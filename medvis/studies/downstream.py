@@ -18,7 +18,7 @@ from ..analyse.page import exact_for
 from ..data.pack import Pack
 from ..data.tasks import phantom_task
 from ..evaluate import phantom_pointing
-from ..evaluate.classify import about
+from ..evaluate.encoder import about
 from ..evaluate.protocol import HEADLINE, over_patients, run_protocol
 from ..evaluate.retrieve import retrieve
 from ..evaluate.stats import compare

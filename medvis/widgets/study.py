@@ -26,7 +26,7 @@ from ..data.phantom import Phantom
 from ..data.prepare import pack_phantom
 from ..data.reports import find_words
 from ..data.tasks import pack_boxes
-from ..evaluate.classify import check_preprocessing, frozen
+from ..evaluate.encoder import check_preprocessing, frozen
 from ..evaluate.ground import on_target, phantom_words
 from ..evaluate.models import as_method
 from ..methods.method import Correspondence, Method
