@@ -1,0 +1,100 @@
+"""Report targets: long and strange texts, and the reader of Rad-ReStruct that the benchmark counts with."""
+import importlib.util
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from medvis.data.targets import (
+    LONGEST, STATUSES, TERMS, agreement, exchange_side, exchange_zone, find_mentions, negate_sentence, other_finding_sentence, sentence_targets)
+
+WORDS = ("no", "possible", "prior", "versus", "effusion", "opacity", "nodule", "heart", "is", "enlarged", "normal", "lungs", "clear", "left", "right", "upper", "lobe",
+         "bases", "or", "and", "but", ",", "/", ";", "may", "not", "seen", "has", "resolved", "there", "costophrenic", "angles", "sharp", "XXXX", "é", "5 mm", "lingula")
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.sampled_from(WORDS), max_size=20).map(" ".join))
+def test_any_words_have_targets_of_the_known_kinds(sentence):
+    for name, (status, side, zone) in sentence_targets(sentence).items():
+        assert name in TERMS and status in STATUSES
+        assert side in (None, "left", "right", "bilateral") and zone in (None, "upper", "middle", "lower")
+    if exchanged := exchange_side(sentence):
+        assert exchange_side(exchanged) == sentence
+    if negated := negate_sentence(sentence):
+        assert {status for status, *_ in sentence_targets(negated).values()} == {"negated"}
+    if other := other_finding_sentence(sentence, "Mass"):
+        assert set(sentence_targets(other)) == {"Mass"}
+    exchange_zone(sentence)
+
+
+@pytest.mark.parametrize("piece", ["no left effusion, ", "heart ", "lungs a b c ", "opacity and ", "there is ", "a" * 50, "costophrenic x ", "not ", "left ", "prior / "])
+def test_time_grows_with_the_length_of_the_text(piece):
+    "Eight times the text may take sixteen times as long, not sixty-four; and so long a text at all is read in seconds."
+    def seconds(count: int) -> float:
+        start = time.process_time()
+        find_mentions.__wrapped__(piece * count)
+        return time.process_time() - start
+    count = 4_000 // len(piece)
+    seconds(10)
+    short, long = min(seconds(count) for _ in range(3)), seconds(8 * count)
+    assert long < 16 * short + 0.1
+
+
+def test_a_cue_reaches_no_further_than_a_clause():
+    far = "no effusion" + " and more words" * (LONGEST // 10) + " and a nodule"
+    assert sentence_targets(far)["Pleural Effusion"][0] == "negated" and sentence_targets(far)["Nodule"][0] == "asserted"
+
+
+@pytest.mark.parametrize("sentence, name, target", [
+    ("Blunting of the costophrenic angles by small effusions.", "Pleural Effusion", ("asserted", "bilateral", "lower")),
+    ("Right PICC ends in the mid SVC.", "Support Devices", ("asserted", "right", None)),
+    ("Leads in the right atrium and ventricle from a left pacemaker.", "Support Devices", ("asserted", "left", None)),
+    ("Lingular scar.", "Scar", ("asserted", "left", "middle")),
+    ("Neither effusion nor pneumothorax is present.", "Pneumothorax", ("negated", None, None)),
+    ("No evidence of consolidation, large effusion/pneumothorax.", "Pneumothorax", ("negated", None, None)),
+    ("Evaluation for pneumothorax is limited.", "Pneumothorax", ("uncertain", None, None)),
+    ("The previously seen tubes and lines have been removed.", "Support Devices", ("negated", None, None)),
+    ("Compared to the prior film a left nodule is new.", "Nodule", ("asserted", "left", None)),
+    ("Consolidation has cleared only partially.", "Consolidation", ("asserted", None, None)),
+    ("Trace pleural fluid is difficult to exclude.", "Pleural Effusion", ("uncertain", None, None)),
+    ("Effusion, right greater than left.", "Pleural Effusion", ("asserted", "bilateral", None)),
+    ("Subcutaneous emphysema and a joint effusion.", "Emphysema", None),
+])
+def test_single_sentences(sentence, name, target):
+    assert sentence_targets(sentence).get(name) == target
+
+
+def test_agreement_of_nothing():
+    none = pd.Series([None], dtype=object)
+    line = agreement(none, none, pd.Series(["a"])).loc["all"]
+    assert line[["found", "true", "both"]].tolist() == [0, 0, 0] and line[["precision", "recall"]].isna().all()
+
+
+@pytest.fixture(scope="module")
+def benchmark():
+    path = Path(__file__).resolve().parents[1] / "benchmarks" / "targets.py"
+    spec = importlib.util.spec_from_file_location("benchmark_targets", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_rad_restruct_is_read(benchmark):
+    none, many = {"infos": {}, "instances": []}, lambda *instances: {"infos": {}, "instances": list(instances)}
+    report = [{"area": "respiratory system", "sub_areas": {
+        "lung": {"signs": {"opacity": many({"body_region": ["left lower lobe"]}, {"body_region": ["right lower lobe", "middle lobe"]}), "markings": many({"body_region": None})},
+                 "diseases": {"nodule": many({"body_region": ["middle lobe"]}), "mass": none},
+                 "body_regions": {"lung": many({"localization": ["unspecified"], "degree": ["hyperdistention"]})}},
+        "pleura": {"signs": {"thickening": many({"body_region": ["apex"], "localization": ["right"]})}}}}]
+    assert benchmark.structured(report) == {
+        "Lung Opacity": ("asserted", "bilateral", None), "Nodule": ("asserted", None, "middle"), "Hyperinflation": ("asserted", None, None),
+        "Pleural Thickening": ("asserted", "right", "upper")}
+    rows = benchmark.table({"CXR1": {"Nodule": ("asserted", "left", "middle")}}, {"CXR1": {"Mass": ("asserted", None, None)}})
+    assert rows[["finding", "status", "true"]].fillna("").to_numpy().tolist() == [["Mass", "", "asserted"], ["Nodule", "asserted", ""]]
+
+
+def test_the_halves_do_not_move(benchmark):
+    assert [benchmark.half(f"CXR{number}") for number in range(1, 9)] == ["develop", "develop", "report", "report", "report", "report", "develop", "report"]
