@@ -24,7 +24,7 @@ class Registry(dict):
     valid : Callable[[Any], bool]
         whether something is one
     entries : Mapping[str, Any]
-        those of medvis
+        those of medvis; text is module:attribute, imported when it is asked for
     """
 
     def __init__(
@@ -32,7 +32,7 @@ class Registry(dict):
         kind: str,                          # what an entry is, for messages
         expected: str,                      # what one must be, for messages
         valid: Callable[[Any], bool],       # whether something is one
-        entries: Mapping[str, Any],         # those of medvis
+        entries: Mapping[str, Any],         # those of medvis; text is module:attribute, imported when it is asked for
     ):
         super().__init__(entries)
         self.kind, self.expected, self.valid = kind, expected, valid
@@ -53,7 +53,7 @@ class Registry(dict):
     def find(self, name: str, origin: str | None = None) -> Any:
         "The entry of a name, else what stands at its origin (module:attribute), which is imported. ValueError says what is missing."
         if name in self:
-            return self[name]
+            return resolve_name(self[name]) if isinstance(self[name], str) else self[name]
         origin = str(name) if origin is None and ":" in str(name) else origin
         if origin is None:
             raise ValueError(f"unknown {self.kind} {name!r}; choose from {', '.join(self)}, or import the module that registers it")

@@ -276,6 +276,7 @@ IMAGE_ENCODERS = Registry("image encoder", "a function that makes one: (**option
     "tiny_resnet_fine": _tiny_resnet_fine,
     "small_resnet_fine": _small_resnet_fine,
     "tiny_vit": _tiny_vit,
+    "efficientnet_lite0": "medvis.encoders.small:efficientnet_lite0",
 })
 
 # %% ../../nbs/encoders/03_image.ipynb #7cf6f587
@@ -297,7 +298,10 @@ def register_encoder(
 
 # %% ../../nbs/encoders/03_image.ipynb #fa18b532
 def _pretrained_state(name: str, weights: str) -> dict[str, Tensor]:
-    "The published ImageNet weights of a full-size encoder; needs the network or a filled cache."
+    "The published ImageNet weights of an encoder: its own, from where it knows; else needs the network or a filled cache."
+    own = getattr(IMAGE_ENCODERS.find(name), "published", {})
+    if weights in own:
+        return own[weights]()
     try:
         if name == "resnet50":
             version = {"imagenet": "IMAGENET1K_V1", "imagenet-v2": "IMAGENET1K_V2"}[weights]

@@ -272,7 +272,7 @@ def architecture_of(
     ours = [name for name in IMAGE_ENCODERS if name not in IMAGE_ENCODERS.origins]
     for name in ours:
         with torch.device("meta"):
-            body = IMAGE_ENCODERS[name]().body
+            body = IMAGE_ENCODERS.find(name)().body
         try:
             load_weights(body, {key: value.to("meta") for key, value in state.items()}, origin)
             return name
