@@ -14,14 +14,9 @@ from torch import nn
 from medvis.data.prepare import PhantomConfig, prepare_phantom
 from medvis.data.tasks import boxes_in_view, phantom_task
 from medvis.encoders.image import image_encoder
-<<<<<<< HEAD
-from medvis.evaluate import cache, finetune, protocol
-from medvis.evaluate.recipes import LOCALMI, LOVT, MGCA
-=======
 from medvis.evaluate import encoder as room, finetune, linear_probe, protocol
 from medvis.evaluate.encoder import FrozenFeatures
-from medvis.evaluate.recipes import LOCALMI
->>>>>>> w/feature
+from medvis.evaluate.recipes import LOCALMI, LOVT, MGCA
 from medvis.evaluate.finetune import Learner, LinearClassifier, Protocol, fit_head
 from medvis.evaluate.predictions import load_predictions
 from medvis.evaluate.protocol import PROTOCOLS, run_one, run_protocol
