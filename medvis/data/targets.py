@@ -374,10 +374,10 @@ def agreement(
     table.loc["all"] = counts.sum()
     return table.assign(precision=table["both"] / table["found"], recall=table["both"] / table["true"])
 
-# %% ../../nbs/data/16_targets.ipynb #e8f9b107
+# %% ../../nbs/data/16_targets.ipynb #901b9898
 OPPOSITES = {"left": "right", "upper": "lower", "apex": "base", "apices": "bases", "apical": "basilar"}
 OPPOSITES |= {two: one for one, two in OPPOSITES.items()} | {"basal": "apical"}
-_SIDE = re.compile(r"\b(?:left|right)\b(?! clinical)", re.IGNORECASE)
+_SIDE = re.compile(r"\b(?:left|right)\b(?! clinical| atri| ventric)", re.IGNORECASE)
 _ZONE = re.compile(r"\b(?:upper|lower|apex|base|apices|bases|apical|basilar|basal)\b(?! limit)", re.IGNORECASE)
 
 # %% ../../nbs/data/16_targets.ipynb #da5ed32f
@@ -387,9 +387,9 @@ def _exchanged(sentence: str, words: re.Pattern) -> str | None:
         return new.upper() if found[0].isupper() else new.capitalize() if found[0][0].isupper() else new
     return words.sub(opposite, sentence) if words.search(sentence) else None
 
-# %% ../../nbs/data/16_targets.ipynb #d22a5156
+# %% ../../nbs/data/16_targets.ipynb #53650f7f
 def exchange_side(sentence: str) -> str | None:
-    "The same sentence with left and right exchanged; None if it names neither, or the lingula, which the right lung has not."
+    "The same sentence with left and right exchanged; Chambers of the heart keep theirs. None if it names neither, or the lingula, which the right lung has not."
     return None if re.search(r"lingula", sentence, re.IGNORECASE) else _exchanged(sentence, _SIDE)
 
 # %% ../../nbs/data/16_targets.ipynb #569fd62a
