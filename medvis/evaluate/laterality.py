@@ -22,7 +22,7 @@ from ..data.pack import Pack
 from ..data.phrases import Phrase
 from ..data.prepare import pack_phantom
 from ..data.targets import exchange_side, exchange_zone, report_targets
-from .classify import about, check_preprocessing, frozen
+from .encoder import about, check_preprocessing, frozen
 from .ground import phrase_maps, strangers
 from .models import as_method, as_pack, check_unseen
 from .stats import interval, resample
