@@ -6,8 +6,8 @@
 __all__ = ['learning_rate', 'parameter_groups', 'name_method', 'open_run', 'read_log', 'find_kind', 'Provenance',
            'note_provenance', 'load_method', 'is_run', 'load_encoder', 'Run', 'load_run', 'summed', 'anywhere',
            'from_all', 'on_main', 'optimise', 'validate', 'cut_log', 'append_log', 'leave_group', 'make_accelerator',
-           'Trainer', 'save', 'restore', 'take_step', 'train_epoch', 'validate_epoch', 'diagnose_epoch', 'end_epoch',
-           'hold_run', 'fit', 'trained_on', 'Schedule']
+           'frozen_maps', 'Trainer', 'save', 'restore', 'take_step', 'train_epoch', 'validate_epoch', 'diagnose_epoch',
+           'end_epoch', 'hold_run', 'fit', 'trained_on', 'Schedule']
 
 # %% ../../nbs/train/05_loop.ipynb #27fcb0f8
 import atexit
@@ -38,6 +38,7 @@ from ..core.randomness import counter_seed
 from ..data.pack import Pack
 from ..data.pairs import Batch, Pairs, collate, epoch_batches
 from ..data.view import View
+from ..encoders.frozen import FrozenImages, cache_images
 from ..encoders.image import IMAGE_ENCODERS, image_encoder, load_weights
 from ..encoders.pretrained import architecture_of, is_pretrained, pretrained_encoder
 from ..encoders.weights import read_state
@@ -508,6 +509,14 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     precision = "no" if cpu and config.precision == "fp16" else config.precision
     return Accelerator(mixed_precision=precision, cpu=cpu, kwargs_handlers=[ddp])
 
+# %% ../../nbs/train/05_loop.ipynb #ec740e8e
+def frozen_maps(method: Method, data: Pack, config: TrainConfig, accelerator: Accelerator) -> FrozenImages | None:
+    "What the frozen tower of a method sees of a Pack, computed once; None if it has none, or images are augmented."
+    tower = getattr(method.image_encoder, "tower", None)
+    if tower is None or config.augment != "none":
+        return None
+    return on_main(accelerator, lambda: bool(cache_images(tower, data, progress=config.progress))) and cache_images(tower, data)
+
 # %% ../../nbs/train/05_loop.ipynb #ab57665d
 @dataclass
 class Trainer:
@@ -539,7 +548,7 @@ class Trainer:
         room = getattr(method.text_encoder.body.config, "max_position_embeddings", c.max_tokens)
         if c.max_tokens > room:
             raise ValueError(f"max_tokens is {c.max_tokens}; the text encoder {method.config.text} reads at most {room}")
-        settings = dict(preprocessing=method.preprocessing, tokenizer=method.tokenizer, view=c, seed=c.seed)
+        settings = dict(preprocessing=method.preprocessing, tokenizer=method.tokenizer, view=c, seed=c.seed, maps=frozen_maps(method, self.data, c, self.accelerator))
         self.pairs = {split: Pairs(self.data, split=split, train=split == "train", **settings) for split in ("train", "validate")}
         if len(self.pairs["train"]) == 0:
             raise ValueError(f"{self.data.path} has no study with text in its train split")
