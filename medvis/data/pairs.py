@@ -206,7 +206,7 @@ class Batch:
     Parameters
     ----------
     image : Tensor
-        (B, C, H, W) float32
+        (B, C, H, W) float32; or what a frozen tower saw of them
     input_ids : Tensor
         (B, T) int64
     attention_mask : Tensor
@@ -223,7 +223,7 @@ class Batch:
         name -> (B,) float32: 1, 0, -1, nan
     rejects : list[tuple[str, str]], default: field(default_factory=list)
     """
-    image: Tensor            # (B, C, H, W) float32
+    image: Tensor            # (B, C, H, W) float32; or what a frozen tower saw of them
     input_ids: Tensor        # (B, T) int64
     attention_mask: Tensor   # (B, T) int64
     word_index: Tensor       # (B, T) int64 word of every token, -1 = none
@@ -397,6 +397,8 @@ class Pairs(Dataset):
     seed : int, default: 0
     need_text : bool, default: True
         leave out studies without a report
+    maps : default: None
+        what a frozen tower saw, `maps.map(row)`: it takes the place of an image that is not augmented
     """
 
     def __init__(
@@ -405,10 +407,11 @@ class Pairs(Dataset):
         train: bool = False,
         seed: int = 0,
         need_text: bool = True,          # leave out studies without a report
+        maps=None,                       # what a frozen tower saw, `maps.map(row)`: it takes the place of an image that is not augmented
     ):
         pack.check(["images.u8"])        # a damaged file is no damaged picture among others: told before any work
         self.pack, self.tokenizer, self.preprocessing, self.view = pack, tokenizer, preprocessing, view
-        self.train, self.seed = train, seed
+        self.train, self.seed, self.maps = train, seed, maps
         self.items = select_samples(pack.studies, split, view.per, need_text)
         self.patients = pack.studies["patient_id"].astype("category").cat.codes.to_numpy()
         self.labels, self._reports = pack.labels.to_dict("records"), {}
@@ -440,6 +443,8 @@ class Pairs(Dataset):
             if self.train and self.view.per == "study":
                 views = self.pack.studies["image_rows"].iloc[row]
                 image = int(views[int(torch.randint(len(views), ()))])
+            if self.maps is not None:
+                return self.maps.map(image)
             return self._transform(torch.from_numpy(np.array(self.pack.image(image)))[None])
 
     def __getitem__(self, key: int | tuple[int, int]) -> Sample:

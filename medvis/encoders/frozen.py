@@ -41,7 +41,8 @@ def _written(partial: Path, widths: dict[str, int]) -> int:
 # %% ../../nbs/encoders/08_frozen.ipynb #788691a2
 def _append(file: Path, values: np.ndarray) -> None:
     "Add rows in half precision, and see them on the disk. OSError names the file when that is full, ValueError when they do not fit."
-    half = values.astype(np.float16)
+    with np.errstate(over="ignore"):
+        half = values.astype(np.float16)
     if not np.isfinite(half).all():
         raise ValueError(f"{file} would hold features that are no numbers in half precision: is the encoder damaged?")
     with naming(file), open(file, "ab") as stream:
@@ -196,8 +197,9 @@ def cache_images(
     @torch.no_grad()
     def look(rows: np.ndarray):
         padded = np.resize(rows, CHUNK)     # always as many: the last bit of a sum may depend on it
-        seen = encoder(torch.stack([read_view(pack, encoder.preprocessing, row % count, row // count, augment) for row in padded.tolist()]))
-        return {"regions": seen.regions[: len(rows)].numpy(), "whole": seen.whole[: len(rows)].numpy()}, seen.grid
+        images = torch.stack([read_view(pack, encoder.preprocessing, row % count, row // count, augment) for row in padded.tolist()])
+        seen = encoder(images.to(next(encoder.parameters()).device))
+        return {name: getattr(seen, name)[: len(rows)].cpu().numpy() for name in ("regions", "whole")}, seen.grid
 
     if folder.exists():
         return FrozenImages(folder)

@@ -277,6 +277,7 @@ IMAGE_ENCODERS = Registry("image encoder", "a function that makes one: (**option
     "small_resnet_fine": _small_resnet_fine,
     "tiny_vit": _tiny_vit,
     "efficientnet_lite0": "medvis.encoders.small:efficientnet_lite0",
+    "efficientnet_lite0_frozen": "medvis.encoders.tower:efficientnet_lite0_frozen",
 })
 
 # %% ../../nbs/encoders/03_image.ipynb #7cf6f587

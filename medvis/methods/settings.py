@@ -381,9 +381,12 @@ _MIXTURE_MI_TINY_RECIPE = dict(
 
 _MIXTURE_MI_SMALL = dict(_MIXTURE_MI_TINY, image="small_resnet_fine")
 _MIXTURE_MI_SMALL_RECIPE = dict(_MIXTURE_MI_TINY_RECIPE, epochs=8)
+_MIXTURE_MI_LAPTOP = dict(
+    image="efficientnet_lite0_frozen", layer=None, text="minilm", freeze_text=6, hidden=256, dim=128)    # needs medvis[small]
+_MIXTURE_MI_LAPTOP_RECIPE = dict(_MIXTURE_MI_TINY_RECIPE, lr=1e-3, epochs=4, augment="none", per="image")
 MIXTURE_MI_PRESETS = {
     "full": ({}, _MIXTURE_MI_FULL_RECIPE), "small": (_MIXTURE_MI_SMALL, _MIXTURE_MI_SMALL_RECIPE),
-    "tiny": (_MIXTURE_MI_TINY, _MIXTURE_MI_TINY_RECIPE)}
+    "laptop": (_MIXTURE_MI_LAPTOP, _MIXTURE_MI_LAPTOP_RECIPE), "tiny": (_MIXTURE_MI_TINY, _MIXTURE_MI_TINY_RECIPE)}
 
 # %% ../../nbs/methods/01_settings.ipynb #685f7276
 SETTINGS: dict[str, tuple[type[MethodConfig], dict[str, tuple[dict, dict]]]] = {    # method -> dataclass, presets: what is built, how it is trained

