@@ -78,7 +78,7 @@ def parts(out: Path) -> int:
     return len(list(Path(f"{out}.partial/parts").glob("*.json")))
 
 
-BETWEEN = "real = build.write_bytes\ndef slow(path, data):\n    real(path, data)\n    time.sleep(0.2 if path.suffix == '.u8' else 0)\nbuild.write_bytes = slow"
+BETWEEN = "real = build.write_atomic\ndef slow(path, data):\n    real(path, data)\n    time.sleep(0.2 if path.suffix == '.u8' else 0)\nbuild.write_atomic = slow"
 ASSEMBLY = "real = build._manifest\nbuild._manifest = lambda *a: (time.sleep(5), real(*a))[1]"
 RENAMED = "real = build.shutil.rmtree\nbuild.shutil.rmtree = lambda f, **k: (time.sleep(5 if (f / 'parts').exists() else 0), real(f, **k))"
 MOMENTS = {

@@ -112,7 +112,7 @@ POINTS = {
     "in validation": (die_at_call(loop, "validate", 2), {}),
     "between the best weights and the checkpoint": (die_at_call(loop.Trainer, "save", 5), {}),
     "in a checkpoint write": (die_in_write(3), {}),
-    "before a checkpoint's rename": (die_at_call(checkpoint.os, "replace", 6), {}),
+    "before a checkpoint's rename": (die_at_call(os, "replace", 6), {}),
 }
 
 
