@@ -46,6 +46,7 @@ test: .venv/.dev
 	@echo "== in step, house style, lint"
 	@pytest -q tests/test_sync.py tests/test_house.py
 	@ruff check medvis tests tools setup.py
+	@ruff check --select F821 nbs
 	@echo "== notebooks"
 	@timeout 1300 nbdev_test --n_workers 2 --timing
 	@echo "== tests, and the notebooks replayed against the installed module, on other kernels"
