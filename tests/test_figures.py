@@ -158,7 +158,16 @@ SAID = [Sentence("There is a small nodule.", 0, [(0, 5, None), (6, 8, None), (9,
         Sentence("A large & right effusion below.", 1, [(0, 1, None), (2, 7, 1), (10, 15, 1), (16, 24, 1), (25, 30, None)]),
         Sentence("Nodule .", 0, [(0, 6, 0)], "impression")]
 STUDY = PhantomStudy(IMAGE, "report", "p", "phantom-0000003", "PA", {}, {}, FOUND, SAID)
-PLANTED = {3: STUDY, 5: PhantomStudy(IMAGE.T, "report", "p", "phantom-0000005", "PA", {}, {}, FOUND[:1], SAID[:1])}
+
+
+class Planted(dict):
+    "A phantom of few studies, by number or by id."
+
+    def study(self, study_id):
+        return self[int(study_id.rpartition("-")[2])]
+
+
+PLANTED = Planted({3: STUDY, 5: PhantomStudy(IMAGE.T, "report", "p", "phantom-0000005", "PA", {}, {}, FOUND[:1], SAID[:1])})
 WORD_MAPS = pd.DataFrame([
     {"study": f"phantom-{study:07d}", "word": word, "text": text, "finding": finding, "side": 4, "inside": 0.25 + 0.1 * word, "area": 0.125, "hit": word % 2,
      "map": (waves(16, phase=word + study) * 0.1 * (word + 1)).astype(np.float16)}
@@ -177,7 +186,7 @@ RESULTS = pd.DataFrame([{"family": family, "protocol": family, "fraction": fract
 LOCAL = pd.DataFrame({"x": waves(8), "y": waves(8, phase=2), "kind": np.repeat(KINDS, 2)})
 RUN = SimpleNamespace(path=Path("runs/a b"), config={"method": "lovt", "preset": "tiny"}, diagnostics=DIAGNOSTICS,
                       manifest={"data": {"path": "pack"}, "seed": 3, "packages": {"torch": "2", "timm": None, "numpy": "1"}, "python": "3.11", "processor": "Zen", "threads": 1})
-DATA = {kind: SimpleNamespace(studies=pd.DataFrame({"split": ["train"] * 1200 + ["test"]}), manifest={"source": {"kind": kind}}, path=Path("packs/mine")) for kind in ("phantom", "folder")}
+DATA = {kind: SimpleNamespace(studies=pd.DataFrame({"split": ["train"] * 1200 + ["test"]}), manifest={"source": {"kind": kind, "size": 64, "seed": 0}}, path=Path("packs/mine")) for kind in ("phantom", "folder")}
 
 
 class Rates:

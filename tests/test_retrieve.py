@@ -283,11 +283,11 @@ def test_zero_shot_tables_by_hand():
     nothing = retrieve.zero_shot_table(pairs, truth * np.nan, resamples=5)
     assert nothing["value"].isna().all() and set(nothing["finding"]) == {"Edema", "Nodule"}
     assert retrieve.class_table(pairs, np.full(50, ""))["value"].isna().all()
-    with pytest.raises(ValueError, match="'Effusion' is no finding with names"):
+    with pytest.raises(ValueError, match="unknown finding with names for its prompts 'Effusion'"):
         retrieve.prompt_table(["Effusion"])
-    with pytest.raises(ValueError, match="'Mass' is no finding of the prompts"):
+    with pytest.raises(ValueError, match="unknown finding of the prompts 'Mass'"):
         retrieve.class_table(pairs, np.array(["Mass"] * 50))
-    with pytest.raises(ValueError, match="'median' is no way"):
+    with pytest.raises(ValueError, match="unknown way to combine prompts 'median'"):
         retrieve.finding_scores(pairs, combine="median")
 
 

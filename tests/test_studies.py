@@ -99,7 +99,7 @@ def test_a_subject_is_trained_and_measured_once(data, tmp_path, monkeypatch):
     monkeypatch.setattr(grounding, "fit", fit)
     config = GroundingConfig(out=tmp_path, subjects=("untrained", "convirt"), seeds=(5,), studies=120, progress=False)
     monkeypatch.setattr(grounding, "prepare_phantom", lambda settings: asked.append((settings.out, settings.studies, settings.size, settings.seed, settings.progress)) or data)
-    told = grounding.grounding(config)
+    told = grounding.run_grounding(config)
     assert asked == [(tmp_path / "pack", 120, 64, 0, False), (["untrained"], (0.01, 0.1, 1.0), (0, 1, 2)),
                      ("ConVIRT", str(tmp_path / "runs" / "convirt-5"), 5, False), (["convirt"], (0.01, 0.1, 1.0), (0, 1, 2))]
     assert set(told.index) == {"untrained", "convirt"} and told.auroc.tolist() == [0.7, 0.7] and told.random.tolist() == [0.5, 0.5]
@@ -127,7 +127,7 @@ def test_the_demo_goes_the_whole_way(tmp_path, data, monkeypatch, capsys):
     monkeypatch.setattr(demo.pd, "read_parquet", lambda path: asked.update(read=path))
     monkeypatch.setattr(demo, "show_run", lambda run, pack, pointing, command: asked.update(shown=command) or tmp_path / "page.html")
     config = DemoConfig(out=tmp_path, method="lovt", studies=120, epochs=2, seed=7, progress=False)
-    assert demo.demo(config) == tmp_path / "page.html"
+    assert demo.run_demo(config) == tmp_path / "page.html"
     assert asked == {"pack": (tmp_path / "pack", 120, 7, False), "fit": ("LoVT", str(tmp_path / "run"), 7, False, 1, 2), "shown": demo.demo_command(config),
                      "probe": (["lovt"], tmp_path / "run" / "probe", tmp_path / "features"), "read": tmp_path / "run" / "probe" / "predictions.parquet"}
     said = capsys.readouterr().out
