@@ -18,7 +18,7 @@ from medvis.evaluate import evaluate, linear_probe, probe_predictions, prompt_ta
 from medvis.evaluate.ground import ground, ground_phrases, grounding_table
 from medvis.evaluate.models import as_method, check_unseen
 from medvis.evaluate.retrieve import PairScores, retrieve, zero_shot_targets
-from medvis.train import TrainConfig, fit, load_encoder
+from medvis.train import TrainConfig, create_method, fit, load_encoder
 from medvis.train.checkpoint import write_json
 from medvis.train.run import Run
 
@@ -164,7 +164,9 @@ def test_leaks_are_refused_at_every_door(home, data, tmp_path):
     vars(trained.image_encoder).pop("provenance")
     trained.recipe, trained.preset = method.recipe, "tiny"
     fit(trained, data, TrainConfig(run=tmp_path / "again", epochs=1, batch_size=16, progress=False, **trained.recipe))
-    for model in (method, trained):
+    begun = create_method("convirt", init=home / "run", hidden=16, dim=8)      # goes on from that run, on whatever data
+    assert fit(begun, other, TrainConfig.of(begun, tmp_path / "more", epochs=1, batch_size=16, progress=False)).manifest["init"] == [method.provenance.data]
+    for model in (method, trained, begun):
         doors = {"probe": lambda: linear_probe({"it": model}, other, **PROBE), "encoder": lambda: linear_probe(model.image_encoder, other, **PROBE),
                  "retrieve": lambda: retrieve(model, other), "zero-shot": lambda: zero_shot(model, other),
                  "evaluate": lambda: evaluate({"it": model}, other, "tiny-linear", tmp_path / "out", progress=False),

@@ -8,6 +8,7 @@ __all__ = ['as_method', 'as_encoder', 'as_encoders', 'as_pack', 'check_unseen']
 # %% ../../nbs/evaluate/03_models.ipynb #d0d03fbb
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from os import PathLike, fspath
 from pathlib import Path
 
@@ -127,13 +128,14 @@ def check_unseen(
     allow_leaks : bool, default: False
     progress : bool, default: True
     """
-    for provenance in {one.run: one for model in models if (one := getattr(model, "provenance", None))}.values():
+    provenances = {one.run: one for model in models if (one := getattr(model, "provenance", None))}.values()
+    for seen in (replace(one, data=data) for one in provenances for data in (one.data, *one.init)):
         try:
-            trained = trained_on(provenance)
+            trained = trained_on(seen)
         except ValueError:
             trained = None
         if trained is not None:
             guard_measured(pack, trained, allow_leaks, progress)
-        elif provenance.data["hash"] not in (pack.manifest["hash"], *pack.manifest.get("guard", {}).get("against", ())):
-            warnings.warn(f"{provenance.run} was trained on a Pack that is not at {provenance.data['path']} any more: nobody can tell "
+        elif seen.data["hash"] not in (pack.manifest["hash"], *pack.manifest.get("guard", {}).get("against", ())):
+            warnings.warn(f"{seen.run} was trained on a Pack that is not at {seen.data['path']} any more: nobody can tell "
                           f"whether it saw images of {pack.path}", stacklevel=3)

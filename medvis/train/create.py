@@ -16,7 +16,7 @@ from ..data.pack import Pack
 from ..encoders.text import TEXT_CONFIGS, train_tokenizer
 from ..methods import METHODS
 from ..methods.method import Method
-from .run import load_method
+from .run import load_method, note_provenance
 
 # %% ../../nbs/train/08_create.ipynb #0c83f7c4
 def pack_tokenizer(data: Pack) -> PreTrainedTokenizerFast:
@@ -45,6 +45,7 @@ def _continue(kind: type[Method], preset: str, init: str | Path, changes: dict) 
         method.load_state_dict(start.state_dict())
     except RuntimeError as error:
         raise ValueError(f"{init} does not fit these settings: {_differences(start, method) or str(error).splitlines()[-1].strip()}") from error
+    note_provenance(method, start.provenance)
     return method
 
 # %% ../../nbs/train/08_create.ipynb #6b1a25c7

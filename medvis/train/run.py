@@ -73,6 +73,8 @@ def open_run(
     told = json.loads(json.dumps(told, default=str))
     told_data = {"hash": data.manifest["hash"], "path": str(data.path), "absolute": str(data.path.resolve()), "fit": data.manifest["source"].get("fit")}
     manifest = {"data": told_data, "seed": config.seed, "processes": processes, **describe_machine()}
+    if (start := getattr(method, "provenance", None)) is not None:
+        manifest["init"] = [start.data, *start.init]
     there = config.run / "config.json"
     if there.exists():
         old, old_manifest = read_settings(there, "method", "config", "train"), read_settings(config.run / "manifest.json", "data")
@@ -165,9 +167,12 @@ class Provenance:
     run : Path
     data : dict[str, Any]
         `data` of the run's manifest: hash, path and absolute path of the Pack
+    init : tuple[dict[str, Any], ...], default: ()
+        the same of the runs that it started from: their Packs were seen too
     """
     run: Path
-    data: dict[str, Any]   # `data` of the run's manifest: hash, path and absolute path of the Pack
+    data: dict[str, Any]                    # `data` of the run's manifest: hash, path and absolute path of the Pack
+    init: tuple[dict[str, Any], ...] = ()   # the same of the runs that it started from: their Packs were seen too
 
 # %% ../../nbs/train/05_run.ipynb #73130143
 def note_provenance(method: Method, provenance: Provenance) -> None:
@@ -208,7 +213,7 @@ def load_method(
     method.config, method.preset = kind.Config(**told["config"]), told.get("preset")
     method.recipe = {key: value for key, value in told["train"].items() if key in View.__dataclass_fields__}
     method.image_encoder.preprocessing = replace(method.preprocessing, fit=noted["data"].get("fit"))
-    note_provenance(method, Provenance(path, noted["data"]))
+    note_provenance(method, Provenance(path, noted["data"], tuple(noted.get("init", ()))))
     return method.eval()
 
 # %% ../../nbs/train/05_run.ipynb #308b2f1b
@@ -235,7 +240,7 @@ class Run:
 
     @property
     def provenance(self) -> Provenance:
-        return Provenance(self.path, self.manifest["data"])
+        return Provenance(self.path, self.manifest["data"], tuple(self.manifest.get("init", ())))
 
     @property
     def metrics(self) -> pd.DataFrame:
