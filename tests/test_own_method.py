@@ -102,7 +102,7 @@ def forget(names: tuple[str, ...] = ("their_package.own", "their_package", "sigl
     "Take what the stranger's modules registered out of the lists, and the modules out of this process."
     for registry in (METHODS, IMAGE_ENCODERS, DATASETS):
         for name in [*registry.origins]:
-            del registry[name], registry.origins[name]
+            registry.remove(name)
             SETTINGS.pop(name, None)
     for name in names:
         sys.modules.pop(name, None)
@@ -252,7 +252,8 @@ def test_what_a_notebook_defined(home, own, tmp_path, monkeypatch):
     method = create_method("noted", data=pack)
     run = fit(method, pack, TrainConfig.of(method, tmp_path / "run", progress=False))
     assert type(run.method()) is kind
-    del METHODS["noted"], METHODS.origins["noted"], SETTINGS["noted"]
+    METHODS.remove("noted")
+    del SETTINGS["noted"]
     with pytest.raises(ValueError, match="the method 'noted' is __main__:Noted, and was defined in a notebook or script: run its definition first"):
         run.method()
     monkeypatch.setattr(sys.modules["__main__"], "Noted", kind, raising=False)

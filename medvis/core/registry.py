@@ -50,6 +50,10 @@ class Registry(dict):
             raise ValueError(f"there is a {self.kind} {name!r} already ({self.origins.get(name, 'one of medvis')}): choose another name for {origin}")
         self[name], self.origins[name] = self._checked(entry, origin), origin
 
+    def remove(self, name: str) -> None:
+        "Take an entry that was added out again. KeyError for one that was not."
+        del self.origins[name], self[name]
+
     def find(self, name: str, origin: str | None = None) -> Any:
         "The entry of a name, else what stands at its origin (module:attribute), which is imported. ValueError says what is missing."
         if name in self:

@@ -198,6 +198,7 @@ class Method(nn.Module):
     presets: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {}  # name -> (configuration, training recipe)
     least_batch = 2                 # samples of one batch, so that there is something to contrast with
     shared_space = True             # whether the vectors of `pair_vectors` live in one space, so that their distance has a meaning
+    provenance: Any = None          # the run and data that the weights come from, noted by `fit` and `load_method`
     vocabulary_of: str | None = None    # hash of the Pack that `create_method` took the words from; None = they were given
 
     def __init__(self, config: MethodConfig, tokenizer: PreTrainedTokenizerBase | None = None, **pooling):
@@ -205,8 +206,7 @@ class Method(nn.Module):
         check_choice("rule for negatives", config.negatives, NEGATIVES)
         self.config, self.recipe, self.preset, self.prototypes = config, {}, None, None   # prototypes (K, D): in the space of `pair_vectors`
         self.image_encoder = image_encoder(config.image, config.image_weights, **config.image_options)
-        self.text_encoder = text_encoder(
-            config.text, tokenizer, config.text_layers, config.freeze_text, config.text_weights, **pooling)
+        self.text_encoder = text_encoder(config.text, tokenizer, config.text_layers, config.freeze_text, config.text_weights, **pooling)
 
     @classmethod
     def from_preset(cls, preset: str, tokenizer: PreTrainedTokenizerBase | None = None, **changes) -> "Method":

@@ -73,8 +73,8 @@ def open_run(
     told = json.loads(json.dumps(told, default=str))
     told_data = {"hash": data.manifest["hash"], "path": str(data.path), "absolute": str(data.path.resolve()), "fit": data.manifest["source"].get("fit")}
     manifest = {"data": told_data, "seed": config.seed, "processes": processes, **describe_machine()}
-    if (start := getattr(method, "provenance", None)) is not None:
-        manifest["init"] = [start.data, *start.init]
+    if method.provenance is not None:
+        manifest["init"] = [method.provenance.data, *method.provenance.init]
     there = config.run / "config.json"
     if there.exists():
         old, old_manifest = read_settings(there, "method", "config", "train"), read_settings(config.run / "manifest.json", "data")
