@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 from medvis.evaluate.ground import on_target
-from medvis.widgets.correspondence import NOTHING, CorrespondenceWidget, pack_study, page_state
+from medvis.widgets.correspondence import _NOTHING, CorrespondenceWidget, pack_study, page_state
 from medvis.widgets.shell import standalone
 from medvis.widgets.study import Outline, RunScores, StudyView, word_spans
 
@@ -55,7 +55,7 @@ def make_view(position: int = 0, sentences=REPORT, labels=None, outlines=(), run
 
 def write_views(path: Path, views: list[StudyView], masked: bool = False, **state) -> Path:
     "The widget in a page of its own, as `to_html` writes it."
-    selection = {**NOTHING, "study": views[0].id}
+    selection = {**_NOTHING, "study": views[0].id}
     state = page_state({**STATE, "selection": selection, "masked": masked, **state}, [pack_study(view, masked) for view in views])
     path.write_text(standalone("test", CorrespondenceWidget._esm, CorrespondenceWidget._css, state), encoding="utf-8")
     return path

@@ -2,7 +2,7 @@
 from dataclasses import fields
 from pathlib import Path
 
-from medvis.data.sets.folder import FOLDER, FolderConfig
+from medvis.data.sets.folder import FOLDER, _FolderConfig
 from medvis.data.pack import Pack
 from medvis.data.source import BuildConfig, DataSet, ReadConfig, prepare_source
 
@@ -16,4 +16,4 @@ def picture_pack(data_set: DataSet, read: ReadConfig, out: Path, **build) -> Pac
 def folder_pack(table: Path, out: Path, **options) -> Pack:
     "The Pack of a table whose pictures lie beside it, or below `root`."
     build = {name: options.pop(name) for name in BUILD & set(options)}
-    return picture_pack(FOLDER, FolderConfig(**{"root": table.parent, "table": table, **options}), out, **build)
+    return picture_pack(FOLDER, _FolderConfig(**{"root": table.parent, "table": table, **options}), out, **build)

@@ -23,11 +23,11 @@ from medvis.data.prepare import PhantomConfig, prepare_phantom
 from medvis.encoders.features import ImageFeatures
 from medvis.methods import METHODS, ConVIRT, LoVT
 from medvis.methods.method import Aligned, add_up, phantom_tokenizer
-from medvis.objectives.contrastive import unit
+from medvis.objectives.contrastive import l2_normalize
 from medvis.objectives.regions import local_image_loss, local_report_loss, positiveness
 from medvis.train import TrainConfig, fit
 from medvis.train.diagnostics import (
-    MEANING, CollapseWarning, alignment, attention_entropy, collapse, diagnose, effective_rank, spread, uniformity)
+    MEANING, CollapseWarning, alignment, _attention_entropy, collapse, diagnose, _effective_rank, spread, _uniformity)
 
 RNG = np.random.default_rng(0)
 
@@ -77,7 +77,7 @@ def test_spread_leaves_padding_out():
     filled = x.masked_fill(~mask[..., None], 1e3)
     assert spread(x, mask) == pytest.approx(spread(filled, mask), rel=1e-5)
     counts = mask[1:].sum(1)
-    by_hand = [unit(x[i])[mask[i]].std(0).mean() * 2 for i in range(1, 6)]
+    by_hand = [l2_normalize(x[i])[mask[i]].std(0).mean() * 2 for i in range(1, 6)]
     assert spread(x, mask)["per_sample"] == pytest.approx(float(torch.stack(by_hand).mean()), rel=1e-4) and len(counts) == 5
 
 
@@ -85,22 +85,22 @@ def test_wang_and_isola_by_pairs():
     x, y = torch.randn(9, 5), torch.randn(9, 5)
     u, v = (one / np.linalg.norm(one, axis=1, keepdims=True) for one in (x.numpy(), y.numpy()))
     potential = [math.exp(-2 * sum((a - b) ** 2)) for a, b in itertools.combinations(u, 2)]
-    assert float(uniformity(x)) == pytest.approx(math.log(np.mean(potential)), rel=1e-5)
+    assert float(_uniformity(x)) == pytest.approx(math.log(np.mean(potential)), rel=1e-5)
     assert float(alignment(x, y)) == pytest.approx(np.mean([sum((a - b) ** 2) for a, b in zip(u, v)]), rel=1e-5)
 
 
 def test_effective_rank_by_eigenvalues():
     x = torch.randn(40, 6) * torch.tensor([9.0, 5, 1, 1, 0.1, 0])
-    u = unit(x).double().numpy()
+    u = l2_normalize(x).double().numpy()
     values = np.sqrt(np.clip(np.linalg.eigvalsh((u - u.mean(0)).T @ (u - u.mean(0))), 0, None))
     share = values[values > 1e-9] / values.sum()
-    assert float(effective_rank(x)) == pytest.approx(math.exp(-(share * np.log(share)).sum()), rel=1e-3)
+    assert float(_effective_rank(x)) == pytest.approx(math.exp(-(share * np.log(share)).sum()), rel=1e-3)
 
 
 def test_entropy_by_sum():
     maps = torch.rand(4, 3, 7).softmax(-1)
     by_hand = [-sum(p * math.log(p) for p in row) / math.log(7) for row in maps.reshape(-1, 7).tolist()]
-    assert attention_entropy(maps).flatten().tolist() == pytest.approx(by_hand, rel=1e-5)
+    assert _attention_entropy(maps).flatten().tolist() == pytest.approx(by_hand, rel=1e-5)
 
 
 # What methods show.
@@ -153,7 +153,7 @@ def test_distances_by_loops():
     regions, gathered, texts, seen = (torch.randn(5, 4, 3) for _ in range(4))
     mask = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 0], [1, 0, 0, 0], [1, 1, 1, 1], [1, 1, 0, 0]]).bool()
     table = alignment_distances(Aligned(regions, gathered, texts, seen, mask, (2, 2)))
-    by_hand = [float((unit(a[i, k]) - unit(b[i, k])).norm()) for a, b, m in ((regions, gathered, torch.ones(5, 4)), (texts, seen, mask))
+    by_hand = [float((l2_normalize(a[i, k]) - l2_normalize(b[i, k])).norm()) for a, b, m in ((regions, gathered, torch.ones(5, 4)), (texts, seen, mask))
                for i in range(5) for k in range(4) if m[i, k]]
     assert table.distance.tolist() == pytest.approx(by_hand, rel=1e-5)
     assert len(alignment_numbers({"a": table})) == 2
@@ -238,7 +238,7 @@ class PulledTogether(ConVIRT):
     "Partners attract, nothing repels: made to collapse."
 
     def forward(self, batch):
-        v, t = unit(self.embed_image(batch.image)), unit(self.embed_text(batch))
+        v, t = l2_normalize(self.embed_image(batch.image)), l2_normalize(self.embed_text(batch))
         return add_up(distance=4 * (v - t).square().sum(1).mean())
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from sklearn import metrics as sk
 
 from medvis.evaluate import metrics
-from medvis.evaluate.metrics import binary_metrics, calibration_error, classification_table
+from medvis.evaluate.metrics import _binary_metrics, _calibration_error, classification_table
 
 PROPERTY = settings(max_examples=25, deadline=None, derandomize=True)
 ROWS = st.lists(st.tuples(st.integers(0, 6), st.sampled_from([0, 1, 0, 1, np.nan])), max_size=12)
@@ -56,11 +56,11 @@ def slow_binary(scores, labels):
 @given(ROWS, st.integers(0, 10**6))
 def test_one_finding_is_the_slow_loop(rows, seed):
     scores, labels = np.array([s / 6 for s, _ in rows]), np.array([y for _, y in rows], dtype=float)
-    found = binary_metrics(scores, labels)["value"]
+    found = _binary_metrics(scores, labels)["value"]
     np.testing.assert_allclose(found, slow_binary(scores, labels), atol=1e-12)
     order = np.random.default_rng(seed).permutation(len(rows))
-    np.testing.assert_allclose(binary_metrics(scores[order], labels[order])["value"], found, atol=1e-12)
-    squashed = binary_metrics(np.tanh(scores - 3), labels)["value"]
+    np.testing.assert_allclose(_binary_metrics(scores[order], labels[order])["value"], found, atol=1e-12)
+    squashed = _binary_metrics(np.tanh(scores - 3), labels)["value"]
     np.testing.assert_allclose(squashed[["AUROC", "average precision"]], found[["AUROC", "average precision"]], atol=1e-12)
 
 
@@ -68,11 +68,11 @@ def test_one_finding_is_the_slow_loop(rows, seed):
 @given(st.lists(st.sampled_from([0.0, 1.0]), min_size=1, max_size=12))
 def test_chance_is_what_a_constant_gets(labels):
     labels, share = np.array(labels), np.mean(labels)
-    table = binary_metrics(np.full(len(labels), share), labels)
+    table = _binary_metrics(np.full(len(labels), share), labels)
     for name in ("AUROC", "average precision", "Brier score", "expected calibration error", "F1, best threshold in hindsight"):
         value, chance = table.loc[name]
         assert np.isnan(value) or np.isclose(value, chance), name
-    yes, no = (binary_metrics(np.full(len(labels), constant), labels)["value"] for constant in (1.0, 0.0))
+    yes, no = (_binary_metrics(np.full(len(labels), constant), labels)["value"] for constant in (1.0, 0.0))
     assert np.isclose(max(yes["accuracy"], no["accuracy"]), table.loc["accuracy", "chance"])
     assert share == 0 or np.isclose(yes["F1"], table.loc["F1", "chance"])
 
@@ -85,14 +85,14 @@ def test_calibration_is_torchmetrics():
         p, y = draw.random(n), draw.integers(0, 2, n)
         for bins in (1, 5, 15):
             expected = torchmetrics.binary_calibration_error(torch.tensor(p), torch.tensor(y), n_bins=bins)
-            np.testing.assert_allclose(calibration_error(p, y, bins), expected, atol=1e-6)
+            np.testing.assert_allclose(_calibration_error(p, y, bins), expected, atol=1e-6)
 
 
 def test_a_calibrated_forecaster_is_calibrated():
     draw = np.random.default_rng(1)
     p = draw.random(40_000)
     y = draw.random(40_000) < p
-    assert calibration_error(p, y) < 0.012 < 0.2 < calibration_error(p**3, y) + 0.05
+    assert _calibration_error(p, y) < 0.012 < 0.2 < _calibration_error(p**3, y) + 0.05
 
 
 # ---------------------------------------------------------------- many findings
@@ -196,7 +196,7 @@ def test_grades_are_cut_at_every_place():
 # ---------------------------------------------------------------- anything at all
 
 @PROPERTY
-@given(st.integers(0, 10**6), st.sampled_from(metrics.KINDS), st.integers(0, 6), st.integers(1, 4), st.sampled_from(["random", "tied", "nan", "some nan", "inf", "logits"]),
+@given(st.integers(0, 10**6), st.sampled_from(metrics._LABEL_KINDS), st.integers(0, 6), st.integers(1, 4), st.sampled_from(["random", "tied", "nan", "some nan", "inf", "logits"]),
        st.sampled_from(["random", "one", "none"]))
 def test_degenerate_input_never_raises_and_never_flatters(seed, kind, n, classes, score, label):
     draw = np.random.default_rng(seed)

@@ -17,7 +17,7 @@ from accelerate.commands.launch import launch_command_parser
 from PIL import Image
 
 import medvis
-from medvis.cli.commands import COMMANDS, main
+from medvis.cli.commands import _COMMANDS, main
 from medvis.data.pack import Pack
 from medvis.data.phantom import FINDINGS, Phantom
 from medvis.methods import METHODS
@@ -343,7 +343,7 @@ def test_every_method_pretrains(method, home, tmp_path, capsys):
 
 # ---- help, and the command that pip installed
 
-HELP = {(name,): kind.__doc__ for name, (kind, _) in COMMANDS.items()} | {
+HELP = {(name,): kind.__doc__ for name, (kind, _) in _COMMANDS.items()} | {
     ("prepare", "folder"): "one row per image", ("prepare", "phantom"): "synthetic radiographs",
     ("prepare", "class-folder"): "folder per class", ("prepare", "rsna"): "RSNA Pneumonia", ("data", "check", "chexpert"): "CheXpert", ("data", "leaks"): "more than one split",
     ("pretrain", "mgca"): "MGCA", ("pretrain", "convirt"): "", ("pretrain", "mgca", "--preset", "paper"): "--tau-instance"}
@@ -366,7 +366,7 @@ def test_help(argv, capsys):
 
 HEAVY = ("torch", "torchvision", "transformers", "timm", "accelerate", "matplotlib", "sklearn", "scipy")
 QUICK = [*([*name, "--help"] for name in HELP), ["--help"], ["--version"], [], ["shwo"], ["pretrain"], ["pretrain", "mcga", "--data", "p"], ["prepare", "rsnaa"],
-         *([name, "--nonsense", "1"] for name in COMMANDS), ["pretrain", "mgca", "--nonsense"], ["pretrain", "mgca", "--data", "p"], ["probe"], ["show"],
+         *([name, "--nonsense", "1"] for name in _COMMANDS), ["pretrain", "mgca", "--nonsense"], ["pretrain", "mgca", "--data", "p"], ["probe"], ["show"],
          ["pretrain", "mgca", "--data", "p", "--run", "r", "--epochs", "many"], ["pretrain", "mgca", "--preset", "huge"], ["demo", "--method", "mcga"],
          ["pretrain", "mgca", "--data", "p", "--run", "r", "--epochs", "0"], ["pretrain", "mgca", "--data", "p", "--run", "r", "--augment", "nonsense"],
          ["pretrain", "local-mi", "--data", "p", "--run", "r", "--negatives", "nonsense"], ["grounding", "--subjects", "mcga"], ["evaluate", "rsna", "--data", "p"],
@@ -391,7 +391,7 @@ def test_help_and_typos_do_not_wait_for_torch(tmp_path):
 
 
 @pytest.mark.parametrize("home, name", [
-    ("medvis.train", "TrainConfig"), ("medvis.train.loop", "TrainConfig"), ("medvis.train.loop", "Diverged"), ("medvis.data.pairs", "View"), ("medvis.methods", "METHODS"),
+    ("medvis.train", "TrainConfig"), ("medvis.train.loop", "TrainConfig"), ("medvis.train.loop", "Diverged"), ("medvis.data.pairs", "Sampling"), ("medvis.methods", "METHODS"),
     ("medvis.methods.method", "MethodConfig"), ("medvis.methods.mgca", "PRESETS"), ("medvis.evaluate.protocol", "PROTOCOLS"),
     ("medvis.evaluate.protocol", "LOCALMI"), ("medvis.evaluate.finetune", "SWITCHES"), ("medvis.train.loop", "Schedule"),
     ("medvis.evaluate.finetune", "Protocol"), ("medvis.studies.demo", "DemoConfig"),
@@ -455,7 +455,7 @@ def test_a_run_is_looked_at_from_another_folder(home, tmp_path, capsys, monkeypa
 
 def test_installed_command():
     told = installed("--help")
-    assert told.returncode == 0 and not told.stderr and all(name in told.stdout for name in COMMANDS)
+    assert told.returncode == 0 and not told.stderr and all(name in told.stdout for name in _COMMANDS)
 
 
 def test_installed_command_fails_in_a_line(tmp_path):

@@ -29,11 +29,11 @@ from PIL import Image
 from pydicom.encaps import encapsulate
 
 from medvis.data.build import StudyRecord
-from medvis.data.sets.registry import DATASETS, command_config, dress, prepare_data
+from medvis.data.sets.registry import DATASETS, command_config, simulate, prepare_data
 from medvis.data.files import DataError
 from medvis.data.leaks import refuse
 from medvis.data.phantom import Phantom, patient_number
-from medvis.data.source import BuildConfig, ReadConfig, Source, check_source, files_of, find_shared_patients, read_study
+from medvis.data.source import BuildConfig, ReadConfig, Source, check_source, _files_of, _find_shared_patients, read_study
 
 SAME, REJECT, RULE, ERROR = "same", "reject", "rule", "error"
 SIZE, STUDIES, SEED = 64, 6, 1
@@ -655,7 +655,7 @@ def reading(name: str, root: Path, **changes) -> ReadConfig:
 def plan(name: str, root: Path) -> Source:
     "The plan, if no patient of it is in two splits."
     source = DATASETS[name].plan(reading(name, root))
-    refuse(find_shared_patients(source), name)
+    refuse(_find_shared_patients(source), name)
     return source
 
 
@@ -669,7 +669,7 @@ class Content:
 
 def identity(item: dict, root: Path) -> tuple:
     "An item and the files it names: untouched files of a copy are those of the original."
-    return json.dumps(item, sort_keys=True), *((name, (root / name).stat().st_ino if os.path.isfile(root / name) else 0) for name in files_of(item))
+    return json.dumps(item, sort_keys=True), *((name, (root / name).stat().st_ino if os.path.isfile(root / name) else 0) for name in _files_of(item))
 
 
 def read(name: str, root: Path, known: dict[tuple, StudyRecord]) -> Content:
@@ -706,7 +706,7 @@ def undamaged(tmp_path_factory) -> Callable[[str], tuple[Path, Content]]:
             root = tmp_path_factory.mktemp(name) / "files"
             root.mkdir()
             numbers = (index for index in count() if DATASETS[name].follow_ups or patient_number(SEED, index) == index)
-            DATASETS[name].dress(root, [Phantom(SIZE, SEED)[index] for index in islice(numbers, studies)])      # the damage is to what these show
+            DATASETS[name].simulate(root, [Phantom(SIZE, SEED)[index] for index in islice(numbers, studies)])      # the damage is to what these show
             done[name] = root, read(name, root, {})
             assert done[name][1].images and not done[name][1].rejects
         return done[name]
@@ -806,7 +806,7 @@ def thirty(tmp_path_factory) -> Callable[[str], Path]:
     @cache
     def get(name: str) -> Path:
         root = tmp_path_factory.mktemp(name) / "files"
-        dress(name, root, studies=30)
+        simulate(name, root, studies=30)
         return root
     return get
 

@@ -17,11 +17,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as some
 
 from medvis.cli.commands import main
-from medvis.data.sets.registry import DATASETS, command_config, dress, prepare_data
+from medvis.data.sets.registry import DATASETS, command_config, simulate, prepare_data
 from medvis.data.images import FITS, boxes_to_square, mask_to_square
 from medvis.data.pack import Pack
 from medvis.data.phantom import tight_box
-from medvis.data.source import BuildConfig, check_source, summary
+from medvis.data.source import BuildConfig, check_source, describe_pack
 from medvis.data.tasks import pack_task
 
 
@@ -35,8 +35,8 @@ def ready(name, root, out, recipe="medvis", size=32, workers=0):
 def test_from_the_command_line(name, tmp_path, capsys):
     assert main(["data", "get", name]) == 0 and "ROOT" in capsys.readouterr().out
     assert main(["data", "check", name, "--root", str(tmp_path / "none")]) == 1 and "What is needed" in capsys.readouterr().err
-    assert main(["data", "dress", name, "--root", str(tmp_path / "files"), "--studies", "24", "--size", "64"]) == 0
-    assert main(["data", "dress", name, "--root", str(tmp_path / "files")]) == 1 and "not empty" in capsys.readouterr().err
+    assert main(["data", "simulate", name, "--root", str(tmp_path / "files"), "--studies", "24", "--size", "64"]) == 0
+    assert main(["data", "simulate", name, "--root", str(tmp_path / "files")]) == 1 and "not empty" in capsys.readouterr().err
     assert main(["data", "check", name, "--root", str(tmp_path / "files")]) == 0 and "Nothing is missing" in capsys.readouterr().out
     assert main(["prepare", name, "--root", str(tmp_path / "files"), "--out", str(tmp_path / "pack"), "--size", "64", "--no-progress"]) == 0
     told = capsys.readouterr().out
@@ -79,7 +79,7 @@ STRAYS = {      # data set -> a file that names what has no image, how it comes 
 @pytest.mark.parametrize("name", STRAYS)
 def test_what_has_no_image_takes_none(name, tmp_path):
     "A row or a mask without an image is told, and counts as no image of the data set."
-    dress(name, tmp_path, studies=40)
+    simulate(name, tmp_path, studies=40)
     pattern, spoil, reason = STRAYS[name]
     spoil(next(iter(sorted(tmp_path.rglob(pattern)))))
     data_set = DATASETS[name]
@@ -101,7 +101,7 @@ if __name__ == "__main__":
 
 @pytest.mark.parametrize(("name", "studies", "workers"), [("covid-rural", 200, 0), ("mimic-cxr", 200, 2)])
 def test_killed_and_resumed_it_ends_with_the_same_bytes(name, studies, workers, tmp_path):
-    dress(name, tmp_path / "files", studies=studies)
+    simulate(name, tmp_path / "files", studies=studies)
     prepare_data(ready(name, tmp_path / "files", tmp_path / "whole"))
     script, out = tmp_path / "prepare.py", tmp_path / "killed"
     script.write_text(PREPARE)
@@ -125,7 +125,7 @@ def test_killed_and_resumed_it_ends_with_the_same_bytes(name, studies, workers, 
 
 def test_the_images_seen_add_up(tmp_path, capsys):
     "A study left out for its report takes all its images with it; a row of labels without images takes none."
-    dress("mimic-cxr", tmp_path / "files", studies=30)
+    simulate("mimic-cxr", tmp_path / "files", studies=30)
     tables = {name: pd.read_csv(next((tmp_path / "files").rglob(f"*{name}.csv.gz")), dtype=str) for name in ("metadata", "chexpert")}
     counts = tables["metadata"].groupby("study_id").size()
     blanked = [counts[counts == 2].index[0], counts[counts == 1].index[0]]
@@ -140,7 +140,7 @@ def test_the_images_seen_add_up(tmp_path, capsys):
     assert main(["data", "check", "mimic-cxr", "--root", str(tmp_path / "files")]) == 1
     assert "2 x report: " in (told := capsys.readouterr().err) and "is blank" in told and "59999999: has labels, but is not in the metadata table" in told
     pack = prepare_data(ready("mimic-cxr", tmp_path / "files", tmp_path / "pack", recipe="lovt"))
-    assert f"{len(tables['metadata'])} images seen" in summary(pack) and pack.manifest["counts"]["seen"] + sum(pack.manifest["source"]["dropped"].values()) == len(tables["metadata"])
+    assert f"{len(tables['metadata'])} images seen" in describe_pack(pack) and pack.manifest["counts"]["seen"] + sum(pack.manifest["source"]["dropped"].values()) == len(tables["metadata"])
     assert sum(count for reason, count in pack.manifest["rejected"].items() if "is blank" in reason) == 3
 
 
@@ -152,7 +152,7 @@ def test_a_recipe_that_is_not_there_is_told(name, tmp_path):
 
 
 def test_what_is_there_already_says_so(tmp_path, capsys):
-    dress("class-folder", tmp_path / "files", studies=20)
+    simulate("class-folder", tmp_path / "files", studies=20)
     lost = next((tmp_path / "files").rglob("*.jpeg"))
     moved = lost.rename(tmp_path / lost.name)
     lost.symlink_to("nowhere")
@@ -184,7 +184,7 @@ if __name__ == "__main__":
 
 
 def test_workers_leave_the_interrupt_to_the_main_process(tmp_path):
-    dress("covid-rural", tmp_path / "files", studies=100)      # two parts, of 64 and 36: one worker is idle while the other still reads
+    simulate("covid-rural", tmp_path / "files", studies=100)      # two parts, of 64 and 36: one worker is idle while the other still reads
     (tmp_path / "slowly.py").write_text(SLOWLY)
     command = [sys.executable, tmp_path / "slowly.py", "prepare", "covid-rural", "--root", tmp_path / "files", "--out", tmp_path / "pack", "--workers", "2", "--no-progress"]
     process = subprocess.Popen(command, start_new_session=True, stderr=subprocess.PIPE, text=True)
@@ -225,7 +225,7 @@ def test_what_was_marked_is_never_lost(fit):
 
 @pytest.mark.parametrize(("name", "kinds"), [("siim", {"masks", "labels"}), ("nih", {"boxes", "labels"}), ("mimic-edema", {"ordinal"})])
 def test_tasks_come_out_of_packs(name, kinds, tmp_path):
-    dress(name, tmp_path / "files", studies=30)
+    simulate(name, tmp_path / "files", studies=30)
     pack = prepare_data(ready(name, tmp_path / "files", tmp_path / "pack", size=64))
     for kind in kinds:
         task = pack_task(pack, kind)
@@ -241,7 +241,7 @@ def test_the_readme_lists_data_sets_and_recipes():
 
 def test_another_root_is_another_build(tmp_path):
     "The same tables with other pictures: what was built from the one is not the answer for the other"
-    dress("object-cxr", tmp_path / "one", studies=10)
+    simulate("object-cxr", tmp_path / "one", studies=10)
     shutil.copytree(tmp_path / "one", tmp_path / "two")
     prepare_data(ready("object-cxr", tmp_path / "one", tmp_path / "pack", size=64))
     with pytest.raises(FileExistsError, match="other data"):
@@ -249,7 +249,7 @@ def test_another_root_is_another_build(tmp_path):
 
 
 def test_a_pack_below_its_own_root(tmp_path):
-    dress("class-folder", tmp_path, studies=20)
+    simulate("class-folder", tmp_path, studies=20)
     config = ready("class-folder", tmp_path, tmp_path / "pack", size=64)
     (tmp_path / "pack.leaks.csv").write_text("left by a build that was refused")
     assert prepare_data(config).manifest == prepare_data(config).manifest and prepare_data(config).manifest["source"]["dropped"] == {}

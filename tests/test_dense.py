@@ -14,7 +14,7 @@ from medvis.data.phantom import Phantom
 from medvis.encoders.image import ResNetEncoder, image_encoder
 from medvis.evaluate.detect import Targets, YoloV3
 from medvis.evaluate.metrics import count_pixels, dice_table, mean_ap
-from medvis.evaluate.segment import SEGMENTATION_LOSSES, LinearSegmenter, SetrDecoder, SmpUNet, UNet
+from medvis.evaluate.segment import _SEGMENTATION_LOSSES, LinearSegmenter, SetrDecoder, SmpUNet, UNet
 
 TINY = ("tiny_resnet", "tiny_resnet_fine", "tiny_vit")
 PAIRS = [(head, name) for head in (LinearSegmenter, UNet, SmpUNet, SetrDecoder, YoloV3) for name in TINY
@@ -69,11 +69,11 @@ def test_dice_objectives_are_smp_s():
     logits, masks = torch.randn(4, 3, 16, 16), (torch.rand(4, 3, 16, 16) < 0.2).float()
     masks[:, 2] = 0
     theirs = smp.losses.DiceLoss(mode="binary")
-    joint = SEGMENTATION_LOSSES["dice-joint"](logits, masks).total
+    joint = _SEGMENTATION_LOSSES["dice-joint"](logits, masks).total
     torch.testing.assert_close(joint, theirs(logits, masks))
     each = [theirs(logits[:, c : c + 1], masks[:, c : c + 1]) for c in range(3)]
     assert each[2] == 0
-    torch.testing.assert_close(SEGMENTATION_LOSSES["dice"](logits, masks).total, sum(each) / 3)
+    torch.testing.assert_close(_SEGMENTATION_LOSSES["dice"](logits, masks).total, sum(each) / 3)
 
 
 def conv(width_in, width, side, bias=True):
@@ -276,7 +276,7 @@ def learn(encoder, head, images, target, lr, steps):
     model = nn.ModuleList([encoder, head]).train()
     optimizer = torch.optim.Adam(model.parameters(), lr)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    images = encoder.preprocessing.eval()(images)
+    images = encoder.preprocessing.transform()(images)
     for _ in range(steps):
         optimizer.zero_grad()
         head.loss(head(encoder.pyramid(images)), target).total.backward()

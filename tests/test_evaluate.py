@@ -11,13 +11,13 @@ from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score
 
 from medvis.data.preprocessing import Preprocessing
-from medvis.data.pairs import Pairs, View, collate
+from medvis.data.pairs import Pairs, Sampling, collate
 from medvis.data.phantom import Phantom
 from medvis.data.prepare import PhantomConfig, prepare_phantom
 from medvis.encoders.image import image_encoder
 from medvis.evaluate import classify, ground
 from medvis.evaluate.encoder import encode, random_like
-from medvis.evaluate.stats import auroc, bootstrap_auroc, bootstrap_mean, interval, paired_difference, resample
+from medvis.evaluate.stats import auroc, bootstrap_auroc, bootstrap_mean, interval, _paired_difference, resample
 from medvis.methods.method import Correspondence, phantom_tokenizer
 from medvis.train import checkpoint
 
@@ -57,7 +57,7 @@ def test_auroc_is_scikit_learns_on_every_draw():
 def test_degenerate_input_gives_nan_or_a_clear_error():
     assert np.isnan(auroc([1.0], [1])) and np.isnan(auroc([], []))
     assert np.isnan(auroc([1, 2], [1, 1], np.ones((3, 2)))).all()
-    for wrong in (lambda: auroc([1, 2], [1]), lambda: auroc([1, np.nan], [0, 1]), lambda: paired_difference(np.ones(3), np.ones(4))):
+    for wrong in (lambda: auroc([1, 2], [1]), lambda: auroc([1, np.nan], [0, 1]), lambda: _paired_difference(np.ones(3), np.ones(4))):
         with pytest.raises(ValueError):
             wrong()
     assert auroc([1, np.nan, 2], [0, np.nan, 1]) == 1          # an unlabelled row may have no score
@@ -179,7 +179,7 @@ class Columns:
         self.pixels = np.random.default_rng(0).integers(0, 60, (studies, 64, 64)).astype(np.uint8)
         self.pixels[:, :32] += (60 * kind)[:, None, None].astype(np.uint8)
         self.path, self.size, self.manifest = "columns", 64, {"hash": "columns", "source": {}, "labels": list(self.labels)}
-        self.recipe = {}
+        self.training_settings = {}
 
     def image(self, row):
         return self.pixels[row]
@@ -222,7 +222,7 @@ def test_point_is_the_slow_loop():
     draw = np.random.default_rng(0)
     for grid, shape in (((2, 3), (17, 23)), ((8, 8), (64, 64)), ((7, 5), (14, 10)), ((4, 4), (3, 3))):
         scores, masks = draw.integers(0, 4, (30, grid[0] * grid[1])), draw.random((30, *shape)) < 0.4
-        hits, chance = ground.point(scores, masks, grid)
+        hits, chance = ground.pointing_hits(scores, masks, grid)
         np.testing.assert_allclose(hits, [slow_point(s, m, grid) for s, m in zip(scores, masks)])
         np.testing.assert_allclose(chance, masks.mean((1, 2)))
 
@@ -233,9 +233,9 @@ def test_a_blind_map_is_at_chance():
     for mask in masks:
         top, left, height, width = draw.integers(0, 24), draw.integers(0, 24), draw.integers(2, 9), draw.integers(2, 9)
         mask[top:top + height, left:left + width] = True
-    hits, chance = ground.point(draw.random((4000, 64)), masks, (8, 8))
+    hits, chance = ground.pointing_hits(draw.random((4000, 64)), masks, (8, 8))
     assert abs(hits.mean() - chance.mean()) < 0.006
-    constant, _ = ground.point(np.zeros((4000, 64)), masks, (8, 8))
+    constant, _ = ground.pointing_hits(np.zeros((4000, 64)), masks, (8, 8))
     assert abs(constant.mean() - chance.mean()) < 0.002
 
 
@@ -259,10 +259,10 @@ def test_phantom_targets_are_the_phantoms_masks(pack, pairs):
 
 
 def test_targets_of_shortened_and_single_sentence_reports(pack, pairs):
-    short = Pairs(pack, pairs.tokenizer, pairs.preprocessing, View(max_tokens=24))
+    short = Pairs(pack, pairs.tokenizer, pairs.preprocessing, Sampling(max_tokens=24))
     for target in ground.phantom_targets(short, range(40)):
         assert short.report(target.item).words[target.word] == target.text
-    one = Pairs(pack, pairs.tokenizer, pairs.preprocessing, View(sentences="one"))
+    one = Pairs(pack, pairs.tokenizer, pairs.preprocessing, Sampling(sentences="one"))
     assert all(one.report(t.item).words[t.word] == t.text for t in ground.phantom_targets(one, range(40)))
 
 

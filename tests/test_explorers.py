@@ -9,14 +9,14 @@ import pytest
 import torch
 
 from medvis.data.preprocessing import AUGMENTATIONS, Preprocessing
-from medvis.data.pairs import Pairs, View
+from medvis.data.pairs import Pairs, Sampling
 from medvis.data.phantom import Phantom
 from medvis.data.phantom.findings import FINDINGS
 from medvis.data.prepare import PhantomConfig, prepare_phantom
 from medvis.widgets import shell
 from medvis.widgets.augmentation import AugmentationExplorer
-from medvis.widgets.embedding import EmbeddingView, point_data
-from medvis.widgets.phantom import PhantomExplorer, placements, plant, study_with
+from medvis.widgets.embedding import EmbeddingView, _point_data
+from medvis.widgets.phantom import PhantomExplorer, _placements, plant, study_with
 
 HOSTILE = "</script><script>document.title='owned'</script><img src=x onerror=alert(1)>&\"'`{{x}} $x_{2}$ عربى 🩻\u202e"
 
@@ -46,7 +46,7 @@ def test_every_control_changes_the_views(augmentation, control, value):
 @pytest.mark.parametrize("augment", AUGMENTATIONS)
 def test_views_are_those_of_training(augmentation, pack, augment):
     augmentation.augment.value, augmentation.epoch.value, augmentation.study.value = augment, 3, 2
-    true = Pairs(pack, None, Preprocessing(size=64, channels=1), View(augment=augment), train=True)
+    true = Pairs(pack, None, Preprocessing(size=64, channels=1), Sampling(augment=augment), train=True)
     for epoch, one in enumerate(augmentation.looks, 3):
         assert torch.equal(one.seen, true.image(2, epoch))
 
@@ -61,7 +61,7 @@ def test_looking_leaves_the_dice_alone(augmentation):
 @pytest.mark.parametrize("preprocessing", [
     Preprocessing(size=48, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)), Preprocessing(size=64, crop=1.0, scale="max", mean=0.0, std=1.0)])
 def test_any_preprocessing_is_shown(pack, preprocessing):
-    explorer = AugmentationExplorer(pack, preprocessing, View(augment="local-mi", per="study"), split=None, views=1)
+    explorer = AugmentationExplorer(pack, preprocessing, Sampling(augment="local-mi", per="study"), split=None, views=1)
     assert explorer.picture.value.count("<img") == 2 and explorer.to_figure()
 
 
@@ -77,7 +77,7 @@ def test_a_slider_plants_what_it_says(phantom, name):
     assert (finding.name, finding.severity) == (name, 2) and "<path" in phantom.picture.value
     row.where.value = row.where.options[-1]
     (moved,) = phantom.study.findings
-    assert (moved.kind, moved.side, moved.zone) == placements(name)[row.where.value]
+    assert (moved.kind, moved.side, moved.zone) == _placements(name)[row.where.value]
 
 
 def test_own_findings_are_those_of_the_study(phantom):
@@ -140,7 +140,7 @@ def test_any_column_will_do(kind):
     ({"x": ["a"] * 50}, "could not convert"), ({"picture": 0}, "picture 0"), ({"y": np.inf}, "50 points")])
 def test_bad_tables_are_refused(wrong, said):
     with pytest.raises(ValueError, match=said):
-        point_data(table(**wrong))
+        _point_data(table(**wrong))
 
 
 def test_each_widget_carries_a_figure(augmentation, phantom):

@@ -14,11 +14,11 @@ from facts import differences, facts
 from matplotlib.figure import Figure
 
 from medvis.analyse import page
-from medvis.analyse.alignment import alignment_distances, alignment_numbers, draw_alignment, strangers
+from medvis.analyse.alignment import alignment_distances, alignment_numbers, draw_alignment, _other_samples
 from medvis.analyse.embed import as_units, draw_kinds, draw_values, embedding_table
 from medvis.analyse.information import draw_information, information_curve
 from medvis.analyse.live import diagnostic_figures, diagnostics_table, draw_diagnostics
-from medvis.analyse.maps import as_picture, common_limits, draw_correspondence, draw_map, heat, pick_words
+from medvis.analyse.maps import as_picture, common_limits, draw_correspondence, draw_map, _heat_colours, pick_words
 from medvis.analyse.prototypes import draw_diseases_and_prototypes, draw_usage, prototype_usage
 from medvis.analyse.regions import choice_numbers, chosen_regions, draw_choice, draw_mean_weights, mirror_symmetry, region_overlap, weight_numbers
 from medvis.analyse.represent import Aligned
@@ -31,15 +31,15 @@ from medvis.encoders.features import ImageFeatures
 from medvis.evaluate.ground import Target
 from medvis.methods.method import Correspondence
 from medvis.studies.config import DemoConfig
-from medvis.studies.demo import demo_command, probe_lines
+from medvis.studies.demo import _demo_command, probe_lines
 from medvis.studies.downstream import compare_families, draw_families
-from medvis.studies.grounding import draw_examples, draw_findings, draw_summary, pointing_summary, summary
-from medvis.studies.lovt_figures import KINDS, draw_local, draw_overlap
-from medvis.studies.mgca_figures import draw_word_maps, word_numbers
-from medvis.studies.show import diagnostics_section, how_to_repeat, pick_targets, run_title, top_numbers
+from medvis.studies.grounding import draw_examples, draw_findings, draw_summary, _pointing_means, _subject_table
+from medvis.studies.lovt_figures import _KINDS, _draw_local, _draw_overlap
+from medvis.studies.mgca_figures import _draw_word_maps, _word_numbers
+from medvis.studies.show import _diagnostics_section, _how_to_repeat, pick_targets, _run_title, _top_numbers
 from medvis.widgets import augmentation, embedding, phantom, shell
 from medvis.widgets import correspondence as widget
-from medvis.widgets.study import Outline, RunScores, StudyView, fitting_rows, places_in, seen_frame, word_spans
+from medvis.widgets.study import Outline, RunScores, StudyView, _fitting_rows, places_in, _visible_frame, word_spans
 
 KEPT = Path(__file__).parent / "golden" / "figures.json"
 
@@ -114,30 +114,30 @@ def choices() -> list:
 
 
 ANALYSE = {
-    "looks": lambda: [page.STYLE, page.DARK, page.SERIES, page.MARKS, page.ABOUT, page.CSS],
-    "heat": lambda: [heat(waves(12), (3, 4)), heat(waves(12), (3, 4), (0.25, 0.5)), heat(waves(12), (3, 4), (0.5, 0.5), 0.5), as_picture(torch.tensor(waves(3, 4, 5)))],
+    "looks": lambda: [page.STYLE, page._DARK, page.SERIES, page.MARKS, page._ABOUT, page._CSS],
+    "heat": lambda: [_heat_colours(waves(12), (3, 4)), _heat_colours(waves(12), (3, 4), (0.25, 0.5)), _heat_colours(waves(12), (3, 4), (0.5, 0.5), 0.5), as_picture(torch.tensor(waves(3, 4, 5)))],
     "map": lambda: [axes(draw_map, IMAGE, waves(12), (3, 4), square(4, 6, 20, 22), "a $title"), axes(draw_map, IMAGE), axes(draw_map, IMAGE[:24], waves(16), (4, 4), None, "", (0, 2))],
     "words": lambda: [pick_words(correspondence(), 0), draw_correspondence(IMAGE, correspondence(), 0, WORDS, masks={1: square(0, 0, 16, 32), 4: square(16, 0, 32, 32), 9: None}),
                       draw_correspondence(IMAGE, correspondence(), 0, WORDS, [0, 5], width=1.5, limits=(0, 10)), common_limits(waves(3, 4))],
-    "curves": lambda: [page.curve_names(METRICS), page.curves_figure(METRICS), page.curves_figure(METRICS[:0], ["loss"])],
+    "curves": lambda: [page._curve_names(METRICS), page.curves_figure(METRICS), page.curves_figure(METRICS[:0], ["loss"])],
     "long curve": lambda: page.curves_figure(pd.DataFrame({"step": np.arange(160), "split": "train", "loss": waves(160)})),
-    "probe": lambda: [page.finding_order(PROBE), page.probe_figure(PROBE), page.probe_figure(PROBE.assign(low=0.2), [0.01]), page.probe_summary(PROBE)],
-    "pointing": lambda: [page.pointing_figure(page.pointing_order(POINTING)), page.pointing_figure(POINTING[:1].assign(high=0.1)), page.pointing_summary(POINTING)],
+    "probe": lambda: [page._finding_order(PROBE), page.probe_figure(PROBE), page.probe_figure(PROBE.assign(low=0.2), [0.01]), page._probe_summary(PROBE)],
+    "pointing": lambda: [page.pointing_figure(page._pointing_order(POINTING)), page.pointing_figure(POINTING[:1].assign(high=0.1)), page._pointing_summary(POINTING)],
     "markup": lambda: [page.to_html("two\n\nparts <b>"), page.to_html(pd.DataFrame({"a": [1.23456, np.nan], "b": ["short", "<b>"]})),
                        page.to_html(pd.DataFrame({"a": [1], "b": ["a sentence that is longer than thirty letters"]})), page.to_html({"a": {"b": Path("c")}, "d": "é<"}),
                        page.to_html(["one", {"two": 2}]), page.to_html(page.probe_figure(PROBE, [1.0])), page.to_html(Figure()), page.short("x" * 22), page.short("x" * 23),
-                       page.marked_text(REPORT, [7, 1, 4]), page.headlines([("0.9", "what <it> is", "how sure"), ("1", "2", "3")]), page.colour_bar((-0.5, 2))],
-    "svg": lambda: page.themed_svg(page.pointing_figure(POINTING)).partition("<defs>")[0].rpartition("<style>")[2],
+                       page._marked_text(REPORT, [7, 1, 4]), page.headlines([("0.9", "what <it> is", "how sure"), ("1", "2", "3")]), page._colour_bar((-0.5, 2))],
+    "svg": lambda: page._themed_svg(page.pointing_figure(POINTING)).partition("<defs>")[0].rpartition("<style>")[2],
     "card": lambda: [page.tile(IMAGE, caption="a & b", note="note"), page.tile(IMAGE, waves(16), (4, 4), square(1, 1, 9, 9), "a"),
                      page.correspondence_card(IMAGE, correspondence(), 0, REPORT, masks={1: square(0, 0, 16, 32), 4: square(16, 0, 32, 32)}, title="study <1>"),
                      page.correspondence_card(IMAGE, correspondence(), 0, REPORT, [2], show_text=False)],
-    "page": lambda: [page.page("<title>", [page.Section("open", ["text"]), page.Section("shut", [{"a": 1}], folded=True)], "below", page.headlines([("1", "2", "3")]),
-                               page.Live("live", "about", page.Html("<p>here</p>"), "let a = 1;")), page.page("plain", [])],
+    "page": lambda: [page._page("<title>", [page.Section("open", ["text"]), page.Section("shut", [{"a": 1}], folded=True)], "below", page.headlines([("1", "2", "3")]),
+                               page.Live("live", "about", page.Html("<p>here</p>"), "let a = 1;")), page._page("plain", [])],
     "sections": lambda: [{"title": one.title, "folded": one.folded, "parts": [part if isinstance(part, str | pd.DataFrame) else [type(part).__name__, len(part)] for part in one.parts]}
                          for one in page.run_sections(METRICS, PROBE, POINTING, [page.Html("<p>card</p>")], {"Settings": {"a": 1}})],
     "exact": lambda: [page.exact_for({"processor": "Zen", "cpu_capability": "AVX2", "threads": 1}), page.exact_for({"platform": "Linux", "threads": 2, "gpu": "A100"}, 3), page.exact_for({})],
     "spread": lambda: [spread_table(FEATURES), draw_spread(spread_table(FEATURES), {"two": "Two"})],
-    "alignment": lambda: [strangers(ALIGNED.texts, ALIGNED.mask), alignment_distances(ALIGNED), alignment_numbers({"a": alignment_distances(ALIGNED)}),
+    "alignment": lambda: [_other_samples(ALIGNED.texts, ALIGNED.mask), alignment_distances(ALIGNED), alignment_numbers({"a": alignment_distances(ALIGNED)}),
                           draw_alignment({"a": alignment_distances(ALIGNED), "b": alignment_distances(ALIGNED).assign(distance=1.0)})],
     "kinds": lambda: [axes(draw_kinds, POINTS, "kind"), axes(draw_kinds, POINTS, "kind", ["b", "a"], size=4), axes(draw_values, POINTS, "overlap", 0.8), as_units([[3, 4], [0, 0]]),
                       embedding_table(waves(2, 2), [[1.0, 2], [3, 4]], study=[5, 6])],
@@ -183,7 +183,7 @@ PROBES = pd.DataFrame([{"subject": subject, "seed": seed, "fraction": fraction, 
                        for subject in ("clip", "untrained", "lovt") for seed in (0, 1) for fraction in (0.1, 1.0) for encoder in (subject, "random")])
 RESULTS = pd.DataFrame([{"family": family, "protocol": family, "fraction": fraction, "metric": "Dice", "encoder": encoder, "seed": seed, "value": 0.3 + shift + 0.01 * seed + 0.1 * fraction}
                         for family in ("detection", "grounding") for fraction in (0.02, 1.0) for encoder, shift in (("pre-trained", 0.2), ("untaught", 0.0)) for seed in range(4)])
-LOCAL = pd.DataFrame({"x": waves(8), "y": waves(8, phase=2), "kind": np.repeat(KINDS, 2)})
+LOCAL = pd.DataFrame({"x": waves(8), "y": waves(8, phase=2), "kind": np.repeat(_KINDS, 2)})
 RUN = SimpleNamespace(path=Path("runs/a b"), config={"method": "lovt", "preset": "tiny"}, diagnostics=DIAGNOSTICS,
                       manifest={"data": {"path": "pack"}, "seed": 3, "packages": {"torch": "2", "timm": None, "numpy": "1"}, "python": "3.11", "processor": "Zen", "threads": 1})
 DATA = {kind: SimpleNamespace(studies=pd.DataFrame({"split": ["train"] * 1200 + ["test"]}), manifest={"source": {"kind": kind, "size": 64, "seed": 0}}, path=Path("packs/mine")) for kind in ("phantom", "folder")}
@@ -213,21 +213,21 @@ def rare_first() -> dict:
 def well(folder: Path) -> list:
     "Whether the section tells what is wrong; a run has it when its file is there."
     (folder / "diagnostics.jsonl").write_text("")
-    ill, = diagnostics_section(SimpleNamespace(path=folder, diagnostics=DIAGNOSTICS))
-    fine, = diagnostics_section(SimpleNamespace(path=folder, diagnostics=DIAGNOSTICS[:2]))
-    return [ill.title, ill.parts[0], len(ill.parts[1]), ill.parts[2], fine.parts[0], diagnostics_section(RUN)]
+    ill, = _diagnostics_section(SimpleNamespace(path=folder, diagnostics=DIAGNOSTICS))
+    fine, = _diagnostics_section(SimpleNamespace(path=folder, diagnostics=DIAGNOSTICS[:2]))
+    return [ill.title, ill.parts[0], len(ill.parts[1]), ill.parts[2], fine.parts[0], _diagnostics_section(RUN)]
 
 
 STUDIES = {
-    "word maps": lambda: [draw_word_maps(WORD_MAPS, PLANTED), word_numbers(WORD_MAPS)],
-    "local": lambda: draw_local(LOCAL, {"regions_purity": 0.5, "sentences_purity": 0.75}),
-    "overlap": lambda: draw_overlap({"a": POINTS, "b": POINTS.assign(overlap=POINTS.overlap / 2)}, {name: {"auroc": 0.9, "purity": 0.5, "purity_by_chance": 0.1} for name in "ab"}),
-    "grounding": lambda: [pointing_summary(HITS), pointing_summary(HITS, ("Nodule", "Edema"), "sentence"), summary(HITS, PROBES)],
+    "word maps": lambda: [_draw_word_maps(WORD_MAPS, PLANTED), _word_numbers(WORD_MAPS)],
+    "local": lambda: _draw_local(LOCAL, {"regions_purity": 0.5, "sentences_purity": 0.75}),
+    "overlap": lambda: _draw_overlap({"a": POINTS, "b": POINTS.assign(overlap=POINTS.overlap / 2)}, {name: {"auroc": 0.9, "purity": 0.5, "purity_by_chance": 0.1} for name in "ab"}),
+    "grounding": lambda: [_pointing_means(HITS), _pointing_means(HITS, ("Nodule", "Edema"), "sentence"), _subject_table(HITS, PROBES)],
     "grounding, drawn": lambda: [draw_summary(HITS), draw_findings(HITS, "sentence"), draw_examples(EXAMPLES, ["mine", "untrained"], ("Nodule", "Pleural Effusion"), PLANTED)],
     "families": lambda: [compare_families(RESULTS), draw_families(compare_families(RESULTS))],
-    "demo": lambda: [probe_lines(PROBE.assign(constant=np.where(PROBE.encoder == "other", 2, 0), probes=6), GAINS), demo_command(DemoConfig()), demo_command(DemoConfig(out=Path("a b"), epochs=2))],
-    "show": lambda: [rare_first(), top_numbers(PROBE, GAINS, Rates(0.1), Rates(0)), top_numbers(None, GAINS, Rates(0)), top_numbers(PROBE, None, None), run_title(RUN, DATA["phantom"]),
-                     run_title(RUN, DATA["folder"]), how_to_repeat(RUN).html(), how_to_repeat(RUN, "make & run").html()],
+    "demo": lambda: [probe_lines(PROBE.assign(constant=np.where(PROBE.encoder == "other", 2, 0), probes=6), GAINS), _demo_command(DemoConfig()), _demo_command(DemoConfig(out=Path("a b"), epochs=2))],
+    "show": lambda: [rare_first(), _top_numbers(PROBE, GAINS, Rates(0.1), Rates(0)), _top_numbers(None, GAINS, Rates(0)), _top_numbers(PROBE, None, None), _run_title(RUN, DATA["phantom"]),
+                     _run_title(RUN, DATA["folder"]), _how_to_repeat(RUN).html(), _how_to_repeat(RUN, "make & run").html()],
 }
 
 
@@ -268,16 +268,16 @@ def packed(masked: bool = False) -> list:
 
 def scales() -> list:
     run, scores = RUNS["mine"], RUNS["mine"].scores["words"][1]
-    ends = {scale: widget.scale_ends(run, scores, PINS, scale) for scale in ("common", "normalised", "raw")}
-    look = [widget.heat_picture(run, scores, ends["common"], "viridis", 0.5, 0.25, smooth) for smooth in (True, False)]
-    return [ends, look, widget.heat_picture(run, scores, (1, 1), "viridis", 0.5, 0.0, True), widget.combined(run, PINS), widget.combined(run, {})]
+    ends = {scale: widget._scale_ends(run, scores, PINS, scale) for scale in ("common", "normalised", "raw")}
+    look = [widget._heat_picture(run, scores, ends["common"], "viridis", 0.5, 0.25, smooth) for smooth in (True, False)]
+    return [ends, look, widget._heat_picture(run, scores, (1, 1), "viridis", 0.5, 0.0, True), widget._combined(run, PINS), widget._combined(run, {})]
 
 
 def study_pictures() -> list:
     "Pictures and numbers, and the report's words, but not their places: those hang on fonts."
     out = []
-    for selection in (PINS, widget.NOTHING, {**widget.NOTHING, "words": [1]}, {**widget.NOTHING, "sentences": [0]}):
-        figure = widget.correspondence_figure(VIEW, list(RUNS), {**STATE, "selection": selection, "smooth": selection is PINS, "outlines": selection is not PINS})
+    for selection in (PINS, widget._NOTHING, {**widget._NOTHING, "words": [1]}, {**widget._NOTHING, "sentences": [0]}):
+        figure = widget._correspondence_figure(VIEW, list(RUNS), {**STATE, "selection": selection, "smooth": selection is PINS, "outlines": selection is not PINS})
         *films, text = figure.axes
         words = [[one.get_text(), one.get_color(), one.get_bbox_patch() is not None] for one in text.texts]
         out.append([facts(figure.get_size_inches().tolist()), [facts(film) for film in films], [facts(ax.get_position().bounds) for ax in figure.axes], words])
@@ -302,20 +302,20 @@ WIDGETS = {
     "shell": lambda: [shell.themed("<p>", "explorers").partition("</style>")[2], shell.state_json({"a": b"\x00", "b": "</"}),
                       *shell.standalone("<t>", "SCRIPT", "STYLE", {"a": 1}).partition("</script>")[0:1]],
     "study": lambda: [VIEW.words, [VIEW.hits(name, grain) for name in RUNS for grain in ("words", "sentences")], [VIEW.misses(name) for name in RUNS], [VIEW.alignment(name) for name in RUNS],
-                      OUTLINES[0].paths, places_in(REPORT, REPORT.sentences, word_spans(REPORT.sentences), False), seen_frame(Preprocessing(size=64, crop=0.8)),
-                      fitting_rows(pd.DataFrame({"study_id": [1, 2], "sentences": [["A b."], ["b c."]]}), pd.DataFrame({"Edema": [1, 0]}), "B", "Edema")],
-    "packed study": lambda: [packed(), packed(True)[0]["sentences"], widget.masked_text("No effusion, 2 cm."), widget.beyond(VIEW, list(RUNS)), widget.beyond(VIEW, [list(RUNS)[1]])],
+                      OUTLINES[0].paths, places_in(REPORT, REPORT.sentences, word_spans(REPORT.sentences), False), _visible_frame(Preprocessing(size=64, crop=0.8)),
+                      _fitting_rows(pd.DataFrame({"study_id": [1, 2], "sentences": [["A b."], ["b c."]]}), pd.DataFrame({"Edema": [1, 0]}), "B", "Edema")],
+    "packed study": lambda: [packed(), packed(True)[0]["sentences"], widget._masked_text("No effusion, 2 cm."), widget._beyond(VIEW, list(RUNS)), widget._beyond(VIEW, [list(RUNS)[1]])],
     "scales": scales,
     "pictures of a study": study_pictures,
-    "points": lambda: [unpacked(embedding.point_data(TABLE, PICTURES)), unpacked(embedding.point_data(TABLE[["x", "y", "text"]], show_text=False)), embedding.spread_examples(TABLE, "letter"),
-                       embedding.spread_examples(TABLE, None), embedding.name_column(pd.Series([f"n{k}" for k in range(50)]))["colours"][:2]],
+    "points": lambda: [unpacked(embedding._point_data(TABLE, PICTURES)), unpacked(embedding._point_data(TABLE[["x", "y", "text"]], show_text=False)), embedding._spread_examples(TABLE, "letter"),
+                       embedding._spread_examples(TABLE, None), embedding._name_column(pd.Series([f"n{k}" for k in range(50)]))["colours"][:2]],
     "explored points": explored,
-    "regions and texts": lambda: [[embedding.region_rows(VIEW, name) for name in RUNS], embedding.text_rows(VIEW, "mine", "words", [1, 2]), embedding.text_rows(VIEW, "mine", "sentences", [0, 2])],
-    "films": lambda: [augmentation.tile(IMAGE[:20], "alt <", "caption &", outlines={"#123456": np.array([[1, 2], [3.25, 4], [5, 6]])}), augmentation.tile(IMAGE, "a", "b", "#654321"),
-                      axes(augmentation.draw_film, IMAGE[:20], "title", "#123456"), axes(augmentation.draw_film, IMAGE, "$"), augmentation.grey_levels(torch.tensor(waves(2, 4, 4)), Preprocessing(mean=0.25, std=0.5)),
-                      [augmentation.outline(turned(*how)) for how in ((0,), (10, True))], [augmentation.motion(turned(*how)) for how in ((0,), (12,), (-7, True))]],
-    "phantom": lambda: [phantom.film_markup(STUDY), phantom.film_markup(PLANTED[5], False), [phantom.told_of(finding) for finding in FOUND], phantom.report_markup(STUDY),
-                        [phantom.marked(sentence) for sentence in SAID], phantom.draw_study(STUDY)],
+    "regions and texts": lambda: [[embedding._region_rows(VIEW, name) for name in RUNS], embedding._text_rows(VIEW, "mine", "words", [1, 2]), embedding._text_rows(VIEW, "mine", "sentences", [0, 2])],
+    "films": lambda: [augmentation._picture_tile(IMAGE[:20], "alt <", "caption &", outlines={"#123456": np.array([[1, 2], [3.25, 4], [5, 6]])}), augmentation._picture_tile(IMAGE, "a", "b", "#654321"),
+                      axes(augmentation._draw_film, IMAGE[:20], "title", "#123456"), axes(augmentation._draw_film, IMAGE, "$"), augmentation._grey_levels(torch.tensor(waves(2, 4, 4)), Preprocessing(mean=0.25, std=0.5)),
+                      [augmentation._outline(turned(*how)) for how in ((0,), (10, True))], [augmentation._motion(turned(*how)) for how in ((0,), (12,), (-7, True))]],
+    "phantom": lambda: [phantom._film_markup(STUDY), phantom._film_markup(PLANTED[5], False), [phantom._describe_finding(finding) for finding in FOUND], phantom._report_markup(STUDY),
+                        [phantom.marked(sentence) for sentence in SAID], phantom._draw_study(STUDY)],
 }
 
 CASES = {**ANALYSE, **STUDIES, **WIDGETS}

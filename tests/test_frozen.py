@@ -41,7 +41,7 @@ def test_the_tower_looks_once_and_stays_as_it_is(pack, tmp_path, monkeypatch):
 def test_what_is_loaded_sees_images_as_it_saw_their_maps(pack, tmp_path):
     train(pack, tmp_path / "run", epochs=1)
     method = load_method(tmp_path / "run")
-    settings = dict(tokenizer=method.tokenizer, preprocessing=method.preprocessing, view=method.view)
+    settings = dict(tokenizer=method.tokenizer, preprocessing=method.preprocessing, view=method.sampling)
     maps = cache_images(method.image_encoder.tower, pack)
     looked, kept = (read_batch(Pairs(pack, **settings, maps=one), range(3)) for one in (None, maps))
     assert looked.image.shape == (3, 3, 256, 256) and kept.image.shape == (3, 432, 16, 16)

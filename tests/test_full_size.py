@@ -15,7 +15,7 @@ from medvis.evaluate.segment import LinearSegmenter, SetrDecoder, SmpUNet, UNet
 from medvis.methods import CLIP, METHODS, MGCA, ConVIRT, GlobalMI, GLoRIA, LocalMI, LoVT, MixtureMI
 from medvis.methods.method import phantom_tokenizer
 from medvis.train import TrainConfig, load_encoder
-from medvis.train.loop import parameter_groups
+from medvis.train.loop import _parameter_groups
 
 FULL = {
     "MGCA with ViT-B/16": (MGCA, "paper", (14, 14)),
@@ -50,7 +50,7 @@ def test_one_step(name, pack, tokenizer):
     method = kind.from_preset(preset, tokenizer, text="bert-base", image_weights=None)
     body = method.text_encoder.body.config
     assert (body.num_hidden_layers, body.hidden_size, body.num_attention_heads) == (12, 768, 12)
-    pairs = Pairs(pack, method.tokenizer, method.preprocessing, method.view, train=True)
+    pairs = Pairs(pack, method.tokenizer, method.preprocessing, method.sampling, train=True)
     batch = collate([pairs[0], pairs[len(pairs) - 1]])
     assert batch.patient_id[0] != batch.patient_id[1], "two patients, since some methods contrast only these"
     side = 256 if method.config.image == "resnet256" else 224
@@ -58,7 +58,7 @@ def test_one_step(name, pack, tokenizer):
 
     config = TrainConfig.of(method, "run")
     learned = {key: value for key, value in method.named_parameters() if value.requires_grad}
-    groups = parameter_groups(method, config)
+    groups = _parameter_groups(method, config)
     rates = [group.pop("config").lr for group in groups]
     made = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.optimizer]
     optimizer = made([{**group, "lr": lr} for group, lr in zip(groups, rates, strict=True)], betas=config.betas)
@@ -158,7 +158,7 @@ def test_presets_are_complete(name, tmp_path):
     config, recipe = kind.presets[preset]
     with torch.device("meta"):
         method = kind(kind.Config(**{**config, "text": "bert-base", "image_weights": None}), phantom_tokenizer(5))
-    method.recipe = dict(recipe)
+    method.training_settings = dict(recipe)
     assert TrainConfig.of(method, tmp_path).batch_size > 1
     parameters = sum(value.numel() for value in method.parameters())
     assert parameters > (5e7 if preset != "tiny" else 2e5)

@@ -5,7 +5,7 @@ from goldens import golden, leaves, same, same_gradients
 
 from medvis.encoders.heads import ProjectionHead
 from medvis.encoders.text import TextEncoder, released_word_index, released_words
-from medvis.objectives.contrastive import clip_loss, unit
+from medvis.objectives.contrastive import clip_loss, l2_normalize
 from medvis.objectives.prototypes import prototype_loss, sinkhorn
 from medvis.objectives.tokens import clip_weights, gather_context, token_alignment_loss
 
@@ -15,8 +15,8 @@ def test_instance():
     image, report = leaves(g, "img", "rep")
     loss = 2 * clip_loss(image, report, float(g["tau1"]))  # released: the sum of the directions
     same(loss, g["loss"])
-    same(clip_loss(image, report, float(g["tau1"]), image_weight=1.0), g["l_img2txt"])
-    same(clip_loss(image, report, float(g["tau1"]), image_weight=0.0), g["l_txt2img"])
+    same(clip_loss(image, report, float(g["tau1"]), direction_weight=1.0), g["l_img2txt"])
+    same(clip_loss(image, report, float(g["tau1"]), direction_weight=0.0), g["l_txt2img"])
     same_gradients(loss, [image, report], [g["grad_img"], g["grad_rep"]])
 
 
@@ -36,8 +36,8 @@ def test_prototypes():
     same(prototype_loss(image, report, g["proto"], *settings), g["loss"], atol=1e-7)
     same_gradients(loss, [image, report, prototypes], [g["grad_img"], g["grad_rep"], g["grad_proto"]], atol=1e-7)
 
-    scores = {side: unit(g[side]) @ unit(g["proto"]).T for side in ("img", "rep")}
-    same(unit(g["proto"]), g["proto_normalised"])
+    scores = {side: l2_normalize(g[side]) @ l2_normalize(g["proto"]).T for side in ("img", "rep")}
+    same(l2_normalize(g["proto"]), g["proto_normalised"])
     for side, other, name in (("img", "rep", "l_imgcode_repprob"), ("rep", "img", "l_repcode_imgprob")):
         same(scores[side], g[f"scores_{side}"])
         codes = sinkhorn(scores[side], *settings[1:])
@@ -64,10 +64,10 @@ def token_case(g: dict, resnet: bool, by_word=None, by_patch=None) -> tuple[list
             patches, words, valid, tau, patch_share * patch_weights, word_share * word_weights, mask_padding=False,
             unit_region_context=resnet, word_attention=by_word, region_attention=by_patch)
 
-    z, r = unit(g["word"]), unit(g["patch"])
-    seen = unit(gather_context(z, r, torch.ones(r.shape[:2], dtype=torch.bool), tau, by_word)[0])
+    z, r = l2_normalize(g["word"]), l2_normalize(g["patch"])
+    seen = l2_normalize(gather_context(z, r, torch.ones(r.shape[:2], dtype=torch.bool), tau, by_word)[0])
     read = gather_context(r, z, valid, tau, by_patch)[0]
-    read = unit(read) if resnet else read
+    read = l2_normalize(read) if resnet else read
     contexts = {"word_context": seen, "patch_context": read, "word_sim": z @ seen.mT / tau, "patch_sim": r @ read.mT / tau,
                 "word_weights": word_weights, "patch_weights": patch_weights}
     return [patches, words], (loss(1, 1), loss(0, 1), loss(1, 0)), contexts

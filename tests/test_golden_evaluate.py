@@ -7,10 +7,10 @@ import torch
 from goldens import golden, leaves, same, same_gradients
 from torchvision.ops import box_convert
 
-from medvis.evaluate.detect import YOLO_RULES, Targets, assign, decode, detect, scale_loss, suppress
+from medvis.evaluate.detect import _YOLO_RULES, Targets, assign, _decode_boxes, _detect, _scale_loss, suppress
 from medvis.evaluate.metrics import (
-    MAP_RULES, Boxes, average_precisions, count_pixels, dice_of_batches, dice_of_images, dice_pooled, dice_table, froc, mean_ap)
-from medvis.evaluate.segment import dice_loss, focal_loss, mixed_loss, soft_dice
+    MAP_RULES, Boxes, _average_precisions, count_pixels, _dice_of_batches, _dice_of_images, dice_pooled, dice_table, froc, mean_ap)
+from medvis.evaluate.segment import dice_loss, _focal_loss, mixed_loss, _soft_dice
 
 SINGLE = dict(rtol=1e-6, atol=1e-7)   # the published code rounds to single precision somewhere
 
@@ -42,9 +42,9 @@ def yolo_targets(g: dict, case: str) -> Targets:
 def test_yolo_loss(system, case):
     g = golden(f"{system}_yolo_loss")
     raw, = leaves(g, f"{case}_raw")
-    size, anchors, rules, targets = int(g["img_size"]), g[f"{case}_anchors"], YOLO_RULES[system], yolo_targets(g, case)
+    size, anchors, rules, targets = int(g["img_size"]), g[f"{case}_anchors"], _YOLO_RULES[system], yolo_targets(g, case)
     exact = SINGLE if raw.dtype == torch.float32 else {}
-    loss = scale_loss(raw, targets, anchors, size, rules)
+    loss = _scale_loss(raw, targets, anchors, size, rules)
     same(loss.total, g[f"{case}_loss"], **exact)
     same(sum(loss.parts.values()), g[f"{case}_loss"], **exact)
     for part in "xywh":
@@ -52,7 +52,7 @@ def test_yolo_loss(system, case):
     same(loss.parts["present"] + loss.parts["absent"], g[f"{case}_l_conf"], **exact)
     same(loss.parts["class"], g[f"{case}_l_cls"], **exact)
     same_gradients(loss.total, [raw], [g[f"{case}_grad"]], **({"rtol": 1e-5, "atol": 1e-8} if exact else {}))
-    same(decode(raw, anchors, size), g[f"{case}_pred"], rtol=1e-6, atol=3e-4)   # published in float32, boxes of hundreds of pixels
+    same(_decode_boxes(raw, anchors, size), g[f"{case}_pred"], rtol=1e-6, atol=3e-4)   # published in float32, boxes of hundreds of pixels
     if f"{case}_obj_mask" in g:
         a = len(anchors)
         shape = (len(raw), a, *raw.shape[2:], raw.shape[1] // a - 5)
@@ -83,7 +83,7 @@ def test_lovt_map(case):
     g = golden("metrics_map")
     found, truth, classes = boxes(g, f"{case}_pred"), boxes(g, f"{case}_gt"), int(g[f"{case}_n_classes"])
     thresholds = g["iou_thresholds"].tolist()
-    ap = average_precisions(found, truth, thresholds, classes, MAP_RULES["lovt"])
+    ap = _average_precisions(found, truth, thresholds, classes, MAP_RULES["lovt"])
     near(ap, g[f"{case}_ap"], **SINGLE)
     near(ap.mean(axis=0), g[f"{case}_class_mAP"], **SINGLE)
     for percent in (50, 75):
@@ -110,7 +110,7 @@ def size_of_mgca(g: dict) -> int:
 
 def boxes_of_mgca(g: dict) -> Boxes:
     raws = [g[f"raw{scale}"] for scale in range(len(g["anchors"]))]
-    return detect(raws, g["anchors"], size_of_mgca(g), objectness=float(g["conf_thres"]), overlap=float(g["nms_thres"]), side=1)
+    return _detect(raws, g["anchors"], size_of_mgca(g), objectness=float(g["conf_thres"]), overlap=float(g["nms_thres"]), side=1)
 
 
 def test_mgca_detections_and_counted_images():
@@ -156,8 +156,8 @@ def test_mixed_loss(case):
     target, alpha, gamma, smooth = g[f"{case}_target"], float(g["alpha"]), float(g["gamma"]), float(g["smooth"])
     loss = mixed_loss(logits, target, alpha, gamma, smooth)
     same(loss.total, g[f"{case}_loss"], atol=1e-10)
-    same(focal_loss(logits, target, gamma), g[f"{case}_focal"], atol=1e-10)
-    same(soft_dice(logits, target, smooth), g[f"{case}_dice"], atol=1e-10)
+    same(_focal_loss(logits, target, gamma), g[f"{case}_focal"], atol=1e-10)
+    same(_soft_dice(logits, target, smooth), g[f"{case}_dice"], atol=1e-10)
     same_gradients(loss.total, [logits], [g[f"{case}_grad"]], rtol=1e-8, atol=1e-10)
     same(mixed_loss(logits, target).total, g[f"{case}_loss"], atol=1e-10)   # the defaults are MGCA's
 
@@ -165,8 +165,8 @@ def test_mixed_loss(case):
 def test_dice_metrics():
     g = golden("metrics_dice")
     counts = count_pixels(g["prob"], g["truth"], float(g["threshold"]))
-    near(dice_of_images(counts), g["standard_per_image"], **SINGLE)
-    near(dice_of_batches(counts, g["batch"]), g["batch_dice"], **SINGLE)
+    near(_dice_of_images(counts), g["standard_per_image"], **SINGLE)
+    near(_dice_of_batches(counts, g["batch"]), g["batch_dice"], **SINGLE)
     near(dice_pooled(counts), g["micro_dice"], **SINGLE)
     table = dice_table(counts, g["batch"]).set_index("reported_by")["value"]
     for who, name in (("LoVT", "micro_dice"), ("MGCA", "epoch_dice"), ("usual", "standard_mean_per_image")):

@@ -7,10 +7,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
-from medvis.data.pairs import Sample, collate, draw_swaps, swapped, tokenise
+from medvis.data.pairs import Sample, collate, _draw_swaps, _swapped, tokenise
 from medvis.encoders.features import group_matrix, pool_tokens
 from medvis.encoders.heads import AttentionPool, ProjectionHead
-from medvis.objectives.contrastive import clip_loss, unit
+from medvis.objectives.contrastive import clip_loss, l2_normalize
 from medvis.objectives.regions import (
     CrossModalAttention, local_image_loss, local_report_loss, positiveness, share_weights, soft_cross_entropy)
 from medvis.train.schedules import cyclic_cosine
@@ -31,7 +31,7 @@ def test_global_loss_with_negatives_of_the_same_side():
     "An option that no published configuration uses: the same loss over [the other side, own side without oneself]."
     g = golden("lovt_global_nce")
     image, report = leaves(g, "zg_image", "zg_report")
-    v, t, tau, lam = unit(image), unit(report), float(g["tau"]), float(g["lam"])
+    v, t, tau, lam = l2_normalize(image), l2_normalize(report), float(g["tau"]), float(g["lam"])
     alone, target = torch.eye(len(v), dtype=torch.bool), torch.arange(len(v))
 
     def one_way(a, b):
@@ -59,7 +59,7 @@ def test_local_image(case):
         same(loss, g[f"{case}_loss"], atol=slack)
         same_gradients(loss, [z, gathered], [g[f"{case}_grad_z"], g[f"{case}_grad_zatt"]], atol=slack)
         mask = torch.ones(z.shape[:2], dtype=torch.bool)
-        scores, share = unit(z) @ unit(gathered).mT / tau, share_weights(weights, mask, z.dtype)
+        scores, share = l2_normalize(z) @ l2_normalize(gathered).mT / tau, share_weights(weights, mask, z.dtype)
         same(soft_cross_entropy(scores, table, share, mask), g[f"{case}_l_a"], atol=slack)
         same(soft_cross_entropy(scores.mT, table, share, mask), g[f"{case}_l_b"], atol=slack)
 
@@ -78,7 +78,7 @@ def test_local_report(case):
     same(share, g[f"{case}_w_used"])
     alone = positiveness((1, mask.shape[1]), threshold=0.0, dtype=torch.float64)
     same(alone * mask[:, None], g[f"{case}_p"])
-    scores = unit(z) @ unit(gathered).mT / tau
+    scores = l2_normalize(z) @ l2_normalize(gathered).mT / tau
     same(soft_cross_entropy(scores, alone, share, mask), g[f"{case}_l_a"])
     same(soft_cross_entropy(scores.mT, alone, share, mask), g[f"{case}_l_b"])
 
@@ -248,10 +248,10 @@ def test_sentence_pooling(report_batch):
 
 def test_swaps():
     g = golden("lovt_sentences")
-    assert swapped(range(int(g["swap_n"])), g["swap_pairs"].tolist()) == g["swap_result"].tolist()
+    assert _swapped(range(int(g["swap_n"])), g["swap_pairs"].tolist()) == g["swap_result"].tolist()
     theirs, again = g["swap_count_hist"].numpy(), float(g["swap_p"])
     rng, draws = np.random.default_rng(0), 40_000
-    counts = np.array([len(draw_swaps(5, 1 - again, rng)) for _ in range(draws)])
+    counts = np.array([len(_draw_swaps(5, 1 - again, rng)) for _ in range(draws)])
     ours = np.bincount(counts.clip(max=len(theirs) - 1), minlength=len(theirs))
     p = (1 - again) * again ** np.arange(len(theirs))
     p[-1] = again ** (len(theirs) - 1)
@@ -271,7 +271,7 @@ def test_total_loss():
     for name, z, gathered, target, weights, valid in (
             ("a", regions, to_region, p, region_weights, every),
             ("b", sentences, to_sentence, torch.eye(mask.shape[1]).double(), sentence_weights, mask)):
-        scores, share = unit(z) @ unit(gathered).mT / 0.3, share_weights(weights, valid, z.dtype)
+        scores, share = l2_normalize(z) @ l2_normalize(gathered).mT / 0.3, share_weights(weights, valid, z.dtype)
         same(soft_cross_entropy(scores, target, share, valid), g[f"l_local_{name}_l2att"], **slack)
         same(soft_cross_entropy(scores.mT, target, share, valid), g[f"l_local_{name}_att2l"], **slack)
     same(clip_loss(v, t, 0.1, 1.0), g["l_global_a2b"])

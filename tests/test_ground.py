@@ -16,9 +16,9 @@ from torch import nn
 
 from medvis.data.images import to_square
 from medvis.data.preprocessing import Preprocessing
-from medvis.data.pairs import View
+from medvis.data.pairs import Sampling
 from medvis.data.phrases import (
-    Phrase, phantom_phrases, phrase_mask, read_ms_cxr, tight_boxes, write_ms_cxr)
+    Phrase, phantom_phrases, phrase_mask, read_ms_cxr, _tight_boxes, write_ms_cxr)
 from medvis.data.prepare import PhantomConfig, prepare_phantom
 from medvis.evaluate import ground
 from medvis.evaluate.stats import resample
@@ -98,7 +98,7 @@ def test_degenerate_maps():
 
 def test_the_table_is_what_pandas_computes_on_every_draw():
     draw, count = np.random.default_rng(0), 60
-    rows = pd.DataFrame({name: draw.random(count) for name in ground.MEASURES})
+    rows = pd.DataFrame({name: draw.random(count) for name in ground._MEASURES})
     rows = rows.assign(finding=draw.choice(["Edema", "Nodule", "Effusion"], count), patient=draw.integers(0, 20, count), other_miou=draw.random(count))
     rows.loc[:4, "cnr"] = rows.loc[7:9, "other_miou"] = np.nan
     table = ground.grounding_table(rows, 40).set_index(["measure", "finding"])
@@ -125,7 +125,7 @@ def test_the_table_is_what_pandas_computes_on_every_draw():
 @settings(max_examples=40, deadline=None)
 @given(st.lists(st.integers(0, 3), max_size=8))
 def test_strangers(patients):
-    for i, found in enumerate(ground.strangers(patients)):
+    for i, found in enumerate(ground.next_other_patient(patients)):
         others = [(i + step) % len(patients) for step in range(1, len(patients)) if patients[(i + step) % len(patients)] != patients[i]]
         assert found == (others[0] if others else i)
 
@@ -198,9 +198,9 @@ def test_boxes_go_where_the_pixels_go(width, height, fit, data):
     film = np.zeros((height, width), np.uint8)
     film[y0:y1, x0:x1] = 255
     mask = phrase_mask(Phrase("a", "", "", ((x0, y0, x1, y1),), width, height), 64, fit)
-    told = tight_boxes(mask)[0]
+    told = _tight_boxes(mask)[0]
     light = np.pad(to_square(film, 64, fit), 1) > 0
-    grown = tight_boxes(light)[0]
+    grown = _tight_boxes(light)[0]
     assert mask.any() and all(abs(a - b + 1) <= 1.5 for a, b in zip(told, grown)), (told, grown)
 
 
@@ -211,7 +211,7 @@ class Bright(nn.Module):
 
     def __init__(self, preprocessing, grid=16):
         super().__init__()
-        self.preprocessing, self.view, self.grid = preprocessing, View(), grid
+        self.preprocessing, self.sampling, self.grid = preprocessing, Sampling(), grid
         self.tokenizer, self.weight = phantom_tokenizer(20), nn.Parameter(torch.zeros(1))
 
     def correspondence(self, batch):
@@ -304,7 +304,7 @@ def test_a_method_on_the_phantom_written_as_ms_cxr(tmp_path):
     again = ground.ground_phrases(method, pack, phrases, batch_size=7)
     pd.testing.assert_frame_equal(rows, again, rtol=1e-4, atol=1e-4)
     assert method.training and all(torch.equal(value, state[key]) for key, value in method.state_dict().items())
-    assert len(rows) == len(phrases) and rows[[*ground.MEASURES]].notna().all(axis=None)
+    assert len(rows) == len(phrases) and rows[[*ground._MEASURES]].notna().all(axis=None)
     table = ground.grounding_table(rows, 50).set_index(["measure", "finding"])
     assert abs(table.loc[("hit", "all"), "value"] - table.loc[("chance", "all"), "value"]) < 0.15       # it has learned nothing
     assert table.loc[("miou", "all"), "low"] <= table.loc[("miou", "all"), "value"] <= table.loc[("miou", "all"), "high"]

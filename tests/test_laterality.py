@@ -11,27 +11,27 @@ from medvis.data.prepare import PhantomConfig, prepare_phantom
 from medvis.data.preprocessing import Preprocessing
 from medvis.data.targets import report_targets
 from medvis.evaluate.laterality import (
-    CONDITIONS, SIDES, TABLE, ZONES, find_sentences, laterality, lung_extents, mirrored, place_area, place_scores, placed_sentences, zone_hits)
+    _CONDITIONS, _SIDES, _TABLE, _ZONES, _find_sentences, _laterality, _lung_extents, _mirrored, _place_area, _place_scores, _placed_sentences, _zone_hits)
 from medvis.train import create_method
 
 
 @settings(max_examples=50, deadline=None)
-@given(st.integers(1, 6), st.integers(1, 6), st.lists(st.integers(-3, 3), min_size=36, max_size=36), st.sampled_from(sorted(SIDES)))
+@given(st.integers(1, 6), st.integers(1, 6), st.lists(st.integers(-3, 3), min_size=36, max_size=36), st.sampled_from(sorted(_SIDES)))
 def test_scores_are_those_counted_region_by_region(height, width, values, side):
     map = np.array(values[:height * width], float)
     inside = []
     for column in [*range(width)] * height:
         middle = (column + 0.5) / width
         inside.append(0.5 if np.isclose(middle, 0.5) else float((middle > 0.5) == (side == "left")))
-    area = place_area(side, (height, width))
+    area = _place_area(side, (height, width))
     assert np.allclose(area, inside)
-    hit, mass, chance = (value[0] for value in place_scores(map[None], area[None]))
+    hit, mass, chance = (value[0] for value in _place_scores(map[None], area[None]))
     best = [k for k, value in enumerate(map) if value == map.max()]
     assert hit == pytest.approx(np.mean([inside[k] for k in best])) and chance == pytest.approx(0.5)
     above = map - map.min()
     assert mass == pytest.approx(above @ inside / above.sum() if above.any() else 0.5)
     flipped = map.reshape(height, width)[:, ::-1].reshape(1, -1)
-    assert place_scores(flipped, area[None])[0][0] == pytest.approx(1 - hit)      # of the mirrored map the other side
+    assert _place_scores(flipped, area[None])[0][0] == pytest.approx(1 - hit)      # of the mirrored map the other side
 
 
 @pytest.fixture(scope="module")
@@ -45,31 +45,31 @@ def method(pack):
 
 
 def test_mirrored_images_are_mirrored(pack):
-    assert np.array_equal(mirrored(pack).image(3), pack.image(3)[:, ::-1])
+    assert np.array_equal(_mirrored(pack).image(3), pack.image(3)[:, ::-1])
 
 
-@pytest.mark.parametrize("measure, places", [(laterality, SIDES), (zone_hits, ZONES)])
+@pytest.mark.parametrize("measure, places", [(_laterality, _SIDES), (_zone_hits, _ZONES)])
 def test_an_untrained_method_is_measured(pack, method, measure, places):
     rows, table = measure(method, pack, split=None, resamples=20)
-    shares = rows[[f"{condition}{name}" for condition in CONDITIONS for name in ("hit", "mass")]].to_numpy()
+    shares = rows[[f"{condition}{name}" for condition in _CONDITIONS for name in ("hit", "mass")]].to_numpy()
     assert set(rows["place"]) <= set(places) and np.nanmin(shares) >= 0 and np.nanmax(shares) <= 1
     assert rows[["hit", "mirrored_hit", "other_hit"]].notna().all(axis=None)
     assert rows.loc[rows["place"] == "middle", "exchanged_hit"].isna().all() and rows["exchanged_hit"].notna().any()
-    assert tuple(table.columns) == tuple(TABLE) and set(table["of"]) >= {"all", "balanced", *rows["place"], *rows["finding"]}
+    assert tuple(table.columns) == tuple(_TABLE) and set(table["of"]) >= {"all", "balanced", *rows["place"], *rows["finding"]}
     assert rows["chance"].gt(0).all() and (table["low"].isna() | (table["low"] <= table["high"])).all()
-    kept = find_sentences(placed_sentences(report_targets(pack), "side" if places is SIDES else "zone"), pack, None)
+    kept = _find_sentences(_placed_sentences(report_targets(pack), "side" if places is _SIDES else "zone"), pack, None)
     assert rows[["study", "sentence"]].to_numpy().tolist() == kept[["study", "sentence"]].to_numpy().tolist()
 
 
 def test_lungs_of_other_data_are_not_known():
     other = SimpleNamespace(manifest={"source": {"kind": "nih"}})
-    assert lung_extents(SimpleNamespace(preprocessing=Preprocessing()), other, [4, 2]).tolist() == [[0, 1], [0, 1]]
+    assert _lung_extents(SimpleNamespace(preprocessing=Preprocessing()), other, [4, 2]).tolist() == [[0, 1], [0, 1]]
 
 
 def test_a_split_without_a_sentence_is_refused(pack, method):
     empty = pd.DataFrame(columns=["study", "sentence", "finding", "status", "side", "zone"])
     with pytest.raises(ValueError, match="at one zone alone"):
-        zone_hits(method, pack, empty)
+        _zone_hits(method, pack, empty)
 
 
 def test_runs_that_saw_the_images_are_refused(pack, method, monkeypatch):
@@ -78,7 +78,7 @@ def test_runs_that_saw_the_images_are_refused(pack, method, monkeypatch):
         asked.append((of, models, allow_leaks))
         raise ValueError("seen in training")
     monkeypatch.setattr("medvis.evaluate.laterality.check_unseen", refuse)
-    for measure in (laterality, zone_hits):
+    for measure in (_laterality, _zone_hits):
         with pytest.raises(ValueError, match="seen in training"):
             measure(method, pack)
     assert asked == [(pack, [method], False)] * 2

@@ -114,18 +114,18 @@ def test_the_order_of_rows_and_the_blocks_do_not_matter(monkeypatch):
 
 @pytest.mark.parametrize("turned", [False, True])
 @pytest.mark.parametrize("words", [2, 4])
-@pytest.mark.parametrize("flips", [0, 9, leaks.HALF_REACH - 1, leaks.HALF_REACH, leaks.HALF_REACH + 1, leaks.REACH - 1, leaks.REACH, leaks.REACH + 1, 39])
+@pytest.mark.parametrize("flips", [0, 9, leaks._HALF_REACH - 1, leaks._HALF_REACH, leaks._HALF_REACH + 1, leaks._REACH - 1, leaks._REACH, leaks._REACH + 1, 39])
 def test_candidates_are_those_of_a_plain_loop(flips, words, turned):
     "Near are hashes that differ in at most REACH bits, HALF_REACH of them in the first two words, or in all but so many; so of HALF_REACH changed bits none hides an image"
     hashes, noise = leaks.take_prints(PIXELS, np.arange(40)).hashes[0], np.zeros(256, bool)
-    noise[np.random.default_rng(flips).permutation(np.flatnonzero(np.arange(leaks.BITS) % 4 < words))[:flips]] = True      # in the first words only, or in all
-    noise[:leaks.BITS] ^= turned
+    noise[np.random.default_rng(flips).permutation(np.flatnonzero(np.arange(leaks._BITS) % 4 < words))[:flips]] = True      # in the first words only, or in all
+    noise[:leaks._BITS] ^= turned
     other = hashes ^ np.packbits(noise.reshape(64, 4).T, axis=1).copy().view(np.uint64)
     half, apart = (np.array([[sum(int(x ^ y).bit_count() for x, y in zip(hashes[:part, a], other[:part, b], strict=True)) for b in range(40)] for a in range(40)]) for part in (2, 4))
-    near = (np.minimum(apart, leaks.BITS - apart) <= leaks.REACH) & (np.minimum(half, leaks.HALF_BITS - half) <= leaks.HALF_REACH)
+    near = (np.minimum(apart, leaks._BITS - apart) <= leaks._REACH) & (np.minimum(half, leaks._HALF_BITS - half) <= leaks._HALF_REACH)
     i, j, sign = leaks._close(hashes, other)
-    assert list(zip(i, j, strict=True)) == list(zip(*np.nonzero(near), strict=True)) and (sign == np.where(apart[i, j] > leaks.BITS / 2, -1, 1)).all()
-    assert near.diagonal().all() if flips <= leaks.HALF_REACH else words == 4 and flips <= leaks.REACH or not near.diagonal().any()
+    assert list(zip(i, j, strict=True)) == list(zip(*np.nonzero(near), strict=True)) and (sign == np.where(apart[i, j] > leaks._BITS / 2, -1, 1)).all()
+    assert near.diagonal().all() if flips <= leaks._HALF_REACH else words == 4 and flips <= leaks._REACH or not near.diagonal().any()
 
 
 def test_any_gamma_border_and_inversion():

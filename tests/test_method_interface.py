@@ -17,11 +17,11 @@ from medvis.analyse.spread import draw_spread, spread_table
 from medvis.data.pairs import Pairs, read_batch
 from medvis.data.prepare import PhantomConfig, prepare_phantom
 from medvis.methods import METHODS, Correspondence, Method
-from medvis.methods.method import NoCorrespondence, add_up, cosine_correspondence, gathered, phantom_tokenizer
-from medvis.objectives.contrastive import clip_loss, unit
-from medvis.studies.lovt_figures import weights_table
-from medvis.studies.mgca_figures import pair_embeddings, word_map_rows
-from medvis.train.diagnostics import alignment, attention_entropy, dead_prototypes, diagnose, spread
+from medvis.methods.method import NoCorrespondence, add_up, cosine_correspondence, cross_attend, phantom_tokenizer
+from medvis.objectives.contrastive import clip_loss, l2_normalize
+from medvis.studies.lovt_figures import _weights_table
+from medvis.studies.mgca_figures import _pair_embeddings, _word_map_rows
+from medvis.train.diagnostics import alignment, _attention_entropy, _dead_prototypes, diagnose, spread
 from medvis.widgets.embedding import study_points
 from medvis.widgets.study import Studies
 
@@ -76,7 +76,7 @@ class Own(Silent):
 
     def align(self, batch):
         image, text = self.encode(batch)
-        return gathered(self.see(image.regions), self.say(text.sentences), text.sentence_mask, image.grid, 0.2)
+        return cross_attend(self.see(image.regions), self.say(text.sentences), text.sentence_mask, image.grid, 0.2)
 
 
 class Apart(Own):
@@ -101,13 +101,13 @@ def make(words, data):
     def make(kind, **changes):
         torch.manual_seed(0)
         method = kind.from_preset("tiny", words, **changes).eval().requires_grad_(False)
-        pairs = Pairs(data, method.tokenizer, method.preprocessing, replace(method.view, sentences="all"))
+        pairs = Pairs(data, method.tokenizer, method.preprocessing, replace(method.sampling, sentences="all"))
         return method, pairs, read_batch(pairs, range(12))
     return make
 
 
 def entropy(scores, mask, temperature):
-    return float(attention_entropy((scores / temperature).softmax(1).mT[mask]).mean())
+    return float(_attention_entropy((scores / temperature).softmax(1).mT[mask]).mean())
 
 
 def test_diagnostics_take_a_method_at_its_word(make):
@@ -122,7 +122,7 @@ def test_diagnostics_take_a_method_at_its_word(make):
     found = method.correspondence(batch)
     assert told["attention_entropy"] == pytest.approx(entropy(found.sentences, found.sentence_mask, 0.2), rel=1e-5)
     assert abs(told["attention_entropy"] - entropy(found.sentences, found.sentence_mask, 1.0)) > 0.01
-    assert (told["dead_prototypes"], told["dead_by_chance"]) == dead_prototypes(torch.cat([image, text]), method.prototypes)
+    assert (told["dead_prototypes"], told["dead_by_chance"]) == _dead_prototypes(torch.cat([image, text]), method.prototypes)
 
 
 def test_defaults_hold_where_a_method_says_nothing(make):
@@ -169,11 +169,11 @@ def test_the_figures_of_a_method_of_ones_own(make):
     scores = method.correspondence(batch).sentences
     torch.testing.assert_close((met.regions @ met.texts.mT).mT[met.mask], scores.mT[met.mask], rtol=1e-3, atol=1e-4)
     for k in range(12):    # what a sentence gathers, by hand
-        by_hand = unit((scores[k] / 0.2).softmax(0).T @ met.regions[k])
+        by_hand = l2_normalize((scores[k] / 0.2).softmax(0).T @ met.regions[k])
         torch.testing.assert_close(met.from_image[k][met.mask[k]], by_hand[met.mask[k]], rtol=1e-3, atol=1e-4)
-    arrays, numbers = weights_table(method, pairs, 12)
+    arrays, numbers = _weights_table(method, pairs, 12)
     assert np.allclose(arrays["weights"], shares.mean(0), atol=1e-5) and 0 < numbers["in_lungs"] < 1
-    images, texts = pair_embeddings(method, pairs)
+    images, texts = _pair_embeddings(method, pairs)
     assert np.allclose(images[:12], pair[0], atol=1e-4) and texts.shape == images.shape == (len(pairs), 16)
     figures = [draw_spread(spread_table({"own": seen})), draw_alignment({"own": alignment_distances(met)}),
                draw_correspondence(batch.image[0], method.correspondence(batch), 0, pairs.report(0).words)]
@@ -182,7 +182,7 @@ def test_the_figures_of_a_method_of_ones_own(make):
 
 def test_word_maps_have_the_methods_own_temperature(make):
     method, pairs, _ = make(Own)
-    rows = word_map_rows(method, pairs, list(range(6)))
+    rows = _word_map_rows(method, pairs, list(range(6)))
     names = pairs.pack.studies["study_id"].astype(str).tolist()
     for row in rows.itertuples():
         found = method.correspondence(read_batch(pairs, [names.index(row.study)]))
@@ -216,8 +216,8 @@ SAYS = [
     ("gloria", {}, 0.25, ("words",), True, "word"),
     ("gloria", dict(weight_local=0.0), 0.25, (), True, "word"),
     ("lovt", {}, 1.0, ("sentences",), True, "sentence"),
-    ("lovt", dict(weight_image=0.0, weight_report=0.0, temperature=0.2), 0.2, (), True, None),
-    ("lovt", dict(weight_global=0.0, local_weights=False), 1.0, ("sentences",), False, "sentence"),
+    ("lovt", dict(local_image_weight=0.0, local_report_weight=0.0, temperature=0.2), 0.2, (), True, None),
+    ("lovt", dict(global_weight=0.0, local_weights=False), 1.0, ("sentences",), False, "sentence"),
     ("mgca", {}, 0.07, ("words",), True, "word"),
     ("mgca", dict(learned_attention=True), 1.0, ("words",), True, "word"),
     ("mgca", dict(weight_token=0.0, layer="layer4", tau_instance=0.4), 0.4, (), True, "word"),
@@ -237,7 +237,7 @@ def test_what_a_method_says_of_itself(name, changes, temperature, learned, share
     image, text = method.pair_vectors(batch)
     assert image.ndim == text.ndim == 2 and len(image) == len(text) == 12 and (not shared or image.shape == text.shape)
     pooled, shares = method.pool_image(method.image_encoder(batch.image))
-    assert pooled.ndim == 2 and (shares is not None) == (name == "clip" or "attention" in changes.values() or name == "lovt" and "weight_global" not in changes)
+    assert pooled.ndim == 2 and (shares is not None) == (name == "clip" or "attention" in changes.values() or name == "lovt" and "global_weight" not in changes)
     assert shares is None or torch.allclose(shares.sum(1), torch.ones(12), atol=1e-5)
 
 

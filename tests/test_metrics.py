@@ -17,8 +17,8 @@ from torchvision.ops import sigmoid_focal_loss
 
 from medvis.evaluate import detect, ground, metrics, segment
 from medvis.methods.method import Correspondence
-from medvis.evaluate.detect import YOLO_RULES, Targets, YoloRules
-from medvis.evaluate.metrics import IOUS, MAP_RULES, Boxes, MapRules, mean_ap
+from medvis.evaluate.detect import _YOLO_RULES, Targets, YoloRules
+from medvis.evaluate.metrics import _IOUS, MAP_RULES, Boxes, MapRules, mean_ap
 
 PROPERTY = settings(max_examples=40, deadline=None, derandomize=True)
 SEEDS = st.integers(0, 10**6)
@@ -47,7 +47,7 @@ def test_dice_is_that_of_sets(seed, images, filled):
     counts = metrics.count_pixels(probability, truth)
     p, t = ([set(np.flatnonzero(x)) for x in array] for array in (probability > 0.5, truth))
     each = [slow_dice(*pair) for pair in zip(p, t)]
-    np.testing.assert_allclose(metrics.dice_of_images(counts), each)
+    np.testing.assert_allclose(metrics._dice_of_images(counts), each)
     table = metrics.dice_table(counts, batches).set_index("reported_by")["value"]
     np.testing.assert_allclose(table["MGCA"], np.mean([np.mean([e for e, b in zip(each, batches) if b == at]) for at in sorted(set(batches))]))
     flat = truth.ravel(), probability.ravel() > 0.5
@@ -119,7 +119,7 @@ def test_overlap_of_boxes(seed, whole, side):
     rng = np.random.default_rng(seed)
     first, second = (some_boxes(rng, 12, whole=whole).corners for _ in range(2))
     wanted = [[slow_iou(a, b, side) for b in second] for a in first]
-    np.testing.assert_allclose(metrics.box_iou(first[:, None], second, side), wanted, atol=1e-12)
+    np.testing.assert_allclose(metrics._box_iou(first[:, None], second, side), wanted, atol=1e-12)
 
 
 RULES = {"coco": MAP_RULES["coco"], "lovt": MAP_RULES["lovt"], "mgca": MapRules(skip_empty=True), "short": MapRules(limit=2), "strict": MapRules(strict=True)}
@@ -132,7 +132,7 @@ def test_average_precision_is_the_slow_loop(name, seed, true, called, whole):
     rng = np.random.default_rng(seed)
     truth, called = some_boxes(rng, true, whole=whole), some_boxes(rng, called, whole=whole)
     thresholds = (0.25, 0.5, 0.75)
-    ap = metrics.average_precisions(called, truth, thresholds, 3, RULES[name]).to_numpy()
+    ap = metrics._average_precisions(called, truth, thresholds, 3, RULES[name]).to_numpy()
     slow = [[slow_ap(called, truth, kind, threshold, RULES[name]) for kind in range(3)] for threshold in thresholds]
     np.testing.assert_allclose(ap, slow, atol=1e-12)
     wanted = np.nan if np.isnan(slow).all() else np.nanmean(slow)
@@ -151,7 +151,7 @@ def coco_map(detections: Boxes, truth: Boxes, images: int, classes: int) -> floa
         real.dataset = {"info": {}, "images": [{"id": i} for i in range(images)], "categories": [{"id": c + 1} for c in range(classes)], "annotations": rows(truth)}
         real.createIndex()
         found = evaluation(real, real.loadRes(rows(detections)), "bbox")
-        found.params.iouThrs, found.params.maxDets, found.params.areaRng, found.params.areaRngLbl = np.array(IOUS), [100], [[0, 1e10]], ["all"]
+        found.params.iouThrs, found.params.maxDets, found.params.areaRng, found.params.areaRngLbl = np.array(_IOUS), [100], [[0, 1e10]], ["all"]
         found.evaluate()
         found.accumulate()
     precision = found.eval["precision"][:, :, :, 0, 0]
@@ -239,13 +239,13 @@ def slow_froc(detections: Boxes, truth: Boxes, images: int, recorded: bool):
         false += not inside
         curve.append((false / images, len(hit) / len(truth)))
     if not recorded:
-        return [max([s for f, s in curve if f <= point], default=0.0) for point in metrics.FROC_POINTS]
-    noted, todo = [], list(metrics.FROC_POINTS)
+        return [max([s for f, s in curve if f <= point], default=0.0) for point in metrics._FROC_POINTS]
+    noted, todo = [], list(metrics._FROC_POINTS)
     for rate, sensitivity in curve:
         if todo and rate >= todo[0]:
             noted.append(sensitivity)
             todo.pop(0)
-    return noted + noted[-1:] * len(todo) if noted else [curve[-1][1] if curve else 0.0] * len(metrics.FROC_POINTS)
+    return noted + noted[-1:] * len(todo) if noted else [curve[-1][1] if curve else 0.0] * len(metrics._FROC_POINTS)
 
 
 @PROPERTY
@@ -312,22 +312,22 @@ def slow_yolo(raw, targets: Targets, anchors, size, rules: YoloRules) -> float:
     return total / (b * a * h * w)
 
 
-@pytest.mark.parametrize("name", YOLO_RULES)
+@pytest.mark.parametrize("name", _YOLO_RULES)
 @PROPERTY
 @given(SEEDS, st.integers(0, 14), st.sampled_from([1, 3]))
 def test_yolo_loss_is_the_slow_loop(name, seed, count, classes):
     rng = np.random.default_rng(seed)
     anchors, raw = torch.tensor(rng.uniform(4, 40, (3, 2))), torch.tensor(rng.normal(size=(3, 3 * (5 + classes), 4, 6)))
     targets = some_targets(rng, count, classes=classes)
-    loss = detect.scale_loss(raw, targets, anchors, 64, YOLO_RULES[name])
-    np.testing.assert_allclose(float(loss.total), slow_yolo(raw.numpy(), targets, anchors.tolist(), 64, YOLO_RULES[name]), rtol=1e-9)
+    loss = detect._scale_loss(raw, targets, anchors, 64, _YOLO_RULES[name])
+    np.testing.assert_allclose(float(loss.total), slow_yolo(raw.numpy(), targets, anchors.tolist(), 64, _YOLO_RULES[name]), rtol=1e-9)
 
 
 def test_only_the_responsible_cell_is_pulled():
     rng = np.random.default_rng(0)
     raw = torch.zeros(2, 3 * 7, 4, 4, dtype=torch.float64, requires_grad=True)
     targets, anchors = Targets(torch.tensor([1]), torch.tensor([[20.0, 40, 10, 12]]).double(), torch.tensor([1])), torch.tensor(rng.uniform(4, 40, (3, 2)))
-    gradient, = torch.autograd.grad(detect.scale_loss(raw, targets, anchors, 64).total, raw)
+    gradient, = torch.autograd.grad(detect._scale_loss(raw, targets, anchors, 64).total, raw)
     gradient = gradient.view(2, 3, 7, 4, 4)
     role = detect.assign(targets, anchors, (2, 3, 4, 4, 2), 64)
     assert ((gradient[:, :, :4].abs().sum(2) > 0) <= role.positive).all() and role.positive.sum() == 1
@@ -345,13 +345,13 @@ def test_the_later_box_sets_the_place_and_both_their_class():
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("value", [-6e4, 6e4])
 def test_yolo_loss_in_half_precision(dtype, value):
-    targets, anchors = some_targets(np.random.default_rng(1), 6), detect.anchor_boxes(size=64)
+    targets, anchors = some_targets(np.random.default_rng(1), 6), detect._anchor_boxes(size=64)
     raws = [torch.full((3, 24, cells, cells), value, dtype=dtype, requires_grad=True) for cells in (2, 4, 8)]
     with torch.autocast("cpu", dtype=torch.bfloat16):
         loss = detect.yolo_loss(raws, targets, anchors, 64)
     assert loss.total.isfinite() and loss.total.dtype == torch.float32
     assert all(torch.isfinite(g).all() for g in torch.autograd.grad(loss.total, raws))
-    assert len(detect.detect(raws, anchors, 64)) >= 0       # boxes are finite, or Boxes would complain
+    assert len(detect._detect(raws, anchors, 64)) >= 0       # boxes are finite, or Boxes would complain
 
 
 def slow_suppress(predictions, objectness, overlap, side):
@@ -380,19 +380,19 @@ def test_suppression_is_the_slow_loop(seed, count, side):
 
 def test_detections_are_numbered_by_their_split():
     torch.manual_seed(0)
-    raws, anchors = [torch.randn(2, 18, cells, cells) for cells in (2, 4, 8)], detect.anchor_boxes(size=64)
-    boxes, later = (detect.detect(raws, anchors, 64, first) for first in (0, 10))
+    raws, anchors = [torch.randn(2, 18, cells, cells) for cells in (2, 4, 8)], detect._anchor_boxes(size=64)
+    boxes, later = (detect._detect(raws, anchors, 64, first) for first in (0, 10))
     assert set(boxes.image) == {0, 1} and (later.image == boxes.image + 10).all() and (later.corners == boxes.corners).all()
 
 
 def test_anchors():
-    assert torch.allclose(detect.anchor_boxes() * 416 / 224, torch.tensor(detect.COCO_ANCHORS).float())
-    typo, mended = detect.anchor_boxes("lovt"), detect.anchor_boxes("lovt-corrected")
+    assert torch.allclose(detect._anchor_boxes() * 416 / 224, torch.tensor(detect._COCO_ANCHORS).float())
+    typo, mended = detect._anchor_boxes("lovt"), detect._anchor_boxes("lovt-corrected")
     assert (typo != mended).sum() == 1 and torch.isclose(typo[0, 0, 0] - mended[0, 0, 0], torch.tensor(2.0))
     with pytest.raises(ValueError, match="coco"):
-        detect.anchor_boxes("coca")
+        detect._anchor_boxes("coca")
     with pytest.raises(ValueError, match="16 channels for 3 anchors"):
-        detect.decode(torch.zeros(1, 16, 2, 2), torch.ones(3, 2), 64)
+        detect._decode_boxes(torch.zeros(1, 16, 2, 2), torch.ones(3, 2), 64)
 
 
 # ---------------------------------------------------------------- segmentation losses
@@ -424,8 +424,8 @@ def test_segmentation_losses_pixel_by_pixel(seed, images, classes):
 def test_hard_masks_give_torchvisions_focal_loss():
     torch.manual_seed(0)
     x, t = torch.randn(50).double(), (torch.rand(50) < 0.3).double()
-    assert torch.isclose(segment.focal_loss(x, t, 3), sigmoid_focal_loss(x, t, alpha=-1, gamma=3, reduction="mean"))
-    assert not torch.isclose(segment.focal_loss(x, 0.8 * t), sigmoid_focal_loss(x, 0.8 * t, alpha=-1, gamma=2, reduction="mean"))
+    assert torch.isclose(segment._focal_loss(x, t, 3), sigmoid_focal_loss(x, t, alpha=-1, gamma=3, reduction="mean"))
+    assert not torch.isclose(segment._focal_loss(x, 0.8 * t), sigmoid_focal_loss(x, 0.8 * t, alpha=-1, gamma=2, reduction="mean"))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
@@ -498,9 +498,9 @@ def test_contrast_of_flat_maps_and_whole_masks():
 def test_no_fixed_point_is_better(seed, count):
     rng = np.random.default_rng(seed)
     cells, kinds = rng.random((count, 6)) < 0.3, rng.integers(0, 3, count)
-    best = ground.best_fixed_point(cells, kinds)
+    best = ground._best_fixed_point(cells, kinds)
     tried = [np.mean([cells[k, choice[kind]] for k, kind in enumerate(kinds)]) for choice in np.ndindex(6, 6, 6)]
-    assert np.isclose(best, max(tried)) and ground.best_fixed_point(cells, np.zeros(count)) <= best + 1e-12
+    assert np.isclose(best, max(tried)) and ground._best_fixed_point(cells, np.zeros(count)) <= best + 1e-12
 
 
 def test_table_of_pointing_sums_up_its_rows():
@@ -510,7 +510,7 @@ def test_table_of_pointing_sums_up_its_rows():
                           "side": rng.choice(["left", "right"], n), "role": rng.choice(["name", "place"], n), "hit": rng.random(n), "chance": rng.random(n), "cnr": rng.normal(size=n), **{name: rng.random(n) for name in ("miou", "dice", "best_dice")}})
     table.loc[3, "cnr"] = np.nan
     found = ground.PhantomPointing(table, rng.random((n, 4)) < 0.5)
-    for grain in ground.GRAINS:
+    for grain in ground._GRAINS:
         rows = found.by_finding(grain=grain).set_index("finding")
         for finding in ("Edema", "Nodule", "all"):
             t = table[(table["grain"] == grain) & (table["role"] == "name") & ((table["finding"] == finding) | (finding == "all"))]
@@ -518,8 +518,8 @@ def test_table_of_pointing_sums_up_its_rows():
             np.testing.assert_allclose(row[["hit_rate", "chance", "cnr", "absolute_cnr"]].astype(float), [t["hit"].mean(), t["chance"].mean(), t["cnr"].mean(), t["cnr"].abs().mean()])
             np.testing.assert_allclose(row[["miou", "dice", "best_dice"]].astype(float), t[["miou", "dice", "best_dice"]].mean())
             assert row["targets"] == len(t) and row["low"] <= row["hit_rate"] <= row["high"] and row["cnr_low"] <= row["cnr"] <= row["cnr_high"]
-            assert np.isclose(row["best_fixed_point"], ground.best_fixed_point(found.cells[t.index], t["finding"]))
-            assert np.isclose(row["best_fixed_side"], ground.best_fixed_point(found.cells[t.index], t["finding"] + t["side"]))
+            assert np.isclose(row["best_fixed_point"], ground._best_fixed_point(found.cells[t.index], t["finding"]))
+            assert np.isclose(row["best_fixed_side"], ground._best_fixed_point(found.cells[t.index], t["finding"] + t["side"]))
 
 
 def test_words_and_sentences_have_maps_of_their_own():
@@ -529,11 +529,11 @@ def test_words_and_sentences_have_maps_of_their_own():
     masks, targets = rng.random((20, 8, 9)) < 0.4, []
     for mask, (item, word, sentence) in zip(masks, [(7, 3, 1), (7, None, 2), (9, 1, 0), (9, 2, 0), (9, None, 0), (9, None, 1), (7, 4, 0), (7, None, 3)]):
         targets.append(ground.Target(item, word, sentence, "text", "Edema", "left", "none", "name", mask))
-    table, cells = ground.target_rows(told, targets, {7: 0, 9: 1}, {7: 70, 9: 90})
+    table, cells = ground._target_rows(told, targets, {7: 0, 9: 1}, {7: 70, 9: 90})
     kept = [(7, "word", 3), (7, "sentence", 2), (9, "word", 1), (9, "sentence", 0)]        # the others are padding or beyond it
     assert list(zip(table["item"], table["grain"], table["position"])) == kept and table["patient"].tolist() == [70, 70, 90, 90]
     maps = np.stack([getattr(told, grain + "s")[{7: 0, 9: 1}[item], :, at].numpy() for item, grain, at in kept])
-    hits, chance = ground.point(maps, masks[[0, 1, 2, 4]], (2, 3))
+    hits, chance = ground.pointing_hits(maps, masks[[0, 1, 2, 4]], (2, 3))
     for name, wanted in (("hit", hits), ("chance", chance), ("cnr", ground.contrast_to_noise(maps, masks[[0, 1, 2, 4]], (2, 3)))):
         np.testing.assert_allclose(table[name], wanted, rtol=1e-4)
     np.testing.assert_array_equal(cells, ground.on_target(masks[[0, 1, 2, 4]], (2, 3)))
@@ -546,7 +546,7 @@ def test_a_sentence_has_the_best_role_of_its_words():
     study = SimpleNamespace(findings=[finding("left"), finding("right")],
                             sentences=[SimpleNamespace(text=sentence, words=[(a, b, about) for (_, a, b), about in zip(spans, (0, 0, 1))])])
     report = SimpleNamespace(sentences=[sentence], word_spans=spans, words=[sentence[a:b] for _, a, b in spans])
-    told = ground.report_targets(3, report, study, lambda mask: mask)
+    told = ground._phantom_report_targets(3, report, study, lambda mask: mask)
     assert [(t.position, t.side, t.role) for t in told if t.grain == "word"] == [(0, "left", "name"), (1, "left", "place"), (2, "right", "place")]
     assert [(t.position, t.side, t.role) for t in told if t.grain == "sentence"] == [(0, "left", "name"), (0, "right", "place")]
 
@@ -554,6 +554,6 @@ def test_a_sentence_has_the_best_role_of_its_words():
 def test_released_rules_are_what_they_say():
     assert MAP_RULES["coco"] == MapRules() and MAP_RULES["coco"].limit == 100
     assert MAP_RULES["lovt"] == MapRules(side=1, strict=True, limit=None, absent=0)
-    assert YOLO_RULES["corrected"] == YoloRules()
+    assert _YOLO_RULES["corrected"] == YoloRules()
     assert replace(MAP_RULES["mgca"], recall="float64", points="float64") == MapRules(skip_empty=True)
-    assert YOLO_RULES["mgca"] == replace(YOLO_RULES["lovt"], one_class=True)
+    assert _YOLO_RULES["mgca"] == replace(_YOLO_RULES["lovt"], one_class=True)

@@ -9,15 +9,15 @@ import pytest
 import torch
 
 from medvis.cli.commands import main
-from medvis.data.sets.chexpert import COMPETITION
-from medvis.data.sets.registry import dress
+from medvis.data.sets.chexpert import _COMPETITION
+from medvis.data.sets.registry import simulate
 from medvis.data.pack import Pack
 from medvis.data.phrases import phantom_phrases
 from medvis.data.tasks import label_policy, pack_task, study_targets
 from medvis.evaluate import evaluate, linear_probe, probe_predictions, prompt_table, zero_shot
 from medvis.evaluate.ground import ground, ground_phrases, grounding_table
 from medvis.evaluate.models import as_method, check_unseen
-from medvis.evaluate.retrieve import PairScores, retrieve, zero_shot_targets
+from medvis.evaluate.retrieve import PairScores, retrieve, _zero_shot_targets
 from medvis.train import TrainConfig, create_method, fit, load_encoder
 from medvis.train.checkpoint import write_json
 from medvis.train.run import Run
@@ -34,7 +34,7 @@ def command(*words) -> None:
 def chexpert(tmp_path_factory):
     "LoVT's CheXpert: uncertain counts as positive, five of fourteen classes, small shares are the first rows."
     root = tmp_path_factory.mktemp("chexpert")
-    dress("chexpert", root / "files", studies=120, size=64)
+    simulate("chexpert", root / "files", studies=120, size=64)
     command(*f"prepare chexpert --root {root}/files --out {root}/pack --recipe lovt --validation 20 --size 64 --no-progress".split())
     return Pack(root / "pack")
 
@@ -44,7 +44,7 @@ def home(tmp_path_factory):
     "LoVT's MIMIC-CXR, with reports, and a run of one epoch on it."
     root = tmp_path_factory.mktemp("mimic")
     torch.set_num_threads(1)
-    dress("mimic-cxr", root / "files", studies=120, size=64)
+    simulate("mimic-cxr", root / "files", studies=120, size=64)
     command(*f"prepare mimic-cxr --root {root}/files --out {root}/pack --recipe lovt --size 64 --no-progress".split())
     command(*f"pretrain convirt --data {root}/pack --run {root}/run --epochs 1 --hidden 16 --dim 8 --batch-size 16 --no-progress".split())
     return root
@@ -60,7 +60,7 @@ def test_the_recipes_are_not_the_default(chexpert, data):
         policy = label_policy(pack)
         assert policy.uncertain == "positive" and len(policy.findings) == 5 < len(pack.labels.columns) and pack.recipe["subset"] == "first"
         assert (pack.labels[list(policy.findings)] == -1).to_numpy().any()
-    assert set(label_policy(chexpert).findings) == set(COMPETITION)
+    assert set(label_policy(chexpert).findings) == set(_COMPETITION)
     said = label_policy(chexpert, ["Edema", "Fracture"], "ignore", "ignore")
     assert (said.findings, said.uncertain, said.blank) == (("Edema", "Fracture"), "ignore", "ignore")
 
@@ -132,7 +132,7 @@ def test_retrieve_and_zero_shot(home, data, tmp_path):
 def test_targets_of_prompts_follow_the_recipe(data, home):
     images = data.image_table[["image_id"]].assign(study_id=data.studies["study_id"].iloc[data.image_table["study"]].to_numpy())
     pairs = PairScores(np.zeros((len(data), 4)), images, prompt_table(["Edema"])[:4])
-    found = zero_shot_targets(pairs, data)["Edema"].to_numpy()
+    found = _zero_shot_targets(pairs, data)["Edema"].to_numpy()
     assert np.array_equal(found, study_targets(data)["Edema"].to_numpy()[data.image_table["study"]], equal_nan=True)
 
 
@@ -162,8 +162,8 @@ def test_leaks_are_refused_at_every_door(home, data, tmp_path):
     method, trained = as_method(home / "run"), as_method(home / "run")
     vars(trained).pop("provenance")
     vars(trained.image_encoder).pop("provenance")
-    trained.recipe, trained.preset = method.recipe, "tiny"
-    fit(trained, data, TrainConfig(run=tmp_path / "again", epochs=1, batch_size=16, progress=False, **trained.recipe))
+    trained.training_settings, trained.preset = method.training_settings, "tiny"
+    fit(trained, data, TrainConfig(run=tmp_path / "again", epochs=1, batch_size=16, progress=False, **trained.training_settings))
     begun = create_method("convirt", init=home / "run", hidden=16, dim=8)      # goes on from that run, on whatever data
     assert fit(begun, other, TrainConfig.of(begun, tmp_path / "more", epochs=1, batch_size=16, progress=False)).manifest["init"] == [method.provenance.data]
     for model in (method, trained, begun):

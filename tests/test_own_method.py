@@ -25,7 +25,7 @@ from medvis.evaluate import ground_phrases, linear_probe
 from medvis.methods import METHODS, list_methods, list_presets, register_method
 from medvis.methods.settings import SETTINGS
 from medvis.train import Run, TrainConfig, create_method, fit, load_encoder, load_method
-from medvis.train.run import find_kind, name_method
+from medvis.train.run import _find_kind, _name_method
 
 OWN = '''
 from __future__ import annotations
@@ -115,7 +115,7 @@ def home(tmp_path_factory) -> Path:
     (home / "code" / "their_package").mkdir(parents=True)
     (home / "code" / "their_package" / "own.py").write_text(OWN)
     (home / "code" / "siglip.py").write_text(CODE)
-    DATASETS["class-folder"].dress(home / "files", [Phantom(64, 0)[index] for index in range(10)])
+    DATASETS["class-folder"].simulate(home / "files", [Phantom(64, 0)[index] for index in range(10)])
     lines = [" ".join([line, *(more for start, more in SMALLER.items() if line.startswith(f"medvis {start}"))]) for line in COMMANDS.splitlines()]
     assert all(len([line for line in lines if line.endswith(more)]) == 1 for more in SMALLER.values())
     train = [line for line in lines if line.startswith(("medvis prepare", "medvis pretrain"))] + [
@@ -177,12 +177,12 @@ def test_it_is_loaded_where_nobody_imported_it(home, own):
 
 def test_a_run_of_medvis_with_their_encoder(home, own):
     method = create_method("mgca", data=Pack(home / "packs" / "phantom"), image="patches", dim=8, hidden=16, prototypes=5)
-    config = {**name_method(method), "config": {"image": method.config.image}}
+    config = {**_name_method(method), "config": {"image": method.config.image}}
     assert config["method"] == "mgca" and config["defined_in"] == {"image": "their_package.own:Patches"}
     forget()
     with pytest.raises(ValueError, match="unknown image encoder 'patches'; choose from resnet50, "):
         load_encoder("random", image="patches")
-    assert find_kind(home / "config.json", config) is METHODS["mgca"] and type(load_encoder("random", image="patches")).__name__ == "Patches"
+    assert _find_kind(home / "config.json", config) is METHODS["mgca"] and type(load_encoder("random", image="patches")).__name__ == "Patches"
 
 
 def test_in_the_library(home, own, tmp_path):
@@ -207,7 +207,7 @@ def test_in_the_library(home, own, tmp_path):
 @pytest.mark.parametrize("name", ["mine", "siglip"])
 def test_it_is_drawn_and_grounded(home, own, name):
     pack, method = Pack(home / "packs" / "phantom"), Run(home / "runs" / name).method()
-    batch = collate([Pairs(pack, method.tokenizer, method.preprocessing, method.view, "test")[0]])
+    batch = collate([Pairs(pack, method.tokenizer, method.preprocessing, method.sampling, "test")[0]])
     with torch.no_grad():
         found = method.correspondence(batch)
     figure, ax = plt.subplots()

@@ -177,7 +177,7 @@ def test_the_hash_is_of_the_content(tmp_path):
 
 
 def test_neither_tables_nor_hash_depend_on_row_groups(tmp_path, whole, monkeypatch):
-    monkeypatch.setattr(build, "GROUP", 16)
+    monkeypatch.setattr(build, "_GROUP", 16)
     pack = write_pack(tmp_path / "pack", STUDIES, read_study, **SETTINGS)
     assert pq.ParquetFile(pack.path / "studies.parquet").num_row_groups == 5 and pack.manifest["hash"] == json.loads(whole["manifest.json"])["hash"]
     for name in ("studies", "images", "rejects"):
@@ -191,7 +191,7 @@ def read_long(index: int) -> StudyRecord:
 
 def test_reports_do_not_pile_up_in_memory(tmp_path, monkeypatch):
     "Three times the studies, but no more of their reports at a time"
-    monkeypatch.setattr(build, "GROUP", 500)
+    monkeypatch.setattr(build, "_GROUP", 500)
     monkeypatch.setattr(build, "check_report", lambda report, rules: ([report], ""))
     peaks = []
     for studies in (1000, 3000):

@@ -95,9 +95,9 @@ def test_a_map_lies_where_its_regions_are():
             figure = Figure(figsize=(2, 2), dpi=60)
             ax = figure.add_axes((0, 0, 1, 1))
             maps.draw_map(ax, np.zeros((30, 40)), scores, grid)
-            shown = maps.heat(scores, grid)[..., 3]
+            shown = maps._heat_colours(scores, grid)[..., 3]
             row, column = np.unravel_index(shown.argmax(), shown.shape)
-            assert (row * grid[0] // maps.SIDE, column * grid[1] // maps.SIDE) == divmod(region, grid[1])
+            assert (row * grid[0] // maps._SIDE, column * grid[1] // maps._SIDE) == divmod(region, grid[1])
             x, y = ax.lines[0].get_xydata()[0]
             assert (int(y * grid[0] / 30), int(x * grid[1] / 40)) == divmod(region, grid[1])
 
@@ -159,7 +159,7 @@ def probe_of(rates: dict) -> pd.DataFrame:
 def test_figures_and_tables_have_one_order():
     table = probe_of({"Nodule": 0.6, "Edema": 0.9, "Fracture": 0.7, "macro": 0.73})
     drawn = [label.get_text() for label in page.probe_figure(table).axes[0].get_yticklabels()]
-    assert drawn == page.probe_summary(table)["finding"].tolist() == ["macro", "Edema", "Fracture", "Nodule"]
+    assert drawn == page._probe_summary(table)["finding"].tolist() == ["macro", "Edema", "Fracture", "Nodule"]
     rates = pd.DataFrame({"finding": ["A", "B", "all"], "hit_rate": [0.1, 0.5, 0.3], "low": 0.0, "high": 1.0, "chance": 0.1, "targets": 9})
     section = page.run_sections(pointing=rates)[0].html()
     assert section.index("<td>all") < section.index("<td>B") < section.index("<td>A")
@@ -169,7 +169,7 @@ def test_a_curve_is_drawn_once():
     """A method with one part logs it beside the loss: one chart. Two parts, one of them the other's copy: two."""
     loss = [3.0, 2.0, 2.5]
     one = pd.DataFrame({"step": [1, 2, 2], "split": ["train", "train", "validate"], "loss": loss, "bound": loss})
-    assert page.curve_names(one) == ["loss"] and page.curve_names(one.assign(other=[1.0, 0.5, np.nan])) == ["loss", "other"]
+    assert page._curve_names(one) == ["loss"] and page._curve_names(one.assign(other=[1.0, 0.5, np.nan])) == ["loss", "other"]
     axes = page.curves_figure(one).axes
     assert [(bool(ax.get_xlabel()), bool(ax.get_ylabel())) for ax in axes] == [(True, True)]
 

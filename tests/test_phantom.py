@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from medvis.data.phantom import FINDINGS, Phantom, PhantomStudy, Scene, patient_number, render, tight_box
 from medvis.data.phantom.anatomy import Patient, Pose, sample_patient, sample_pose, stream
 from medvis.data.phantom.findings import DEVICES, Planted, place, sample_findings, sample_state
-from medvis.data.phantom.report import DOUBT, read_labels, write_report
+from medvis.data.phantom.report import _DOUBT, read_labels, write_report
 
 LUNGS = {"Consolidation", "Edema", "Lung Opacity", "Pneumonia", "Atelectasis", "Nodule"}
 INDICES = st.integers(0, 10**9)
@@ -205,7 +205,7 @@ def test_hedges_are_minus_one_and_some_findings_go_unmentioned():
         hedged |= {name for name, label in labels.items() if label == -1}
         doubts += any(label == -1 and name not in {f.name for f in found} for name, label in labels.items())
     assert hedged == set(FINDINGS) - {"Support Devices"}
-    assert 0.03 < omitted / total < 0.15 and 0.01 < doubts / 1500 < 0.12 and len(DOUBT) >= 5
+    assert 0.03 < omitted / total < 0.15 and 0.01 < doubts / 1500 < 0.12 and len(_DOUBT) >= 5
 
 
 def test_reports_are_varied():

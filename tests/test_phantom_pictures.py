@@ -9,7 +9,7 @@ import pytest
 
 from medvis.data.phantom import FINDINGS, Phantom
 from medvis.data.phantom.anatomy import Patient, Pose, attenuation, build_chest, expose, sample_patient, sample_pose, stream
-from medvis.data.phantom.findings import STATES, TUBES, Planted, paint, sample_findings, sample_state
+from medvis.data.phantom.findings import STATES, _TUBES, Planted, paint, sample_findings, sample_state
 from medvis.data.phantom.report import read_labels
 
 KEPT = Path(__file__).parent / "golden" / "phantom.npz"
@@ -47,7 +47,7 @@ def shapes() -> dict[str, np.ndarray]:
     "Every finding and every kind, in one body: what it adds, and its area."
     places = [(side, zone) for side in ("left", "right", "both") for zone in ("upper", "lower")]
     specs = [Planted(name, side, zone, 1 + k % 3) for name in FINDINGS[1:-1] for k, (side, zone) in enumerate(places)]
-    specs += [Planted("Support Devices", side, zone, 1 + (zone == "upper"), kind=kind) for kind in TUBES for side, zone in places[:3]]
+    specs += [Planted("Support Devices", side, zone, 1 + (zone == "upper"), kind=kind) for kind in _TUBES for side, zone in places[:3]]
     specs += [Planted("Foreign Object", "left", "upper", 3, kind=kind, angle=angle) for kind in ("button", "coin", "clip", "necklace", "bullet") for angle in (0, 0.7)]
     before, added, areas = attenuation(build_chest(Patient(), Pose(), 64)), [], []
     for spec in [Planted("Nodule"), Planted("Edema"), *specs]:

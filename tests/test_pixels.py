@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from medvis.data.annotations import read_mask
+from medvis.data.annotations import _read_mask
 from medvis.data.files import DataError
 from medvis.data.images import ImageError, decode_image
-from medvis.data.source import read_item_image
+from medvis.data.source import _read_item_image
 
 pydicom = pytest.importorskip("pydicom")
 TISSUE = np.linspace(500, 1500, 64 * 64).round().astype(np.int64).reshape(64, 64)
@@ -80,13 +80,13 @@ def test_picture_and_mask_are_turned_alike(tmp_path, kind):
         (tmp_path / "a").write_bytes(saved(Image.fromarray(block), kind, exif=exif))
         (tmp_path / "m").write_bytes(saved(Image.fromarray(block), "PNG", exif=exif))
         (tmp_path / "plain").write_bytes(saved(Image.fromarray(block), "PNG"))
-        record = read_item_image({"id": "a", "path": "a", "masks": {"x": {"file": "m"}}}, tmp_path, 60, "pad")
+        record = _read_item_image({"id": "a", "path": "a", "masks": {"x": {"file": "m"}}}, tmp_path, 60, "pad")
         assert np.array_equal(record.masks["x"], record.pixels > 127)
         with pytest.raises(DataError, match=f"EXIF orientation 1 for an image with orientation {orientation}"):
-            read_item_image({"id": "a", "path": "a", "masks": {"x": {"file": "plain"}}}, tmp_path, 60, "pad")
+            _read_item_image({"id": "a", "path": "a", "masks": {"x": {"file": "plain"}}}, tmp_path, 60, "pad")
     with pytest.raises(DataError, match="EXIF orientation 6 for an image with orientation 1"):
-        read_item_image({"id": "a", "path": "plain", "masks": {"x": {"file": "m"}}}, tmp_path, 60, "pad")
-    assert read_mask(tmp_path / "m", 40, 60).shape == (60, 40)
+        _read_item_image({"id": "a", "path": "plain", "masks": {"x": {"file": "m"}}}, tmp_path, 60, "pad")
+    assert _read_mask(tmp_path / "m", 40, 60).shape == (60, 40)
 
 
 NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (128, 128), np.uint8))
@@ -170,4 +170,4 @@ def test_blank_pictures_are_rejected(tmp_path, grey):
     for data in (saved(Image.new("L", (90, 64), grey), "PNG"), dicom(np.full((64, 90), grey))):
         (tmp_path / "a").write_bytes(data)
         with pytest.raises(ImageError, match="blank"):
-            read_item_image({"id": "a", "path": "a"}, tmp_path, 32, "pad")
+            _read_item_image({"id": "a", "path": "a"}, tmp_path, 32, "pad")

@@ -14,13 +14,13 @@ from PIL import Image
 from test_pack import contents, kill_when, parts
 
 from medvis.data.files import DataError
-from medvis.data.sets.folder import FOLDER, FolderConfig, plan_folder
+from medvis.data.sets.folder import FOLDER, _FolderConfig, _plan_folder
 from medvis.data.images import ImageError, read_image, to_square
 from medvis.data.preprocessing import AUGMENTATIONS, Preprocessing
 from medvis.data.pack import Pack
 from medvis.data.prepare import PhantomConfig, prepare_phantom
 from medvis.data.reports import ReportRules
-from medvis.data.source import check_source, summary
+from medvis.data.source import check_source, describe_pack
 
 REPORT = "FINDINGS: The lungs are clear. IMPRESSION: Normal chest."
 
@@ -209,7 +209,7 @@ def test_area_averaging_keeps_the_mean():
 def test_preprocessing(size, augment, channels):
     image = torch.from_numpy(gradient(256, 256))[None]
     preprocessing = Preprocessing(size=size, channels=channels, mean=0.4, std=0.2)
-    for transform in (preprocessing.train(augment), preprocessing.eval()):
+    for transform in (preprocessing.transform(augment), preprocessing.transform()):
         out = transform(image)
         assert out.shape == (channels, size, size) and out.dtype == torch.float32 and out.isfinite().all()
         assert -2 - 1e-5 <= out.min() and out.max() <= 3 + 1e-5
@@ -217,7 +217,7 @@ def test_preprocessing(size, augment, channels):
 
 def test_mgca_crops_are_windows_of_the_resized_image():
     image = torch.from_numpy(gradient(256, 256))[None]
-    crop = Preprocessing(size=224, channels=1, mean=0.0, std=1.0).train("mgca")(image)[0] * 255
+    crop = Preprocessing(size=224, channels=1, mean=0.0, std=1.0).transform("mgca")(image)[0] * 255
     windows = torch.from_numpy(gradient(256, 256)).float().unfold(0, 224, 1).unfold(1, 224, 1)
     assert any(torch.allclose(crop, windows[i, j], atol=1e-3) for i in range(33) for j in range(33))
 
@@ -225,7 +225,7 @@ def test_mgca_crops_are_windows_of_the_resized_image():
 def test_lovt_flips_half_of_the_time():
     image = torch.zeros(1, 64, 64, dtype=torch.uint8)
     image[:, :, :32] = 255
-    augment = Preprocessing(size=64, crop=1.0, channels=1).train("lovt")
+    augment = Preprocessing(size=64, crop=1.0, channels=1).transform("lovt")
     torch.manual_seed(0)
     left = [bool((view := augment(image))[..., :32].mean() > view[..., 32:].mean()) for _ in range(200)]
     assert 70 < sum(left) < 130
@@ -239,7 +239,7 @@ def test_bad_preprocessing(bad):
 
 def test_unknown_augmentation():
     with pytest.raises(ValueError, match="augment is 'simclr'; expected one of mgca, lovt, local-mi, none"):
-        Preprocessing().train("simclr")
+        Preprocessing().transform("simclr")
 
 
 # tables
@@ -277,7 +277,7 @@ def test_paths_as_windows_writes_them(folder):
     (folder / "a.png").rename(folder / "images/a.png")
     rows(image_path=["images\\a.png"] + [f"{name}.png" for name in "bcdefgh"]).to_csv(folder / "table.csv", index=False)
     pd.DataFrame([["images/a.png", "Mass", 1, 2, 3, 4]], columns=["image_path", "label", "x1", "y1", "x2", "y2"]).to_csv(folder / "boxes.csv", index=False)
-    facts, problems = check_source(FOLDER, FolderConfig(folder, boxes=folder / "boxes.csv"))
+    facts, problems = check_source(FOLDER, _FolderConfig(folder, boxes=folder / "boxes.csv"))
     assert facts["files"] == 8 and problems == []
 
 
@@ -292,10 +292,10 @@ def test_classes_filter_and_no_reports(folder):
 def test_splits_are_made_by_patient(tmp_path):
     names = [f"{i}.png" for i in range(400)]
     pd.DataFrame({"image_path": names, "report": REPORT, "patient_id": [i // 4 for i in range(400)]}).to_csv(tmp_path / "t.csv", index=False)
-    items = plan_folder(FolderConfig(tmp_path, table=tmp_path / "t.csv")).items
+    items = _plan_folder(_FolderConfig(tmp_path, table=tmp_path / "t.csv")).items
     splits = pd.DataFrame(items).groupby("patient").split.agg(["nunique", "first"])
     assert (splits["nunique"] == 1).all() and 70 <= (splits["first"] == "train").sum() <= 90
-    again = plan_folder(FolderConfig(tmp_path, table=tmp_path / "t.csv", split_seed=1)).items
+    again = _plan_folder(_FolderConfig(tmp_path, table=tmp_path / "t.csv", split_seed=1)).items
     assert [i["split"] for i in again] != [i["split"] for i in items]
 
 
@@ -355,10 +355,10 @@ def test_missing_table_or_root(folder):
         prepared(folder, rows(), root=folder / "nowhere")
     (folder / "table.csv").rename(folder / "table.tsv")
     with pytest.raises(DataError, match="table.tsv: no column 'image_path'"):
-        picture_pack(FOLDER, FolderConfig(folder), folder / "pack")
+        picture_pack(FOLDER, _FolderConfig(folder), folder / "pack")
     (folder / "table.tsv").unlink()
     with pytest.raises(DataError, match="there is no table.csv or table.csv.gz or table.tsv"):
-        picture_pack(FOLDER, FolderConfig(folder), folder / "pack")
+        picture_pack(FOLDER, _FolderConfig(folder), folder / "pack")
 
 
 def test_bad_files_and_reports_are_rejects(folder):
@@ -395,7 +395,7 @@ def test_rules_reach_the_pack(folder):
 def test_summary_tells_rules_from_damage(folder):
     (folder / "d.png").write_bytes(b"")
     reports = [REPORT, "IMPRESSION: Clear.", "COMPARISON: None.", REPORT, "", *[REPORT] * 3]
-    lines = [line.split(maxsplit=1)[1] for line in summary(prepared(folder, rows(report=reports), rules=ReportRules(min_words=5), max_rejects=0.9)).splitlines()]
+    lines = [line.split(maxsplit=1)[1] for line in describe_pack(prepared(folder, rows(report=reports), rules=ReportRules(min_words=5), max_rejects=0.9)).splitlines()]
     assert [line for line in lines if line.startswith(("dropped by rule", "rejected"))] == [
         "rejected: file is empty", "rejected: report: empty report", "dropped by rule: report: fewer than 5 words", "dropped by rule: report: no wanted section"]
 
@@ -426,8 +426,8 @@ def test_killed_and_resumed_folder(tmp_path):
 
 
 def test_command_line():
-    parsed = tyro.cli(FolderConfig, args="--root r --table t.csv --label-columns A B --where x==1 --no-require-report --rules.min-words 5".split())
-    assert parsed == FolderConfig(Path("r"), table=Path("t.csv"), label_columns=("A", "B"), where="x==1", require_report=False, rules=ReportRules(min_words=5))
+    parsed = tyro.cli(_FolderConfig, args="--root r --table t.csv --label-columns A B --where x==1 --no-require-report --rules.min-words 5".split())
+    assert parsed == _FolderConfig(Path("r"), table=Path("t.csv"), label_columns=("A", "B"), where="x==1", require_report=False, rules=ReportRules(min_words=5))
     with pytest.raises(ValueError, match="studies is 0"):
         prepare_phantom(PhantomConfig(Path("o"), studies=0))
 
@@ -480,11 +480,11 @@ def test_a_name_that_only_looks_the_same_is_told(folder):
 def test_a_table_is_found_from_the_root_too(folder, tmp_path_factory, monkeypatch):
     monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
     rows().to_csv(folder / "mine.csv", index=False)
-    assert len(plan_folder(FolderConfig(folder, table=Path("mine.csv"))).items) == 8
+    assert len(_plan_folder(_FolderConfig(folder, table=Path("mine.csv"))).items) == 8
     rows().head(3).to_csv("mine.csv", index=False)      # that of the working folder comes first
-    assert len(plan_folder(FolderConfig(folder, table=Path("mine.csv"))).items) == 3
+    assert len(_plan_folder(_FolderConfig(folder, table=Path("mine.csv"))).items) == 3
     with pytest.raises(DataError, match="from the working folder, then from the root") as told:
-        plan_folder(FolderConfig(folder, table=Path("Yours.csv")))
+        _plan_folder(_FolderConfig(folder, table=Path("Yours.csv")))
     assert str(folder / "Yours.csv") in str(told.value) and str(Path("Yours.csv").absolute()) in str(told.value)
 
 

@@ -16,10 +16,10 @@ from medvis.data.tasks import boxes_in_view, phantom_task
 from medvis.encoders.image import image_encoder
 from medvis.evaluate import encoder as room, finetune, linear_probe, protocol
 from medvis.evaluate.encoder import FrozenFeatures
-from medvis.evaluate.recipes import LOCALMI, LOVT, MGCA
+from medvis.evaluate.recipes import LOCALMI, LOVT, _MGCA_PROTOCOLS
 from medvis.evaluate.finetune import Learner, LinearClassifier, Protocol, fit_head
 from medvis.evaluate.predictions import load_predictions
-from medvis.evaluate.protocol import PROTOCOLS, run_one, run_protocol
+from medvis.evaluate.protocol import PROTOCOLS, _run_one, run_protocol
 from medvis.evaluate.recipes import EvaluateConfig
 
 FINDINGS = ("Pleural Effusion", "Support Devices")
@@ -58,11 +58,11 @@ def test_company_changes_no_bit(name, options):
     "What the cache rests on: in groups of one size, an image's features do not depend on its place or its neighbours."
     torch.manual_seed(0)
     encoder = image_encoder(name, **options).eval()
-    images = torch.randn(room.CHUNK, encoder.preprocessing.channels, 64, 64)
+    images = torch.randn(room._CHUNK, encoder.preprocessing.channels, 64, 64)
     with torch.no_grad():
         features, maps = encoder(images), encoder.pyramid(images)
         for _ in range(2):
-            order = torch.randint(0, room.CHUNK, (room.CHUNK,))
+            order = torch.randint(0, room._CHUNK, (room._CHUNK,))
             moved = encoder(images[order])
             assert torch.equal(moved.whole, features.whole[order]) and torch.equal(moved.regions, features.regions[order])
         assert all(torch.equal(a, b[order]) for a, b in zip(encoder.pyramid(images[order]), maps))
@@ -91,16 +91,16 @@ def test_cached_and_uncached_runs_agree_to_the_last_bit(head, kind, metric, task
 
 def test_one_map_is_kept_of_a_vit(tasks, tmp_path):
     vit, rows = image_encoder("tiny_vit").eval(), np.arange(20)
-    head = protocol.make_head(Protocol(head="setr"), vit, tasks["masks"])
+    head = protocol._make_head(Protocol(head="setr"), vit, tasks["masks"])
     features, plain = (FrozenFeatures(vit, tasks["masks"].pack, rows, head.needs, head.levels, of) for of in (tmp_path, None))
-    room.fill(features, rows)
+    room.fill_cache(features, rows)
     image, only = features[rows]
     assert len(features.stores) == 1 and torch.equal(only, plain[rows][1]) and image is None
 
 
 def test_an_interrupted_fill_goes_on(pack, encoder, tmp_path, monkeypatch):
     rows = np.arange(60)
-    monkeypatch.setattr(room, "CHUNK", 2)  # blocks of 16 images
+    monkeypatch.setattr(room, "_CHUNK", 2)  # blocks of 16 images
     features = FrozenFeatures(encoder, pack, rows, folder=tmp_path)
     encode, calls = features.encode, []
 
@@ -112,12 +112,12 @@ def test_an_interrupted_fill_goes_on(pack, encoder, tmp_path, monkeypatch):
 
     features.encode = stop
     with pytest.raises(KeyboardInterrupt):
-        room.fill(features, rows)
+        room.fill_cache(features, rows)
     again = FrozenFeatures(encoder, pack, rows, folder=tmp_path)
     assert again.folder == features.folder and np.flatnonzero(again.filled).tolist() == list(range(32))
     missing, encode = [], again.encode
     again.encode = lambda images: (missing.extend(images), encode(images))[1]
-    room.fill(again, rows)
+    room.fill_cache(again, rows)
     assert missing == list(range(32, 60)) and torch.equal(again[rows], FrozenFeatures(encoder, pack, rows)[rows])
 
 
@@ -228,7 +228,7 @@ def test_frozen_is_frozen_and_the_head_learns(head, kind, live, tasks, encoder):
     "Weights and BatchNorm statistics bit-identical, also when the encoder looks at varied images in every epoch."
     recipe = Protocol(head=head, metric="loss", batch_size=20, epochs=1, augment="lovt" if live else "none")
     before = state(encoder)
-    learner = Learner(encoder, protocol.make_head(recipe, encoder, tasks[kind]), tasks[kind], recipe)
+    learner = Learner(encoder, protocol._make_head(recipe, encoder, tasks[kind]), tasks[kind], recipe)
     first = state(learner.head)
     fit_head(learner, 1e-3, np.arange(40), np.arange(40, 50))
     assert learner.live == live and not changed(encoder, before) and not changed(learner.encoder, before)
@@ -293,7 +293,7 @@ def test_predictions_are_of_the_test_split_and_tables_are_made_of_them(tasks, en
     view = encoder.preprocessing
     for head, kind, metric in HEADS:
         recipe = Protocol(head=head, metric=metric, batch_size=7, epochs=1)
-        run = run_one(encoder, tasks[kind], recipe, 1e-3, 1.0, 0, tmp_path)
+        run = _run_one(encoder, tasks[kind], recipe, 1e-3, 1.0, 0, tmp_path)
         told, task = load_predictions(run / "predictions.npz"), tasks[kind]
         assert told.image_id.tolist() == task.images["image_id"].iloc[50:].tolist() and told.classes == FINDINGS
         assert told.patient_id.tolist() == [str(row) for row in range(50, 60)]
@@ -307,7 +307,7 @@ def test_predictions_are_of_the_test_split_and_tables_are_made_of_them(tasks, en
         manifest = json.loads((run / "manifest.json").read_text())
         assert manifest["images"] == {"train": 40, "validate": 10, "test": 10} and manifest["task_hash"] == task.hash
         assert manifest["recipe"]["head"] == head and manifest["watched"]["metric"] == metric and manifest["seed"] == 0
-        rows = protocol.run_rows(run).set_index("metric")
+        rows = protocol._run_rows(run).set_index("metric")
         if kind == "labels":
             both = [c for c in range(2) if 0 < told.truth[:, c].sum() < 10]
             expected = np.mean([roc_auc_score(told.truth[:, c], told.predicted[:, c]) for c in both])
@@ -344,16 +344,16 @@ def test_rates_that_diverge_are_passed_over(tasks, encoder, tmp_path, monkeypatc
 
 def test_seeds_and_settings_make_other_runs(tasks, encoder):
     task, recipe = tasks["labels"], Protocol()
-    told = [protocol.identity(encoder, task, recipe, 1e-3, 1.0, 0), protocol.identity(encoder, task, recipe, 1e-3, 1.0, 1),
-            protocol.identity(encoder, task, recipe, 1e-4, 1.0, 0), protocol.identity(encoder, task, recipe, 1e-3, 0.1, 0),
-            protocol.identity(encoder, task, replace(recipe, switches=("plateau-on-loss",)), 1e-3, 1.0, 0),
-            protocol.identity(encoder, task, replace(recipe, plateau=None), 1e-3, 1.0, 0),
-            protocol.identity(image_encoder("tiny_resnet"), task, recipe, 1e-3, 1.0, 0),
-            protocol.identity(encoder, replace(task, targets=1 - task.targets), recipe, 1e-3, 1.0, 0)]
+    told = [protocol._run_identity(encoder, task, recipe, 1e-3, 1.0, 0), protocol._run_identity(encoder, task, recipe, 1e-3, 1.0, 1),
+            protocol._run_identity(encoder, task, recipe, 1e-4, 1.0, 0), protocol._run_identity(encoder, task, recipe, 1e-3, 0.1, 0),
+            protocol._run_identity(encoder, task, replace(recipe, switches=("plateau-on-loss",)), 1e-3, 1.0, 0),
+            protocol._run_identity(encoder, task, replace(recipe, plateau=None), 1e-3, 1.0, 0),
+            protocol._run_identity(image_encoder("tiny_resnet"), task, recipe, 1e-3, 1.0, 0),
+            protocol._run_identity(encoder, replace(task, targets=1 - task.targets), recipe, 1e-3, 1.0, 0)]
     assert len({json.dumps(one) for one in told}) == len(told)
     other = copy.deepcopy(encoder)
     other.layer = "layer4"  # the same weights, other regions
-    assert protocol.identity(other, task, recipe, 1e-3, 1.0, 0) != told[0]
+    assert protocol._run_identity(other, task, recipe, 1e-3, 1.0, 0) != told[0]
 
 
 def test_grades_and_classes_and_silent_detectors(tasks, encoder, tmp_path):
@@ -361,19 +361,19 @@ def test_grades_and_classes_and_silent_detectors(tasks, encoder, tmp_path):
     for kind, classes, metric in (("ordinal", ("0", "1", "2", "3"), "AUROC, 0-1 vs 2-3"), ("classes", ("u", "v", "w"), "accuracy, all")):
         task = replace(labels, kind=kind, classes=classes, targets=draw.integers(0, len(classes), 60))
         table = run_protocol({"e": encoder}, task, Protocol("p", batch_size=20, epochs=1, seeds=(0, 1)), tmp_path, progress=False)
-        short = protocol.summary(table)
+        short = protocol.summary_table(table)
         assert metric in set(table["metric"]) and len(short) == 1 and short["n"].iloc[0] == 2 and short["metric"].iloc[0] == protocol.HEADLINE[kind]
         told = load_predictions(next(tmp_path.glob(f"runs/*{table['run'].iloc[0][-12:]}")) / "predictions.npz")
         np.testing.assert_allclose(told.predicted.sum(1), 1, rtol=1e-5)
     mute = Protocol("mute", head="yolo", metric="map", batch_size=20, epochs=1, lrs=(0.0,), seeds=(0, 1))
     table = run_protocol({"e": encoder}, tasks["boxes"], mute, tmp_path, progress=False)
-    assert len(protocol.summary(table)) == 1  # two runs without any detection are no copies of one another
+    assert len(protocol.summary_table(table)) == 1  # two runs without any detection are no copies of one another
 
 
 def test_released_protocols_run(tasks, encoder, tmp_path):
     quick = dict(epochs=2, lrs=(1e-4,), seeds=(0,), fractions=(1.0,), batch_size=20)
     for name, kind in (("rsna_finetune_1", "boxes"), ("nih_seg_linear", "masks"), ("mgca_det", "boxes"), ("mgca_rsna", "labels")):
-        recipe, before = replace(protocol.released_protocol(name), **quick), state(encoder)
+        recipe, before = replace(protocol._released_protocol(name), **quick), state(encoder)
         recipe = replace(recipe, warmup_steps=min(recipe.warmup_steps, 1))
         table = run_protocol({"e": encoder}, tasks[kind], recipe, tmp_path, progress=False)
         manifest = json.loads((tmp_path / "runs" / table["run"].iloc[0] / "manifest.json").read_text())
@@ -402,7 +402,7 @@ def test_protocols_are_those_of_the_papers():
         assert (one.trains, one.warmup_steps) == (("all", 20 if "covid" in name else 100) if tuned else ("head", 0)) and one.warmup_lr == 1e-3
         assert one.head == ("linear-map" if "linear" in name else "unet" if "unet" in name else "yolo")
         assert one.metric == ("dice" if one.head != "yolo" else "froc" if "object" in name else "map")
-    for name in MGCA:
+    for name in _MGCA_PROTOCOLS:
         one = PROTOCOLS[name]
         assert (one.optimizer, one.epochs, one.patience, one.trains, one.plateau) == ("adamw", 50, 10, "head", None)
         assert one.weight_decay == (0.05 if "seg" in name else 1e-6) and one.metric == ("map" if "det" in name else "loss")

@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 from PIL import Image
 from sklearn.model_selection import train_test_split
 
-from medvis.data.sets.class_folder import CLASS_FOLDER, ClassFolderConfig
-from medvis.data.sets.covid_rural import COVID_RURAL, CovidRuralConfig, dress_lungs, dress_opacity
-from medvis.data.sets.covidx import COVIDX, CovidxConfig, covidx_class, parse_line
+from medvis.data.sets.class_folder import CLASS_FOLDER, _ClassFolderConfig
+from medvis.data.sets.covid_rural import COVID_RURAL, _CovidRuralConfig, _simulate_lungs, _simulate_opacity
+from medvis.data.sets.covidx import COVIDX, _CovidxConfig, _covidx_class, _parse_line
 from medvis.data.files import DataError
 from medvis.data.images import boxes_to_square
-from medvis.data.sets.object_cxr import CLASS, OBJECT_CXR, ObjectCxrConfig, dress_shapes
+from medvis.data.sets.object_cxr import _CLASS, OBJECT_CXR, _ObjectCxrConfig, _simulate_shapes
 from medvis.data.pack import Pack
 from medvis.data.phantom import Phantom, patient_number, tight_box
 from medvis.data.sets.plans import deal_splits
@@ -30,7 +30,7 @@ SINGLE = [Phantom(64)[number] for number in range(120) if patient_number(0, numb
 
 
 def dressed(data_set, folder: Path, studies=STUDIES) -> Path:
-    data_set.dress(folder / "data", studies)
+    data_set.simulate(folder / "data", studies)
     return folder / "data"
 
 
@@ -77,10 +77,10 @@ def replace_in(path: Path, old: str, new: str) -> None:
 
 @pytest.mark.parametrize("version", ["5", "6", "9A"])
 def test_covidx(version, covidx, tmp_path):
-    pack = prepare_source(COVIDX, CovidxConfig(covidx, version=version), build(tmp_path, size=64))
+    pack = prepare_source(COVIDX, _CovidxConfig(covidx, version=version), build(tmp_path, size=64))
     pack.verify()
     number = pack.studies.study_id.str.extract(r"\((\d+)\)")[0].astype(int)
-    kinds = [covidx_class(STUDIES[one]) for one in number]
+    kinds = [_covidx_class(STUDIES[one]) for one in number]
     if version == "6":
         kinds = ["positive" if kind == "COVID-19" else "negative" for kind in kinds]
     assert (pack.labels.sum(axis=1) == 1).all() and pack.labels.idxmax(1).tolist() == kinds and len(pack.rejects) == 0
@@ -92,7 +92,7 @@ def test_covidx(version, covidx, tmp_path):
 
 def test_covidx_split_of_mgca(covidx, tmp_path):
     "Row for row what their pandas and scikit-learn calls give, and refused, for it leaks"
-    config = CovidxConfig(covidx, "mgca")
+    config = _CovidxConfig(covidx, "mgca")
     table = pd.read_csv(covidx / "train_COVIDx6.txt", sep=r"\s(?=\S+ \S+ \S+$|\S+ \S+$|\S+$)", header=None, engine="python")
     learned, validated = train_test_split(table, train_size=0.8, random_state=0)
     splits = splits_of(COVIDX.plan(config))
@@ -105,19 +105,19 @@ def test_covidx_split_of_mgca(covidx, tmp_path):
 
 @pytest.mark.parametrize("recipe", ["medvis", "mgca-paper"])
 def test_covidx_splits_by_patient(recipe, covidx):
-    items = [item for item in COVIDX.plan(CovidxConfig(covidx, recipe)).items]
+    items = [item for item in COVIDX.plan(_CovidxConfig(covidx, recipe)).items]
     assert pd.DataFrame(items).groupby("patient").split.nunique().max() == 1
 
 
 def test_covidx_patient_in_both_lists(covidx, own):
     root = own(covidx)
-    patient = parse_line((root / "test_COVIDx9A.txt").read_text().splitlines()[0])[0]
+    patient = _parse_line((root / "test_COVIDx9A.txt").read_text().splitlines()[0])[0]
     line = next(line for line in (root / "train_COVIDx9A.txt").read_text().splitlines())
-    name = parse_line(line)[1]
+    name = _parse_line(line)[1]
     replace_in(root / "train_COVIDx9A.txt", line, f"{patient} {name} normal sirm")
-    source = COVIDX.plan(CovidxConfig(root))
+    source = COVIDX.plan(_CovidxConfig(root))
     assert source.dropped == {"training image of a patient of the test list": 1} and f"train/{name}" not in splits_of(source)
-    assert f"train/{name}" in splits_of(COVIDX.plan(CovidxConfig(root, "mgca")))
+    assert f"train/{name}" in splits_of(COVIDX.plan(_CovidxConfig(root, "mgca")))
 
 
 word = st.text(st.characters(codec="ascii", exclude_characters=" /\\:.", categories=("L", "N", "P")), min_size=1, max_size=8)
@@ -128,7 +128,7 @@ word = st.text(st.characters(codec="ascii", exclude_characters=" /\\:.", categor
        st.sampled_from(["", "rsna", "rnsa", "sirm", "bimcv"]), st.sampled_from([" ", "  ", "\t"]))
 def test_covidx_lines_from_the_right(patient, name, kind, source, gap):
     line = gap.join([*patient, f"{name}.png", kind, *source.split()])
-    assert parse_line(line) == (" ".join("rsna" if part == "rnsa" else part for part in patient), f"{name}.png", kind, source.replace("rnsa", "rsna"))
+    assert _parse_line(line) == (" ".join("rsna" if part == "rnsa" else part for part in patient), f"{name}.png", kind, source.replace("rnsa", "rsna"))
 
 
 COVIDX_LINES = [
@@ -143,10 +143,10 @@ COVIDX_LINES = [
 def test_covidx_damaged_line(line, told, covidx, own):
     "One line costs one image; the others stay"
     root = own(covidx)
-    before = splits_of(COVIDX.plan(CovidxConfig(root)))
+    before = splits_of(COVIDX.plan(_CovidxConfig(root)))
     with open(root / "test_COVIDx9A.txt", "a", encoding="utf-8") as file:
         file.write(line + "\n")
-    source = COVIDX.plan(CovidxConfig(root))
+    source = COVIDX.plan(_CovidxConfig(root))
     assert splits_of(source) == before and len(rejects_of(source)) == 1 and told in [*rejects_of(source).values()][0]
 
 
@@ -154,7 +154,7 @@ def test_covidx_source_of_a_later_release(covidx, own):
     root = own(covidx)
     with open(root / "test_COVIDx9A.txt", "a", encoding="utf-8") as file:
         file.write("a patient x.png normal nowhere\n")
-    [item] = [item for item in COVIDX.plan(CovidxConfig(root)).items if item["study"] == "test/x.png"]
+    [item] = [item for item in COVIDX.plan(_CovidxConfig(root)).items if item["study"] == "test/x.png"]
     assert item["patient"] == "a patient" and item["labels"]["normal"] == 1
 
 
@@ -163,26 +163,26 @@ def test_covidx_twice(covidx, own):
     first = (root / "test_COVIDx9A.txt").read_text().splitlines()[0]
     with open(root / "test_COVIDx9A.txt", "a") as file:
         file.write(first + "\n")
-    rejects = rejects_of(COVIDX.plan(CovidxConfig(root)))
+    rejects = rejects_of(COVIDX.plan(_CovidxConfig(root)))
     assert len(rejects) == 1 and "listed more than once: lines 1, " in [*rejects.values()][0]
 
 
 def test_covidx_lost_files(covidx, own, tmp_path):
     root = own(covidx)
-    before = splits_of(COVIDX.plan(CovidxConfig(root)))
+    before = splits_of(COVIDX.plan(_CovidxConfig(root)))
     lost, short = list(before)[:2]
     (root / lost).unlink()
     (root / short).write_bytes((root / short).read_bytes()[:200])
-    assert any(problem.startswith(f"1 of {len(before)} files are not there: {lost}") for problem in check_source(COVIDX, CovidxConfig(root))[1])
-    pack = prepare_source(COVIDX, CovidxConfig(root), build(tmp_path, size=64))
+    assert any(problem.startswith(f"1 of {len(before)} files are not there: {lost}") for problem in check_source(COVIDX, _CovidxConfig(root))[1])
+    pack = prepare_source(COVIDX, _CovidxConfig(root), build(tmp_path, size=64))
     assert pack.rejects.item.tolist() == [lost, short] and len(pack) == len(before) - 2
 
 
 def test_wrong_recipe_and_version(covidx):
     with pytest.raises(DataError, match="it has medvis, mgca, mgca-paper"):
-        COVIDX.plan(CovidxConfig(covidx, "lovt"))
+        COVIDX.plan(_CovidxConfig(covidx, "lovt"))
     with pytest.raises(DataError, match="there is no train_COVIDx10C.txt"):
-        COVIDX.plan(CovidxConfig(covidx, version="10C"))
+        COVIDX.plan(_CovidxConfig(covidx, version="10C"))
 
 
 # Object-CXR
@@ -201,15 +201,15 @@ def drawn_mask(shape: list[int], side: int) -> np.ndarray:
 
 @pytest.mark.parametrize("fit", ["pad", "stretch", "pad-first"])
 def test_object_cxr(fit, object_cxr, tmp_path):
-    pack = prepare_source(OBJECT_CXR, ObjectCxrConfig(object_cxr), build(tmp_path, size=128, fit=fit))
+    pack = prepare_source(OBJECT_CXR, _ObjectCxrConfig(object_cxr), build(tmp_path, size=128, fit=fit))
     pack.verify()
-    assert len(pack) == len(SINGLE) and pack.manifest["masks"] == [CLASS] and pack.image_table.boxed.all() and len(pack.rejects) == 0
+    assert len(pack) == len(SINGLE) and pack.manifest["masks"] == [_CLASS] and pack.image_table.boxed.all() and len(pack.rejects) == 0
     number = pack.studies.study_id.astype(int) - 1
     for row, study in enumerate(SINGLE[one] for one in number):
-        shapes = dress_shapes(study, 2)
+        shapes = _simulate_shapes(study, 2)
         boxes = pack.boxes[pack.boxes["image"] == row][["x0", "y0", "x1", "y1"]].to_numpy().tolist()
         assert boxes == [[min(s[1::2]), min(s[2::2]), max(s[1::2]), max(s[2::2])] for s in shapes]
-        assert pack.labels[CLASS][row] == bool(shapes)
+        assert pack.labels[_CLASS][row] == bool(shapes)
         expected = np.any([np.zeros((128, 128), bool), *(drawn_mask(shape, 128) for shape in shapes)], axis=0)
         edge = sum((drawn_mask(s, 128) ^ np.roll(drawn_mask(s, 128), 1, axis)).sum() for s in shapes if s[0] == 2 for axis in (0, 1))
         assert (pack.mask(row)[0] ^ expected).sum() <= edge       # the two differ on the border of rhombs at most: its pixels' centres lie on it
@@ -229,10 +229,10 @@ def test_boxes_and_masks_move_with_the_image(fit, shape, object_cxr, own, tmp_pa
         Image.fromarray(picture).save(path)
     for path in root.glob("*.csv"):
         path.write_text(re.sub(r"([,;])1 (\d)", r"\g<1>0 \2", path.read_text()))        # ellipses as rectangles
-    pack = prepare_source(OBJECT_CXR, ObjectCxrConfig(root), build(tmp_path, size=90, fit=fit))
+    pack = prepare_source(OBJECT_CXR, _ObjectCxrConfig(root), build(tmp_path, size=90, fit=fit))
     seen = 0
     for row, boxes in pack.boxes.groupby("image"):
-        if "2 " not in " ".join(str(shape[0]) + " " for shape in dress_shapes(SINGLE[int(pack.studies.study_id[row]) - 1], 2)):
+        if "2 " not in " ".join(str(shape[0]) + " " for shape in _simulate_shapes(SINGLE[int(pack.studies.study_id[row]) - 1], 2)):
             moved = boxes_to_square(boxes[["x0", "y0", "x1", "y1"]], *shape, 90, fit)
             whole = [*moved[:, :2].min(0), *moved[:, 2:].max(0)]
             assert np.abs(np.subtract(tight_box(pack.mask(row)[0]), whole)).max() <= 1
@@ -241,43 +241,43 @@ def test_boxes_and_masks_move_with_the_image(fit, shape, object_cxr, own, tmp_pa
 
 
 def test_object_cxr_released_defects(object_cxr):
-    true, released = (OBJECT_CXR.plan(ObjectCxrConfig(object_cxr, released_defects=defects)) for defects in (False, True))
+    true, released = (OBJECT_CXR.plan(_ObjectCxrConfig(object_cxr, released_defects=defects)) for defects in (False, True))
     for good, bad in zip(true.items, released.items, strict=True):
         for (_, x0, y0, x1, y1), box in zip(good["images"][0]["boxes"], bad["images"][0]["boxes"], strict=True):
             assert box[1:] == [x0, y0, x0 + (y1 - y0), y0 + (x1 - x0)]
-        for one, other in zip(good["images"][0]["masks"][CLASS]["shapes"], bad["images"][0]["masks"][CLASS]["shapes"], strict=True):
+        for one, other in zip(good["images"][0]["masks"][_CLASS]["shapes"], bad["images"][0]["masks"][_CLASS]["shapes"], strict=True):
             swapped = [number for x, y in zip(one[1::2], one[2::2]) for number in (y, x)]
             assert other == ([0, *one[1:]] if one[0] < 2 else [2, *swapped])
     for plan in (true, released):
         for item in plan.items:
             assert read_study(item, object_cxr, 64, "pad").rejects == []        # also boxes that stand out of the image
-    assert {shape[0] for item in true.items for shape in item["images"][0]["masks"][CLASS]["shapes"]} == {0, 1, 2}, "rectangles, ellipses and polygons were compared"
+    assert {shape[0] for item in true.items for shape in item["images"][0]["masks"][_CLASS]["shapes"]} == {0, 1, 2}, "rectangles, ellipses and polygons were compared"
 
 
 def test_object_cxr_splits(object_cxr, tmp_path):
     table = pd.read_csv(object_cxr / "train.csv")
     _, validated = train_test_split(table, test_size=0.1, random_state=0)       # as MGCA calls it
-    splits = splits_of(OBJECT_CXR.plan(ObjectCxrConfig(object_cxr, "mgca")))
+    splits = splits_of(OBJECT_CXR.plan(_ObjectCxrConfig(object_cxr, "mgca")))
     assert {f"{name}.jpg" for name, split in splits.items() if split == "validate"} == set(validated.image_name)
     lists = {"train": ["00003", "00001"], "validation": ["00010"], "test": ["00005"]}
     for name, ids in lists.items():
         pd.DataFrame({"ID": ids, "boxes": "", "classes": ""}).to_csv(tmp_path / f"{name}.csv", index=False)
-    source = OBJECT_CXR.plan(ObjectCxrConfig(object_cxr, "lovt", split_files=tmp_path))
+    source = OBJECT_CXR.plan(_ObjectCxrConfig(object_cxr, "lovt", split_files=tmp_path))
     assert splits_of(source) == {"00003": "train", "00001": "train", "00010": "validate", "00005": "test"}
     assert [item["study"] for item in source.items] == ["00003", "00001", "00010", "00005"] and source.dropped == {"in none of the split files": 36}
     (tmp_path / "test.csv").write_text("ID\n99999\n")
     with pytest.raises(DataError, match="name 1 images that train.csv and dev.csv does not have .99999."):
-        OBJECT_CXR.plan(ObjectCxrConfig(object_cxr, split_files=tmp_path))
+        OBJECT_CXR.plan(_ObjectCxrConfig(object_cxr, split_files=tmp_path))
 
 
 def test_object_cxr_in_the_layout_of_lovt(object_cxr, own):
     root = own(object_cxr)
-    before = OBJECT_CXR.plan(ObjectCxrConfig(root)).items
+    before = OBJECT_CXR.plan(_ObjectCxrConfig(root)).items
     (root / "input").mkdir()
     for name in ("train.csv", "dev.csv", "train", "dev"):
         (root / name).rename(root / "input" / name)
     (root / "train.csv").write_text("ID,boxes,classes\n00001,1;2;3;4,1\n")       # LoVT's own list, which is no annotation
-    after = OBJECT_CXR.plan(ObjectCxrConfig(root)).items
+    after = OBJECT_CXR.plan(_ObjectCxrConfig(root)).items
     assert all((root / item["images"][0]["path"]).exists() for item in after)
     assert [{**item, "images": [{**item["images"][0], "path": item["images"][0]["path"].removeprefix("input/")}]} for item in after] == before
 
@@ -293,7 +293,7 @@ def test_object_cxr_damaged_annotation(annotation, told, object_cxr, own):
     root = own(object_cxr)
     text = (root / "train.csv").read_text()
     (root / "train.csv").write_text(re.sub(r"00001\.jpg,.*", f"00001.jpg,{annotation}", text))
-    items = OBJECT_CXR.plan(ObjectCxrConfig(root)).items
+    items = OBJECT_CXR.plan(_ObjectCxrConfig(root)).items
     record = read_study(items[0], root, 64, "pad")
     assert record.images == [] and len(record.rejects) == 1 and record.rejects[0][0] == "00001" and told in record.rejects[0][1]
     assert sum("images" in item for item in items) >= len(SINGLE) - 1
@@ -302,13 +302,13 @@ def test_object_cxr_damaged_annotation(annotation, told, object_cxr, own):
 # COVID Rural
 
 def test_covid_rural(rural, tmp_path):
-    pack = prepare_source(COVID_RURAL, CovidRuralConfig(rural), build(tmp_path, size=128))
+    pack = prepare_source(COVID_RURAL, _CovidRuralConfig(rural), build(tmp_path, size=128))
     pack.verify()
     names = pack.manifest["masks"]
     assert names == ["opacity", "right_lung", "left_lung"] and len(pack) == len(STUDIES) and len(pack.rejects) == 0
     wanted: dict[str, list] = {}
     for number, study in enumerate(STUDIES):
-        mask = None if number % 7 == 6 else np.kron(dress_opacity(study), np.ones((2, 2), bool))
+        mask = None if number % 7 == 6 else np.kron(_simulate_opacity(study), np.ones((2, 2), bool))
         wanted.setdefault(f"COVID-19-AR-{int(study.patient_id[-7:]):08d}", []).append((study, mask))
     for patient, rows in pack.studies.groupby("patient_id").indices.items():
         for row, (study, mask) in zip(rows, wanted[patient], strict=True):
@@ -317,18 +317,18 @@ def test_covid_rural(rural, tmp_path):
             if mask is not None:
                 assert (pack.mask(row)[0] == mask).all()
                 for place, lung in enumerate(("right_lung", "left_lung"), 1):
-                    corners = np.array(dress_lungs(128)[lung])
+                    corners = np.array(_simulate_lungs(128)[lung])
                     assert np.abs(np.subtract(tight_box(pack.mask(row)[place]), [*corners.min(0), *corners.max(0)])).max() <= 1
     assert pd.DataFrame({"p": pack.studies.patient_id, "s": pack.studies.split}).groupby("p").s.nunique().max() == 1
 
 
 def test_covid_rural_of_lovt(rural, tmp_path):
-    plain = COVID_RURAL.plan(CovidRuralConfig(rural, "lovt"))
+    plain = COVID_RURAL.plan(_CovidRuralConfig(rural, "lovt"))
     assert plain.dropped == {"no opacity mask": sum(number % 7 == 6 for number in range(len(STUDIES)))}
     names = [item["study"] for item in plain.items]
     for part, ids in {"train": names[5:0:-1], "validation": names[6:8], "test": names[8:9]}.items():
         pd.DataFrame({"ID": ids}).to_csv(tmp_path / f"{part}.csv", index=False)
-    listed = COVID_RURAL.plan(CovidRuralConfig(rural, "lovt", split_files=tmp_path))
+    listed = COVID_RURAL.plan(_CovidRuralConfig(rural, "lovt", split_files=tmp_path))
     assert [item["study"] for item in listed.items] == names[5:0:-1] + names[6:9] and [*splits_of(listed).values()][-1] == "test"
 
 
@@ -385,7 +385,7 @@ def spoil_labelme(change):
 def test_covid_rural_damage(spoil, told, rural, own, tmp_path):
     root = own(rural)
     spoil(*some_image(root))
-    pack = prepare_source(COVID_RURAL, CovidRuralConfig(root), build(tmp_path, size=32))
+    pack = prepare_source(COVID_RURAL, _CovidRuralConfig(root), build(tmp_path, size=32))
     assert len(pack) == len(STUDIES) - 1 and told in pack.rejects.reason[0] and str(tmp_path) not in pack.rejects.reason[0]
     assert len(pack.rejects) == 1 + told.startswith("whose")     # and its masks, which have no image any more
 
@@ -396,16 +396,16 @@ def test_covid_rural_knows_what_was_looked_for(rural, own, tmp_path):
     (folder / "jpgs" / "jsons" / f"{name}.json").unlink()
     other = sorted((folder / "pngs_masks").glob("*.png"))[1]
     other.unlink()
-    pack = prepare_source(COVID_RURAL, CovidRuralConfig(root), build(tmp_path, size=32))
+    pack = prepare_source(COVID_RURAL, _CovidRuralConfig(root), build(tmp_path, size=32))
     looked = dict(zip(pack.image_table.image_id, map(list, pack.image_table.masked)))
     assert looked[name] == ["opacity"] and looked[other.stem] == ["right_lung", "left_lung"]
 
 
 def test_covid_rural_without_folders(tmp_path):
     with pytest.raises(DataError, match="there is no jpgs or covid_rural_annot/jpgs"):
-        COVID_RURAL.plan(CovidRuralConfig(tmp_path))
+        COVID_RURAL.plan(_CovidRuralConfig(tmp_path))
     with pytest.raises(DataError, match="no such folder. COVID Rural: git clone"):
-        prepare_source(COVID_RURAL, CovidRuralConfig(tmp_path / "x"), build(tmp_path))
+        prepare_source(COVID_RURAL, _CovidRuralConfig(tmp_path / "x"), build(tmp_path))
 
 
 # folders with boxes and masks
@@ -481,14 +481,14 @@ NAMES = ["train/NORMAL/IM-0033-0001.jpeg", "train/NORMAL/IM-0033-0001-0002.jpeg"
          "train/PNEUMONIA/person12_virus_5.jpeg", "test/PNEUMONIA/person7_virus_5.jpeg"]
 
 
-def tree(folder: Path, names: list[str]) -> ClassFolderConfig:
+def tree(folder: Path, names: list[str]) -> _ClassFolderConfig:
     for number, name in enumerate(names):
         (folder / "tree" / name).parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(STUDIES[number].image).save(folder / "tree" / name, format="png")
-    return ClassFolderConfig(folder / "tree", patients="kermany")
+    return _ClassFolderConfig(folder / "tree", patients="kermany")
 
 
-def class_pack(config: ClassFolderConfig) -> Pack:
+def class_pack(config: _ClassFolderConfig) -> Pack:
     return picture_pack(CLASS_FOLDER, config, config.root.parent / "pack", size=64)
 
 
@@ -528,10 +528,10 @@ def test_class_folder_leaves_out_by_rule_and_rejects_by_name(tmp_path):
 
 
 def test_class_folder_command_line(tmp_path):
-    parsed = tyro.cli(ClassFolderConfig, args="--root r --patients kermany --no-keep-splits".split())
-    assert parsed == ClassFolderConfig(Path("r"), patients="kermany", keep_splits=False)
+    parsed = tyro.cli(_ClassFolderConfig, args="--root r --patients kermany --no-keep-splits".split())
+    assert parsed == _ClassFolderConfig(Path("r"), patients="kermany", keep_splits=False)
     with pytest.raises(DataError, match="no such folder"):
-        class_pack(ClassFolderConfig(tmp_path / "x"))
+        class_pack(_ClassFolderConfig(tmp_path / "x"))
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="no study is left"):
-        class_pack(ClassFolderConfig(tmp_path / "empty"))
+        class_pack(_ClassFolderConfig(tmp_path / "empty"))

@@ -11,8 +11,8 @@ from medvis.data.annotations import encode_rle
 from medvis.data.files import DataError
 from medvis.data.images import read_image
 from medvis.data.sets.plans import write_dicom
-from medvis.data.sets.rsna import RSNA, RsnaConfig
-from medvis.data.sets.siim import SIIM, SiimConfig, check_dialect, code_dialect
+from medvis.data.sets.rsna import RSNA, _RsnaConfig
+from medvis.data.sets.siim import SIIM, _SiimConfig, _check_dialect, _code_dialect
 from medvis.data.source import BuildConfig, check_source, prepare_source
 
 pydicom = pytest.importorskip("pydicom")
@@ -49,12 +49,12 @@ def test_every_code_of_several_runs_tells_its_dialect(pieces):
         mask = np.any([ellipse(rng) for _ in range(pieces)], axis=0)
         for relative, name in ((True, "relative"), (False, "absolute")):
             code = encode_rle(mask, relative)
-            assert code_dialect(code) == (name if code.count(" ") > 1 else ""), code
+            assert _code_dialect(code) == (name if code.count(" ") > 1 else ""), code
 
 
 @pytest.mark.parametrize("code", ["-1", "", "5 5", "0 5", "5 5 5", "x 5 9 1", "-5 5 9 1", "5.0 5 9 1", "1 9 1048577 9", "100 5 1015 9", f"1 1 {10**30} 1", "٣ x ٣ 1"])
 def test_a_code_that_may_be_both_or_is_none_tells_nothing(code):
-    assert code_dialect(code) == ""
+    assert _code_dialect(code) == ""
 
 
 @pytest.mark.parametrize("file", ["train-rle.csv", "stage_2_train.csv"])
@@ -62,10 +62,10 @@ def test_a_code_that_may_be_both_or_is_none_tells_nothing(code):
 def test_short_absolute_codes_are_not_read_as_gaps(tmp_path, file, codes):
     root = write(tmp_path / "siim", codes, file, images=True)
     with pytest.raises(DataError, match=rf"^{file}: 1 of 1 run-length codes .*absolute \(such as line 2\).*read it with --absolute"):
-        SIIM.plan(SiimConfig(root))
-    assert "read it with --absolute" in " ".join(check_source(SIIM, SiimConfig(root))[1])
+        SIIM.plan(_SiimConfig(root))
+    assert "read it with --absolute" in " ".join(check_source(SIIM, _SiimConfig(root))[1])
     if "x" not in codes:
-        pack = prepare_source(SIIM, SiimConfig(root, absolute=True), BuildConfig(tmp_path / "pack", size=64, progress=False))
+        pack = prepare_source(SIIM, _SiimConfig(root, absolute=True), BuildConfig(tmp_path / "pack", size=64, progress=False))
         place = pack.image_table["image_id"].tolist().index("film0")
         assert len(pack) == 3 and pack.mask(place)[0][:, 12].any() and not pack.mask(place)[0][:, 13:].any()        # columns 195 and 196 of 1024
 
@@ -74,10 +74,10 @@ def test_short_absolute_codes_are_not_read_as_gaps(tmp_path, file, codes):
 def test_a_table_in_the_other_dialect_stops_before_any_pixel(tmp_path, relative):
     rng = np.random.default_rng(0)
     root = write(tmp_path, [encode_rle(ellipse(rng), relative) for _ in range(12)] + ["-1"] * 20)
-    assert len(SIIM.plan(SiimConfig(root, absolute=not relative)).items) == 32
+    assert len(SIIM.plan(_SiimConfig(root, absolute=not relative)).items) == 32
     with pytest.raises(DataError, match="leave out --absolute" if relative else "read it with --absolute"):
-        SIIM.plan(SiimConfig(root, absolute=relative))
-    told = check_source(SIIM, SiimConfig(root, absolute=relative))
+        SIIM.plan(_SiimConfig(root, absolute=relative))
+    told = check_source(SIIM, _SiimConfig(root, absolute=relative))
     assert told[0] == {} and "--absolute" in told[1][0]
 
 
@@ -87,7 +87,7 @@ def test_a_code_that_strayed_in_costs_its_image(tmp_path, relative):
     codes = [encode_rle(ellipse(rng), relative) for _ in range(12)]
     codes[5] = encode_rle(ellipse(rng), not relative) if relative is False else SHORT
     root = write(tmp_path / "siim", codes, images=True)
-    config = SiimConfig(root, absolute=not relative)
+    config = _SiimConfig(root, absolute=not relative)
     assert any("other dialect" in line and "film5" in line for line in check_source(SIIM, config)[1])
     pack = prepare_source(SIIM, config, BuildConfig(tmp_path / "pack", size=64, progress=False))
     assert pack.rejects["item"].tolist() == ["film5"] and len(pack) == 11
@@ -101,16 +101,16 @@ def test_nine_of_ten_stop_the_table(strange, stops):
     table = pd.DataFrame({"EncodedPixels": codes})
     if stops:
         with pytest.raises(DataError, match=f"{strange} of 10 "):
-            check_dialect(table)
+            _check_dialect(table)
     else:
-        check_dialect(table)
+        _check_dialect(table)
 
 
 # RSNA's boxes
 
 def test_boxes_in_parts_of_the_image_are_no_boxes_of_a_pixel(tmp_path):
     (tmp_path / "stage_2_train_labels.csv").write_text("patientId,x,y,width,height,Target\na,0.25,0.14,0.2,0.37,1\nb,,,,,0\nc,264,152,1,1,1\n")
-    first, *others = RSNA.plan(RsnaConfig(tmp_path)).items
+    first, *others = RSNA.plan(_RsnaConfig(tmp_path)).items
     assert "line 2: width is '0.2'" in first["rejects"][0][1] and not any("rejects" in item for item in others)
 
 

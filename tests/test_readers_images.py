@@ -14,15 +14,15 @@ from sklearn.model_selection import train_test_split
 
 from medvis.cli.commands import main
 from medvis.data.sets import chexpert, nih, rsna, siim
-from medvis.data.annotations import decode_mask, decode_rle, encode_rle, parse_shapes, polygon_mask, read_mask, shape_box, shape_mask
-from medvis.data.sets.chexpert import CHEXPERT, ChexpertConfig
+from medvis.data.annotations import decode_mask, _decode_rle, encode_rle, parse_shapes, _polygon_mask, _read_mask, shape_box, _shape_mask
+from medvis.data.sets.chexpert import CHEXPERT, _ChexpertConfig
 from medvis.data.files import DataError
 from medvis.data.images import boxes_to_square
-from medvis.data.sets.nih import NIH, NihConfig
+from medvis.data.sets.nih import NIH, _NihConfig
 from medvis.data.pack import Pack
 from medvis.data.phantom import Phantom, patient_number, tight_box
-from medvis.data.sets.rsna import RSNA, RsnaConfig
-from medvis.data.sets.siim import SIIM, SiimConfig
+from medvis.data.sets.rsna import RSNA, _RsnaConfig
+from medvis.data.sets.siim import SIIM, _SiimConfig
 from medvis.data.source import BuildConfig, check_source, prepare_source
 from medvis.data.tasks import pack_task
 from medvis.encoders.image import image_encoder
@@ -30,7 +30,7 @@ from medvis.evaluate.classify import probe_predictions
 
 PROPERTY = settings(max_examples=60, deadline=None, derandomize=True)
 PHANTOM = Phantom(64, seed=3)
-SETS = {"chexpert": (CHEXPERT, ChexpertConfig), "rsna": (RSNA, RsnaConfig), "siim": (SIIM, SiimConfig), "nih": (NIH, NihConfig)}
+SETS = {"chexpert": (CHEXPERT, _ChexpertConfig), "rsna": (RSNA, _RsnaConfig), "siim": (SIIM, _SiimConfig), "nih": (NIH, _NihConfig)}
 TABLE = {"chexpert": "train.csv", "rsna": "stage_2_train_labels.csv", "siim": "train-rle.csv", "nih": "Data_Entry_2017_v2020.csv"}
 
 
@@ -51,7 +51,7 @@ def dressed(tmp_path_factory) -> dict[str, Path]:
     folders = {}
     for name, (data_set, _) in SETS.items():
         folders[name] = tmp_path_factory.mktemp(name)
-        data_set.dress(folders[name], STUDIES[name])
+        data_set.simulate(folders[name], STUDIES[name])
     return folders
 
 
@@ -74,7 +74,7 @@ masks = array_shapes(min_dims=2, max_dims=2, max_side=17).flatmap(lambda shape: 
 @given(masks, st.booleans())
 def test_a_mask_survives_its_code(mask, relative):
     height, width = mask.shape
-    assert np.array_equal(decode_rle(encode_rle(mask, relative), width, height, relative), mask)
+    assert np.array_equal(_decode_rle(encode_rle(mask, relative), width, height, relative), mask)
 
 
 def by_the_book(rle: str, width: int, height: int) -> np.ndarray:
@@ -99,18 +99,18 @@ def test_the_relative_dialect_is_theirs(mask):
 def test_any_code_is_decoded_in_full_or_refused(numbers, relative):
     "A mask has as many pixels as its runs say, and its own code says the same runs: nothing is cut, merged or overwritten"
     try:
-        mask = decode_rle(" ".join(map(str, numbers)), 6, 5, relative)
+        mask = _decode_rle(" ".join(map(str, numbers)), 6, 5, relative)
     except DataError:
         return
     assert mask.sum() == sum(numbers[1::2])
-    assert np.array_equal(decode_rle(encode_rle(mask, relative), 6, 5, relative), mask)
+    assert np.array_equal(_decode_rle(encode_rle(mask, relative), 6, 5, relative), mask)
 
 
 @PROPERTY
 @given(st.text(max_size=20), st.booleans())
 def test_no_text_breaks_the_decoder(text, relative):
     try:
-        assert decode_rle(text, 6, 5, relative).shape == (5, 6)
+        assert _decode_rle(text, 6, 5, relative).shape == (5, 6)
     except DataError as error:
         assert "run-length code" in str(error)
 
@@ -125,7 +125,7 @@ def test_a_triangle_is_where_its_three_sides_agree(points):
     y, x = np.indices((30, 40)) + 0.5
     sides = [(q[0] - p[0]) * (y - p[1]) - (q[1] - p[1]) * (x - p[0]) for p, q in ((points[0], points[1]), (points[1], points[2]), (points[2], points[0]))]
     inside, outside = [np.all([sign * side > 1e-6 for side in sides], axis=0) for sign in (1, -1)], np.any([np.abs(side) <= 1e-6 for side in sides], axis=0)
-    mask = polygon_mask(points, 40, 30)
+    mask = _polygon_mask(points, 40, 30)
     truth = inside[0] | inside[1]
     if truth.any():
         assert np.array_equal(mask[~outside], truth[~outside])
@@ -141,9 +141,9 @@ def test_a_shape_fills_its_box(box):
     x0, y0, x1, y1 = box
     rectangle = np.zeros((30, 40), bool)
     rectangle[y0:y1, x0:x1] = True
-    assert np.array_equal(shape_mask([0, *box], 40, 30), rectangle)
-    assert np.array_equal(polygon_mask([(x0, y0), (x1, y0), (x1, y1), (x0, y1)], 40, 30), rectangle)
-    ellipse = shape_mask([1, *box], 40, 30)
+    assert np.array_equal(_shape_mask([0, *box], 40, 30), rectangle)
+    assert np.array_equal(_polygon_mask([(x0, y0), (x1, y0), (x1, y1), (x0, y1)], 40, 30), rectangle)
+    ellipse = _shape_mask([1, *box], 40, 30)
     assert not (ellipse & ~rectangle).any() and np.abs(np.subtract(tight_box(ellipse), box)).max() <= 1 + 0.02 * max(x1 - x0, y1 - y0)
 
 
@@ -151,7 +151,7 @@ def test_shapes_in_words():
     shapes = parse_shapes("0 5 5 9 8;1 10 10 20 16;2 1 1 4 1 4 4")
     assert [shape_box(shape) for shape in shapes] == [(5, 5, 9, 8), (10, 10, 20, 16), (1, 1, 4, 4)]
     united = decode_mask({"shapes": shapes}, ".", 40, 30)
-    assert united.sum() == sum(shape_mask(shape, 40, 30).sum() for shape in shapes)
+    assert united.sum() == sum(_shape_mask(shape, 40, 30).sum() for shape in shapes)
 
 
 @pytest.mark.parametrize("spec, told", [
@@ -174,7 +174,7 @@ def test_mask_files_of_both_kinds(tmp_path):
     mask = np.random.default_rng(0).random((9, 7)) > 0.5
     for name, pixels in {"a.png": mask, "b.png": mask.astype(np.uint8), "c.png": mask * np.uint8(255), "d.gif": mask * np.uint8(255)}.items():
         Image.fromarray(pixels).save(tmp_path / name)
-        assert np.array_equal(read_mask(tmp_path / name, 7, 9), mask)
+        assert np.array_equal(_read_mask(tmp_path / name, 7, 9), mask)
 
 
 # From the phantom's clothes to the Pack
@@ -220,26 +220,26 @@ def test_what_to_get_is_told_where_nothing_is(tmp_path, name):
 
 
 def test_nih_of_both_years_and_layouts(dressed, tmp_path):
-    expected = NIH.plan(NihConfig(dressed["nih"])).items
+    expected = NIH.plan(_NihConfig(dressed["nih"])).items
     root = tables_only(dressed["nih"], tmp_path)
     entries = root / "Data_Entry_2017_v2020.csv"
     (root / "Data_Entry_2017.csv").write_text("".join(f"{line},\n" for line in entries.read_text().splitlines()))
     entries.unlink()
-    assert NIH.plan(NihConfig(root)).items == expected
+    assert NIH.plan(_NihConfig(root)).items == expected
     for link in root.glob("images_*"):
         link.unlink()
     (root / "images").mkdir()
     for path in dressed["nih"].glob("images_*/images/*.png"):
         (root / "images" / path.name).symlink_to(path)
-    items = NIH.plan(NihConfig(root)).items
+    items = NIH.plan(_NihConfig(root)).items
     assert [item["images"][0]["path"] for item in items] == [f"images/{item['study']}.png" for item in expected]
 
 
 def test_only_images_that_were_looked_at_have_boxes(dressed):
-    items = NIH.plan(NihConfig(dressed["nih"])).items
+    items = NIH.plan(_NihConfig(dressed["nih"])).items
     boxed = [item for item in items if item["images"][0]["boxes"] is not None]
     assert 0 < len(boxed) < len(items) and all(item["split"] == "test" and item["images"][0]["boxes"] for item in boxed)
-    lovt = NIH.plan(NihConfig(dressed["nih"], "lovt", no_findings=0)).items
+    lovt = NIH.plan(_NihConfig(dressed["nih"], "lovt", no_findings=0)).items
     assert {item["study"] for item in lovt} == {item["study"] for item in boxed}
 
 
@@ -255,7 +255,7 @@ def test_mgca_draws_rsna_images_as_grouped_by_pandas(tmp_path):
     for recipe, size in (("mgca", 0.15 * 2), ("mgca-boxes", 2 * 40)):
         train, rest = train_test_split(groups, test_size=size, random_state=0)
         test, valid = train_test_split(rest, test_size=0.5, random_state=0)
-        splits = {item["study"]: item["split"] for item in RSNA.plan(RsnaConfig(tmp_path, recipe, held_out=40)).items}
+        splits = {item["study"]: item["split"] for item in RSNA.plan(_RsnaConfig(tmp_path, recipe, held_out=40)).items}
         for split, part in (("train", train), ("validate", valid), ("test", test)):
             assert {name for name in splits if splits[name] == split} == set(part["patientId"])
 
@@ -268,7 +268,7 @@ def test_mgca_draws_siim_lines_and_healthy_images(tmp_path):
     ill, healthy = train.loc[train["code"] != "-1", "name"], train.loc[train["code"] == "-1", "name"].unique()
     np.random.seed(42)
     kept = set(np.random.choice(healthy, size=ill.nunique(), replace=False)) | set(ill)
-    source = SIIM.plan(SiimConfig(tmp_path, "mgca"))
+    source = SIIM.plan(_SiimConfig(tmp_path, "mgca"))
     splits = {item["study"]: item["split"] for item in source.items}
     for split, part in (("train", kept), ("validate", set(valid["name"])), ("test", set(test["name"]))):
         assert {name for name in splits if splits[name] == split} == part
@@ -278,12 +278,12 @@ def test_mgca_draws_siim_lines_and_healthy_images(tmp_path):
 def chexpert_folder(root: Path, rows: int = 400, normal: bool = False) -> Path:
     draw = np.random.default_rng(1)
     root.mkdir(exist_ok=True)
-    kinds = draw.choice([*chexpert.COMPETITION, "Fracture", "", *["No Finding"] * normal], rows // 2)
+    kinds = draw.choice([*chexpert._COMPETITION, "Fracture", "", *["No Finding"] * normal], rows // 2)
     for part, count in (("train", rows), ("valid", 10)):
-        lines = [",".join(["Path", "Sex", "Age", "Frontal/Lateral", "AP/PA", *chexpert.LABELS])]
+        lines = [",".join(["Path", "Sex", "Age", "Frontal/Lateral", "AP/PA", *chexpert._LABELS])]
         for index in range(count):
             study, side = index // 2, ("frontal", "lateral")[index % 2 and index % 3 == 0]
-            labels = ["1.0" if name == kinds[study] else "-1.0" if name == "Lung Opacity" and study % 9 == 0 and not normal else "" for name in chexpert.LABELS]
+            labels = ["1.0" if name == kinds[study] else "-1.0" if name == "Lung Opacity" and study % 9 == 0 and not normal else "" for name in chexpert._LABELS]
             path = f"CheXpert-v1.0-small/{part}/patient{(part == 'valid') * 60000 + study // 2 + 1:05d}/study{study % 2 + 1}/view{index % 2 + 1}_{side}.jpg"
             lines.append(",".join([path, "Male", "60", side.capitalize(), "AP" if side == "frontal" else "", *labels]))
         (root / f"{part}.csv").write_text("\n".join(lines))
@@ -293,25 +293,25 @@ def chexpert_folder(root: Path, rows: int = 400, normal: bool = False) -> Path:
 def test_mgca_draws_chexpert_with_pandas_and_numpy(tmp_path):
     root, count, size = chexpert_folder(tmp_path), 7, 60
     frame = pd.read_csv(root / "train.csv")
-    filled = frame.fillna(dict.fromkeys(chexpert.LABELS, 0))
+    filled = frame.fillna(dict.fromkeys(chexpert._LABELS, 0))
     filled = filled[filled["Frontal/Lateral"] == "Frontal"]
-    others = [name for name in chexpert.LABELS if name != "No Finding"]
-    taken = pd.concat([filled[np.logical_and.reduce([filled[other] == (other == name) for other in others])].sample(n=count, random_state=0) for name in chexpert.COMPETITION])
+    others = [name for name in chexpert._LABELS if name != "No Finding"]
+    taken = pd.concat([filled[np.logical_and.reduce([filled[other] == (other == name) for other in others])].sample(n=count, random_state=0) for name in chexpert._COMPETITION])
     left = frame[~frame["Path"].isin(taken["Path"])]
     np.random.seed(0)
     valid = set(left.iloc[np.random.choice(len(left), size=size, replace=False)]["Path"])
     frontal = left[left["Frontal/Lateral"] == "Frontal"]
-    source = CHEXPERT.plan(ChexpertConfig(root, "mgca", retrieval=count, validation=size))
+    source = CHEXPERT.plan(_ChexpertConfig(root, "mgca", retrieval=count, validation=size))
     paths = {f"CheXpert-v1.0-small/{item['images'][0]['path']}": item["split"] for item in source.items}
     assert {path for path in paths if paths[path] == "validate"} == valid & set(frontal["Path"])
     assert {path for path in paths if paths[path] == "train"} == set(frontal["Path"]) - valid
     assert sum(split == "test" for split in paths.values()) == 8 and source.dropped["in the 5x200 retrieval set"] == 5 * count
-    retrieval = CHEXPERT.plan(ChexpertConfig(root, "mgca-5x200", retrieval=count))
+    retrieval = CHEXPERT.plan(_ChexpertConfig(root, "mgca-5x200", retrieval=count))
     assert [f"CheXpert-v1.0-small/{item['images'][0]['path']}" for item in retrieval.items] == taken["Path"].tolist()
 
 
 def test_lovt_validates_chexpert_on_its_first_patients(tmp_path):
-    items = CHEXPERT.plan(ChexpertConfig(chexpert_folder(tmp_path), "lovt", validation=50)).items
+    items = CHEXPERT.plan(_ChexpertConfig(chexpert_folder(tmp_path), "lovt", validation=50)).items
     images = {split: sum(len(item["images"]) for item in items if item["split"] == split) for split in ("train", "validate", "test")}
     patients = {split: {item["patient"] for item in items if item["split"] == split} for split in images}
     assert 50 <= images["validate"] < 54 and max(patients["validate"]) < min(patients["train"]) and images["test"] == 8
@@ -372,19 +372,19 @@ def test_the_same_file_name_twice_is_refused(dressed, tmp_path):
     (film.parents[1] / "again").mkdir()
     shutil.copy(film, film.parents[1] / "again" / film.name)
     with pytest.raises(DataError, match="have the same name"):
-        siim.plan_siim(SiimConfig(tmp_path / "copy"))
+        siim._plan_siim(_SiimConfig(tmp_path / "copy"))
 
 
 def test_an_image_of_other_proportions_than_its_frame_is_refused(dressed, tmp_path):
     shutil.copytree(dressed["nih"], tmp_path / "copy")
-    item = next(item for item in nih.plan_nih(NihConfig(tmp_path / "copy")).items if item["images"][0]["boxes"])
+    item = next(item for item in nih._plan_nih(_NihConfig(tmp_path / "copy")).items if item["images"][0]["boxes"])
     Image.fromarray(np.zeros((512, 400), np.uint8)).save(tmp_path / "copy" / item["images"][0]["path"])
     pack = prepared("nih", tmp_path / "copy", tmp_path / "pack")
     assert pack.rejects["item"].tolist() == [item["study"]] and "drawn on 1024 x 1024" in pack.rejects["reason"][0]
 
 
 def test_mgca_needs_more_rows_than_it_holds_out(dressed):
-    for plan in (lambda: rsna.plan_rsna(RsnaConfig(dressed["rsna"], "mgca-boxes")), lambda: chexpert.plan_chexpert(ChexpertConfig(dressed["chexpert"], "mgca"))):
+    for plan in (lambda: rsna._plan_rsna(_RsnaConfig(dressed["rsna"], "mgca-boxes")), lambda: chexpert._plan_chexpert(_ChexpertConfig(dressed["chexpert"], "mgca"))):
         with pytest.raises(DataError, match="choose fewer|the retrieval set needs"):
             plan()
 
@@ -399,11 +399,11 @@ def test_chexpert_comes_out_as_it_went_in_and_row_wise_splits_are_refused(dresse
         told = pack.labels.iloc[pack.image_table["study"][place]]
         for name, value in told.items():
             assert value == study.labels.get(name) or (np.isnan(value) and study.labels.get(name) is None)
-    rows = ChexpertConfig(root, "mgca", retrieval=0, validation=8)
+    rows = _ChexpertConfig(root, "mgca", retrieval=0, validation=8)
     with pytest.raises(DataError, match="leak"):
         prepare_source(CHEXPERT, rows, BuildConfig(tmp_path / "rows", size=64, progress=False))
     leaky = prepare_source(CHEXPERT, rows, BuildConfig(tmp_path / "rows", size=64, progress=False, allow_leaks=True))
-    assert leaky.manifest["guard"]["leaks"]["patient"] > 0 and tuple(leaky.labels) == chexpert.LABELS
+    assert leaky.manifest["guard"]["leaks"]["patient"] > 0 and tuple(leaky.labels) == chexpert._LABELS
 
 
 @pytest.mark.parametrize("recipe", ["lovt", "mgca"])
@@ -416,9 +416,9 @@ def test_a_normal_radiograph_is_a_negative_of_the_five(tmp_path, recipe):
             place = root / path.partition("/")[2]
             place.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(np.random.default_rng([seed, part == "train"]).integers(0, 255, (32, 32), dtype=np.uint8)).save(place)
-    pack = prepare_source(CHEXPERT, ChexpertConfig(root, recipe, **small), BuildConfig(tmp_path / "pack", size=32, progress=False, allow_leaks=True))
+    pack = prepare_source(CHEXPERT, _ChexpertConfig(root, recipe, **small), BuildConfig(tmp_path / "pack", size=32, progress=False, allow_leaks=True))
     task = pack_task(pack)
-    assert task.classes == chexpert.COMPETITION
+    assert task.classes == chexpert._COMPETITION
     told = pack.labels.iloc[pack.image_table["study"]].reset_index(drop=True)
     normal, unknown = told["No Finding"] == 1, told.isna().all(axis=1)
     assert normal.sum() > 20 < unknown.sum() and told[normal].drop(columns="No Finding").isna().all(axis=None)
@@ -433,9 +433,9 @@ def test_a_normal_radiograph_is_a_negative_of_the_five(tmp_path, recipe):
 
 def test_the_retrieval_set_is_asked_for_its_five(tmp_path):
     root = chexpert_folder(tmp_path)
-    source = CHEXPERT.plan(ChexpertConfig(root, "mgca-5x200", retrieval=3))
-    assert source.labels == chexpert.LABELS and CHEXPERT.recipes["mgca-5x200"].classes == chexpert.COMPETITION
-    assert [[item["labels"][name] for name in chexpert.COMPETITION].count(1.0) for item in source.items] == 15 * [1]
+    source = CHEXPERT.plan(_ChexpertConfig(root, "mgca-5x200", retrieval=3))
+    assert source.labels == chexpert._LABELS and CHEXPERT.recipes["mgca-5x200"].classes == chexpert._COMPETITION
+    assert [[item["labels"][name] for name in chexpert._COMPETITION].count(1.0) for item in source.items] == 15 * [1]
 
 
 def test_nih_without_its_boxes_is_prepared(dressed, tmp_path, capsys):

@@ -32,7 +32,7 @@ quick = settings(deadline=None, max_examples=25, derandomize=True)
 @pytest.fixture(scope="module")
 def dressed(tmp_path_factory):
     root = tmp_path_factory.mktemp("mimic") / "root"
-    mimic.dress_edema(root, STUDIES)
+    mimic._simulate_edema(root, STUDIES)
     return root
 
 
@@ -52,7 +52,7 @@ def edit(root: Path, kind: str, change) -> None:
 
 
 def plan(root: Path, recipe: str = "medvis", **changes):
-    return mimic.plan_mimic(mimic.MimicConfig(root, recipe, **changes))
+    return mimic._plan_mimic(mimic._MimicConfig(root, recipe, **changes))
 
 
 def essence(source) -> list[dict]:
@@ -124,17 +124,17 @@ def test_every_form_of_mimic_makes_the_same_studies(dressed, copy, form):
     assert essence(changed) == essence(plan(dressed))
     records = [read_study(item, root, 64, "pad") for item in changed.items]
     assert not any(record.rejects for record in records)
-    by_study = {mimic.mimic_ids(study)[1]: study.report for study in STUDIES}
+    by_study = {mimic._mimic_ids(study)[1]: study.report for study in STUDIES}
     assert {record.study_id: record.report for record in records} == by_study
     if form is as_wget:
-        assert len(mimic.plan_edema(mimic.EdemaConfig(root)).items) == len(mimic.plan_edema(mimic.EdemaConfig(dressed)).items)
+        assert len(mimic._plan_edema(mimic._EdemaConfig(root)).items) == len(mimic._plan_edema(mimic._EdemaConfig(dressed)).items)
 
 
-@pytest.mark.parametrize("recipe", mimic.MIMIC_RECIPES)
+@pytest.mark.parametrize("recipe", mimic._MIMIC_RECIPES)
 def test_a_pack_of_mimic_holds_what_went_in(dressed, tmp_path, recipe):
-    pack = prepare_source(mimic.MIMIC_CXR, mimic.MimicConfig(dressed, recipe), BuildConfig(tmp_path / "pack", size=64, progress=False))
-    rules, splits = mimic.MIMIC_RECIPES[recipe].rules, mimic.mimic_splits(STUDIES)
-    by_study = {mimic.mimic_ids(study)[1]: study for study in STUDIES}
+    pack = prepare_source(mimic.MIMIC_CXR, mimic._MimicConfig(dressed, recipe), BuildConfig(tmp_path / "pack", size=64, progress=False))
+    rules, splits = mimic._MIMIC_RECIPES[recipe].rules, mimic._mimic_splits(STUDIES)
+    by_study = {mimic._mimic_ids(study)[1]: study for study in STUDIES}
     held_out = {study.patient_id for study in STUDIES if splits[study.patient_id] == "test" and study.severities["Edema"] is not None}
     assert set(pack.studies.study_id) == set(by_study), "in the phantom's clothes the edema test patients are test patients of MIMIC"
     assert held_out
@@ -142,39 +142,39 @@ def test_a_pack_of_mimic_holds_what_went_in(dressed, tmp_path, recipe):
         study = by_study[row.study_id]
         assert (row.sentences, "") == check_report(study.report, rules)
         wanted = splits[study.patient_id].replace("test", "validate") if recipe == "mgca" else splits[study.patient_id]
-        assert row.split == wanted and row.patient_id == mimic.mimic_ids(study)[0]
-        truth = {dicom: view for dicom, view, _ in mimic.mimic_images(study) if view in ("PA", "AP")}
+        assert row.split == wanted and row.patient_id == mimic._mimic_ids(study)[0]
+        truth = {dicom: view for dicom, view, _ in mimic._mimic_images(study) if view in ("PA", "AP")}
         found = pack.image_table.iloc[row.image_rows]
         assert list(found.image_id) == sorted(truth) and dict(zip(found.image_id, found.view, strict=True)) == truth
         for image, dicom in zip(row.image_rows, found.image_id, strict=True):
             pixels = np.asarray(Image.open(dressed / found.path[image]))
             assert (pack.image(image) == pixels).all(), "64 x 64 stays as it is"
     labels = pack.labels.astype(object).where(pack.labels.notna(), None).to_dict("records")
-    assert labels == [mimic.mimic_labels(by_study[name]) for name in pack.studies.study_id]
-    assert pack.studies.study_id.tolist() == sorted(pack.studies.study_id, key=lambda name: mimic.mimic_ids(by_study[name]))
+    assert labels == [mimic._mimic_labels(by_study[name]) for name in pack.studies.study_id]
+    assert pack.studies.study_id.tolist() == sorted(pack.studies.study_id, key=lambda name: mimic._mimic_ids(by_study[name]))
 
 
 def test_negbio_labels_are_another_table(dressed):
     labels = {item["study"]: item["labels"] for item in plan(dressed, labeler="negbio").items}
     for study in STUDIES:
-        told = {name: 0.0 if value == -1 else value for name, value in mimic.mimic_labels(study).items()}
-        assert labels[mimic.mimic_ids(study)[1]] == told
+        told = {name: 0.0 if value == -1 else value for name, value in mimic._mimic_labels(study).items()}
+        assert labels[mimic._mimic_ids(study)[1]] == told
 
 
 @pytest.mark.parametrize("odd", ["50913680", "58235663"])
 def test_reports_that_the_parser_misreads_are_left_out(copy, odd):
-    study = mimic.mimic_ids(STUDIES[5])[1].encode()
+    study = mimic._mimic_ids(STUDIES[5])[1].encode()
     for kind in TABLES:
         edit(copy, kind, lambda data: data.replace(study, odd.encode()))
-    for recipe in mimic.MIMIC_RECIPES:
+    for recipe in mimic._MIMIC_RECIPES:
         source = plan(copy, recipe)
         assert odd not in {item["study"] for item in source.items} and len(source.items) == 29
-        assert source.dropped["study whose sections the parser misreads"] == sum(view in ("PA", "AP") for _, view, _ in mimic.mimic_images(STUDIES[5]))
+        assert source.dropped["study whose sections the parser misreads"] == sum(view in ("PA", "AP") for _, view, _ in mimic._mimic_images(STUDIES[5]))
 
 
 # ---- damage to MIMIC-CXR
 
-FIRST = mimic.mimic_ids(STUDIES[0])
+FIRST = mimic._mimic_ids(STUDIES[0])
 
 
 def swap(old: str, new: str, count: int = -1):
@@ -198,7 +198,7 @@ def test_a_damaged_table_stops_the_work(copy, damage):
     edit(copy, kind, change)
     with pytest.raises(DataError, match=told):
         plan(copy)
-    facts, problems = check_source(mimic.MIMIC_CXR, mimic.MimicConfig(copy))
+    facts, problems = check_source(mimic.MIMIC_CXR, mimic._MimicConfig(copy))
     assert any(told in problem for problem in problems)
 
 
@@ -222,18 +222,18 @@ def test_a_damaged_row_costs_its_study_and_no_other(dressed, copy, damage):
 
 def test_damaged_files_are_rejects_of_the_build_without_report_text(copy, tmp_path):
     jpg, archive = copy / "mimic-cxr-jpg/2.0.0/files", copy / "mimic-cxr/2.0.0/mimic-cxr-reports.zip"
-    pictures = {name: [path for path in sorted(jpg.glob(f"*/*/s{mimic.mimic_ids(study)[1]}/*.jpg"))] for name, study in zip("abcde", STUDIES[5:], strict=False)}
+    pictures = {name: [path for path in sorted(jpg.glob(f"*/*/s{mimic._mimic_ids(study)[1]}/*.jpg"))] for name, study in zip("abcde", STUDIES[5:], strict=False)}
     whole = pictures["a"][0].read_bytes()
     for path, data in zip((pictures["a"], pictures["b"], pictures["c"]), (b"", whole[: len(whole) // 2], b"not a picture"), strict=True):
         [picture.write_bytes(data) for picture in path]
     [picture.unlink() for picture in pictures["d"]]
     members = {info.filename: zipfile.ZipFile(archive).read(info) for info in zipfile.ZipFile(archive).infolist()}
     for study, data in zip(STUDIES[12:15], (b"", b" FINDINGS: secret \xff words", None), strict=True):
-        name = next(name for name in members if mimic.mimic_ids(study)[1] in name)
+        name = next(name for name in members if mimic._mimic_ids(study)[1] in name)
         members[name] = data
     with zipfile.ZipFile(archive, "w") as changed:
         [changed.writestr(name, data) for name, data in members.items() if data is not None]
-    pack = prepare_source(mimic.MIMIC_CXR, mimic.MimicConfig(copy), BuildConfig(tmp_path / "pack", size=64, progress=False, max_rejects=0.5))
+    pack = prepare_source(mimic.MIMIC_CXR, mimic._MimicConfig(copy), BuildConfig(tmp_path / "pack", size=64, progress=False, max_rejects=0.5))
     told = " | ".join(pack.rejects.reason)
     for reason in ("file is empty", "is blank", "not UTF-8", "its report is not in the zip"):
         assert reason in told
@@ -264,14 +264,14 @@ def test_no_damage_ends_in_a_traceback(dressed, data):
 # ---- edema
 
 def test_a_pack_of_edema_grades_holds_what_went_in(dressed, tmp_path):
-    pack = prepare_source(mimic.MIMIC_EDEMA, mimic.EdemaConfig(dressed), BuildConfig(tmp_path / "pack", size=64, progress=False))
-    by_study, splits = {mimic.mimic_ids(study)[1]: study for study in STUDIES}, mimic.mimic_splits(STUDIES)
+    pack = prepare_source(mimic.MIMIC_EDEMA, mimic._EdemaConfig(dressed), BuildConfig(tmp_path / "pack", size=64, progress=False))
+    by_study, splits = {mimic._mimic_ids(study)[1]: study for study in STUDIES}, mimic._mimic_splits(STUDIES)
     graded = {name for name, study in by_study.items() if study.severities["Edema"] is not None}
     assert set(pack.studies.study_id) == graded
     for row, grade in zip(pack.studies.itertuples(), pack.grades["Edema"], strict=True):
         study = by_study[row.study_id]
         assert grade == study.severities["Edema"] and (row.split == "test") == (splits[study.patient_id] == "test")
-        images = [dicom for dicom, view, _ in mimic.mimic_images(study) if view in ("PA", "AP")]
+        images = [dicom for dicom, view, _ in mimic._mimic_images(study) if view in ("PA", "AP")]
         assert pack.image_table.image_id[row.image_rows].tolist() == (images[:1] if row.split == "test" else sorted(images))
 
 
@@ -281,13 +281,13 @@ def edema_file(root: Path, kind: str) -> Path:
 
 def test_a_patient_of_the_consensus_never_trains(dressed, copy):
     "Whoever enters the consensus leaves training, whatever his place in MIMIC's own split."
-    for recipe in mimic.EDEMA_RECIPES:
-        source = mimic.plan_edema(mimic.EdemaConfig(copy, recipe))
+    for recipe in mimic._EDEMA_RECIPES:
+        source = mimic._plan_edema(mimic._EdemaConfig(copy, recipe))
         training = [item for item in source.items if item["split"] == "train"]
         chosen = training[0]
         with open(edema_file(copy, "consensus_image"), "a") as file:
             file.write(f"{chosen['patient']},{chosen['study']},3,{chosen['images'][0]['id']}\n")
-        after = mimic.plan_edema(mimic.EdemaConfig(copy, recipe))
+        after = mimic._plan_edema(mimic._EdemaConfig(copy, recipe))
         of_patient = [item for item in after.items if item["patient"] == chosen["patient"]]
         assert [(item["study"], item["split"], item["grades"]["Edema"]) for item in of_patient] == [(chosen["study"], "test", 3)]
         others = {item["study"]: item["split"] for item in source.items if item["patient"] != chosen["patient"]}
@@ -300,41 +300,41 @@ def test_experts_correct_the_regular_expressions_but_not_for_local_mi(copy):
     subject, number, grade = path.read_text().splitlines()[1].split(",")
     other = 3 - int(grade)
     path.write_text(path.read_text().replace(f"{number},{grade}", f"{number},{other}"))
-    found = {recipe: {item["study"]: item["grades"]["Edema"] for item in mimic.plan_edema(mimic.EdemaConfig(copy, recipe)).items} for recipe in mimic.EDEMA_RECIPES}
+    found = {recipe: {item["study"]: item["grades"]["Edema"] for item in mimic._plan_edema(mimic._EdemaConfig(copy, recipe)).items} for recipe in mimic._EDEMA_RECIPES}
     assert found["medvis"][number] == other and found["local-mi"][number] == int(grade)
 
 
 def test_the_rules_of_the_papers():
-    recipes = {name: (one.fit, one.rules.sections, one.uncertain, one.blank, one.subset) for name, one in mimic.MIMIC_RECIPES.items()}
+    recipes = {name: (one.fit, one.rules.sections, one.uncertain, one.blank, one.subset) for name, one in mimic._MIMIC_RECIPES.items()}
     assert recipes["lovt"] == ("pad-first", ("findings", "impression"), "positive", "negative", "first")
     assert recipes["mgca"] == ("pad", ("impression", "findings"), "ignore", "negative", "patients")
     assert recipes["local-mi"] == ("crop", ("impression", "findings", "recommendation", "recommendation(s)"), "ignore", "ignore", "patients")
-    assert {one.views for one in mimic.MIMIC_RECIPES.values()} == {("PA", "AP")} and {one.size for one in mimic.MIMIC_RECIPES.values()} == {256}
+    assert {one.views for one in mimic._MIMIC_RECIPES.values()} == {("PA", "AP")} and {one.size for one in mimic._MIMIC_RECIPES.values()} == {256}
 
 
 def test_the_older_spelling_and_another_order_of_columns(dressed, copy):
     for kind in ("regex_report", "expert_report", "consensus_image"):
         table = pd.read_csv(edema_file(copy, kind), dtype=str).rename(columns={"edema_severity": "edeme_severity"})
         table[sorted(table.columns)].assign(fold="1").to_csv(edema_file(copy, kind), index=False)
-    assert mimic.plan_edema(mimic.EdemaConfig(copy)).items == mimic.plan_edema(mimic.EdemaConfig(dressed)).items
+    assert mimic._plan_edema(mimic._EdemaConfig(copy)).items == mimic._plan_edema(mimic._EdemaConfig(dressed)).items
     apart = copy.parent / "apart"
     (copy / "mimic-cxr-pe-severity").rename(apart)
     with pytest.raises(DataError, match="name its folder with --edema"):
-        mimic.plan_edema(mimic.EdemaConfig(copy))
-    assert mimic.plan_edema(mimic.EdemaConfig(copy, edema=apart)).items == mimic.plan_edema(mimic.EdemaConfig(dressed)).items
+        mimic._plan_edema(mimic._EdemaConfig(copy))
+    assert mimic._plan_edema(mimic._EdemaConfig(copy, edema=apart)).items == mimic._plan_edema(mimic._EdemaConfig(dressed)).items
 
 
 @pytest.mark.parametrize(("old", "new", "told"), [
     ("{0},{1},", "{0},{1},9", "expected 0, 1, 2 or 3"), ("{0},{1},", "{0},{1},-", "expected 0, 1, 2 or 3"), ("{0},{1},", "19999999,{1},", "has another patient or study"),
     ("{0},{1},", "{0},59999999,", "is not in the metadata table"), ("{0},{1},", "{0},{1},0\n{0},{1},", "has more than one edema grade")])
 def test_a_damaged_grade_costs_its_study(dressed, copy, old, new, told):
-    before = {item["study"]: item for item in mimic.plan_edema(mimic.EdemaConfig(dressed, "local-mi")).items}
+    before = {item["study"]: item for item in mimic._plan_edema(mimic._EdemaConfig(dressed, "local-mi")).items}
     chosen = next(item for item in before.values() if item["split"] == "train")
     row = (chosen["patient"], chosen["study"])
     path = edema_file(copy, "regex_report")
     assert old.format(*row) in path.read_text()
     path.write_text(path.read_text().replace(old.format(*row), new.format(*row)))
-    source = mimic.plan_edema(mimic.EdemaConfig(copy, "local-mi"))
+    source = mimic._plan_edema(mimic._EdemaConfig(copy, "local-mi"))
     assert told in reasons(source)
     kept = {item["study"]: item for item in source.items if "rejects" not in item}
     assert chosen["study"] not in kept and all({**item, "split": ""} == {**before[study], "split": ""} for study, item in kept.items())
@@ -349,19 +349,19 @@ PATIENTS = [replace(study, study_id=f"phantom-{place:07d}") for place, study in 
 @pytest.fixture(scope="module")
 def reports_root(tmp_path_factory):
     root = tmp_path_factory.mktemp("openi") / "root"
-    openi.dress_openi(root, PATIENTS)
+    openi._simulate_openi(root, PATIENTS)
     return root
 
 
 texts = st.text(st.characters(exclude_categories=("Cs", "Cc")) | st.sampled_from(list("\n\t :&<>;.ABCIMPRESSIONFINDINGS")), max_size=120)
-sections = st.dictionaries(st.sampled_from(openi.SECTIONS), texts | st.sampled_from(["IMPRESSION: no", "\n FINDINGS: a", "&amp;lt;", "&lt", "A\n \nB", "\ufeff", "___"]))
+sections = st.dictionaries(st.sampled_from(openi._SECTIONS), texts | st.sampled_from(["IMPRESSION: no", "\n FINDINGS: a", "&amp;lt;", "&lt", "A\n \nB", "\ufeff", "___"]))
 
 
 @quick
 @given(sections)
 def test_sections_in_are_sections_out(told):
-    wanted = {name: " ".join(told[name].split()) for name in openi.SECTIONS if told.get(name, "").split()}
-    assert parse_sections(openi.compose_report(told)) == wanted and list(parse_sections(openi.compose_report(told))) == list(wanted)
+    wanted = {name: " ".join(told[name].split()) for name in openi._SECTIONS if told.get(name, "").split()}
+    assert parse_sections(openi._compose_report(told)) == wanted and list(parse_sections(openi._compose_report(told))) == list(wanted)
 
 
 @quick
@@ -376,7 +376,7 @@ def test_sections_survive_the_xml(told):
         ET.fromstring(data)
     except ET.ParseError:       # characters that XML does not allow
         return
-    found = openi.parse_xml(data, "1.xml")["sections"]
+    found = openi._parse_xml(data, "1.xml")["sections"]
     assert found == {name: " ".join(html.unescape(text).split()) for name, text in told.items()}
 
 
@@ -387,7 +387,7 @@ def test_damaged_xml_is_a_data_error_or_a_report(reports_root, data):
     place = data.draw(st.integers(0, len(whole) - 1))
     whole[place:place + data.draw(st.integers(0, 40))] = data.draw(st.binary(max_size=8))
     try:
-        assert set(openi.parse_xml(bytes(whole), "1.xml")["sections"]) <= set(openi.SECTIONS)
+        assert set(openi._parse_xml(bytes(whole), "1.xml")["sections"]) <= set(openi._SECTIONS)
     except DataError as error:
         assert "1.xml" in str(error) and "atelectasis" not in str(error)
 
@@ -398,21 +398,21 @@ def test_damaged_xml_is_a_data_error_or_a_report(reports_root, data):
 def test_entities_are_refused(reports_root, before):
     text = (reports_root / "ecgen-radiology/1.xml").read_text().replace("<eCitation>", before + "<eCitation>").replace("None.", "&c;")
     with pytest.raises(DataError, match="holds a DOCTYPE"):
-        openi.parse_xml(text.encode(), "1.xml")
+        openi._parse_xml(text.encode(), "1.xml")
     with pytest.raises(DataError):
-        openi.parse_xml(text.encode("utf-16"), "1.xml")
+        openi._parse_xml(text.encode("utf-16"), "1.xml")
 
 
 def test_a_pack_of_openi_holds_what_went_in(reports_root, tmp_path):
-    pack = prepare_source(openi.OPENI, openi.OpeniConfig(reports_root), BuildConfig(tmp_path / "pack", size=64, progress=False))
+    pack = prepare_source(openi.OPENI, openi._OpeniConfig(reports_root), BuildConfig(tmp_path / "pack", size=64, progress=False))
     assert pack.studies.study_id.tolist() == [f"CXR{number + 1}" for number in range(len(PATIENTS))]
     for row, study in zip(pack.studies.itertuples(), PATIENTS, strict=True):
         assert (row.sentences, "") == check_report(study.report, ReportRules())
-        truth = {name: text for name, text in parse_sections(study.report).items() if name in openi.SECTIONS}
+        truth = {name: text for name, text in parse_sections(study.report).items() if name in openi._SECTIONS}
         assert parse_sections(row.report) == {name: " ".join(text.split()) for name, text in truth.items()}
-        assert all((pack.image(image) == pixels).all() for image, (_, pixels) in zip(row.image_rows, openi.openi_images(study), strict=True))
+        assert all((pack.image(image) == pixels).all() for image, (_, pixels) in zip(row.image_rows, openi._openi_images(study), strict=True))
     labels = pack.labels.astype(object).where(pack.labels.notna(), None).to_dict("records")
-    assert labels == [openi.mesh_labels(openi.phantom_terms(study)) for study in PATIENTS]
+    assert labels == [openi._mesh_labels(openi._phantom_terms(study)) for study in PATIENTS]
 
 
 def test_the_archive_and_the_folder_are_the_same(reports_root, tmp_path):
@@ -422,10 +422,10 @@ def test_the_archive_and_the_folder_are_the_same(reports_root, tmp_path):
         link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
         archive.addfile(link)
         large = tarfile.TarInfo("ecgen-radiology/8888.xml")
-        large.size = openi.LARGEST + 5
+        large.size = openi._LARGEST + 5
         archive.addfile(large, io.BytesIO(b" " * large.size))
-    reports, rejects = openi.read_reports(tmp_path)
-    assert reports == openi.read_reports(reports_root)[0] and [one["study"] for one in rejects] == ["ecgen-radiology/8888.xml"]
+    reports, rejects = openi._read_reports(tmp_path)
+    assert reports == openi._read_reports(reports_root)[0] and [one["study"] for one in rejects] == ["ecgen-radiology/8888.xml"]
     assert openi.openi_reports(tmp_path / "NLMCXR_reports.tgz")["dropped"].ne("").sum() == 1
 
 
@@ -434,9 +434,9 @@ def test_missing_pictures_are_rejects_or_left_out(reports_root, tmp_path):
     for path in sorted((root / "NLMCXR_png").glob("*.png"))[3:]:
         path.unlink()
     with pytest.raises(ValueError, match="did not get in"):
-        prepare_source(openi.OPENI, openi.OpeniConfig(root), BuildConfig(tmp_path / "pack", size=64, progress=False))
-    source = openi.plan_openi(openi.OpeniConfig(root, partial=True))
-    assert sum(len(item["images"]) for item in source.items) == 3 and source.dropped["picture is not there"] == sum(len(openi.openi_images(study)) for study in PATIENTS) - 3
+        prepare_source(openi.OPENI, openi._OpeniConfig(root), BuildConfig(tmp_path / "pack", size=64, progress=False))
+    source = openi._plan_openi(openi._OpeniConfig(root, partial=True))
+    assert sum(len(item["images"]) for item in source.items) == 3 and source.dropped["picture is not there"] == sum(len(openi._openi_images(study)) for study in PATIENTS) - 3
     assert len(openi.openi_reports(root)) == len(PATIENTS), "the reports alone need no picture"
 
 
@@ -451,28 +451,28 @@ def test_a_damaged_file_is_a_reject(reports_root, tmp_path):
     (folder / "5.xml").write_text((folder / "6.xml").read_text())
     (folder / "7.xml").unlink()
     (folder / "7.xml").symlink_to(folder / "7.xml")
-    source = openi.plan_openi(openi.OpeniConfig(root))
+    source = openi._plan_openi(openi._OpeniConfig(root))
     names = {item["study"] for item in source.items if "rejects" in item}
     assert names == {*(f"ecgen-radiology/{number}.xml" for number in (1, 2, 3, 4, 7)), "CXR6"}
     assert {reason for item in source.items for _, reason in item.get("rejects", ()) if item["study"] == "CXR6"} == {f"ecgen-radiology/{n}.xml: 2 files have this uId" for n in (5, 6)}
-    before = {item["study"]: item for item in openi.plan_openi(openi.OpeniConfig(reports_root)).items}
+    before = {item["study"]: item for item in openi._plan_openi(openi._OpeniConfig(reports_root)).items}
     assert all(item == before[item["study"]] for item in source.items if "rejects" not in item) and len(source.items) == len(PATIENTS) - 7 + 7
 
 
 def test_labels_by_what_was_coded():
-    labels = openi.mesh_labels(["Cardiomegaly/borderline", "Pulmonary Edema/interstitial", "Spine/degenerative"])
+    labels = openi._mesh_labels(["Cardiomegaly/borderline", "Pulmonary Edema/interstitial", "Spine/degenerative"])
     assert {name: value for name, value in labels.items() if value} == {"Cardiomegaly": -1, "Edema": 1} and 0.0 in labels.values()
-    assert set(openi.mesh_labels(["No Indexing"]).values()) == {None}
+    assert set(openi._mesh_labels(["No Indexing"]).values()) == {None}
 
 
 def test_frontal_pictures_by_the_table_of_projections(reports_root, tmp_path):
     root = shutil.copytree(reports_root, tmp_path / "frontal")
     with pytest.raises(DataError, match="needs the views"):
-        openi.plan_openi(openi.OpeniConfig(root, "frontal"))
-    names = [name for study in PATIENTS for name, _ in openi.openi_images(study)]
+        openi._plan_openi(openi._OpeniConfig(root, "frontal"))
+    names = [name for study in PATIENTS for name, _ in openi._openi_images(study)]
     rows = [{"uid": name[3:].split("_")[0], "filename": f"{name[3:]}.dcm.png", "projection": "Frontal" if name.endswith("1001") else "Lateral"} for name in names]
     pd.DataFrame(rows).to_csv(root / "indiana_projections.csv", index=False)
-    source = openi.plan_openi(openi.OpeniConfig(root, "frontal"))
+    source = openi._plan_openi(openi._OpeniConfig(root, "frontal"))
     assert [image["id"] for item in source.items for image in item["images"]] == [name for name in names if name.endswith("1001")]
     assert source.dropped == {"view is not Frontal": sum(name.endswith("2001") for name in names)}
 
@@ -481,9 +481,9 @@ def test_r2gen_splits(reports_root, tmp_path):
     root = shutil.copytree(reports_root, tmp_path / "r2gen")
     listed = {"train": ["CXR1_IM-0001", "CXR2_IM-0002-1001"], "val": ["CXR3_IM-0003"], "test": ["CXR4_IM-0004"]}
     (root / "annotation.json").write_text(json.dumps({name: [{"id": one, "report": "", "image_path": []} for one in ids] for name, ids in listed.items()}))
-    source = openi.plan_openi(openi.OpeniConfig(root, "r2gen"))
+    source = openi._plan_openi(openi._OpeniConfig(root, "r2gen"))
     assert [(item["study"], item["split"]) for item in source.items] == [("CXR1", "train"), ("CXR2", "train"), ("CXR3", "validate"), ("CXR4", "test")]
-    assert source.dropped["study is not in annotation.json"] == sum(len(openi.openi_images(study)) for study in PATIENTS[4:])
+    assert source.dropped["study is not in annotation.json"] == sum(len(openi._openi_images(study)) for study in PATIENTS[4:])
 
 
 @pytest.mark.skipif(not REAL.is_dir(), reason="the real reports are not part of the repository")
@@ -494,7 +494,7 @@ def test_the_real_reports(tmp_path):
     assert len(table) == len(published) == 2373 and (table["findings"] != "").sum() == 2043 and (table["impression"] != "").sum() == 2347
     inside = []      # reports with a heading within a section, which is cut out of it
     for study, row in published.iterrows():
-        wanted = {name: " ".join(html.unescape(row[name]).split()) for name in openi.SECTIONS if row[name].split()}
+        wanted = {name: " ".join(html.unescape(row[name]).split()) for name in openi._SECTIONS if row[name].split()}
         found = parse_sections(table.text[study])
         if found != wanted:
             inside.append(study)

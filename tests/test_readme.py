@@ -42,7 +42,7 @@ def understood(argv, monkeypatch) -> bool:
     monkeypatch.setattr(commands, "resolve_name", lambda name: done.append)
     monkeypatch.setattr(commands, "pretrain", lambda method, options: done.append(options))
     try:
-        commands.run_command(argv)
+        commands._run_command(argv)
     except SystemExit as stop:
         return not stop.code
     return bool(done) or argv == ["--version"]

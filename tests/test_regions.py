@@ -359,7 +359,7 @@ def test_attention_pooling(case, query_mean):
     again = pool(case.sentences.flip(1), case.mask.flip(1))
     torch.testing.assert_close(again[0], pooled)
     torch.testing.assert_close(again[1].flip(1), weights)
-    torch.testing.assert_close(pool.alone(case.regions)[1, 0], pool(case.regions[1:2, :1])[0][0])
+    torch.testing.assert_close(pool.pool_each(case.regions)[1, 0], pool(case.regions[1:2, :1])[0][0])
 
 
 @given(st.lists(st.integers(1, 12), max_size=8), st.integers(1, 30))

@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from medvis.data.build import ImageRecord, StudyRecord, write_pack
-from medvis.data.sets.mimic import LOCAL_MI_RULES
-from medvis.data.reports import (LOVT_RULES, MGCA_RULES, ReportRules, check_report, count_headings, filter_reports, find_words, normalise,
-                                 parse_mimic_sections, parse_sections, report_sentences, section_name, split_sentences, unknown_headings)
-from medvis.data.source import summary
+from medvis.data.sets.mimic import _LOCAL_MI_RULES
+from medvis.data.reports import (LOVT_RULES, MGCA_RULES, ReportRules, check_report, count_headings, _filter_reports, find_words, normalise,
+                                 parse_mimic_sections, parse_sections, report_sentences, _section_name, split_sentences, _unknown_headings)
+from medvis.data.source import describe_pack
 
 PIECES = st.sampled_from([
     "The lungs are clear", "no effusion", "1.5 cm", "2. ", "1. ", "3)", "Dr. ", "J. ", "approx. ", "e.g. ", "vs. ", "a.m. ", "p.m.", "___", "XXXX", ".", ". ",
@@ -165,7 +165,7 @@ def test_mimic_rule_is_strict():
 
 
 def test_headings():
-    assert [section_name(h) for h in ("REASON FOR EXAMINATION", "CLINICAL HISTORY", "WETREAD", "FINDNGS", "PA AND LATERAL VIEWS OF THE CHEST",
+    assert [_section_name(h) for h in ("REASON FOR EXAMINATION", "CLINICAL HISTORY", "WETREAD", "FINDNGS", "PA AND LATERAL VIEWS OF THE CHEST",
                                       "IMPRESSION AND PLAN", "DOSE")] == ["indication", "history", "wet read", "findings", "findings", "impression", "dose"]
 
 
@@ -180,7 +180,7 @@ def test_rules_differ_as_published():
 def test_filter_counts_every_report():
     texts = ["FINDINGS: Normal chest.", "", None, "IMPRESSION: ___.", "x\n COMPARISON: None.\n FINDINGS: The lungs are clear."]
     for rules, kept in ((ReportRules(), 1), (LOVT_RULES, 2), (MGCA_RULES, 1)):
-        sentences, counts = filter_reports(texts, rules)
+        sentences, counts = _filter_reports(texts, rules)
         assert counts["kept"] == kept == sum(s is not None for s in sentences) and sum(counts.values()) == len(texts)
 
 
@@ -220,7 +220,7 @@ def test_sub_headings_stay_below_findings():
     assert parse_sections(text)["findings"] == "LUNGS: Clear of consolidation.\n LINES AND TUBES: None."
     assert parse_sections(text.replace("\n ", "\n"))["findings"] == "LUNGS: Clear of consolidation.\nLINES AND TUBES: None."
     assert report_sentences(text) == ["LUNGS: Clear of consolidation.", "LINES AND TUBES: None.", "No acute disease."]
-    for rules in (LOVT_RULES, MGCA_RULES, LOCAL_MI_RULES):      # as published: a section each
+    for rules in (LOVT_RULES, MGCA_RULES, _LOCAL_MI_RULES):      # as published: a section each
         assert rules.headings == "mit-lcp" and len(report_sentences(text, rules)) == 1
     assert list(parse_mimic_sections(text)) == ["preamble", "examination", "lungs", "lines and tubes", "impression"]
 
@@ -242,7 +242,7 @@ def test_only_recurring_capitals_are_told():
     "What a manifest holds: short capital headings of several reports, never a name that stands in one"
     texts = ["INDICATION: x\nLUNGS: Clear.\nNot a heading: y\nIMPRESSION: z"] * 5 + ["SMITH: seen", None, "A VERY LONG HEADING THAT IS MORE THAN FORTY CHARACTERS: x"]
     assert count_headings(texts) == {"LUNGS": 5, "(seldom)": 1}
-    assert unknown_headings("FINDINGS: a\nCHEST PA: b\nIMPRSSION: c") == []
+    assert _unknown_headings("FINDINGS: a\nCHEST PA: b\nIMPRSSION: c") == []
 
 
 def test_a_pack_tells_what_was_not_understood(tmp_path):
@@ -252,7 +252,7 @@ def test_a_pack_tells_what_was_not_understood(tmp_path):
         return StudyRecord(study_id=str(number), patient_id=str(number), split="train", images=[image], report=text)
     pack = write_pack(tmp_path / "pack", range(7), read, 8, {"kind": "invented"})
     assert pack.manifest["headings"] == {"LUNGS": 6, "(seldom)": 1} and "SMITH" not in (tmp_path / "pack" / "manifest.json").read_text()
-    assert "headings not understood, and in how many reports: LUNGS 6, (seldom) 1" in summary(pack)
+    assert "headings not understood, and in how many reports: LUNGS 6, (seldom) 1" in describe_pack(pack)
 
 
 @pytest.mark.parametrize("bullet", ["–", "—", "•", "*", "-", "‣", "◆", "– ", "• ", "* ", "1. ", "1)", "(1) "])
@@ -305,7 +305,7 @@ NASTY = ['."', ". ", "a.", "1. ", "\n ", "•", " ", "A", "FINDINGS: ", "\nLUNGS
 
 
 @pytest.mark.parametrize("piece", NASTY)
-@pytest.mark.parametrize("function", [split_sentences, report_sentences, lambda text: report_sentences(text, LOVT_RULES), find_words, unknown_headings, section_name],
+@pytest.mark.parametrize("function", [split_sentences, report_sentences, lambda text: report_sentences(text, LOVT_RULES), find_words, _unknown_headings, _section_name],
                          ids=["split", "report", "lovt", "words", "headings", "name"])
 def test_time_grows_as_the_text(function, piece):
     "Eight times the text takes about eight times as long; a quadratic function takes 64 times"

@@ -104,13 +104,13 @@ def undisturbed(pack, tokenizer, tmp_path_factory):
 
 
 POINTS = {
-    "before the first step": (die_at_call(loop.Trainer, "take_step", 1), {}),
-    "in the middle of an epoch": (die_at_call(loop.Trainer, "take_step", 9), {}),
+    "before the first step": (die_at_call(loop._Trainer, "take_step", 1), {}),
+    "in the middle of an epoch": (die_at_call(loop._Trainer, "take_step", 9), {}),
     "between forward and optimiser step": (die_at_call(torch.nn.utils, "clip_grad_norm_", 8), {}),
     "in the middle of an accumulation": (die_at_call(MGCA, "forward", 11), {"accumulate": 2}),
-    "while workers load": (die_at_call(loop.Trainer, "take_step", 9), {"workers": 2}),
+    "while workers load": (die_at_call(loop._Trainer, "take_step", 9), {"workers": 2}),
     "in validation": (die_at_call(loop, "validate", 2), {}),
-    "between the best weights and the checkpoint": (die_at_call(loop.Trainer, "save", 5), {}),
+    "between the best weights and the checkpoint": (die_at_call(loop._Trainer, "save", 5), {}),
     "in a checkpoint write": (die_in_write(3), {}),
     "before a checkpoint's rename": (die_at_call(os, "replace", 6), {}),
 }

@@ -12,7 +12,7 @@ from sklearn.metrics import average_precision_score, balanced_accuracy_score, ro
 
 from medvis.data.prepare import PhantomConfig, prepare_phantom
 from medvis.evaluate import retrieve
-from medvis.evaluate.retrieve import DIRECTIONS, PairScores, first_relevant
+from medvis.evaluate.retrieve import _DIRECTIONS, PairScores, _first_relevant
 from medvis.methods import METHODS, LoVT
 from medvis.methods.method import Method, phantom_tokenizer
 
@@ -47,9 +47,9 @@ def test_shared_ties_are_the_mean_over_orders(rows, seed):
     scores, relevant = np.array([[float(s) for s, _ in rows]]), np.array([[r for _, r in rows]])
     ks = range(1, len(rows) + 1)
     def told(scores, relevant):
-        first = first_relevant(scores, relevant)
-        return np.concatenate([[retrieve.hit_at(k, *first)[0] for k in ks], [retrieve.precision_at(k, scores, relevant)[0] for k in ks],
-                               retrieve.expected_rank(*first)])
+        first = _first_relevant(scores, relevant)
+        return np.concatenate([[retrieve._hit_at(k, *first)[0] for k in ks], [retrieve._precision_at(k, scores, relevant)[0] for k in ks],
+                               retrieve._expected_rank(*first)])
     np.testing.assert_allclose(told(scores, relevant), enumerate_orders(scores[0], relevant[0].tolist(), ks), atol=1e-9)
     order = np.random.default_rng(seed).permutation(len(rows))
     np.testing.assert_allclose(told(scores[:, order], relevant[:, order]), told(scores, relevant), atol=1e-12)
@@ -58,7 +58,7 @@ def test_shared_ties_are_the_mean_over_orders(rows, seed):
 
 def test_recall_without_ties_is_scikit_learns():
     scores = np.random.default_rng(0).normal(size=(60, 60)) + 2 * np.eye(60)
-    table = retrieve.retrieval_metrics(scores, np.eye(60, dtype=bool), np.arange(60), (1, 5, 10), 10).set_index("metric")
+    table = retrieve._retrieval_metrics(scores, np.eye(60, dtype=bool), np.arange(60), (1, 5, 10), 10).set_index("metric")
     for k in (1, 5, 10):
         assert np.isclose(table.loc[f"hit@{k}", "value"], top_k_accuracy_score(np.arange(60), scores, k=k))
     ranks = [sorted(-row).index(-row[i]) + 1 for i, row in enumerate(scores)]
@@ -70,7 +70,7 @@ def test_recall_without_ties_is_scikit_learns():
 def test_chance_is_the_mean_over_blind_orders(candidates, counts):
     counts = np.minimum(counts, candidates)
     relevant = np.arange(candidates) < counts[:, None]
-    table = retrieve.retrieval_metrics(np.random.default_rng(0).random(relevant.shape), relevant, np.arange(len(counts)), (1, 2, 3), 5).set_index("metric")
+    table = retrieve._retrieval_metrics(np.random.default_rng(0).random(relevant.shape), relevant, np.arange(len(counts)), (1, 2, 3), 5).set_index("metric")
     ranks = [[min(order.index(i) for i in range(r)) + 1 for order in itertools.permutations(range(candidates))] for r in counts]
     for k in (1, 2, 3):
         assert np.isclose(table.loc[f"hit@{k}", "chance"], np.mean([np.mean(np.array(each) <= k) for each in ranks]))
@@ -82,12 +82,12 @@ def test_chance_is_the_mean_over_blind_orders(candidates, counts):
 def test_intervals_draw_patients():
     draw = np.random.default_rng(1)
     scores, patients = draw.normal(size=(40, 40)) + np.eye(40), np.arange(40) // 4
-    table = retrieve.retrieval_metrics(scores, np.eye(40, dtype=bool), patients, (5,), 200).set_index("metric")
-    single = retrieve.retrieval_metrics(scores, np.eye(40, dtype=bool), np.arange(40), (5,), 200).set_index("metric")
+    table = retrieve._retrieval_metrics(scores, np.eye(40, dtype=bool), patients, (5,), 200).set_index("metric")
+    single = retrieve._retrieval_metrics(scores, np.eye(40, dtype=bool), np.arange(40), (5,), 200).set_index("metric")
     assert (table["value"] == single["value"]).all() and table.loc["hit@5", "low"] < table.loc["hit@5", "value"] < table.loc["hit@5", "high"]
-    nothing = retrieve.retrieval_metrics(scores, np.zeros((40, 40), bool), patients)
+    nothing = retrieve._retrieval_metrics(scores, np.zeros((40, 40), bool), patients)
     assert nothing[["value", "low", "high", "chance"]].isna().all(axis=None) and (nothing["n"] == 0).all()
-    one = retrieve.retrieval_metrics(np.zeros((1, 1)), np.ones((1, 1), bool), ["a"], (1, 5)).set_index("metric")
+    one = retrieve._retrieval_metrics(np.zeros((1, 1)), np.ones((1, 1), bool), ["a"], (1, 5)).set_index("metric")
     assert one.loc["hit@5", "value"] == one.loc["median rank", "value"] == one.loc["hit@1", "chance"] == 1 and np.isnan(one.loc["precision@5", "value"])
 
 
@@ -105,7 +105,7 @@ def test_both_notions_of_relevant_by_hand():
         pairs = some_pairs(seed)
         classes = {f"s{i}": ("", "Edema", "Nodule")[i % 3] for i in range(8)}
         table = retrieve.retrieval_table(pairs, classes, (1, 3), 10).set_index(["direction", "relevant", "metric"])
-        for direction, scores, queries, candidates in ((DIRECTIONS[0], pairs.scores, pairs.images, pairs.texts), (DIRECTIONS[1], pairs.scores.T, pairs.texts, pairs.images)):
+        for direction, scores, queries, candidates in ((_DIRECTIONS[0], pairs.scores, pairs.images, pairs.texts), (_DIRECTIONS[1], pairs.scores.T, pairs.texts, pairs.images)):
             hits, shares = [], []
             for row, study in zip(scores, queries["study_id"]):
                 same = (candidates["study_id"] == study).tolist()
@@ -131,15 +131,15 @@ def enumerate_top(scores, relevant, k):
 
 def test_saved_tables_come_back(tmp_path):
     pairs = some_pairs()
-    retrieve.save_pairs(tmp_path / "new" / "pairs.npz", pairs)
-    again = retrieve.load_pairs(tmp_path / "new" / "pairs.npz")
+    retrieve._save_pairs(tmp_path / "new" / "pairs.npz", pairs)
+    again = retrieve._load_pairs(tmp_path / "new" / "pairs.npz")
     assert (again.scores == pairs.scores).all() and again.scores.dtype == np.float32
     pd.testing.assert_frame_equal(again.images, pairs.images, check_dtype=False)
     pd.testing.assert_frame_equal(again.texts, pairs.texts, check_dtype=False)
     prompts = retrieve.prompt_table(["Edema"])
     asked = PairScores(np.zeros((12, len(prompts)), np.float32), pairs.images, prompts)
-    retrieve.save_pairs(tmp_path / "prompts.npz", asked)
-    pd.testing.assert_frame_equal(retrieve.load_pairs(tmp_path / "prompts.npz").texts, prompts, check_dtype=False)
+    retrieve._save_pairs(tmp_path / "prompts.npz", asked)
+    pd.testing.assert_frame_equal(retrieve._load_pairs(tmp_path / "prompts.npz").texts, prompts, check_dtype=False)
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["pairs.npz"]
 
 
@@ -148,9 +148,9 @@ def test_saved_tables_come_back(tmp_path):
 def test_exclusive_classes(seed, per_class):
     draw = np.random.default_rng(seed)
     targets = pd.DataFrame(draw.choice([1, 0, np.nan], (20, 3)), columns=list("abc"))
-    found = retrieve.exclusive_class(targets)
+    found = retrieve._exclusive_class(targets)
     assert found.tolist() == [names[0] if len(names) == 1 else "" for names in ([c for c in "abc" if row[c] == 1] for _, row in targets.iterrows())]
-    some = retrieve.exclusive_class(targets, per_class, seed)
+    some = retrieve._exclusive_class(targets, per_class, seed)
     assert all(a in ("", b) for a, b in zip(some, found))
     assert all((some == c).sum() == min(per_class, (found == c).sum()) for c in "abc")
 
@@ -163,13 +163,13 @@ def test_every_method_compares_images_with_texts(name, pack, tokenizer):
     method = METHODS[name].from_preset("tiny", tokenizer)
     state = {key: value.clone() for key, value in method.state_dict().items()}
     texts = [["No pleural effusion.", "Mild cardiomegaly."], ["Clear lungs."], ["Left pneumothorax is seen."]]
-    table = retrieve.similarity_table(method, retrieve.embed_images(method, pack, range(5), 2), *retrieve.embed_texts(method, texts, 2))
+    table = retrieve._similarity_table(method, retrieve._embed_images(method, pack, range(5), 2), *retrieve._embed_texts(method, texts, 2))
     assert table.shape == (5, 3) and np.isfinite(table).all() and table.std() > 0 and method.training
     assert all(torch.equal(value, state[key]) for key, value in method.state_dict().items())
     for i, t in itertools.product((0, 4), range(3)):                             # one pair at a time
-        image = retrieve.embed_images(method, pack, [i])
+        image = retrieve._embed_images(method, pack, [i])
         parts = [[sentence] for sentence in texts[t]] if method.text_unit == "sentence" else [texts[t]]
-        alone = [retrieve.similarity_table(method, image, *retrieve.embed_texts(method, [part]))[0, 0] for part in parts]
+        alone = [retrieve._similarity_table(method, image, *retrieve._embed_texts(method, [part]))[0, 0] for part in parts]
         np.testing.assert_allclose(table[i, t], np.mean(alone), atol=2e-5, rtol=1e-4)
     assert method.text_unit == ("sentence" if name in ("convirt", "clip", "gloria", "local-mi", "mixture-mi") else "report")
 
@@ -181,15 +181,15 @@ def test_what_cannot_be_compared_is_refused(pack, tokenizer):
             call()
     method = LoVT.from_preset("tiny", tokenizer)
     with pytest.raises(ValueError, match="2 of 3 texts.*0, 2"):
-        retrieve.embed_texts(method, [[], ["Clear lungs."], ["..."]])
+        retrieve._embed_texts(method, [[], ["Clear lungs."], ["..."]])
     with pytest.raises(ValueError, match="'tset'"):
-        retrieve.retrieval_scores(method, pack, "tset")
+        retrieve._retrieval_scores(method, pack, "tset")
     with pytest.raises(ValueError, match="'tset'"):
-        retrieve.zero_shot_scores(method, pack, retrieve.prompt_table(), "tset")
+        retrieve._zero_shot_scores(method, pack, retrieve.prompt_table(), "tset")
     with torch.no_grad():
         next(method.parameters()).fill_(torch.nan)
     with pytest.raises(ValueError, match="not numbers"):
-        retrieve.retrieval_scores(method, pack)
+        retrieve._retrieval_scores(method, pack)
 
 
 class Films:
@@ -202,7 +202,7 @@ class Films:
                                      "image_rows": [list(row) for row in rows], "sentences": [["Clear lungs."] if i != 3 else [] for i in range(studies)]})
         self.image_table = pd.DataFrame({"image_id": [f"i{i}" for i in range(sum(counts))], "study": np.repeat(np.arange(studies), counts)})
         self.path, self.size, self.manifest = "films", 8, {"source": {}, "hash": "films", "labels": ["Edema", "Nodule"]}
-        self.recipe = {}
+        self.training_settings = {}
         self.labels = pd.DataFrame({"Edema": [1.0, 0, 1, 0, 1, 0, 0, -1, 0], "Nodule": [0.0, 1, 0, 1, 0, 1, 0, 1, np.nan]}).iloc[:studies]
 
     def __len__(self):
@@ -234,13 +234,13 @@ class Knows(torch.nn.Module):
 def test_one_who_knows_is_perfect(tokenizer, tmp_path):
     pack, texts = Films(), [0, 1, 4, 5, 6, 7, 8]                                 # 2 has no image, 3 no report
     method = Knows(tokenizer, lambda image, text: image == texts[text])
-    pairs = retrieve.retrieval_scores(method, pack, batch_size=3)
+    pairs = retrieve._retrieval_scores(method, pack, batch_size=3)
     assert pairs.texts["study_id"].tolist() == [f"s{i}" for i in texts] and pairs.images["study_id"].tolist() == ["s0", "s0", "s1", "s4", "s4", "s5", "s6", "s7", "s8"]
     table = retrieve.retrieve(method, pack, resamples=10, ks=(1,), out=tmp_path).set_index(["relevant", "direction", "metric"])
     assert (table.loc["same study"]["value"] == 1).all()
     blind = table.loc["same study"]["chance"].xs("R@1", level="metric")
     np.testing.assert_allclose(blind, [1 / 7, (2 * 2 + 5) / 9 / 7])
-    assert table.loc[("same class", DIRECTIONS[0], "precision@1"), "n"] == 7 and sorted(path.name for path in tmp_path.iterdir()) == ["retrieval.csv", "retrieval.json", "retrieval.npz"]
+    assert table.loc[("same class", _DIRECTIONS[0], "precision@1"), "n"] == 7 and sorted(path.name for path in tmp_path.iterdir()) == ["retrieval.csv", "retrieval.json", "retrieval.npz"]
     saved = pd.read_csv(tmp_path / "retrieval.csv").set_index(["relevant", "direction", "metric"])
     np.testing.assert_allclose(saved["value"], table["value"])
 
@@ -276,19 +276,19 @@ def test_zero_shot_tables_by_hand():
         np.testing.assert_allclose(found.loc["Edema"]["value"], expected)
         np.testing.assert_allclose(found.loc["Edema"]["chance"], [0.5, labels.mean(), 0.5])
         assert found.loc["Nodule"]["value"].isna().all() and found.loc["macro"]["value"].tolist() == found.loc["Edema"]["value"].tolist()
-    breakdown = retrieve.prompt_breakdown(pairs, truth)
+    breakdown = retrieve._prompt_breakdown(pairs, truth)
     assert np.isnan(breakdown["paired"].iloc[-1]) and np.isclose(breakdown["alone"].iloc[-1], roc_auc_score(labels, pairs.scores[known, 24]))
     assert np.isclose(breakdown["alone"].iloc[1], roc_auc_score(labels, -pairs.scores[known, 1])) and breakdown["alone"][12:24].isna().all()
     np.testing.assert_allclose(breakdown["paired"].iloc[2], roc_auc_score(labels, pairs.scores[known, 2] - pairs.scores[known, 3]))
     nothing = retrieve.zero_shot_table(pairs, truth * np.nan, resamples=5)
     assert nothing["value"].isna().all() and set(nothing["finding"]) == {"Edema", "Nodule"}
-    assert retrieve.class_table(pairs, np.full(50, ""))["value"].isna().all()
+    assert retrieve._class_table(pairs, np.full(50, ""))["value"].isna().all()
     with pytest.raises(ValueError, match="unknown finding with names for its prompts 'Effusion'"):
         retrieve.prompt_table(["Effusion"])
     with pytest.raises(ValueError, match="unknown finding of the prompts 'Mass'"):
-        retrieve.class_table(pairs, np.array(["Mass"] * 50))
+        retrieve._class_table(pairs, np.array(["Mass"] * 50))
     with pytest.raises(ValueError, match="unknown way to combine prompts 'median'"):
-        retrieve.finding_scores(pairs, combine="median")
+        retrieve._finding_scores(pairs, combine="median")
 
 
 def test_classes_are_standardised_over_the_test_images():
@@ -300,7 +300,7 @@ def test_classes_are_standardised_over_the_test_images():
     scores[:, 2] -= 20
     pairs = PairScores(scores, told, prompts)
     classes = np.where(kind == 0, "Edema", "Nodule")
-    table = retrieve.class_table(pairs, classes).query("name == 'accuracy'").set_index("scores")
+    table = retrieve._class_table(pairs, classes).query("name == 'accuracy'").set_index("scores")
     assert table.loc["raw", "value"] == 0.5 == table.loc["raw", "chance"] and table.loc["standardised (GLoRIA)", "value"] == 1
     classes[:10] = ""
-    assert (retrieve.class_table(pairs, classes)["n"].max(), retrieve.class_table(pairs, classes[:1].repeat(40))["n"].max()) == (30, 0)
+    assert (retrieve._class_table(pairs, classes)["n"].max(), retrieve._class_table(pairs, classes[:1].repeat(40))["n"].max()) == (30, 0)

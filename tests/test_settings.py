@@ -5,7 +5,7 @@ import json
 from dataclasses import asdict, fields
 from pathlib import Path
 
-from medvis.data.view import View
+from medvis.data.sampling import Sampling
 from medvis.evaluate.recipes import RELEASED
 from medvis.evaluate.recipes import PROTOCOLS
 from medvis.methods.settings import SETTINGS
@@ -27,7 +27,7 @@ def told() -> dict:
         "protocols": {name: asdict(one) for name, one in PROTOCOLS.items()},
         "released": RELEASED,
         "training": {name: value for name, value in defaults(TrainConfig).items() if name != "run"},
-        "view": defaults(View),
+        "sampling": defaults(Sampling),
         "demo": defaults(DemoConfig),
         "grounding": defaults(GroundingConfig),
     }

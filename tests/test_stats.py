@@ -12,7 +12,7 @@ from scipy import stats as scipy_stats
 from medvis.evaluate import stats
 from medvis.evaluate.metrics import Boxes, PixelCounts, dice_pooled, mean_ap
 from medvis.evaluate.classify import linear_probe, paired_gain, probe_table
-from medvis.evaluate.stats import auroc, bootstrap, bootstrap_auroc, bootstrap_mean, compare, compare_predictions, corrected, interval, paired_test, resample, seed_interval
+from medvis.evaluate.stats import auroc, bootstrap, bootstrap_auroc, bootstrap_mean, compare, compare_predictions, _corrected, interval, _paired_test, resample, _seed_interval
 
 PROPERTY = settings(max_examples=25, deadline=None, derandomize=True)
 P_VALUES = st.lists(st.one_of(st.sampled_from([0.0, 0.01, 0.05, 1.0]), st.floats(0, 1), st.just(np.nan)), max_size=12)
@@ -56,10 +56,10 @@ def test_detections_and_masks_can_be_drawn():
 
 
 def test_bootstrap_p_counts_the_far_side():
-    assert stats.bootstrap_p([2, 1, 1, 1, -1]) == 2 * 2 / 5 and stats.bootstrap_p([-2, -1, -1, 1, 0]) == 1
-    assert stats.bootstrap_p([0.5, np.nan, 1]) == 1 and np.isnan(stats.bootstrap_p([np.nan, 1]))
+    assert stats._bootstrap_p([2, 1, 1, 1, -1]) == 2 * 2 / 5 and stats._bootstrap_p([-2, -1, -1, 1, 0]) == 1
+    assert stats._bootstrap_p([0.5, np.nan, 1]) == 1 and np.isnan(stats._bootstrap_p([np.nan, 1]))
     draw = np.random.default_rng(0)
-    p = [stats.bootstrap_p(bootstrap(lambda rows: x[rows].mean(), np.arange(30), 99, seed)) for seed, x in enumerate(draw.normal(size=(200, 30)))]
+    p = [stats._bootstrap_p(bootstrap(lambda rows: x[rows].mean(), np.arange(30), 99, seed)) for seed, x in enumerate(draw.normal(size=(200, 30)))]
     assert 0.02 < np.mean(np.array(p) < 0.05) < 0.11  # nothing is there
 
 
@@ -91,20 +91,20 @@ def test_predictions_compared_by_hand():
 @PROPERTY
 @given(st.lists(st.floats(-5, 5), min_size=2, max_size=9), st.sampled_from([0.8, 0.95]))
 def test_intervals_over_seeds(values, level):
-    found = seed_interval(values, level=level)
+    found = _seed_interval(values, level=level)
     mean, error = np.mean(values), scipy_stats.sem(values)
     assert found.low <= found.value + 1e-12 and found.value <= found.high + 1e-12
     if error > 1e-9:
         np.testing.assert_allclose((found.low, found.high), scipy_stats.t.interval(level, len(values) - 1, mean, error))
     half = 1.96 * error
-    np.testing.assert_allclose(seed_interval(values, "lovt"), (mean, mean - half, mean + half), atol=1e-9)
+    np.testing.assert_allclose(_seed_interval(values, "lovt"), (mean, mean - half, mean + half), atol=1e-9)
 
 
 def test_few_or_broken_runs():
-    assert np.isnan(seed_interval([])).all() and seed_interval([0.5])[0] == 0.5 and np.isnan(seed_interval([0.5])[1:]).all()
-    assert np.isnan(seed_interval([0.5, np.nan, 0.4])).all() and seed_interval([0.5, 0.5]) == (0.5, 0.5, 0.5)
+    assert np.isnan(_seed_interval([])).all() and _seed_interval([0.5])[0] == 0.5 and np.isnan(_seed_interval([0.5])[1:]).all()
+    assert np.isnan(_seed_interval([0.5, np.nan, 0.4])).all() and _seed_interval([0.5, 0.5]) == (0.5, 0.5, 0.5)
     with pytest.raises(ValueError, match="student-t, lovt"):
-        seed_interval([1, 2], "normal")
+        _seed_interval([1, 2], "normal")
 
 
 @PROPERTY
@@ -113,29 +113,29 @@ def test_sign_flip_is_the_enumeration(gaps, shift):
     gaps, base = np.array(gaps) / 8, np.full(len(gaps), 0.0)
     flips = np.array(list(itertools.product([1, -1], repeat=len(gaps)))) * gaps
     expected = np.mean(np.abs(flips.mean(1)) >= abs(gaps.mean()) - 1e-12)
-    np.testing.assert_allclose(paired_test(gaps, base), expected)
-    np.testing.assert_allclose(paired_test(base, gaps), expected)
-    assert paired_test(gaps, base) >= 2 / 2 ** len(gaps)
-    for test in stats.PAIRED_TESTS:
-        one, other = paired_test(gaps, base, test), paired_test(base, gaps, test)
+    np.testing.assert_allclose(_paired_test(gaps, base), expected)
+    np.testing.assert_allclose(_paired_test(base, gaps), expected)
+    assert _paired_test(gaps, base) >= 2 / 2 ** len(gaps)
+    for test in stats._PAIRED_TESTS:
+        one, other = _paired_test(gaps, base, test), _paired_test(base, gaps, test)
         assert one == pytest.approx(other, nan_ok=True) and (np.isnan(one) or 0 <= one <= 1)
 
 
 def test_the_other_tests_are_scipys():
     draw = np.random.default_rng(0)
     a, b = draw.normal(size=(2, 9))
-    assert np.isclose(paired_test(a, b, "paired-t"), scipy_stats.ttest_rel(a, b).pvalue)
-    assert np.isclose(paired_test(a, b, "wilcoxon"), scipy_stats.wilcoxon(a, b).pvalue)
-    assert 0 < paired_test(draw.normal(size=20) + 2, np.zeros(20)) < 1e-3  # beyond 16 runs: random flips
+    assert np.isclose(_paired_test(a, b, "paired-t"), scipy_stats.ttest_rel(a, b).pvalue)
+    assert np.isclose(_paired_test(a, b, "wilcoxon"), scipy_stats.wilcoxon(a, b).pvalue)
+    assert 0 < _paired_test(draw.normal(size=20) + 2, np.zeros(20)) < 1e-3  # beyond 16 runs: random flips
     for wrong, told in ((dict(test="t"), "sign-flip, paired-t, wilcoxon"), (dict(second=b[:3]), r"\(9,\) and \(3,\)")):
         with pytest.raises(ValueError, match=told):
-            paired_test(**{"first": a, "second": b, **wrong})
+            _paired_test(**{"first": a, "second": b, **wrong})
 
 
 def test_nothing_is_found_where_nothing_is():
     draw = np.random.default_rng(1)
-    for test in stats.PAIRED_TESTS:
-        p = np.array([paired_test(gaps, np.zeros(7), test) for gaps in draw.normal(size=(150, 7))])
+    for test in stats._PAIRED_TESTS:
+        p = np.array([_paired_test(gaps, np.zeros(7), test) for gaps in draw.normal(size=(150, 7))])
         assert (p < 0.05).mean() < 0.1, test
 
 
@@ -156,20 +156,20 @@ def slow_bh(p):
 @PROPERTY
 @given(P_VALUES, st.integers(0, 10**6))
 def test_corrections_are_their_definitions(p, seed):
-    np.testing.assert_allclose(corrected(p), slow_holm(p))
-    np.testing.assert_allclose(corrected(p, "benjamini-hochberg"), slow_bh(p))
+    np.testing.assert_allclose(_corrected(p), slow_holm(p))
+    np.testing.assert_allclose(_corrected(p, "benjamini-hochberg"), slow_bh(p))
     order = np.random.default_rng(seed).permutation(len(p))
-    for rule in stats.CORRECTIONS:
-        found = corrected(p, rule)
-        np.testing.assert_allclose(np.sort(corrected(np.array(p)[order], rule)) if len(p) else [], np.sort(found))
+    for rule in stats._CORRECTIONS:
+        found = _corrected(p, rule)
+        np.testing.assert_allclose(np.sort(_corrected(np.array(p)[order], rule)) if len(p) else [], np.sort(found))
         known = ~np.isnan(found)
         assert (found[known] >= np.array(p)[known] - 1e-12).all() and (found[known] <= 1).all() and (known == ~np.isnan(p)).all() if len(p) else True
-    assert not (corrected(p) < corrected(p, "benjamini-hochberg") - 1e-12).any()
+    assert not (_corrected(p) < _corrected(p, "benjamini-hochberg") - 1e-12).any()
 
 
 def test_an_unknown_correction():
     with pytest.raises(ValueError, match="holm, benjamini-hochberg, none"):
-        corrected([0.1], "bonferoni")
+        _corrected([0.1], "bonferoni")
 
 
 # ---------------------------------------------------------------- runs
@@ -183,19 +183,19 @@ def rows(**values) -> pd.DataFrame:
 
 def test_duplicate_runs_are_refused_by_name():
     results = rows(mgca=[0.8, 0.9], random=[0.5, 0.6])
-    stats.check_runs(results)
+    stats._check_runs(results)
     with pytest.raises(ValueError, match="2 rows are duplicates.*encoder random, protocol u-net, fraction 0.1, seed 1, metric auroc"):
-        stats.check_runs(pd.concat([results, results[-1:].assign(value=0.7, predictions="new")]))
+        stats._check_runs(pd.concat([results, results[-1:].assign(value=0.7, predictions="new")]))
     same = results.assign(predictions=results["predictions"].replace("mgca u-net 1", "mgca u-net 0"))
     with pytest.raises(ValueError, match="encoder mgca, protocol u-net, fraction 0.1, seed 0; encoder mgca, protocol u-net, fraction 0.1, seed 1") as error:
         compare(same, "random")
     assert "linear" not in str(error.value)
-    stats.check_runs(same.drop(columns="predictions"))
-    stats.check_runs(same.assign(predictions=None))                                              # not known: nothing to say
+    stats._check_runs(same.drop(columns="predictions"))
+    stats._check_runs(same.assign(predictions=None))                                              # not known: nothing to say
     with pytest.raises(ValueError, match="encoder mgca, protocol u-net, fraction 0.1, seed 1; encoder random, protocol u-net, fraction 0.1, seed 1"):
-        stats.check_runs(results.assign(predictions=results["predictions"].replace("mgca u-net 1", "random u-net 1")))
+        stats._check_runs(results.assign(predictions=results["predictions"].replace("mgca u-net 1", "random u-net 1")))
     twice = pd.concat([results.assign(metric=name) for name in ("auroc", "f1")])                  # two metrics of the same runs
-    stats.check_runs(twice)
+    stats._check_runs(twice)
 
 
 def test_fingerprints_tell_tables_apart():
@@ -220,13 +220,13 @@ def test_compare_by_hand():
     found = table.set_index(["protocol", "encoder"])
     for name, values in numbers.items():
         row = found.loc[("linear", name)]
-        np.testing.assert_allclose(row[["mean", "low", "high"]].tolist(), seed_interval(values, "lovt"), rtol=1e-12)
+        np.testing.assert_allclose(row[["mean", "low", "high"]].tolist(), _seed_interval(values, "lovt"), rtol=1e-12)
         assert row["n"] == len(values) and row["pairs"] == (0 if name == "random" else len(values))
         if name in ("mgca", "lovt"):
             assert np.isclose(row["p"], scipy_stats.ttest_rel(values, numbers["random"][:len(values)]).pvalue)
             np.testing.assert_allclose(row["gain"], np.mean(values - numbers["random"][:len(values)]))
     assert found.loc["u-net"]["p"].isna().all() and (found.loc["u-net"]["pairs"] == 0).all() and found.loc["u-net"]["mean"].notna().all()
-    np.testing.assert_allclose(table["p_corrected"], corrected(table["p"]))
+    np.testing.assert_allclose(table["p_corrected"], _corrected(table["p"]))
     assert found["p_corrected"].notna().sum() == 2
     plain = compare(results)
     assert list(plain.columns)[-1] == "covers" and len(plain) == 7

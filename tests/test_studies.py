@@ -23,7 +23,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def method(data):
-    return grounding.make_subject("untrained", data, 3).eval()
+    return grounding._make_subject("untrained", data, 3).eval()
 
 
 @pytest.fixture(scope="module")
@@ -36,11 +36,11 @@ def weights(method) -> torch.Tensor:
 
 
 def test_a_subject_is_its_method_preset_and_seed(data, method):
-    assert type(method) is next(iter(METHODS.values())) and torch.equal(weights(method), weights(grounding.make_subject("untrained", data, 3)))
-    assert not torch.equal(weights(method), weights(grounding.make_subject("untrained", data, 4)))
-    assert type(grounding.make_subject("lovt", data, 0)) is METHODS["lovt"]
+    assert type(method) is next(iter(METHODS.values())) and torch.equal(weights(method), weights(grounding._make_subject("untrained", data, 3)))
+    assert not torch.equal(weights(method), weights(grounding._make_subject("untrained", data, 4)))
+    assert type(grounding._make_subject("lovt", data, 0)) is METHODS["lovt"]
     with pytest.raises(ValueError, match="preset"):
-        grounding.make_subject("lovt:none", data, 0)
+        grounding._make_subject("lovt:none", data, 0)
 
 
 def test_test_studies_are_held_out_with_whole_reports(method, data, pairs):
@@ -50,8 +50,8 @@ def test_test_studies_are_held_out_with_whole_reports(method, data, pairs):
 
 
 def test_pointing_is_told_beside_that_on_the_next_image(method, pairs):
-    rows = grounding.pointing_rows(method, pairs)
-    own, other = phantom_pointing(method, pairs), phantom_pointing(grounding.OtherImages(method), pairs)
+    rows = grounding._pointing_rows(method, pairs)
+    own, other = phantom_pointing(method, pairs), phantom_pointing(grounding._OtherImages(method), pairs)
     for grain in ("word", "sentence"):
         part = rows[rows.grain == grain].set_index("finding")
         assert part.hit_rate.equals(own.by_finding(grain=grain).set_index("finding").hit_rate)
@@ -59,12 +59,12 @@ def test_pointing_is_told_beside_that_on_the_next_image(method, pairs):
     assert rows.index.tolist() == list(range(len(rows)))
     batch = collate([pairs[0], pairs[1], pairs[2]])
     with torch.no_grad():
-        shown = grounding.OtherImages(method).correspondence(batch).sentences
+        shown = grounding._OtherImages(method).correspondence(batch).sentences
         torch.testing.assert_close(shown, method.correspondence(replace(batch, image=batch.image[[2, 0, 1]])).sentences)
 
 
 def test_examples_are_the_maps_of_the_words(method, pairs):
-    maps, chosen = grounding.example_maps(method, pairs, 3), show.pick_targets(phantom_targets(pairs), 3)
+    maps, chosen = grounding._example_maps(method, pairs, 3), show.pick_targets(phantom_targets(pairs), 3)
     assert maps.finding.tolist() == [target.finding for targets in chosen.values() for target in targets if target.word is not None and target.word < 512][: len(maps)]
     item, (first, *_) = next(iter(chosen.items()))
     with torch.no_grad():
@@ -74,15 +74,15 @@ def test_examples_are_the_maps_of_the_words(method, pairs):
 
 
 def test_losses_are_means_over_whole_batches(method, data):
-    pairs = Pairs(data, method.tokenizer, method.preprocessing, method.view, "test")
-    rows = grounding.loss_rows(method, pairs, batch_size=4).set_index("part")
+    pairs = Pairs(data, method.tokenizer, method.preprocessing, method.sampling, "test")
+    rows = grounding._loss_rows(method, pairs, batch_size=4).set_index("part")
     with torch.no_grad():
         batches = [collate([pairs[item] for item in range(start, start + 4)]) for start in range(0, len(pairs) - 3, 4)]
         own, other = ([method(replace(batch, image=batch.image.roll(shift, 0))).parts for batch in batches] for shift in (0, 1))
     for part in rows.index:
         assert rows.own[part] == pytest.approx(np.mean([float(one[part]) for one in own]), rel=1e-4)
         assert rows.other_image[part] == pytest.approx(np.mean([float(one[part]) for one in other]), rel=1e-4)
-    assert rows.index.tolist() == list(own[0]) and len(grounding.loss_rows(method, pairs, batch_size=len(pairs) + 9)) == len(rows)
+    assert rows.index.tolist() == list(own[0]) and len(grounding._loss_rows(method, pairs, batch_size=len(pairs) + 9)) == len(rows)
 
 
 def test_a_subject_is_trained_and_measured_once(data, tmp_path, monkeypatch):
@@ -107,7 +107,7 @@ def test_a_subject_is_trained_and_measured_once(data, tmp_path, monkeypatch):
     assert probes.columns.tolist() == ["encoder", "finding", "fraction", "auroc", "subject", "seed"] and set(probes.finding) == {"macro"} and set(probes.seed) == {5}
     assert pd.read_csv(tmp_path / "pointing.csv").columns[0] == "finding" and set(pd.read_parquet(tmp_path / "maps.parquet").subject) == {"untrained", "convirt"}
     assert pd.read_csv(tmp_path / "loss.csv").columns.tolist() == ["part", "own", "other_image", "subject", "seed"] and (tmp_path / "manifest.json").exists()
-    grounding.run_subject("convirt", 5, data, config)
+    grounding._run_subject("convirt", 5, data, config)
     assert len(asked) == 4, "done already"
 
 
@@ -128,7 +128,7 @@ def test_the_demo_goes_the_whole_way(tmp_path, data, monkeypatch, capsys):
     monkeypatch.setattr(demo, "show_run", lambda run, pack, pointing, command: asked.update(shown=command) or tmp_path / "page.html")
     config = DemoConfig(out=tmp_path, method="lovt", studies=120, epochs=2, seed=7, progress=False)
     assert demo.run_demo(config) == tmp_path / "page.html"
-    assert asked == {"pack": (tmp_path / "pack", 120, 7, False), "fit": ("LoVT", str(tmp_path / "run"), 7, False, 1, 2), "shown": demo.demo_command(config),
+    assert asked == {"pack": (tmp_path / "pack", 120, 7, False), "fit": ("LoVT", str(tmp_path / "run"), 7, False, 1, 2), "shown": demo._demo_command(config),
                      "probe": (["lovt"], tmp_path / "run" / "probe", tmp_path / "features"), "read": tmp_path / "run" / "probe" / "predictions.parquet"}
     said = capsys.readouterr().out
     assert "0.700 (0.600 to 0.800)" in said and "+0.100 (+0.000 to +0.200)" in said and "Zen" in said and "(0.0 minutes)" in said
@@ -136,7 +136,7 @@ def test_the_demo_goes_the_whole_way(tmp_path, data, monkeypatch, capsys):
 
 def test_single_findings_and_vectors(method):
     phantom = Phantom(64, 2)
-    found = mgca_figures.single_findings(phantom, 4, start=50)
+    found = mgca_figures._single_findings(phantom, 4, start=50)
     assert [index for index, _ in found] == [index for index in range(50, found[-1][0] + 1) if len(phantom.scene(index).findings) == 1]
     assert [name for _, name in found] == [phantom.scene(index).findings[0].name for index, _ in found] and len(found) == 4
 

@@ -17,12 +17,12 @@ from medvis.data.pairs import Pairs, collate, epoch_batches
 from medvis.data.phantom import Phantom
 from medvis.data.prepare import PhantomConfig, prepare_phantom
 from medvis.encoders import train_tokenizer
-from medvis.evaluate.encoder import open_store, write_rows
+from medvis.evaluate.encoder import _open_feature_files, _write_rows
 from medvis.methods import MGCA, ConVIRT
 from medvis.methods.method import Losses, phantom_tokenizer
 from medvis.train import Diverged, Run, TrainConfig, fit, load_method
 from medvis.train import loop, run as run_folder
-from medvis.train.checkpoint import list_checkpoints, load_checkpoint
+from medvis.train.checkpoint import _list_checkpoints, load_checkpoint
 
 FORK = multiprocessing.get_context("fork")
 METHODS = {
@@ -210,9 +210,9 @@ FULL = {    # what could not be written -> when files become how small
     "text": (loop, "open_run", 1, 2_000),
     "manifest.json": (run_folder, "write_settings", 1, 100),
     "config.json": (run_folder, "write_settings", 2, 100),
-    "step_00000000.pt": (loop.Trainer, "restore", 1, 50_000),
-    "metrics.jsonl": (loop.Trainer, "take_step", 1, 50),
-    "step_00000002.pt": (loop.Trainer, "take_step", 2, 50_000),
+    "step_00000000.pt": (loop._Trainer, "restore", 1, 50_000),
+    "metrics.jsonl": (loop._Trainer, "take_step", 1, 50),
+    "step_00000002.pt": (loop._Trainer, "take_step", 2, 50_000),
     "weights.safetensors": (loop, "validate", 2, 50_000),
     "step_00000008.pt": (loop, "save_weights", 2, 5_000_000),
     "last.safetensors": (loop, "save_weights", 3, 50_000),
@@ -233,7 +233,7 @@ def test_full_disk(file, pack, tokenizer, tmp_path, undisturbed):
     assert told.startswith("OSError: ") and str(run) in told and f"/{file}: File too large" in told, told
     assert "\n" not in told and (run / "text").exists() == (file != "text")
     assert not list(run.rglob("*.partial")) and not (run / "last.safetensors").exists()
-    made = list_checkpoints(run / "checkpoints")
+    made = _list_checkpoints(run / "checkpoints")
     assert bool(made) == (file not in ("text", "manifest.json", "config.json", "step_00000000.pt"))
     for path in made:
         state = torch.load(path, weights_only=True)
@@ -391,7 +391,7 @@ def test_strange_reports_with_foreign_vocabulary(kind, strange, tokenizer, tmp_p
     method, run = build(kind, tokenizer), tmp_path / "run"
     fit(method, strange, settings(method, run, batch_size=4, augment="lovt", swap=0.5, punctuation=True))
     assert np.isfinite([line["loss"] for line in log(run, "train")]).all() and not log(run, "reject")
-    pairs = Pairs(strange, tokenizer, method.preprocessing, method.view)
+    pairs = Pairs(strange, tokenizer, method.preprocessing, method.sampling)
     for i, (row, _) in enumerate(pairs.items):
         found = method.eval().correspondence(collate([pairs[i]]))
         words = len(pairs.report(i).words)
@@ -446,10 +446,10 @@ def test_bfloat16(kind, pack, tokenizer, tmp_path):
 
 
 def fill_and_tell(pipe, folder: Path) -> None:
-    stores, _ = open_store(folder, 100, [(500,)])
+    stores, _ = _open_feature_files(folder, 100, [(500,)])
     small_files(100_000)
     try:
-        write_rows(stores[0], np.arange(100), np.ones((100, 500), np.float32))
+        _write_rows(stores[0], np.arange(100), np.ones((100, 500), np.float32))
         pipe.send("done")
     except BaseException as error:
         pipe.send(f"{type(error).__name__}: {error}")

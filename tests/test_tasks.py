@@ -13,13 +13,13 @@ from medvis.cli.commands import main
 from medvis.data import tasks
 from medvis.data.build import ImageRecord, StudyRecord, write_pack
 from medvis.data.pack import Pack
-from medvis.data.sets.registry import DATASETS, dress
+from medvis.data.sets.registry import DATASETS, simulate
 from medvis.data.preprocessing import Preprocessing
 from medvis.data.phantom import FINDINGS, Phantom
 from medvis.data.prepare import PhantomConfig, prepare_phantom
 from medvis.data.source import BuildConfig, prepare_source
 from medvis.evaluate.finetune import Protocol
-from medvis.evaluate.protocol import PROTOCOLS, protocol_task, released_protocol, share_rule, split_rows
+from medvis.evaluate.protocol import PROTOCOLS, protocol_task, _released_protocol, share_rule, _split_rows
 
 PROPERTY = settings(max_examples=25, deadline=None, derandomize=True)
 SIZE = 64
@@ -200,7 +200,7 @@ def test_a_task_that_nobody_answered_is_no_subset(tmp_path):
     blank = write_pack(tmp_path / "blank", range(6), lambda index: StudyRecord(f"s{index}", f"p{index}", "train", [ImageRecord(f"i{index}", np.zeros((8, 8), np.uint8))]), 8, {}, labels=("ill",),
                        require_report=False, progress=False)
     assert tasks.store_subsets(blank).empty
-    with pytest.raises(tasks.EmptyTask, match="0 images"):
+    with pytest.raises(tasks._EmptyTask, match="0 images"):
         tasks.pack_task(blank)
 
 
@@ -220,7 +220,7 @@ def test_what_else_a_pack_holds_is_told(tmp_path):
 
 def test_covidx_is_asked_for_classes_unless_told_otherwise(tmp_path, capsys):
     assert PROTOCOLS["mgca_covidx"].kind == "classes" and {one.kind for name, one in PROTOCOLS.items() if name != "mgca_covidx"} == {None}
-    dress("covidx", tmp_path / "files", studies=60)
+    simulate("covidx", tmp_path / "files", studies=60)
     assert main(f"prepare covidx --root {tmp_path}/files --out {tmp_path}/pack --size 64 --no-progress".split()) == 0
     capsys.readouterr()
     command = f"evaluate mgca_covidx --data {tmp_path}/pack --encoder random --image tiny_resnet --out {tmp_path}/out --seeds 0 --fractions 1 --epochs 1 --device cpu --no-progress"
@@ -234,11 +234,11 @@ def test_covidx_is_asked_for_classes_unless_told_otherwise(tmp_path, capsys):
 def test_the_recipe_says_how_small_shares_are_drawn(tmp_path, capsys):
     first, plain = held(tmp_path / "first", labels=("a", "b"), recipe={"subset": "first"}, count=80), held(tmp_path / "plain", labels=("a", "b"), count=80)
     mine = Protocol(fractions=(0.1, 1.0))
-    rows = {name: split_rows(tasks.pack_task(pack), mine, 0.1, 0)["train"].tolist() for name, pack in (("first", first), ("plain", plain))}
+    rows = {name: _split_rows(tasks.pack_task(pack), mine, 0.1, 0)["train"].tolist() for name, pack in (("first", first), ("plain", plain))}
     assert rows["first"] == [0, 1, 2, 3] and rows["plain"] != rows["first"]
     task = tasks.pack_task(first)
-    assert split_rows(task, Protocol(subset="patients"), 0.1, 0)["train"].tolist() == rows["plain"]         # what is said outright wins
-    assert share_rule(task, released_protocol("rsna_frozen_10")) == "first" and share_rule(tasks.pack_task(plain), released_protocol("rsna_frozen_10")) == "first"
+    assert _split_rows(task, Protocol(subset="patients"), 0.1, 0)["train"].tolist() == rows["plain"]         # what is said outright wins
+    assert share_rule(task, _released_protocol("rsna_frozen_10")) == "first" and share_rule(tasks.pack_task(plain), _released_protocol("rsna_frozen_10")) == "first"
     command = f"evaluate tiny-linear --data {tmp_path}/first --encoder random --image tiny_resnet --size 8 --out {tmp_path}/out --seeds 0 --fractions 0.1 --lrs 0.01 --epochs 1 --device cpu --no-progress"
     for more, told, rule in ([], "the first rows", "first"), (["--subset", "patients"], "drawn by patient", "patients"):
         assert main([*command.split(), *more]) == 0
@@ -247,7 +247,7 @@ def test_the_recipe_says_how_small_shares_are_drawn(tmp_path, capsys):
 
 
 def test_lovts_covid_rural_is_about_opacities(tmp_path):
-    dress("covid-rural", tmp_path / "files", studies=42)
+    simulate("covid-rural", tmp_path / "files", studies=42)
     data_set = DATASETS["covid-rural"]
     lost = sorted((tmp_path / "files" / "covid_rural_annot" / "jpgs" / "jsons").glob("*.json"))[0]
     lost.unlink()                                                       # an opacity without lungs

@@ -12,10 +12,10 @@ from torch.nn import functional as F
 from medvis.data.pairs import Batch, Sample, collate, tokenise
 from medvis.encoders.heads import ProjectionHead
 from medvis.encoders.text import encode_sentences, text_encoder
-from medvis.methods.gloria import GLoRIA, cls_and_words
+from medvis.methods.gloria import GLoRIA, _cls_and_words
 from medvis.methods.method import phantom_tokenizer
-from medvis.methods.mgca import MGCA, token_loss
-from medvis.objectives.contrastive import clip_loss, pair_loss, unit, valid_pairs
+from medvis.methods.mgca import MGCA, _token_loss
+from medvis.objectives.contrastive import clip_loss, pair_loss, l2_normalize, valid_pairs
 from medvis.objectives.prototypes import prototype_loss, sinkhorn
 from medvis.objectives.tokens import (
     clip_weights, gather_context, gloria_attention, gloria_loss, gloria_scores, matching_scores, recognition_loss,
@@ -210,11 +210,11 @@ def test_tokens_are_what_they_say(seed, lengths, regions, tau):
 @given(seeds, few_words, sizes)
 def test_unnormalised_region_context_is_the_released_vit(seed, lengths, regions):
     r, z, mask = token_batch(seed, lengths, regions)
-    x, y = unit(r), unit(z)
+    x, y = l2_normalize(r), l2_normalize(z)
     read = gather_context(x, y, mask, 0.1)[0]
     even = torch.full(r.shape[:2], 1 / regions, dtype=r.dtype)
     by_words = token_alignment_loss(r, z, mask, 0.1, region_weights=0 * even)
-    for normalise, context in ((True, unit(read)), (False, read)):
+    for normalise, context in ((True, l2_normalize(read)), (False, read)):
         want = by_words + recognition_loss(x, context, even, 0.1)
         close(token_alignment_loss(r, z, mask, 0.1, unit_region_context=normalise), want)
 
@@ -250,7 +250,7 @@ def test_clipped_weights(seed, lengths, share):
 @given(seeds, few_words, sizes)
 def test_gathering_and_matching(seed, lengths, regions):
     r, z, mask = token_batch(seed, lengths, regions)
-    r, z = unit(r), unit(z)
+    r, z = l2_normalize(r), l2_normalize(z)
     context, maps = gather_context(r, z, mask, 0.1)
     close(maps.sum(-1), torch.ones(r.shape[:2], dtype=r.dtype))
     assert (maps[~mask[:, None].expand_as(maps)] == 0).all()
@@ -378,7 +378,7 @@ def test_prototypes_are_what_they_say(seed, n, k, tau, epsilon):
     "Each side predicts the other's codes; codes and the prototypes' lengths are constants."
     v, t, c = (x.requires_grad_() for x in (draw(seed, n, 5), draw(seed + 1, n, 5), draw(seed + 2, k, 5)))
     fixed = c / c.detach().norm(dim=1, keepdim=True)
-    scores = [unit(x) @ fixed.T for x in (v, t)]
+    scores = [l2_normalize(x) @ fixed.T for x in (v, t)]
     codes = [sinkhorn(s, epsilon, 2) for s in scores]
     want = -sum((q * (s / tau).log_softmax(1)).sum() for q, s in zip(codes, reversed(scores))) / (2 * n)
     loss = prototype_loss(v, t, c, tau, epsilon, 2)
@@ -536,7 +536,7 @@ def test_mgca_learned_attention(mgca):
     want = token_alignment_loss(
         mgca.local_image(image.regions), mgca.local_text(text.words, text.word_mask), text.word_mask, mgca.config.tau_token, None,
         clip_weights(text.word_weights), word_attention=mgca.word_attention, region_attention=mgca.region_attention)
-    close(token_loss(mgca, image, text), want)
+    close(_token_loss(mgca, image, text), want)
 
 
 def test_mgca_regions_weigh_by_attention(tokenizer):
@@ -549,11 +549,11 @@ def test_mgca_regions_weigh_by_attention(tokenizer):
     assert image.weights is not None
     want = token_alignment_loss(regions, words, text.word_mask, method.config.tau_token, clip_weights(image.weights),
                                 clip_weights(text.word_weights), unit_region_context=False)
-    close(token_loss(method, image, text), want)
+    close(_token_loss(method, image, text), want)
     silent = copy.copy(text)
     silent.word_weights = text.word_weights * 0  # the patches alone are left
     image.weights = draw(5, *image.weights.shape).abs().requires_grad_()
-    loss = token_loss(method, image, silent)
+    loss = _token_loss(method, image, silent)
     assert torch.autograd.grad(loss, image.weights, allow_unused=True)[0] is None
 
 
@@ -615,7 +615,7 @@ def test_gloria_wiring(gloria, average):
     "Both parts from their own maps, with their own scales and weights."
     batch = doubled(text_batch(REPORTS, gloria.tokenizer))
     method = quiet(GLoRIA.from_preset("tiny", gloria.tokenizer, attention_scale=3.0, word_scale=2.0, scale=7.0, average=average,
-                                      weight_global=0.6, weight_local=1.7))
+                                      global_weight=0.6, weight_local=1.7))
     (image, text), valid = method.encode(batch), valid_pairs(batch.patient_id)
     words, mask = torch.cat([text.tokens[:, :1], text.words], 1), F.pad(text.word_mask, (1, 0), value=True)
     found = method(batch).parts
@@ -631,7 +631,7 @@ def test_gloria_texts(gloria):
     text = gloria.encode(batch)[1]
     body = gloria.text_encoder.body(input_ids=batch.input_ids, attention_mask=batch.attention_mask, output_hidden_states=True)
     tokens = body.hidden_states[-1] + body.hidden_states[-2]
-    words, mask = cls_and_words(text)
+    words, mask = _cls_and_words(text)
     close(words[:, 0], tokens[:, 0])
     close(words[0, 1], tokens[0, batch.word_index[0] == 0].sum(0))
     assert mask[:, 0].all() and mask.sum(1).tolist() == [int(row.max()) + 2 for row in batch.word_index]

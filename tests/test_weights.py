@@ -18,7 +18,7 @@ from medvis.data.prepare import PhantomConfig, prepare_phantom
 from medvis.encoders import image_encoder, pretrained_encoder, text_encoder
 from medvis.encoders.text import train_tokenizer
 from medvis.evaluate import retrieve
-from medvis.evaluate.encoder import encode, open_store
+from medvis.evaluate.encoder import encode, _open_feature_files
 from medvis.evaluate.predictions import load_predictions
 from medvis.methods import METHODS
 from medvis.methods import method as method_module
@@ -208,7 +208,7 @@ def hostile_npz(path, ran):
 
 
 def hostile_store(path, ran):
-    open_store(path, 3, [(2,)])
+    _open_feature_files(path, 3, [(2,)])
     np.save(path / "filled.npy", np.array([Evil(ran)] * 3, dtype=object), allow_pickle=True)
 
 
@@ -224,8 +224,8 @@ def test_the_trap_snaps(tmp_path):
 
 
 @pytest.mark.parametrize("door, make", [
-    (retrieve.load_pairs, hostile_npz), (load_predictions, hostile_npz),
-    (lambda path: open_store(path, 3, [(2,)]), hostile_store),
+    (retrieve._load_pairs, hostile_npz), (load_predictions, hostile_npz),
+    (lambda path: _open_feature_files(path, 3, [(2,)]), hostile_store),
     (load_encoder, lambda path, ran: torch.save({"fc.weight": Evil(ran)}, path)),
     (lambda path: load_checkpoint(path), hostile_checkpoint),
 ], ids=["pairs", "predictions", "features", "weights", "checkpoint"])
@@ -332,7 +332,7 @@ def test_damaged_files_in_a_folder_are_named(tmp_path):
 def test_damaged_tables_are_named(tmp_path):
     for data in (b"", b"PK\x03\x04", bytes(300)):
         (tmp_path / "pairs.npz").write_bytes(data)
-        one_line(lambda: retrieve.load_pairs(tmp_path / "pairs.npz"), str(tmp_path / "pairs.npz"), kind=ValueError)
+        one_line(lambda: retrieve._load_pairs(tmp_path / "pairs.npz"), str(tmp_path / "pairs.npz"), kind=ValueError)
 
 
 # ---------------------------------------------------------------- the pieces of running text
@@ -409,7 +409,7 @@ def batch_of(pack):
     def build(name, **changes):
         torch.manual_seed(0)
         method = METHODS[name].from_preset("tiny", tokenizer, **changes)
-        pairs = Pairs(pack, method.tokenizer, method.preprocessing, method.view)
+        pairs = Pairs(pack, method.tokenizer, method.preprocessing, method.sampling)
         samples = {sample.patient_id: sample for sample in (pairs[i] for i in range(len(pairs)))}
         return method, collate(list(samples.values())[:6])     # of six patients
 

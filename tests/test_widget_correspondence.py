@@ -11,7 +11,7 @@ from notebooks import ROOT
 
 from medvis.data.phantom import Phantom
 from medvis.data.prepare import PhantomConfig, prepare_phantom
-from medvis.evaluate.ground import point
+from medvis.evaluate.ground import pointing_hits
 from medvis.widgets import beside_untrained
 
 NAMED = ("Nodule", "Consolidation", "Pleural Effusion")
@@ -36,7 +36,7 @@ def test_pointing_game_from_the_scores_in_the_page(page_path):
         truth = phantom[int(head["id"].rpartition("-")[2])].findings
         for name, body in zip(throws, bodies[1::2]):     # words, sentences of each run
             scores = np.frombuffer(body, "<f4").reshape(-1, 256)
-            throws[name] += [np.ravel(point(scores[[s]], truth[o].mask[None], (16, 16)))
+            throws[name] += [np.ravel(pointing_hits(scores[[s]], truth[o].mask[None], (16, 16)))
                              for o, outline in enumerate(head["outlines"]) if outline["name"] in NAMED for s in outline["sentences"]]
     (hits, chance), (blind, _) = (np.mean(rows, 0) for rows in throws.values())
     assert len(throws["trained"]) > 10 and hits > 3 * chance and hits > blind + 0.15, (hits, chance, blind)

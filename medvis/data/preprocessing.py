@@ -102,12 +102,10 @@ class Preprocessing:
         grey = len(normalise.mean) == len(normalise.std) == 1
         return [*scaled[self.scale], *([normalise, expand] if grey else [expand, normalise])]
 
-    def eval(self) -> v2.Compose:
-        "(1, H, W) uint8 -> (channels, size, size) float32: resize to size / crop, centre crop, scale, normalise"
-        return v2.Compose(_no_augmentation(self.size, self.crop) + self._finish())
+    def transform(self, augment: str = "none") -> v2.Compose:
+        """(1, H, W) uint8 -> (channels, size, size) float32: resize to size / crop, centre crop, scale, normalise.
 
-    def train(self, augment: str = "mgca") -> v2.Compose:
-        "(1, H, W) uint8 -> (channels, size, size) float32 with the augmentation of that name; draws from torch's global generator"
+        With an augmentation's name that in place of the crop; it draws from torch's global generator. ValueError for an unknown name."""
         if augment not in AUGMENTATIONS:
             raise ValueError(f"augment is {augment!r}; expected one of {', '.join(AUGMENTATIONS)}")
         return v2.Compose(AUGMENTATIONS[augment](self.size, self.crop) + self._finish())

@@ -161,9 +161,9 @@ def read_view(
     """
     pixels = torch.from_numpy(pack.image(image))[None]
     if view == 0:
-        return preprocessing.eval()(pixels)
+        return preprocessing.transform()(pixels)
     with seeded(view, image):
-        return preprocessing.train(augment)(pixels)
+        return preprocessing.transform(augment)(pixels)
 
 # %% ../../nbs/encoders/08_frozen.ipynb #119a8ca7
 def cache_images(

@@ -160,7 +160,7 @@ class AttentionPool(nn.Module):
             pooled, weights = self.attention(query, local, local, key_padding_mask=~(mask | ~some))
         return pooled[:, 0].masked_fill(~some, 0), weights[:, 0].masked_fill(~mask, 0)
 
-    def alone(
+    def pool_each(
         self,
         local: Tensor,  # (..., D)
     ) -> Tensor:        # (..., D)

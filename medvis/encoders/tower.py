@@ -78,7 +78,7 @@ class FrozenEncoder(nn.Module):
         """
         return self.tower.pyramid(image)
 
-    def look(
+    def tower_features(
         self, image: Tensor,  # (B, C, H, W) preprocessed
     ) -> Tensor:              # (B, D, h, w)
         """What the tower sees.
@@ -105,7 +105,7 @@ class FrozenEncoder(nn.Module):
         image : Tensor
             (B, C, H, W) preprocessed; or (B, D, h, w), what the tower saw
         """
-        maps = image if image.shape[1] == self.tower.region_dim else self.look(image)
+        maps = image if image.shape[1] == self.tower.region_dim else self.tower_features(image)
         local = self.rest(self.first(torch.cat([self.norm(maps), coordinates(maps)], 1)))
         return ImageFeatures(local.flatten(2).mT, local.mean((2, 3)), tuple(local.shape[2:]))
 

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
         Boxes, classification_table, count_pixels, detection_table, dice_table, froc, mean_ap)
     from medvis.evaluate.models import as_encoders, as_method, as_pack, check_unseen
     from medvis.evaluate.predictions import Predictions, load_predictions, score_table
-    from medvis.evaluate.protocol import compare_runs, evaluate, protocol_task, run_protocol, summary
+    from medvis.evaluate.protocol import compare_runs, evaluate, protocol_task, run_protocol, summary_table
     from medvis.evaluate.recipes import PROTOCOLS, Protocol
     from medvis.evaluate.retrieve import prompt_table, retrieval_table, zero_shot, zero_shot_table
     from medvis.evaluate.segment import LinearSegmenter, SetrDecoder, SmpUNet, UNet, dice_loss, mixed_loss

@@ -16,7 +16,7 @@ from torch import nn
 
 from ..data.guard import guard_measured
 from ..data.pack import Pack
-from ..train.run import load_encoder, load_method, trained_on
+from ..train.run import load_encoder, load_method, training_pack
 
 # %% ../../nbs/evaluate/03_models.ipynb #5091c820
 def as_method(
@@ -106,7 +106,7 @@ def as_pack(
         return data
     if (provenance := getattr(model, "provenance", None)) is None:
         raise ValueError("no run of medvis made this model, so it is not known which Pack it was trained on: name a Pack with --data (data= in Python)")
-    return trained_on(provenance)
+    return training_pack(provenance)
 
 # %% ../../nbs/evaluate/03_models.ipynb #71c08fbe
 def check_unseen(
@@ -131,7 +131,7 @@ def check_unseen(
     provenances = {one.run: one for model in models if (one := getattr(model, "provenance", None))}.values()
     for seen in (replace(one, data=data) for one in provenances for data in (one.data, *one.init)):
         try:
-            trained = trained_on(seen)
+            trained = training_pack(seen)
         except ValueError:
             trained = None
         if trained is not None:

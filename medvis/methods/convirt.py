@@ -12,7 +12,7 @@ from ..core.choices import check_choice
 from ..data.pairs import Batch
 from ..encoders.features import ImageFeatures
 from ..encoders.heads import AttentionPool, ProjectionHead
-from .method import Aligned, Correspondence, Losses, Method, add_up, cosine_correspondence, gathered, negatives
+from .method import Aligned, Correspondence, Losses, Method, add_up, cosine_correspondence, cross_attend, negatives
 from .settings import CONVIRT_PRESETS as PRESETS, ConVIRTConfig
 from ..objectives.contrastive import clip_loss
 
@@ -34,7 +34,7 @@ class ConVIRT(Method):
     def forward(self, batch: Batch) -> Losses:
         "The contrastive loss of a batch."
         c, t, v = self.config, self.embed_text(batch), self.embed_image(batch.image)
-        return add_up(instance=c.weight * clip_loss(v, t, c.temperature, c.image_weight, negatives(batch, c.negatives)))
+        return add_up(instance=c.weight * clip_loss(v, t, c.temperature, c.direction_weight, negatives(batch, c.negatives)))
 
     def pool_image(self, features: ImageFeatures) -> tuple[Tensor, Tensor | None]:
         "By attention, or as the encoder does it."
@@ -48,7 +48,7 @@ class ConVIRT(Method):
         Tensor
             (B, N, D) -> (B, N, d)
         """
-        return self.image_head(regions if self.pool is None else self.pool.alone(regions))
+        return self.image_head(regions if self.pool is None else self.pool.pool_each(regions))
 
     def embed_image(self, image: Tensor) -> Tensor:  # (B, d)
         """Returns
@@ -76,4 +76,4 @@ class ConVIRT(Method):
         "Regions and sentences through the heads of the wholes."
         image, text = self.encode(batch)
         regions, sentences = self.project_regions(image.regions), self.text_head(text.sentences)
-        return gathered(regions, sentences, text.sentence_mask, image.grid, self.config.temperature)
+        return cross_attend(regions, sentences, text.sentence_mask, image.grid, self.config.temperature)

@@ -51,7 +51,7 @@ class MutualInformation(Method):
         """
         raise NotImplementedError
 
-    def places(self, image: ImageFeatures) -> Tensor:  # (B, N, Di)
+    def region_inputs(self, image: ImageFeatures) -> Tensor:  # (B, N, Di)
         """What the discriminator is shown of each region.
 
         Returns
@@ -73,7 +73,7 @@ class MutualInformation(Method):
         image, text = self.image_encoder(batch.image), self.read_sentences(batch)
         words = self.read_sentences(replace(batch, sentence_index=batch.word_index)).sentences
         scores = [
-            torch.stack([self.discriminator.scores(*one, self.config.chunk) for one in zip(self.places(image), of, strict=True)])
+            torch.stack([self.discriminator.scores(*one, self.config.chunk) for one in zip(self.region_inputs(image), of, strict=True)])
             for of in (words, text.sentences)]
         return Correspondence(*scores, text.word_mask, text.sentence_mask, image.grid, learned=self.learned)
 
@@ -111,7 +111,7 @@ class GlobalMI(MutualInformation):
         "The discriminator's scores."
         return self.discriminator.scores(image, text, self.config.chunk)
 
-    def places(self, image: ImageFeatures) -> Tensor:
+    def region_inputs(self, image: ImageFeatures) -> Tensor:
         "An image that looks like the region everywhere. NoCorrespondence when the whole is not pooled from the regions."
         region, whole = self.image_encoder.region_dim, self.image_encoder.whole_dim
         if whole not in (region, 4 * region):
@@ -162,5 +162,5 @@ class LocalMI(MutualInformation):
         "The discriminator's score of each text with the region that fits it best."
         return region_scores(self.discriminator, image, text, self.config.chunk).amax(1)
 
-    def places(self, image: ImageFeatures) -> Tensor:
+    def region_inputs(self, image: ImageFeatures) -> Tensor:
         return image.regions

@@ -65,7 +65,7 @@ class ConVIRTConfig(MethodConfig):
     "Width of the shared space."
     temperature: float = 0.1
     "tau"
-    image_weight: float = 0.75
+    direction_weight: float = 0.75
     "lambda: weight of the image-to-text direction."
     weight: float = 1.0
     "Factor of the loss: 2 makes the half-half mean of the directions their sum."
@@ -76,7 +76,7 @@ _CONVIRT_PAPER_RECIPE = dict(
     optimizer="adam", lr=1e-4, weight_decay=1e-6, batch_size=32, epochs=500, schedule="plateau", plateau_patience=12,
     patience=15, augment="lovt", sentences="one", per="study", punctuation=True)
 _CONVIRT_MGCA = dict(
-    image="vit_base_patch16_224", layer=None, whole_text="cls", norm="both", dim=128, temperature=0.07, image_weight=0.5,
+    image="vit_base_patch16_224", layer=None, whole_text="cls", norm="both", dim=128, temperature=0.07, direction_weight=0.5,
     weight=2.0, text_layers=6)
 _CONVIRT_MGCA_RECIPE = dict(
     lr=2e-5, weight_decay=0.05, batch_size=72, epochs=50, schedule="warmup-cosine", warmup=0.4, start_lr=1e-8, end_lr=1e-8,
@@ -174,11 +174,11 @@ class LoVTConfig(MethodConfig):
     "ResNet layer that the regions come from."
     dim: int = 512
     "Width of the shared spaces."
-    weight_global: float = 1.0
+    global_weight: float = 1.0
     "gamma; 0 leaves the global loss out."
-    weight_image: float = 0.75
+    local_image_weight: float = 0.75
     "mu; 0 leaves the local image loss out."
-    weight_report: float = 0.75
+    local_report_weight: float = 0.75
     "nu; 0 leaves the local report loss out."
     pool: Literal["attention", "avg-max"] = "attention"
     "Global vectors: attention, or avg-max (mean of the image, maximum of the report)."
@@ -188,7 +188,7 @@ class LoVTConfig(MethodConfig):
     "Regions and sentences count as much as attention pooling looked at them; False: all alike."
     temperature: float = 0.1
     "tau"
-    image_weight: float = 0.75
+    direction_weight: float = 0.75
     "lambda: weight of the image-to-report direction."
     local_temperature: float = 0.3
     "tau'"
@@ -208,7 +208,7 @@ _LOVT_RECIPE = dict(
     precision="fp16", augment="lovt", per="study", swap=0.4, max_tokens=512, overflow="drop", punctuation=True)
 _LOVT_SLOW, _LOVT_FAST = {**_LOVT_RECIPE, "lr": 3e-5}, {**_LOVT_RECIPE, "lr": 3e-4}
 _LOVT_AVG_MAX = dict(_LOVT_PAPER, pool="avg-max", local_weights=False)
-_LOVT_NO_LOCAL = dict(_LOVT_PAPER, weight_image=0.0, weight_report=0.0)
+_LOVT_NO_LOCAL = dict(_LOVT_PAPER, local_image_weight=0.0, local_report_weight=0.0)
 _LOVT_TINY = dict(
     image="tiny_resnet", image_weights=None, text="tiny-bert", hidden=256, dim=128, negatives="other-patient")
 _LOVT_TINY_RECIPE = dict(
@@ -219,10 +219,10 @@ LOVT_PRESETS = {
     "released": (dict(_LOVT_PAPER, padded=True), _LOVT_RECIPE),
     "no-weights": (dict(_LOVT_PAPER, local_weights=False), _LOVT_RECIPE),
     "no-attention-pooling": (_LOVT_AVG_MAX, _LOVT_SLOW),
-    "no-global": (dict(_LOVT_PAPER, weight_global=0.0, local_weights=False), _LOVT_RECIPE),
+    "no-global": (dict(_LOVT_PAPER, global_weight=0.0, local_weights=False), _LOVT_RECIPE),
     "non-smooth": (dict(_LOVT_PAPER, smooth=False), _LOVT_RECIPE),
-    "report-only": (dict(_LOVT_PAPER, weight_image=0.0), _LOVT_RECIPE),
-    "image-only": (dict(_LOVT_PAPER, weight_report=0.0), _LOVT_RECIPE),
+    "report-only": (dict(_LOVT_PAPER, local_image_weight=0.0), _LOVT_RECIPE),
+    "image-only": (dict(_LOVT_PAPER, local_report_weight=0.0), _LOVT_RECIPE),
     "no-local": (_LOVT_NO_LOCAL, _LOVT_FAST),
     "avg-max": (dict(_LOVT_NO_LOCAL, pool="avg-max"), _LOVT_FAST),
     "no-cyclic": (_LOVT_PAPER, {**_LOVT_SLOW, "schedule": "constant"}),
@@ -334,7 +334,7 @@ class GLoRIAConfig(MethodConfig):
     "gamma_3, temp3: one over the temperature of both contrasts."
     average: bool = False
     "Score of a text: mean instead of sum over its words."
-    weight_global: float = 1.0
+    global_weight: float = 1.0
     "Weight of whole image against whole text; 0 leaves it out."
     weight_local: float = 1.0
     "Weight of regions against words; 0 leaves it out."

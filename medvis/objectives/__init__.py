@@ -16,7 +16,7 @@ from ..core.doors import lazy_door
 
 # %% ../../nbs/objectives/00_doors.ipynb #d6c7066e
 if TYPE_CHECKING:
-    from medvis.objectives.contrastive import clip_loss, pair_loss, unit, valid_pairs
+    from medvis.objectives.contrastive import clip_loss, pair_loss, l2_normalize, valid_pairs
     from medvis.objectives.tokens import (
         clip_weights, gather_context, gloria_attention, gloria_loss, gloria_scores, matching_scores,
         recognition_loss, token_alignment_loss)

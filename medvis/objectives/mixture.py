@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..encoders.heads import ProjectionHead
-from .contrastive import single, unit
+from .contrastive import at_least_float32, l2_normalize
 from .mutual_information import Discriminator
 
 # %% ../../nbs/objectives/06_mixture.ipynb #94cf1c02
@@ -39,7 +39,7 @@ class CosineCritic(nn.Module):
         Tensor
             (...) scores f; the leading axes are broadcast
         """
-        return (unit(self.image(image)) * unit(self.text(text))).sum(-1) / self.temperature
+        return (l2_normalize(self.image(image)) * l2_normalize(self.text(text))).sum(-1) / self.temperature
 
     def scores(
         self,
@@ -66,7 +66,7 @@ class CosineCritic(nn.Module):
         if image.ndim == 3:
             return self(image, text)
         with torch.autocast(image.device.type, enabled=False):
-            return unit(self.image(single(image))) @ unit(self.text(single(text))).T / self.temperature
+            return l2_normalize(self.image(at_least_float32(image))) @ l2_normalize(self.text(at_least_float32(text))).T / self.temperature
 
 # %% ../../nbs/objectives/06_mixture.ipynb #02e08dbc
 def mixture_scores(
@@ -92,6 +92,6 @@ def mixture_scores(
     Tensor
         (B, C) F; between the highest region score less log N and the highest region score
     """
-    scores = single(critic.scores(regions.flatten(0, 1), sentence, chunk).unflatten(0, regions.shape[:2]))
+    scores = at_least_float32(critic.scores(regions.flatten(0, 1), sentence, chunk).unflatten(0, regions.shape[:2]))
     highest = scores.detach().amax(1)  # taken out so that nothing overflows; faster than logsumexp, whose backward looks again
     return (scores - highest[:, None]).exp().mean(1).log() + highest

@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from .contrastive import single, unit
+from .contrastive import at_least_float32, l2_normalize
 
 # %% ../../nbs/objectives/03_prototypes.ipynb #34a2ecaa
 @torch.no_grad()
@@ -36,7 +36,7 @@ def sinkhorn(
         (B, K) codes, rows sum to 1; no gradient
     """
     B, K = scores.shape
-    log_q = single(scores) / epsilon
+    log_q = at_least_float32(scores) / epsilon
     for _ in range(iterations):
         log_q = log_q - log_q.logsumexp(0, keepdim=True) - math.log(K)
         log_q = log_q - log_q.logsumexp(1, keepdim=True) - math.log(B)
@@ -72,7 +72,7 @@ def prototype_loss(
         scalar
     """
     with torch.autocast(image.device.type, enabled=False):
-        image, text, prototypes = unit(image), unit(text), single(prototypes).to(unit(image).dtype)
+        image, text, prototypes = l2_normalize(image), l2_normalize(text), at_least_float32(prototypes).to(l2_normalize(image).dtype)
         prototypes = prototypes / prototypes.detach().norm(dim=-1, keepdim=True)
         score_image, score_text = image @ prototypes.T, text @ prototypes.T
         code_image, code_text = sinkhorn(score_image, epsilon, iterations), sinkhorn(score_text, epsilon, iterations)

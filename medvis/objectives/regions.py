@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..encoders.heads import BatchNorm, kaiming, on_valid
-from .contrastive import unit
+from .contrastive import l2_normalize
 
 # %% ../../nbs/objectives/05_regions.ipynb #804eb73a
 class CrossModalAttention(nn.Module):
@@ -211,7 +211,7 @@ def both_ways(
         scalar
     """
     with torch.autocast(local.device.type, enabled=False):
-        local, aligned = (unit(x.masked_fill(~mask[..., None], 0)) for x in (local, aligned))
+        local, aligned = (l2_normalize(x.masked_fill(~mask[..., None], 0)) for x in (local, aligned))
         scores = local @ aligned.mT / temperature
         target, weights = target.to(scores), share_weights(weights, mask, scores.dtype)
         return (soft_cross_entropy(scores, target, weights, mask) + soft_cross_entropy(scores.mT, target, weights, mask)) / 2

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .contrastive import pair_loss, single, unit
+from .contrastive import pair_loss, at_least_float32, l2_normalize
 
 # %% ../../nbs/objectives/02_tokens.ipynb #6f832968
 def gather_context(
@@ -133,7 +133,7 @@ def clip_weights(
     Tensor
         (B, K) sums to 1 (or to 0 when all are 0); no gradient
     """
-    weights = single(weights)
+    weights = at_least_float32(weights)
     valid = weights > 0
     present = weights.masked_fill(~valid, torch.nan)
     bounds = present.nanquantile(torch.tensor([low, high], dtype=weights.dtype, device=weights.device), dim=1)
@@ -184,7 +184,7 @@ def token_alignment_loss(
         scalar: word loss + region loss
     """
     with torch.autocast(regions.device.type, enabled=False):
-        regions, words = unit(regions), unit(words)
+        regions, words = l2_normalize(regions), l2_normalize(words)
         even = torch.ones_like(regions[..., 0]) / regions.shape[1]
         region_weights = even if region_weights is None else region_weights.detach()
         region_weights = region_weights * word_mask.any(-1, keepdim=True)
@@ -192,9 +192,9 @@ def token_alignment_loss(
             word_weights = word_mask / word_mask.sum(-1, keepdim=True).clamp(min=1)
         word_weights = (word_weights.detach() * word_mask).to(words.dtype)
         everywhere = torch.ones_like(even, dtype=torch.bool)
-        word_context = unit(gather_context(words, regions, everywhere, temperature, word_attention)[0])
+        word_context = l2_normalize(gather_context(words, regions, everywhere, temperature, word_attention)[0])
         region_context = gather_context(regions, words, word_mask, temperature, region_attention)[0]
-        region_context = unit(region_context) if unit_region_context else region_context
+        region_context = l2_normalize(region_context) if unit_region_context else region_context
         word_loss = recognition_loss(words, word_context, word_weights, temperature, word_mask if mask_padding else None)
         region_loss = recognition_loss(regions, region_context, region_weights, temperature)
     return word_loss + region_loss
@@ -260,7 +260,7 @@ def gloria_scores(
         (B, T) image i against text t; 0 for a text without words
     """
     with torch.autocast(regions.device.type, enabled=False):
-        regions, words = single(regions), single(words)
+        regions, words = at_least_float32(regions), at_least_float32(words)
         gram = regions @ regions.mT
 
         def against(words: Tensor, mask: Tensor) -> Tensor:

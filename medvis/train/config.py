@@ -11,15 +11,15 @@ from pathlib import Path
 from typing import Literal
 
 from ..core.choices import check_choice
-from ..data.view import View
+from ..data.sampling import Sampling
 
 # %% ../../nbs/train/01_config.ipynb #51fec0cb
 Schedule = Literal["warmup-cosine", "warmup-linear", "cyclic-cosine", "plateau", "constant"]
 
 # %% ../../nbs/train/01_config.ipynb #488bdfbd
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig(View):
-    "How a method is trained, what of the data it sees (see View), and where the run lives."
+class TrainConfig(Sampling):
+    "How a method is trained, what of the data it sees (see Sampling), and where the run lives."
     run: Path
     "Folder of the run. A run that stands there is continued."
     epochs: int = 50
@@ -94,7 +94,7 @@ class TrainConfig(View):
         """
         for name in changes:
             check_choice("training setting", name, cls.__dataclass_fields__)
-        return replace(run, **changes) if isinstance(run, cls) else cls(**{"run": Path(run), **method.recipe, **changes})
+        return replace(run, **changes) if isinstance(run, cls) else cls(**{"run": Path(run), **method.training_settings, **changes})
 
     @property
     def text(self) -> "TrainConfig":

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DATASETS', 'register_dataset', 'list_datasets', 'recipe_table', 'command_config', 'prepare_options', 'prepare_data',
-           'prepare', 'choose_studies', 'dress']
+           'prepare', 'simulate']
 
 # %% ../../../nbs/data/sets/13_registry.ipynb #5dcd1b83
 from dataclasses import MISSING, fields, make_dataclass
@@ -160,18 +160,12 @@ def prepare(
     return prepare_data(made[0] if name == "phantom" else kind(*made))
 
 # %% ../../../nbs/data/sets/13_registry.ipynb #682b51ec
-def choose_studies(
+def _choose_studies(
     data_set: DataSet,
     phantom: Phantom,
     studies: int,
 ) -> list[int]:         # of the phantom, each once
-    """The first studies, every second of them with one of the findings that the data set is about, by turns; of different patients if its own are not known
-
-    Returns
-    -------
-    list[int]
-        of the phantom, each once
-    """
+    "The first studies, every second of them with one of the findings that the data set is about, by turns; of different patients if its own are not known"
     shown = cache(lambda index: {found.name for found in phantom.scene(index).findings})
     fits = cache(lambda index: data_set.follow_ups or patient_number(phantom.seed, index) == index)
     rows = {name: (index for index in count() if fits(index) and name in shown(index)) for name in data_set.wanted}
@@ -182,7 +176,7 @@ def choose_studies(
     return taken
 
 # %% ../../../nbs/data/sets/13_registry.ipynb #033bc695
-def dress(
+def simulate(
     name: str,          # of DATASETS
     root: Path,         # a folder that is empty, or to be made
     studies: int,
@@ -207,4 +201,4 @@ def dress(
         raise FileExistsError(f"{root} is not empty; name another folder")
     root.mkdir(parents=True, exist_ok=True)
     phantom = Phantom(size, seed)
-    data_set.dress(root, [phantom[index] for index in choose_studies(data_set, phantom, studies)])
+    data_set.simulate(root, [phantom[index] for index in _choose_studies(data_set, phantom, studies)])
