@@ -47,6 +47,7 @@ test: .venv/.dev
 	@pytest -q tests/test_sync.py tests/test_house.py
 	@ruff check medvis tests tools setup.py
 	@ruff check --select F821 nbs
+	@python tools/format.py --check
 	@echo "== notebooks"
 	@timeout 1300 nbdev_test --n_workers 2 --timing
 	@echo "== tests, and the notebooks replayed against the installed module, on other kernels"
@@ -60,6 +61,7 @@ lab: .venv/.dev
 	@jupyter lab nbs $(if $(filter 0,$(shell id -u)),--allow-root)
 
 export: .venv/.dev
+	@python tools/format.py
 	@nbdev_export
 	@python tools/docstrings.py medvis
 	@python tools/clean.py

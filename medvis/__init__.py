@@ -36,7 +36,22 @@ else:
 
 # %% ../nbs/00_medvis.ipynb #f8c0b7de
 _all_ = [
-    "prepare", "list_datasets", "register_dataset", "Pack", "Phantom", "create_method", "list_methods",
-    "list_presets", "register_method", "register_encoder", "fit", "load_run", "load_encoder", "linear_probe",
-    "evaluate", "retrieve", "ground", "CorrespondenceWidget",
+    "prepare",
+    "list_datasets",
+    "register_dataset",
+    "Pack",
+    "Phantom",
+    "create_method",
+    "list_methods",
+    "list_presets",
+    "register_method",
+    "register_encoder",
+    "fit",
+    "load_run",
+    "load_encoder",
+    "linear_probe",
+    "evaluate",
+    "retrieve",
+    "ground",
+    "CorrespondenceWidget",
 ]

@@ -11,8 +11,8 @@ from notebooks import PATHS, ROOT, Cell, Notebook, label, read
 WINGS = {"data": ("phantom", "", "sets")}     # of a room, in reading order; "" is the room itself
 ROOMS = ("core", "data", "encoders", "objectives", "methods", "train", "evaluate", "analyse", "widgets", "studies", "cli")
 LONGEST = 40  # lines of an exported function, without docstrings, comments and blank lines
-LONGEST_CLASS = 60  # of a class: several short methods
-LONGER = {"Trainer": 100}  # a training run is one page, read from top to bottom
+LONGEST_CLASS = 85  # of a class: several short methods
+LONGER = {"_Trainer": 100}  # a training run is one page, read from top to bottom
 DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 NOTEBOOKS = {path: read(path) for path in PATHS}
 MODULES = {notebook.module: notebook.name for notebook in NOTEBOOKS.values() if notebook.module}

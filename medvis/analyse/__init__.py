@@ -13,13 +13,28 @@ __all__ = ['alignment_distances', 'alignment_numbers', 'draw_alignment', 'draw_k
 
 # %% ../../nbs/analyse/00_doors.ipynb #7ee9448d
 from .alignment import alignment_distances, alignment_numbers, draw_alignment
-from .embed import (
-    draw_kinds, draw_values, embedding_table, neighbour_purity, separability, tsne, write_embedding)
+from medvis.analyse.embed import (
+    draw_kinds,
+    draw_values,
+    embedding_table,
+    neighbour_purity,
+    separability,
+    tsne,
+    write_embedding,
+)
 from .information import draw_information, information_curve
 from .live import LiveDiagnostics, diagnostic_figures, diagnostics_table, draw_diagnostics
 from .maps import draw_correspondence, draw_map, pick_words
-from .page import (
-    Section, correspondence_card, curves_figure, headlines, pointing_figure, probe_figure, run_sections, write_page)
+from medvis.analyse.page import (
+    Section,
+    correspondence_card,
+    curves_figure,
+    headlines,
+    pointing_figure,
+    probe_figure,
+    run_sections,
+    write_page,
+)
 from .prototypes import cluster_agreement, draw_diseases_and_prototypes, draw_usage, prototype_usage
 from .regions import choice_numbers, chosen_regions, draw_choice, draw_mean_weights, weight_numbers
 from .represent import aligned_studies, image_features
@@ -27,14 +42,44 @@ from .spread import draw_spread, spread_table
 
 # %% ../../nbs/analyse/00_doors.ipynb #82e07141
 _all_ = [
-    "alignment_distances", "alignment_numbers", "draw_alignment",
-    "draw_kinds", "draw_values", "embedding_table", "neighbour_purity", "separability", "tsne", "write_embedding",
-    "draw_information", "information_curve",
-    "LiveDiagnostics", "diagnostic_figures", "diagnostics_table", "draw_diagnostics",
-    "draw_correspondence", "draw_map", "pick_words",
-    "Section", "correspondence_card", "curves_figure", "headlines", "pointing_figure", "probe_figure", "run_sections", "write_page",
-    "cluster_agreement", "draw_diseases_and_prototypes", "draw_usage", "prototype_usage",
-    "choice_numbers", "chosen_regions", "draw_choice", "draw_mean_weights", "weight_numbers",
-    "aligned_studies", "image_features",
-    "draw_spread", "spread_table",
+    "alignment_distances",
+    "alignment_numbers",
+    "draw_alignment",
+    "draw_kinds",
+    "draw_values",
+    "embedding_table",
+    "neighbour_purity",
+    "separability",
+    "tsne",
+    "write_embedding",
+    "draw_information",
+    "information_curve",
+    "LiveDiagnostics",
+    "diagnostic_figures",
+    "diagnostics_table",
+    "draw_diagnostics",
+    "draw_correspondence",
+    "draw_map",
+    "pick_words",
+    "Section",
+    "correspondence_card",
+    "curves_figure",
+    "headlines",
+    "pointing_figure",
+    "probe_figure",
+    "run_sections",
+    "write_page",
+    "cluster_agreement",
+    "draw_diseases_and_prototypes",
+    "draw_usage",
+    "prototype_usage",
+    "choice_numbers",
+    "chosen_regions",
+    "draw_choice",
+    "draw_mean_weights",
+    "weight_numbers",
+    "aligned_studies",
+    "image_features",
+    "draw_spread",
+    "spread_table",
 ]

@@ -24,16 +24,20 @@ _ALIGNMENT_SERIES = {"report to image": SERIES[0], "image to report": SERIES[1]}
 # %% ../../nbs/analyse/05_alignment.ipynb #e84b568f
 def _other_samples(
     gathered: Tensor,  # (B, K, d)
-    mask: Tensor,      # (B, K) True = valid
-) -> Tensor:           # (valid, d), in the order of gathered[mask]
+    mask: Tensor,  # (B, K) True = valid
+) -> Tensor:  # (valid, d), in the order of gathered[mask]
     "For every valid vector one that another sample gathered. ValueError when one sample holds more than half of them."
     counts = mask.sum(1)
     if 2 * counts.max() > counts.sum():
-        raise ValueError(f"one sample has {int(counts.max())} of {int(counts.sum())} vectors; there are too few others to compare with")
+        raise ValueError(
+            f"one sample has {int(counts.max())} of {int(counts.sum())} vectors; there are too few others to compare with"
+        )
     return gathered[mask].roll(int(counts.max()), 0)
 
 # %% ../../nbs/analyse/05_alignment.ipynb #9b3f6c26
-def alignment_distances(aligned: Aligned) -> pd.DataFrame:  # sample, direction, distance, stranger (distance to another sample's)
+def alignment_distances(
+    aligned: Aligned,
+) -> pd.DataFrame:  # sample, direction, distance, stranger (distance to another sample's)
     """Distances of regions and texts from what they gathered (LoVT supplement, Fig. 2), one row a vector.
 
     Returns
@@ -45,13 +49,17 @@ def alignment_distances(aligned: Aligned) -> pd.DataFrame:  # sample, direction,
     sides = ((aligned.regions, aligned.from_text, everywhere), (aligned.texts, aligned.from_image, aligned.mask))
     tables = []
     for direction, (own, gathered, mask) in zip(_ALIGNMENT_SERIES, sides):
-        near, far = ((own[mask] - other).norm(dim=-1).numpy() for other in (gathered[mask], _other_samples(gathered, mask)))
+        near, far = (
+            (own[mask] - other).norm(dim=-1).numpy() for other in (gathered[mask], _other_samples(gathered, mask))
+        )
         sample = mask.nonzero()[:, 0].numpy()
         tables.append(pd.DataFrame({"sample": sample, "direction": direction, "distance": near, "stranger": far}))
     return pd.concat(tables, ignore_index=True)
 
 # %% ../../nbs/analyse/05_alignment.ipynb #598eecff
-def alignment_numbers(distances: Mapping[str, pd.DataFrame]) -> pd.DataFrame:  # method, direction, distance, stranger, closer
+def alignment_numbers(
+    distances: Mapping[str, pd.DataFrame],
+) -> pd.DataFrame:  # method, direction, distance, stranger, closer
     """Mean distances of each method and direction; `closer` is the share of vectors nearer to their own than to the stranger's.
 
     Returns
@@ -85,13 +93,25 @@ def draw_alignment(
         for side, (direction, colour) in zip((-0.24, 0.24), _ALIGNMENT_SERIES.items()):
             part = table[table.direction == direction]
             for shift, column, fill in ((-0.105, "distance", colour), (0.105, "stranger", FAINT)):
-                ax.boxplot([part[column]], positions=[x + side + shift], boxprops=dict(facecolor=fill, edgecolor=INK, linewidth=0.7),
-                           medianprops=dict(color=INK), whiskerprops=dict(color=INK), capprops=dict(color=INK), **box)
+                ax.boxplot(
+                    [part[column]],
+                    positions=[x + side + shift],
+                    boxprops=dict(facecolor=fill, edgecolor=INK, linewidth=0.7),
+                    medianprops=dict(color=INK),
+                    whiskerprops=dict(color=INK),
+                    capprops=dict(color=INK),
+                    **box,
+                )
     ax.axhline(2**0.5, color=INK, lw=0.8, ls=":")
     ax.set_xticks(range(len(distances)), list(distances))
     ax.set(ylabel="distance (dotted: unrelated)", xlim=(-0.6, len(distances) - 0.4), ylim=(0, None))
     ax.grid(axis="x", visible=False)
     looks = {**_ALIGNMENT_SERIES, "the same, another study's": FAINT}
-    figure.legend(handles=[Patch(facecolor=c, edgecolor=INK, linewidth=0.7, label=label) for label, c in looks.items()],
-                  loc="outside upper center", ncols=3, handlelength=1, columnspacing=1.2)
+    figure.legend(
+        handles=[Patch(facecolor=c, edgecolor=INK, linewidth=0.7, label=label) for label, c in looks.items()],
+        loc="outside upper center",
+        ncols=3,
+        handlelength=1,
+        columnspacing=1.2,
+    )
     return figure

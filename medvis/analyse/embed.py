@@ -37,16 +37,18 @@ def as_units(vectors) -> np.ndarray:  # (n, D) array or tensor -> (n, D) float64
     if vectors.ndim != 2:
         raise ValueError(f"vectors have shape {vectors.shape}; expected a row of numbers each, (n, D)")
     if len(bad := np.flatnonzero(~np.isfinite(vectors).all(1))):
-        raise ValueError(f"{len(bad)} of {len(vectors)} vectors hold NaN or infinity (rows {', '.join(map(str, bad[:5]))}{', ...' if len(bad) > 5 else ''}): "
-                         "did the run diverge? Leave them out, or take another run")
+        raise ValueError(
+            f"{len(bad)} of {len(vectors)} vectors hold NaN or infinity (rows {', '.join(map(str, bad[:5]))}{', ...' if len(bad) > 5 else ''}): "
+            "did the run diverge? Leave them out, or take another run"
+        )
     return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
 
 # %% ../../nbs/analyse/06_embed.ipynb #1fcaf4a5
 def tsne(
-    vectors,                  # (n, D) array or tensor, any length: directions are compared
+    vectors,  # (n, D) array or tensor, any length: directions are compared
     seed: int = 0,
     perplexity: float = 30.0,  # about how many neighbours a point has; lowered, with a warning, when there are few vectors
-) -> np.ndarray:              # (n, 2)
+) -> np.ndarray:  # (n, 2)
     """Places of vectors in the plane by t-SNE, started from their principal components. The same for the same seed.
 
     ValueError when there is nothing to draw: fewer than 8 vectors, NaN, or all of the same direction.
@@ -66,26 +68,39 @@ def tsne(
     """
     vectors = as_units(vectors)
     if len(vectors) < 8 or vectors.shape[1] < 2:
-        raise ValueError(f"t-SNE of {len(vectors)} vectors of {vectors.shape[1]} numbers says nothing; give at least 8, of at least 2 numbers")
-    if np.ptp(vectors, axis=0).max() < 1e-6:      # what is left is rounding, and t-SNE would blow it up
-        raise ValueError(f"all {len(vectors)} vectors have the same direction, so there is no map of them: "
-                         "the encoder has collapsed, or was shown one input again and again")
+        raise ValueError(
+            f"t-SNE of {len(vectors)} vectors of {vectors.shape[1]} numbers says nothing; give at least 8, of at least 2 numbers"
+        )
+    if np.ptp(vectors, axis=0).max() < 1e-6:  # what is left is rounding, and t-SNE would blow it up
+        raise ValueError(
+            f"all {len(vectors)} vectors have the same direction, so there is no map of them: "
+            "the encoder has collapsed, or was shown one input again and again"
+        )
     if not 1 <= perplexity:
         raise ValueError(f"perplexity is {perplexity}; expected at least 1")
     if (most := (len(vectors) - 1) / 3) < perplexity:
-        warnings.warn(f"t-SNE of {len(vectors)} vectors: perplexity {perplexity:g} is lowered to {most:.3g}; give 3 * perplexity + 1 vectors, or read little into it", stacklevel=2)
+        warnings.warn(
+            f"t-SNE of {len(vectors)} vectors: perplexity {perplexity:g} is lowered to {most:.3g}; give 3 * perplexity + 1 vectors, or read little into it",
+            stacklevel=2,
+        )
     how = openTSNE.TSNE(
-        perplexity=min(perplexity, most), initialization="pca", neighbors="exact", random_state=seed, n_jobs=1,
-        negative_gradient_method="bh" if len(vectors) < 4000 else "fft")
+        perplexity=min(perplexity, most),
+        initialization="pca",
+        neighbors="exact",
+        random_state=seed,
+        n_jobs=1,
+        negative_gradient_method="bh" if len(vectors) < 4000 else "fft",
+    )
     return np.asarray(how.fit(vectors))
 
 # %% ../../nbs/analyse/06_embed.ipynb #5d350e8f
 def neighbour_purity(
-    vectors,        # (n, D)
-    kinds: Sequence,            # (n,) the kind of each vector
-    groups: Sequence | None = None,  # (n,) e.g. study: neighbours of the same group are not asked; None: only oneself is not
+    vectors,  # (n, D)
+    kinds: Sequence,  # (n,) the kind of each vector
+    groups: Sequence
+    | None = None,  # (n,) e.g. study: neighbours of the same group are not asked; None: only oneself is not
     k: int = 10,
-) -> pd.DataFrame:              # one row a kind: kind, purity, chance, vectors
+) -> pd.DataFrame:  # one row a kind: kind, purity, chance, vectors
     """Share of the k nearest neighbours that are of the same kind. ValueError when fewer than k can be asked.
 
     Parameters
@@ -115,16 +130,19 @@ def neighbour_purity(
         same = kinds[rows][:, None] == kinds
         pure[rows] = np.take_along_axis(same, near, 1).mean(1)
         chance[rows] = (same & others).sum(1) / others.sum(1)
-    rows = [(kind, pure[kinds == kind].mean(), chance[kinds == kind].mean(), int((kinds == kind).sum())) for kind in pd.unique(kinds)]
+    rows = [
+        (kind, pure[kinds == kind].mean(), chance[kinds == kind].mean(), int((kinds == kind).sum()))
+        for kind in pd.unique(kinds)
+    ]
     return pd.DataFrame(rows, columns=["kind", "purity", "chance", "vectors"])
 
 # %% ../../nbs/analyse/06_embed.ipynb #12236fb1
 def separability(
-    vectors,               # (n, D)
-    positive: Sequence,    # (n,) bool
-    groups: Sequence,      # (n,) e.g. study: one group is never in both the fitted and the tested part
+    vectors,  # (n, D)
+    positive: Sequence,  # (n,) bool
+    groups: Sequence,  # (n,) e.g. study: one group is never in both the fitted and the tested part
     folds: int = 5,
-) -> float:                # AUROC; NaN when all positive vectors are in one fold, or there are none
+) -> float:  # AUROC; NaN when all positive vectors are in one fold, or there are none
     """How well a linear cut separates positive vectors from the others, on groups it has not seen.
 
     Parameters
@@ -152,10 +170,10 @@ def separability(
 
 # %% ../../nbs/analyse/06_embed.ipynb #71f3d7a0
 def embedding_table(
-    places: np.ndarray,   # (n, 2) of `tsne`
-    vectors=None,         # (n, D) kept as a column of lists in half precision; None: left out
+    places: np.ndarray,  # (n, 2) of `tsne`
+    vectors=None,  # (n, D) kept as a column of lists in half precision; None: left out
     **columns: Sequence,  # (n,) each: study, region, label, ...
-) -> pd.DataFrame:        # x, y, the columns, vector
+) -> pd.DataFrame:  # x, y, the columns, vector
     """Points of an embedding with all that is known of them.
 
     Parameters
@@ -185,12 +203,14 @@ def _check_places(table: pd.DataFrame) -> None:
     "ValueError if there is nothing to draw, or places are no numbers."
     known = np.isfinite(table[["x", "y"]].to_numpy(float)).all(1)
     if not len(known) or not known.all():
-        raise ValueError(f"{(~known).sum()} of {len(known)} points have no place (x, y); expected numbers for all of at least one")
+        raise ValueError(
+            f"{(~known).sum()} of {len(known)} points have no place (x, y); expected numbers for all of at least one"
+        )
 
 # %% ../../nbs/analyse/06_embed.ipynb #d48dbb6d
 def draw_kinds(
     ax: Axes,
-    table: pd.DataFrame,      # x, y and the column `by`
+    table: pd.DataFrame,  # x, y and the column `by`
     by: str,
     kinds: Sequence | None = None,  # which are coloured, in this order; the others are grey. None: the most frequent
     size: float = 9.0,
@@ -210,7 +230,9 @@ def draw_kinds(
     _check_places(table)
     kinds = table[by].value_counts().index[: 2 * len(SERIES)] if kinds is None else kinds
     rest = table[~table[by].isin(list(kinds))]
-    ax.scatter(rest.x, rest.y, s=0.5 * size, color=FAINT, linewidths=0, rasterized=True, label="others" if len(rest) else None)
+    ax.scatter(
+        rest.x, rest.y, s=0.5 * size, color=FAINT, linewidths=0, rasterized=True, label="others" if len(rest) else None
+    )
     for i, kind in enumerate(kinds):
         part = table[table[by] == kind]
         look = dict(color=SERIES[i % len(SERIES)], marker=MARKS[i // len(SERIES) % len(MARKS)])
@@ -224,7 +246,7 @@ def draw_values(
     by: str,
     highest: float = 1.0,  # end of the colour scale
     size: float = 9.0,
-):                        # what a colour bar is made for
+):  # what a colour bar is made for
     """Draw points coloured by a number, highest on top; zero is grey.
 
     Parameters

@@ -29,13 +29,15 @@ def information_curve(run: Run) -> pd.DataFrame:  # step, split ("train", "valid
     if "mutual_information" not in metrics:
         raise ValueError(f"{run.path.name} logged no mutual_information; local-mi, global-mi and mixture-mi do")
     rows = metrics[metrics["mutual_information"].notna()]
-    return pd.DataFrame({"step": rows["step"], "split": rows["split"], "nats": -rows["mutual_information"]}).reset_index(drop=True)
+    return pd.DataFrame(
+        {"step": rows["step"], "split": rows["split"], "nats": -rows["mutual_information"]}
+    ).reset_index(drop=True)
 
 # %% ../../nbs/analyse/09_information.ipynb #59974872
 @matplotlib.rc_context(STYLE)
 def draw_information(
     curves: Mapping[str, pd.DataFrame],  # by name, of `information_curve`
-    batch_size: int | None = None,       # draws the ceiling of CPC, log of it
+    batch_size: int | None = None,  # draws the ceiling of CPC, log of it
 ) -> Figure:
     """Estimates of mutual information during training: faint and smoothed for training batches, marked for validation.
 
@@ -55,8 +57,16 @@ def draw_information(
         ax.plot(held_out.step, held_out.nats, MARKS[k % 4] + "-", color=SERIES[k % 4], lw=1.6, ms=4, label=name)
     if batch_size:
         ax.axhline(np.log(batch_size), color=GREY, lw=0.9, ls=":")
-        ax.annotate(f"log {batch_size}, the ceiling of CPC", (0.01, np.log(batch_size)), xycoords=("axes fraction", "data"),
-                    xytext=(0, -3), textcoords="offset points", va="top", fontsize=7.5, color=INK)
+        ax.annotate(
+            f"log {batch_size}, the ceiling of CPC",
+            (0.01, np.log(batch_size)),
+            xycoords=("axes fraction", "data"),
+            xytext=(0, -3),
+            textcoords="offset points",
+            va="top",
+            fontsize=7.5,
+            color=INK,
+        )
     ax.set(xlabel="step (thin: training batches; marked: validation)", ylabel="nats")
     ax.legend(loc="best")
     return figure

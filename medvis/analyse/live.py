@@ -21,7 +21,11 @@ from ..train.run import Run
 # %% ../../nbs/analyse/10_live.ipynb #2a277ae4
 _PANELS = {
     "spread (1 = over the sphere)": {"image_std": "images", "text_std": "reports"},
-    "regions": {"region_std_per_sample": "within a sample", "region_std_centroids": "centroids", "region_std_total": "total"},
+    "regions": {
+        "region_std_per_sample": "within a sample",
+        "region_std_centroids": "centroids",
+        "region_std_total": "total",
+    },
     "uniformity (lower = better)": {"image_uniformity": "images", "text_uniformity": "reports"},
     "alignment (0 = same, 2 = strangers)": {"alignment": "image and report"},
     "effective rank": {"image_rank": "images", "text_rank": "reports"},
@@ -33,12 +37,14 @@ _PANELS = {
 def _draw_panel(
     ax: Axes,
     diagnostics: pd.DataFrame,  # of Run.diagnostics
-    names: dict[str, str],      # column -> label; those that are not there are left out
+    names: dict[str, str],  # column -> label; those that are not there are left out
 ) -> None:
     "Some diagnostics over the epochs."
     for k, (name, label) in enumerate(names.items()):
         if name in diagnostics:
-            look = dict(color=GREY, ls=":") if name == "dead_by_chance" else dict(color=SERIES[k], marker=MARKS[k], ms=3.5)
+            look = (
+                dict(color=GREY, ls=":") if name == "dead_by_chance" else dict(color=SERIES[k], marker=MARKS[k], ms=3.5)
+            )
             ax.plot(diagnostics["epoch"] + 1, diagnostics[name], lw=1.6, label=label, **look)
     if len(ax.lines) > 1:
         ax.legend(loc="best", fontsize=7)
@@ -64,18 +70,29 @@ def draw_diagnostics(
         _draw_panel(ax, diagnostics, names)
         ax.set_title(title, fontsize=8)
         ax.tick_params(labelsize=7)
-    for ax in axes[len(panels):]:
+    for ax in axes[len(panels) :]:
         ax.axis("off")
     last = diagnostics.iloc[-1].dropna().to_dict() if len(diagnostics) else {}
     wrong = collapse({name: value for name, value in last.items() if isinstance(value, float)})
-    figure.suptitle("\n".join(wrong) or "no sign of collapse", fontsize=9, color=SERIES[1] if wrong else INK, weight="bold" if wrong else None)
+    figure.suptitle(
+        "\n".join(wrong) or "no sign of collapse",
+        fontsize=9,
+        color=SERIES[1] if wrong else INK,
+        weight="bold" if wrong else None,
+    )
     figure.supxlabel("epoch", fontsize=8)
     return figure
 
 # %% ../../nbs/analyse/10_live.ipynb #b2d41e08
 _HEALTHY = {
-    "image_std": (0.02, 1.1), "text_std": (0.02, 1.1), "image_uniformity": (float("-inf"), -0.1), "text_uniformity": (float("-inf"), -0.1),
-    "alignment": (0.0, 2.0), "image_rank": (1.5, float("inf")), "text_rank": (1.5, float("inf")), "attention_entropy": (0.0, 0.99),
+    "image_std": (0.02, 1.1),
+    "text_std": (0.02, 1.1),
+    "image_uniformity": (float("-inf"), -0.1),
+    "text_uniformity": (float("-inf"), -0.1),
+    "alignment": (0.0, 2.0),
+    "image_rank": (1.5, float("inf")),
+    "text_rank": (1.5, float("inf")),
+    "attention_entropy": (0.0, 0.99),
     "dead_prototypes": (0.0, 0.9),
 }
 
@@ -99,14 +116,16 @@ def diagnostic_figures(
             ax.set(title=title.split(" (")[0], xlabel="epoch", ylabel=title.partition(" (")[2].rstrip(")") or title)
             ends, bounds = ax.get_ylim(), _HEALTHY.get(next(name for name in names if name in diagnostics))
             if bounds:
-                ax.axhspan(max(bounds[0], ends[0]), max(min(bounds[1], ends[1]), bounds[0]), color=SERIES[2], alpha=0.12, lw=0)
+                ax.axhspan(
+                    max(bounds[0], ends[0]), max(min(bounds[1], ends[1]), bounds[0]), color=SERIES[2], alpha=0.12, lw=0
+                )
             ax.set_ylim(ends)
     return out
 
 # %% ../../nbs/analyse/10_live.ipynb #d07b8e26
 def diagnostics_table(
     diagnostics: pd.DataFrame,  # of Run.diagnostics
-) -> pd.DataFrame:              # diagnostic, first, last (after the first and the last epoch), healthy, what it means
+) -> pd.DataFrame:  # diagnostic, first, last (after the first and the last epoch), healthy, what it means
     """What each diagnostic was, should be, and means, in words.
 
     Parameters
@@ -119,22 +138,30 @@ def diagnostics_table(
     pd.DataFrame
         diagnostic, first, last (after the first and the last epoch), healthy, what it means
     """
+
     def tell(name: str) -> str:
         low, high = _HEALTHY.get(name, (float("-inf"), float("inf")))
         return {(False, False): "–", (True, False): f"above {low:g}", (False, True): f"below {high:g}"}.get(
-            (low > float("-inf"), high < float("inf")), f"{low:g} to {high:g}")
+            (low > float("-inf"), high < float("inf")), f"{low:g} to {high:g}"
+        )
 
     names = [name for name in MEANING if name in diagnostics and diagnostics[name].notna().any()]
     ends = [diagnostics[name].dropna().iloc[[0, -1]].tolist() for name in names]
-    return pd.DataFrame({"diagnostic": [name.replace("_", " ") for name in names], "first": [first for first, _ in ends],
-                         "last": [last for _, last in ends], "healthy": [tell(name) for name in names],
-                         "what it means": [MEANING[name] for name in names]})
+    return pd.DataFrame(
+        {
+            "diagnostic": [name.replace("_", " ") for name in names],
+            "first": [first for first, _ in ends],
+            "last": [last for _, last in ends],
+            "healthy": [tell(name) for name in names],
+            "what it means": [MEANING[name] for name in names],
+        }
+    )
 
 # %% ../../nbs/analyse/10_live.ipynb #f84837c7
 class LiveDiagnostics(Image):
     "A picture that shows a run's diagnostics: display it, then `fit(method, data, config, each_epoch=live)` keeps it up to date."
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__(format="png", layout={"max_width": "100%"})
 
     def __call__(self, run: Run) -> None:

@@ -53,7 +53,8 @@ _SIDE = 256
 def _heat_colours(
     scores,  # (N,)
     grid: tuple[int, int],
-    limits: tuple[float, float] | None = None,  # scores at the ends of the colours; None: the lowest and the highest of this map
+    limits: tuple[float, float]
+    | None = None,  # scores at the ends of the colours; None: the lowest and the highest of this map
     opacity: float = 0.75,  # of the highest score
 ) -> np.ndarray:  # (SIDE, SIDE, 4) RGBA in 0..1
     """Colour and transparency of a map; where the limits are one number it is transparent."""
@@ -105,7 +106,8 @@ def draw_map(
     grid: tuple[int, int] | None = None,
     mask=None,  # (H, W) bool, true extent
     title: str = "",
-    limits: tuple[float, float] | None = None,  # scores at the ends of the colours, see `common_limits`; None: of this map alone
+    limits: tuple[float, float]
+    | None = None,  # scores at the ends of the colours, see `common_limits`; None: of this map alone
 ) -> None:
     """Draw a heat map over a radiograph, a ring around its highest region, and the outline of a mask.
 
@@ -185,7 +187,8 @@ def draw_correspondence(
     pick: list[int] | None = None,  # which words; None: those with a mask, or else those that stand out
     masks: dict | None = None,  # word -> (H, W) bool
     width: float = 2.0,  # of a panel, in inches
-    limits: tuple[float, float] | None = None,  # scores at the ends of the colours; None: the lowest and highest of all these maps
+    limits: tuple[float, float]
+    | None = None,  # scores at the ends of the colours; None: the lowest and highest of all these maps
 ) -> Figure:
     """A row of panels: the radiograph, then one map a word, all on one scale, with the true extent and whether the point lies in it.
 

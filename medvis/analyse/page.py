@@ -118,7 +118,8 @@ def _themed_svg(figure: Figure) -> str:
     for colour, name in names.items():
         svg = svg.replace(colour, f"var({name})")
     light, dark = (
-        ";".join(f"{name}:{shade[colour]}" for colour, name in names.items()) for shade in ({c: c for c in _DARK}, _DARK)
+        ";".join(f"{name}:{shade[colour]}" for colour, name in names.items())
+        for shade in ({c: c for c in _DARK}, _DARK)
     )
     style = f"<style>svg{{{light}}}@media(prefers-color-scheme:dark){{svg{{{dark}}}}}</style>"
     return svg.replace("<defs>", style + "<defs>", 1)
@@ -268,7 +269,9 @@ def _pointing_order(
     table: pd.DataFrame,  # of PhantomPointing.by_finding
 ) -> pd.DataFrame:
     """The same rows: all findings together first, then the highest rate first."""
-    return table.sort_values("hit_rate", ascending=False, key=lambda rate: rate.where(table["finding"] != "all", np.inf))
+    return table.sort_values(
+        "hit_rate", ascending=False, key=lambda rate: rate.where(table["finding"] != "all", np.inf)
+    )
 
 # %% ../../nbs/analyse/02_page.ipynb #41d8b7e2
 def _pointing_summary(
@@ -276,7 +279,12 @@ def _pointing_summary(
 ) -> pd.DataFrame:  # text
     """The table of the pointing game as one reads it, in the order of the figure."""
     rates = [f"{row.hit_rate:.3f} ({row.low:.2f}–{row.high:.2f})" for row in table.itertuples()]
-    shown = {"finding": table["finding"], "hit rate (95 %)": rates, "chance": table["chance"], "words": table["targets"]}
+    shown = {
+        "finding": table["finding"],
+        "hit rate (95 %)": rates,
+        "chance": table["chance"],
+        "words": table["targets"],
+    }
     return pd.DataFrame(shown)
 
 # %% ../../nbs/analyse/02_page.ipynb #a2a7d6c2
@@ -329,7 +337,9 @@ def _colour_bar(
 ) -> Html:
     """The colours of `heat` from one end to the other, with the scores there."""
     colours = ",".join(to_hex(matplotlib.colormaps["inferno"](0.25 + 0.7 * share)) for share in np.linspace(0, 1, 7))
-    return Html(f'<span class="bar">{limits[0]:.2f}<i style="background:linear-gradient(90deg,{colours})"></i>{limits[1]:.2f}</span>')
+    return Html(
+        f'<span class="bar">{limits[0]:.2f}<i style="background:linear-gradient(90deg,{colours})"></i>{limits[1]:.2f}</span>'
+    )
 
 # %% ../../nbs/analyse/02_page.ipynb #f2bf575e
 def tile(
@@ -415,7 +425,9 @@ def correspondence_card(
             else "off target"
         )
         tiles.append(
-            tile(image, scores, correspondence.grid, mask, words[word] if show_text else f"word {word + 1}", hit, limits)
+            tile(
+                image, scores, correspondence.grid, mask, words[word] if show_text else f"word {word + 1}", hit, limits
+            )
         )
     text = _marked_text(report, pick) if show_text else ""
     return Html(f'<article><h3>{escape(title)}</h3>{text}<div class="tiles">{"".join(tiles)}</div></article>')

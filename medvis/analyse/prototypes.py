@@ -19,7 +19,7 @@ from .page import GREY, INK, SERIES, STYLE
 
 # %% ../../nbs/analyse/08_prototypes.ipynb #0bd40eb8
 def nearest_prototype(
-    vectors,     # (n, d) projected images or reports
+    vectors,  # (n, d) projected images or reports
     prototypes,  # (K, d)
 ) -> np.ndarray:  # (n,) int
     """The prototype that each vector is assigned to: the one with the highest cosine.
@@ -40,7 +40,7 @@ def nearest_prototype(
 
 # %% ../../nbs/analyse/08_prototypes.ipynb #f2f66b23
 def cluster_agreement(
-    labels: Sequence,    # (n,) e.g. the disease
+    labels: Sequence,  # (n,) e.g. the disease
     clusters: Sequence,  # (n,) e.g. the prototype
     shuffles: int = 20,
     seed: int = 0,
@@ -58,13 +58,16 @@ def cluster_agreement(
     """
     labels, rng = np.asarray(labels), np.random.default_rng(seed)
     by_chance = np.mean([normalized_mutual_info_score(rng.permutation(labels), clusters) for _ in range(shuffles)])
-    return {"nmi": float(normalized_mutual_info_score(labels, clusters)),
-            "ami": float(adjusted_mutual_info_score(labels, clusters)), "nmi_shuffled": float(by_chance)}
+    return {
+        "nmi": float(normalized_mutual_info_score(labels, clusters)),
+        "ami": float(adjusted_mutual_info_score(labels, clusters)),
+        "nmi_shuffled": float(by_chance),
+    }
 
 # %% ../../nbs/analyse/08_prototypes.ipynb #4bc58b8b
 def prototype_usage(
-    images,      # (n, d) projected images
-    texts,       # (n, d) their reports
+    images,  # (n, d) projected images
+    texts,  # (n, d) their reports
     prototypes,  # (K, d)
 ) -> tuple[pd.DataFrame, dict[str, float]]:
     """Images and reports of every prototype; and: dead (by chance), effective number in use, how often both choose the same (by chance).
@@ -84,15 +87,18 @@ def prototype_usage(
     both, total = table.images + table.reports, 2 * len(image)
     share = both[both > 0] / total
     numbers = {
-        "dead": float((both == 0).mean()), "dead_by_chance": (1 - 1 / count) ** total,
-        "in_use": float(np.exp(-(share * np.log(share)).sum())), "same": float((image == text).mean()),
-        "same_by_chance": float((table.images * table.reports).sum() / len(image) ** 2)}
+        "dead": float((both == 0).mean()),
+        "dead_by_chance": (1 - 1 / count) ** total,
+        "in_use": float(np.exp(-(share * np.log(share)).sum())),
+        "same": float((image == text).mean()),
+        "same_by_chance": float((table.images * table.reports).sum() / len(image) ** 2),
+    }
     return table.rename_axis("prototype").reset_index(), numbers
 
 # %% ../../nbs/analyse/08_prototypes.ipynb #c6bae8cf
 @matplotlib.rc_context(STYLE)
 def draw_usage(
-    table: pd.DataFrame,          # of `prototype_usage`
+    table: pd.DataFrame,  # of `prototype_usage`
     numbers: dict[str, float],
 ) -> Figure:
     """How many images and reports are nearest to each prototype, most used first.
@@ -112,7 +118,11 @@ def draw_usage(
     even = table.images.sum() / len(table)
     ax.hlines([even, -even], -0.6, len(order) - 0.4, color=GREY, lw=0.9, ls=":")
     ax.yaxis.set_major_formatter(lambda value, _: f"{abs(value):.0f}")
-    ax.set(xlabel="prototype, most used first (dotted: an even share)", ylabel="nearest to it", xlim=(-0.8, len(order) - 0.2))
+    ax.set(
+        xlabel="prototype, most used first (dotted: an even share)",
+        ylabel="nearest to it",
+        xlim=(-0.8, len(order) - 0.2),
+    )
     ax.set_title(f"{numbers['dead']:.0%} unused, {numbers['in_use']:.0f} of {len(table)} in use", fontsize=9)
     ax.grid(axis="x", visible=False)
     ax.legend(loc="upper right", ncols=2)
@@ -121,7 +131,7 @@ def draw_usage(
 # %% ../../nbs/analyse/08_prototypes.ipynb #6d34e252
 @matplotlib.rc_context(STYLE)
 def draw_diseases_and_prototypes(
-    points: pd.DataFrame,   # x, y, disease, prototype
+    points: pd.DataFrame,  # x, y, disease, prototype
     numbers: dict[str, float],  # of `cluster_agreement`
 ) -> Figure:
     """The same t-SNE of images twice: coloured by disease, and by the most used prototypes (MGCA Fig. 4).
@@ -134,10 +144,16 @@ def draw_diseases_and_prototypes(
         of `cluster_agreement`
     """
     figure = Figure(figsize=(7.0, 3.9), dpi=110)
-    for ax, by, title in zip(figure.subplots(1, 2), ("disease", "prototype"), ("Disease", "Nearest prototype (the eight most used)")):
+    for ax, by, title in zip(
+        figure.subplots(1, 2), ("disease", "prototype"), ("Disease", "Nearest prototype (the eight most used)")
+    ):
         top = points[by].value_counts().index[: 12 if by == "disease" else 8]
         draw_kinds(ax, points, by, top, size=8)
         ax.set_title(title, fontsize=9)
-        ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.01), ncols=3, fontsize=7, handletextpad=0.1, columnspacing=0.8)
-    figure.suptitle(f"NMI {numbers['nmi']:.2f} (shuffled {numbers['nmi_shuffled']:.2f}), AMI {numbers['ami']:.2f}", fontsize=9)
+        ax.legend(
+            loc="upper center", bbox_to_anchor=(0.5, -0.01), ncols=3, fontsize=7, handletextpad=0.1, columnspacing=0.8
+        )
+    figure.suptitle(
+        f"NMI {numbers['nmi']:.2f} (shuffled {numbers['nmi_shuffled']:.2f}), AMI {numbers['ami']:.2f}", fontsize=9
+    )
     return figure

@@ -27,9 +27,9 @@ from ..methods.method import Correspondence
 
 # %% ../../nbs/analyse/07_regions.ipynb #d09236de
 def region_overlap(
-    masks,                  # (S, H, W) bool
+    masks,  # (S, H, W) bool
     grid: tuple[int, int],  # (h, w)
-) -> np.ndarray:            # (S, h*w) in 0..1, row-major
+) -> np.ndarray:  # (S, h*w) in 0..1, row-major
     """Share of each region's area that lies in the mask.
 
     Parameters
@@ -49,8 +49,8 @@ def region_overlap(
 
 # %% ../../nbs/analyse/07_regions.ipynb #489e93c4
 def share_inside(
-    weights,                # (S, N) not negative
-    masks,                  # (S, H, W) bool
+    weights,  # (S, N) not negative
+    masks,  # (S, H, W) bool
     grid: tuple[int, int],  # (h, w), N = h*w
 ) -> tuple[np.ndarray, np.ndarray]:  # (S,) share of the weight that lies in the mask, (S,) share of the area
     """How much of each map lies in its mask, a region's weight being spread evenly over its area; the area is the share of an even map.
@@ -74,9 +74,9 @@ def share_inside(
 
 # %% ../../nbs/analyse/07_regions.ipynb #8e0da249
 def mirror_symmetry(
-    weights,                # (N,) not negative
+    weights,  # (N,) not negative
     grid: tuple[int, int],
-) -> float:                 # 1 = the same as its mirror image, 0 = all on one side
+) -> float:  # 1 = the same as its mirror image, 0 = all on one side
     """Share of a map that remains when it is laid over its mirror image, left and right exchanged.
 
     Parameters
@@ -96,10 +96,10 @@ def mirror_symmetry(
 
 # %% ../../nbs/analyse/07_regions.ipynb #41be97af
 def phantom_masks(
-    pairs: Pairs,            # of a phantom Pack, not augmented
+    pairs: Pairs,  # of a phantom Pack, not augmented
     items: Sequence[int],
     findings: Sequence[str] | None = None,  # which; None: the lungs instead
-) -> np.ndarray:             # (items, size, size) bool, in the encoder's view
+) -> np.ndarray:  # (items, size, size) bool, in the encoder's view
     """Where the lungs or some findings of phantom studies are. ValueError for pairs of anything else.
 
     Parameters
@@ -117,7 +117,9 @@ def phantom_masks(
     """
     phantom, view, masks = pack_phantom(pairs.pack), pairs.preprocessing.mask(), []
     if phantom is None or pairs.train:
-        raise ValueError(f"masks are known only for a phantom's pairs with train=False; these have source {pairs.pack.manifest['source'].get('kind')!r}")
+        raise ValueError(
+            f"masks are known only for a phantom's pairs with train=False; these have source {pairs.pack.manifest['source'].get('kind')!r}"
+        )
     for item in items:
         study = redraw_study(pairs.pack, pairs.items[item][0])
         if findings is None:
@@ -130,8 +132,8 @@ def phantom_masks(
 
 # %% ../../nbs/analyse/07_regions.ipynb #32f35bd0
 def weight_numbers(
-    weights,                # (S, N) of the regions of each study
-    lungs,                  # (S, H, W) bool
+    weights,  # (S, N) of the regions of each study
+    lungs,  # (S, H, W) bool
     grid: tuple[int, int],
 ) -> dict[str, float]:
     """What LoVT's supplement reads off its Fig. 5: weight inside the lungs beside their area, and symmetry of the mean map.
@@ -146,16 +148,20 @@ def weight_numbers(
     """
     inside, area = share_inside(weights, lungs, grid)
     mean = np.asarray(weights, dtype=float).mean(0)
-    return {"in_lungs": float(inside.mean()), "lung_area": float(area.mean()), "symmetry": mirror_symmetry(mean, grid),
-            "largest_over_even": float(mean.max() * len(mean) / mean.sum())}
+    return {
+        "in_lungs": float(inside.mean()),
+        "lung_area": float(area.mean()),
+        "symmetry": mirror_symmetry(mean, grid),
+        "largest_over_even": float(mean.max() * len(mean) / mean.sum()),
+    }
 
 # %% ../../nbs/analyse/07_regions.ipynb #293f7a3d
 @matplotlib.rc_context(STYLE)
 def draw_mean_weights(
-    weights,                # (N,) mean weights
+    weights,  # (N,) mean weights
     grid: tuple[int, int],
-    image,                  # (H, W) mean image
-    lungs=None,             # (H, W) share of studies whose lung is there: outlined at one half
+    image,  # (H, W) mean image
+    lungs=None,  # (H, W) share of studies whose lung is there: outlined at one half
     label: str = "weight of a region, as a multiple of an even share",
 ) -> Figure:
     """Mean weights of regions laid over the mean image, each region with its number where there is room (LoVT supplement, Fig. 5).
@@ -182,8 +188,16 @@ def draw_mean_weights(
         ax.contour(x, y, lungs, [0.5], colors=OUTLINE, linewidths=1.2)
     if share.size <= 64:
         for (row, column), value in np.ndenumerate(share):
-            ax.text((column + 0.5) * width / grid[1], (row + 0.5) * height / grid[0], f"{value:.1f}", ha="center", va="center",
-                    color="white", fontsize=9 if grid[1] < 6 else 6.5, path_effects=[withStroke(linewidth=1.6, foreground="black")])
+            ax.text(
+                (column + 0.5) * width / grid[1],
+                (row + 0.5) * height / grid[0],
+                f"{value:.1f}",
+                ha="center",
+                va="center",
+                color="white",
+                fontsize=9 if grid[1] < 6 else 6.5,
+                path_effects=[withStroke(linewidth=1.6, foreground="black")],
+            )
     ax.set(xticks=[], yticks=[])
     ax.spines[:].set_visible(False), ax.grid(visible=False)
     figure.colorbar(shown, ax=ax, label=label, shrink=0.9).ax.yaxis.label.set_size(7.5)
@@ -192,8 +206,8 @@ def draw_mean_weights(
 # %% ../../nbs/analyse/07_regions.ipynb #ddd947a6
 def chosen_regions(
     found: Correspondence,
-    items: Sequence[int],       # (B,) names of the rows
-) -> pd.DataFrame:              # item, sentence, region, margin (over the second-best, in standard deviations of the map)
+    items: Sequence[int],  # (B,) names of the rows
+) -> pd.DataFrame:  # item, sentence, region, margin (over the second-best, in standard deviations of the map)
     """The region with the highest score for every sentence (local-mi Eq. 5).
 
     Parameters
@@ -216,9 +230,9 @@ def chosen_regions(
 
 # %% ../../nbs/analyse/07_regions.ipynb #c8416437
 def choice_numbers(
-    regions: Sequence[int],            # (K,) chosen by sentences
+    regions: Sequence[int],  # (K,) chosen by sentences
     grid: tuple[int, int],
-    masks=None,                        # (K, H, W) bool: where what they speak of is
+    masks=None,  # (K, H, W) bool: where what they speak of is
 ) -> dict[str, float]:
     """How many regions are ever chosen, as the exponential of their entropy, and how often rightly; `fixed` = always the best single one.
 
@@ -234,18 +248,21 @@ def choice_numbers(
     told = {"sentences": len(regions), "in_use": float(np.exp(-(share[share > 0] * np.log(share[share > 0])).sum()))}
     if masks is not None and len(masks):
         cells = on_target(masks, grid)
-        told |= {"hit": float(cells[np.arange(len(cells)), regions].mean()), "chance": float(np.mean(masks)),
-                 "fixed": float(cells.mean(0).max())}
+        told |= {
+            "hit": float(cells[np.arange(len(cells)), regions].mean()),
+            "chance": float(np.mean(masks)),
+            "fixed": float(cells.mean(0).max()),
+        }
     return told
 
 # %% ../../nbs/analyse/07_regions.ipynb #1d23e043
 @matplotlib.rc_context(STYLE)
 def draw_choice(
-    image,                             # (H, W) or (C, H, W)
+    image,  # (H, W) or (C, H, W)
     grid: tuple[int, int],
-    choice: pd.DataFrame,              # rows of one study, of `chosen_regions`
-    sentences: Sequence[str],          # of its report
-    mask=None,                         # (H, W) bool, outlined
+    choice: pd.DataFrame,  # rows of one study, of `chosen_regions`
+    sentences: Sequence[str],  # of its report
+    mask=None,  # (H, W) bool, outlined
 ) -> Figure:
     """A radiograph with the region that each sentence chose, numbered as the sentences beside it.
 
@@ -266,14 +283,30 @@ def draw_choice(
     (height, width), (h, w) = image.shape, grid
     ax.imshow(image, cmap="gray", extent=(0, width, height, 0))
     if mask is not None and np.any(mask):
-        ax.contour(np.arange(width) + 0.5, np.arange(height) + 0.5, np.asarray(mask, float), [0.5], colors=OUTLINE, linewidths=1.4)
+        ax.contour(
+            np.arange(width) + 0.5,
+            np.arange(height) + 0.5,
+            np.asarray(mask, float),
+            [0.5],
+            colors=OUTLINE,
+            linewidths=1.4,
+        )
     regions = choice.groupby("region").sentence.apply(lambda s: " ".join(str(m + 1) for m in s))
     for k, (region, told) in enumerate(regions.items()):
         (row, column), colour = divmod(region, w), SERIES[k % len(SERIES)]
         corner = (column * width / w, row * height / h)
         ax.add_patch(Rectangle(corner, width / w, height / h, fill=False, edgecolor=colour, linewidth=2))
-        ax.text(corner[0] + 0.5 * width / w, corner[1] + 0.5 * height / h, told, color="white", fontsize=8, ha="center", va="center",
-                bbox=dict(boxstyle="round,pad=0.15", facecolor=colour, edgecolor="none"), wrap=True)
+        ax.text(
+            corner[0] + 0.5 * width / w,
+            corner[1] + 0.5 * height / h,
+            told,
+            color="white",
+            fontsize=8,
+            ha="center",
+            va="center",
+            bbox=dict(boxstyle="round,pad=0.15", facecolor=colour, edgecolor="none"),
+            wrap=True,
+        )
     colours = {m: SERIES[list(regions.index).index(r) % len(SERIES)] for m, r in zip(choice.sentence, choice.region)}
     for line, m in enumerate(sorted(colours)):
         y = 0.98 - line / max(len(colours), 10)

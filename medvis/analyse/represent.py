@@ -19,10 +19,11 @@ from ..methods.method import Aligned, Method
 
 # %% ../../nbs/analyse/03_represent.ipynb #fd333549
 def batches(
-    method: Method, pairs: Pairs,
+    method: Method,
+    pairs: Pairs,
     items: Sequence[int] | None = None,  # None: all
     batch_size: int = 64,
-) -> Iterator[Batch]:                    # on the method's device
+) -> Iterator[Batch]:  # on the method's device
     """The pairs of a study, batch by batch; puts the method in evaluation mode.
 
     Parameters
@@ -48,10 +49,11 @@ def batches(
 # %% ../../nbs/analyse/03_represent.ipynb #72b3cb2d
 @torch.no_grad()
 def image_features(
-    method: Method, pairs: Pairs,
+    method: Method,
+    pairs: Pairs,
     items: Sequence[int] | None = None,  # None: all
     batch_size: int = 64,
-) -> ImageFeatures:                      # on the CPU; weights sum to 1, or are None
+) -> ImageFeatures:  # on the CPU; weights sum to 1, or are None
     """What the image encoder returns for some studies, and the whole as the method pools it, before any projection.
 
     Parameters
@@ -72,15 +74,18 @@ def image_features(
         seen = method.image_encoder(batch.image)
         found.append((seen.regions.cpu(), *(None if x is None else x.cpu() for x in method.pool_image(seen))))
     regions, whole, weights = zip(*found)
-    return ImageFeatures(torch.cat(regions), torch.cat(whole), seen.grid, None if weights[0] is None else torch.cat(weights))
+    return ImageFeatures(
+        torch.cat(regions), torch.cat(whole), seen.grid, None if weights[0] is None else torch.cat(weights)
+    )
 
 # %% ../../nbs/analyse/03_represent.ipynb #9f33314b
 @torch.no_grad()
 def aligned_studies(
-    method: Method, pairs: Pairs,
+    method: Method,
+    pairs: Pairs,
     items: Sequence[int] | None = None,  # None: all
     batch_size: int = 64,
-) -> Aligned:                            # on the CPU, reports padded to the longest
+) -> Aligned:  # on the CPU, reports padded to the longest
     """Regions and texts of some studies as a method compares them. TypeError for a method without a space for both.
 
     Parameters
@@ -98,7 +103,9 @@ def aligned_studies(
     """
     found = [method.align(batch) for batch in batches(method, pairs, items, batch_size)]
     if None in found:
-        raise TypeError(f"{type(method).__name__}, as it is configured, has no space in which regions and texts are compared")
+        raise TypeError(
+            f"{type(method).__name__}, as it is configured, has no space in which regions and texts are compared"
+        )
     longest = max(one.mask.shape[1] for one in found)
 
     def together(name: str) -> Tensor:

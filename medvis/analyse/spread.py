@@ -27,7 +27,7 @@ _SPREADS = {
 # %% ../../nbs/analyse/04_spread.ipynb #f4fc8992
 def spread_table(
     features: Mapping[str, ImageFeatures],  # by name of the method
-) -> pd.DataFrame:                          # one row a method; columns of SPREADS: 1 = over the sphere, 0 = constant
+) -> pd.DataFrame:  # one row a method; columns of SPREADS: 1 = over the sphere, 0 = constant
     """Standard deviations of regions and wholes (LoVT supplement, Fig. 1).
 
     Parameters
@@ -46,7 +46,7 @@ def spread_table(
 # %% ../../nbs/analyse/04_spread.ipynb #c247004f
 @matplotlib.rc_context(STYLE)
 def draw_spread(
-    table: pd.DataFrame,           # of `spread_table`
+    table: pd.DataFrame,  # of `spread_table`
     names: Mapping[str, str] | None = None,  # how methods are called in the figure
 ) -> Figure:
     """Bars of the four standard deviations for each method, each with its number.
@@ -68,5 +68,7 @@ def draw_spread(
     ax.set(ylabel="standard deviation (1 = over the sphere)", ylim=(0, 1.12))
     ax.yaxis.label.set_size(8)
     ax.grid(axis="x", visible=False)
-    figure.legend(*ax.get_legend_handles_labels(), loc="outside upper center", ncols=4, handlelength=1, columnspacing=1.2)
+    figure.legend(
+        *ax.get_legend_handles_labels(), loc="outside upper center", ncols=4, handlelength=1, columnspacing=1.2
+    )
     return figure

@@ -49,7 +49,7 @@ torchrun --nproc_per_node 2 -m -- medvis pretrain ...
 
 # %% ../../nbs/cli/01_commands.ipynb #db9f1e43
 def _find_settings(
-    method: str,        # my_package.my_module:MyMethod
+    method: str,  # my_package.my_module:MyMethod
 ) -> tuple[type, dict]:
     "Configuration class and presets of a method that is not of medvis; its module is imported. ValueError says what is missing."
     from medvis.methods import METHODS
@@ -59,21 +59,24 @@ def _find_settings(
 
 # %% ../../nbs/cli/01_commands.ipynb #3a155f98
 def _pretrain_options(
-    method: str,   # a key of SETTINGS, or my_package.my_module:MyMethod
+    method: str,  # a key of SETTINGS, or my_package.my_module:MyMethod
     preset: str,
-) -> type:         # dataclass: data, init, settings, train
+) -> type:  # dataclass: data, init, settings, train
     "The options of pre-training a method, with the defaults of a preset; ValueError for an unknown preset."
     kind, presets = SETTINGS[method] if method in SETTINGS else _find_settings(method)
     check_choice(f"preset of {method}", preset, presets)
     config, recipe = presets[preset]
     flat = tyro.conf.arg(name="")
-    made = make_dataclass("Pretrain", [
-        ("data", Path, field(default=tyro.MISSING)),
-        ("preset", Literal[tuple(presets)], field(default=preset)),
-        ("init", Path | None, field(default=None)),
-        ("settings", Annotated[kind, flat], field(default=kind(**config))),
-        ("train", Annotated[TrainConfig, flat], field(default=TrainConfig(run=tyro.MISSING, **recipe))),
-    ])
+    made = make_dataclass(
+        "Pretrain",
+        [
+            ("data", Path, field(default=tyro.MISSING)),
+            ("preset", Literal[tuple(presets)], field(default=preset)),
+            ("init", Path | None, field(default=None)),
+            ("settings", Annotated[kind, flat], field(default=kind(**config))),
+            ("train", Annotated[TrainConfig, flat], field(default=TrainConfig(run=tyro.MISSING, **recipe))),
+        ],
+    )
     made.__doc__ = cleandoc(f"""Pre-train {method} on a Pack, or go on with the run that stands in --run.
 
     Args:
@@ -85,7 +88,7 @@ def _pretrain_options(
     return made
 
 # %% ../../nbs/cli/01_commands.ipynb #0b870ef3
-def pretrain(method: str, options):     # -> Run
+def pretrain(method: str, options):  # -> Run
     """Pre-train a method as `_pretrain_options` says.
 
     Returns
@@ -99,13 +102,14 @@ def pretrain(method: str, options):     # -> Run
 
     made = create_method(method, options.preset, data, options.train.seed, options.init, **vars(options.settings))
     run = fit(made, data, options.train)
-    PartialState().print(f"Run: {run.path}")        # once, whatever the number of processes
+    PartialState().print(f"Run: {run.path}")  # once, whatever the number of processes
     return run
 
 # %% ../../nbs/cli/01_commands.ipynb #e47db040
 @dataclass
 class ProbeConfig:
     "Linear probe: frozen encoders, few and many labels, AUROC with intervals, against random initialisation."
+
     data: Path
     "Folder of a Pack with labels."
     encoders: tuple[str, ...]
@@ -122,19 +126,26 @@ class ProbeConfig:
     "Each draws other subsets, and another random initialisation."
     findings: Annotated[tuple[str, ...], default_text("all")] = ()
     "Label columns."
-    uncertain: Annotated[Literal["ignore", "positive", "negative"] | None, default_text("what the Pack's recipe says, else they are ignored")] = None
+    uncertain: Annotated[
+        Literal["ignore", "positive", "negative"] | None,
+        default_text("what the Pack's recipe says, else they are ignored"),
+    ] = None
     "What labels of -1 count as."
-    blank: Annotated[Literal["ignore", "negative"] | None, default_text("what the Pack's recipe says, else negative")] = None
+    blank: Annotated[
+        Literal["ignore", "negative"] | None, default_text("what the Pack's recipe says, else negative")
+    ] = None
     "What missing labels count as."
     out: Annotated[Path | None, default_text("the folder probe of the first run")] = None
     "Folder for the table and the predictions."
-    subset: Annotated[Literal["patients", "first"] | None, default_text("as the Pack's recipe says, else by patient")] = None
+    subset: Annotated[
+        Literal["patients", "first"] | None, default_text("as the Pack's recipe says, else by patient")
+    ] = None
     "Shares are drawn by patient, or are the first rows."
     allow_leaks: bool = False
     "Measure although a run was trained on patients or images that are for validation or test here; the Pack's manifest lists them."
 
 # %% ../../nbs/cli/01_commands.ipynb #81399b93
-def probe(config: ProbeConfig) -> pd.DataFrame:     # see evaluate.linear_probe
+def probe(config: ProbeConfig) -> pd.DataFrame:  # see evaluate.linear_probe
     """Probe encoders, print the macro rows and save table and predictions.
 
     Returns
@@ -147,11 +158,24 @@ def probe(config: ProbeConfig) -> pd.DataFrame:     # see evaluate.linear_probe
     from medvis.evaluate.models import as_encoders
     from medvis.studies.demo import probe_lines
 
-    encoders, first = as_encoders(config.encoders, config.names, image=config.image, size=config.size), Path(config.encoders[0])
+    encoders, first = (
+        as_encoders(config.encoders, config.names, image=config.image, size=config.size),
+        Path(config.encoders[0]),
+    )
     out = config.out or (first / "probe" if first.is_dir() else Path("probe"))
     table = linear_probe(
-        encoders, data, config.fractions, config.seeds, config.findings or None, uncertain=config.uncertain, blank=config.blank,
-        subset=config.subset, out=out, allow_leaks=config.allow_leaks, cache=out / "features")
+        encoders,
+        data,
+        config.fractions,
+        config.seeds,
+        config.findings or None,
+        uncertain=config.uncertain,
+        blank=config.blank,
+        subset=config.subset,
+        out=out,
+        allow_leaks=config.allow_leaks,
+        cache=out / "features",
+    )
     print("\n".join(probe_lines(table, paired_gain(pd.read_parquet(out / "predictions.parquet")))))
     print(f"Table: {out / 'probe.csv'}")
     return table
@@ -160,6 +184,7 @@ def probe(config: ProbeConfig) -> pd.DataFrame:     # see evaluate.linear_probe
 @dataclass
 class ShowConfig:
     "Write a run as one HTML page: curves, probe, pointing game, word maps."
+
     run: tyro.conf.Positional[Path]
     "Run folder."
     data: Annotated[Path | None, default_text("the one the run was trained on")] = None
@@ -186,15 +211,21 @@ def show(config: ShowConfig) -> Path:
 @dataclass
 class RetrieveConfig:
     "Find reports by images and images by reports, and name findings by prompts alone, on the test split."
+
     run: tyro.conf.Positional[Path]
     "Run folder."
     data: Annotated[Path | None, default_text("the one the run was trained on")] = None
     "Folder of the Pack."
     findings: Annotated[tuple[str, ...], default_text("those of the Pack's recipe, else all")] = ()
     "Label columns."
-    uncertain: Annotated[Literal["ignore", "positive", "negative"] | None, default_text("what the Pack's recipe says, else they are ignored")] = None
+    uncertain: Annotated[
+        Literal["ignore", "positive", "negative"] | None,
+        default_text("what the Pack's recipe says, else they are ignored"),
+    ] = None
     "What labels of -1 count as."
-    blank: Annotated[Literal["ignore", "negative"] | None, default_text("what the Pack's recipe says, else negative")] = None
+    blank: Annotated[
+        Literal["ignore", "negative"] | None, default_text("what the Pack's recipe says, else negative")
+    ] = None
     "What missing labels count as."
     per_class: Annotated[int | None, default_text("all")] = None
     "At most so many studies of each class are searched for their class."
@@ -206,7 +237,7 @@ class RetrieveConfig:
     "Measure although a run was trained on patients or images that are for validation or test here; the Pack's manifest lists them."
 
 # %% ../../nbs/cli/01_commands.ipynb #ce4815fd
-def retrieve(config: RetrieveConfig) -> pd.DataFrame:   # see evaluate.retrieve.retrieval_table
+def retrieve(config: RetrieveConfig) -> pd.DataFrame:  # see evaluate.retrieve.retrieval_table
     """Retrieval and zero-shot classification of a run; print the tables and say where they are.
 
     Returns
@@ -220,7 +251,13 @@ def retrieve(config: RetrieveConfig) -> pd.DataFrame:   # see evaluate.retrieve.
 
     method, out = as_method(config.run), config.out or config.run / "retrieval"
     prompts = None if config.prompts is None else library.read_prompts(config.prompts)
-    rules = dict(findings=config.findings or None, uncertain=config.uncertain, blank=config.blank, allow_leaks=config.allow_leaks, out=out)
+    rules = dict(
+        findings=config.findings or None,
+        uncertain=config.uncertain,
+        blank=config.blank,
+        allow_leaks=config.allow_leaks,
+        out=out,
+    )
     table = library.retrieve(method, data, per_class=config.per_class, **rules)
     named = library.zero_shot(method, data, prompts, **rules)["findings"]
     for shown in (table.drop(columns="reported_by"), named[named.metric == "AUROC"]):
@@ -232,6 +269,7 @@ def retrieve(config: RetrieveConfig) -> pd.DataFrame:   # see evaluate.retrieve.
 @dataclass
 class PhrasesConfig:
     "Find the places that phrases speak of: pointing game, CNR, mIoU and Dice, also on another patient's image."
+
     run: tyro.conf.Positional[Path]
     "Run folder."
     phrases: Annotated[Path | None, default_text("what a phantom's test reports say")] = None
@@ -244,7 +282,7 @@ class PhrasesConfig:
     "Measure although a run was trained on patients or images that are for validation or test here; the Pack's manifest lists them."
 
 # %% ../../nbs/cli/01_commands.ipynb #984fc3b7
-def phrases(config: PhrasesConfig) -> pd.DataFrame:     # see evaluate.ground.grounding_table
+def phrases(config: PhrasesConfig) -> pd.DataFrame:  # see evaluate.ground.grounding_table
     """Measure a run on phrases; print how well it does over all, and write that by finding and by phrase.
 
     Returns
@@ -268,17 +306,29 @@ def _print_summary(short: pd.DataFrame) -> None:  # see evaluate.summary
     "Print the headline numbers, and what the seeds can say about gains."
     for row in short.itertuples():
         spread = f" [{row.low:.3f}, {row.high:.3f}]" if row.n > 1 else ""
-        gain = f"; gain {row.gain:+.3f} [{row.gain_low:+.3f}, {row.gain_high:+.3f}], p {row.p_corrected:.3f}" if getattr(row, "pairs", 0) > 1 else ""
-        print(f"{row.encoder:>16}  {row.fraction:>6.1%}  {row.metric} {row.mean:.3f}{spread} ({row.n} run{'s' if row.n > 1 else ''}){gain}")
-    for pairs, least in short[["pairs", "p_least"]].drop_duplicates().itertuples(index=False) if "pairs" in short else ():
+        gain = (
+            f"; gain {row.gain:+.3f} [{row.gain_low:+.3f}, {row.gain_high:+.3f}], p {row.p_corrected:.3f}"
+            if getattr(row, "pairs", 0) > 1
+            else ""
+        )
+        print(
+            f"{row.encoder:>16}  {row.fraction:>6.1%}  {row.metric} {row.mean:.3f}{spread} ({row.n} run{'s' if row.n > 1 else ''}){gain}"
+        )
+    for pairs, least in (
+        short[["pairs", "p_least"]].drop_duplicates().itertuples(index=False) if "pairs" in short else ()
+    ):
         if least > 0.05:
-            print(f"With {pairs:.0f} seeds the exact test of a gain cannot give a p below {least:.3g}: read the intervals, or take 6 seeds or more.")
+            print(
+                f"With {pairs:.0f} seeds the exact test of a gain cannot give a p below {least:.3g}: read the intervals, or take 6 seeds or more."
+            )
     for runs, covers in short[["n", "covers"]].drop_duplicates().itertuples(index=False):
         if runs > 1:
-            print(f"[low, high] over {runs} runs holds the truth in {covers:.0%} of all cases (normal runs, simulated).")
+            print(
+                f"[low, high] over {runs} runs holds the truth in {covers:.0%} of all cases (normal runs, simulated)."
+            )
 
 # %% ../../nbs/cli/01_commands.ipynb #6996f557
-def evaluate(config: EvaluateConfig) -> pd.DataFrame:   # see evaluate.summary
+def evaluate(config: EvaluateConfig) -> pd.DataFrame:  # see evaluate.summary
     """Measure encoders as the options say, and print the headline numbers.
 
     Returns
@@ -289,21 +339,41 @@ def evaluate(config: EvaluateConfig) -> pd.DataFrame:   # see evaluate.summary
     data = Pack(config.data)
     import medvis.evaluate.protocol as library
 
-    changes = {name: getattr(config, name) for name in ("lrs", "fractions", "subset", "seeds", "epochs") if getattr(config, name) not in ((), None)}
+    changes = {
+        name: getattr(config, name)
+        for name in ("lrs", "fractions", "subset", "seeds", "epochs")
+        if getattr(config, name) not in ((), None)
+    }
     rules = replace(library.find_protocol(config.protocol, config.released), **changes)
-    task = library.protocol_task(data, config.protocol, config.targets, config.kind, config.classes, config.uncertain, config.blank, config.progress)
+    task = library.protocol_task(
+        data,
+        config.protocol,
+        config.targets,
+        config.kind,
+        config.classes,
+        config.uncertain,
+        config.blank,
+        config.progress,
+    )
     drawn = {"patients": "drawn by patient", "first": "the first rows"}[library.share_rule(task, rules)]
-    print(task, f"Shares of the training images, {drawn}: " + ", ".join(f"{100 * share:.4g} %" for share in rules.fractions), sep="\n")
+    print(
+        task,
+        f"Shares of the training images, {drawn}: " + ", ".join(f"{100 * share:.4g} %" for share in rules.fractions),
+        sep="\n",
+    )
     given = ("names", "baseline", "resamples", "allow_leaks", "image", "size", "device", "cache", "progress")
     table = library.evaluate(config.encoder, task, rules, config.out, **{name: getattr(config, name) for name in given})
     _print_summary(table)
-    print(f"Tables: {config.out / 'results.csv'}" + (", patients.csv" if (config.out / "patients.csv").exists() else ""))
+    print(
+        f"Tables: {config.out / 'results.csv'}" + (", patients.csv" if (config.out / "patients.csv").exists() else "")
+    )
     return table
 
 # %% ../../nbs/cli/01_commands.ipynb #e14b65d6
 @dataclass
 class _PretrainConfig:
     "Pre-train a method on a Pack: medvis pretrain METHOD --help lists its options."
+
     method: tyro.conf.Positional[Literal[tuple(SETTINGS)]]
     "Method; one of your own as my_package.my_module:MyMethod."
     preset: str = "tiny"
@@ -321,7 +391,10 @@ class PrepareConfig:
     """Make a Pack: images and reports, checked, resized and split, in one folder.
 
     A data set of your own: medvis prepare my_package.my_module:MY_DATA --help"""
-    source: Union[tuple(Annotated[kind, tyro.conf.subcommand(name, description=kind.__doc__)] for name, kind in PREPARE.items())]
+
+    source: Union[
+        tuple(Annotated[kind, tyro.conf.subcommand(name, description=kind.__doc__)] for name, kind in PREPARE.items())
+    ]
 
 # %% ../../nbs/cli/01_commands.ipynb #b93f6a34
 def prepare(config: PrepareConfig) -> Pack:
@@ -337,12 +410,16 @@ CHECK = {name: command_config(one, build=False) for name, one in DATASETS.items(
 @dataclass
 class CheckConfig:
     "Are all files of a data set there, and well-formed?"
-    source: Union[tuple(Annotated[kind, tyro.conf.subcommand(name, description=kind.__doc__)] for name, kind in CHECK.items())]
+
+    source: Union[
+        tuple(Annotated[kind, tyro.conf.subcommand(name, description=kind.__doc__)] for name, kind in CHECK.items())
+    ]
 
 # %% ../../nbs/cli/01_commands.ipynb #5b8c70b1
 @dataclass
 class GetConfig:
     "What to download for a data set, from where, and where to put it."
+
     name: tyro.conf.Positional[Literal[tuple(DATASETS)]]
     "Data set."
 
@@ -350,6 +427,7 @@ class GetConfig:
 @dataclass
 class SimulateConfig:
     "Write the phantom to disk in the format of a public data set."
+
     name: tyro.conf.Positional[Literal[tuple(DATASETS)]]
     "Data set."
     root: Path
@@ -365,6 +443,7 @@ class SimulateConfig:
 @dataclass
 class LeaksConfig:
     "Which patients or images are in more than one split of a Pack, or of Packs that are used together?"
+
     pack: tyro.conf.Positional[Path]
     "Folder of a Pack."
     against: tuple[Path, ...] = ()
@@ -374,16 +453,27 @@ class LeaksConfig:
 @dataclass
 class DataConfig:
     "How to get a data set, whether its files are in order, how to imitate it; and leaks between Packs."
-    what: Annotated[GetConfig, tyro.conf.subcommand("get")] | Annotated[CheckConfig, tyro.conf.subcommand("check")] | Annotated[LeaksConfig, tyro.conf.subcommand("leaks")] | Annotated[SimulateConfig, tyro.conf.subcommand("simulate")]
+
+    what: (
+        Annotated[GetConfig, tyro.conf.subcommand("get")]
+        | Annotated[CheckConfig, tyro.conf.subcommand("check")]
+        | Annotated[LeaksConfig, tyro.conf.subcommand("leaks")]
+        | Annotated[SimulateConfig, tyro.conf.subcommand("simulate")]
+    )
 
 # %% ../../nbs/cli/01_commands.ipynb #7340239f
 def _check_data(config: CheckConfig) -> None:
     "Print what there is of a data set. ValueError lists all that is missing or malformed, and what to download."
     data_set, read = config.source.data_set, config.source.read
     facts, problems = check_source(data_set, read)
-    print(f"{data_set.title} in {read.root}: " + (", ".join(f"{count} {what}" for what, count in facts.items()) or "cannot be read"))
+    print(
+        f"{data_set.title} in {read.root}: "
+        + (", ".join(f"{count} {what}" for what, count in facts.items()) or "cannot be read")
+    )
     if problems:
-        raise ValueError("\n  ".join([f"what is wrong in {read.root}:", *problems]) + f"\n\nWhat is needed:\n{data_set.get}")
+        raise ValueError(
+            "\n  ".join([f"what is wrong in {read.root}:", *problems]) + f"\n\nWhat is needed:\n{data_set.get}"
+        )
     print("Nothing is missing.")
 
 # %% ../../nbs/cli/01_commands.ipynb #b31235a6
@@ -406,10 +496,12 @@ def data(config: DataConfig) -> None:
         _look_for_leaks(config.what)
     else:
         simulate(config.what.name, config.what.root, config.what.studies, config.what.size, config.what.seed)
-        print(f"{config.what.root}: {config.what.studies} phantom studies as {config.what.name}; go on with medvis prepare {config.what.name} --root {config.what.root}")
+        print(
+            f"{config.what.root}: {config.what.studies} phantom studies as {config.what.name}; go on with medvis prepare {config.what.name} --root {config.what.root}"
+        )
 
 # %% ../../nbs/cli/01_commands.ipynb #8f7d1691
-_COMMANDS = {     # name -> options, and the function that does the work, which is imported when it is known what is wanted
+_COMMANDS = {  # name -> options, and the function that does the work, which is imported when it is known what is wanted
     "demo": (DemoConfig, "medvis.studies.demo:run_demo"),
     "data": (DataConfig, "medvis.cli.commands:data"),
     "prepare": (PrepareConfig, "medvis.cli.commands:prepare"),
@@ -430,22 +522,34 @@ def _run_command(argv: Sequence[str]) -> None:
         print(f"medvis {__version__}")
         return
     if argv[:1] == ["pretrain"] and argv[1:2] and (argv[1] in SETTINGS or ":" in argv[1]):
-        given = dict(zip(argv, [*argv[1:], None])) | dict(word.split("=", 1) for word in argv if word.startswith("--preset="))
+        given = dict(zip(argv, [*argv[1:], None])) | dict(
+            word.split("=", 1) for word in argv if word.startswith("--preset=")
+        )
         options = _pretrain_options(argv[1], given.get("--preset") or "tiny")
         pretrain(argv[1], tyro.cli(options, args=argv[2:], prog=f"medvis pretrain {argv[1]}"))
         return
     flat = (tyro.conf.OmitSubcommandPrefixes, tyro.conf.OmitArgPrefixes)
     if argv[:1] == ["prepare"] and ":" in "".join(argv[1:2]):
-        prepare(PrepareConfig(tyro.cli(prepare_options(argv[1]), args=argv[2:], prog=f"medvis prepare {argv[1]}", config=flat)))
+        prepare(
+            PrepareConfig(
+                tyro.cli(prepare_options(argv[1]), args=argv[2:], prog=f"medvis prepare {argv[1]}", config=flat)
+            )
+        )
         return
     kinds = [Annotated[kind, tyro.conf.subcommand(name)] for name, (kind, _) in _COMMANDS.items()]
     config = tyro.cli(
-        Union[tuple(kinds)], args=argv, prog="medvis", config=flat,
+        Union[tuple(kinds)],
+        args=argv,
+        prog="medvis",
+        config=flat,
         description="Learn chest X-ray representations from image-report pairs, measure them, and watch words align with regions. "
-        "medvis --version prints the version; python -m medvis is the same command.")
+        "medvis --version prints the version; python -m medvis is the same command.",
+    )
     work = next(work for kind, work in _COMMANDS.values() if isinstance(config, kind))
     if work is None:
-        raise ValueError(f"medvis pretrain {config.method} needs --data and --run; see medvis pretrain {config.method} --help")
+        raise ValueError(
+            f"medvis pretrain {config.method} needs --data and --run; see medvis pretrain {config.method} --help"
+        )
     resolve_name(work)(config)
 
 # %% ../../nbs/cli/01_commands.ipynb #ea7def1d

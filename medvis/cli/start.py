@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 
 # %% ../../nbs/cli/02_start.ipynb #a0bdca66
-def main(argv: Sequence[str] | None = None) -> int:     # the exit code
+def main(argv: Sequence[str] | None = None) -> int:  # the exit code
     """Entry point of `medvis`: runs a command (see `medvis.cli.commands.main`), of which only the caller needs the imports
 
     Returns

@@ -12,7 +12,7 @@ import tyro
 
 # %% ../../nbs/core/04_choices.ipynb #f46a9485
 def check_choice(
-    kind: str,                  # of thing, in the singular: "preset of MGCA"
+    kind: str,  # of thing, in the singular: "preset of MGCA"
     value: object,
     choices: Iterable[object],
 ) -> None:
@@ -30,7 +30,7 @@ def check_choice(
         raise ValueError(f"unknown {kind} {value!r}; choose from {', '.join(map(str, choices))}")
 
 # %% ../../nbs/core/04_choices.ipynb #c2f616b3
-def default_text(text: str) -> object:      # for typing.Annotated
+def default_text(text: str) -> object:  # for typing.Annotated
     """What `--help` says of the default of an option whose default is None or empty.
 
     Returns

@@ -19,8 +19,8 @@ from typing import Any
 
 # %% ../../nbs/core/01_doors.ipynb #0d1c64f8
 def names_for_checkers(
-    source: str,                        # of a module
-) -> dict[str, tuple[str, str]]:        # name -> module, and its name there
+    source: str,  # of a module
+) -> dict[str, tuple[str, str]]:  # name -> module, and its name there
     """What a module imports under `if TYPE_CHECKING:`, in the order of the source.
 
     Parameters
@@ -33,13 +33,17 @@ def names_for_checkers(
     dict[str, tuple[str, str]]
         name -> module, and its name there
     """
-    blocks = [node for node in ast.parse(source).body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"]
+    blocks = [
+        node
+        for node in ast.parse(source).body
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+    ]
     imports = [node for block in blocks for node in block.body if isinstance(node, ast.ImportFrom)]
     return {alias.asname or alias.name: (node.module, alias.name) for node in imports for alias in node.names}
 
 # %% ../../nbs/core/01_doors.ipynb #ed18699b
 def lazy_door(
-    package: str,       # dotted name, of the package that asks
+    package: str,  # dotted name, of the package that asks
 ) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
     """`__getattr__` and `__dir__` for a package that imports its names under `if TYPE_CHECKING:`; each is imported when it is asked for.
 
@@ -62,8 +66,8 @@ def lazy_door(
 
 # %% ../../nbs/core/01_doors.ipynb #557c4890
 def callable_door(
-    package: str,       # dotted name, of the package that asks
-    function: str,      # module:name, of the function that has the package's name
+    package: str,  # dotted name, of the package that asks
+    function: str,  # module:name, of the function that has the package's name
 ) -> None:
     """Let a package be called as a function: mv.evaluate(...), beside mv.evaluate.summary.
 

@@ -26,7 +26,9 @@ def naming(path: str | Path) -> Iterator[None]:
     except OSError as error:
         if error.filename is not None:
             raise
-        told = OSError(f"could not write {path}: {error.strerror or error}. Free some space or choose another folder, then run again to go on.")
+        told = OSError(
+            f"could not write {path}: {error.strerror or error}. Free some space or choose another folder, then run again to go on."
+        )
         told.errno = error.errno
         raise told from error
 
@@ -53,9 +55,11 @@ def write_atomic(
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(partial, path)
-    except RuntimeError as error:       # torch.save hides a full disk behind its own
+    except RuntimeError as error:  # torch.save hides a full disk behind its own
         with naming(path):
-            raise error.__context__ if isinstance(error.__context__, OSError) else OSError(str(error).splitlines()[0]) from error
+            raise (
+                error.__context__ if isinstance(error.__context__, OSError) else OSError(str(error).splitlines()[0])
+            ) from error
     finally:
         partial.unlink(missing_ok=True)
 
@@ -100,7 +104,7 @@ def _move_aside(lock: Path, judged: bytes) -> None:
     aside = lock.with_name(f"{lock.name}.{os.getpid()}.stale")
     try:
         os.rename(lock, aside)
-    except FileNotFoundError:       # somebody else was first
+    except FileNotFoundError:  # somebody else was first
         return
     if aside.read_bytes() != judged:
         os.link(aside, lock)
@@ -119,19 +123,21 @@ def _take(lock: Path, note: bytes, what: str) -> None:
             pass
         try:
             found, age = lock.read_bytes(), time.time() - lock.stat().st_mtime
-        except FileNotFoundError:       # it was given back just now
+        except FileNotFoundError:  # it was given back just now
             continue
         if not _gone(found, age):
-            raise BlockingIOError(f"{lock.with_suffix('')}: {_whose(found)} is working on this {what}; wait for it, or choose another place. "
-                                  f"If that process has ended, delete {lock}")
+            raise BlockingIOError(
+                f"{lock.with_suffix('')}: {_whose(found)} is working on this {what}; wait for it, or choose another place. "
+                f"If that process has ended, delete {lock}"
+            )
         _move_aside(lock, found)
     raise BlockingIOError(f"{lock}: others take and give back this lock all the time; try again")
 
 # %% ../../nbs/core/03_files.ipynb #318ba31e
 @contextmanager
 def lock_folder(
-    folder: Path,       # that is to be written; need not be there
-    what: str,          # that it holds, for the error: Pack, run
+    folder: Path,  # that is to be written; need not be there
+    what: str,  # that it holds, for the error: Pack, run
 ) -> Iterator[None]:
     """Be the only process that writes a folder, by <folder>.lock beside it. BlockingIOError (an OSError), one line with host and process id, if another is;
     a lock whose process has ended on this host is taken over.

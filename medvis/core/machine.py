@@ -18,9 +18,10 @@ import medvis
 
 # %% ../../nbs/core/06_machine.ipynb #48026ad7
 def _source_commit(
-    folder: Path,     # of the package
+    folder: Path,  # of the package
 ) -> str | None:
     "The commit of the sources in a folder, or None: no git, no repository, or one that only happens to lie around the folder."
+
     def git(*words: str) -> str:
         return subprocess.run(["git", *words], cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
 
@@ -52,10 +53,12 @@ def package_versions(*names: str) -> dict[str, str]:
 # %% ../../nbs/core/06_machine.ipynb #18303079
 def describe_machine() -> dict[str, Any]:
     "Versions and hardware that a number may depend on."
-    import torch    # not before: a worker that only asks for versions does not need it
+    import torch  # not before: a worker that only asks for versions does not need it
 
     return {
-        "packages": package_versions("medvis", "torch", "torchvision", "transformers", "timm", "accelerate", "numpy", "pandas"),
+        "packages": package_versions(
+            "medvis", "torch", "torchvision", "transformers", "timm", "accelerate", "numpy", "pandas"
+        ),
         "commit": _source_commit(Path(medvis.__file__).parent),
         "python": platform.python_version(),
         "platform": platform.platform(),

@@ -15,7 +15,7 @@ import torch
 # %% ../../nbs/core/05_randomness.ipynb #087d4161
 def counter_seed(
     *numbers: int,  # non-negative, e.g. seed, epoch, index
-) -> int:           # 0 .. 2**63 - 1
+) -> int:  # 0 .. 2**63 - 1
     """A seed that depends on all the numbers and their order, and on nothing else.
 
     Parameters

@@ -29,14 +29,14 @@ class Registry(dict):
 
     def __init__(
         self,
-        kind: str,                          # what an entry is, for messages
-        expected: str,                      # what one must be, for messages
-        valid: Callable[[Any], bool],       # whether something is one
-        entries: Mapping[str, Any],         # those of medvis; text is module:attribute, imported when it is asked for
-    ):
+        kind: str,  # what an entry is, for messages
+        expected: str,  # what one must be, for messages
+        valid: Callable[[Any], bool],  # whether something is one
+        entries: Mapping[str, Any],  # those of medvis; text is module:attribute, imported when it is asked for
+    ) -> None:
         super().__init__(entries)
         self.kind, self.expected, self.valid = kind, expected, valid
-        self.origins: dict[str, str] = {}   # name -> module:attribute of those that were added
+        self.origins: dict[str, str] = {}  # name -> module:attribute of those that were added
 
     def add(self, name: str, entry: Any, definition: Any = None) -> None:
         """Add an entry; `definition` is the function or class whose module is remembered, by default the entry itself.
@@ -47,7 +47,9 @@ class Registry(dict):
         if not re.fullmatch(r"[\w.-]+", name):
             raise ValueError(f"{name!r} is no name for a {self.kind}: use letters, digits, '.', '_' and '-'")
         if name in self and self.origins.get(name) != origin:
-            raise ValueError(f"there is a {self.kind} {name!r} already ({self.origins.get(name, 'one of medvis')}): choose another name for {origin}")
+            raise ValueError(
+                f"there is a {self.kind} {name!r} already ({self.origins.get(name, 'one of medvis')}): choose another name for {origin}"
+            )
         self[name], self.origins[name] = self._checked(entry, origin), origin
 
     def remove(self, name: str) -> None:
@@ -60,14 +62,22 @@ class Registry(dict):
             return resolve_name(self[name]) if isinstance(self[name], str) else self[name]
         origin = str(name) if origin is None and ":" in str(name) else origin
         if origin is None:
-            raise ValueError(f"unknown {self.kind} {name!r}; choose from {', '.join(self)}, or import the module that registers it")
+            raise ValueError(
+                f"unknown {self.kind} {name!r}; choose from {', '.join(self)}, or import the module that registers it"
+            )
         module = origin.partition(":")[0]
         try:
             entry = resolve_name(origin)
         except ImportError as error:
-            raise ValueError(f"the {self.kind} {name!r} is defined in {module}, which cannot be imported ({error}): install it, or add its folder to PYTHONPATH") from error
+            raise ValueError(
+                f"the {self.kind} {name!r} is defined in {module}, which cannot be imported ({error}): install it, or add its folder to PYTHONPATH"
+            ) from error
         except (AttributeError, ValueError) as error:
-            where = "a notebook or script: run its definition first, or move it to a module" if module == "__main__" else f"{module}, which has it no more, or inside a function"
+            where = (
+                "a notebook or script: run its definition first, or move it to a module"
+                if module == "__main__"
+                else f"{module}, which has it no more, or inside a function"
+            )
             raise ValueError(f"the {self.kind} {name!r} is {origin}, and was defined in {where} ({error})") from error
         return self._checked(self.get(name, entry), origin)
 

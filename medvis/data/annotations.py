@@ -18,9 +18,9 @@ from .images import ImageError, exif_orientation, read_bytes
 
 # %% ../../nbs/data/07_annotations.ipynb #219ea6ad
 def _run_numbers(
-    rle: str,           # pairs of numbers
-    pixels: int,        # of the picture: no number may be larger
-) -> np.ndarray:        # (runs, 2) int64
+    rle: str,  # pairs of numbers
+    pixels: int,  # of the picture: no number may be larger
+) -> np.ndarray:  # (runs, 2) int64
     "The pairs of a run-length code. DataError for an odd count, for what is no whole number, and for one that is too large."
     words = rle.split()
     if len(words) % 2:
@@ -31,11 +31,13 @@ def _run_numbers(
 
 # %% ../../nbs/data/07_annotations.ipynb #45f02123
 def rle_runs(
-    rle: str,                   # "" is an empty mask
+    rle: str,  # "" is an empty mask
     width: int,
     height: int,
-    relative: bool = False,     # SIIM-ACR's dialect: gap and length; else Kaggle's usual one: start, from 1, and length
-) -> tuple[np.ndarray, np.ndarray]:     # (r,) first pixel of each run, counted from 0 column by column; (r,) the pixel after its last
+    relative: bool = False,  # SIIM-ACR's dialect: gap and length; else Kaggle's usual one: start, from 1, and length
+) -> tuple[
+    np.ndarray, np.ndarray
+]:  # (r,) first pixel of each run, counted from 0 column by column; (r,) the pixel after its last
     """The runs of a run-length code. DataError for runs that are empty, overlap, go backwards or end outside.
 
     Parameters
@@ -57,20 +59,19 @@ def rle_runs(
     starts = ends - lengths
     if (lengths == 0).any():
         raise DataError("run-length code with a run of no pixels")
-    if (starts < np.concatenate([[0], ends[:-1]])[:len(starts)]).any():
-        raise DataError("run-length code whose runs overlap, go backwards or start before the first pixel; written in the other dialect (relative)?")
+    if (starts < np.concatenate([[0], ends[:-1]])[: len(starts)]).any():
+        raise DataError(
+            "run-length code whose runs overlap, go backwards or start before the first pixel; written in the other dialect (relative)?"
+        )
     if len(ends) and ends[-1] > width * height:
-        raise DataError(f"run-length code that ends at pixel {ends[-1]} of {width * height} ({width} x {height}); "
-                        "written in the other dialect, or for another size?")
+        raise DataError(
+            f"run-length code that ends at pixel {ends[-1]} of {width * height} ({width} x {height}); "
+            "written in the other dialect, or for another size?"
+        )
     return starts, ends
 
 # %% ../../nbs/data/07_annotations.ipynb #177ee1a7
-def _decode_rle(
-    rle: str,
-    width: int,
-    height: int,
-    relative: bool = False,
-) -> np.ndarray:                # (height, width) bool
+def _decode_rle(rle: str, width: int, height: int, relative: bool = False) -> np.ndarray:  # (height, width) bool
     "Mask of a run-length code, column by column (see `rle_runs`)"
     starts, ends = rle_runs(rle, width, height, relative)
     edges = np.zeros(width * height + 1, np.int8)
@@ -80,7 +81,7 @@ def _decode_rle(
 
 # %% ../../nbs/data/07_annotations.ipynb #e06aab23
 def encode_rle(
-    mask: np.ndarray,           # (H, W) bool
+    mask: np.ndarray,  # (H, W) bool
     relative: bool = False,
 ) -> str:
     """Run-length code of a mask, the inverse of `_decode_rle`
@@ -93,17 +94,17 @@ def encode_rle(
     """
     flat = np.concatenate([[0], np.asarray(mask, dtype=bool).T.ravel(), [0]]).astype(np.int8)
     starts, ends = np.flatnonzero(np.diff(flat) == 1), np.flatnonzero(np.diff(flat) == -1)
-    first = starts - np.concatenate([[0], ends[:-1]])[:len(starts)] if relative else starts + 1
+    first = starts - np.concatenate([[0], ends[:-1]])[: len(starts)] if relative else starts + 1
     return " ".join(map(str, np.column_stack([first, ends - starts]).ravel()))
 
 # %% ../../nbs/data/07_annotations.ipynb #90071092
 def check_points(
-    points: Sequence,               # (n, 2) x, y
+    points: Sequence,  # (n, 2) x, y
     width: int,
     height: int,
     what: str = "polygon",
-    clip: bool = False,             # corners may lie outside
-) -> np.ndarray:                    # (n, 2) float64
+    clip: bool = False,  # corners may lie outside
+) -> np.ndarray:  # (n, 2) float64
     """Corners as numbers. DataError if they are none, or lie more than a pixel outside of the picture.
 
     Parameters
@@ -126,11 +127,13 @@ def check_points(
     except (TypeError, ValueError, OverflowError) as error:
         raise DataError(f"{what} with corners that are not pairs of numbers") from error
     margin = 1e9 if clip else 1
-    inside = (corners >= -margin) & (corners <= (width + margin, height + margin))     # false for nan too
+    inside = (corners >= -margin) & (corners <= (width + margin, height + margin))  # false for nan too
     if not inside.all():
         x, y = corners[~inside.all(1)][0]
-        raise DataError(f"{what} with a corner at x {x:g}, y {y:g}, outside of the picture of {width} x {height}; "
-                        "drawn on another size, or x and y exchanged?")
+        raise DataError(
+            f"{what} with a corner at x {x:g}, y {y:g}, outside of the picture of {width} x {height}; "
+            "drawn on another size, or x and y exchanged?"
+        )
     return corners if clip else corners.clip(0, (width, height))
 
 # %% ../../nbs/data/07_annotations.ipynb #bb587b86
@@ -143,11 +146,11 @@ def _at_corners(corners: np.ndarray, width: int, height: int) -> np.ndarray:
 
 # %% ../../nbs/data/07_annotations.ipynb #5fa76075
 def _polygon_mask(
-    points: Sequence,           # (n, 2) corners x, y; at least 3
+    points: Sequence,  # (n, 2) corners x, y; at least 3
     width: int,
     height: int,
-    clip: bool = False,         # corners may lie outside: what sticks out is cut off
-) -> np.ndarray:                # (height, width) bool
+    clip: bool = False,  # corners may lie outside: what sticks out is cut off
+) -> np.ndarray:  # (height, width) bool
     "The pixels whose centres lie in a polygon (even-odd). DataError for fewer than three corners, or corners outside."
     corners = check_points(points, width, height, clip=clip)
     if len(corners) < 3:
@@ -156,7 +159,9 @@ def _polygon_mask(
     for (x0, y0), (x1, y1) in zip(corners, np.roll(corners, -1, axis=0), strict=True):
         if y0 > y1:
             x0, y0, x1, y1 = x1, y1, x0, y0
-        rows = np.arange(max(0, np.ceil(y0 - 0.5)), min(height, np.ceil(y1 - 0.5))).astype(int)     # whose centre line the edge crosses
+        rows = np.arange(max(0, np.ceil(y0 - 0.5)), min(height, np.ceil(y1 - 0.5))).astype(
+            int
+        )  # whose centre line the edge crosses
         columns = np.ceil(x0 + (rows + 0.5 - y0) * (x1 - x0) / max(y1 - y0, 1e-12) - 0.5).clip(0, width).astype(int)
         turns[rows, columns] ^= True
     mask = np.logical_xor.accumulate(turns[:, :width], axis=1)
@@ -173,7 +178,9 @@ def parse_shapes(annotation: str) -> list[list[float]]:
         shape = [number(word, "a number of a shape") for word in part.split()]
         kind, corners = (shape[0] if shape else None), (len(shape) - 1) / 2
         if kind not in (RECTANGLE, _ELLIPSE, POLYGON):
-            raise DataError(f"shape {part.strip()[:20]!r}; expected it to start with 0 (rectangle), 1 (ellipse) or 2 (polygon)")
+            raise DataError(
+                f"shape {part.strip()[:20]!r}; expected it to start with 0 (rectangle), 1 (ellipse) or 2 (polygon)"
+            )
         if corners % 1 or (corners < 3 if kind == POLYGON else corners != 2):
             expected = "six or more, in pairs" if kind == POLYGON else "4"
             raise DataError(f"shape of type {kind:g} with {len(shape) - 1} coordinates; expected {expected}")
@@ -188,11 +195,11 @@ def shape_box(shape: Sequence[float]) -> tuple[float, float, float, float]:
 
 # %% ../../nbs/data/07_annotations.ipynb #ef9bc7b5
 def _shape_mask(
-    shape: Sequence[float],     # as of `parse_shapes`
+    shape: Sequence[float],  # as of `parse_shapes`
     width: int,
     height: int,
-    clip: bool = False,         # corners may lie outside: what sticks out is cut off
-) -> np.ndarray:                # (height, width) bool
+    clip: bool = False,  # corners may lie outside: what sticks out is cut off
+) -> np.ndarray:  # (height, width) bool
     "The pixels whose centres lie in a rectangle, an ellipse or a polygon. DataError for corners outside."
     corners = check_points(shape[1:], width, height, "shape", clip)
     if shape[0] == POLYGON:
@@ -202,7 +209,9 @@ def _shape_mask(
     if shape[0] == RECTANGLE:
         mask = (x >= x0) & (x < x1) & (y >= y0) & (y < y1)
     else:
-        mask = ((2 * x - x0 - x1) * (y1 - y0)) ** 2 + ((2 * y - y0 - y1) * (x1 - x0)) ** 2 <= ((x1 - x0) * (y1 - y0)) ** 2
+        mask = ((2 * x - x0 - x1) * (y1 - y0)) ** 2 + ((2 * y - y0 - y1) * (x1 - x0)) ** 2 <= (
+            (x1 - x0) * (y1 - y0)
+        ) ** 2
     return mask if mask.any() or clip else _at_corners(np.array([[(x0 + x1) / 2, (y0 + y1) / 2]]), width, height)
 
 # %% ../../nbs/data/07_annotations.ipynb #cc3f9866
@@ -212,7 +221,7 @@ def _picture_values(path: str | Path, name: str) -> np.ndarray:
     try:
         with Image.open(path) as picture:
             values = np.array(ImageOps.exif_transpose(picture)).astype(np.int64)
-    except Exception as error:      # decoders of damaged files raise anything
+    except Exception as error:  # decoders of damaged files raise anything
         raise ImageError(name, f"cannot be decoded: {type(error).__name__}") from error
     if values.ndim != 2:
         raise DataError(f"{name}: mask with {values.shape[-1]} channels; expected one")
@@ -221,21 +230,25 @@ def _picture_values(path: str | Path, name: str) -> np.ndarray:
 # %% ../../nbs/data/07_annotations.ipynb #20871a83
 def _read_mask(
     path: str | Path,
-    width: int,         # of the image that it belongs to
+    width: int,  # of the image that it belongs to
     height: int,
-    name: str = "",     # for errors, in place of the path
-    orientation: int | None = None,     # EXIF orientation of the image that it belongs to; None = not known
-) -> np.ndarray:        # (height, width) bool
+    name: str = "",  # for errors, in place of the path
+    orientation: int | None = None,  # EXIF orientation of the image that it belongs to; None = not known
+) -> np.ndarray:  # (height, width) bool
     """A mask from a single-channel picture of 0 and 1, or 0 and 255, turned upright as its image is.
 
     DataError tells another size, other values, or an orientation that is not the image's; ImageError if unreadable."""
     name = name or str(path)
     if orientation is not None and (own := exif_orientation(read_bytes(path, name))) != orientation:
-        raise DataError(f"{name}: mask with EXIF orientation {own} for an image with orientation {orientation}; expected the same: "
-                        "turn the pixels of both upright and remove the tags")
+        raise DataError(
+            f"{name}: mask with EXIF orientation {own} for an image with orientation {orientation}; expected the same: "
+            "turn the pixels of both upright and remove the tags"
+        )
     values = _picture_values(path, name)
     if values.shape != (height, width):
-        raise DataError(f"{name}: mask of {values.shape[1]} x {values.shape[0]} pixels for an image of {width} x {height}; expected the same size")
+        raise DataError(
+            f"{name}: mask of {values.shape[1]} x {values.shape[0]} pixels for an image of {width} x {height}; expected the same size"
+        )
     found = np.unique(values)
     if not (np.isin(found, (0, 1)).all() or np.isin(found, (0, 255)).all()):
         some = ", ".join(map(str, found[:4])) + (", …" if len(found) > 4 else "")
@@ -252,13 +265,14 @@ def _united(masks, width: int, height: int) -> np.ndarray:
 
 # %% ../../nbs/data/07_annotations.ipynb #1f6fc2be
 def decode_mask(
-    spec: dict,             # {"rle": str, "relative": bool} | {"polygons": [[[x, y], ...], ...]} | {"shapes": [[type, x, y, ...], ...]}
-                            # | {"file": path} | {"union": [spec, ...]}; "clip": true = polygons and shapes may stick out, and are cut off
-    root: str | Path,       # that paths start from
-    width: int,             # of the picture that it was drawn on
+    spec: dict,  # {"rle": str, "relative": bool} | {"polygons": [[[x, y], ...], ...]} | {"shapes": [[type, x, y, ...], ...]}
+    # | {"file": path} | {"union": [spec, ...]}; "clip": true = polygons and shapes may stick out, and are cut off
+    root: str | Path,  # that paths start from
+    width: int,  # of the picture that it was drawn on
     height: int,
-    orientation: int | None = None,     # EXIF orientation of the picture, which a file must share; what is drawn is in pixels of the upright picture
-) -> np.ndarray:            # (height, width) bool
+    orientation: int
+    | None = None,  # EXIF orientation of the picture, which a file must share; what is drawn is in pixels of the upright picture
+) -> np.ndarray:  # (height, width) bool
     """The mask that a spec describes, several parts united. DataError or ImageError says what is wrong with it.
 
     Parameters
@@ -286,11 +300,19 @@ def decode_mask(
 
 
 _DECODERS: dict[str, Callable[[dict, Path, int, int, int], np.ndarray]] = {
-    "rle": lambda spec, root, width, height, orientation: _decode_rle(spec["rle"], width, height, spec.get("relative", False)),
+    "rle": lambda spec, root, width, height, orientation: _decode_rle(
+        spec["rle"], width, height, spec.get("relative", False)
+    ),
     "polygons": lambda spec, root, width, height, orientation: _united(
-        (_polygon_mask(one, width, height, spec.get("clip", False)) for one in spec["polygons"]), width, height),
+        (_polygon_mask(one, width, height, spec.get("clip", False)) for one in spec["polygons"]), width, height
+    ),
     "shapes": lambda spec, root, width, height, orientation: _united(
-        (_shape_mask(one, width, height, spec.get("clip", False)) for one in spec["shapes"]), width, height),
-    "file": lambda spec, root, width, height, orientation: _read_mask(root / safe_path(spec["file"]), width, height, spec["file"], orientation),
-    "union": lambda spec, root, width, height, orientation: _united((decode_mask(one, root, width, height, orientation) for one in spec["union"]), width, height),
+        (_shape_mask(one, width, height, spec.get("clip", False)) for one in spec["shapes"]), width, height
+    ),
+    "file": lambda spec, root, width, height, orientation: _read_mask(
+        root / safe_path(spec["file"]), width, height, spec["file"], orientation
+    ),
+    "union": lambda spec, root, width, height, orientation: _united(
+        (decode_mask(one, root, width, height, orientation) for one in spec["union"]), width, height
+    ),
 }

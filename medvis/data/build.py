@@ -32,7 +32,19 @@ from tqdm.auto import tqdm
 from ..core.files import lock_folder, naming, write_atomic
 from ..core.machine import package_versions
 from .guard import guard_pack
-from .pack import BOX_COLUMNS, FORMAT, GRADE, LABEL, OPTIONAL_TABLES, Pack, content_hash, hash_file, list_hash, trust_files, write_manifest
+from medvis.data.pack import (
+    BOX_COLUMNS,
+    FORMAT,
+    GRADE,
+    LABEL,
+    OPTIONAL_TABLES,
+    Pack,
+    content_hash,
+    hash_file,
+    list_hash,
+    trust_files,
+    write_manifest,
+)
 from .reports import ReportRules, check_report, count_headings, drop_reasons
 
 # %% ../../nbs/data/10_build.ipynb #15f8a7fc
@@ -55,23 +67,25 @@ class ImageRecord:
     view : str, default: ''
         such as PA, AP or LATERAL
     boxes : list[tuple[str, float, float, float, float]] | None, default: None
-        name, x0, y0, x1, y1 in pixels of the source; None = nobody looked
     masks : dict[str, np.ndarray | None] | None, default: None
-        name -> (size, size) bool; left out = empty; None = nobody looked (for this one)
     levels : int, default: 0
         grey levels that its source takes; 0 = as stored
     """
 
     image_id: str
     pixels: np.ndarray  # (size, size) uint8
-    path: str = ""      # where it came from, relative to the data set's root
-    sha256: str = ""    # of the source file; empty = that of the pixels
-    width: int = 0      # of the source; 0 = as stored
+    path: str = ""  # where it came from, relative to the data set's root
+    sha256: str = ""  # of the source file; empty = that of the pixels
+    width: int = 0  # of the source; 0 = as stored
     height: int = 0
-    view: str = ""      # such as PA, AP or LATERAL
-    boxes: list[tuple[str, float, float, float, float]] | None = None   # name, x0, y0, x1, y1 in pixels of the source; None = nobody looked
-    masks: dict[str, np.ndarray | None] | None = None                   # name -> (size, size) bool; left out = empty; None = nobody looked (for this one)
-    levels: int = 0     # grey levels that its source takes; 0 = as stored
+    view: str = ""  # such as PA, AP or LATERAL
+    boxes: list[tuple[str, float, float, float, float]] | None = (
+        None  # name, x0, y0, x1, y1 in pixels of the source; None = nobody looked
+    )
+    masks: dict[str, np.ndarray | None] | None = (
+        None  # name -> (size, size) bool; left out = empty; None = nobody looked (for this one)
+    )
+    levels: int = 0  # grey levels that its source takes; 0 = as stored
 
 # %% ../../nbs/data/10_build.ipynb #a142659c
 @dataclass
@@ -99,17 +113,17 @@ class StudyRecord:
     split: str
     images: list[ImageRecord]
     report: str = ""
-    labels: dict[str, float | None] = field(default_factory=dict)   # 1 present, 0 absent, -1 uncertain, None blank
+    labels: dict[str, float | None] = field(default_factory=dict)  # 1 present, 0 absent, -1 uncertain, None blank
     rejects: list[tuple[str, str]] = field(default_factory=list)
-    grades: dict[str, int | None] = field(default_factory=dict)     # 0, 1, 2 … of an ordinal finding, None blank
-    planned: int | None = None                                      # images that the data set has of it; None = those above, and one a reject
+    grades: dict[str, int | None] = field(default_factory=dict)  # 0, 1, 2 … of an ordinal finding, None blank
+    planned: int | None = None  # images that the data set has of it; None = those above, and one a reject
 
 # %% ../../nbs/data/10_build.ipynb #39742189
 @dataclass(frozen=True)
 class _Plan:
     "All that decides what a build contains, apart from its items"
 
-    folder: Path                            # the unfinished build
+    folder: Path  # the unfinished build
     read: Callable[[Any], StudyRecord]
     size: int
     rules: ReportRules
@@ -123,7 +137,11 @@ class _Plan:
 
     def settings(self) -> dict:
         "What decides a build, JSON-like"
-        settings = {name: value for name, value in vars(self).items() if name not in ("folder", "read", "rules") and not (name in OPTIONAL_TABLES and not value)}
+        settings = {
+            name: value
+            for name, value in vars(self).items()
+            if name not in ("folder", "read", "rules") and not (name in OPTIONAL_TABLES and not value)
+        }
         return {"format": FORMAT, "rules": asdict(self.rules), **settings}
 
     def key(self, items: Sequence) -> str:
@@ -145,16 +163,23 @@ class _Plan:
 # %% ../../nbs/data/10_build.ipynb #12fdad9e
 def _check_promises(record: StudyRecord, plan: _Plan) -> None:
     "ValueError if the reader hands over what was not announced, or pixels of another shape"
-    for kind, names in {"labels": record.labels, "grades": record.grades,
-                       "boxes": {box[0] for image in record.images for box in image.boxes or ()},
-                       "masks": {name for image in record.images for name in image.masks or ()}}.items():
+    for kind, names in {
+        "labels": record.labels,
+        "grades": record.grades,
+        "boxes": {box[0] for image in record.images for box in image.boxes or ()},
+        "masks": {name for image in record.images for name in image.masks or ()},
+    }.items():
         if unknown := sorted(set(names) - set(getattr(plan, kind))):
-            raise ValueError(f"study {record.study_id} has {kind} that were not announced: {unknown}; announced: {list(getattr(plan, kind))}")
+            raise ValueError(
+                f"study {record.study_id} has {kind} that were not announced: {unknown}; announced: {list(getattr(plan, kind))}"
+            )
     for image in record.images:
         shapes = {image.pixels.shape, *(mask.shape for mask in (image.masks or {}).values() if mask is not None)}
         if shapes != {(plan.size, plan.size)} or image.pixels.dtype != np.uint8:
-            raise ValueError(f"image {image.image_id}: expected uint8 pixels of {plan.size} x {plan.size}, and masks as large, "
-                             f"found {image.pixels.dtype} of {sorted(shapes)}")
+            raise ValueError(
+                f"image {image.image_id}: expected uint8 pixels of {plan.size} x {plan.size}, and masks as large, "
+                f"found {image.pixels.dtype} of {sorted(shapes)}"
+            )
 
 
 def _admit(record: StudyRecord, plan: _Plan) -> tuple[list[str], str]:
@@ -166,7 +191,7 @@ def _admit(record: StudyRecord, plan: _Plan) -> tuple[list[str], str]:
     return sentences, f"report: {reason}" if plan.require_report and reason else ""
 
 
-def _lost(record: StudyRecord, reason: str) -> Counter:     # reason -> images
+def _lost(record: StudyRecord, reason: str) -> Counter:  # reason -> images
     'How many images of a study do not get in, and why; `reason` is that to leave the whole of it out ("" = keep it)'
     lost = Counter(why for item, why in record.rejects if item != record.study_id)
     whole = next((why for item, why in record.rejects if item == record.study_id), reason)
@@ -183,11 +208,18 @@ def _masked(image: ImageRecord, plan: _Plan) -> list[str]:
 def _image_row(image: ImageRecord, study: int, plan: _Plan) -> dict:
     "The row of the image table, with the study's row within the part"
     height, width = image.pixels.shape
-    return {"image_id": image.image_id, "study": study, "path": image.path,
-            "sha256": image.sha256 or hashlib.sha256(image.pixels.tobytes()).hexdigest(),
-            "width": image.width or width, "height": image.height or height,
-            "view": image.view, "boxed": image.boxes is not None, "masked": _masked(image, plan),
-            "levels": image.levels or len(np.unique(image.pixels))}
+    return {
+        "image_id": image.image_id,
+        "study": study,
+        "path": image.path,
+        "sha256": image.sha256 or hashlib.sha256(image.pixels.tobytes()).hexdigest(),
+        "width": image.width or width,
+        "height": image.height or height,
+        "view": image.view,
+        "boxed": image.boxes is not None,
+        "masked": _masked(image, plan),
+        "levels": image.levels or len(np.unique(image.pixels)),
+    }
 
 
 def _mask_bits(image: ImageRecord, plan: _Plan) -> bytes:
@@ -202,8 +234,18 @@ def _mask_bits(image: ImageRecord, plan: _Plan) -> bytes:
 def _study_row(record: StudyRecord, sentences: list[str], plan: _Plan) -> dict:
     "The row of the study table; labels and grades in the announced order"
     values = {kind: [getattr(record, kind).get(name) for name in getattr(plan, kind)] for kind in ("labels", "grades")}
-    values = {kind: [None if value is None or math.isnan(value) else float(value) for value in row] for kind, row in values.items()}
-    return {"study_id": record.study_id, "patient_id": record.patient_id, "split": record.split, "report": record.report, "sentences": sentences, **values}
+    values = {
+        kind: [None if value is None or math.isnan(value) else float(value) for value in row]
+        for kind, row in values.items()
+    }
+    return {
+        "study_id": record.study_id,
+        "patient_id": record.patient_id,
+        "split": record.split,
+        "report": record.report,
+        "sentences": sentences,
+        **values,
+    }
 
 # %% ../../nbs/data/10_build.ipynb #e562cec1
 def _build_part(plan: _Plan, number: int, items: Sequence) -> None:
@@ -215,7 +257,7 @@ def _build_part(plan: _Plan, number: int, items: Sequence) -> None:
         rejects += record.rejects
         lost += _lost(record, reason)
         if reason:
-            if record.images or not record.rejects:     # its broken images say already why it is not there
+            if record.images or not record.rejects:  # its broken images say already why it is not there
                 rejects.append((record.study_id, reason))
             continue
         for image in record.images:
@@ -226,7 +268,9 @@ def _build_part(plan: _Plan, number: int, items: Sequence) -> None:
             sums.append((int(image.pixels.sum(dtype=np.int64)), int(np.square(image.pixels, dtype=np.int64).sum())))
         studies.append(_study_row(record, sentences, plan))
     table = {"studies": studies, "images": images, "boxes": boxes, "sums": sums, "rejects": rejects, "lost": lost}
-    for path, data in zip(plan.part(number), (b"".join(pixels), b"".join(masks), json.dumps(table).encode()), strict=True):
+    for path, data in zip(
+        plan.part(number), (b"".join(pixels), b"".join(masks), json.dumps(table).encode()), strict=True
+    ):
         write_atomic(path, data)
 
 
@@ -235,8 +279,10 @@ def _read_part(plan: _Plan, number: int) -> dict | None:
     pixel_path, mask_path, table_path = plan.part(number)
     try:
         table = json.loads(table_path.read_bytes())
-        whole = (pixel_path.stat().st_size == len(table["images"]) * plan.size**2 == len(table["sums"]) * plan.size**2
-                 and mask_path.stat().st_size == sum(bool(image["masked"]) for image in table["images"]) * plan.mask_bytes)
+        whole = (
+            pixel_path.stat().st_size == len(table["images"]) * plan.size**2 == len(table["sums"]) * plan.size**2
+            and mask_path.stat().st_size == sum(bool(image["masked"]) for image in table["images"]) * plan.mask_bytes
+        )
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return table if whole else None
@@ -244,7 +290,7 @@ def _read_part(plan: _Plan, number: int) -> dict | None:
 # %% ../../nbs/data/10_build.ipynb #2fce7ac5
 def by_reason(
     counts: dict[str, int],
-    rules: ReportRules | None = None,       # for reports: why they drop one is kept as it is
+    rules: ReportRules | None = None,  # for reports: why they drop one is kept as it is
 ) -> dict[str, int]:
     """Counts of each kind of reason: reasons but for the numbers and quoted names in which they differ; UTF-8 and what was expected keep theirs
 
@@ -265,9 +311,14 @@ def by_reason(
 def _count_part(plan: _Plan, number: int) -> dict | None:
     "What is known of a finished part while others are built: how much it holds and what was lost; None if the part is missing or damaged"
     part = _read_part(plan, number)
-    return part and {"images": len(part["images"]), "rejects": len(part["rejects"]), "sentences": sum(len(study["sentences"]) for study in part["studies"]),
-                     "lost": by_reason(part["lost"], plan.rules), "views": Counter(image["view"] for image in part["images"]),
-                     "levels": Counter(image["levels"] for image in part["images"] if "levels" in image)}
+    return part and {
+        "images": len(part["images"]),
+        "rejects": len(part["rejects"]),
+        "sentences": sum(len(study["sentences"]) for study in part["studies"]),
+        "lost": by_reason(part["lost"], plan.rules),
+        "views": Counter(image["view"] for image in part["images"]),
+        "levels": Counter(image["levels"] for image in part["images"] if "levels" in image),
+    }
 
 
 def _end_with_parent() -> None:
@@ -300,11 +351,27 @@ def _schemas(plan: _Plan, viewed: bool) -> dict[str, pa.Schema]:
     "The columns of each table; of images: the view, and whether somebody looked for boxes or masks, only where that can be said"
     text, row, value = pa.string(), pa.int64(), pa.float64()
     optional = {"view": (text, viewed), "boxed": (pa.bool_(), plan.boxes), "masked": (pa.list_(text), plan.masks)}
-    tables = {"studies": {"study_id": text, "patient_id": text, "split": text, "image_rows": pa.list_(row), "report": text, "sentences": pa.list_(text),
-                          **dict.fromkeys([*(LABEL + name for name in plan.labels), *(GRADE + name for name in plan.grades)], value)},
-              "images": {"image_id": text, "study": row, "path": text, "sha256": text, "width": row, "height": row,
-                         **{name: kind for name, (kind, wanted) in optional.items() if wanted}},
-              "rejects": {"item": text, "reason": text}}
+    tables = {
+        "studies": {
+            "study_id": text,
+            "patient_id": text,
+            "split": text,
+            "image_rows": pa.list_(row),
+            "report": text,
+            "sentences": pa.list_(text),
+            **dict.fromkeys([*(LABEL + name for name in plan.labels), *(GRADE + name for name in plan.grades)], value),
+        },
+        "images": {
+            "image_id": text,
+            "study": row,
+            "path": text,
+            "sha256": text,
+            "width": row,
+            "height": row,
+            **{name: kind for name, (kind, wanted) in optional.items() if wanted},
+        },
+        "rejects": {"item": text, "reason": text},
+    }
     if plan.boxes:
         tables["boxes"] = dict(zip(BOX_COLUMNS, (row, text, *4 * [value]), strict=True))
     return {name: pa.schema(columns) for name, columns in tables.items()}
@@ -320,22 +387,32 @@ def _join_rows(parts: list[dict], plan: _Plan, studies: int, images: int) -> dic
             image_rows[image["study"]].append(row)
             rows["images"].append({**image, "study": image["study"] + first_study})
         for study, mine in zip(part["studies"], image_rows, strict=True):
-            values = {prefix + name: value for prefix, kind in ((LABEL, "labels"), (GRADE, "grades"))
-                      for name, value in zip(getattr(plan, kind), study[kind], strict=True)}
+            values = {
+                prefix + name: value
+                for prefix, kind in ((LABEL, "labels"), (GRADE, "grades"))
+                for name, value in zip(getattr(plan, kind), study[kind], strict=True)
+            }
             rows["studies"].append({**study, "image_rows": mine, **values})
-        rows["boxes"] += [dict(zip(BOX_COLUMNS, (first_image + image, *box), strict=True)) for image, *box in part["boxes"]]
+        rows["boxes"] += [
+            dict(zip(BOX_COLUMNS, (first_image + image, *box), strict=True)) for image, *box in part["boxes"]
+        ]
         rows["rejects"] += [{"item": item, "reason": reason} for item, reason in part["rejects"]]
     return rows
 
 
-_GROUP = 2000    # studies, or a few more, whose tables are in memory at a time: a row group of the files
+_GROUP = 2000  # studies, or a few more, whose tables are in memory at a time: a row group of the files
 
 
-def _write_tables(plan: _Plan, parts: int, viewed: bool, folder: Path) -> np.ndarray:     # (images, 2) the sums of each image
+def _write_tables(
+    plan: _Plan, parts: int, viewed: bool, folder: Path
+) -> np.ndarray:  # (images, 2) the sums of each image
     "Write the tables of a Pack from those of its parts"
     schemas, studies, sums, step = _schemas(plan, viewed), 0, [], math.ceil(_GROUP / plan.part_size)
     with ExitStack() as stack:
-        writers = {name: stack.enter_context(pq.ParquetWriter(folder / f"{name}.parquet", schema)) for name, schema in schemas.items()}
+        writers = {
+            name: stack.enter_context(pq.ParquetWriter(folder / f"{name}.parquet", schema))
+            for name, schema in schemas.items()
+        }
         for start in range(0, parts, step):
             group = [_read_part(plan, number) for number in range(start, min(start + step, parts))]
             rows = _join_rows(group, plan, studies, sum(map(len, sums)))
@@ -350,18 +427,31 @@ def _write_tables(plan: _Plan, parts: int, viewed: bool, folder: Path) -> np.nda
 def _pixel_statistics(sums: np.ndarray, size: int) -> dict[str, float]:
     "Mean and standard deviation of pixels / 255 over images, from each image's sum and sum of squares (LoVT's data build)"
     means, squares = (np.asarray(sums, dtype=np.float64).reshape(-1, 2) / size**2 / (255, 255**2)).T
-    return {"mean": float(means.mean()), "std": float(np.sqrt((squares - means**2).mean() + means.var()))} if len(means) else {}
+    return (
+        {"mean": float(means.mean()), "std": float(np.sqrt((squares - means**2).mean() + means.var()))}
+        if len(means)
+        else {}
+    )
 
 
 _FEW_LEVELS = 32
 
 
 def _grey_levels(
-    levels: Counter,    # grey levels that an image takes -> images
+    levels: Counter,  # grey levels that an image takes -> images
 ) -> dict[str, float]:
     "Fewest and median number of grey levels of an image, and how many images have few: what a wrong range or a bad export leaves"
     each = sorted(levels.elements())
-    return {"fewest": each[0], "median": float(np.median(each)), "few": sum(one < _FEW_LEVELS for one in each), "fewer_than": _FEW_LEVELS} if each else {}
+    return (
+        {
+            "fewest": each[0],
+            "median": float(np.median(each)),
+            "few": sum(one < _FEW_LEVELS for one in each),
+            "fewer_than": _FEW_LEVELS,
+        }
+        if each
+        else {}
+    )
 
 
 def _lists(tables: dict[str, pd.DataFrame]) -> dict[str, dict]:
@@ -371,7 +461,11 @@ def _lists(tables: dict[str, pd.DataFrame]) -> dict[str, dict]:
     parts = {"all": np.ones(len(studies), bool), **{str(name): splits == name for name in sorted(set(splits))}}
     lists = {}
     for part, mine in parts.items():
-        ids = {"images": images.image_id[mine[images.study]], "studies": studies.study_id[mine], "patients": studies.patient_id[mine]}
+        ids = {
+            "images": images.image_id[mine[images.study]],
+            "studies": studies.study_id[mine],
+            "patients": studies.patient_id[mine],
+        }
         lists[part] = {what: {"count": int(names.nunique()), "hash": list_hash(names)} for what, names in ids.items()}
     return lists
 
@@ -386,10 +480,20 @@ def _read_ids(folder: Path) -> dict[str, pd.DataFrame]:
     return tables
 
 # %% ../../nbs/data/10_build.ipynb #d01c022c
-_DECIDES = ("medvis", "numpy", "pandas", "pillow", "pyarrow", "scikit-learn", "pydicom", "pylibjpeg-libjpeg", "pylibjpeg-openjpeg")  # pixels, tables and splits
+_DECIDES = (
+    "medvis",
+    "numpy",
+    "pandas",
+    "pillow",
+    "pyarrow",
+    "scikit-learn",
+    "pydicom",
+    "pylibjpeg-libjpeg",
+    "pylibjpeg-openjpeg",
+)  # pixels, tables and splits
 
 
-def _headings_in(folder: Path) -> dict[str, int]:   # heading -> reports
+def _headings_in(folder: Path) -> dict[str, int]:  # heading -> reports
     "The headings in the reports of a Pack that were not understood"
     batches = pq.ParquetFile(folder / "studies.parquet").iter_batches(1000, columns=["report"])
     return count_headings(text for batch in batches for text in batch.column(0).to_pylist())
@@ -400,19 +504,28 @@ def _manifest(plan: _Plan, key: str, parts: list[dict], sums: np.ndarray, folder
     files = {path.name: {"bytes": path.stat().st_size, "sha256": hash_file(path)} for path in sorted(folder.iterdir())}
     tables = _read_ids(folder)
     studies, images = tables["studies"], tables["images"]
-    lost, views, levels = (sum((Counter(part[what]) for part in parts), Counter()) for what in ("lost", "views", "levels"))
+    lost, views, levels = (
+        sum((Counter(part[what]) for part in parts), Counter()) for what in ("lost", "views", "levels")
+    )
     train = (studies.split == "train").to_numpy()[images.study]
     return {
         "format": FORMAT,
-        "hash": content_hash("".join(files[name]["sha256"] for name in ("images.u8", "masks.u1") if name in files), folder),
+        "hash": content_hash(
+            "".join(files[name]["sha256"] for name in ("images.u8", "masks.u1") if name in files), folder
+        ),
         "source": plan.source,
         "size": plan.size,
         "rules": asdict(plan.rules),
         "require_report": plan.require_report,
         **{kind: list(getattr(plan, kind)) for kind in ("labels", *OPTIONAL_TABLES)},
-        "counts": {"studies": len(studies), "seen": len(images) + lost.total(), "images": len(images), "patients": studies.patient_id.nunique(),
-                   **{what: sum(part[what] for part in parts) for what in ("sentences", "rejects")},
-                   "splits": {str(name): int(count) for name, count in studies.split.value_counts().sort_index().items()}},
+        "counts": {
+            "studies": len(studies),
+            "seen": len(images) + lost.total(),
+            "images": len(images),
+            "patients": studies.patient_id.nunique(),
+            **{what: sum(part[what] for part in parts) for what in ("sentences", "rejects")},
+            "splits": {str(name): int(count) for name, count in studies.split.value_counts().sort_index().items()},
+        },
         "rejected": dict(sorted(lost.items())),
         "views": dict(sorted(views.items())) if any(views) else {},
         **({"headings": headings} if (headings := _headings_in(folder)) else {}),
@@ -444,7 +557,11 @@ def _assemble(plan: _Plan, key: str, parts: list[dict]) -> Path:
 def _differences(old: object, new: object, name: str = "") -> list[str]:
     "The names of settings, dotted, that differ, with both values"
     if isinstance(old, dict) and isinstance(new, dict):
-        return [one for key in {**old, **new} for one in _differences(old.get(key), new.get(key), f"{name}.{key}".strip("."))]
+        return [
+            one
+            for key in {**old, **new}
+            for one in _differences(old.get(key), new.get(key), f"{name}.{key}".strip("."))
+        ]
     return [] if old == new else [f"{name} was {old!r:.60} and is {new!r:.60}"]
 
 
@@ -454,7 +571,11 @@ def _other_settings(settings: Path, plan: _Plan) -> str:
         found = _differences(json.loads(settings.read_bytes()), json.loads(json.dumps(plan.settings())))
     except (OSError, ValueError):
         return "of other data or with other settings"
-    return f"with other settings ({'; '.join(found[:5])})" if found else "of other data (other studies, or their files, splits or reports)"
+    return (
+        f"with other settings ({'; '.join(found[:5])})"
+        if found
+        else "of other data (other studies, or their files, splits or reports)"
+    )
 
 
 def _unfinished(out: Path, plan: _Plan, key: str, tell: bool = False, fresh: bool = False) -> bool:
@@ -462,14 +583,20 @@ def _unfinished(out: Path, plan: _Plan, key: str, tell: bool = False, fresh: boo
     if (out / "manifest.json").exists() and Pack(out).manifest["build"] == key:
         shutil.rmtree(plan.folder, ignore_errors=True)
         if tell:
-            print(f"{out} is there already; {len(Pack(out).rejects)} rejects stay as they were: delete the folder to try them again")
+            print(
+                f"{out} is there already; {len(Pack(out).rejects)} rejects stay as they were: delete the folder to try them again"
+            )
         return False
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise FileExistsError(f"{out} exists and holds other data or was made with other settings; choose another place or delete it")
+        raise FileExistsError(
+            f"{out} exists and holds other data or was made with other settings; choose another place or delete it"
+        )
     note, settings = plan.folder / "build.txt", plan.folder / "settings.json"
     if note.exists() and note.read_text() != key:
         if not fresh and any((plan.folder / "parts").glob("*.json")):
-            raise FileExistsError(f"{plan.folder} is an unfinished build {_other_settings(settings, plan)}; run it again as it was, or start afresh with --fresh")
+            raise FileExistsError(
+                f"{plan.folder} is an unfinished build {_other_settings(settings, plan)}; run it again as it was, or start afresh with --fresh"
+            )
         for name in ("parts", "pack"):
             shutil.rmtree(plan.folder / name, ignore_errors=True)
     (plan.folder / "parts").mkdir(parents=True, exist_ok=True)
@@ -484,23 +611,33 @@ def _check_rejects(plan: _Plan, parts: list[dict], max_rejects: float) -> None:
     if kept and lost <= max_rejects * (kept + lost):
         return
     rejects = [tuple(reject) for number in range(len(parts)) for reject in _read_part(plan, number)["rejects"]]
-    reasons = ", ".join(f"{count} x {reason}" for reason, count in Counter(by_reason(Counter(reason for _, reason in rejects), plan.rules)).most_common(4))
+    reasons = ", ".join(
+        f"{count} x {reason}"
+        for reason, count in Counter(by_reason(Counter(reason for _, reason in rejects), plan.rules)).most_common(4)
+    )
     listed = plan.folder / "rejects.csv"
     write_atomic(listed, pd.DataFrame(rejects, columns=["item", "reason"]).to_csv(index=False).encode())
     for number, part in enumerate(parts):
         if part["rejects"]:
             plan.part(number)[2].unlink()
-    raise ValueError(f"{lost} of {kept + lost} images did not get in ({reasons}), more than max_rejects={max_rejects:g} allows; "
-                     f"all are listed in {listed}. Mend what is wrong or raise max_rejects, and run again: what was read is kept.")
+    raise ValueError(
+        f"{lost} of {kept + lost} images did not get in ({reasons}), more than max_rejects={max_rejects:g} allows; "
+        f"all are listed in {listed}. Mend what is wrong or raise max_rejects, and run again: what was read is kept."
+    )
 
 
 def _all_parts(plan: _Plan, items: Sequence, workers: int, progress: bool) -> list[dict]:
     "Build the parts that are missing, with a progress bar; returns the counts of all"
-    jobs = {number: items[start:start + plan.part_size] for number, start in enumerate(range(0, len(items), plan.part_size))}
+    jobs = {
+        number: items[start : start + plan.part_size]
+        for number, start in enumerate(range(0, len(items), plan.part_size))
+    }
     parts = {number: _count_part(plan, number) for number in jobs}
     missing = {number: job for number, job in jobs.items() if parts[number] is None}
     waiting, name, done = sum(map(len, missing.values())), plan.folder.name.removesuffix(".partial"), Counter()
-    with tqdm(total=len(items), initial=len(items) - waiting, desc=f"prepare {name}", unit=" studies", disable=not progress) as bar:
+    with tqdm(
+        total=len(items), initial=len(items) - waiting, desc=f"prepare {name}", unit=" studies", disable=not progress
+    ) as bar:
         for number in _build_parts(plan, missing, workers):
             parts[number] = _count_part(plan, number)
             done.update({what: parts[number][what] for what in ("images", "rejects")})
@@ -510,25 +647,25 @@ def _all_parts(plan: _Plan, items: Sequence, workers: int, progress: bool) -> li
 
 # %% ../../nbs/data/10_build.ipynb #22aaf524
 def write_pack(
-    out: str | Path,                        # folder of the Pack to be
-    items: Sequence,                        # one per study, JSON-like
-    read: Callable[[Any], StudyRecord],     # item -> study; picklable if workers > 0
-    size: int,                              # side of the stored images
-    source: dict,                           # where the data comes from and how it is read: kept in the manifest, JSON-like
-    labels: Sequence[str] = (),             # names of the labels, in order
+    out: str | Path,  # folder of the Pack to be
+    items: Sequence,  # one per study, JSON-like
+    read: Callable[[Any], StudyRecord],  # item -> study; picklable if workers > 0
+    size: int,  # side of the stored images
+    source: dict,  # where the data comes from and how it is read: kept in the manifest, JSON-like
+    labels: Sequence[str] = (),  # names of the labels, in order
     rules: ReportRules = ReportRules(),
-    require_report: bool = True,            # drop studies whose report does not pass the rules
-    workers: int = 0,                       # processes; 0 = this one
-    max_rejects: float = 0.2,               # share of images that may be lost
-    part_size: int = 64,                    # studies per part
+    require_report: bool = True,  # drop studies whose report does not pass the rules
+    workers: int = 0,  # processes; 0 = this one
+    max_rejects: float = 0.2,  # share of images that may be lost
+    part_size: int = 64,  # studies per part
     progress: bool = True,
-    grades: Sequence[str] = (),             # names of the ordinal grades, the boxes and the masks, in order
+    grades: Sequence[str] = (),  # names of the ordinal grades, the boxes and the masks, in order
     boxes: Sequence[str] = (),
     masks: Sequence[str] = (),
-    guarded: bool = True,                   # look for leaks between splits, and to the Packs `against`; what was drawn by a formula has none
+    guarded: bool = True,  # look for leaks between splits, and to the Packs `against`; what was drawn by a formula has none
     against: Sequence[str | Path] = (),
-    allow_leaks: bool = False,              # list them in the manifest instead of refusing
-    fresh: bool = False,                    # throw away what was built of an unfinished build with other settings
+    allow_leaks: bool = False,  # list them in the manifest instead of refusing
+    fresh: bool = False,  # throw away what was built of an unfinished build with other settings
 ) -> Pack:
     """Build a Pack, or go on with a build that was killed, or open the one that is there.
 
@@ -570,13 +707,26 @@ def write_pack(
     fresh : bool, default: False
         throw away what was built of an unfinished build with other settings
     """
-    out, _ = Path(out), [Pack(path) for path in against]      # a wrong path is told before any work
+    out, _ = Path(out), [Pack(path) for path in against]  # a wrong path is told before any work
     if not len(items):
         raise ValueError(f"nothing to prepare for {out}: there is no study")
-    plan = _Plan(Path(f"{out}.partial"), read, size, rules, tuple(labels), require_report, part_size, source,
-                 tuple(grades), tuple(boxes), tuple(masks))
+    plan = _Plan(
+        Path(f"{out}.partial"),
+        read,
+        size,
+        rules,
+        tuple(labels),
+        require_report,
+        part_size,
+        source,
+        tuple(grades),
+        tuple(boxes),
+        tuple(masks),
+    )
     key = plan.key(items)
-    whole = (out / "manifest.json").exists() and not Path(f"{out}.lock").exists()     # a lock that a killed process left is taken, and so swept away
+    whole = (out / "manifest.json").exists() and not Path(
+        f"{out}.lock"
+    ).exists()  # a lock that a killed process left is taken, and so swept away
     with nullcontext() if whole else lock_folder(out, "Pack"):
         if unfinished := _unfinished(out, plan, key, progress, fresh):
             parts = _all_parts(plan, items, workers, progress)

@@ -51,12 +51,16 @@ def lookalike(path: Path) -> str:
             return ""
         found.append(like)
         path = path / like
-    return f"; there is {'/'.join(found)!r}, whose name only looks the same (upper and lower case, blanks, or accents in Unicode NFC and NFD)" if missing else ""
+    return (
+        f"; there is {'/'.join(found)!r}, whose name only looks the same (upper and lower case, blanks, or accents in Unicode NFC and NFD)"
+        if missing
+        else ""
+    )
 
 # %% ../../nbs/data/01_files.ipynb #dd9639de
 def find_file(
     root: str | Path,
-    *patterns: str,         # relative paths or globs, the best one first
+    *patterns: str,  # relative paths or globs, the best one first
 ) -> Path:
     """The first file or folder that fits the first pattern that fits anything. DataError tells all that was looked for.
 
@@ -70,7 +74,10 @@ def find_file(
         if found := sorted(Path(root).glob(pattern)):
             return found[0]
     where = root if Path(root).is_dir() else f"{root} (no such folder)"
-    raise DataError(f"{where}: there is no {' or '.join(patterns)}" + "".join(lookalike(Path(root) / pattern) for pattern in patterns))
+    raise DataError(
+        f"{where}: there is no {' or '.join(patterns)}"
+        + "".join(lookalike(Path(root) / pattern) for pattern in patterns)
+    )
 
 # %% ../../nbs/data/01_files.ipynb #c2007ca5
 def _read_bytes_of(path: Path, name: str | Path | None = None) -> bytes:
@@ -81,7 +88,12 @@ def _read_bytes_of(path: Path, name: str | Path | None = None) -> bytes:
         data = gzip.decompress(data) if path.suffix == ".gz" else data
     except FileNotFoundError as error:
         raise DataError(f"{name}: no such file{lookalike(path)}") from error
-    except (OSError, EOFError, ValueError, zlib.error) as error:     # a folder, no permission, a loop of links, a damaged archive
+    except (
+        OSError,
+        EOFError,
+        ValueError,
+        zlib.error,
+    ) as error:  # a folder, no permission, a loop of links, a damaged archive
         raise DataError(f"{name} cannot be read: {getattr(error, 'strerror', None) or error}") from error
     if not data:
         raise DataError(f"{name} is empty")
@@ -96,7 +108,9 @@ def decode_text(data: bytes, name: str | Path) -> str:
         line = data.count(b"\n", 0, error.start) + 1
         raise DataError(f"{name}, line {line}: not UTF-8 text ({error.reason}); save the file as UTF-8") from error
     if "\0" in text:
-        raise DataError(f"{name}, line {text[:text.index(chr(0))].count(chr(10)) + 1}: holds a NUL byte; not a text file, or damaged")
+        raise DataError(
+            f"{name}, line {text[: text.index(chr(0))].count(chr(10)) + 1}: holds a NUL byte; not a text file, or damaged"
+        )
     return text
 
 # %% ../../nbs/data/01_files.ipynb #d249476f
@@ -110,7 +124,7 @@ def read_text(path: str | Path, name: str | None = None) -> str:
 # %% ../../nbs/data/01_files.ipynb #8c211722
 def _lines(text: str, path: Path, separator: str) -> Iterator[tuple[int, list[str]]]:
     "(number of the line, stripped fields) of every line that is not blank"
-    csv.field_size_limit(2**31 - 1)     # a long report is a cell like any other
+    csv.field_size_limit(2**31 - 1)  # a long report is a cell like any other
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
     while True:
         try:
@@ -118,18 +132,20 @@ def _lines(text: str, path: Path, separator: str) -> Iterator[tuple[int, list[st
         except StopIteration:
             return
         except csv.Error as error:
-            raise DataError(f"{path}, line {reader.line_num}: {error} (a quotation mark that is not closed?)") from error
+            raise DataError(
+                f"{path}, line {reader.line_num}: {error} (a quotation mark that is not closed?)"
+            ) from error
         if any(field.strip() for field in fields):
             yield reader.line_num, [field.strip() for field in fields]
 
 # %% ../../nbs/data/01_files.ipynb #9a42c18b
 def read_table(
     path: str | Path,
-    columns: Sequence[str] = (),            # that must be there
+    columns: Sequence[str] = (),  # that must be there
     separator: str = ",",
-    names: Sequence[str] | None = None,     # of the columns, for a file without a header
-    ragged: bool = False,                   # lines may be shorter than the header: the rest is blank
-) -> pd.DataFrame:                          # text cells, blank = ""; index = number of the line
+    names: Sequence[str] | None = None,  # of the columns, for a file without a header
+    ragged: bool = False,  # lines may be shorter than the header: the rest is blank
+) -> pd.DataFrame:  # text cells, blank = ""; index = number of the line
     """Read a table as text. DataError names the line that has another number of fields, the columns that are missing or doubled …
 
     Parameters
@@ -160,14 +176,16 @@ def read_table(
         raise DataError(f"{path} has no rows" + ("" if names else " below its header"))
     for number, fields in rows.items():
         if len(fields) != len(header) and not (ragged and len(fields) < len(header)):
-            raise DataError(f"{path}, line {number}: {len(fields)} fields, expected {len(header)} ({', '.join(header[:4])}, …); a damaged line, or a cut-off file")
+            raise DataError(
+                f"{path}, line {number}: {len(fields)} fields, expected {len(header)} ({', '.join(header[:4])}, …); a damaged line, or a cut-off file"
+            )
     rows = {number: fields + [""] * (len(header) - len(fields)) for number, fields in rows.items()} if ragged else rows
     return pd.DataFrame.from_dict(rows, orient="index", columns=header, dtype=str)
 
 # %% ../../nbs/data/01_files.ipynb #85ee55fb
 def read_csv(
     path: str | Path,
-    text: Sequence[str | int] = (), # columns of text, whatever they look like: names, or 0 for the first
+    text: Sequence[str | int] = (),  # columns of text, whatever they look like: names, or 0 for the first
     separator: str = ",",
 ) -> pd.DataFrame:
     """A table with types: numbers where a column has nothing else; NaN for empty cells, and for nothing but empty cells. pandas' errors.
@@ -179,7 +197,15 @@ def read_csv(
         columns of text, whatever they look like: names, or 0 for the first
     separator : str, default: ','
     """
-    return pd.read_csv(path, sep=separator, encoding="utf-8-sig", dtype=dict.fromkeys(text, str), keep_default_na=False, na_values=[""], low_memory=False)
+    return pd.read_csv(
+        path,
+        sep=separator,
+        encoding="utf-8-sig",
+        dtype=dict.fromkeys(text, str),
+        keep_default_na=False,
+        na_values=[""],
+        low_memory=False,
+    )
 
 # %% ../../nbs/data/01_files.ipynb #120b041a
 _NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
@@ -187,8 +213,8 @@ _NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 
 def number(
     cell: str,
-    what: str,                  # for the error, such as "x" or "line 7: age"
-    low: float = -math.inf,     # smallest and largest value that makes sense
+    what: str,  # for the error, such as "x" or "line 7: age"
+    low: float = -math.inf,  # smallest and largest value that makes sense
     high: float = math.inf,
 ) -> float:
     """A cell as a number. DataError says what it is instead.

@@ -19,8 +19,10 @@ from .pack import EMPTY_GUARD, Pack, read_columns, trust_files, write_manifest
 # %% ../../nbs/data/09_guard.ipynb #df9a38e6
 def _image_owners(pack: Pack, patients: bool = True) -> pd.DataFrame:
     "One row per image: patient_id (blank if not wanted), split, image_id, sha256"
-    studies, images = (read_columns(pack.path / f"{name}.parquet", columns)               # reports would fill the memory
-                       for name, columns in (("studies", ["patient_id", "split"]), ("images", ["study", "image_id", "sha256"])))
+    studies, images = (
+        read_columns(pack.path / f"{name}.parquet", columns)  # reports would fill the memory
+        for name, columns in (("studies", ["patient_id", "split"]), ("images", ["study", "image_id", "sha256"]))
+    )
     owners = studies.iloc[images.pop("study")].reset_index(drop=True)
     return pd.concat([owners if patients else owners.assign(patient_id=""), images], axis=1)
 
@@ -34,10 +36,10 @@ def _numbering(pack: Pack) -> str:
 def find_pack_leaks(
     pack: Pack,
     against: Sequence[Pack] = (),
-    within: bool = True,            # look between the splits of the Pack itself too
-    both: bool = True,              # and what this Pack trains on, while others validate or test on it
+    within: bool = True,  # look between the splits of the Pack itself too
+    both: bool = True,  # and what this Pack trains on, while others validate or test on it
     progress: bool = False,
-) -> pd.DataFrame:                  # kind, split_a, item_a (of the pack), split_b, item_b, distance
+) -> pd.DataFrame:  # kind, split_a, item_a (of the pack), split_b, item_b, distance
     """Patients and images that are in two splits of a Pack, or for validation or test in it and for training in another
 
     Parameters
@@ -58,13 +60,17 @@ def find_pack_leaks(
     found = [leaks_within(_image_owners(pack), pack.images, progress)] if within else []
     for other in against:
         same = _numbering(pack) == _numbering(other)
-        found.append(leaks_between(_image_owners(pack, same), pack.images, _image_owners(other, same), other.images, progress, both))
+        found.append(
+            leaks_between(
+                _image_owners(pack, same), pack.images, _image_owners(other, same), other.images, progress, both
+            )
+        )
     return join_leaks(found)
 
 # %% ../../nbs/data/09_guard.ipynb #b5af879b
 def refuse_leaks(
-    leaks: pd.DataFrame,        # columns leaks.LEAK_COLUMNS
-    folder: Path,               # of a Pack, or of one that is being built: <out>.partial/pack
+    leaks: pd.DataFrame,  # columns leaks.LEAK_COLUMNS
+    folder: Path,  # of a Pack, or of one that is being built: <out>.partial/pack
 ) -> None:
     """DataError with the first offenders; all of them are listed in <folder>.leaks.csv
 
@@ -85,17 +91,20 @@ def _note_guard(pack: Pack, others: Sequence[Pack], found: pd.DataFrame) -> None
     "Write into the manifest of a Pack what it was compared with, and what was found"
     before = pack.manifest.get("guard", EMPTY_GUARD)
     found = join_leaks([pd.DataFrame(before["leaks"].get("offenders", []), columns=list(LEAK_COLUMNS)), found])
-    guard = {"against": before["against"] | {other.manifest["hash"]: other.manifest["source"].get("kind", "") for other in others},
-            "leaks": leaks_summary(found, len(found)) if len(found) else {}}
+    guard = {
+        "against": before["against"]
+        | {other.manifest["hash"]: other.manifest["source"].get("kind", "") for other in others},
+        "leaks": leaks_summary(found, len(found)) if len(found) else {},
+    }
     write_manifest(pack.path, pack.manifest | {"guard": guard})
 
 
 def guard_pack(
     folder: Path,
-    against: Sequence[str | Path] = (),     # Packs that are trained on before
+    against: Sequence[str | Path] = (),  # Packs that are trained on before
     allow_leaks: bool = False,
     progress: bool = False,
-    built: bool = False,                    # just now: its files were hashed a moment ago
+    built: bool = False,  # just now: its files were hashed a moment ago
 ) -> None:
     """Look through a Pack, as far as its manifest does not say that it was done, and write down what was found. ValueError if anything leaks and is not allowed to.
 
@@ -109,11 +118,16 @@ def guard_pack(
     built : bool, default: False
         just now: its files were hashed a moment ago
     """
-    pack, others = trust_files(Pack(folder)) if built else Pack(folder), {other.manifest["hash"]: other for other in map(Pack, against)}
+    pack, others = (
+        trust_files(Pack(folder)) if built else Pack(folder),
+        {other.manifest["hash"]: other for other in map(Pack, against)},
+    )
     noted = pack.manifest.get("guard", EMPTY_GUARD)
     new = [other for name, other in others.items() if name not in noted["against"]]
     if noted["leaks"] and not allow_leaks:
-        raise ValueError(f"{folder} was built with leaks between splits (its manifest lists them); --allow-leaks takes it as it is")
+        raise ValueError(
+            f"{folder} was built with leaks between splits (its manifest lists them); --allow-leaks takes it as it is"
+        )
     if "guard" in pack.manifest and not new:
         return
     found = find_pack_leaks(pack, new, within="guard" not in pack.manifest, both=False, progress=progress)
@@ -123,8 +137,8 @@ def guard_pack(
 
 # %% ../../nbs/data/09_guard.ipynb #27ce5873
 def guard_measured(
-    pack: Pack,                 # that an encoder is to be measured on
-    trained: Pack,              # that it was trained on
+    pack: Pack,  # that an encoder is to be measured on
+    trained: Pack,  # that it was trained on
     allow_leaks: bool = False,
     progress: bool = False,
 ) -> None:
@@ -140,11 +154,16 @@ def guard_measured(
     progress : bool, default: False
     """
     noted, name = pack.manifest.get("guard"), trained.manifest["hash"]
-    if noted is None or "guard" not in trained.manifest or name == pack.manifest["hash"] or (name in noted["against"] and not noted["leaks"]):
+    if (
+        noted is None
+        or "guard" not in trained.manifest
+        or name == pack.manifest["hash"]
+        or (name in noted["against"] and not noted["leaks"])
+    ):
         return
     found = find_pack_leaks(pack, [trained], within=False, both=False, progress=progress)
     if len(found) and not allow_leaks:
         refuse_leaks(found, pack.path)
     if name not in noted["against"]:
-        with suppress(OSError):     # where nothing may be written, it is looked for every time
+        with suppress(OSError):  # where nothing may be written, it is looked for every time
             _note_guard(pack, [trained], found)

@@ -20,7 +20,7 @@ from .files import lookalike
 class ImageError(ValueError):
     "A file that cannot be read as an image; `.reason` says why, without the path"
 
-    def __init__(self, name: str, reason: str):
+    def __init__(self, name: str, reason: str) -> None:
         super().__init__(f"{name}: {reason}")
         self.name, self.reason = name, reason
 
@@ -29,7 +29,7 @@ class ImageError(ValueError):
 
 # %% ../../nbs/data/03_images.ipynb #0eeb82f8
 def _grey_range(
-    values: np.ndarray,     # any real numbers that tell of tissue
+    values: np.ndarray,  # any real numbers that tell of tissue
 ) -> tuple[float, float]:
     "Smallest and largest value without outliers, which are farther from the central 96 % of the values than these are wide"
     if not values.size:
@@ -42,10 +42,10 @@ def _grey_range(
 
 # %% ../../nbs/data/03_images.ipynb #8fec1178
 def _to_uint8(
-    image: np.ndarray,                  # (H, W) any real numbers
-    low: float = 0.0,                   # the value that becomes 0; values below it do too
-    high: float | None = None,          # the value that becomes 255; None = the maximum
-) -> np.ndarray:                        # (H, W) uint8
+    image: np.ndarray,  # (H, W) any real numbers
+    low: float = 0.0,  # the value that becomes 0; values below it do too
+    high: float | None = None,  # the value that becomes 255; None = the maximum
+) -> np.ndarray:  # (H, W) uint8
     "Scale so that `low` becomes 0 and `high` 255; an image without any value above `low` is black. ValueError for numbers that are not finite."
     image = image.astype(np.float32) - np.float32(low)
     if not np.isfinite(image).all():
@@ -55,9 +55,9 @@ def _to_uint8(
 
 # %% ../../nbs/data/03_images.ipynb #79181584
 def _stretch(
-    values: np.ndarray,         # (H, W) any real numbers
-    signed: bool = False,       # they do not start at 0: the smallest becomes black
-) -> np.ndarray:                # (H, W) uint8
+    values: np.ndarray,  # (H, W) any real numbers
+    signed: bool = False,  # they do not start at 0: the smallest becomes black
+) -> np.ndarray:  # (H, W) uint8
     "Scale numbers without a window by their range; 0 stays black, unless some are below it, or all so far above that little grey would be left"
     if not np.isfinite(values).all():
         raise ValueError("pixels are not finite numbers")
@@ -68,7 +68,7 @@ def _stretch(
 
 # %% ../../nbs/data/03_images.ipynb #9c8077ee
 def _as_stored(
-    dataset,        # pydicom's, or any other mapping of the tags' names
+    dataset,  # pydicom's, or any other mapping of the tags' names
 ) -> bool:
     "Are eight bits shown as they are stored: no table, no rescale but by 1 and 0, no window but of all 256 levels (or 255)? An empty tag is none."
     if dataset.get("ModalityLUTSequence") or dataset.get("VOILUTSequence"):
@@ -79,20 +79,49 @@ def _as_stored(
     window = [dataset.get(name) for name in ("WindowCenter", "WindowWidth")]
     if None in window:
         return True
-    center, width = (float(np.ravel(value)[0]) for value in window)      # the first of several windows is the one that is shown
+    center, width = (
+        float(np.ravel(value)[0]) for value in window
+    )  # the first of several windows is the one that is shown
     linear = (dataset.get("VOILUTFunction") or "LINEAR") in ("LINEAR", "LINEAR_EXACT")
     return linear and abs(center - width / 2) <= 1 and abs(center + width / 2 - 255) <= 1
 
 # %% ../../nbs/data/03_images.ipynb #8da27725
 def _complete(dataset) -> None:
     "Take out of a pydicom data set the tags that are empty, and add what has only one meaning. ValueError names what is missing."
-    for name in ("RescaleSlope", "RescaleIntercept", "WindowCenter", "WindowWidth", "VOILUTFunction", "VOILUTSequence", "ModalityLUTSequence", "PixelPaddingValue",
-                 "PixelPaddingRangeLimit", "PixelRepresentation", "SamplesPerPixel", "BitsStored", "HighBit", "NumberOfFrames", "PhotometricInterpretation", "Rows", "Columns", "BitsAllocated"):
-        if name in dataset and (value := dataset[name].value) is not None and name.startswith(("Rescale", "PixelPadding")) and np.size(value) > 1:
+    for name in (
+        "RescaleSlope",
+        "RescaleIntercept",
+        "WindowCenter",
+        "WindowWidth",
+        "VOILUTFunction",
+        "VOILUTSequence",
+        "ModalityLUTSequence",
+        "PixelPaddingValue",
+        "PixelPaddingRangeLimit",
+        "PixelRepresentation",
+        "SamplesPerPixel",
+        "BitsStored",
+        "HighBit",
+        "NumberOfFrames",
+        "PhotometricInterpretation",
+        "Rows",
+        "Columns",
+        "BitsAllocated",
+    ):
+        if (
+            name in dataset
+            and (value := dataset[name].value) is not None
+            and name.startswith(("Rescale", "PixelPadding"))
+            and np.size(value) > 1
+        ):
             dataset[name].value = value[0]
-        if name in dataset and (dataset[name].value is None or not np.size(dataset[name].value) or dataset[name].value == ""):
+        if name in dataset and (
+            dataset[name].value is None or not np.size(dataset[name].value) or dataset[name].value == ""
+        ):
             del dataset[name]
-    if missing := [name for name in ("Rows", "Columns", "BitsAllocated", "PhotometricInterpretation") if name not in dataset]:
+    if missing := [
+        name for name in ("Rows", "Columns", "BitsAllocated", "PhotometricInterpretation") if name not in dataset
+    ]:
         raise ValueError(f"DICOM without {', '.join(missing)}")
     usual = {"SamplesPerPixel": 1, "PixelRepresentation": 0, "BitsStored": dataset.BitsAllocated}
     if "RescaleSlope" in dataset or "RescaleIntercept" in dataset:
@@ -119,19 +148,25 @@ def _with_syntax(dataset) -> None:
     if dataset["PixelData"].is_undefined_length:
         raise ValueError("DICOM with compressed pixels but without a transfer syntax")
     implicit, little = dataset.original_encoding
-    dataset.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian if implicit else ExplicitVRLittleEndian if little else ExplicitVRBigEndian
+    dataset.file_meta.TransferSyntaxUID = (
+        ImplicitVRLittleEndian if implicit else ExplicitVRLittleEndian if little else ExplicitVRBigEndian
+    )
 
 # %% ../../nbs/data/03_images.ipynb #bf947c7e
 def _padding(
-    dataset,                # pydicom's, or any other mapping of the tags' names
-    pixels: np.ndarray,     # (H, W) as stored
-) -> np.ndarray:            # (H, W) bool
+    dataset,  # pydicom's, or any other mapping of the tags' names
+    pixels: np.ndarray,  # (H, W) as stored
+) -> np.ndarray:  # (H, W) bool
     "Where an image is no image: PixelPaddingValue, or all up to PixelPaddingRangeLimit; a number of the other sign is read by its bits"
     value, limit = (dataset.get(name) for name in ("PixelPaddingValue", "PixelPaddingRangeLimit"))
     if value is None:
         return np.zeros(pixels.shape, bool)
-    ends = [int(end) if np.can_cast(np.min_scalar_type(int(end)), pixels.dtype) else int(np.array(int(end), np.int64).astype(pixels.dtype))
-            for end in (value, value if limit is None else limit)]
+    ends = [
+        int(end)
+        if np.can_cast(np.min_scalar_type(int(end)), pixels.dtype)
+        else int(np.array(int(end), np.int64).astype(pixels.dtype))
+        for end in (value, value if limit is None else limit)
+    ]
     return (pixels >= min(ends)) & (pixels <= max(ends))
 
 # %% ../../nbs/data/03_images.ipynb #91487cfc
@@ -149,7 +184,11 @@ def _dicom_grey(dataset, pixels: np.ndarray) -> np.ndarray:
     windowed = "WindowWidth" in dataset or "VOILUTSequence" in dataset
     seen = shown[~padding]
     low, high = (seen.min(initial=np.inf), seen.max(initial=-np.inf)) if windowed else _grey_range(seen)
-    return np.where(padding, np.uint8(0), _to_uint8(np.where(padding, low, shown), low, high)) if seen.size else np.zeros(pixels.shape, np.uint8)
+    return (
+        np.where(padding, np.uint8(0), _to_uint8(np.where(padding, low, shown), low, high))
+        if seen.size
+        else np.zeros(pixels.shape, np.uint8)
+    )
 
 # %% ../../nbs/data/03_images.ipynb #60713e60
 def _decode_dicom(data: bytes) -> np.ndarray:
@@ -166,7 +205,7 @@ def _decode_dicom(data: bytes) -> np.ndarray:
     if dataset.file_meta.TransferSyntaxUID in pydicom.uid.JPEGTransferSyntaxes:
         frame = pydicom.encaps.get_frame(dataset.PixelData, 0, number_of_frames=1)
         _scan_ends(frame)
-        if dataset.file_meta.TransferSyntaxUID == pydicom.uid.JPEGBaseline8Bit:     # Pillow knows no other
+        if dataset.file_meta.TransferSyntaxUID == pydicom.uid.JPEGBaseline8Bit:  # Pillow knows no other
             with Image.open(io.BytesIO(frame)) as picture:
                 _check_jpeg(frame, picture)
     pixels = dataset.pixel_array
@@ -186,7 +225,7 @@ def _scan_ends(data: bytes) -> list[int]:
             return ends
         restart = 0xD0 <= kind <= 0xD7
         if not restart and kind not in (0x01, 0xD8):
-            place += int.from_bytes(data[place:place + 2], "big")
+            place += int.from_bytes(data[place : place + 2], "big")
         if restart or kind == 0xDA:
             if not (found := scan.search(data, place)):
                 break
@@ -196,18 +235,22 @@ def _scan_ends(data: bytes) -> list[int]:
 # %% ../../nbs/data/03_images.ipynb #9b15c3ef
 def _check_jpeg(
     data: bytes,
-    first: Image.Image,     # as opened
+    first: Image.Image,  # as opened
 ) -> None:
     "ValueError for a JPEG that ends early, or whose coded pixels do"
     ends = [0, *_scan_ends(data)]
-    longer = b"\x5a\xa5\x3c\x69\x96\xc3\x0f\xb4".join(data[start:end] for start, end in zip(ends, [*ends[1:], None])) if len(ends) > 1 else data
+    longer = (
+        b"\x5a\xa5\x3c\x69\x96\xc3\x0f\xb4".join(data[start:end] for start, end in zip(ends, [*ends[1:], None]))
+        if len(ends) > 1
+        else data
+    )
     with Image.open(io.BytesIO(longer)) as second:
         same = np.array_equal(np.asarray(first), np.asarray(second))
     if not same:
         raise ValueError("JPEG whose coded pixels end before the picture does: damaged, or half downloaded?")
 
 # %% ../../nbs/data/03_images.ipynb #12ba8d3b
-def _sixteen_bits(data: bytes) -> np.ndarray:       # (H, W, C) uint16
+def _sixteen_bits(data: bytes) -> np.ndarray:  # (H, W, C) uint16
     "The channels of a PNG of 16 bits with colour or alpha, of which Pillow keeps the upper bytes: its lower bytes are those of the other byte order"
     kind = {2: ("RGB", "RGB;16B", "RGB;16L"), 6: ("RGBA", "RGBA;16B", "RGBA;16L"), 4: ("RGBA", "RGBA")}[data[25]]
     halves = []
@@ -215,11 +258,15 @@ def _sixteen_bits(data: bytes) -> np.ndarray:       # (H, W, C) uint16
         with Image.open(io.BytesIO(data)) as picture:
             picture._mode, picture.tile = kind[0], [tile._replace(args=order) for tile in picture.tile]
             halves.append(np.array(picture).astype(np.uint16))
-    high, low = halves if len(halves) == 2 else (halves[0][..., 0::2], halves[0][..., 1::2])      # grey and alpha: four bytes a pixel
+    high, low = (
+        halves if len(halves) == 2 else (halves[0][..., 0::2], halves[0][..., 1::2])
+    )  # grey and alpha: four bytes a pixel
     return high * 256 + low
 
 # %% ../../nbs/data/03_images.ipynb #9fd9d10a
-def _numbers(picture: Image.Image, data: bytes) -> tuple[np.ndarray, bool]:     # (H, W) any numbers, before turning; do they start elsewhere than at 0?
+def _numbers(
+    picture: Image.Image, data: bytes
+) -> tuple[np.ndarray, bool]:  # (H, W) any numbers, before turning; do they start elsewhere than at 0?
     "The numbers of a picture that has more than eight bits or a sign. ValueError for colour of more than eight bits that is not PNG."
     tags = picture.tag_v2 if picture.format == "TIFF" else {}
     white, bits, kind = tags.get(262) == 0, tags.get(258, (8,)), tags.get(339, (1,))[0]
@@ -245,7 +292,7 @@ def _upright(values: np.ndarray, orientation: int) -> np.ndarray:
     return values[::rows, ::columns]
 
 # %% ../../nbs/data/03_images.ipynb #f9219dce
-def exif_orientation(data: bytes) -> int:     # 1 to 8; 1 = upright, or not told
+def exif_orientation(data: bytes) -> int:  # 1 to 8; 1 = upright, or not told
     """How a picture is to be turned; DICOM and what is no picture is not
 
     Returns
@@ -256,7 +303,7 @@ def exif_orientation(data: bytes) -> int:     # 1 to 8; 1 = upright, or not told
     try:
         with Image.open(io.BytesIO(data)) as picture:
             told = picture.getexif().get(ExifTags.Base.Orientation, 1)
-    except Exception:       # decoders of damaged files raise anything; whoever decodes it will tell
+    except Exception:  # decoders of damaged files raise anything; whoever decodes it will tell
         return 1
     return told if told in range(1, 9) else 1
 
@@ -268,11 +315,17 @@ def _decode_picture(data: bytes) -> np.ndarray:
             _check_jpeg(data, picture)
         if picture.format == "PNG":
             with Image.open(io.BytesIO(data)) as again:
-                again.verify()      # the checksums, and that the file has its end
+                again.verify()  # the checksums, and that the file has its end
         tags = picture.tag_v2 if picture.format == "TIFF" else {}
-        deep = picture.mode == "F" or picture.mode.startswith("I") or max(tags.get(258, (8,))) > 8 or picture.format == "PNG" and data[24] == 16
+        deep = (
+            picture.mode == "F"
+            or picture.mode.startswith("I")
+            or max(tags.get(258, (8,))) > 8
+            or picture.format == "PNG"
+            and data[24] == 16
+        )
         if deep or picture.mode == "L" and tags.get(339) == (2,):
-            orientation = 1 if tags else exif_orientation(data)      # Pillow turns a TIFF itself
+            orientation = 1 if tags else exif_orientation(data)  # Pillow turns a TIFF itself
             return np.ascontiguousarray(_upright(_stretch(*_numbers(picture, data)), orientation))
         picture.load()
         return np.array(ImageOps.exif_transpose(picture).convert("L"))
@@ -280,16 +333,25 @@ def _decode_picture(data: bytes) -> np.ndarray:
 # %% ../../nbs/data/03_images.ipynb #64b27843
 def _is_dicom(data: bytes) -> bool:
     "By its content: with the preamble, without it, or from its first group on"
-    return data[128:132] == b"DICM" or data[:4] == b"DICM" or (data[:2] in (b"\x02\0", b"\x08\0") and data[3:4] == b"\0") or (data[:2] in (b"\0\x02", b"\0\x08") and data[2:3] == b"\0")
+    return (
+        data[128:132] == b"DICM"
+        or data[:4] == b"DICM"
+        or (data[:2] in (b"\x02\0", b"\x08\0") and data[3:4] == b"\0")
+        or (data[:2] in (b"\0\x02", b"\0\x08") and data[2:3] == b"\0")
+    )
 
 # %% ../../nbs/data/03_images.ipynb #750c4937
 def _in_words(error: Exception) -> str:
     "What a decoder says of a damaged file, in one short line; an error of programming says nothing to a reader"
-    told = re.split("\n| as exceptions were raised", str(error).strip())[0][:160] if isinstance(error, (ValueError, OSError, RuntimeError, SyntaxError)) else ""
+    told = (
+        re.split("\n| as exceptions were raised", str(error).strip())[0][:160]
+        if isinstance(error, (ValueError, OSError, RuntimeError, SyntaxError))
+        else ""
+    )
     return told or "damaged, or not what it says it is"
 
 # %% ../../nbs/data/03_images.ipynb #db20ff3d
-def decode_image(data: bytes, name: str) -> np.ndarray:     # (H, W) uint8
+def decode_image(data: bytes, name: str) -> np.ndarray:  # (H, W) uint8
     """Decode the bytes of a DICOM, PNG or JPEG file, told by its content; `name` is for the ImageError. ImportError for DICOM without pydicom.
 
     Returns
@@ -305,7 +367,7 @@ def decode_image(data: bytes, name: str) -> np.ndarray:     # (H, W) uint8
         raise
     except UnidentifiedImageError as error:
         raise ImageError(name, "not a known image format") from error
-    except Exception as error:      # decoders of damaged files raise anything: SyntaxError, struct.error, IndexError ...
+    except Exception as error:  # decoders of damaged files raise anything: SyntaxError, struct.error, IndexError ...
         raise ImageError(name, f"cannot be decoded: {_in_words(error)}") from error
     if min(image.shape) < 2:
         raise ImageError(name, f"has {image.shape[1]} x {image.shape[0]} pixels")
@@ -322,7 +384,7 @@ def read_bytes(path: str | Path, name: str = "") -> bytes:
         raise ImageError(name or str(path), f"cannot be opened: {error.strerror}") from error
 
 # %% ../../nbs/data/03_images.ipynb #c7f34b9e
-def read_image(path: str | Path) -> np.ndarray:     # (H, W) uint8
+def read_image(path: str | Path) -> np.ndarray:  # (H, W) uint8
     """Read a DICOM, PNG (8 or 16 bit) or JPEG file as grey; ImageError with the path and the reason if that fails
 
     Returns
@@ -334,8 +396,8 @@ def read_image(path: str | Path) -> np.ndarray:     # (H, W) uint8
 
 # %% ../../nbs/data/03_images.ipynb #528fd26e
 def equalise(
-    image: np.ndarray,      # (H, W) uint8
-) -> np.ndarray:            # (H, W) uint8
+    image: np.ndarray,  # (H, W) uint8
+) -> np.ndarray:  # (H, W) uint8
     """Equalise the histogram: a level becomes 255 times the share of pixels that are as bright or darker, rounded down (LoVT, but for scikit-image's interpolation between bins)
 
     Parameters
@@ -359,7 +421,7 @@ def _square_frame(
     height: int,
     width: int,
     size: int,
-    fit: str = "pad",       # of FITS, see `to_square`
+    fit: str = "pad",  # of FITS, see `to_square`
 ) -> tuple[float, float, float, float]:
     "Where an image lies in its square: its new height and width, and the rows above and columns left of it (negative: cut off)"
     if fit not in FITS:
@@ -379,10 +441,10 @@ def _square_frame(
 
 # %% ../../nbs/data/03_images.ipynb #12b7383f
 def to_square(
-    image: np.ndarray,                          # (H, W) uint8 or float32
+    image: np.ndarray,  # (H, W) uint8 or float32
     size: int,
-    fit: str = "pad",                           # of FITS
-) -> np.ndarray:                                # (size, size), same type
+    fit: str = "pad",  # of FITS
+) -> np.ndarray:  # (size, size), same type
     """Resize to a square by area averaging (bilinear when it grows, and for "pad-first").
 
     "pad": the longer side becomes `size`, zeros are added evenly, the odd pixel at the right or bottom (MGCA, released code).
@@ -410,15 +472,15 @@ def to_square(
     if (height, width) != image.shape:
         area = height <= image.shape[0] and width <= image.shape[1] and fit != "pad-first"
         picture = picture.resize((width, height), Image.Resampling.BOX if area else Image.Resampling.BILINEAR)
-    pixels = np.asarray(picture)[max(0, -top):, max(0, -left):][:size, :size]
+    pixels = np.asarray(picture)[max(0, -top) :, max(0, -left) :][:size, :size]
     top, left = max(0, top), max(0, left)
     return np.pad(pixels, ((top, size - len(pixels) - top), (left, size - pixels.shape[1] - left)))
 
 # %% ../../nbs/data/03_images.ipynb #383db789
 def check_not_blank(
-    image: np.ndarray,      # (H, W) uint8
-    size: int,              # side of the square
-    name: str,              # for the error
+    image: np.ndarray,  # (H, W) uint8
+    size: int,  # side of the square
+    name: str,  # for the error
 ) -> None:
     """ImageError for an image whose grey levels, at the size of the square, differ by no more than two of 255
 
@@ -431,18 +493,24 @@ def check_not_blank(
     name : str
         for the error
     """
-    small = image if max(image.shape) <= size else np.asarray(Image.fromarray(image).resize([min(size, side) for side in image.shape[::-1]], Image.Resampling.BOX))
+    small = (
+        image
+        if max(image.shape) <= size
+        else np.asarray(
+            Image.fromarray(image).resize([min(size, side) for side in image.shape[::-1]], Image.Resampling.BOX)
+        )
+    )
     if int(small.max()) - int(small.min()) <= 2:
         raise ImageError(name, f"blank: the whole picture is of grey level {int(np.median(small))}")
 
 # %% ../../nbs/data/03_images.ipynb #9d2a8434
 def boxes_to_square(
-    boxes: np.ndarray,      # (K, 4) x0, y0, x1, y1 in pixels of the original image
-    height: int,            # of the original image
+    boxes: np.ndarray,  # (K, 4) x0, y0, x1, y1 in pixels of the original image
+    height: int,  # of the original image
     width: int,
     size: int,
     fit: str = "pad",
-) -> np.ndarray:            # (K, 4) float64, in pixels of the square; with "crop" they may lie outside
+) -> np.ndarray:  # (K, 4) float64, in pixels of the square; with "crop" they may lie outside
     """Move boxes as `to_square` moves the image
 
     Parameters
@@ -466,11 +534,11 @@ def boxes_to_square(
 
 # %% ../../nbs/data/03_images.ipynb #4208159b
 def _crossed(
-    there: np.ndarray,      # (n,) bool: the rows (or columns) of an image that a mask has pixels in
-    new: float,             # their number in the square
-    shift: float,           # and where they begin there
+    there: np.ndarray,  # (n,) bool: the rows (or columns) of an image that a mask has pixels in
+    new: float,  # their number in the square
+    shift: float,  # and where they begin there
     size: int,
-) -> np.ndarray:            # (size,) bool
+) -> np.ndarray:  # (size,) bool
     "The rows of the square whose middle lies in such a row"
     middle = np.floor((np.arange(size) + 0.5 - shift) * len(there) / new).astype(int)
     inside = (middle >= 0) & (middle < len(there))
@@ -478,10 +546,10 @@ def _crossed(
 
 # %% ../../nbs/data/03_images.ipynb #5c97e764
 def mask_to_square(
-    mask: np.ndarray,       # (H, W) bool
+    mask: np.ndarray,  # (H, W) bool
     size: int,
     fit: str = "pad",
-) -> np.ndarray:            # (size, size) bool
+) -> np.ndarray:  # (size, size) bool
     """Move a mask as `to_square` moves the image; one that is not empty stays so, unless the crop cuts it off
 
     Parameters
@@ -501,7 +569,9 @@ def mask_to_square(
         return covered > 0
     moved = covered >= min(0.5, covered.max())
     height, width, top, left = _square_frame(*mask.shape, size, fit)
-    rows = np.flatnonzero(_crossed(mask.any(1), height, top, size) & ~moved.any(1) & covered.any(1))        # not what the crop cut off
+    rows = np.flatnonzero(
+        _crossed(mask.any(1), height, top, size) & ~moved.any(1) & covered.any(1)
+    )  # not what the crop cut off
     columns = np.flatnonzero(_crossed(mask.any(0), width, left, size) & ~moved.any(0) & covered.any(0))
     moved[rows, covered[rows].argmax(1)] = True
     moved[covered[:, columns].argmax(0), columns] = True

@@ -21,25 +21,30 @@ from .files import DataError
 
 # %% ../../nbs/data/06_leaks.ipynb #b7e7269f
 def _content(
-    image: np.ndarray,              # (H, W) uint8
-    tolerance: int = 8,             # grey levels that a border may vary, by JPEG noise
-) -> tuple[int, int, int, int]:     # left, top, right, bottom
+    image: np.ndarray,  # (H, W) uint8
+    tolerance: int = 8,  # grey levels that a border may vary, by JPEG noise
+) -> tuple[int, int, int, int]:  # left, top, right, bottom
     "The part of an image within its even borders; the whole of it where that would leave less than a quarter of a side"
     left, top, right, bottom = whole = 0, 0, image.shape[1], image.shape[0]
-    for _ in range(3):              # a border may lie within a border of another colour
+    for _ in range(3):  # a border may lie within a border of another colour
         part = image[top:bottom, left:right]
         rows = np.flatnonzero(part.max(1) - part.min(1) > tolerance)
         columns = np.flatnonzero(part.max(0) - part.min(0) > tolerance)
         if 4 * len(rows) < image.shape[0] or 4 * len(columns) < image.shape[1]:
             return whole
-        left, top, right, bottom = (int(left + columns[0]), int(top + rows[0]), int(left + columns[-1] + 1), int(top + rows[-1] + 1))
+        left, top, right, bottom = (
+            int(left + columns[0]),
+            int(top + rows[0]),
+            int(left + columns[-1] + 1),
+            int(top + rows[-1] + 1),
+        )
     return left, top, right, bottom
 
 # %% ../../nbs/data/06_leaks.ipynb #6d675c4e
 def _thumbnails(
-    images: Sequence[np.ndarray],           # n images (H, W) uint8
+    images: Sequence[np.ndarray],  # n images (H, W) uint8
     side: int,
-) -> tuple[np.ndarray, np.ndarray]:         # (n, side, side) uint8; (n,) width / height of what is shown
+) -> tuple[np.ndarray, np.ndarray]:  # (n, side, side) uint8; (n,) width / height of what is shown
     "What is within the borders of each image, shrunk to a square by area averaging"
     squares, aspects = np.empty((len(images), side, side), np.uint8), np.empty(len(images), np.float32)
     for square, image, number in zip(squares, images, range(len(images)), strict=True):
@@ -50,24 +55,24 @@ def _thumbnails(
 
 # %% ../../nbs/data/06_leaks.ipynb #36d626f8
 def _detail(
-    images: np.ndarray,     # (n, S, S) uint8
-    sigma: float = 4.0,     # pixels of the surroundings
-    noise: float = 2.0,     # grey levels below which a difference is none
-) -> np.ndarray:            # (n, S, S) float32
+    images: np.ndarray,  # (n, S, S) uint8
+    sigma: float = 4.0,  # pixels of the surroundings
+    noise: float = 2.0,  # grey levels below which a difference is none
+) -> np.ndarray:  # (n, S, S) float32
     "Local contrast: minus the local mean, divided by the local spread"
     positions = np.arange(images.shape[-1])
-    blur = np.exp(-((positions[:, None] - positions) / sigma) ** 2 / 2).astype(np.float32)
+    blur = np.exp(-(((positions[:, None] - positions) / sigma) ** 2) / 2).astype(np.float32)
     blur /= blur.sum(1, keepdims=True)
     residue = images - blur @ images.astype(np.float32) @ blur.T
     return residue / np.sqrt(blur @ residue**2 @ blur.T + noise**2)
 
 # %% ../../nbs/data/06_leaks.ipynb #49d3c1e0
 def _weights(
-    low: np.ndarray,        # (n,) where the part begins and
-    high: np.ndarray,       # (n,) ends, in shares of the side
+    low: np.ndarray,  # (n,) where the part begins and
+    high: np.ndarray,  # (n,) ends, in shares of the side
     cells: int,
     side: int,
-) -> np.ndarray:            # (n, cells, side) float32, rows sum to 1
+) -> np.ndarray:  # (n, cells, side) float32, rows sum to 1
     "Triangle filter from `side` pixels to `cells` even cells of a part; beyond the edge, the edge goes on"
     low, high = np.float32(low)[:, None, None] * side, np.float32(high)[:, None, None] * side
     step = (high - low) / cells
@@ -77,47 +82,60 @@ def _weights(
 
 # %% ../../nbs/data/06_leaks.ipynb #4d0a38b2
 def _cells(
-    images: np.ndarray,     # (n, S, S)
-    parts: np.ndarray,      # (n, 4) left, top, right, bottom of the part of each, in shares of the side
+    images: np.ndarray,  # (n, S, S)
+    parts: np.ndarray,  # (n, 4) left, top, right, bottom of the part of each, in shares of the side
     rows: int,
     columns: int,
-) -> np.ndarray:            # (n, rows, columns) float32
+) -> np.ndarray:  # (n, rows, columns) float32
     "A part of each image as a grid of cells"
-    down, across = (_weights(parts[:, axis], parts[:, axis + 2], cells, images.shape[-1]) for axis, cells in ((1, rows), (0, columns)))
+    down, across = (
+        _weights(parts[:, axis], parts[:, axis + 2], cells, images.shape[-1])
+        for axis, cells in ((1, rows), (0, columns))
+    )
     return down @ images.astype(np.float32, copy=False) @ across.swapaxes(1, 2)
 
 # %% ../../nbs/data/06_leaks.ipynb #8a382233
 _WHOLE = (0.0, 0.0, 1.0, 1.0)
 _GRID, _BITS = 11, 242
-_EVEN = 1e-3     # a difference that rounding makes of nothing
+_EVEN = 1e-3  # a difference that rounding makes of nothing
 
 
 def _difference_hash(
-    images: np.ndarray,                 # (n, S, S) local contrast
-    parts: np.ndarray | None = None,    # (n, 4) the part of each that is looked at, in shares of the side; None = the whole
-) -> np.ndarray:                        # (n, 4) uint64
+    images: np.ndarray,  # (n, S, S) local contrast
+    parts: np.ndarray
+    | None = None,  # (n, 4) the part of each that is looked at, in shares of the side; None = the whole
+) -> np.ndarray:  # (n, 4) uint64
     "242 bits: which cells are less than the next to the right (121) and than the one below (121)"
     parts = np.tile(_WHOLE, (len(images), 1)) if parts is None else parts
-    across, down = np.diff(_cells(images, parts, _GRID, _GRID + 1), axis=2), np.diff(_cells(images, parts, _GRID + 1, _GRID), axis=1)
+    across, down = (
+        np.diff(_cells(images, parts, _GRID, _GRID + 1), axis=2),
+        np.diff(_cells(images, parts, _GRID + 1, _GRID), axis=1),
+    )
     bits = np.zeros((len(images), 256), bool)
     bits[:, :_BITS] = np.stack([across, down], axis=1).reshape(len(images), _BITS) > _EVEN
     words = np.packbits(bits.reshape(-1, 64, 4).swapaxes(1, 2), axis=2)
     return np.ascontiguousarray(words).view(np.uint64)[..., 0]
 
 # %% ../../nbs/data/06_leaks.ipynb #906e3d6f
-_PLACES = {0.95: (-0.5, 0.5), 0.9: (-2 / 3, 0.0, 2 / 3), 0.8: (0.0,)}   # share of the side -> where, from -1 (left, top) to 1 (right, bottom)
+_PLACES = {
+    0.95: (-0.5, 0.5),
+    0.9: (-2 / 3, 0.0, 2 / 3),
+    0.8: (0.0,),
+}  # share of the side -> where, from -1 (left, top) to 1 (right, bottom)
 _VIEWS = (*((share, x, y) for share, places in _PLACES.items() for x in places for y in places),)
 
 
 def _parts(
-    aspects: np.ndarray,    # (n,) width / height
-) -> np.ndarray:            # (views, n, 4) left, top, right, bottom in shares of the side
+    aspects: np.ndarray,  # (n,) width / height
+) -> np.ndarray:  # (views, n, 4) left, top, right, bottom in shares of the side
     "What each view shows of each image: the whole, the centre square, then VIEWS"
     width, height = np.minimum(1, 1 / aspects), np.minimum(1, aspects)
     square = np.stack([1 - width, 1 - height, 1 + width, 1 + height], axis=1) / 2
     fixed = [((1 - share) * (1 + x) / 2, (1 - share) * (1 + y) / 2) for share, x, y in _VIEWS]
     fixed = [(left, top, left + view[0], top + view[0]) for (left, top), view in zip(fixed, _VIEWS, strict=True)]
-    return np.stack([np.broadcast_to(_WHOLE, square.shape), square, *(np.broadcast_to(part, square.shape) for part in fixed)])
+    return np.stack(
+        [np.broadcast_to(_WHOLE, square.shape), square, *(np.broadcast_to(part, square.shape) for part in fixed)]
+    )
 
 # %% ../../nbs/data/06_leaks.ipynb #f73d3fe0
 @dataclass(frozen=True)
@@ -138,17 +156,17 @@ class Prints:
         (views, 4, n) uint64
     """
 
-    pixels: np.ndarray      # (N, S, S) uint8, memory map or not
-    rows: np.ndarray        # (n,) rows of pixels; images of one even grey are left out
+    pixels: np.ndarray  # (N, S, S) uint8, memory map or not
+    rows: np.ndarray  # (n,) rows of pixels; images of one even grey are left out
     thumbnails: np.ndarray  # (n, 32, 32) uint8
-    parts: np.ndarray       # (views, n, 4)
-    hashes: np.ndarray      # (views, 4, n) uint64
+    parts: np.ndarray  # (views, n, 4)
+    hashes: np.ndarray  # (views, 4, n) uint64
 
 # %% ../../nbs/data/06_leaks.ipynb #8fc6594c
 def _rows(
-    pixels: np.ndarray,     # (N, S, S) uint8
-    rows: np.ndarray,       # (n,)
-) -> np.ndarray:            # (n, S, S)
+    pixels: np.ndarray,  # (N, S, S) uint8
+    rows: np.ndarray,  # (n,)
+) -> np.ndarray:  # (n, S, S)
     "Some images; of a memory map they are read from its file, or its pages would pile up in memory"
     if not (isinstance(pixels, np.memmap) and pixels.flags.c_contiguous and isinstance(pixels.filename, str | Path)):
         return pixels[rows]
@@ -161,9 +179,9 @@ def _rows(
 
 # %% ../../nbs/data/06_leaks.ipynb #614670f2
 def take_prints(
-    pixels: np.ndarray,     # (N, S, S) uint8
-    rows: np.ndarray,       # (n,) the images to look at
-    block: int = 256,       # images in memory at a time
+    pixels: np.ndarray,  # (N, S, S) uint8
+    rows: np.ndarray,  # (n,) the images to look at
+    block: int = 256,  # images in memory at a time
 ) -> Prints:
     """The prints of some images
 
@@ -178,7 +196,7 @@ def take_prints(
     """
     taken = []
     for start in range(0, len(rows), block):
-        of = np.asarray(rows[start:start + block])
+        of = np.asarray(rows[start : start + block])
         squares, aspects = _thumbnails(_rows(pixels, of), 32)
         kept = squares.std((1, 2)) > 2
         squares, parts = squares[kept], _parts(aspects[kept])
@@ -186,22 +204,24 @@ def take_prints(
         taken.append((of[kept], squares, parts.astype(np.float32), hashes))
     if not taken:
         return take_prints(np.zeros((1, 2, 2), np.uint8), np.array([0]))
-    rows, squares, parts, hashes = (np.concatenate(values, axis=axis) for values, axis in zip(zip(*taken, strict=True), (0, 0, 1, 2), strict=True))
+    rows, squares, parts, hashes = (
+        np.concatenate(values, axis=axis) for values, axis in zip(zip(*taken, strict=True), (0, 0, 1, 2), strict=True)
+    )
     return Prints(pixels, rows, squares, parts, np.ascontiguousarray(hashes))
 
 # %% ../../nbs/data/06_leaks.ipynb #996f165c
-_REACH = 26          # bits of 242 in which hashes may differ
-_HALF_BITS, _HALF_REACH = 122, 18     # of the first two words
+_REACH = 26  # bits of 242 in which hashes may differ
+_HALF_BITS, _HALF_REACH = 122, 18  # of the first two words
 
 
 def _close(
-    a: np.ndarray,      # (4, n) uint64
-    b: np.ndarray,      # (4, m)
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:     # (k,) columns of a, (k,) columns of b, (k,) 1 or -1 (turned over)
+    a: np.ndarray,  # (4, n) uint64
+    b: np.ndarray,  # (4, m)
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # (k,) columns of a, (k,) columns of b, (k,) 1 or -1 (turned over)
     "Hashes that differ in at most REACH bits, or in all but so many"
     half = np.bitwise_count(a[0, :, None] ^ b[0])
     half += np.bitwise_count(a[1, :, None] ^ b[1])
-    half -= np.uint8(_HALF_REACH + 1)            # small ones wrap around, and stand beside the large ones
+    half -= np.uint8(_HALF_REACH + 1)  # small ones wrap around, and stand beside the large ones
     i, j = np.divmod(np.flatnonzero(half >= _HALF_BITS - 2 * _HALF_REACH - 1), b.shape[1])
     apart = np.bitwise_count(a[:, i] ^ b[:, j]).sum(0, dtype=np.int64)
     near = np.abs(2 * apart - _BITS) >= _BITS - 2 * _REACH
@@ -212,14 +232,20 @@ def _candidates(
     a: Prints,
     b: Prints,
     progress: bool = False,
-    block: tuple[int, int] = (64, 8192),    # hashes compared at a time
-) -> Iterator[np.ndarray]:          # (k, 5) int64: image of a, image of b, view of a, view of b, 1 or -1 (turned over)
+    block: tuple[int, int] = (64, 8192),  # hashes compared at a time
+) -> Iterator[np.ndarray]:  # (k, 5) int64: image of a, image of b, view of a, view of b, 1 or -1 (turned over)
     "Pairs of views that are close: whole and whole, whole and part, part and whole"
     views, found = range(1, len(a.hashes)), []
-    for va, vb in tqdm([(0, 0), *((0, view) for view in views), *((view, 0) for view in views)], "near duplicates", disable=not progress):
+    for va, vb in tqdm(
+        [(0, 0), *((0, view) for view in views), *((view, 0) for view in views)],
+        "near duplicates",
+        disable=not progress,
+    ):
         first, second = a.hashes[va], b.hashes[vb]
-        for row, column in ((i, j) for i in range(0, first.shape[1], block[0]) for j in range(0, second.shape[1], block[1])):
-            i, j, sign = _close(first[:, row:row + block[0]], second[:, column:column + block[1]])
+        for row, column in (
+            (i, j) for i in range(0, first.shape[1], block[0]) for j in range(0, second.shape[1], block[1])
+        ):
+            i, j, sign = _close(first[:, row : row + block[0]], second[:, column : column + block[1]])
             if len(i):
                 found.append(np.stack([i + row, j + column, np.full_like(i, va), np.full_like(i, vb), sign], axis=1))
             if sum(map(len, found)) > 1000:
@@ -229,27 +255,29 @@ def _candidates(
         yield np.concatenate(found)
 
 # %% ../../nbs/data/06_leaks.ipynb #d4b2255a
-def _standard(images: np.ndarray) -> np.ndarray:        # (n, h, w)
+def _standard(images: np.ndarray) -> np.ndarray:  # (n, h, w)
     "Each image with mean 0 and spread 1; an even one stays 0"
     images = images - images.mean((1, 2), keepdims=True)
     return images / np.maximum(np.sqrt((images**2).mean((1, 2), keepdims=True)), 1e-3)
 
 # %% ../../nbs/data/06_leaks.ipynb #736e1d45
 def _align(
-    a: np.ndarray,          # (n, S, S) details
-    b: np.ndarray,          # (n, S, S)
-    parts_a: np.ndarray,    # (n, 4) what is compared of a
-    parts_b: np.ndarray,    # (n, 4) where it is in b, about
-    sign: np.ndarray,       # (n,) -1 where b is turned over
+    a: np.ndarray,  # (n, S, S) details
+    b: np.ndarray,  # (n, S, S)
+    parts_a: np.ndarray,  # (n, 4) what is compared of a
+    parts_b: np.ndarray,  # (n, 4) where it is in b, about
+    sign: np.ndarray,  # (n,) -1 where b is turned over
     steps: int,
-) -> tuple[np.ndarray, np.ndarray]:     # (n,) best correlation; (n, 4) where it is in b
+) -> tuple[np.ndarray, np.ndarray]:  # (n,) best correlation; (n, 4) where it is in b
     "Move and scale the part of b until it correlates best with that of a (inverse compositional Gauss-Newton, four parameters)"
     side, edge = a.shape[-1], a.shape[-1] // 16
     inner = slice(edge, side - edge)
     fixed = _standard(sign[:, None, None] * _cells(a, parts_a, side, side)[:, inner, inner])
     place = ((np.arange(side) + 0.5) / side - 0.5)[inner]
     down, across = (side * np.gradient(fixed, axis=axis) for axis in (1, 2))
-    slopes = np.stack([across * place, across, down * place[:, None], down], axis=-1).reshape(len(a), (side - 2 * edge) ** 2, 4)
+    slopes = np.stack([across * place, across, down * place[:, None], down], axis=-1).reshape(
+        len(a), (side - 2 * edge) ** 2, 4
+    )
     inverse = np.linalg.inv(slopes.swapaxes(1, 2) @ slopes + 1e-3 * np.eye(4)) @ slopes.swapaxes(1, 2)
     parts, best, where = parts_b.astype(np.float64), np.full(len(a), -1.0), parts_b.astype(np.float64)
     for _ in range(steps + 1):
@@ -257,7 +285,9 @@ def _align(
         correlation = (fixed * moving).mean((1, 2))
         better = correlation > best
         best, where = np.where(better, correlation, best), np.where(better[:, None], parts, where)
-        step = np.einsum("nkp,np->nk", inverse, (moving - fixed).reshape(len(a), (side - 2 * edge) ** 2)).clip(-0.1, 0.1)
+        step = np.einsum("nkp,np->nk", inverse, (moving - fixed).reshape(len(a), (side - 2 * edge) ** 2)).clip(
+            -0.1, 0.1
+        )
         scale, shift = step[:, [0, 2]], step[:, [1, 3]]
         low, length = parts[:, :2], parts[:, 2:] - parts[:, :2]
         ends = [low + length * ((end - shift) / (1 + scale) + 0.5) for end in (-0.5, 0.5)]
@@ -265,12 +295,12 @@ def _align(
     return best, where
 
 # %% ../../nbs/data/06_leaks.ipynb #490583e2
-_COARSE = 0.85   # correlation at 32 pixels, to be looked at closely
-SAME = 0.9     # correlation at 64 pixels, to be called the same image
+_COARSE = 0.85  # correlation at 32 pixels, to be looked at closely
+SAME = 0.9  # correlation at 64 pixels, to be called the same image
 
 
 def _best(
-    tables: list[pd.DataFrame],     # columns a, b, correlation, ...
+    tables: list[pd.DataFrame],  # columns a, b, correlation, ...
 ) -> pd.DataFrame:
     "One row for each pair: its best"
     return pd.concat(tables).sort_values("correlation", ascending=False, kind="stable").drop_duplicates(["a", "b"])
@@ -279,23 +309,28 @@ def _best(
 def _look(
     a: Prints,
     b: Prints,
-    candidates: np.ndarray,     # (k, 5) as of _candidates
-) -> pd.DataFrame:              # columns a, b (numbers of prints), correlation, sign, parts_a, parts_b
+    candidates: np.ndarray,  # (k, 5) as of _candidates
+) -> pd.DataFrame:  # columns a, b (numbers of prints), correlation, sign, parts_a, parts_b
     "What is left of the candidates when their thumbnails are laid upon each other"
     i, j, view_a, view_b, sign = candidates.T
     parts = a.parts[view_a, i]
     correlation, where = _align(_detail(a.thumbnails[i]), _detail(b.thumbnails[j]), parts, b.parts[view_b, j], sign, 6)
-    table = pd.DataFrame({"a": i, "b": j, "correlation": correlation, "sign": sign, "parts_a": list(parts), "parts_b": list(where)})
+    table = pd.DataFrame(
+        {"a": i, "b": j, "correlation": correlation, "sign": sign, "parts_a": list(parts), "parts_b": list(where)}
+    )
     return _best([table[correlation >= _COARSE]])
 
 # %% ../../nbs/data/06_leaks.ipynb #11a32e13
 def _look_closely(
     a: Prints,
     b: Prints,
-    near: pd.DataFrame,         # as of _look
-) -> np.ndarray:                # (len(near),) correlation
+    near: pd.DataFrame,  # as of _look
+) -> np.ndarray:  # (len(near),) correlation
     "The same on 64 pixels of the images themselves"
-    first, second = (_detail(_thumbnails(_rows(prints.pixels, prints.rows[of]), 64)[0], sigma=2) for prints, of in ((a, near.a), (b, near.b)))
+    first, second = (
+        _detail(_thumbnails(_rows(prints.pixels, prints.rows[of]), 64)[0], sigma=2)
+        for prints, of in ((a, near.a), (b, near.b))
+    )
     return _align(first, second, np.stack(near.parts_a), np.stack(near.parts_b), near.sign.to_numpy(), 4)[0]
 
 # %% ../../nbs/data/06_leaks.ipynb #ff24951d
@@ -303,8 +338,8 @@ def near_duplicates(
     a: Prints,
     b: Prints,
     progress: bool = False,
-    block: int = 256,           # pairs laid upon each other at a time
-) -> pd.DataFrame:              # columns row_a, row_b, distance = 1 - correlation; sorted by rows
+    block: int = 256,  # pairs laid upon each other at a time
+) -> pd.DataFrame:  # columns row_a, row_b, distance = 1 - correlation; sorted by rows
     """Images of a that are images of b in other clothes
 
     Parameters
@@ -322,11 +357,13 @@ def near_duplicates(
     """
     near = [_look(a, b, np.empty((0, 5), int))]
     for candidates in _candidates(a, b, progress=progress):
-        near += [_look(a, b, candidates[start:start + block]) for start in range(0, len(candidates), block)]
+        near += [_look(a, b, candidates[start : start + block]) for start in range(0, len(candidates), block)]
         near = [_best(near)] if len(near) > 100 else near
     near = _best(near)
-    close = [_look_closely(a, b, near[start:start + block]) for start in range(0, len(near), block)]
-    found = pd.DataFrame({"row_a": a.rows[near.a], "row_b": b.rows[near.b], "distance": (1 - np.concatenate([[], *close])).clip(0)})
+    close = [_look_closely(a, b, near[start : start + block]) for start in range(0, len(near), block)]
+    found = pd.DataFrame(
+        {"row_a": a.rows[near.a], "row_b": b.rows[near.b], "distance": (1 - np.concatenate([[], *close])).clip(0)}
+    )
     return found[found.distance <= 1 - SAME].sort_values(["row_a", "row_b"], ignore_index=True)
 
 # %% ../../nbs/data/06_leaks.ipynb #ca0552e6
@@ -337,16 +374,20 @@ def _shared(
     kind: str,
     a: pd.DataFrame,
     b: pd.DataFrame,
-    key: str,               # the column that must have nothing in common
-    item: str,              # the column that names the offender
+    key: str,  # the column that must have nothing in common
+    item: str,  # the column that names the offender
 ) -> pd.DataFrame:
     "What of a and b has the same value of `key`"
-    first, second = (pd.DataFrame({"key": table[key], f"split_{side}": table["split"], f"item_{side}": table[item]})[table[key] != ""].drop_duplicates()
-                     for table, side in ((a, "a"), (b, "b")))
+    first, second = (
+        pd.DataFrame({"key": table[key], f"split_{side}": table["split"], f"item_{side}": table[item]})[
+            table[key] != ""
+        ].drop_duplicates()
+        for table, side in ((a, "a"), (b, "b"))
+    )
     return first.merge(second, on="key").assign(kind=kind, distance=0.0)[list(LEAK_COLUMNS)]
 
 # %% ../../nbs/data/06_leaks.ipynb #5b242c18
-def join_leaks(found: Iterable[pd.DataFrame]) -> pd.DataFrame:     # columns LEAK_COLUMNS
+def join_leaks(found: Iterable[pd.DataFrame]) -> pd.DataFrame:  # columns LEAK_COLUMNS
     """Tables of leaks as one; without offences, a table without rows
 
     Returns
@@ -354,23 +395,38 @@ def join_leaks(found: Iterable[pd.DataFrame]) -> pd.DataFrame:     # columns LEA
     pd.DataFrame
         columns LEAK_COLUMNS
     """
-    return pd.concat([table for table in found if len(table)] or [pd.DataFrame(columns=list(LEAK_COLUMNS))], ignore_index=True)
+    return pd.concat(
+        [table for table in found if len(table)] or [pd.DataFrame(columns=list(LEAK_COLUMNS))], ignore_index=True
+    )
 
 # %% ../../nbs/data/06_leaks.ipynb #431ae704
 def _compare(
-    a: pd.DataFrame,        # columns patient_id, split, image_id, sha256; index = rows of the pixels
+    a: pd.DataFrame,  # columns patient_id, split, image_id, sha256; index = rows of the pixels
     b: pd.DataFrame,
-    prints_a: Prints,       # of the same images
+    prints_a: Prints,  # of the same images
     prints_b: Prints,
     progress: bool,
-) -> pd.DataFrame:          # columns LEAK_COLUMNS
+) -> pd.DataFrame:  # columns LEAK_COLUMNS
     "Everything that a and b have in common"
     near = near_duplicates(prints_a, prints_b, progress)
     first, second = a.loc[near.row_a], b.loc[near.row_b]
-    near = pd.DataFrame({"kind": "near duplicate", "split_a": first["split"].array, "item_a": first["image_id"].array,
-                         "split_b": second["split"].array, "item_b": second["image_id"].array, "distance": near.distance})
-    patients, files = _shared("patient", a, b, "patient_id", "patient_id"), _shared("same file", a, b, "sha256", "image_id")
-    told = pd.MultiIndex.from_frame(near[["item_a", "item_b"]]).isin(pd.MultiIndex.from_frame(files[["item_a", "item_b"]]))
+    near = pd.DataFrame(
+        {
+            "kind": "near duplicate",
+            "split_a": first["split"].array,
+            "item_a": first["image_id"].array,
+            "split_b": second["split"].array,
+            "item_b": second["image_id"].array,
+            "distance": near.distance,
+        }
+    )
+    patients, files = (
+        _shared("patient", a, b, "patient_id", "patient_id"),
+        _shared("same file", a, b, "sha256", "image_id"),
+    )
+    told = pd.MultiIndex.from_frame(near[["item_a", "item_b"]]).isin(
+        pd.MultiIndex.from_frame(files[["item_a", "item_b"]])
+    )
     return join_leaks([patients, files, near[~told]])
 
 # %% ../../nbs/data/06_leaks.ipynb #33f20686
@@ -385,12 +441,16 @@ def _check_table(table: pd.DataFrame, pixels: np.ndarray) -> pd.DataFrame:
 # %% ../../nbs/data/06_leaks.ipynb #41a44e59
 def _by_split(table: pd.DataFrame) -> dict[str, pd.DataFrame]:
     "The rows of each split, train first"
-    return dict(sorted(table.groupby("split", sort=False), key=lambda part: (part[0] != "train", part[0] != "validate", part[0])))
+    return dict(
+        sorted(
+            table.groupby("split", sort=False), key=lambda part: (part[0] != "train", part[0] != "validate", part[0])
+        )
+    )
 
 # %% ../../nbs/data/06_leaks.ipynb #99a42118
 def patients_within(
-    table: pd.DataFrame,        # columns patient_id, split
-) -> pd.DataFrame:              # columns LEAK_COLUMNS
+    table: pd.DataFrame,  # columns patient_id, split
+) -> pd.DataFrame:  # columns LEAK_COLUMNS
     """Patients that are in more than one split: what can be told before a pixel is read
 
     Parameters
@@ -403,14 +463,16 @@ def patients_within(
     pd.DataFrame
         columns LEAK_COLUMNS
     """
-    return join_leaks(_shared("patient", a, b, "patient_id", "patient_id") for a, b in combinations(_by_split(table).values(), 2))
+    return join_leaks(
+        _shared("patient", a, b, "patient_id", "patient_id") for a, b in combinations(_by_split(table).values(), 2)
+    )
 
 # %% ../../nbs/data/06_leaks.ipynb #f7f9fde4
 def leaks_within(
-    table: pd.DataFrame,        # one row an image: patient_id, split, image_id, sha256
-    pixels: np.ndarray,         # (n, S, S) uint8
+    table: pd.DataFrame,  # one row an image: patient_id, split, image_id, sha256
+    pixels: np.ndarray,  # (n, S, S) uint8
     progress: bool = False,
-) -> pd.DataFrame:              # columns LEAK_COLUMNS
+) -> pd.DataFrame:  # columns LEAK_COLUMNS
     """Patients, files and near duplicates that are in more than one split
 
     Parameters
@@ -429,17 +491,19 @@ def leaks_within(
     table = _check_table(table, pixels)
     splits = _by_split(table)
     prints = {split: take_prints(pixels, part.index.to_numpy()) for split, part in splits.items() if len(splits) > 1}
-    return join_leaks(_compare(splits[a], splits[b], prints[a], prints[b], progress) for a, b in combinations(splits, 2))
+    return join_leaks(
+        _compare(splits[a], splits[b], prints[a], prints[b], progress) for a, b in combinations(splits, 2)
+    )
 
 # %% ../../nbs/data/06_leaks.ipynb #4a6ce139
 def leaks_between(
-    table: pd.DataFrame,        # of the one Pack: patient_id, split, image_id, sha256, one row an image
-    pixels: np.ndarray,         # (n, S, S) uint8
+    table: pd.DataFrame,  # of the one Pack: patient_id, split, image_id, sha256, one row an image
+    pixels: np.ndarray,  # (n, S, S) uint8
     other_table: pd.DataFrame,  # of the other
-    other_pixels: np.ndarray,   # (m, S', S') uint8, of any size
+    other_pixels: np.ndarray,  # (m, S', S') uint8, of any size
     progress: bool = False,
-    both: bool = True,          # or only what the other trains on, and the one validates or tests on
-) -> pd.DataFrame:              # columns LEAK_COLUMNS: a is the one Pack, b the other
+    both: bool = True,  # or only what the other trains on, and the one validates or tests on
+) -> pd.DataFrame:  # columns LEAK_COLUMNS: a is the one Pack, b the other
     """Patients, files and near duplicates that the one trains on and the other validates or tests on, or the other way round.
 
     Patients are the same if their ids are: where two data sets number theirs independently, give one of them a prefix or "" first.
@@ -465,17 +529,28 @@ def leaks_between(
     """
     table, other_table = _check_table(table, pixels), _check_table(other_table, other_pixels)
     found = []
-    for trained, other_trained in ((False, True), (True, False))[:1 + both]:
-        a, b = table[(table["split"] == "train") == trained], other_table[(other_table["split"] == "train") == other_trained]
+    for trained, other_trained in ((False, True), (True, False))[: 1 + both]:
+        a, b = (
+            table[(table["split"] == "train") == trained],
+            other_table[(other_table["split"] == "train") == other_trained],
+        )
         if len(a) and len(b):
-            found.append(_compare(a, b, take_prints(pixels, a.index.to_numpy()), take_prints(other_pixels, b.index.to_numpy()), progress))
+            found.append(
+                _compare(
+                    a,
+                    b,
+                    take_prints(pixels, a.index.to_numpy()),
+                    take_prints(other_pixels, b.index.to_numpy()),
+                    progress,
+                )
+            )
     return join_leaks(found)
 
 # %% ../../nbs/data/06_leaks.ipynb #abab2fdf
 def leaks_summary(
-    leaks: pd.DataFrame,        # columns LEAK_COLUMNS
+    leaks: pd.DataFrame,  # columns LEAK_COLUMNS
     most: int = 1000,
-) -> dict:                      # JSON-like
+) -> dict:  # JSON-like
     """How many of each kind, and the first of them: for a manifest
 
     Parameters
@@ -490,13 +565,16 @@ def leaks_summary(
         JSON-like
     """
     counts = {kind: int((leaks.kind == kind).sum()) for kind in ("patient", "same file", "near duplicate")}
-    return {**counts, "offenders": [[*row[:5], round(float(row[5]), 4)] for row in leaks.head(most).itertuples(index=False)]}
+    return {
+        **counts,
+        "offenders": [[*row[:5], round(float(row[5]), 4)] for row in leaks.head(most).itertuples(index=False)],
+    }
 
 # %% ../../nbs/data/06_leaks.ipynb #a2255b26
 def refuse(
-    leaks: pd.DataFrame,        # columns LEAK_COLUMNS
-    what: str,                  # whose splits were compared: begins the message
-    listed: str = "",           # the file that lists all of them, if there is one
+    leaks: pd.DataFrame,  # columns LEAK_COLUMNS
+    what: str,  # whose splits were compared: begins the message
+    listed: str = "",  # the file that lists all of them, if there is one
 ) -> None:
     """DataError with the counts, the first offenders and what to do, unless there are none
 
@@ -512,9 +590,15 @@ def refuse(
     if not len(leaks):
         return
     summary = leaks_summary(leaks, 6)
-    counts = ", ".join(f"{summary[kind]} x {kind}" for kind in ("patient", "same file", "near duplicate") if summary[kind])
-    named = "; ".join(f"{kind} {a} ({split_a}) = {b} ({split_b})" for kind, split_a, a, split_b, b, _ in summary["offenders"])
+    counts = ", ".join(
+        f"{summary[kind]} x {kind}" for kind in ("patient", "same file", "near duplicate") if summary[kind]
+    )
+    named = "; ".join(
+        f"{kind} {a} ({split_a}) = {b} ({split_b})" for kind, split_a, a, split_b, b, _ in summary["offenders"]
+    )
     more = f"; and {len(leaks) - 6} more" if len(leaks) > 6 else ""
     more += f" (all are in {listed})" if listed else ""
-    raise DataError(f"{what}: the same patients or images are on both sides ({counts}): {named}{more}. Leave them out of one side, "
-                    "or go on with --allow-leaks (allow_leaks=True), which writes the list to the manifest.")
+    raise DataError(
+        f"{what}: the same patients or images are on both sides ({counts}): {named}{more}. Leave them out of one side, "
+        "or go on with --allow-leaks (allow_leaks=True), which writes the list to the manifest."
+    )

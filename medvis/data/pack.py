@@ -24,11 +24,19 @@ from ..core.files import write_atomic
 
 # %% ../../nbs/data/08_pack.ipynb #0c346a13
 FORMAT = 1
-OPTIONAL_TABLES = ("grades", "boxes", "masks")    # what the first Packs did not have: where a data set has none, it is as if they did not exist
-LABEL, GRADE = "label/", "grade/"       # prefixes of columns in studies.parquet
+OPTIONAL_TABLES = (
+    "grades",
+    "boxes",
+    "masks",
+)  # what the first Packs did not have: where a data set has none, it is as if they did not exist
+LABEL, GRADE = "label/", "grade/"  # prefixes of columns in studies.parquet
 BOX_COLUMNS = ("image", "name", "x0", "y0", "x1", "y1")
-_TABLE_COLUMNS = {"studies": ("study_id", "patient_id", "split", "image_rows", "report", "sentences"), "images": ("image_id", "study", "path", "sha256"),
-           "rejects": ("item", "reason"), "boxes": BOX_COLUMNS}
+_TABLE_COLUMNS = {
+    "studies": ("study_id", "patient_id", "split", "image_rows", "report", "sentences"),
+    "images": ("image_id", "study", "path", "sha256"),
+    "rejects": ("item", "reason"),
+    "boxes": BOX_COLUMNS,
+}
 
 # %% ../../nbs/data/08_pack.ipynb #de94388d
 def hash_file(path: Path) -> str:
@@ -77,8 +85,26 @@ def write_manifest(folder: Path, manifest: dict) -> None:
 
 # %% ../../nbs/data/08_pack.ipynb #be9513d9
 _COUNTS = ("images", "studies", "patients", "sentences", "rejects")
-_SHAPE = {"size": int, "hash": str, "build": str, "source": dict, "counts": dict, "labels": list, "files": dict}     # of every manifest
-_MAYBE = {"grades": list, "boxes": list, "masks": list, "guard": dict, "pixels": dict, "lists": dict, "rejected": dict, "subsets": dict, "rules": dict}
+_SHAPE = {
+    "size": int,
+    "hash": str,
+    "build": str,
+    "source": dict,
+    "counts": dict,
+    "labels": list,
+    "files": dict,
+}  # of every manifest
+_MAYBE = {
+    "grades": list,
+    "boxes": list,
+    "masks": list,
+    "guard": dict,
+    "pixels": dict,
+    "lists": dict,
+    "rejected": dict,
+    "subsets": dict,
+    "rules": dict,
+}
 _FILES = ("images.u8", "studies.parquet", "images.parquet", "rejects.parquet")
 EMPTY_GUARD = {"against": {}, "leaks": {}}
 
@@ -89,7 +115,9 @@ def _wrong_shape(manifest: dict) -> str:
         if not isinstance(manifest.get(name), kind):
             return f"{name} is {type(manifest[name]).__name__ if name in manifest else 'missing'}; expected {kind.__name__}"
     counts = {name: manifest["counts"].get(name) for name in _COUNTS}
-    counts |= {f"split {name!r}": count for name, count in dict(manifest["counts"].get("splits") or {"(all)": None}).items()}
+    counts |= {
+        f"split {name!r}": count for name, count in dict(manifest["counts"].get("splits") or {"(all)": None}).items()
+    }
     if wrong := [name for name, count in counts.items() if type(count) is not int or count < 0]:
         return f"the count of {wrong[0]} is {counts[wrong[0]]!r:.40}; expected a number from 0"
     if any(not isinstance(one, str) for kind in ("labels", *OPTIONAL_TABLES) for one in manifest.get(kind, [])):
@@ -97,12 +125,25 @@ def _wrong_shape(manifest: dict) -> str:
     if any(not isinstance(manifest.get("guard", EMPTY_GUARD).get(name), dict) for name in EMPTY_GUARD):
         return "guard lacks against or leaks"
     marks = {"masks": "masks.u1", "boxes": "boxes.parquet"}
-    files = {**dict.fromkeys([*_FILES, *(file for kind, file in marks.items() if manifest.get(kind))]), **manifest["files"], **manifest.get("subsets", {})}
+    files = {
+        **dict.fromkeys([*_FILES, *(file for kind, file in marks.items() if manifest.get(kind))]),
+        **manifest["files"],
+        **manifest.get("subsets", {}),
+    }
     for name, entry in files.items():
-        if Path(name).name != name or not isinstance(entry, dict) or type(entry.get("bytes")) is not int or not isinstance(entry.get("sha256"), str):
+        if (
+            Path(name).name != name
+            or not isinstance(entry, dict)
+            or type(entry.get("bytes")) is not int
+            or not isinstance(entry.get("sha256"), str)
+        ):
             return f"of the file {name!r:.60} it does not say bytes and sha256"
     expected = manifest["size"] ** 2 * counts["images"]
-    return "" if files["images.u8"]["bytes"] == expected else f"images.u8 has {files['images.u8']['bytes']} bytes; expected {expected} for its size and count of images"
+    return (
+        ""
+        if files["images.u8"]["bytes"] == expected
+        else f"images.u8 has {files['images.u8']['bytes']} bytes; expected {expected} for its size and count of images"
+    )
 
 
 def _check_manifest(manifest: dict, path: Path) -> None:
@@ -123,25 +164,35 @@ def _read_manifest(path: Path) -> dict:
         manifest = json.loads((path / "manifest.json").read_bytes())
         found = manifest["format"]
     except FileNotFoundError as error:
-        hint = f"; {path}.partial is an unfinished build: run the same `medvis prepare` again" if Path(f"{path}.partial").exists() else ""
+        hint = (
+            f"; {path}.partial is an unfinished build: run the same `medvis prepare` again"
+            if Path(f"{path}.partial").exists()
+            else ""
+        )
         raise ValueError(f"{path} is not a Pack: it has no manifest.json{hint}") from error
     except (ValueError, KeyError, TypeError, RecursionError, OSError) as error:
-        raise ValueError(f"{path / 'manifest.json'} is not a Pack's manifest: {type(error).__name__} {error}") from error
+        raise ValueError(
+            f"{path / 'manifest.json'} is not a Pack's manifest: {type(error).__name__} {error}"
+        ) from error
     if found != FORMAT:
         raise ValueError(f"{path}: Pack format {found}, this medvis reads {FORMAT}; prepare the data set again")
     _check_manifest(manifest, path / "manifest.json")
     for name, expected in manifest["files"].items():
         size = (path / name).stat().st_size if (path / name).exists() else None
         if size != expected["bytes"]:
-            raise ValueError(f"{path / name}: expected {expected['bytes']} bytes, "
-                             f"{'the file is missing' if size is None else f'found {size}'}; prepare the data set again")
+            raise ValueError(
+                f"{path / name}: expected {expected['bytes']} bytes, "
+                f"{'the file is missing' if size is None else f'found {size}'}; prepare the data set again"
+            )
     return manifest
 
 # %% ../../nbs/data/08_pack.ipynb #149321d6
 def _columns(table: pd.DataFrame, names: list[str], path: Path) -> pd.DataFrame:
     "Some columns of a table. ValueError names those that the file lacks"
     if missing := [name for name in names if name not in table]:
-        raise ValueError(f"{path} lacks the columns {', '.join(missing)}; it has {', '.join(map(str, table))[:200]}; prepare the data set again")
+        raise ValueError(
+            f"{path} lacks the columns {', '.join(missing)}; it has {', '.join(map(str, table))[:200]}; prepare the data set again"
+        )
     return table[names]
 
 
@@ -150,7 +201,9 @@ def read_columns(path: Path, columns: Sequence[str] | None = None) -> pd.DataFra
     try:
         table = pd.read_parquet(path, columns=columns and list(columns))
     except (pa.ArrowException, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} cannot be read ({type(error).__name__} {str(error)[:200]}); prepare the data set again") from error
+        raise ValueError(
+            f"{path} cannot be read ({type(error).__name__} {str(error)[:200]}); prepare the data set again"
+        ) from error
     _columns(table, list(columns or _TABLE_COLUMNS.get(path.stem, ())), path)
     return table
 
@@ -170,15 +223,15 @@ def _remembered(folder: Path) -> dict:
         return {}
 
 
-def _listed_files(manifest: dict) -> dict[str, dict]:     # name -> bytes, sha256
+def _listed_files(manifest: dict) -> dict[str, dict]:  # name -> bytes, sha256
     "All files that a manifest speaks of"
     return {**manifest["files"], **manifest.get("subsets", {})}
 
 
 def _check_files(
     folder: Path,
-    hashes: dict[str, str],     # name -> SHA-256
-    ask: bool = True,           # take from checked.json what has been hashed, and write down there what is
+    hashes: dict[str, str],  # name -> SHA-256
+    ask: bool = True,  # take from checked.json what has been hashed, and write down there what is
 ) -> None:
     "ValueError names the file whose content has another hash, or that is missing"
     before, new = _remembered(folder) if ask else {}, {}
@@ -191,7 +244,7 @@ def _check_files(
                 raise ValueError(f"{folder / name}: content differs from the manifest; prepare the data set again")
             new[name] = [stamp, expected]
     if new and ask:
-        with suppress(OSError):     # where nothing may be written, it is hashed each time
+        with suppress(OSError):  # where nothing may be written, it is hashed each time
             write_atomic(folder / "checked.json", json.dumps({**before, **new}, indent=1).encode())
 
 
@@ -206,14 +259,18 @@ def _count_words(manifest: dict) -> str:
     "The counts of a Pack, in words"
     counts, size = manifest["counts"], manifest["size"]
     splits = ", ".join(f"{name} {count}" for name, count in counts["splits"].items())
-    return (f"{counts['images']} images of {size} x {size}, {counts['studies']} studies ({splits}), "
-            f"{counts['patients']} patients, {counts['sentences']} sentences, {counts['rejects']} rejects")
+    return (
+        f"{counts['images']} images of {size} x {size}, {counts['studies']} studies ({splits}), "
+        f"{counts['patients']} patients, {counts['sentences']} sentences, {counts['rejects']} rejects"
+    )
 
 
 def _map_bits(path: Path, shape: tuple[int, ...]) -> np.ndarray:
     "The packed masks of a Pack, mapped. ValueError if the file has another size"
     if (found := path.stat().st_size) != math.prod(shape):
-        raise ValueError(f"{path} has {found} bytes; expected {math.prod(shape)} for {shape[0]} masked images; prepare the data set again")
+        raise ValueError(
+            f"{path} has {found} bytes; expected {math.prod(shape)} for {shape[0]} masked images; prepare the data set again"
+        )
     return np.memmap(path, np.uint8, "r", shape=shape) if found else np.zeros(shape, np.uint8)
 
 
@@ -227,7 +284,7 @@ class Pack:
     ValueError if the folder is not a Pack or its files do not fit the manifest.
     """
 
-    def __init__(self, path: str | Path):
+    def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.manifest = _read_manifest(self.path)
         self.size: int = self.manifest["size"]
@@ -237,12 +294,12 @@ class Pack:
         return self.manifest["counts"]["images"]
 
     def __reduce__(self):
-        return Pack, (self.path,), {"_checked": self._checked}      # a worker need not hash again
+        return Pack, (self.path,), {"_checked": self._checked}  # a worker need not hash again
 
     def __repr__(self) -> str:
         return f"Pack({str(self.path)!r}: {_count_words(self.manifest)}, hash {self.manifest['hash'][:12]})"
 
-    def image(self, index: int) -> np.ndarray:      # (H, W) uint8
+    def image(self, index: int) -> np.ndarray:  # (H, W) uint8
         """A copy of image `index`
 
         Returns
@@ -253,7 +310,7 @@ class Pack:
         return np.array(self.images[index])
 
     @cached_property
-    def images(self) -> np.ndarray:                 # (n, H, W) uint8
+    def images(self) -> np.ndarray:  # (n, H, W) uint8
         """Returns
         -------
         np.ndarray
@@ -282,7 +339,9 @@ class Pack:
 
     def _named(self, kind: str, prefix: str) -> pd.DataFrame:
         names = self.manifest.get(kind, [])
-        return _columns(self._tables["studies"], [prefix + name for name in names], self.path / "studies.parquet").set_axis(names, axis=1)
+        return _columns(
+            self._tables["studies"], [prefix + name for name in names], self.path / "studies.parquet"
+        ).set_axis(names, axis=1)
 
     recipe = property(lambda self: self.manifest["source"].get("recipe", {}))
     image_table = property(lambda self: self._tables["images"])
@@ -298,7 +357,7 @@ class Pack:
         bits = _map_bits(self.path / "masks.u1", shape)
         return bits, np.where(masked, masked.cumsum() - 1, -1)
 
-    def mask(self, index: int) -> np.ndarray | None:    # (kinds, H, W) bool, in the order of the manifest's masks
+    def mask(self, index: int) -> np.ndarray | None:  # (kinds, H, W) bool, in the order of the manifest's masks
         """The masks of image `index`, empty where nobody looked (see the image table's `masked`); None if nobody looked for any
 
         Returns
@@ -322,7 +381,9 @@ class Pack:
     def verify(self) -> None:
         "Hash the manifest and every file again; ValueError names the one that differs from the manifest"
         self.manifest = _read_manifest(self.path)
-        _check_files(self.path, {name: entry["sha256"] for name, entry in _listed_files(self.manifest).items()}, ask=False)
+        _check_files(
+            self.path, {name: entry["sha256"] for name, entry in _listed_files(self.manifest).items()}, ask=False
+        )
         _check_hash(self.path, self.manifest)
 
 # %% ../../nbs/data/08_pack.ipynb #5f302cc7
@@ -338,7 +399,7 @@ def note_files(pack: Pack, files: dict[str, bytes]) -> None:
     for name, data in files.items():
         if not (pack.path / name).exists() or hash_file(pack.path / name) != notes[name]["sha256"]:
             write_atomic(pack.path / name, data)
-    manifest = _read_manifest(pack.path)            # another note may have been written since it was opened
+    manifest = _read_manifest(pack.path)  # another note may have been written since it was opened
     if manifest.get("subsets") != notes:
         write_manifest(pack.path, manifest | {"subsets": notes})
     pack.manifest = _read_manifest(pack.path)

@@ -24,13 +24,13 @@ from .sampling import Sampling, tokens_kept
 
 # %% ../../nbs/data/14_pairs.ipynb #50c6f4ba
 def epoch_batches(
-    n: int,               # samples
-    batch_size: int,      # per process
+    n: int,  # samples
+    batch_size: int,  # per process
     seed: int,
     epoch: int,
-    rank: int = 0,        # this process ...
-    world: int = 1,       # ... of this many: all together see every sample once
-) -> list[list[int]]:     # sample indices, batch by batch
+    rank: int = 0,  # this process ...
+    world: int = 1,  # ... of this many: all together see every sample once
+) -> list[list[int]]:  # sample indices, batch by batch
     """The order of one training epoch. The last incomplete batch is left out, unless it would be the only one.
 
     Raises ValueError when there is nothing to train on.
@@ -76,9 +76,10 @@ class Report:
     sentences : list[str]
     word_spans : list[tuple[int, int, int]]
     """
-    input_ids: list[int]         # T tokens, [CLS] first, [SEP] last
-    word_index: list[int]        # T, -1 = none
-    sentence_index: list[int]    # T, -1 = none
+
+    input_ids: list[int]  # T tokens, [CLS] first, [SEP] last
+    word_index: list[int]  # T, -1 = none
+    sentence_index: list[int]  # T, -1 = none
     sentences: list[str]
     word_spans: list[tuple[int, int, int]]
 
@@ -89,14 +90,16 @@ class Report:
 # %% ../../nbs/data/14_pairs.ipynb #9bbecaa5
 def _cut_words(
     sentence: str,
-    spans: list[tuple[int, int]],        # (start, end) of its words
-    pieces: list[tuple[int, int]],       # (start, end) of the tokenizer's pieces; a blank before a word may be in its piece
+    spans: list[tuple[int, int]],  # (start, end) of its words
+    pieces: list[tuple[int, int]],  # (start, end) of the tokenizer's pieces; a blank before a word may be in its piece
 ) -> tuple[list[int | None], list[tuple[int, int]]]:  # word of every piece; spans of the words that have pieces
     "Which piece of running text belongs to which word. Words that share a piece become one; pieces of no word are None."
     touched = []
     for start, end in pieces:
         if not sentence[start:end].strip():  # blanks by themselves belong to the word behind them
-            touched.append([w for w, (first, _) in enumerate(spans) if first >= end and not sentence[end:first].strip()])
+            touched.append(
+                [w for w, (first, _) in enumerate(spans) if first >= end and not sentence[end:first].strip()]
+            )
         else:
             touched.append([w for w, (first, last) in enumerate(spans) if first < end and start < last])
     owner = list(range(len(spans)))
@@ -110,9 +113,11 @@ def _cut_words(
 # %% ../../nbs/data/14_pairs.ipynb #8dc957e8
 def _encode_words(
     sentences: Sequence[str],
-    spans: Sequence[list[tuple[int, int]]],   # of the words of every sentence, at least one
+    spans: Sequence[list[tuple[int, int]]],  # of the words of every sentence, at least one
     tokenizer: PreTrainedTokenizerBase,
-) -> list[tuple[list[int], list[int], list[tuple[int, int]]]]:  # of every sentence: ids, the word of each, spans of the words
+) -> list[
+    tuple[list[int], list[int], list[tuple[int, int]]]
+]:  # of every sentence: ids, the word of each, spans of the words
     """The pieces of running text that belong to words. BERT's tokenizers cut at blanks and punctuation first, so that words apart
     have the same pieces; byte-level and SentencePiece tokenizers need the blank before a word, and are given the sentence."""
     if type(tokenizer.backend_tokenizer.pre_tokenizer).__name__ == "BertPreTokenizer":
@@ -129,10 +134,10 @@ def _encode_words(
 # %% ../../nbs/data/14_pairs.ipynb #0a7236ca
 def tokenise(
     sentences: Sequence[str],
-    tokenizer: PreTrainedTokenizerBase,   # a fast one (it says where its pieces stand), with cls_token and sep_token
-    max_tokens: int = 256,                # of the whole report, special tokens included
-    punctuation: bool = False,            # keep punctuation marks, as words of their own
-    overflow: str = "cut",                # what becomes of a longer report, see `tokens_kept`
+    tokenizer: PreTrainedTokenizerBase,  # a fast one (it says where its pieces stand), with cls_token and sep_token
+    max_tokens: int = 256,  # of the whole report, special tokens included
+    punctuation: bool = False,  # keep punctuation marks, as words of their own
+    overflow: str = "cut",  # what becomes of a longer report, see `tokens_kept`
 ) -> Report:
     """Tokenise sentences one by one. Sentences without words are dropped; no sentences at all give [CLS] [SEP].
 
@@ -152,7 +157,9 @@ def tokenise(
     """
     cls, sep = tokenizer.cls_token_id, tokenizer.sep_token_id
     if cls is None or sep is None or not tokenizer.is_fast:
-        raise ValueError(f"{type(tokenizer).__name__} cannot be used: expected a fast tokenizer with cls_token and sep_token")
+        raise ValueError(
+            f"{type(tokenizer).__name__} cannot be used: expected a fast tokenizer with cls_token and sep_token"
+        )
     spans = [find_words(sentence, punctuation) for sentence in sentences]
     kept = [(sentence, found) for sentence, found in zip(sentences, spans) if found]
     coded = _encode_words(*zip(*kept), tokenizer) if kept else []
@@ -166,8 +173,11 @@ def tokenise(
     ids, word, sentence_of = ids[:room], word[:room], sentence_of[:room]
     n_words, n_sentences = (max(index) + 1 if index else 0 for index in (word, sentence_of))
     return Report(
-        [cls, *ids, sep], [-1, *word, -1], [-1, *sentence_of, -1],
-        [sentence for sentence, _ in kept[:n_sentences]], places[:n_words],
+        [cls, *ids, sep],
+        [-1, *word, -1],
+        [-1, *sentence_of, -1],
+        [sentence for sentence, _ in kept[:n_sentences]],
+        places[:n_words],
     )
 
 # %% ../../nbs/data/14_pairs.ipynb #cacf03b5
@@ -195,13 +205,14 @@ class Batch:
         name -> (B,) float32: 1, 0, -1, nan
     rejects : list[tuple[str, str]], default: field(default_factory=list)
     """
-    image: Tensor            # (B, C, H, W) float32; or what a frozen tower saw of them
-    input_ids: Tensor        # (B, T) int64
-    attention_mask: Tensor   # (B, T) int64
-    word_index: Tensor       # (B, T) int64 word of every token, -1 = none
-    sentence_index: Tensor   # (B, T) int64 sentence of every token, -1 = none
-    study_id: Tensor         # (B,) int64 row in pack.studies
-    patient_id: Tensor       # (B,) int64
+
+    image: Tensor  # (B, C, H, W) float32; or what a frozen tower saw of them
+    input_ids: Tensor  # (B, T) int64
+    attention_mask: Tensor  # (B, T) int64
+    word_index: Tensor  # (B, T) int64 word of every token, -1 = none
+    sentence_index: Tensor  # (B, T) int64 sentence of every token, -1 = none
+    study_id: Tensor  # (B,) int64 row in pack.studies
+    patient_id: Tensor  # (B,) int64
     labels: dict[str, Tensor] = field(default_factory=dict)  # name -> (B,) float32: 1, 0, -1, nan
     rejects: list[tuple[str, str]] = field(default_factory=list)
 
@@ -210,16 +221,19 @@ class Batch:
 
     def to(self, device) -> "Batch":
         "The same batch on a device."
+
         def move(value):
             if isinstance(value, dict):
                 return {key: move(one) for key, one in value.items()}
             return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+
         return Batch(**{f.name: move(getattr(self, f.name)) for f in fields(self)})
 
 # %% ../../nbs/data/14_pairs.ipynb #bd060381
 @dataclass
 class Sample:
     "One pair before padding; `error` says why it could not be read, and then only the ids count."
+
     study_id: int
     patient_id: int
     image: Tensor | None = None
@@ -229,9 +243,7 @@ class Sample:
     error: str = ""
 
 # %% ../../nbs/data/14_pairs.ipynb #e3f41590
-def collate(
-    samples: list[Sample],
-) -> Batch:   # of length 0 when not one of the samples could be read
+def collate(samples: list[Sample]) -> Batch:  # of length 0 when not one of the samples could be read
     """Pad the reports of a batch to the longest of them; samples that could not be read are left out and listed.
 
     Returns
@@ -265,10 +277,10 @@ def collate(
 
 # %% ../../nbs/data/14_pairs.ipynb #d3e83d84
 def _draw_swaps(
-    n: int,                  # sentences
-    swap: float,             # P(no swap); the number of swaps k has probability swap * (1 - swap)^k
+    n: int,  # sentences
+    swap: float,  # P(no swap); the number of swaps k has probability swap * (1 - swap)^k
     rng: np.random.Generator,
-) -> np.ndarray:             # (k, 2) places to exchange, one pair after the other
+) -> np.ndarray:  # (k, 2) places to exchange, one pair after the other
     "LoVT's sentence swaps (2.6); none for an empty report or swap 0."
     count = rng.geometric(swap) - 1 if swap and n else 0
     return rng.integers(n, size=(count, 2)) if count else np.zeros((0, 2), int)
@@ -286,10 +298,7 @@ def _swapped(
 
 # %% ../../nbs/data/14_pairs.ipynb #3732b628
 def _choose_sentences(
-    sentences: list[str],
-    sampling: Sampling,
-    rng: np.random.Generator,
-    train: bool = True,
+    sentences: list[str], sampling: Sampling, rng: np.random.Generator, train: bool = True
 ) -> list[str]:
     "The sentences of a sample: one of them, or all; in training some may be left out or swapped (LoVT 2.6)."
     if sampling.sentences == "one" and sentences:
@@ -302,11 +311,11 @@ def _choose_sentences(
 
 # %% ../../nbs/data/14_pairs.ipynb #f6a4d696
 def _select_samples(
-    studies: pd.DataFrame,        # of a Pack
-    split: str | None,            # None = all
-    per: str,                     # "study" or "image"
+    studies: pd.DataFrame,  # of a Pack
+    split: str | None,  # None = all
+    per: str,  # "study" or "image"
     need_text: bool,
-) -> list[tuple[int, int]]:       # (row of the study, row of the image)
+) -> list[tuple[int, int]]:  # (row of the study, row of the image)
     "The samples of a split: one a study with its first image, or one an image; without text only when not needed."
     wanted = np.ones(len(studies), bool) if split is None else (studies["split"] == split).to_numpy()
     if need_text:
@@ -337,14 +346,18 @@ class Pairs(Dataset):
     """
 
     def __init__(
-        self, pack: Pack, tokenizer: PreTrainedTokenizerBase, preprocessing: Preprocessing, sampling: Sampling = Sampling(),
-        split: str | None = None,        # "train", "validate", "test"; None = all
+        self,
+        pack: Pack,
+        tokenizer: PreTrainedTokenizerBase,
+        preprocessing: Preprocessing,
+        sampling: Sampling = Sampling(),
+        split: str | None = None,  # "train", "validate", "test"; None = all
         train: bool = False,
         seed: int = 0,
-        need_text: bool = True,          # leave out studies without a report
-        maps=None,                       # what a frozen tower saw, `maps.map(row)`: it takes the place of an image that is not augmented
-    ):
-        pack.check(["images.u8"])        # a damaged file is no damaged picture among others: told before any work
+        need_text: bool = True,  # leave out studies without a report
+        maps=None,  # what a frozen tower saw, `maps.map(row)`: it takes the place of an image that is not augmented
+    ) -> None:
+        pack.check(["images.u8"])  # a damaged file is no damaged picture among others: told before any work
         self.pack, self.tokenizer, self.preprocessing, self.sampling = pack, tokenizer, preprocessing, sampling
         self.train, self.seed, self.maps = train, seed, maps
         self.items = _select_samples(pack.studies, split, sampling.per, need_text)
@@ -362,7 +375,9 @@ class Pairs(Dataset):
         if not fixed or row not in self._reports:
             rng = np.random.default_rng(counter_seed(self.seed, epoch, i, 1))
             sentences = _choose_sentences(list(self.pack.studies["sentences"].iloc[row]), sampling, rng, self.train)
-            self._reports[row] = tokenise(sentences, self.tokenizer, sampling.max_tokens, sampling.punctuation, sampling.overflow)
+            self._reports[row] = tokenise(
+                sentences, self.tokenizer, sampling.max_tokens, sampling.punctuation, sampling.overflow
+            )
         return self._reports[row]
 
     def image(self, i: int, epoch: int = 0) -> Tensor:  # (C, size, size) float32
@@ -385,7 +400,9 @@ class Pairs(Dataset):
     def __getitem__(self, key: int | tuple[int, int]) -> Sample:
         epoch, i = key if isinstance(key, tuple) else (0, key)
         row = self.items[i][0]
-        sample = Sample(row, int(self.patients[row]), labels=self.labels[row], name=str(self.pack.studies["study_id"].iloc[row]))
+        sample = Sample(
+            row, int(self.patients[row]), labels=self.labels[row], name=str(self.pack.studies["study_id"].iloc[row])
+        )
         try:
             sample.image = self.image(i, epoch)
         except (OSError, ValueError) as error:

@@ -70,17 +70,31 @@ def _json_rows(path: Path) -> dict[str, dict]:  # place, for errors -> row with 
         images, categories = ({one["id"]: one for one in coco[name]} for name in ("images", "categories"))
         annotations = list(coco["annotations"])
     except (KeyError, TypeError) as error:
-        raise DataError(f"{path} lacks the lists images, categories, annotations, or ids in them ({type(error).__name__} {error})") from error
+        raise DataError(
+            f"{path} lacks the lists images, categories, annotations, or ids in them ({type(error).__name__} {error})"
+        ) from error
     rows = {}
     for place, one in enumerate(annotations, 1):
         try:
             image, category = images[one["image_id"]], categories[one["category_id"]]
-            told = {"dicom_id": Path(image["file_name"]).stem, "category_name": category["name"], "label_text": one["label_text"],
-                    "image_width": image["width"], "image_height": image["height"], **dict(zip(("x", "y", "w", "h"), one["bbox"], strict=True))}
-            rows[f"{path}, annotation {place}"] = {"path": image.get("path"), "split": one.get("split", image.get("split")), **told}
+            told = {
+                "dicom_id": Path(image["file_name"]).stem,
+                "category_name": category["name"],
+                "label_text": one["label_text"],
+                "image_width": image["width"],
+                "image_height": image["height"],
+                **dict(zip(("x", "y", "w", "h"), one["bbox"], strict=True)),
+            }
+            rows[f"{path}, annotation {place}"] = {
+                "path": image.get("path"),
+                "split": one.get("split", image.get("split")),
+                **told,
+            }
         except (KeyError, ValueError, TypeError) as error:
-            raise DataError(f"{path}, annotation {place} is incomplete, or of an image or category that is not listed "
-                            f"({type(error).__name__} {error})") from error
+            raise DataError(
+                f"{path}, annotation {place} is incomplete, or of an image or category that is not listed "
+                f"({type(error).__name__} {error})"
+            ) from error
     return rows
 
 # %% ../../nbs/data/17_phrases.ipynb #912e1e2d
@@ -92,7 +106,7 @@ def _measures(row: dict) -> tuple[tuple[float, float, float, float], int, int]:
     if width % 1 or height % 1:
         raise DataError(f"the image has {width:g} x {height:g} pixels; expected whole numbers")
     boxes = check_boxes([(row["category_name"], x, y, x + w, y + h)], width, height)
-    if not boxes:   # it begins where the image ends
+    if not boxes:  # it begins where the image ends
         raise DataError(f"the box of {row['category_name']} lies outside of its image")
     return boxes[0][1:], int(width), int(height)
 
@@ -133,12 +147,25 @@ def write_ms_cxr(path: str | Path, phrases: Iterable[Phrase]) -> None:
     "Write phrases as MS-CXR's COCO-like JSON."
     images, categories, annotations = {}, {}, []
     for phrase in phrases:
-        image = {"file_name": f"{phrase.image_id}.jpg", "path": phrase.path, "width": phrase.width, "height": phrase.height}
+        image = {
+            "file_name": f"{phrase.image_id}.jpg",
+            "path": phrase.path,
+            "width": phrase.width,
+            "height": phrase.height,
+        }
         image = images.setdefault(phrase.image_id, {"id": len(images), **image})
         category = categories.setdefault(phrase.category, {"id": len(categories), "name": phrase.category})
         for x0, y0, x1, y1 in phrase.boxes:
-            annotations.append({"id": len(annotations), "image_id": image["id"], "category_id": category["id"], "bbox": [x0, y0, x1 - x0, y1 - y0],
-                                "label_text": phrase.text, "split": phrase.split})
+            annotations.append(
+                {
+                    "id": len(annotations),
+                    "image_id": image["id"],
+                    "category_id": category["id"],
+                    "bbox": [x0, y0, x1 - x0, y1 - y0],
+                    "label_text": phrase.text,
+                    "split": phrase.split,
+                }
+            )
     coco = {"images": list(images.values()), "categories": list(categories.values()), "annotations": annotations}
     beside = Path(f"{path}.{os.getpid()}.tmp")
     beside.write_text(json.dumps(coco), encoding="utf-8")
@@ -170,7 +197,9 @@ def phantom_phrases(
     """
     phantom, phrases = pack_phantom(pack), {}
     if phantom is None:
-        raise ValueError(f"{pack.path} holds {pack.manifest['source'].get('kind', 'other')} data, not a phantom: read its phrases from a file (read_ms_cxr)")
+        raise ValueError(
+            f"{pack.path} holds {pack.manifest['source'].get('kind', 'other')} data, not a phantom: read its phrases from a file (read_ms_cxr)"
+        )
     studies = pack.studies if split is None else pack.studies[pack.studies["split"] == split]
     for study_id in studies["study_id"]:
         study = phantom.study(study_id)
@@ -182,18 +211,21 @@ def phantom_phrases(
                     boxes = dict.fromkeys(phrases.get((study_id, found.name, text), ()) + _tight_boxes(found.mask))
                     phrases[study_id, found.name, text] = tuple(boxes)
     parts = dict(zip(studies["study_id"], studies["split"]))
-    return [Phrase(study, text, finding, boxes, pack.size, pack.size, study, parts[study]) for (study, finding, text), boxes in phrases.items()]
+    return [
+        Phrase(study, text, finding, boxes, pack.size, pack.size, study, parts[study])
+        for (study, finding, text), boxes in phrases.items()
+    ]
 
 # %% ../../nbs/data/17_phrases.ipynb #f20b0ee4
 def _image_names(pack: Pack) -> list[str]:
     "What phrases call the images of a Pack: file names without folder and ending."
-    return [re.sub(r"\.(jpe?g|png|dcm|dicom)$", "", str(name).rpartition("/")[2], flags=re.IGNORECASE) for name in pack.image_table["image_id"]]
+    return [
+        re.sub(r"\.(jpe?g|png|dcm|dicom)$", "", str(name).rpartition("/")[2], flags=re.IGNORECASE)
+        for name in pack.image_table["image_id"]
+    ]
 
 # %% ../../nbs/data/17_phrases.ipynb #120288de
-def find_phrases(
-    phrases: Sequence[Phrase],
-    pack: Pack,
-) -> np.ndarray:  # (n,) row of each phrase's image in the Pack
+def find_phrases(phrases: Sequence[Phrase], pack: Pack) -> np.ndarray:  # (n,) row of each phrase's image in the Pack
     """Which images are meant. ValueError names images that the Pack does not hold, holds twice, or has in another shape.
 
     Returns
@@ -203,20 +235,26 @@ def find_phrases(
     """
     rows = pd.Series(range(len(pack))).groupby(_image_names(pack)).indices
     wanted = list(dict.fromkeys(phrase.image_id for phrase in phrases))
-    for what, bad in {"does not hold": [name for name in wanted if name not in rows],
-                      "holds more than once": [name for name in wanted if len(rows.get(name, ())) > 1]}.items():
+    for what, bad in {
+        "does not hold": [name for name in wanted if name not in rows],
+        "holds more than once": [name for name in wanted if len(rows.get(name, ())) > 1],
+    }.items():
         if bad:
-            raise ValueError(f"{pack.path} {what} {len(bad)} of the {len(wanted)} images that the phrases are about "
-                             f"({', '.join(bad[:5])}{', …' if len(bad) > 5 else ''}); it has {len(pack)}, such as {next(iter(rows))}. "
-                             "Take another Pack, or only the phrases whose image_id is in image_names(pack)")
+            raise ValueError(
+                f"{pack.path} {what} {len(bad)} of the {len(wanted)} images that the phrases are about "
+                f"({', '.join(bad[:5])}{', …' if len(bad) > 5 else ''}); it has {len(pack)}, such as {next(iter(rows))}. "
+                "Take another Pack, or only the phrases whose image_id is in image_names(pack)"
+            )
     table = pack.image_table
     for phrase in phrases:
         row = rows[phrase.image_id][0]
         width, height = int(table["width"].iloc[row]), int(table["height"].iloc[row])
         scale = max(width / phrase.width, height / phrase.height)
         if abs(phrase.width * scale - width) > 1 or abs(phrase.height * scale - height) > 1:
-            raise ValueError(f"image {phrase.image_id}: its boxes were drawn on {phrase.width} x {phrase.height} pixels, but {pack.path} has it "
-                             f"from {width} x {height}: not the same image, or cropped, turned or padded since")
+            raise ValueError(
+                f"image {phrase.image_id}: its boxes were drawn on {phrase.width} x {phrase.height} pixels, but {pack.path} has it "
+                f"from {width} x {height}: not the same image, or cropped, turned or padded since"
+            )
     return np.array([rows[phrase.image_id][0] for phrase in phrases], dtype=np.int64)
 
 # %% ../../nbs/data/17_phrases.ipynb #a442e4d0
@@ -241,8 +279,10 @@ def phrase_mask(
         (size, size) bool
     """
     if fit is None and phrase.width != phrase.height:
-        raise ValueError(f"image {phrase.image_id} was {phrase.width} x {phrase.height} and the Pack does not tell how it was made square; "
-                         "prepare it again with this medvis")
+        raise ValueError(
+            f"image {phrase.image_id} was {phrase.width} x {phrase.height} and the Pack does not tell how it was made square; "
+            "prepare it again with this medvis"
+        )
     boxes = boxes_to_square(np.array(phrase.boxes), phrase.height, phrase.width, size, fit or "pad")
     start = np.ceil(boxes[:, :2] - 0.5).astype(int).clip(0, size - 1)
     end = np.maximum(np.ceil(boxes[:, 2:] - 0.5).astype(int), start + 1)

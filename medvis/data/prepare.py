@@ -38,7 +38,9 @@ def _read_phantom_study(index: int, phantom: Phantom) -> StudyRecord:
     "Study `index` of the phantom; its id, phantom-<index>, is how its masks are found again"
     study, name = phantom[index], f"phantom-{index:07d}"
     split = str(patient_splits([study.patient_id])[0])
-    return StudyRecord(name, study.patient_id, split, [ImageRecord(name, study.image, path=name)], study.report, dict(study.labels))
+    return StudyRecord(
+        name, study.patient_id, split, [ImageRecord(name, study.image, path=name)], study.report, dict(study.labels)
+    )
 
 # %% ../../nbs/data/12_prepare.ipynb #c592a048
 def prepare_phantom(config: PhantomConfig) -> Pack:
@@ -47,8 +49,17 @@ def prepare_phantom(config: PhantomConfig) -> Pack:
         raise ValueError(f"studies is {config.studies}; expected at least 1")
     source = {"kind": "phantom", "size": config.size, "seed": config.seed, "studies": config.studies}
     read = partial(_read_phantom_study, phantom=Phantom(size=config.size, seed=config.seed))
-    return write_pack(config.out, range(config.studies), read, config.size, source, labels=FINDINGS,
-                      workers=config.workers, progress=config.progress, guarded=False)
+    return write_pack(
+        config.out,
+        range(config.studies),
+        read,
+        config.size,
+        source,
+        labels=FINDINGS,
+        workers=config.workers,
+        progress=config.progress,
+        guarded=False,
+    )
 
 # %% ../../nbs/data/12_prepare.ipynb #12565ae8
 def pack_phantom(pack: Pack) -> Phantom | None:
@@ -58,8 +69,8 @@ def pack_phantom(pack: Pack) -> Phantom | None:
 
 # %% ../../nbs/data/12_prepare.ipynb #54e9ce82
 def redraw_study(
-    pack: Pack,     # of a phantom
-    row: int,       # of its studies
+    pack: Pack,  # of a phantom
+    row: int,  # of its studies
 ) -> PhantomStudy:
     """A study of a phantom's Pack with all that is known of it. ValueError if another version of the phantom wrote the Pack.
 
@@ -73,5 +84,7 @@ def redraw_study(
     packed = pack.studies.iloc[row]
     study = pack_phantom(pack).study(packed["study_id"])
     if study.report != packed["report"]:
-        raise ValueError(f"{packed['study_id']} has another report in {pack.path} than this phantom writes; prepare the pack again")
+        raise ValueError(
+            f"{packed['study_id']} has another report in {pack.path} than this phantom writes; prepare the pack again"
+        )
     return study

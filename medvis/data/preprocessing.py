@@ -46,20 +46,24 @@ def _no_augmentation(size: int, crop: float) -> list[Callable]:
 
 
 AUGMENTATIONS = {
-    "mgca": _mgca_augmentation, "lovt": _lovt_augmentation, "local-mi": _local_mi_augmentation, "none": _no_augmentation}
+    "mgca": _mgca_augmentation,
+    "lovt": _lovt_augmentation,
+    "local-mi": _local_mi_augmentation,
+    "none": _no_augmentation,
+}
 
 # %% ../../nbs/data/04_preprocessing.ipynb #aea59bca
 def _by_own_maximum(
-    image: torch.Tensor,    # (..., C, H, W)
+    image: torch.Tensor,  # (..., C, H, W)
 ) -> torch.Tensor:
     "Divide each image by its maximum, a black one by a thousandth (local-mi, released code)"
     return image / image.amax((-3, -2, -1), keepdim=True).clamp(min=1e-3)
 
 # %% ../../nbs/data/04_preprocessing.ipynb #23bba28f
 def _on_stack(
-    masks: torch.Tensor,    # (..., H, W), also without leading dimensions
-    transform: Callable,    # (n, H, W) -> (n, h, w)
-) -> torch.Tensor:          # (..., h, w)
+    masks: torch.Tensor,  # (..., H, W), also without leading dimensions
+    transform: Callable,  # (n, H, W) -> (n, h, w)
+) -> torch.Tensor:  # (..., h, w)
     "Apply an image transform to the last two dimensions"
     out = transform(masks.reshape(-1, *masks.shape[-2:]))
     return out.reshape(*masks.shape[:-2], *out.shape[-2:])
@@ -90,11 +94,19 @@ class Preprocessing:
     """How the squares came about that the encoder was trained on (see `to_square`); None = not known, or all the same."""
 
     def __post_init__(self):
-        if not (self.size >= 1 and 0 < self.crop <= 1 and self.channels in (1, 3) and min(_values(self.std)) > 0
-                and {len(_values(self.mean)), len(_values(self.std))} <= {1, self.channels}
-                and self.scale in ("unit", "max") and self.fit in (*FITS, None)):
-            raise ValueError(f"expected size >= 1, 0 < crop <= 1, 1 or 3 channels, mean and std one number or one a channel, std > 0, "
-                             f"scale unit or max, fit one of {FITS} or None; found {self}")
+        if not (
+            self.size >= 1
+            and 0 < self.crop <= 1
+            and self.channels in (1, 3)
+            and min(_values(self.std)) > 0
+            and {len(_values(self.mean)), len(_values(self.std))} <= {1, self.channels}
+            and self.scale in ("unit", "max")
+            and self.fit in (*FITS, None)
+        ):
+            raise ValueError(
+                f"expected size >= 1, 0 < crop <= 1, 1 or 3 channels, mean and std one number or one a channel, std > 0, "
+                f"scale unit or max, fit one of {FITS} or None; found {self}"
+            )
 
     def _finish(self) -> list[Callable]:
         scaled = {"unit": [v2.ToDtype(torch.float32, scale=True)], "max": [v2.ToDtype(torch.float32), _by_own_maximum]}

@@ -18,14 +18,39 @@ from typing import Literal
 
 # %% ../../nbs/data/02_reports.ipynb #164f3858
 _SECTION_NAMES = {
-    "comparison": ("comparison", "comparisons", "comparison exam", "comparison film", "comparison films", "compared to", "prior"),
+    "comparison": (
+        "comparison",
+        "comparisons",
+        "comparison exam",
+        "comparison film",
+        "comparison films",
+        "compared to",
+        "prior",
+    ),
     "examination": ("examination", "exam", "type of examination", "study", "procedure"),
     "findings": ("finding", "findings", "bone windows"),
     "history": ("history", "clinical history", "patient history", "medical history", "clinical information"),
-    "impression": ("impression", "impressions", "mpression", "conclusion", "conclusions", "findings/impression", "findings and impression",
-                   "findings & impression", "impression and findings"),
-    "indication": ("indication", "indications", "clinical indication", "reason for exam", "reason for examination",
-                   "reason for the exam", "reason for this examination", "reason for study"),
+    "impression": (
+        "impression",
+        "impressions",
+        "mpression",
+        "conclusion",
+        "conclusions",
+        "findings/impression",
+        "findings and impression",
+        "findings & impression",
+        "impression and findings",
+    ),
+    "indication": (
+        "indication",
+        "indications",
+        "clinical indication",
+        "reason for exam",
+        "reason for examination",
+        "reason for the exam",
+        "reason for this examination",
+        "reason for study",
+    ),
     "recommendation": ("recommendation", "recommendations"),
     "technique": ("technique", "techniques"),
     "wet read": ("wet read", "wetread", "wet reading"),
@@ -33,8 +58,10 @@ _SECTION_NAMES = {
 }
 
 # %% ../../nbs/data/02_reports.ipynb #0a3a45b7
-_TITLE = re.compile(r"chest|portable|\b(one|two|three|single|frontal|lateral|pa|ap) views?\b|\b(pa|ap|frontal) and lat"
-                    r"|\blat\w* and (pa|ap|frontal)\b|frontal (upright|semi-upright)|\bribs\b")
+_TITLE = re.compile(
+    r"chest|portable|\b(one|two|three|single|frontal|lateral|pa|ap) views?\b|\b(pa|ap|frontal) and lat"
+    r"|\blat\w* and (pa|ap|frontal)\b|frontal (upright|semi-upright)|\bribs\b"
+)
 _KNOWN_NAMES = {variant: name for name, variants in _SECTION_NAMES.items() for variant in variants}
 
 
@@ -65,7 +92,9 @@ def _mimic_headings(text: str) -> list[tuple[str, int, int]]:
 
 # %% ../../nbs/data/02_reports.ipynb #53a63b75
 _NAMES = "|".join(re.escape(name) for name in sorted(_KNOWN_NAMES, key=len, reverse=True))
-_PLAIN_HEADING = re.compile(rf"(?:^[ \t]*(?P<line>(?i:{_NAMES}))|(?<!\S)(?P<capitals>{_NAMES.upper()}))[ \t]*:", re.MULTILINE)
+_PLAIN_HEADING = re.compile(
+    rf"(?:^[ \t]*(?P<line>(?i:{_NAMES}))|(?<!\S)(?P<capitals>{_NAMES.upper()}))[ \t]*:", re.MULTILINE
+)
 
 
 def _plain_headings(text: str) -> list[tuple[str, int, int]]:
@@ -77,7 +106,7 @@ def _with_last_paragraph(parts: list[tuple[str, str]]) -> list[tuple[str, str]]:
     "The sections; where neither findings nor impression says anything, the last one is cut after its first paragraph"
     if {"impression", "findings"} & {name for name, body in parts if body.strip()}:
         return parts
-    parts = [part for part in parts if part[0] not in ("impression", "findings")]       # headings with nothing below them
+    parts = [part for part in parts if part[0] not in ("impression", "findings")]  # headings with nothing below them
     name, body = parts.pop()
     first, _, rest = body.partition("\n \n")
     return [*parts, (name, first), ("last_paragraph", rest)]
@@ -91,7 +120,7 @@ def parse_mimic_sections(text: str) -> dict[str, str]:
     """
     text = html.unescape(text).lstrip("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
     if headings := _mimic_headings(text):
-        text = text if text[:1].isspace() else "\n " + text     # a stripped report has lost the blank of its first heading
+        text = text if text[:1].isspace() else "\n " + text  # a stripped report has lost the blank of its first heading
         headings = _mimic_headings(text)
     else:
         headings = _plain_headings(text)
@@ -103,13 +132,30 @@ def parse_mimic_sections(text: str) -> dict[str, str]:
 
 # %% ../../nbs/data/02_reports.ipynb #70a4c3d5
 _MORE_NAMES = {
-    "indication": ("reason for the examination", "reason for this exam", "reason for the study", "reason for visit", "clinical data", "clinical details"),
+    "indication": (
+        "reason for the examination",
+        "reason for this exam",
+        "reason for the study",
+        "reason for visit",
+        "clinical data",
+        "clinical details",
+    ),
     "impression": ("opinion", "assessment", "summary", "diagnosis", "interpretation"),
     "recommendation": ("plan", "follow-up", "follow up", "followup", "advice"),
-    "notification": ("notification", "notifications", "signature", "signed by", "electronically signed by", "dictated by", "attending"),
+    "notification": (
+        "notification",
+        "notifications",
+        "signature",
+        "signed by",
+        "electronically signed by",
+        "dictated by",
+        "attending",
+    ),
 }
 _OUR_NAMES = _KNOWN_NAMES | {variant: name for name, variants in _MORE_NAMES.items() for variant in variants}
-_TELLING = re.compile(r"\b(impression|conclusion|finding|addend(?:um|a)|indication|history|comparison|technique|recommendation)s?\b")
+_TELLING = re.compile(
+    r"\b(impression|conclusion|finding|addend(?:um|a)|indication|history|comparison|technique|recommendation)s?\b"
+)
 _JOINT = re.compile(r"\s*(?:/|&|\+|,|\band\b|\bor\b)\s*")
 
 
@@ -117,10 +163,14 @@ def _known_name(heading: str) -> str:
     'The usual name of a heading or of several joined ones, whatever the case, plural and brackets; "" = it is not known'
     heading = " ".join(re.sub(r"[(\[](?!e?s[)\]])[^()\[\]]*(?:[)\]]|$)", " ", heading.lower()).split())
     heading = re.sub(r"[(\[]e?s[)\]]", "", heading)
-    heading = re.sub(r"\s*#?\s?\d{1,2}$", "", heading)                                # ADDENDUM #2
+    heading = re.sub(r"\s*#?\s?\d{1,2}$", "", heading)  # ADDENDUM #2
     if heading in _OUR_NAMES:
         return _OUR_NAMES[heading]
-    plain = re.sub(r"^(?:preliminary|final|radiolog\w+|radiographic|imaging|overall|additional|other|chest|pertinent|significant|clinical) ", "", heading)
+    plain = re.sub(
+        r"^(?:preliminary|final|radiolog\w+|radiographic|imaging|overall|additional|other|chest|pertinent|significant|clinical) ",
+        "",
+        heading,
+    )
     names = [_OUR_NAMES.get(part, "") for part in _JOINT.split(plain)]
     if not all(names):
         return ""
@@ -129,7 +179,11 @@ def _known_name(heading: str) -> str:
 # %% ../../nbs/data/02_reports.ipynb #92c6e5f7
 _LEAD = r"^(?P<lead>[^\S\n]*+(?:>[^\S\n]{0,9}+)?(?:[-•][^\S\n]{1,9}+)?(?:#{1,6}[^\S\n]{0,9}+)?(?:\d{1,2}[.)][^\S\n]{1,9}+)?[*_]{0,3}+\[?)(?P<name>[^\W\d_][^\n:：*_]{0,80}?)\]?"
 _COLON = re.compile(_LEAD + r"(?P<end>[^\S\n]{0,20}+[*_]{0,3}+[^\S\n]{0,9}+[:：][*_]{0,3}+)", re.MULTILINE)
-_BARE = re.compile(_LEAD + r"(?P<end>[^\S\n]{0,20}+[*_]{0,3}+(?:[^\S\n]{0,9}+[-–—]{1,2}(?=\s|\Z)|[^\S\n]*+(?=\n|\Z)(?:\n[^\S\n]{0,9}+[-=~_]{3,}+(?=\s|\Z))?+))", re.MULTILINE)
+_BARE = re.compile(
+    _LEAD
+    + r"(?P<end>[^\S\n]{0,20}+[*_]{0,3}+(?:[^\S\n]{0,9}+[-–—]{1,2}(?=\s|\Z)|[^\S\n]*+(?=\n|\Z)(?:\n[^\S\n]{0,9}+[-=~_]{3,}+(?=\s|\Z))?+))",
+    re.MULTILINE,
+)
 _CAPITALS = re.compile(r"[A-Z][A-Z ()/,&-]+")
 _REPORT = re.compile(r"(?:final|original|preliminary)(?: radiology)? report|report", re.IGNORECASE)
 
@@ -139,30 +193,43 @@ def _name_of(heading: str, capitals: bool) -> str:
     if heading != "report" and _REPORT.fullmatch(heading):
         return "report"
     name, telling = _known_name(heading), _TELLING.search(heading.lower()) if capitals else None
-    return name or (_known_name(telling[0]) if telling else "impression" if capitals and _section_name(heading) == "impression" else "")
+    return name or (
+        _known_name(telling[0])
+        if telling
+        else "impression"
+        if capitals and _section_name(heading) == "impression"
+        else ""
+    )
 
 # %% ../../nbs/data/02_reports.ipynb #92c6e5f9
 def _line_headings(text: str) -> list[tuple[str, str, int, int]]:
     '(heading, usual name or "", start, end) of what looks like a heading at the start of a line, in order'
     found = {}
     for match in _COLON.finditer(text):
-        heading, after = match["name"].strip(), text[match.end():match.end() + 1]
+        heading, after = match["name"].strip(), text[match.end() : match.end() + 1]
         capitals = bool(_CAPITALS.fullmatch(heading)) and (not after or after.isspace())
         if (name := _name_of(heading, capitals)) or capitals:
             found[match.start()] = (heading, name, match.start(), match.end())
     for match in _BARE.finditer(text):
         heading = match["name"].strip()
         name = _name_of(heading, False) if heading[0].isupper() else ""
-        vague = name in ("examination", "report", "notification") or heading.lower() in ("prior", "compared to") or (
-            name not in ("findings", "impression", "addendum") and heading.lower() not in _KNOWN_NAMES)
+        vague = (
+            name in ("examination", "report", "notification")
+            or heading.lower() in ("prior", "compared to")
+            or (name not in ("findings", "impression", "addendum") and heading.lower() not in _KNOWN_NAMES)
+        )
         marked = heading.isupper() or {"#", "*", "["} & set(match["lead"])
         if name and (marked or not vague) and match.start() not in found:
             found[match.start()] = (heading, name, match.start(), match.end())
     return [found[start] for start in sorted(found)]
 
 # %% ../../nbs/data/02_reports.ipynb #b4e80719
-_UPPER = f"(?:{'|'.join(re.escape(name) for name in sorted(_OUR_NAMES, key=len, reverse=True)).upper()})(?:\\(E?S\\)|S)?"
-_INLINE = re.compile(rf"(?<![^\s.!?])(?P<name>{_UPPER}(?: ?(?:/|&|,|AND) ?{_UPPER}){{0,3}}(?: \([^()\n]{{0,60}}\))?)[ \t]{{0,9}}[:：]")
+_UPPER = (
+    f"(?:{'|'.join(re.escape(name) for name in sorted(_OUR_NAMES, key=len, reverse=True)).upper()})(?:\\(E?S\\)|S)?"
+)
+_INLINE = re.compile(
+    rf"(?<![^\s.!?])(?P<name>{_UPPER}(?: ?(?:/|&|,|AND) ?{_UPPER}){{0,3}}(?: \([^()\n]{{0,60}}\))?)[ \t]{{0,9}}[:：]"
+)
 
 
 def _headings(text: str) -> list[tuple[str, str, int, int]]:
@@ -171,7 +238,7 @@ def _headings(text: str) -> list[tuple[str, str, int, int]]:
     sure = {name for _, name, _, _ in found}
     mimic = _MIMIC_HEADING.search(text)
     for match in _INLINE.finditer(text):
-        name, before = _known_name(match["name"]), text[max(0, match.start() - 20):match.start()].rstrip()
+        name, before = _known_name(match["name"]), text[max(0, match.start() - 20) : match.start()].rstrip()
         apart = name not in sure and before.endswith((".", "?", "!")) if mimic else True
         if name and apart:
             found.append((match["name"], name, match.start(), match.end()))
@@ -187,12 +254,17 @@ def _belongs(headings: list[tuple[str, str, int, int]]) -> list[tuple[str, str, 
     "(section, heading, start, end) of the headings that begin a section; those of an addendum and sub-headings are left out"
     last_report = max((place for place, one in enumerate(headings) if one[1] == "report"), default=-1)
     later, names = Counter(name for _, name, _, _ in headings), set()
-    begun, section, fresh = [], "preamble", False      # fresh: right after the heading of a leading addendum
+    begun, section, fresh = [], "preamble", False  # fresh: right after the heading of a leading addendum
     for place, (heading, name, start, end) in enumerate(headings):
         later[name] -= 1
         if section == "addendum" and name not in ("report", "addendum"):
             leading = not names & {"findings", "impression"}
-            if not leading or place < last_report or not name or (fresh and later[name] and name in ("findings", "impression")):
+            if (
+                not leading
+                or place < last_report
+                or not name
+                or (fresh and later[name] and name in ("findings", "impression"))
+            ):
                 continue
         if not name and section in ("findings", "impression"):
             continue
@@ -229,14 +301,18 @@ def parse_sections(text: str) -> dict[str, str]:
 # %% ../../nbs/data/02_reports.ipynb #1a4e6d7f
 def _unknown_headings(text: str) -> list[str]:
     "What looks like a heading (up to five capital words and a colon at the start of a line, 40 characters at most) and is not known, each once"
-    found = {" ".join(heading.split()) for heading, name, _, _ in _line_headings(_tidy(text)) if not name and _section_name(heading) == " ".join(heading.lower().split())}
+    found = {
+        " ".join(heading.split())
+        for heading, name, _, _ in _line_headings(_tidy(text))
+        if not name and _section_name(heading) == " ".join(heading.lower().split())
+    }
     return sorted(heading for heading in found if len(heading) <= 40 and len(heading.split()) <= 5)
 
 # %% ../../nbs/data/02_reports.ipynb #2b5f7e80
 def count_headings(
     texts: Iterable[str | None],
-    least: int = 5,     # a heading of fewer reports is not named: it could be a name
-) -> dict[str, int]:    # heading -> reports, the most frequent first; "(seldom)" for all the others
+    least: int = 5,  # a heading of fewer reports is not named: it could be a name
+) -> dict[str, int]:  # heading -> reports, the most frequent first; "(seldom)" for all the others
     """Headings that were not understood, and in how many reports they are.
 
     Parameters
@@ -252,12 +328,17 @@ def count_headings(
     """
     counts = Counter(heading for text in texts for heading in _unknown_headings(text or ""))
     seldom = sum(count for count in counts.values() if count < least)
-    told = {heading: count for heading, count in sorted(counts.items(), key=lambda one: (-one[1], one[0])) if count >= least}
+    told = {
+        heading: count for heading, count in sorted(counts.items(), key=lambda one: (-one[1], one[0])) if count >= least
+    }
     return told | ({"(seldom)": seldom} if seldom else {})
 
 # %% ../../nbs/data/02_reports.ipynb #06a7e561
 _BULLET = r"[•‣⁃▪▫●○■□◆◇◦∙·★➢➤►▶❖✓✔]+|[-–—*+](?=\s|[^\W\d_])|\(?[a-h]\)(?=\s)"
-_MARKER = re.compile(rf"(?:(?<=\s)|(?<=[.:;?!])|^)\(?(?P<number>\d{{1,2}})[.)](?=\s*[^\W\d]|\s+\S)|^[^\S\n]*+(?:{_BULLET})|[•‣▪●■◆◦➢➤►▶❖]+", re.MULTILINE)
+_MARKER = re.compile(
+    rf"(?:(?<=\s)|(?<=[.:;?!])|^)\(?(?P<number>\d{{1,2}})[.)](?=\s*[^\W\d]|\s+\S)|^[^\S\n]*+(?:{_BULLET})|[•‣▪●■◆◦➢➤►▶❖]+",
+    re.MULTILINE,
+)
 _BLANKS = re.compile(r"\s*")
 
 
@@ -270,7 +351,7 @@ def _list_items(text: str) -> list[int]:
             place -= 1
         fresh = not place or text[place - 1] in ".:;?!\n"
         following = _BLANKS.match(text, marker.end()).end()
-        capital = text[following:following + 1].isupper()
+        capital = text[following : following + 1].isupper()
         number = int(marker["number"]) if marker["number"] else None
         if number is None or (number == 1 and fresh) or (last and number == last + 1 and (fresh or capital)):
             starts.append(marker.start())
@@ -278,10 +359,14 @@ def _list_items(text: str) -> list[int]:
     return starts
 
 # %% ../../nbs/data/02_reports.ipynb #02d6cfb6
-_NEVER_LAST = frozenset("dr drs mr mrs ms prof st vs approx e.g i.e ca cf fig figs viz resp incl z.b d.h u.a bzw".split())
-_SELDOM_LAST = frozenset("a.m p.m am pm etc al cm mm m ml hr hrs min sec yr yrs wk wks lat no nos pt post ant inf sup "
-                         "incl excl poss prob dept hosp ref est max min vol med eq int ext prox dist bilat cont esp".split())
-_NUMBERED = frozenset("no nos nr fig figs vol im img ser".split())      # "No. 3"
+_NEVER_LAST = frozenset(
+    "dr drs mr mrs ms prof st vs approx e.g i.e ca cf fig figs viz resp incl z.b d.h u.a bzw".split()
+)
+_SELDOM_LAST = frozenset(
+    "a.m p.m am pm etc al cm mm m ml hr hrs min sec yr yrs wk wks lat no nos pt post ant inf sup "
+    "incl excl poss prob dept hosp ref est max min vol med eq int ext prox dist bilat cont esp".split()
+)
+_NUMBERED = frozenset("no nos nr fig figs vol im img ser".split())  # "No. 3"
 _SMALL_WORDS = frozenset("a an and at by from in of on or per the to with dr".split())
 _NUMBER = re.compile(r"\W*+(?:\d{1,2}+(?!\w)\W*+){0,3}+")
 _STOP = re.compile(r"[.!?…]++(?:\s++[.!?…]++(?!\S))*+[\"')\]>”’]*|[。！？]+")
@@ -294,11 +379,11 @@ def _ends_sentence(before: str, mark: str, after: str) -> bool:
         return True
     words = before.rsplit(None, 2)
     word = words[-1].lstrip("([\"'").lower() if words else ""
-    if _NUMBER.fullmatch(before):                                                   # a list number on its own, 1. or 1.2.
+    if _NUMBER.fullmatch(before):  # a list number on its own, 1. or 1.2.
         return False
-    if mark[0] == "?" and before[-1:].isdigit() and re.match(r"[CF]\b", rest):       # 38? C: a lost degree sign
+    if mark[0] == "?" and before[-1:].isdigit() and re.match(r"[CF]\b", rest):  # 38? C: a lost degree sign
         return False
-    if not after[0].isspace():                                                      # no blank: "clear.No", but not 1.5, e.g, L4.L5
+    if not after[0].isspace():  # no blank: "clear.No", but not 1.5, e.g, L4.L5
         real = len(re.sub(r"\W", "", word.rpartition(".")[2])) > 1 and word not in _NEVER_LAST
         real = real and (before[-1].isalnum() or before[-1] in ")]_")
         return real and rest[0].isupper() and (rest[1:2].isalpha() or rest[1:2].isspace())
@@ -307,11 +392,13 @@ def _ends_sentence(before: str, mark: str, after: str) -> bool:
     if word in _NEVER_LAST or (word in _NUMBERED and rest[0].isdigit()):
         return False
     small, letters = rest[0].islower(), word.replace(".", "")
-    if len(word) == 1 and word.isalpha() and words[-1].isupper():                   # J. Smith, R. lower lobe; but "hepatitis C. Lungs"
+    if len(word) == 1 and word.isalpha() and words[-1].isupper():  # J. Smith, R. lower lobe; but "hepatitis C. Lungs"
         return not small and len(words) > 1 and not words[-2].endswith(".") and words[-2].lower() not in _SMALL_WORDS
-    if re.fullmatch(r"[^\W\d_](?:\.[^\W\d_])+", word) and (small or len(words) == 1):     # P.A. and, z.n. links
+    if re.fullmatch(r"[^\W\d_](?:\.[^\W\d_])+", word) and (small or len(words) == 1):  # P.A. and, z.n. links
         return False
-    if small and letters.isalpha() and letters.isascii() and 1 < len(letters) < 6 and not set(letters) & set("aeiouy"):     # rt. base
+    if (
+        small and letters.isalpha() and letters.isascii() and 1 < len(letters) < 6 and not set(letters) & set("aeiouy")
+    ):  # rt. base
         return False
     return not (small and (word in _SELDOM_LAST or word.endswith("_") or len(mark.rstrip("\"')]”’")) > 1))
 
@@ -327,19 +414,27 @@ def split_sentences(text: str) -> list[str]:
     for start, end in zip(sorted(breaks), sorted(breaks)[1:], strict=False):
         piece, begin = " ".join(text[start:end].split()), 0
         for stop in _STOP.finditer(piece):
-            near = piece[max(begin, stop.start() - 50):stop.start()]       # a bounded view: the time grows as the text does
-            if _ends_sentence(near, stop[0], piece[stop.end():stop.end() + 9]):
-                sentences.append(piece[begin:stop.end()].strip())
+            near = piece[
+                max(begin, stop.start() - 50) : stop.start()
+            ]  # a bounded view: the time grows as the text does
+            if _ends_sentence(near, stop[0], piece[stop.end() : stop.end() + 9]):
+                sentences.append(piece[begin : stop.end()].strip())
                 begin = stop.end()
         sentences.append(piece[begin:].strip())
     return [sentence for sentence in sentences if sentence]
 
 # %% ../../nbs/data/02_reports.ipynb #ccf9d717
-_KINDS = {kind: "".join(chr(code) for code in (*range(0x20000), *range(0xE0000, 0xE01F0)) if unicodedata.category(chr(code)) in kind)
-          for kind in (("Mn", "Mc", "Me"), ("Cf",))}
+_KINDS = {
+    kind: "".join(
+        chr(code) for code in (*range(0x20000), *range(0xE0000, 0xE01F0)) if unicodedata.category(chr(code)) in kind
+    )
+    for kind in (("Mn", "Mc", "Me"), ("Cf",))
+}
 _MARKS, _FORMAT = map(re.escape, _KINDS.values())
 _FORMATS = re.compile(f"[{_FORMAT}]+")
-_COMPATIBLE = re.compile("[\ufb00-\ufb06\uff01-\uff5e\u00a0\u2000-\u200a\u202f\u205f\u3000]")     # ligatures, wide forms, blanks
+_COMPATIBLE = re.compile(
+    "[\ufb00-\ufb06\uff01-\uff5e\u00a0\u2000-\u200a\u202f\u205f\u3000]"
+)  # ligatures, wide forms, blanks
 
 
 def normalise(text: str) -> str:
@@ -356,7 +451,11 @@ _WORD = re.compile(rf"\w[\w{_MARKS}{_FORMAT}]*+|[^\w\s{_FORMAT}]")
 def find_words(sentence: str, punctuation: bool = False) -> list[tuple[int, int]]:
     r"(start, end) of each word (`\w+` with its marks and format characters, without the blanks `___` and `XXXX`); `punctuation=True` adds blanks and punctuation marks"
     found = ((word.start(), word.start() + len(word[0].rstrip(_KINDS["Cf",]))) for word in _WORD.finditer(sentence))
-    return [(start, end) for start, end in found if punctuation or re.fullmatch(r"(?!(?:_+|X{4,})$)\w.*", sentence[start:end])]
+    return [
+        (start, end)
+        for start, end in found
+        if punctuation or re.fullmatch(r"(?!(?:_+|X{4,})$)\w.*", sentence[start:end])
+    ]
 
 # %% ../../nbs/data/02_reports.ipynb #ee0aee27
 def _split_full_stops(text: str) -> list[str]:
@@ -394,8 +493,15 @@ class ReportRules:
 
 _PARSERS = {"medvis": parse_sections, "mit-lcp": parse_mimic_sections}
 LOVT_RULES = ReportRules(headings="mit-lcp", fallback=(), count_punctuation=True)
-MGCA_RULES = ReportRules(sections=("impression", "findings"), fallback=(), min_sentence_words=2, words_only=True, ascii_only=True,
-                         splitter="full stop", headings="mit-lcp")
+MGCA_RULES = ReportRules(
+    sections=("impression", "findings"),
+    fallback=(),
+    min_sentence_words=2,
+    words_only=True,
+    ascii_only=True,
+    splitter="full stop",
+    headings="mit-lcp",
+)
 
 # %% ../../nbs/data/02_reports.ipynb #4b1d1b3a
 _ITEM = re.compile(rf"^(?:\(?\d{{1,2}}[.)](?=\s|[^\W\d])|(?:{_BULLET})+)\s*")
@@ -409,7 +515,7 @@ def _clean_sentence(sentence: str, rules: ReportRules) -> str:
     if rules.ascii_only:
         sentence = sentence.encode("ascii", "ignore").decode()
     if rules.words_only:
-        sentence = " ".join(re.findall(r"\w+", sentence))      # the blanks ___ too
+        sentence = " ".join(re.findall(r"\w+", sentence))  # the blanks ___ too
     return sentence
 
 # %% ../../nbs/data/02_reports.ipynb #8445d4b8
@@ -429,11 +535,17 @@ def check_report(text: str | None, rules: ReportRules) -> tuple[list[str], str]:
     chosen = chosen or [sections[name] for name in rules.fallback if name in sections][:1]
     if not chosen:
         return [], reasons["section" if sections else "empty"]
-    bodies = [" ".join(chosen)] if rules.splitter == "full stop" else chosen        # MGCA joins them first
+    bodies = [" ".join(chosen)] if rules.splitter == "full stop" else chosen  # MGCA joins them first
     sentences = [_clean_sentence(sentence, rules) for body in bodies for sentence in _SPLITTERS[rules.splitter](body)]
     counts = [len(find_words(sentence, rules.count_punctuation or rules.words_only)) for sentence in sentences]
-    kept = [(sentence, count) for sentence, count in zip(sentences, counts, strict=True) if count >= max(1, rules.min_sentence_words)]
-    return [sentence for sentence, _ in kept], reasons["short"] if sum(count for _, count in kept) < rules.min_words else ""
+    kept = [
+        (sentence, count)
+        for sentence, count in zip(sentences, counts, strict=True)
+        if count >= max(1, rules.min_sentence_words)
+    ]
+    return [sentence for sentence, _ in kept], reasons["short"] if sum(
+        count for _, count in kept
+    ) < rules.min_words else ""
 
 # %% ../../nbs/data/02_reports.ipynb #e95aba7b
 def report_sentences(text: str, rules: ReportRules = ReportRules()) -> list[str]:
@@ -442,9 +554,11 @@ def report_sentences(text: str, rules: ReportRules = ReportRules()) -> list[str]
 
 # %% ../../nbs/data/02_reports.ipynb #b3a8126d
 def _filter_reports(
-    texts: list[str | None],        # report texts; None or "" = no report
+    texts: list[str | None],  # report texts; None or "" = no report
     rules: ReportRules = ReportRules(),
-) -> tuple[list[list[str] | None], dict[str, int]]:  # sentences per report, None where dropped; reason -> count, with "kept"
+) -> tuple[
+    list[list[str] | None], dict[str, int]
+]:  # sentences per report, None where dropped; reason -> count, with "kept"
     "Sentences of many reports, and how many reports were dropped for which reason"
     checked = [check_report(text, rules) for text in texts]
     counts = Counter(reason or "kept" for _, reason in checked)

@@ -14,9 +14,9 @@ import numpy as np
 
 # %% ../../nbs/data/13_sampling.ipynb #db75c171
 def tokens_kept(
-    lengths: Sequence[int],   # tokens of every sentence
-    room: int,                # tokens that fit
-    overflow: str = "cut",    # "cut" mid-sentence, or "drop" the first sentence that does not fit and all later ones
+    lengths: Sequence[int],  # tokens of every sentence
+    room: int,  # tokens that fit
+    overflow: str = "cut",  # "cut" mid-sentence, or "drop" the first sentence that does not fit and all later ones
 ) -> int:
     """How many tokens of a report stay. Raises ValueError for an unknown rule.
 
@@ -39,6 +39,7 @@ def tokens_kept(
 @dataclass(frozen=True)
 class Sampling:
     "What of a study a method sees."
+
     per: Literal["study", "image"] = "study"
     "One sample a study, with a random frontal view (LoVT), or one sample an image (MGCA)."
     augment: Literal["mgca", "lovt", "local-mi", "none"] = "mgca"
@@ -57,4 +58,4 @@ class Sampling:
     "Keep punctuation marks as words."
 
     def __post_init__(self):
-        tokens_kept((), 0, self.overflow)       # ValueError for a rule that it does not know
+        tokens_kept((), 0, self.overflow)  # ValueError for a rule that it does not know

@@ -26,7 +26,17 @@ from .annotations import decode_mask
 from .build import ImageRecord, StudyRecord, by_reason, write_pack
 from .files import DataError, decode_text, number, read_text, safe_path
 from .guard import refuse_leaks
-from .images import FITS, ImageError, check_not_blank, decode_image, equalise, exif_orientation, mask_to_square, read_bytes, to_square
+from medvis.data.images import (
+    FITS,
+    ImageError,
+    check_not_blank,
+    decode_image,
+    equalise,
+    exif_orientation,
+    mask_to_square,
+    read_bytes,
+    to_square,
+)
 from .leaks import patients_within
 from .pack import Pack
 from .phantom import PhantomStudy
@@ -36,20 +46,22 @@ from .reports import ReportRules, drop_reasons
 class SplitRule(StrEnum):
     "Which images are for training, validation and test. The value is the sentence for people: in manifests and in the table of recipes."
 
-    PATIENTS = "patients"       # 80/10/10 % of the patients, by a hash of their ids; below in other shares, see sets.plans.draw_splits
+    PATIENTS = "patients"  # 80/10/10 % of the patients, by a hash of their ids; below in other shares, see sets.plans.draw_splits
     PATIENTS_90_10 = "patients 90/10"
     PATIENTS_80_20 = "patients 80/20"
     PATIENTS_60_20_20 = "patients 60/20/20"
-    OFFICIAL = "official"       # as the data set was published
+    OFFICIAL = "official"  # as the data set was published
     OFFICIAL_TEST_TO_VALIDATE = "official, test joined to validate"
     OFFICIAL_WITHOUT_EDEMA_TEST = "official, edema test patients not in training"
     CONSENSUS = "consensus test; else train as in MIMIC-CXR, the others validate"
-    CONSENSUS_WITHOUT_MIMIC_TEST = "consensus test; else train as in MIMIC-CXR, the others validate; without MIMIC's test patients"
+    CONSENSUS_WITHOUT_MIMIC_TEST = (
+        "consensus test; else train as in MIMIC-CXR, the others validate; without MIMIC's test patients"
+    )
     R2GEN = "annotation.json"
-    LOVT = "lovt"               # the first patients validate
+    LOVT = "lovt"  # the first patients validate
     LOVT_80_20 = "lovt 80/20"
     LOVT_60_20_20 = "lovt 60/20/20"
-    MGCA = "mgca"               # drawn by image, here and below
+    MGCA = "mgca"  # drawn by image, here and below
     MGCA_90_10 = "mgca 90/10"
     MGCA_80_20 = "mgca 80/20"
     MGCA_70_15_15 = "mgca 70/15/15"
@@ -88,26 +100,32 @@ class Recipe:
         what else differs
     """
 
-    size: int = 256                                     # side of the stored squares
-    fit: str = "pad"                                    # how they are made square, of images.FITS
-    equalise: bool = False                              # equalise the histogram first
-    views: tuple[str, ...] = ()                         # () = all
-    rules: ReportRules | None = None                    # for reports; None = there are none
-    require_report: bool = True                         # leave studies without a usable report out, if there are rules
-    splits: StrEnum = SplitRule.PATIENTS                # of SplitRule, or of an enum of your own
-    classes: tuple[str, ...] = ()                       # the labels that its task asks for; () = all
-    uncertain: str | dict[str, str] = "ignore"          # what -1 becomes in a task, see tasks.label_targets
-    blank: str = "negative"                             # what a blank becomes
-    subset: str = "patients"                            # small shares of labels: of "patients", nested, or the "first" rows (LoVT)
-    notes: tuple[str, ...] = ()                         # what else differs
+    size: int = 256  # side of the stored squares
+    fit: str = "pad"  # how they are made square, of images.FITS
+    equalise: bool = False  # equalise the histogram first
+    views: tuple[str, ...] = ()  # () = all
+    rules: ReportRules | None = None  # for reports; None = there are none
+    require_report: bool = True  # leave studies without a usable report out, if there are rules
+    splits: StrEnum = SplitRule.PATIENTS  # of SplitRule, or of an enum of your own
+    classes: tuple[str, ...] = ()  # the labels that its task asks for; () = all
+    uncertain: str | dict[str, str] = "ignore"  # what -1 becomes in a task, see tasks.label_targets
+    blank: str = "negative"  # what a blank becomes
+    subset: str = "patients"  # small shares of labels: of "patients", nested, or the "first" rows (LoVT)
+    notes: tuple[str, ...] = ()  # what else differs
 
     def __post_init__(self):
         if not isinstance(self.splits, StrEnum):
             raise DataError(f"splits is {self.splits!r}; expected a member of SplitRule, or of a StrEnum of your own")
         policies = set(self.uncertain.values() if isinstance(self.uncertain, dict) else [self.uncertain])
-        if self.fit not in FITS or self.subset not in ("patients", "first") or policies - {"ignore", "positive", "negative"}:
-            raise DataError(f"fit is {self.fit!r}, uncertain {self.uncertain!r}, subset {self.subset!r}; expected fit one of {', '.join(FITS)}, "
-                            "uncertain ignore, positive or negative (for all labels or each), subset patients or first")
+        if (
+            self.fit not in FITS
+            or self.subset not in ("patients", "first")
+            or policies - {"ignore", "positive", "negative"}
+        ):
+            raise DataError(
+                f"fit is {self.fit!r}, uncertain {self.uncertain!r}, subset {self.subset!r}; expected fit one of {', '.join(FITS)}, "
+                "uncertain ignore, positive or negative (for all labels or each), subset patients or first"
+            )
 
 # %% ../../nbs/data/11_source.ipynb #c6d0df33
 @dataclass
@@ -154,8 +172,10 @@ class BuildConfig:
 
     def __post_init__(self):
         if not ((self.size is None or self.size >= 1) and self.workers >= 0 and 0 <= self.max_rejects <= 1):
-            raise DataError(f"size is {self.size}, workers {self.workers}, max_rejects {self.max_rejects}; "
-                            "expected size at least 1, workers at least 0, max_rejects from 0 to 1")
+            raise DataError(
+                f"size is {self.size}, workers {self.workers}, max_rejects {self.max_rejects}; "
+                "expected size at least 1, workers at least 0, max_rejects from 0 to 1"
+            )
 
 # %% ../../nbs/data/11_source.ipynb #252032d5
 class ReportItem(TypedDict, total=False):
@@ -188,12 +208,14 @@ class ImageItem(TypedDict):
     """
 
     id: str
-    path: str                                           # relative to the root
-    view: NotRequired[str]                              # such as PA, AP or LATERAL
-    boxes: NotRequired[list[list] | None]               # name, x0, y0, x1, y1 in the frame; None = not annotated
-    masks: NotRequired[dict[str, dict | None] | None]   # name -> as annotations.decode_mask takes it; None = not annotated
-    frame: NotRequired[list[float] | None]              # width and height that boxes and masks were drawn in; None = the picture's
-    clip: NotRequired[bool]                             # boxes may stand out of the frame, and are cut
+    path: str  # relative to the root
+    view: NotRequired[str]  # such as PA, AP or LATERAL
+    boxes: NotRequired[list[list] | None]  # name, x0, y0, x1, y1 in the frame; None = not annotated
+    masks: NotRequired[
+        dict[str, dict | None] | None
+    ]  # name -> as annotations.decode_mask takes it; None = not annotated
+    frame: NotRequired[list[float] | None]  # width and height that boxes and masks were drawn in; None = the picture's
+    clip: NotRequired[bool]  # boxes may stand out of the frame, and are cut
 
 # %% ../../nbs/data/11_source.ipynb #c1d9f167
 class StudyItem(TypedDict):
@@ -214,10 +236,10 @@ class StudyItem(TypedDict):
 
     study: str
     patient: str
-    split: str                                          # train, validate or test
+    split: str  # train, validate or test
     images: list[ImageItem]
     report: NotRequired[ReportItem | None]
-    labels: NotRequired[dict[str, float | None]]        # 1 present, 0 absent, -1 uncertain, None blank
+    labels: NotRequired[dict[str, float | None]]  # 1 present, 0 absent, -1 uncertain, None blank
     grades: NotRequired[dict[str, int | None]]
 
 # %% ../../nbs/data/11_source.ipynb #8f3011c6
@@ -234,8 +256,8 @@ class RejectItem(TypedDict):
     """
 
     study: str
-    rejects: list[list[str]]                            # [item, reason] of each
-    planned: NotRequired[int]                           # images that the data set has of it
+    rejects: list[list[str]]  # [item, reason] of each
+    planned: NotRequired[int]  # images that the data set has of it
 
 # %% ../../nbs/data/11_source.ipynb #3c5932ec
 @dataclass(frozen=True)
@@ -260,8 +282,8 @@ class Source:
     grades: tuple[str, ...] = ()
     boxes: tuple[str, ...] = ()
     masks: tuple[str, ...] = ()
-    dropped: dict[str, int] = field(default_factory=dict)       # rule -> images, or studies without any
-    settings: dict = field(default_factory=dict)                # further facts for the manifest
+    dropped: dict[str, int] = field(default_factory=dict)  # rule -> images, or studies without any
+    settings: dict = field(default_factory=dict)  # further facts for the manifest
 
     def __post_init__(self):
         if not self.items:
@@ -293,16 +315,18 @@ class DataSet:
         findings that it is about: phantoms in its format show them often enough
     """
 
-    name: str                                                       # as in `medvis prepare NAME`
+    name: str  # as in `medvis prepare NAME`
     title: str
-    get: str                                                        # what to download, from where, and where to put it
+    get: str  # what to download, from where, and where to put it
     plan: Callable[[Any], Source]
     recipes: dict[str, Recipe]
-    tables: Callable[[Any], list[tuple[str, Callable[[], Any]]]]    # config -> (what, function that reads it), for the check
-    simulate: Callable[[Path, Sequence[PhantomStudy]], None]           # writes phantom studies in the true format
+    tables: Callable[
+        [Any], list[tuple[str, Callable[[], Any]]]
+    ]  # config -> (what, function that reads it), for the check
+    simulate: Callable[[Path, Sequence[PhantomStudy]], None]  # writes phantom studies in the true format
     config: type[ReadConfig] = ReadConfig
-    follow_ups: bool = True                                         # do patients come back, under an id that tells it?
-    wanted: tuple[str, ...] = ()                                    # findings that it is about: phantoms in its format show them often enough
+    follow_ups: bool = True  # do patients come back, under an id that tells it?
+    wanted: tuple[str, ...] = ()  # findings that it is about: phantoms in its format show them often enough
 
 # %% ../../nbs/data/11_source.ipynb #fce11fcd
 @lru_cache(maxsize=2)
@@ -314,7 +338,7 @@ def _open_zip(path: Path) -> zipfile.ZipFile:
 
 # %% ../../nbs/data/11_source.ipynb #bfee521e
 def _read_report(
-    report: ReportItem | None,      # None = there is none
+    report: ReportItem | None,  # None = there is none
     root: Path,
 ) -> str:
     "The text of a report. DataError if its file is missing, empty, damaged or not UTF-8; the text itself is never in it."
@@ -328,21 +352,29 @@ def _read_report(
         data = _open_zip(root / report["zip"]).read(report["member"])
     except KeyError as error:
         raise DataError(f"{report['zip']} has no member {report['member']}") from error
-    except (zipfile.BadZipFile, RuntimeError, OSError, EOFError, NotImplementedError, ValueError, zlib.error) as error:    # damaged, encrypted, unknown compression
+    except (
+        zipfile.BadZipFile,
+        RuntimeError,
+        OSError,
+        EOFError,
+        NotImplementedError,
+        ValueError,
+        zlib.error,
+    ) as error:  # damaged, encrypted, unknown compression
         raise DataError(f"{report['member']} in {report['zip']} cannot be read: {error}") from error
     if not data.strip():
         raise DataError(f"{report['member']} in {report['zip']} is blank")
     return decode_text(data, f"{report['member']} in {report['zip']}")
 
 # %% ../../nbs/data/11_source.ipynb #62432f03
-_SLACK = 1.0     # pixels that a box may stand out of its image, for rounding
+_SLACK = 1.0  # pixels that a box may stand out of its image, for rounding
 
 
 def check_boxes(
-    boxes: Sequence[Sequence],      # name, x0, y0, x1, y1
-    width: float,                   # of the frame they were drawn in
+    boxes: Sequence[Sequence],  # name, x0, y0, x1, y1
+    width: float,  # of the frame they were drawn in
     height: float,
-    clip: bool = False,             # they may stand out of it, and are cut
+    clip: bool = False,  # they may stand out of it, and are cut
 ) -> list[tuple[str, float, float, float, float]]:
     """The same boxes, cut to the frame. DataError for one that stands out of it by more than a pixel, or has no extent.
 
@@ -361,8 +393,17 @@ def check_boxes(
         x0, y0, x1, y1 = (number(str(corner), f"a corner of the box of {name}") for corner in corners)
         if x1 <= x0 or y1 <= y0:
             raise DataError(f"the box {x0:g}, {y0:g}, {x1:g}, {y1:g} of {name} has no extent")
-        if not clip and (min(x0, y0) < -_SLACK or x1 > width + _SLACK or y1 > height + _SLACK or x0 >= width or y0 >= height or min(x1, y1) <= 0):
-            raise DataError(f"the box {x0:g}, {y0:g}, {x1:g}, {y1:g} of {name} lies outside of its image of {width:g} x {height:g}")
+        if not clip and (
+            min(x0, y0) < -_SLACK
+            or x1 > width + _SLACK
+            or y1 > height + _SLACK
+            or x0 >= width
+            or y0 >= height
+            or min(x1, y1) <= 0
+        ):
+            raise DataError(
+                f"the box {x0:g}, {y0:g}, {x1:g}, {y1:g} of {name} lies outside of its image of {width:g} x {height:g}"
+            )
         checked.append((name, max(x0, 0.0), max(y0, 0.0), min(x1, float(width)), min(y1, float(height))))
     return [box for box in checked if box[1] < box[3] and box[2] < box[4]]
 
@@ -371,8 +412,10 @@ def _frame(planned: ImageItem, width: int, height: int) -> tuple[float, float]:
     "Width and height of the frame of an image's boxes and masks. DataError if it has not the proportions of the image."
     frame_width, frame_height = planned.get("frame") or (width, height)
     if abs(frame_width * height - frame_height * width) > max(frame_width, frame_height):
-        raise DataError(f"the image has {width} x {height} pixels, but its boxes and masks were drawn on {frame_width:g} x {frame_height:g}: "
-                        "cropped, turned or padded since")
+        raise DataError(
+            f"the image has {width} x {height} pixels, but its boxes and masks were drawn on {frame_width:g} x {frame_height:g}: "
+            "cropped, turned or padded since"
+        )
     return frame_width, frame_height
 
 # %% ../../nbs/data/11_source.ipynb #209e2dd9
@@ -381,7 +424,7 @@ def _read_item_image(
     root: Path,
     size: int,
     fit: str,
-    even: bool = False,     # equalise the histogram first
+    even: bool = False,  # equalise the histogram first
 ) -> ImageRecord:
     "Read an image and bring it, with its masks, to the square; boxes stay in pixels of the upright picture. ImageError or DataError if anything of it is damaged."
     path = safe_path(planned["path"])
@@ -391,15 +434,30 @@ def _read_item_image(
     across, down = _frame(planned, width, height)
     boxes, masks, orientation = planned.get("boxes"), planned.get("masks"), exif_orientation(data)
     if boxes is not None:
-        boxes = [(name, *np.multiply(corners, [width / across, height / down] * 2).tolist())
-                 for name, *corners in check_boxes(boxes, across, down, planned.get("clip", False))]
+        boxes = [
+            (name, *np.multiply(corners, [width / across, height / down] * 2).tolist())
+            for name, *corners in check_boxes(boxes, across, down, planned.get("clip", False))
+        ]
     if masks is not None:
-        masks = {name: spec and mask_to_square(decode_mask(spec, root, round(across), round(down), orientation), size, fit) for name, spec in masks.items()}
+        masks = {
+            name: spec and mask_to_square(decode_mask(spec, root, round(across), round(down), orientation), size, fit)
+            for name, spec in masks.items()
+        }
     pixels = to_square(equalise(image) if even else image, size, fit)
     check_not_blank(image, size, path)
     levels = int(np.count_nonzero(np.bincount(image.ravel(), minlength=256)))
-    return ImageRecord(image_id=planned["id"], pixels=pixels, path=path, sha256=hashlib.sha256(data).hexdigest(), width=width, height=height,
-                       view=planned.get("view", ""), boxes=boxes, masks=masks, levels=levels)
+    return ImageRecord(
+        image_id=planned["id"],
+        pixels=pixels,
+        path=path,
+        sha256=hashlib.sha256(data).hexdigest(),
+        width=width,
+        height=height,
+        view=planned.get("view", ""),
+        boxes=boxes,
+        masks=masks,
+        levels=levels,
+    )
 
 # %% ../../nbs/data/11_source.ipynb #a07b03ce
 def read_study(
@@ -407,7 +465,7 @@ def read_study(
     root: Path,
     size: int,
     fit: str,
-    even: bool = False,     # equalise histograms first
+    even: bool = False,  # equalise histograms first
 ) -> StudyRecord:
     """A planned study with its pixels; what of it is damaged becomes a reject
 
@@ -422,13 +480,17 @@ def read_study(
     """
     if "rejects" in item:
         rejects = [tuple(one) for one in item["rejects"]]
-        return StudyRecord(study_id=item["study"], patient_id="", split="", images=[], rejects=rejects, planned=item.get("planned"))
+        return StudyRecord(
+            study_id=item["study"], patient_id="", split="", images=[], rejects=rejects, planned=item.get("planned")
+        )
     images, rejects = [], []
     for planned in item["images"]:
         try:
             images.append(_read_item_image(planned, root, size, fit, even))
         except ImageError as error:
-            rejects.append((planned["id"], error.reason if error.name == planned["path"] else str(error)))     # of the image, or of a mask
+            rejects.append(
+                (planned["id"], error.reason if error.name == planned["path"] else str(error))
+            )  # of the image, or of a mask
         except DataError as error:
             rejects.append((planned["id"], str(error)))
     try:
@@ -436,19 +498,36 @@ def read_study(
     except DataError as error:
         images, report = [], ""
         rejects.append((item["study"], f"report: {error}"))
-    return StudyRecord(study_id=item["study"], patient_id=item["patient"], split=item["split"], images=images, report=report, labels=item.get("labels", {}),
-                       rejects=rejects, grades=item.get("grades", {}), planned=len(item["images"]))
+    return StudyRecord(
+        study_id=item["study"],
+        patient_id=item["patient"],
+        split=item["split"],
+        images=images,
+        report=report,
+        labels=item.get("labels", {}),
+        rejects=rejects,
+        grades=item.get("grades", {}),
+        planned=len(item["images"]),
+    )
 
 # %% ../../nbs/data/11_source.ipynb #fabc27fc
-def _find_shared_patients(source: Source) -> pd.DataFrame:     # columns leaks.LEAK_COLUMNS
+def _find_shared_patients(source: Source) -> pd.DataFrame:  # columns leaks.LEAK_COLUMNS
     "Patients whose studies are planned for more than one split"
-    return patients_within(pd.DataFrame([(item["patient"], item["split"]) for item in source.items if "images" in item], columns=["patient_id", "split"]))
+    return patients_within(
+        pd.DataFrame(
+            [(item["patient"], item["split"]) for item in source.items if "images" in item],
+            columns=["patient_id", "split"],
+        )
+    )
 
 # %% ../../nbs/data/11_source.ipynb #0a8057f6
-def _options(read: ReadConfig) -> dict:     # JSON-like
+def _options(read: ReadConfig) -> dict:  # JSON-like
     "What was asked for, but for the root: for the manifest"
     values = {name: value for name, value in vars(read).items() if name != "root"}
-    return {name: str(value) if isinstance(value, Path) else asdict(value) if is_dataclass(value) else value for name, value in values.items()}
+    return {
+        name: str(value) if isinstance(value, Path) else asdict(value) if is_dataclass(value) else value
+        for name, value in values.items()
+    }
 
 # %% ../../nbs/data/11_source.ipynb #5b887a26
 def prepare_source(data_set: DataSet, read: ReadConfig, build: BuildConfig) -> Pack:
@@ -460,23 +539,49 @@ def prepare_source(data_set: DataSet, read: ReadConfig, build: BuildConfig) -> P
     recipe = replace(recipe, size=recipe.size if build.size is None else build.size, fit=build.fit or recipe.fit)
     if not build.allow_leaks and len(shared := _find_shared_patients(source)):
         refuse_leaks(shared, Path(f"{build.out}.partial/pack"))
-    about = {"kind": data_set.name, "root": str(root), "patients_known": data_set.follow_ups, "fit": recipe.fit, "recipe": asdict(recipe),
-             "read": _options(read), "dropped": source.dropped, **source.settings}
+    about = {
+        "kind": data_set.name,
+        "root": str(root),
+        "patients_known": data_set.follow_ups,
+        "fit": recipe.fit,
+        "recipe": asdict(recipe),
+        "read": _options(read),
+        "dropped": source.dropped,
+        **source.settings,
+    }
     return write_pack(
-        build.out, source.items, partial(read_study, root=root, size=recipe.size, fit=recipe.fit, even=recipe.equalise), recipe.size, about,
-        labels=source.labels, grades=source.grades, boxes=source.boxes, masks=source.masks,
-        rules=recipe.rules or ReportRules(), require_report=recipe.rules is not None and recipe.require_report,
-        workers=build.workers, max_rejects=build.max_rejects, progress=build.progress, against=build.against, allow_leaks=build.allow_leaks, fresh=build.fresh)
+        build.out,
+        source.items,
+        partial(read_study, root=root, size=recipe.size, fit=recipe.fit, even=recipe.equalise),
+        recipe.size,
+        about,
+        labels=source.labels,
+        grades=source.grades,
+        boxes=source.boxes,
+        masks=source.masks,
+        rules=recipe.rules or ReportRules(),
+        require_report=recipe.rules is not None and recipe.require_report,
+        workers=build.workers,
+        max_rejects=build.max_rejects,
+        progress=build.progress,
+        against=build.against,
+        allow_leaks=build.allow_leaks,
+        fresh=build.fresh,
+    )
 
 # %% ../../nbs/data/11_source.ipynb #678f0947
 def _marks_told(pack: Pack) -> list[str]:
     "How many boxes and masks a Pack holds, on how many images, and on how many somebody looked"
     lines, table = [], pack.image_table
     if pack.manifest.get("boxes"):
-        lines.append(f"  {len(pack.boxes):>8} boxes on {pack.boxes['image'].nunique()} of {int(table['boxed'].sum())} images on which somebody looked for boxes")
+        lines.append(
+            f"  {len(pack.boxes):>8} boxes on {pack.boxes['image'].nunique()} of {int(table['boxed'].sum())} images on which somebody looked for boxes"
+        )
     if pack.manifest.get("masks"):
         masks = [mask.any((1, 2)) for mask in map(pack.mask, range(len(pack))) if mask is not None]
-        lines.append(f"  {int(np.sum(masks)):>8} masks on {int(np.any(masks, 1).sum()) if masks else 0} of {len(masks)} images on which somebody looked for masks")
+        lines.append(
+            f"  {int(np.sum(masks)):>8} masks on {int(np.any(masks, 1).sum()) if masks else 0} of {len(masks)} images on which somebody looked for masks"
+        )
     return lines
 
 # %% ../../nbs/data/11_source.ipynb #fa858136
@@ -485,31 +590,54 @@ def describe_pack(pack: Pack) -> str:
     told, source = pack.manifest, pack.manifest["source"]
     counts, dropped, rejected = told["counts"], source.get("dropped", {}), told.get("rejected", {})
     reasons = drop_reasons(ReportRules(min_words=told.get("rules", {}).get("min_words", ReportRules.min_words)))
-    ruled = {f"report: {reasons[code]}" for code in ("section", "short")}      # by a rule of the recipe, not by damage
+    ruled = {f"report: {reasons[code]}" for code in ("section", "short")}  # by a rule of the recipe, not by damage
     seen = counts["images"] + sum(rejected.values()) + sum(dropped.values())
     lines = [f"{source['kind']}, recipe {source.get('read', {}).get('recipe', '-')}: {seen} images seen"]
     lines += [f"  {count:>8} dropped by rule: {rule}" for rule, count in dropped.items() if count]
-    lines += [f"  {count:>8} {'dropped by rule' if reason in ruled else 'rejected'}: {reason}" for reason, count in rejected.items()]
-    patients = f"{counts['patients']} patients" if source.get("patients_known", True) else "patients who are not known (each study counts as one)"
+    lines += [
+        f"  {count:>8} {'dropped by rule' if reason in ruled else 'rejected'}: {reason}"
+        for reason, count in rejected.items()
+    ]
+    patients = (
+        f"{counts['patients']} patients"
+        if source.get("patients_known", True)
+        else "patients who are not known (each study counts as one)"
+    )
     lines += [f"  {counts['images']:>8} images of {counts['studies']} studies of {patients} are in the Pack"]
     lines += [f"  {count:>8} beside them: {what}" for what, count in source.get("beside", {}).items() if count]
     for split in {**dict.fromkeys(("train", "validate", "test")), **told.get("lists", {})}:
         if split != "all" and (lists := told.get("lists", {}).get(split)) is None:
             lines.append(f"  {split:>8}: no images")
         elif split != "all":
-            lines.append(f"  {split:>8}: " + ", ".join(f"{lists[what]['count']} {what}" for what in ("images", "studies", "patients")))
+            lines.append(
+                f"  {split:>8}: "
+                + ", ".join(f"{lists[what]['count']} {what}" for what in ("images", "studies", "patients"))
+            )
     if counts["sentences"]:
-        lines.append(f"  {counts['sentences'] / counts['studies']:8.2f} sentences per report, {counts['sentences']} in all")
+        lines.append(
+            f"  {counts['sentences'] / counts['studies']:8.2f} sentences per report, {counts['sentences']} in all"
+        )
     if headings := told.get("headings"):
         named = [f"{name} {count}" for name, count in headings.items()]
-        lines.append("  headings not understood, and in how many reports: " + ", ".join(named[:12]) + (f", and {len(named) - 12} more" if len(named) > 12 else ""))
+        lines.append(
+            "  headings not understood, and in how many reports: "
+            + ", ".join(named[:12])
+            + (f", and {len(named) - 12} more" if len(named) > 12 else "")
+        )
     lines += _marks_told(pack)
     if pixels := told.get("pixels", {}).get("train"):
-        lines.append(f"  pixels of the training split / 255: mean {pixels['mean']:.4f}, standard deviation {pixels['std']:.4f}")
+        lines.append(
+            f"  pixels of the training split / 255: mean {pixels['mean']:.4f}, standard deviation {pixels['std']:.4f}"
+        )
     if few := told.get("grey_levels", {}).get("few"):
-        lines.append(f"  {few:>8} images have fewer than {told['grey_levels']['fewer_than']} grey levels, the poorest {told['grey_levels']['fewest']}")
+        lines.append(
+            f"  {few:>8} images have fewer than {told['grey_levels']['fewer_than']} grey levels, the poorest {told['grey_levels']['fewest']}"
+        )
     if leaks := told.get("guard", {}).get("leaks"):
-        lines.append("  leaks between splits were allowed: " + ", ".join(f"{leaks[kind]} x {kind}" for kind in leaks if kind != "offenders" and leaks[kind]))
+        lines.append(
+            "  leaks between splits were allowed: "
+            + ", ".join(f"{leaks[kind]} x {kind}" for kind in leaks if kind != "offenders" and leaks[kind])
+        )
     return "\n".join([*lines, f"  hash {told['hash']}"])
 
 # %% ../../nbs/data/11_source.ipynb #2338dca9
@@ -549,16 +677,33 @@ def check_source(data_set: DataSet, read: ReadConfig) -> tuple[dict[str, int], l
         source = data_set.plan(read)
     except DataError as error:
         return {}, problems or [str(error)]
-    bad = [(name, reason) for item in source.items for name, reason in (*item.get("rejects", ()), *_bad_report(item, Path(read.root)))]
+    bad = [
+        (name, reason)
+        for item in source.items
+        for name, reason in (*item.get("rejects", ()), *_bad_report(item, Path(read.root)))
+    ]
     example = {kind: f"{name}: {reason}" for name, reason in reversed(bad) for kind in by_reason({reason: 1})}
     kinds = by_reason(Counter(reason for _, reason in bad))
-    problems += [f"{count} x {kind}; the first is {example[kind]}" if count > 1 else example[kind] for kind, count in kinds.items()]
+    problems += [
+        f"{count} x {kind}; the first is {example[kind]}" if count > 1 else example[kind]
+        for kind, count in kinds.items()
+    ]
     if len(shared := _find_shared_patients(source)):
-        problems.append(f"{len(shared)} x patient in two splits, such as {shared.item_a[0]} ({shared.split_a[0]}, {shared.split_b[0]}); "
-                        "--allow-leaks of medvis prepare takes them as they are")
+        problems.append(
+            f"{len(shared)} x patient in two splits, such as {shared.item_a[0]} ({shared.split_a[0]}, {shared.split_b[0]}); "
+            "--allow-leaks of medvis prepare takes them as they are"
+        )
     named = list(dict.fromkeys(name for item in source.items for name in _files_of(item)))
     if lost := [name for name in named if not os.path.isfile(Path(read.root) / name)]:
-        problems.append(f"{len(lost)} of {len(named)} files are not there: {', '.join(lost[:3])}{', …' if len(lost) > 3 else ''}")
+        problems.append(
+            f"{len(lost)} of {len(named)} files are not there: {', '.join(lost[:3])}{', …' if len(lost) > 3 else ''}"
+        )
     images = sum(len(item.get("images", ())) for item in source.items)
     beside = {what: count for what, count in source.settings.get("beside", {}).items() if count}
-    return {"studies": len(source.items), "images": images, "files": len(named), "dropped by rules": sum(source.dropped.values()), **beside}, problems
+    return {
+        "studies": len(source.items),
+        "images": images,
+        "files": len(named),
+        "dropped by rules": sum(source.dropped.values()),
+        **beside,
+    }, problems

@@ -13,9 +13,9 @@ import pandas as pd
 
 # %% ../../nbs/data/05_splits.ipynb #65d1f181
 def _draw(
-    patient_ids: np.ndarray,    # (n,) ids
-    salt: str,                  # what the draw is for, with its seed
-) -> np.ndarray:                # (n,) float64 in [0, 1)
+    patient_ids: np.ndarray,  # (n,) ids
+    salt: str,  # what the draw is for, with its seed
+) -> np.ndarray:  # (n,) float64 in [0, 1)
     "One number per patient, by SHA-256 of salt and id alone"
     digests = [hashlib.sha256(f"{salt}:{patient}".encode()).digest() for patient in patient_ids]
     return np.array([int.from_bytes(digest[:8], "big") >> 11 for digest in digests], dtype=np.float64) / 2**53
@@ -25,10 +25,10 @@ _FRACTIONS = {"train": 0.8, "validate": 0.1, "test": 0.1}
 
 
 def patient_splits(
-    patient_ids,                                    # (n,) one id per row; rows of a patient may stand anywhere
-    fractions: dict[str, float] = _FRACTIONS,        # split name -> share of the patients, summing to 1
+    patient_ids,  # (n,) one id per row; rows of a patient may stand anywhere
+    fractions: dict[str, float] = _FRACTIONS,  # split name -> share of the patients, summing to 1
     seed: int = 0,
-) -> np.ndarray:                                    # (n,) split names
+) -> np.ndarray:  # (n,) split names
     """Assign every patient to a split by a hash of (seed, patient): independent of row order and of the other patients
 
     Parameters
@@ -53,11 +53,11 @@ def patient_splits(
 
 # %% ../../nbs/data/05_splits.ipynb #cbe055e9
 def nested_subsets(
-    patient_ids,                                                # (n,) one id per row
-    fractions: tuple[float, ...] = (0.01, 0.1, 1.0),            # shares of the patients, each in (0, 1]
+    patient_ids,  # (n,) one id per row
+    fractions: tuple[float, ...] = (0.01, 0.1, 1.0),  # shares of the patients, each in (0, 1]
     seed: int = 0,
-    how: str = "patients",                                      # or "first": the first rows, whoever they are of (LoVT)
-) -> dict[float, np.ndarray]:                                   # fraction -> sorted row numbers (int64)
+    how: str = "patients",  # or "first": the first rows, whoever they are of (LoVT)
+) -> dict[float, np.ndarray]:  # fraction -> sorted row numbers (int64)
     """Rows of growing, nested shares of the patients, at least one patient each; independent of row order.
 
     ValueError for a share outside (0, 1] or another rule.
@@ -90,7 +90,7 @@ def nested_subsets(
 
 # %% ../../nbs/data/05_splits.ipynb #4d5a92c7
 def check_leaks(
-    studies: pd.DataFrame,      # columns patient_id, split
+    studies: pd.DataFrame,  # columns patient_id, split
 ) -> None:
     """Raise ValueError, naming the patients, if a patient is in more than one split
 
@@ -102,5 +102,7 @@ def check_leaks(
     counts = studies.groupby("patient_id")["split"].nunique()
     if leaks := sorted(counts.index[counts > 1].astype(str)):
         more = f" and {len(leaks) - 5} more" if len(leaks) > 5 else ""
-        raise ValueError(f"{len(leaks)} patient(s) are in more than one split: {', '.join(leaks[:5])}{more}; "
-                         "give all studies of a patient the same split, or leave the split column out to have patient-level splits made")
+        raise ValueError(
+            f"{len(leaks)} patient(s) are in more than one split: {', '.join(leaks[:5])}{more}; "
+            "give all studies of a patient the same split, or leave the split column out to have patient-level splits made"
+        )

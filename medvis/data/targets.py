@@ -19,13 +19,13 @@ import pandas as pd
 from .pack import Pack
 
 # %% ../../nbs/data/18_targets.ipynb #bca28f38
-TERMS = {   # finding -> how reports name it
+TERMS = {  # finding -> how reports name it
     "Support Devices": r"(?:endotracheal|et|ng|nasogastric|orogastric|enteric|feeding|dobbhoff|chest|thoracostomy|tracheostomy) tubes?|tubes? and lines?"
-                       r"|support devices?|intubated|picc|(?:central|venous|jugular|subclavian|ij) lines?|catheters?|drains?|port-?a-?cath\w*|\w*mediport|chest port"
-                       r"|pacemakers?|pacers?|a?icd|defibrillators?|generators?|(?:pacer|ecg|ekg|monitor|monitoring|telemetry|pacemaker) (?:leads?|wires?)"
-                       r"|external wires?|stents?|shunts?|tracheostomy|prosthe\w+ valves?|valve (?:replacement|prosthes\w+)",
+    r"|support devices?|intubated|picc|(?:central|venous|jugular|subclavian|ij) lines?|catheters?|drains?|port-?a-?cath\w*|\w*mediport|chest port"
+    r"|pacemakers?|pacers?|a?icd|defibrillators?|generators?|(?:pacer|ecg|ekg|monitor|monitoring|telemetry|pacemaker) (?:leads?|wires?)"
+    r"|external wires?|stents?|shunts?|tracheostomy|prosthe\w+ valves?|valve (?:replacement|prosthes\w+)",
     "Cardiomegaly": r"cardiomegaly|cardiac enlargement|enlargement of the (?:heart|cardi\w+)|enlarged (?:heart|cardi\w+)"
-                    r"|(?:heart|cardiac|cardiomediastinal)\b[^.;]{0,40}?\b(?:enlarged|large|prominent|borderline|upper limits?)|(?:borderline|prominent) (?:heart|cardi\w+)",
+    r"|(?:heart|cardiac|cardiomediastinal)\b[^.;]{0,40}?\b(?:enlarged|large|prominent|borderline|upper limits?)|(?:borderline|prominent) (?:heart|cardi\w+)",
     "Consolidation": r"consolidat\w+",
     "Edema": r"(?<!tissue )edema|(?:vascular|venous|pulmonary|interstitial) (?:congestion|engorgement|redistribution)|(?:heart|cardiac) failure|fluid overload|chf",
     "Lung Opacity": r"opaci(?:ty|ties|fication|fications|fied)|infiltrat(?:e|es|ion|ions)|air ?-?space (?:disease|process)|increased density|ground-glass",
@@ -56,22 +56,48 @@ NORMAL = {  # finding -> what says that it is not there, without naming it
 }
 
 # %% ../../nbs/data/18_targets.ipynb #d589def1
-_LONGEST = 500   # characters that a cue reaches at most
-CUES = (    # status, which of its sides a cue governs, how far (characters), the cue; the first that fits at a place wins
-    ("none", "both", 0,
-     r"no(?: \w+){0,2} (?:change|changes|increase|worsening|comparison|prior|previous)|without(?: \w+){0,2} (?:change|worsening|lateral)|not(?: \w+)? changed"
-     r"|(?:compar\w+ (?:to|with)|since|from|similar to|than|on|in|to|with) (?:the |a |an )?(?:prior|previous)|previously (?:seen|noted|described|identified)"),
-    ("uncertain", "both", _LONGEST, r"(?:cannot|can not|not|difficult to)(?: be)?(?: \w+)? (?:excluded?|ruled? out)|versus|vs"),
-    ("uncertain", "before", _LONGEST,
-     r"(?:is|are|be|was|were) (?:\w+ )?(?:suspected|questioned|considered|(?:possible|likely|probable)(?=[.,;]|$))|(?:may|might|could) be (?:present|there|artifact\w*)"),
-    ("negated", "before", _LONGEST,
-     r"(?:not|no longer)(?: \w+)? (?:seen|identified|present|visible|visuali[sz]ed|evident|apparent|detected|noted|demonstrated|appreciated)"
-     r"|(?:has|have|had)(?: \w+)? (?:resolved|cleared)(?! only| partial)|(?:is|are) (?:now )?(?:absent|unlikely|resolved|negative)|removed"),
+_LONGEST = 500  # characters that a cue reaches at most
+CUES = (  # status, which of its sides a cue governs, how far (characters), the cue; the first that fits at a place wins
+    (
+        "none",
+        "both",
+        0,
+        r"no(?: \w+){0,2} (?:change|changes|increase|worsening|comparison|prior|previous)|without(?: \w+){0,2} (?:change|worsening|lateral)|not(?: \w+)? changed"
+        r"|(?:compar\w+ (?:to|with)|since|from|similar to|than|on|in|to|with) (?:the |a |an )?(?:prior|previous)|previously (?:seen|noted|described|identified)",
+    ),
+    (
+        "uncertain",
+        "both",
+        _LONGEST,
+        r"(?:cannot|can not|not|difficult to)(?: be)?(?: \w+)? (?:excluded?|ruled? out)|versus|vs",
+    ),
+    (
+        "uncertain",
+        "before",
+        _LONGEST,
+        r"(?:is|are|be|was|were) (?:\w+ )?(?:suspected|questioned|considered|(?:possible|likely|probable)(?=[.,;]|$))|(?:may|might|could) be (?:present|there|artifact\w*)",
+    ),
+    (
+        "negated",
+        "before",
+        _LONGEST,
+        r"(?:not|no longer)(?: \w+)? (?:seen|identified|present|visible|visuali[sz]ed|evident|apparent|detected|noted|demonstrated|appreciated)"
+        r"|(?:has|have|had)(?: \w+)? (?:resolved|cleared)(?! only| partial)|(?:is|are) (?:now )?(?:absent|unlikely|resolved|negative)|removed",
+    ),
     ("negated", "before", 12, r"within (?:normal limits|limits of normal)"),
-    ("uncertain", "after", _LONGEST,
-     r"possib(?:le|ly|ility)|probabl[ey]|likely|may|might|could|suspicio\w+|suspect(?:ed)?|concern(?:ing)?|question(?:able|ed)?|perhaps|suggest\w*"
-     r"|borderline|upper limits?|equivocal|evaluat\w+ (?:for|of)|correlat\w+ for|detect(?:ing)?|to identify|consider(?:ed)?|favou?r\w*|potential(?:ly)?|presum\w+|rule out"),
-    ("negated", "after", _LONGEST, r"no|without|free of|clear of|clear(?= air)|negative for|absence of|absent|neither|nor|not|resolution of|removal of|rather than|instead of"),
+    (
+        "uncertain",
+        "after",
+        _LONGEST,
+        r"possib(?:le|ly|ility)|probabl[ey]|likely|may|might|could|suspicio\w+|suspect(?:ed)?|concern(?:ing)?|question(?:able|ed)?|perhaps|suggest\w*"
+        r"|borderline|upper limits?|equivocal|evaluat\w+ (?:for|of)|correlat\w+ for|detect(?:ing)?|to identify|consider(?:ed)?|favou?r\w*|potential(?:ly)?|presum\w+|rule out",
+    ),
+    (
+        "negated",
+        "after",
+        _LONGEST,
+        r"no|without|free of|clear of|clear(?= air)|negative for|absence of|absent|neither|nor|not|resolution of|removal of|rather than|instead of",
+    ),
     ("historical", "after", _LONGEST, r"history of|h/o|status post|s/p"),
     ("historical", "after", 15, r"prior|previous|former"),
     ("historical", "before", _LONGEST, r"by history|in the past"),
@@ -83,17 +109,31 @@ _PLACE_PATTERNS = (  # kind, value, words; a plural counts where no side is name
     ("side", "right", r"right(?! clinical)"),
     ("side", "bilateral", r"bilateral\w*|both|bi-?(?:basilar|basal|apical)"),
     ("plural", "bilateral", r"bases|apices|costophrenic (?:angles|sulci)|(?:upper|lower) (?:lobes|lungs)"),
-    ("zone", "upper", r"upper (?:lobes?|lungs?|zones?|fields?|(?:and|or|to) (?:mid\w*|lower))|ape(?:x|xes)|apices|(?:bi-?)?apical|suprahilar"),
-    ("zone", "middle", r"mid(?:dle)?[ -]?(?:lobes?|lungs?|zones?|fields?|(?:and|or|to) lower)|(?:peri|para)?hil(?:ar|um|a)|lingula\w*"),
-    ("zone", "lower", r"lower (?:lobes?|lungs?|zones?|fields?)|bases?|(?:bi-?)?(?:basilar|basal)|costophrenic|retrocardiac|infrahilar"),
+    (
+        "zone",
+        "upper",
+        r"upper (?:lobes?|lungs?|zones?|fields?|(?:and|or|to) (?:mid\w*|lower))|ape(?:x|xes)|apices|(?:bi-?)?apical|suprahilar",
+    ),
+    (
+        "zone",
+        "middle",
+        r"mid(?:dle)?[ -]?(?:lobes?|lungs?|zones?|fields?|(?:and|or|to) lower)|(?:peri|para)?hil(?:ar|um|a)|lingula\w*",
+    ),
+    (
+        "zone",
+        "lower",
+        r"lower (?:lobes?|lungs?|zones?|fields?)|bases?|(?:bi-?)?(?:basilar|basal)|costophrenic|retrocardiac|infrahilar",
+    ),
 )
 NOT_A_PLACE = r"(?:left|right)(?= (?:atri|ventric|hemidiaphragm|heart|cardiac))|cardiac apex|apex of the heart"
 ENDS = r";|:|\.\s|\b(?:but|however|although|though|except|otherwise|while|whereas|which|there (?:is|are))\b"
-OPENS = (r",(?= (?:and )?(?:an?|the|small|mild|moderate|large|minimal|trace|tiny|stable|unchanged|patchy|left|right|bilateral|bibasilar|persistent|increased|new|with|"
-         r"consistent|compatible|likely|possibl[ey]|probabl[ey])\b)")
+OPENS = (
+    r",(?= (?:and )?(?:an?|the|small|mild|moderate|large|minimal|trace|tiny|stable|unchanged|patchy|left|right|bilateral|bibasilar|persistent|increased|new|with|"
+    r"consistent|compatible|likely|possibl[ey]|probabl[ey])\b)"
+)
 PARTS = r"[,;:.]|\b(?:with|without|and|or|nor|but|no|versus|vs|consistent|compatible|due|represent\w*|reflect\w*|likely|may|could)\b"
-_MIDLINE = ("Cardiomegaly", "Edema")     # take no place from their neighbours
-STATUSES = ("asserted", "uncertain", "historical", "negated")   # the first that a sentence gives wins
+_MIDLINE = ("Cardiomegaly", "Edema")  # take no place from their neighbours
+STATUSES = ("asserted", "uncertain", "historical", "negated")  # the first that a sentence gives wins
 
 # %% ../../nbs/data/18_targets.ipynb #206779b5
 def _words(pattern: str) -> re.Pattern:
@@ -103,12 +143,17 @@ def _words(pattern: str) -> re.Pattern:
 _TERMS, _NORMAL = ({name: _words(pattern) for name, pattern in table.items()} for table in (TERMS, NORMAL))
 _CUES = _words("|".join(f"(?P<c{number}>{pattern})" for number, (*_, pattern) in enumerate(CUES)))
 _PLACES = [(kind, value, _words(pattern)) for kind, value, pattern in _PLACE_PATTERNS]
-_NOT_A_PLACE, _ENDS, _OPENS, _PARTS = (re.compile(rf"\b(?:{NOT_A_PLACE})"), re.compile(ENDS), re.compile(OPENS), re.compile(PARTS))
+_NOT_A_PLACE, _ENDS, _OPENS, _PARTS = (
+    re.compile(rf"\b(?:{NOT_A_PLACE})"),
+    re.compile(ENDS),
+    re.compile(OPENS),
+    re.compile(PARTS),
+)
 
 # %% ../../nbs/data/18_targets.ipynb #62b266a5
 def _clause_starts(
-    sentence: str,      # in small letters
-) -> list[int]:         # ascending, the first is 0
+    sentence: str,  # in small letters
+) -> list[int]:  # ascending, the first is 0
     "Where the parts of a sentence begin that no cue reaches out of. A comma begins one only before words that may, and not in a list that ends in `or`."
     last_or = max((found.start() for found in re.finditer(r"\b(?:or|nor)\b|/", sentence)), default=-1)
     ends = {found.start() for found in _ENDS.finditer(sentence)}
@@ -117,10 +162,10 @@ def _clause_starts(
 
 # %% ../../nbs/data/18_targets.ipynb #ea195ecf
 def _status_of(
-    start: int,         # of the finding's words
+    start: int,  # of the finding's words
     end: int,
-    cues: list[tuple[int, int, int]],   # of its clause: number in CUES, start, end
-) -> str:               # of STATUSES
+    cues: list[tuple[int, int, int]],  # of its clause: number in CUES, start, end
+) -> str:  # of STATUSES
     "What cues make of a finding: negated before historical before uncertain; asserted without a cue."
     found = {"asserted"}
     for number, first, last in cues:
@@ -136,10 +181,13 @@ def _place_of(
     sentence: str,  # in small letters
     start: int = 0,
     end: int | None = None,
-) -> tuple[str | None, str | None]:     # side, zone
+) -> tuple[str | None, str | None]:  # side, zone
     "The side and the zone that a stretch of a sentence names. Both sides are bilateral, so is a plural (the bases) without a side; two zones are none."
     veiled = _NOT_A_PLACE.sub(lambda found: " " * len(found[0]), sentence[start:end])
-    said = {kind: {value for also, value, words in _PLACES if also == kind and words.search(veiled)} for kind in ("side", "plural", "zone")}
+    said = {
+        kind: {value for also, value, words in _PLACES if also == kind and words.search(veiled)}
+        for kind in ("side", "plural", "zone")
+    }
     sides = said["side"] or said["plural"]
     side = None if not sides else sides.copy().pop() if len(sides) == 1 else "bilateral"
     return side, said["zone"].pop() if len(said["zone"]) == 1 else None
@@ -147,7 +195,7 @@ def _place_of(
 # %% ../../nbs/data/18_targets.ipynb #3ce6fcdb
 def _named(
     sentence: str,  # in small letters
-) -> list[tuple[str, int, int]]:    # finding, start, end, in order
+) -> list[tuple[str, int, int]]:  # finding, start, end, in order
     "The findings that a sentence names, and where. A name within a longer one of the same finding counts once."
     found = {(name, hit.start(), hit.end()) for name, words in _TERMS.items() for hit in words.finditer(sentence)}
     return sorted(found, key=lambda one: one[1:])
@@ -155,8 +203,8 @@ def _named(
 # %% ../../nbs/data/18_targets.ipynb #3529ed8f
 def _stretches(
     sentence: str,  # in small letters
-    spans: list[tuple[int, int]],   # start, end of what is named, in order
-) -> list[tuple[int, int]]:         # start, end of the part of the sentence that is about each
+    spans: list[tuple[int, int]],  # start, end of what is named, in order
+) -> list[tuple[int, int]]:  # start, end of the part of the sentence that is about each
     "Cut a sentence between its findings, at the last word that joins or parts; names that overlap share their part."
     cuts, groups = [0], [0]
     for (_, end), (start, _) in zip(spans, spans[1:]):
@@ -165,28 +213,36 @@ def _stretches(
             cuts.append(joints[-1] if joints else end)
         groups.append(len(cuts) - 1)
     cuts.append(len(sentence))
-    return [(cuts[group], cuts[group + 1]) for group in groups][:len(spans)]
+    return [(cuts[group], cuts[group + 1]) for group in groups][: len(spans)]
 
 # %% ../../nbs/data/18_targets.ipynb #de6d306e
 @dataclass(frozen=True)
 class _Mention:
     "A finding that a sentence names, or whose absence it states."
+
     finding: str
-    start: int      # of its words in the sentence
+    start: int  # of its words in the sentence
     end: int
-    status: str     # of STATUSES
-    side: str | None = None     # left, right or bilateral, of the patient
-    zone: str | None = None     # upper, middle or lower
+    status: str  # of STATUSES
+    side: str | None = None  # left, right or bilateral, of the patient
+    zone: str | None = None  # upper, middle or lower
 
 # %% ../../nbs/data/18_targets.ipynb #681d0a06
 def _placed(sentence: str, mentions: list[_Mention]) -> list[_Mention]:
     "Mentions in order, with side and zone. One without takes those of the mention before it, or those that stand behind the next one."
     parts = _stretches(sentence, [(one.start, one.end) for one in mentions])
-    placed, done = [replace(one, **dict(zip(("side", "zone"), _place_of(sentence, *part)))) for one, part in zip(mentions, parts)], []
+    placed, done = (
+        [replace(one, **dict(zip(("side", "zone"), _place_of(sentence, *part)))) for one, part in zip(mentions, parts)],
+        [],
+    )
     for k, one in enumerate(placed):
         near = [(done[k - 1], (done[k - 1].side, done[k - 1].zone))] if k else []
-        near += [(two, _place_of(sentence, two.end, parts[k + 1][1])) for two in placed[k + 1:k + 2]]
-        lent = [place for other, place in near if any(place) and other.finding not in _MIDLINE and (other.status == "negated") == (one.status == "negated")]
+        near += [(two, _place_of(sentence, two.end, parts[k + 1][1])) for two in placed[k + 1 : k + 2]]
+        lent = [
+            place
+            for other, place in near
+            if any(place) and other.finding not in _MIDLINE and (other.status == "negated") == (one.status == "negated")
+        ]
         if lent and not (one.side or one.zone or one.finding in _MIDLINE):
             one = replace(one, side=lent[0][0], zone=lent[0][1])
         done.append(one)
@@ -194,20 +250,27 @@ def _placed(sentence: str, mentions: list[_Mention]) -> list[_Mention]:
 
 # %% ../../nbs/data/18_targets.ipynb #3ff8ab53
 @lru_cache(maxsize=100_000)
-def _find_mentions(sentence: str) -> tuple[_Mention, ...]:    # in order
+def _find_mentions(sentence: str) -> tuple[_Mention, ...]:  # in order
     "The findings that a sentence names or denies, each with status, side and zone."
     text = " ".join(sentence.lower().split())
     starts, cues = _clause_starts(text), defaultdict(list)
     for found in _CUES.finditer(text):
         cues[bisect(starts, found.start())].append((int(found.lastgroup[1:]), found.start(), found.end()))
-    found = [_Mention(name, start, end, _status_of(start, end, cues[bisect(starts, start)])) for name, start, end in _named(text)]
-    found += [_Mention(name, hit.start(), hit.end(), "negated") for name, words in _NORMAL.items() for hit in words.finditer(text)]
+    found = [
+        _Mention(name, start, end, _status_of(start, end, cues[bisect(starts, start)]))
+        for name, start, end in _named(text)
+    ]
+    found += [
+        _Mention(name, hit.start(), hit.end(), "negated")
+        for name, words in _NORMAL.items()
+        for hit in words.finditer(text)
+    ]
     return tuple(_placed(text, sorted(found, key=lambda one: (one.start, one.end, one.finding))))
 
 # %% ../../nbs/data/18_targets.ipynb #1d790028
 def merge_targets(
-    sentences: Iterable[dict[str, tuple[str, str | None, str | None]]],      # of each sentence, see `sentence_targets`
-) -> dict[str, tuple[str, str | None, str | None]]:     # finding -> status, side, zone
+    sentences: Iterable[dict[str, tuple[str, str | None, str | None]]],  # of each sentence, see `sentence_targets`
+) -> dict[str, tuple[str, str | None, str | None]]:  # finding -> status, side, zone
     """What several sentences say together. Of each finding the first of STATUSES counts; two sides are bilateral, two zones are none.
 
     Parameters
@@ -228,13 +291,15 @@ def merge_targets(
     for finding, said in heard.items():
         first = min(status for status, _, _ in said)
         sides, zones = ({one[kind] for one in said if one[0] == first} - {None} for kind in (1, 2))
-        found[finding] = STATUSES[first], "bilateral" if len(sides) > 1 else next(iter(sides), None), zones.pop() if len(zones) == 1 else None
+        found[finding] = (
+            STATUSES[first],
+            "bilateral" if len(sides) > 1 else next(iter(sides), None),
+            zones.pop() if len(zones) == 1 else None,
+        )
     return found
 
 # %% ../../nbs/data/18_targets.ipynb #ce96ff33
-def sentence_targets(
-    sentence: str,
-) -> dict[str, tuple[str, str | None, str | None]]:     # finding -> status, side, zone
+def sentence_targets(sentence: str) -> dict[str, tuple[str, str | None, str | None]]:  # finding -> status, side, zone
     """What a sentence says of each finding that it names or denies.
 
     Returns
@@ -250,7 +315,7 @@ _MENTION_COLUMNS = ("study", "sentence", "finding", "status", "side", "zone")
 
 def report_targets(
     pack: Pack,
-) -> pd.DataFrame:      # COLUMNS: study id, number of the sentence in it, ...; one row a sentence and finding
+) -> pd.DataFrame:  # COLUMNS: study id, number of the sentence in it, ...; one row a sentence and finding
     """What the reports of a Pack say of where. Rows follow the Pack's studies; no text is in the table.
 
     Returns
@@ -258,17 +323,20 @@ def report_targets(
     pd.DataFrame
         COLUMNS: study id, number of the sentence in it, ...; one row a sentence and finding
     """
-    rows = [(study, number, finding, *said)
-            for study, sentences in zip(pack.studies["study_id"], pack.studies["sentences"])
-            for number, sentence in enumerate(sentences) for finding, said in sentence_targets(sentence).items()]
+    rows = [
+        (study, number, finding, *said)
+        for study, sentences in zip(pack.studies["study_id"], pack.studies["sentences"])
+        for number, sentence in enumerate(sentences)
+        for finding, said in sentence_targets(sentence).items()
+    ]
     return pd.DataFrame(rows, columns=_MENTION_COLUMNS)
 
 # %% ../../nbs/data/18_targets.ipynb #ba189f05
 def agreement(
-    found: pd.Series,   # (n,) what the rules say; None = nothing
-    truth: pd.Series,   # (n,) in the same words
+    found: pd.Series,  # (n,) what the rules say; None = nothing
+    truth: pd.Series,  # (n,) in the same words
     groups: pd.Series,  # (n,) one line for each value, the largest first
-) -> pd.DataFrame:      # found, true, both, precision, recall; and a line for all
+) -> pd.DataFrame:  # found, true, both, precision, recall; and a line for all
     """How often the rules say what is true (precision: of what they say, recall: of what is true).
 
     Parameters
@@ -285,7 +353,9 @@ def agreement(
     pd.DataFrame
         found, true, both, precision, recall; and a line for all
     """
-    counts = pd.DataFrame({"found": found.notna(), "true": truth.notna(), "both": found.notna() & (found == truth)}).astype(int)
+    counts = pd.DataFrame(
+        {"found": found.notna(), "true": truth.notna(), "both": found.notna() & (found == truth)}
+    ).astype(int)
     table = counts.groupby(groups.to_numpy()).sum().sort_values("true", ascending=False, kind="stable")
     table.loc["all"] = counts.sum()
     return table.assign(precision=table["both"] / table["found"], recall=table["both"] / table["true"])
@@ -301,6 +371,7 @@ def _exchanged(sentence: str, words: re.Pattern) -> str | None:
     def opposite(found: re.Match) -> str:
         new = _OPPOSITES[found[0].lower()]
         return new.upper() if found[0].isupper() else new.capitalize() if found[0][0].isupper() else new
+
     return words.sub(opposite, sentence) if words.search(sentence) else None
 
 # %% ../../nbs/data/18_targets.ipynb #53650f7f
@@ -327,18 +398,22 @@ def _negate_sentence(sentence: str) -> str | None:
     else:
         new = "No " + sentence[:1].lower() + sentence[1:]
     before, after = sentence_targets(sentence), sentence_targets(new)
-    turned = before and {status for status, *_ in before.values()} == {"asserted"} and {status for status, *_ in after.values()} == {"negated"}
+    turned = (
+        before
+        and {status for status, *_ in before.values()} == {"asserted"}
+        and {status for status, *_ in after.values()} == {"negated"}
+    )
     return new if turned and before.keys() == after.keys() else None
 
 # %% ../../nbs/data/18_targets.ipynb #e8893703
 def _other_finding_sentence(
     sentence: str,
-    other: str,     # a finding of TERMS
+    other: str,  # a finding of TERMS
 ) -> str | None:
     "The same sentence about another finding, at the same place. None unless it asserts one finding, and once."
     found = _find_mentions(sentence)
     if len(found) != 1 or found[0].status != "asserted" or found[0].finding == other:
         return None
     text = " ".join(sentence.split())
-    new = text[:found[0].start] + other.lower() + text[found[0].end:]
+    new = text[: found[0].start] + other.lower() + text[found[0].end :]
     return new[:1].upper() + new[1:] if sentence_targets(new).keys() == {other} else None

@@ -15,7 +15,16 @@ import pandas as pd
 from .files import read_csv
 from .images import boxes_to_square, read_image, to_square
 from .pack import Pack
-from .tasks import BOX_COORDINATES, Task, box_task, class_task, label_task, mask_task, ordinal_task, paint_boxes
+from medvis.data.tasks import (
+    BOX_COORDINATES,
+    Task,
+    box_task,
+    class_task,
+    label_task,
+    mask_task,
+    ordinal_task,
+    paint_boxes,
+)
 
 # %% ../../nbs/data/16_task_files.ipynb #46d7eb2c
 def _read_targets(path: Path) -> pd.DataFrame:
@@ -28,7 +37,9 @@ def _read_targets(path: Path) -> pd.DataFrame:
         raise ValueError(f"{path} cannot be read as a table ({error}); expected .csv or .parquet") from error
 
 # %% ../../nbs/data/16_task_files.ipynb #85664255
-def _read_masks(folder: Path, pack: Pack, classes: Sequence[str]) -> dict[str, np.ndarray]:  # image id -> (C, S, S) bool
+def _read_masks(
+    folder: Path, pack: Pack, classes: Sequence[str]
+) -> dict[str, np.ndarray]:  # image id -> (C, S, S) bool
     "Mask pictures of a folder, squared as the Pack's images were; white = there. FileNotFoundError if it holds none."
     named = {str(Path(name).with_suffix("")): str(name) for name in pack.image_table["image_id"].astype(str)}
     fit, masks = pack.manifest["source"].get("fit", "pad"), {}
@@ -38,7 +49,10 @@ def _read_masks(folder: Path, pack: Pack, classes: Sequence[str]) -> dict[str, n
             mask = masks.setdefault(named.get(stem, stem), np.zeros((len(classes), pack.size, pack.size), bool))
             mask[place] = to_square(read_image(path), pack.size, fit) > 127
     if not masks:
-        raise FileNotFoundError(f"{folder} holds no mask pictures <image id>.png" + (f" in folders {', '.join(classes)}" if len(classes) > 1 else ""))
+        raise FileNotFoundError(
+            f"{folder} holds no mask pictures <image id>.png"
+            + (f" in folders {', '.join(classes)}" if len(classes) > 1 else "")
+        )
     return masks
 
 # %% ../../nbs/data/16_task_files.ipynb #a4f0a3f0
@@ -49,18 +63,25 @@ def _read_boxes(path: Path, pack: Pack, classes: Sequence[str]) -> Task:
         table = table.astype(dict.fromkeys(BOX_COORDINATES, float))
         for row, box in table[table["image_id"].astype(str).isin(images.index)].iterrows():
             of = images.loc[str(box["image_id"])]
-            moved = boxes_to_square(box[list(BOX_COORDINATES)].to_numpy(float), of["height"], of["width"], pack.size, pack.manifest["source"].get("fit", "pad"))
+            moved = boxes_to_square(
+                box[list(BOX_COORDINATES)].to_numpy(float),
+                of["height"],
+                of["width"],
+                pack.size,
+                pack.manifest["source"].get("fit", "pad"),
+            )
             table.loc[row, list(BOX_COORDINATES)] = moved[0]
     return box_task(pack, table, classes or None, name=path.stem)
 
 # %% ../../nbs/data/16_task_files.ipynb #e68af098
 def read_task(
-    path: str | Path,   # table (.csv, .parquet) of labels or grades (first column: image or study id) or of boxes, or folder of mask pictures
+    path: str
+    | Path,  # table (.csv, .parquet) of labels or grades (first column: image or study id) or of boxes, or folder of mask pictures
     pack: Pack,
-    kind: str,                                          # of tasks.KINDS
-    classes: Sequence[str] = (),                        # columns, or classes of masks or boxes; without, all
-    uncertain: str | Mapping[str, str] | None = None,   # of labels, see tasks.label_targets; None: ignore
-    blank: str | None = None,                           # None: negative
+    kind: str,  # of tasks.KINDS
+    classes: Sequence[str] = (),  # columns, or classes of masks or boxes; without, all
+    uncertain: str | Mapping[str, str] | None = None,  # of labels, see tasks.label_targets; None: ignore
+    blank: str | None = None,  # None: negative
 ) -> Task:
     """A task from a file. FileNotFoundError if it is not there, ValueError if it does not fit the Pack, or has no uncertain or blank answers.
 

@@ -40,21 +40,25 @@ def pack_images(pack: Pack) -> pd.DataFrame:  # image (row in the pack), image_i
 # %% ../../nbs/data/15_tasks.ipynb #dfda2c65
 def _find_images(
     pack: Pack,
-    ids: Iterable,          # K image ids, or study ids for all images of a study
-    what: str = "labels",   # for the errors
+    ids: Iterable,  # K image ids, or study ids for all images of a study
+    what: str = "labels",  # for the errors
 ) -> tuple[np.ndarray, np.ndarray]:  # rows of images in the pack, rising; for each, its place in ids
     "Which images are meant. ValueError names ids that the Pack does not have, and images that are meant twice."
     table, ids = pack_images(pack), [str(one) for one in ids]
     images, studies = (table.groupby(table[name].astype(str)).indices for name in ("image_id", "study_id"))
     if unknown := [one for one in ids if one not in images and one not in studies]:
-        raise ValueError(f"{len(unknown)} of {len(ids)} {what} are for images that {pack.path} does not hold ({_some(unknown)}). "
-                         f"Its {len(table)} image ids look like {table['image_id'].iloc[0]!r}, its study ids like "
-                         f"{table['study_id'].iloc[0]!r}: take the ids from there, or leave these {what} out")
+        raise ValueError(
+            f"{len(unknown)} of {len(ids)} {what} are for images that {pack.path} does not hold ({_some(unknown)}). "
+            f"Its {len(table)} image ids look like {table['image_id'].iloc[0]!r}, its study ids like "
+            f"{table['study_id'].iloc[0]!r}: take the ids from there, or leave these {what} out"
+        )
     meant = [images.get(one, studies.get(one)) for one in ids]
     rows = np.concatenate([np.zeros(0, np.int64), *meant])
     places = np.repeat(np.arange(len(ids)), [len(one) for one in meant])
     if len(twice := np.flatnonzero(np.bincount(rows) > 1)):
-        raise ValueError(f"{len(twice)} images have more than one row of {what} ({_some(table['image_id'][twice])}); expected one")
+        raise ValueError(
+            f"{len(twice)} images have more than one row of {what} ({_some(table['image_id'][twice])}); expected one"
+        )
     order = np.argsort(rows)
     return rows[order], places[order]
 
@@ -90,20 +94,24 @@ class Task:
     """
 
     name: str
-    kind: str                           # of KINDS
-    classes: tuple[str, ...]            # C; of an ordinal task the grades
+    kind: str  # of KINDS
+    classes: tuple[str, ...]  # C; of an ordinal task the grades
     pack: Pack
-    images: pd.DataFrame                # n rows: image (row in the pack), image_id, study_id, patient_id, split
+    images: pd.DataFrame  # n rows: image (row in the pack), image_id, study_id, patient_id, split
     targets: np.ndarray | list[np.ndarray]  # n, as the kind says
 
     def __post_init__(self):
         if self.kind not in _TASK_KINDS:
-            raise ValueError(f"the task {self.name!r} is of kind {self.kind!r}; expected one of {', '.join(_TASK_KINDS)}")
+            raise ValueError(
+                f"the task {self.name!r} is of kind {self.kind!r}; expected one of {', '.join(_TASK_KINDS)}"
+            )
         if not 0 < len(self.images) == len(self.targets):
             wrong = ValueError if len(self.images) or len(self.targets) else _EmptyTask
-            raise wrong(f"the task {self.name!r} has {len(self.images)} images and {len(self.targets)} targets; expected as many, "
-                        "and at least one")
-        if not self.pack.manifest.get("guard", {}).get("leaks"):    # else they were allowed when the Pack was built
+            raise wrong(
+                f"the task {self.name!r} has {len(self.images)} images and {len(self.targets)} targets; expected as many, "
+                "and at least one"
+            )
+        if not self.pack.manifest.get("guard", {}).get("leaks"):  # else they were allowed when the Pack was built
             check_leaks(self.images)
 
     def __len__(self) -> int:
@@ -114,9 +122,13 @@ class Task:
         return f"Task({self.name!r}: {self.kind} of {', '.join(self.classes)}; {len(self)} images, {splits}; {self.hash[:12]})"
 
     def rows(self, split: str, fraction: float = 1.0, seed: int = 0, how: str = "patients") -> np.ndarray:
-        "Rows of a split, or of a share of its patients; how=\"first\" takes the first rows instead (LoVT)."
+        'Rows of a split, or of a share of its patients; how="first" takes the first rows instead (LoVT).'
         rows = np.flatnonzero(self.images["split"] == split)
-        return rows[nested_subsets(self.images["patient_id"].iloc[rows], (fraction,), seed, how)[fraction]] if len(rows) else rows
+        return (
+            rows[nested_subsets(self.images["patient_id"].iloc[rows], (fraction,), seed, how)[fraction]]
+            if len(rows)
+            else rows
+        )
 
     @cached_property
     def hash(self) -> str:
@@ -133,11 +145,13 @@ def _make_task(
     kind: str,
     classes: Iterable[str],
     pack: Pack,
-    rows,     # (n,) images in the pack
+    rows,  # (n,) images in the pack
     targets,  # n
 ) -> Task:
     "A task for some images of a Pack."
-    return Task(name, kind, tuple(map(str, classes)), pack, pack_images(pack).iloc[rows].reset_index(drop=True), targets)
+    return Task(
+        name, kind, tuple(map(str, classes)), pack, pack_images(pack).iloc[rows].reset_index(drop=True), targets
+    )
 
 # %% ../../nbs/data/15_tasks.ipynb #133b982a
 _UNCERTAIN = {"ignore": np.nan, "positive": 1.0, "negative": 0.0}
@@ -146,7 +160,8 @@ _BLANK = {"ignore": np.nan, "negative": 0.0}
 
 def label_targets(
     labels: pd.DataFrame,  # 1, 0, -1 uncertain, NaN blank
-    uncertain: str | Mapping[str, str] = "ignore",  # or "positive" (CheXpert's U-Ones), "negative" (U-Zeros); or column by column
+    uncertain: str
+    | Mapping[str, str] = "ignore",  # or "positive" (CheXpert's U-Ones), "negative" (U-Zeros); or column by column
     blank: str = "negative",  # as with CheXpert labels; or "ignore"
 ) -> pd.DataFrame:  # 1, 0 and NaN = not used
     """Turn CheXpert-style labels into targets. Raises ValueError for another policy or value, naming the column.
@@ -179,10 +194,12 @@ def label_targets(
             f"label column {column!r} has the value {labels[column][strange[column]].iloc[0]}; "
             "expected 1, 0, -1 (uncertain) or blank"
         )
-    return labels.fillna(_BLANK[blank]).mask(labels == -1, pd.Series({name: _UNCERTAIN[one] for name, one in policies.items()}), axis=1)
+    return labels.fillna(_BLANK[blank]).mask(
+        labels == -1, pd.Series({name: _UNCERTAIN[one] for name, one in policies.items()}), axis=1
+    )
 
 # %% ../../nbs/data/15_tasks.ipynb #2e2ff25f
-def held_kinds(pack: Pack) -> dict[str, list[str]]:     # kind of task -> names of labels, grades, masks or boxes
+def held_kinds(pack: Pack) -> dict[str, list[str]]:  # kind of task -> names of labels, grades, masks or boxes
     """What a Pack can be asked about. Without masks, its boxes can be painted as such.
 
     Returns
@@ -190,20 +207,28 @@ def held_kinds(pack: Pack) -> dict[str, list[str]]:     # kind of task -> names 
     dict[str, list[str]]
         kind of task -> names of labels, grades, masks or boxes
     """
-    given = {"labels": "labels", "classes": "labels", "ordinal": "grades", "masks": "masks" if pack.manifest.get("masks") else "boxes", "boxes": "boxes"}
+    given = {
+        "labels": "labels",
+        "classes": "labels",
+        "ordinal": "grades",
+        "masks": "masks" if pack.manifest.get("masks") else "boxes",
+        "boxes": "boxes",
+    }
     return {kind: list(pack.manifest[name]) for kind, name in given.items() if pack.manifest.get(name)}
 
 # %% ../../nbs/data/15_tasks.ipynb #64d14c8c
 def _asked_names(
     pack: Pack,
-    kind: str,                                  # of KINDS
+    kind: str,  # of KINDS
     classes: Iterable[str] | None = None,
 ) -> list[str]:
     "What a task of a Pack asks for: the classes that are given, else those of the recipe, else all. ValueError says what the Pack holds instead."
     held, recipe = held_kinds(pack), list(pack.recipe.get("classes", []))
     if kind not in held:
         told = "; ".join(f"{', '.join(names)} (kind {other})" for other, names in held.items() if other != "classes")
-        raise ValueError(f"{pack.path} holds nothing for a task of kind {kind}; it holds {told or 'no labels, grades, masks or boxes'}")
+        raise ValueError(
+            f"{pack.path} holds nothing for a task of kind {kind}; it holds {told or 'no labels, grades, masks or boxes'}"
+        )
     if kind not in ("labels", "classes"):
         recipe = [name for name in recipe if name in held[kind]]
     names = list(recipe or held[kind]) if classes is None else list(classes)
@@ -227,15 +252,15 @@ class LabelPolicy:
     """
 
     findings: tuple[str, ...]
-    uncertain: str | Mapping[str, str]      # see label_targets
+    uncertain: str | Mapping[str, str]  # see label_targets
     blank: str
 
 # %% ../../nbs/data/15_tasks.ipynb #0a693d70
 def label_policy(
     pack: Pack,
-    findings: Iterable[str] | None = None,              # label columns; None: as the recipe says, else all
-    uncertain: str | Mapping[str, str] | None = None,   # see label_targets; None: as the recipe says, else "ignore"
-    blank: str | None = None,                           # None: as the recipe says, else "negative"
+    findings: Iterable[str] | None = None,  # label columns; None: as the recipe says, else all
+    uncertain: str | Mapping[str, str] | None = None,  # see label_targets; None: as the recipe says, else "ignore"
+    blank: str | None = None,  # None: as the recipe says, else "negative"
 ) -> LabelPolicy:
     """How the labels of a Pack are read. ValueError names labels that it does not hold.
 
@@ -259,25 +284,29 @@ def label_policy(
 # %% ../../nbs/data/15_tasks.ipynb #2910a031
 def _chosen_labels(
     pack: Pack,
-    columns: Iterable[str] | None = None,   # None: all
-    table: pd.DataFrame | None = None,      # index: image or study ids; None: the Pack's own labels
-) -> tuple[pd.DataFrame, np.ndarray]:       # one row an image of which there is a row; the images' rows in the pack
+    columns: Iterable[str] | None = None,  # None: all
+    table: pd.DataFrame | None = None,  # index: image or study ids; None: the Pack's own labels
+) -> tuple[pd.DataFrame, np.ndarray]:  # one row an image of which there is a row; the images' rows in the pack
     "Label columns image by image. ValueError names columns that are not there, and ids that the Pack does not have."
     table = pack.labels.set_axis(pack.studies["study_id"]) if table is None else table
     columns = list(table.columns if columns is None else columns)
     missing = [name for name in columns if name not in table.columns]
     if missing or not columns:
-        raise ValueError(f"there are no labels {missing}; the columns are {list(table.columns)}" if missing else f"no label is asked for; the columns are {list(table.columns)}")
+        raise ValueError(
+            f"there are no labels {missing}; the columns are {list(table.columns)}"
+            if missing
+            else f"no label is asked for; the columns are {list(table.columns)}"
+        )
     rows, places = _find_images(pack, table.index)
     return table[columns].iloc[places].reset_index(drop=True), rows
 
 # %% ../../nbs/data/15_tasks.ipynb #7b3dbb3d
 def study_targets(
     pack: Pack,
-    findings: Iterable[str] | None = None,              # see label_policy for all three
+    findings: Iterable[str] | None = None,  # see label_policy for all three
     uncertain: str | Mapping[str, str] | None = None,
     blank: str | None = None,
-) -> pd.DataFrame:                                      # one row a study; 1, 0, NaN
+) -> pd.DataFrame:  # one row a study; 1, 0, NaN
     """Targets study by study. A study of which nothing at all is known was not labelled: its blanks do not mean that a finding is absent.
 
     Parameters
@@ -300,10 +329,10 @@ def study_targets(
 # %% ../../nbs/data/15_tasks.ipynb #dd48c2d2
 def label_task(
     pack: Pack,
-    columns: Iterable[str] | None = None,               # None: see label_policy; of a table all
-    table: pd.DataFrame | None = None,                  # 1, 0, -1, NaN; index: image or study ids; None: the Pack's own labels
-    uncertain: str | Mapping[str, str] | None = None,   # None: see label_policy; of a table "ignore"
-    blank: str | None = None,                           # None: see label_policy; of a table "negative"
+    columns: Iterable[str] | None = None,  # None: see label_policy; of a table all
+    table: pd.DataFrame | None = None,  # 1, 0, -1, NaN; index: image or study ids; None: the Pack's own labels
+    uncertain: str | Mapping[str, str] | None = None,  # None: see label_policy; of a table "ignore"
+    blank: str | None = None,  # None: see label_policy; of a table "negative"
     name: str = "labels",
 ) -> Task:
     """Binary or multi-label: which findings are there? Images without any known label are left out.
@@ -327,15 +356,15 @@ def label_task(
     labels, rows = _chosen_labels(pack, columns, table)
     targets = label_targets(labels, uncertain or "ignore", blank or "negative").to_numpy(np.float32)
     known = ~np.isnan(targets).all(1)
-    if table is None:       # a study of which nothing at all is known was not labelled: its blanks do not mean "absent"
+    if table is None:  # a study of which nothing at all is known was not labelled: its blanks do not mean "absent"
         known &= pack.labels.notna().any(axis=1).to_numpy()[pack.image_table["study"].to_numpy()[rows]]
     return _make_task(name, "labels", labels.columns, pack, rows[known], targets[known])
 
 # %% ../../nbs/data/15_tasks.ipynb #87b00972
 def class_task(
     pack: Pack,
-    columns: Iterable[str] | None = None,   # None: those that the recipe asks for, else all
-    table: pd.DataFrame | None = None,      # exactly one 1 a row; of a column of names: pd.get_dummies(column)
+    columns: Iterable[str] | None = None,  # None: those that the recipe asks for, else all
+    table: pd.DataFrame | None = None,  # exactly one 1 a row; of a column of names: pd.get_dummies(column)
     name: str = "classes",
 ) -> Task:
     """Multi-class: which one is it? Images without any label are left out; ValueError names those with none or several classes.
@@ -354,15 +383,17 @@ def class_task(
     known = labels.notna().any(axis=1).to_numpy()
     hit = labels.to_numpy(float)[known] == 1
     if len(bad := rows[known][hit.sum(1) != 1]):
-        raise ValueError(f"{len(bad)} of {known.sum()} images do not have exactly one of the classes {list(labels.columns)} "
-                         f"({_some(pack.image_table['image_id'].iloc[bad])}); choose columns that exclude each other, or use label_task")
+        raise ValueError(
+            f"{len(bad)} of {known.sum()} images do not have exactly one of the classes {list(labels.columns)} "
+            f"({_some(pack.image_table['image_id'].iloc[bad])}); choose columns that exclude each other, or use label_task"
+        )
     return _make_task(name, "classes", labels.columns, pack, rows[known], hit.argmax(1))
 
 # %% ../../nbs/data/15_tasks.ipynb #747416ac
 def ordinal_task(
     pack: Pack,
-    grades: pd.Series,                       # 0 .. C-1, NaN = left out; index: image or study ids
-    classes: Iterable[str] | None = None,    # names of the grades; None: 0, 1, ... to the highest that occurs
+    grades: pd.Series,  # 0 .. C-1, NaN = left out; index: image or study ids
+    classes: Iterable[str] | None = None,  # names of the grades; None: 0, 1, ... to the highest that occurs
     name: str = "grades",
 ) -> Task:
     """Ordinal: how much of it? ValueError for a grade that is none of them.
@@ -382,13 +413,15 @@ def ordinal_task(
     classes = tuple(range(1 + int(values.max(initial=1)))) if classes is None else tuple(classes)
     if not np.isin(values, range(len(classes))).all():
         wrong = values[~np.isin(values, range(len(classes)))][0]
-        raise ValueError(f"a grade is {wrong:g}; expected whole numbers from 0 to {len(classes) - 1} ({', '.join(map(str, classes))})")
+        raise ValueError(
+            f"a grade is {wrong:g}; expected whole numbers from 0 to {len(classes) - 1} ({', '.join(map(str, classes))})"
+        )
     return _make_task(name, "ordinal", classes, pack, rows, values.astype(np.int64))
 
 # %% ../../nbs/data/15_tasks.ipynb #55b7713e
 def mask_task(
     pack: Pack,
-    masks: Mapping,                     # image id -> (S, S) or (C, S, S), 0 or 1; empty = nothing there
+    masks: Mapping,  # image id -> (S, S) or (C, S, S), 0 or 1; empty = nothing there
     classes: Iterable[str] = ("finding",),
     name: str = "masks",
 ) -> Task:
@@ -409,8 +442,10 @@ def mask_task(
         key, mask = given[place][0], np.asarray(given[place][1])
         mask = mask[None] if mask.ndim == 2 else mask
         if mask.shape != target.shape:
-            raise ValueError(f"the mask of {key} has shape {mask.shape}; expected {target.shape}: {len(classes)} classes "
-                             f"({', '.join(classes)}) at the size of {pack.path}. Bring it there as its image was (see data.images.to_square)")
+            raise ValueError(
+                f"the mask of {key} has shape {mask.shape}; expected {target.shape}: {len(classes)} classes "
+                f"({', '.join(classes)}) at the size of {pack.path}. Bring it there as its image was (see data.images.to_square)"
+            )
         if not np.isin(mask, (0, 1)).all():
             raise ValueError(f"the mask of {key} has values from {mask.min()} to {mask.max()}; expected 0 and 1")
         target[:] = mask
@@ -422,9 +457,9 @@ BOX_COORDINATES = ("x0", "y0", "x1", "y1")
 
 def box_task(
     pack: Pack,
-    table: pd.DataFrame,                     # one row a box: image_id, x0, y0, x1, y1 in pixels of the Pack, and class if there are several
-    classes: Iterable[str] | None = None,    # None: those that occur
-    images: Iterable | None = None,          # ids of the images that were looked at; None: all of the Pack
+    table: pd.DataFrame,  # one row a box: image_id, x0, y0, x1, y1 in pixels of the Pack, and class if there are several
+    classes: Iterable[str] | None = None,  # None: those that occur
+    images: Iterable | None = None,  # ids of the images that were looked at; None: all of the Pack
     name: str = "boxes",
 ) -> Task:
     """Detection: where are they? ValueError names boxes of unknown images or classes, and boxes outside of their image.
@@ -451,16 +486,22 @@ def box_task(
     inside = (corners >= 0).all(1) & (corners <= pack.size).all(1) & (corners[:, :2] < corners[:, 2:]).all(1)
     if not inside.all():
         row = np.flatnonzero(~inside)[0]
-        raise ValueError(f"{(~inside).sum()} of {len(table)} boxes do not lie in their image, the first {corners[row].tolist()} of "
-                         f"{table['image_id'].iloc[row]}; expected 0 <= x0 < x1 <= {pack.size}, and so for y, in pixels of {pack.path}")
+        raise ValueError(
+            f"{(~inside).sum()} of {len(table)} boxes do not lie in their image, the first {corners[row].tolist()} of "
+            f"{table['image_id'].iloc[row]}; expected 0 <= x0 < x1 <= {pack.size}, and so for y, in pixels of {pack.path}"
+        )
     rows, _ = _find_images(pack, pack.image_table["image_id"] if images is None else images, "boxes")
     of = pack.image_table["image_id"].iloc[rows].astype(str).tolist()
     if unknown := sorted(set(table["image_id"].astype(str)) - set(of)):
-        raise ValueError(f"boxes of {len(unknown)} images that the task does not hold ({_some(unknown)}); its {len(rows)} images are "
-                         f"those of {pack.path}" + ("" if images is None else " that were given"))
+        raise ValueError(
+            f"boxes of {len(unknown)} images that the task does not hold ({_some(unknown)}); its {len(rows)} images are "
+            f"those of {pack.path}" + ("" if images is None else " that were given")
+        )
     found = np.column_stack([corners, kinds.map(numbers)]).astype(np.float32)
     groups = table.groupby(table["image_id"].astype(str)).indices
-    return _make_task(name, "boxes", classes, pack, rows, [found[groups[one]] if one in groups else found[:0] for one in of])
+    return _make_task(
+        name, "boxes", classes, pack, rows, [found[groups[one]] if one in groups else found[:0] for one in of]
+    )
 
 # %% ../../nbs/data/15_tasks.ipynb #d91edf59
 def paint_boxes(task: Task) -> Task:
@@ -488,10 +529,10 @@ def _phantom_target(study: PhantomStudy, kind: str, findings: tuple[str, ...]) -
 
 # %% ../../nbs/data/15_tasks.ipynb #97ecd1d9
 def phantom_task(
-    pack: Pack,                             # of a phantom
-    kind: str = "labels",                   # labels, ordinal (one finding: 0 absent, or its severity, 1 to 3), masks or boxes
+    pack: Pack,  # of a phantom
+    kind: str = "labels",  # labels, ordinal (one finding: 0 absent, or its severity, 1 to 3), masks or boxes
     findings: Iterable[str] = FINDINGS,
-    name: str | None = None,                # None: phantom-<kind>
+    name: str | None = None,  # None: phantom-<kind>
     progress: bool = True,
 ) -> Task:
     """What a phantom's pictures show, image by image. ValueError for another Pack, an unknown finding, or a Pack
@@ -510,24 +551,32 @@ def phantom_task(
     """
     phantom, findings = pack_phantom(pack), tuple(findings)
     if phantom is None:
-        raise ValueError(f"{pack.path} holds {pack.manifest['source'].get('kind', 'other')} data, not a phantom: give its targets yourself (label_task, mask_task, …)")
+        raise ValueError(
+            f"{pack.path} holds {pack.manifest['source'].get('kind', 'other')} data, not a phantom: give its targets yourself (label_task, mask_task, …)"
+        )
     if (strange := set(findings) - set(FINDINGS)) or not findings or (kind == "ordinal" and len(findings) > 1):
-        raise ValueError(f"a phantom task of kind {kind} cannot ask for {_some(strange or findings) or 'no finding'}; the findings are "
-                         f"{', '.join(FINDINGS)}" + ("; name one of them" if kind == "ordinal" else ""))
+        raise ValueError(
+            f"a phantom task of kind {kind} cannot ask for {_some(strange or findings) or 'no finding'}; the findings are "
+            f"{', '.join(FINDINGS)}" + ("; name one of them" if kind == "ordinal" else "")
+        )
     if kind not in ("labels", "ordinal", "masks", "boxes"):
         raise ValueError(f"a phantom has no task of kind {kind!r}; expected labels, ordinal, masks or boxes")
     targets, images = [], pack_images(pack)
-    for row, study_id in tqdm(zip(images["image"], images["study_id"]), total=len(images), desc=f"draw {kind}", delay=2, disable=not progress):
+    for row, study_id in tqdm(
+        zip(images["image"], images["study_id"]), total=len(images), desc=f"draw {kind}", delay=2, disable=not progress
+    ):
         study = phantom.study(study_id)
         if not np.array_equal(study.image, pack.image(row)):
-            raise ValueError(f"{study_id} in {pack.path} is another picture than this phantom draws; prepare the pack again")
+            raise ValueError(
+                f"{study_id} in {pack.path} is another picture than this phantom draws; prepare the pack again"
+            )
         targets.append(_phantom_target(study, kind, findings))
     classes = ("0", "1", "2", "3") if kind == "ordinal" else findings
     targets = targets if kind == "boxes" else np.stack(targets)
     return _make_task(name or f"phantom-{kind}", kind, classes, pack, images["image"], targets)
 
 # %% ../../nbs/data/15_tasks.ipynb #e3fdb6bc
-def pack_boxes(pack: Pack) -> pd.DataFrame:     # image_id, class, x0, y0, x1, y1 in pixels of the Pack
+def pack_boxes(pack: Pack) -> pd.DataFrame:  # image_id, class, x0, y0, x1, y1 in pixels of the Pack
     """The boxes of a Pack in its squares; what a cropped square leaves out is cut off, and gone if nothing of it is left.
 
     Returns
@@ -537,10 +586,17 @@ def pack_boxes(pack: Pack) -> pd.DataFrame:     # image_id, class, x0, y0, x1, y
     """
     table, boxes = pack.image_table, pack.boxes
     fit = pack.manifest["source"].get("fit", "pad")
-    moved = [boxes_to_square(group[list(BOX_COORDINATES)].to_numpy(), table["height"][image], table["width"][image], pack.size, fit) for image, group in boxes.groupby("image", sort=False)]
+    moved = [
+        boxes_to_square(
+            group[list(BOX_COORDINATES)].to_numpy(), table["height"][image], table["width"][image], pack.size, fit
+        )
+        for image, group in boxes.groupby("image", sort=False)
+    ]
     order = [row for _, group in boxes.groupby("image", sort=False) for row in group.index]
     corners = np.concatenate([np.zeros((0, 4)), *moved]).clip(0, pack.size)
-    found = pd.DataFrame(corners, columns=list(BOX_COORDINATES), index=order).assign(image_id=table["image_id"][boxes["image"][order]].to_numpy(), **{"class": boxes["name"][order]})
+    found = pd.DataFrame(corners, columns=list(BOX_COORDINATES), index=order).assign(
+        image_id=table["image_id"][boxes["image"][order]].to_numpy(), **{"class": boxes["name"][order]}
+    )
     return found[(found["x1"] > found["x0"]) & (found["y1"] > found["y0"])].sort_index()
 
 # %% ../../nbs/data/15_tasks.ipynb #2aeea03e
@@ -552,10 +608,11 @@ def _mask_rows(pack: Pack, names: Iterable[str]) -> np.ndarray:
 # %% ../../nbs/data/15_tasks.ipynb #db54a4d4
 def pack_task(
     pack: Pack,
-    kind: str = "labels",                       # of KINDS
-    classes: Iterable[str] | None = None,       # None: those that the recipe asks for or has an uncertainty policy for, else all; ordinal: the one grade
+    kind: str = "labels",  # of KINDS
+    classes: Iterable[str]
+    | None = None,  # None: those that the recipe asks for or has an uncertainty policy for, else all; ordinal: the one grade
     name: str | None = None,
-    uncertain: str | Mapping[str, str] | None = None,   # of labels, see label_policy
+    uncertain: str | Mapping[str, str] | None = None,  # of labels, see label_policy
     blank: str | None = None,
 ) -> Task:
     """A task from what a Pack holds, by the rules of its recipe. ValueError if it holds nothing of that kind, or if that has no uncertain or blank answers.
@@ -585,10 +642,18 @@ def pack_task(
         return class_task(pack, names, name=name)
     if kind == "ordinal":
         levels = source.get("levels", {}).get(names[0])
-        return ordinal_task(pack, pack.grades[names[0]].set_axis(pack.studies["study_id"]), levels and range(levels), name)
+        return ordinal_task(
+            pack, pack.grades[names[0]].set_axis(pack.studies["study_id"]), levels and range(levels), name
+        )
     if kind == "boxes":
         boxes = pack_boxes(pack)
-        return box_task(pack, boxes[boxes["class"].isin(names)], names, pack.image_table["image_id"][pack.image_table["boxed"]], name)
+        return box_task(
+            pack,
+            boxes[boxes["class"].isin(names)],
+            names,
+            pack.image_table["image_id"][pack.image_table["boxed"]],
+            name,
+        )
     rows, places = _mask_rows(pack, names), [pack.manifest["masks"].index(one) for one in names]
     targets = np.stack([pack.mask(row)[places] for row in rows]).astype(np.uint8) if len(rows) else []
     return _make_task(name, "masks", names, pack, rows, targets)
@@ -597,9 +662,11 @@ def pack_task(
 def _task_images(pack: Pack) -> dict[str, pd.DataFrame]:
     "The images of each task that a Pack has something for; masks are not read for it"
     held, tasks = held_kinds(pack), {}
-    asked = {kind: (kind, None) for kind in ("labels", "boxes") if kind in held} | {f"ordinal {grade}": ("ordinal", [grade]) for grade in held.get("ordinal", [])}
+    asked = {kind: (kind, None) for kind in ("labels", "boxes") if kind in held} | {
+        f"ordinal {grade}": ("ordinal", [grade]) for grade in held.get("ordinal", [])
+    }
     for name, (kind, classes) in asked.items():
-        with contextlib.suppress(_EmptyTask):        # a table that is not there, such as the boxes of NIH
+        with contextlib.suppress(_EmptyTask):  # a table that is not there, such as the boxes of NIH
             tasks[name] = pack_task(pack, kind, classes).images
     rows = _mask_rows(pack, _asked_names(pack, "masks")) if pack.manifest.get("masks") else []
     return tasks | ({"masks": pack_images(pack).iloc[rows]} if len(rows) else {})
@@ -618,15 +685,17 @@ def store_subsets(pack: Pack, fractions: tuple[float, ...] = (0.01, 0.1, 1.0)) -
             listed += [(task, how, fraction, name) for name in part["image_id"]] if fraction < 1 else []
     table = pd.DataFrame(table, columns=["task", "how", "fraction", "patients", "images", "hash"])
     names = pd.DataFrame(listed, columns=["task", "how", "fraction", "image_id"])
-    note_files(pack, {"subsets.parquet": names.to_parquet(index=False), "subsets.csv": table.to_csv(index=False).encode()})
+    note_files(
+        pack, {"subsets.parquet": names.to_parquet(index=False), "subsets.csv": table.to_csv(index=False).encode()}
+    )
     return table
 
 # %% ../../nbs/data/15_tasks.ipynb #c2c7b3b4
 def boxes_in_view(
-    boxes: np.ndarray,              # (k, 5) x0, y0, x1, y1, class
-    size: int,                      # of the image they lie in, pixels
-    preprocessing,                  # Preprocessing
-) -> np.ndarray:                    # (k', 5) in pixels of the view
+    boxes: np.ndarray,  # (k, 5) x0, y0, x1, y1, class
+    size: int,  # of the image they lie in, pixels
+    preprocessing,  # Preprocessing
+) -> np.ndarray:  # (k', 5) in pixels of the view
     """Boxes through the geometry of `Preprocessing.eval`.
 
     Parameters

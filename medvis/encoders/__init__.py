@@ -13,4 +13,13 @@ from .pretrained import PretrainedEncoder, pretrained_encoder
 from .text import text_encoder, train_tokenizer
 
 # %% ../../nbs/encoders/00_doors.ipynb #f943a9ba
-_all_ = ["ImageFeatures", "TextFeatures", "PretrainedEncoder", "image_encoder", "pretrained_encoder", "register_encoder", "text_encoder", "train_tokenizer"]
+_all_ = [
+    "ImageFeatures",
+    "TextFeatures",
+    "PretrainedEncoder",
+    "image_encoder",
+    "pretrained_encoder",
+    "register_encoder",
+    "text_encoder",
+    "train_tokenizer",
+]

@@ -27,9 +27,10 @@ class ImageFeatures:
     weights : Tensor | None, default: None
         (B, N) head-averaged attention CLS -> region, not normalised
     """
-    regions: Tensor          # (B, N, D) local features, row-major over the grid
-    whole: Tensor            # (B, D') one vector an image
-    grid: tuple[int, int]    # (h, w), N = h*w
+
+    regions: Tensor  # (B, N, D) local features, row-major over the grid
+    whole: Tensor  # (B, D') one vector an image
+    grid: tuple[int, int]  # (h, w), N = h*w
     weights: Tensor | None = None  # (B, N) head-averaged attention CLS -> region, not normalised
 
 # %% ../../nbs/encoders/01_features.ipynb #dac8b04b
@@ -54,18 +55,19 @@ class TextFeatures:
     word_weights : Tensor | None, default: None
         (B, W) head-averaged attention CLS -> word, summed over its pieces
     """
-    tokens: Tensor           # (B, T, D) word pieces, special tokens included
-    words: Tensor            # (B, W, D)
-    word_mask: Tensor        # (B, W)
-    sentences: Tensor        # (B, M, D)
-    sentence_mask: Tensor    # (B, M)
-    whole: Tensor            # (B, D')
+
+    tokens: Tensor  # (B, T, D) word pieces, special tokens included
+    words: Tensor  # (B, W, D)
+    word_mask: Tensor  # (B, W)
+    sentences: Tensor  # (B, M, D)
+    sentence_mask: Tensor  # (B, M)
+    whole: Tensor  # (B, D')
     word_weights: Tensor | None = None  # (B, W) head-averaged attention CLS -> word, summed over its pieces
 
 # %% ../../nbs/encoders/01_features.ipynb #b72cc825
 def group_matrix(
     index: Tensor,  # (B, T) int64 group of every token, -1 = none
-) -> Tensor:        # (B, K, T) bool, K = the largest number of groups in the batch (at least 1)
+) -> Tensor:  # (B, K, T) bool, K = the largest number of groups in the batch (at least 1)
     """One-hot membership of tokens in groups.
 
     Parameters
@@ -83,9 +85,9 @@ def group_matrix(
 
 # %% ../../nbs/encoders/01_features.ipynb #4ccef6ff
 def pool_tokens(
-    tokens: Tensor,       # (B, T, D)
-    index: Tensor,        # (B, T) int64 group of every token, -1 = none
-    mode: str = "sum",    # "sum" (MGCA, GLoRIA: words), "mean", or "max" (LoVT: sentences)
+    tokens: Tensor,  # (B, T, D)
+    index: Tensor,  # (B, T) int64 group of every token, -1 = none
+    mode: str = "sum",  # "sum" (MGCA, GLoRIA: words), "mean", or "max" (LoVT: sentences)
 ) -> tuple[Tensor, Tensor]:  # (B, K, D) pooled, zero where empty; (B, K) mask of the groups that exist
     """Pool the tokens of every group; raises KeyError for an unknown mode.
 

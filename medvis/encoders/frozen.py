@@ -55,7 +55,7 @@ def fill_store(
     folder: Path,
     rows: int,
     compute: Callable[[np.ndarray], dict[str, np.ndarray]],  # numbers of k rows -> name -> (k, ...)
-    about: dict | None = None,      # JSON-like, kept with it
+    about: dict | None = None,  # JSON-like, kept with it
     progress: bool = False,
 ) -> None:
     """Compute all rows of a store and keep them in half precision, or go on where it was killed; nothing if it is there. BlockingIOError if another process is at it.
@@ -84,7 +84,9 @@ def fill_store(
         os.replace(partial, folder)
 
 # %% ../../nbs/encoders/08_frozen.ipynb #acc6b789
-def open_store(folder: Path) -> tuple[dict[str, np.ndarray], dict]:  # name -> memory map (rows, ...) float16; what is told about it
+def open_store(
+    folder: Path,
+) -> tuple[dict[str, np.ndarray], dict]:  # name -> memory map (rows, ...) float16; what is told about it
     """A store that `fill_store` wrote. ValueError names a file of another size.
 
     Returns
@@ -97,14 +99,20 @@ def open_store(folder: Path) -> tuple[dict[str, np.ndarray], dict]:  # name -> m
     for name, shape in about["shapes"].items():
         file, shape = folder / f"{name}.f16", (about["rows"], *shape)
         if file.stat().st_size != 2 * math.prod(shape):
-            raise ValueError(f"{file} holds {file.stat().st_size} bytes, expected {2 * math.prod(shape)}: delete {folder}, it will be computed anew")
+            raise ValueError(
+                f"{file} holds {file.stat().st_size} bytes, expected {2 * math.prod(shape)}: delete {folder}, it will be computed anew"
+            )
         arrays[name] = np.memmap(file, np.float16, "r", shape=shape)
     return arrays, about
 
 # %% ../../nbs/encoders/08_frozen.ipynb #fc5fb338
 def network_hash(network: nn.Module, *told: object) -> str:
     "Hash of a network's architecture as printed, its plain settings, its parameters and buffers, and whatever else its features depend on."
-    plain = {name: value for name, value in sorted(vars(network).items()) if isinstance(value, int | float | str | tuple | None) and name[0] != "_"}
+    plain = {
+        name: value
+        for name, value in sorted(vars(network).items())
+        if isinstance(value, int | float | str | tuple | None) and name[0] != "_"
+    }
     digest = hashlib.sha256(f"{type(network)} {network!r} {plain} {told}".encode())
     for name, value in sorted(network.state_dict().items()):
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
@@ -115,7 +123,7 @@ def network_hash(network: nn.Module, *told: object) -> str:
 class FrozenImages:
     "What a frozen image encoder sees of the images of a Pack: regions (views * n, N, D) and whole (views * n, D'), float16."
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path) -> None:
         arrays, about = open_store(folder)
         self.folder, self.regions, self.whole = folder, arrays["regions"], arrays["whole"]
         self.grid, self.views = tuple(about["grid"]), about["views"]
@@ -136,11 +144,11 @@ class FrozenImages:
 # %% ../../nbs/encoders/08_frozen.ipynb #ac28daf0
 def read_view(
     pack: Pack,
-    preprocessing,          # of the encoder
+    preprocessing,  # of the encoder
     image: int,
-    view: int = 0,          # 0 = as in evaluation
+    view: int = 0,  # 0 = as in evaluation
     augment: str = "mgca",  # of the others
-) -> Tensor:                # (C, size, size) float32
+) -> Tensor:  # (C, size, size) float32
     """One view of an image of a Pack, the same whenever it is asked for.
 
     Parameters
@@ -167,11 +175,11 @@ def read_view(
 
 # %% ../../nbs/encoders/08_frozen.ipynb #119a8ca7
 def cache_images(
-    encoder: nn.Module,             # image encoder, in evaluation mode
+    encoder: nn.Module,  # image encoder, in evaluation mode
     pack: Pack,
-    views: int = 1,                 # of every image, the plain one too
-    augment: str = "mgca",          # of the other views
-    root: Path | None = None,       # None = <pack>.features, beside the Pack
+    views: int = 1,  # of every image, the plain one too
+    augment: str = "mgca",  # of the other views
+    root: Path | None = None,  # None = <pack>.features, beside the Pack
     progress: bool = False,
 ) -> FrozenImages:
     """The features of all images of a Pack, computed where they are not there yet. ValueError if the encoder is in training mode.
@@ -190,20 +198,29 @@ def cache_images(
     progress : bool, default: False
     """
     if encoder.training:
-        raise ValueError("the encoder is in training mode, and would see an image differently each time: call .eval() first")
+        raise ValueError(
+            "the encoder is in training mode, and would see an image differently each time: call .eval() first"
+        )
     told = encoder.preprocessing, pack.manifest["hash"], views, augment if views > 1 else None
     folder, count = Path(root or f"{pack.path}.features") / network_hash(encoder, *told), len(pack)
 
     @torch.no_grad()
     def look(rows: np.ndarray):
-        padded = np.resize(rows, CHUNK)     # always as many: the last bit of a sum may depend on it
-        images = torch.stack([read_view(pack, encoder.preprocessing, row % count, row // count, augment) for row in padded.tolist()])
+        padded = np.resize(rows, CHUNK)  # always as many: the last bit of a sum may depend on it
+        images = torch.stack(
+            [read_view(pack, encoder.preprocessing, row % count, row // count, augment) for row in padded.tolist()]
+        )
         seen = encoder(images.to(next(encoder.parameters()).device))
         return {name: getattr(seen, name)[: len(rows)].cpu().numpy() for name in ("regions", "whole")}, seen.grid
 
     if folder.exists():
         return FrozenImages(folder)
-    about = {"pack": pack.manifest["hash"], "encoder": type(encoder).__name__, "views": views, "grid": look(np.arange(1))[1]}
+    about = {
+        "pack": pack.manifest["hash"],
+        "encoder": type(encoder).__name__,
+        "views": views,
+        "grid": look(np.arange(1))[1],
+    }
     fill_store(folder, views * count, lambda rows: look(rows)[0], about, progress)
     return FrozenImages(folder)
 
@@ -211,7 +228,7 @@ def cache_images(
 class FrozenSentences:
     "The vectors of all sentences of a Pack by a frozen text encoder: `vectors([...])`."
 
-    def __init__(self, folder: Path, sentences: list[str]):
+    def __init__(self, folder: Path, sentences: list[str]) -> None:
         self.folder, self.rows = folder, {sentence: row for row, sentence in enumerate(sentences)}
         self._vectors = open_store(folder)[0]["vectors"]
 
@@ -229,9 +246,9 @@ class FrozenSentences:
 
 # %% ../../nbs/encoders/08_frozen.ipynb #9e184028
 def cache_sentences(
-    encoder: TextEncoder,           # in evaluation mode
+    encoder: TextEncoder,  # in evaluation mode
     pack: Pack,
-    root: Path | None = None,       # None = <pack>.features, beside the Pack
+    root: Path | None = None,  # None = <pack>.features, beside the Pack
     progress: bool = False,
 ) -> FrozenSentences:
     """The vectors of all different sentences of a Pack that have words, computed where they are not there yet. ValueError if there are none, or the encoder is in training mode.
@@ -246,9 +263,13 @@ def cache_sentences(
     progress : bool, default: False
     """
     if encoder.training:
-        raise ValueError("the text encoder is in training mode, and would read a sentence differently each time: call .eval() first")
+        raise ValueError(
+            "the text encoder is in training mode, and would read a sentence differently each time: call .eval() first"
+        )
     different = dict.fromkeys(sentence for sentences in pack.studies["sentences"] for sentence in sentences)
-    reports = {sentence: report for sentence in different if (report := tokenise([sentence], encoder.tokenizer)).sentences}
+    reports = {
+        sentence: report for sentence in different if (report := tokenise([sentence], encoder.tokenizer)).sentences
+    }
     if not reports:
         raise ValueError(f"{pack.path} has no sentence with words")
     numbers = list(reports.values())
@@ -264,5 +285,7 @@ def cache_sentences(
     vocabulary = encoder.tokenizer.backend_tokenizer.to_str()
     told = hashlib.sha256(vocabulary.encode()).hexdigest(), pack.manifest["hash"]
     folder = Path(root or f"{pack.path}.features") / network_hash(encoder, *told)
-    fill_store(folder, len(reports), read, {"pack": pack.manifest["hash"], "encoder": type(encoder.body).__name__}, progress)
+    fill_store(
+        folder, len(reports), read, {"pack": pack.manifest["hash"], "encoder": type(encoder.body).__name__}, progress
+    )
     return FrozenSentences(folder, list(reports))

@@ -21,10 +21,10 @@ class BatchNorm(nn.BatchNorm1d):
 
 # %% ../../nbs/encoders/05_heads.ipynb #584c3cd9
 def on_valid(
-    layer: nn.Module,      # maps rows (P, D) to rows (P, D')
-    x: Tensor,             # (..., D)
-    mask: Tensor | None,   # (...) bool; None = all positions
-) -> Tensor:               # (..., D'), zero where masked
+    layer: nn.Module,  # maps rows (P, D) to rows (P, D')
+    x: Tensor,  # (..., D)
+    mask: Tensor | None,  # (...) bool; None = all positions
+) -> Tensor:  # (..., D'), zero where masked
     """Let a layer see the valid positions only, so that the others do not enter its batch statistics.
 
     Parameters
@@ -78,9 +78,13 @@ class ProjectionHead(nn.Module):
     """
 
     def __init__(
-        self, in_dim: int, hidden: int = 2048, out_dim: int = 128, norm: str = "both",
+        self,
+        in_dim: int,
+        hidden: int = 2048,
+        out_dim: int = 128,
+        norm: str = "both",
         init: str = "torch",  # first weights: torch's own, or kaiming (LoVT)
-    ):
+    ) -> None:
         super().__init__()
         for what, value, there in (("norm", norm, ("none", "hidden", "both")), ("init", init, ("torch", "kaiming"))):
             if value not in there:
@@ -96,9 +100,9 @@ class ProjectionHead(nn.Module):
 
     def forward(
         self,
-        x: Tensor,                   # (..., in_dim)
+        x: Tensor,  # (..., in_dim)
         mask: Tensor | None = None,  # (...) valid positions; None = all of them, padding too (released code)
-    ) -> Tensor:                     # (..., out_dim), zero where masked
+    ) -> Tensor:  # (..., out_dim), zero where masked
         """Parameters
         ----------
         x : Tensor
@@ -126,9 +130,11 @@ class AttentionPool(nn.Module):
     """
 
     def __init__(
-        self, dim: int, heads: int = 8,
+        self,
+        dim: int,
+        heads: int = 8,
         query_mean: str = "masked",  # mean over the valid positions, or "padded": their sum over the padded length (released)
-    ):
+    ) -> None:
         super().__init__()
         if query_mean not in ("masked", "padded"):
             raise ValueError(f"query_mean is {query_mean!r}, expected 'masked' or 'padded'")
@@ -136,9 +142,9 @@ class AttentionPool(nn.Module):
 
     def forward(
         self,
-        local: Tensor,                 # (B, N, D)
-        mask: Tensor | None = None,    # (B, N) True = valid; None = all
-    ) -> tuple[Tensor, Tensor]:        # (B, D) pooled; (B, N) weights, sum to 1. Both are zero where nothing is valid.
+        local: Tensor,  # (B, N, D)
+        mask: Tensor | None = None,  # (B, N) True = valid; None = all
+    ) -> tuple[Tensor, Tensor]:  # (B, D) pooled; (B, N) weights, sum to 1. Both are zero where nothing is valid.
         """Parameters
         ----------
         local : Tensor
@@ -163,7 +169,7 @@ class AttentionPool(nn.Module):
     def pool_each(
         self,
         local: Tensor,  # (..., D)
-    ) -> Tensor:        # (..., D)
+    ) -> Tensor:  # (..., D)
         """What every local vector would be pooled to if it were the only one: it can then be compared with wholes.
 
         Parameters

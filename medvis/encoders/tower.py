@@ -14,8 +14,8 @@ from .small import efficientnet_lite0, lite0_state
 
 # %% ../../nbs/encoders/09_tower.ipynb #a41facb1
 def coordinates(
-    maps: Tensor,   # (B, D, h, w)
-) -> Tensor:        # (B, 2, h, w): row, column
+    maps: Tensor,  # (B, D, h, w)
+) -> Tensor:  # (B, 2, h, w): row, column
     """Where on the picture each cell stands: -1 at the first row or column, 1 at the last.
 
     Parameters
@@ -45,16 +45,22 @@ class FrozenEncoder(nn.Module):
 
     def __init__(
         self,
-        tower: nn.Module,       # image encoder with one map of regions
-        width: int = 128,       # of the regions
-    ):
+        tower: nn.Module,  # image encoder with one map of regions
+        width: int = 128,  # of the regions
+    ) -> None:
         super().__init__()
         self.tower = tower.requires_grad_(False).eval()
         self.preprocessing, self.region_dim, self.whole_dim = tower.preprocessing, width, width
         self.pyramid_dims, self.pyramid_strides = tower.pyramid_dims, tower.pyramid_strides
         self.norm, self.first = nn.BatchNorm2d(tower.region_dim), nn.Conv2d(tower.region_dim + 2, width, 1)
-        self.rest = nn.Sequential(nn.BatchNorm2d(width), nn.ReLU(), nn.Conv2d(width, width, 3, padding=1),
-                                  nn.BatchNorm2d(width), nn.ReLU(), nn.Conv2d(width, width, 3, padding=1))
+        self.rest = nn.Sequential(
+            nn.BatchNorm2d(width),
+            nn.ReLU(),
+            nn.Conv2d(width, width, 3, padding=1),
+            nn.BatchNorm2d(width),
+            nn.ReLU(),
+            nn.Conv2d(width, width, 3, padding=1),
+        )
 
     @property
     def body(self) -> nn.Module:
@@ -67,7 +73,8 @@ class FrozenEncoder(nn.Module):
         return self
 
     def pyramid(
-        self, image: Tensor,  # (B, C, H, W) preprocessed
+        self,
+        image: Tensor,  # (B, C, H, W) preprocessed
     ) -> list[Tensor]:
         """The tower's maps.
 
@@ -79,8 +86,9 @@ class FrozenEncoder(nn.Module):
         return self.tower.pyramid(image)
 
     def tower_features(
-        self, image: Tensor,  # (B, C, H, W) preprocessed
-    ) -> Tensor:              # (B, D, h, w)
+        self,
+        image: Tensor,  # (B, C, H, W) preprocessed
+    ) -> Tensor:  # (B, D, h, w)
         """What the tower sees.
 
         Parameters
@@ -98,7 +106,8 @@ class FrozenEncoder(nn.Module):
         return seen.regions.mT.unflatten(2, seen.grid)
 
     def forward(
-        self, image: Tensor,  # (B, C, H, W) preprocessed; or (B, D, h, w), what the tower saw
+        self,
+        image: Tensor,  # (B, C, H, W) preprocessed; or (B, D, h, w), what the tower saw
     ) -> ImageFeatures:
         """Parameters
         ----------

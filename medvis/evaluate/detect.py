@@ -20,11 +20,7 @@ from ..methods.method import Losses, add_up
 from ..objectives.contrastive import at_least_float32
 
 # %% ../../nbs/evaluate/08_detect.ipynb #a537b8fc
-_COCO_ANCHORS = (
-    ((116, 90), (156, 198), (373, 326)),
-    ((30, 61), (62, 45), (59, 119)),
-    ((10, 13), (16, 30), (33, 23)),
-)
+_COCO_ANCHORS = (((116, 90), (156, 198), (373, 326)), ((30, 61), (62, 45), (59, 119)), ((10, 13), (16, 30), (33, 23)))
 
 
 def _anchor_boxes(
@@ -350,7 +346,7 @@ def _conv_bn_leaky(width_in: int, width: int, kernel: int) -> nn.Sequential:
 class _YoloScale(nn.Module):
     """YOLOv3's layers for one scale."""
 
-    def __init__(self, width_in: int, width: int, answers: int):
+    def __init__(self, width_in: int, width: int, answers: int) -> None:
         super().__init__()
         widths = (width_in, width, 2 * width, width, 2 * width, width)
         self.trunk = nn.Sequential(*[_conv_bn_leaky(a, b, 3 if b > width else 1) for a, b in zip(widths, widths[1:])])
@@ -392,7 +388,7 @@ class YoloV3(nn.Module):
         encoder: nn.Module,  # an image encoder
         classes: Sequence[str],
         rules: str = "corrected",  # "corrected-mgca": with MGCA's thresholds; "lovt", "mgca": as in their released codes
-    ):
+    ) -> None:
         super().__init__()
         if rules not in _YOLO_RULES:
             raise ValueError(f"rules are {rules!r}; expected one of {', '.join(_YOLO_RULES)}")

@@ -30,8 +30,14 @@ from ..core.machine import describe_machine
 # %% ../../nbs/evaluate/04_encoder.ipynb #f0243dc3
 def encoder_hash(encoder: nn.Module) -> str:
     """SHA-256 of what an encoder computes: architecture as printed, preprocessing, plain settings, parameters and buffers."""
-    plain = {key: value for key, value in sorted(vars(encoder).items()) if isinstance(value, (int, float, str, tuple, list, type(None)))}
-    plain = {key: value for key, value in plain.items() if not key.startswith("_") and key != "training"}  # layer, upsample, ...
+    plain = {
+        key: value
+        for key, value in sorted(vars(encoder).items())
+        if isinstance(value, (int, float, str, tuple, list, type(None)))
+    }
+    plain = {
+        key: value for key, value in plain.items() if not key.startswith("_") and key != "training"
+    }  # layer, upsample, ...
     architecture = re.sub(r" at 0x[0-9a-f]+", "", f"{type(encoder)} {encoder!r} {encoder.preprocessing!r} {plain}")
     digest = hashlib.sha256(architecture.encode())
     for name, value in sorted(encoder.state_dict().items()):
@@ -108,8 +114,8 @@ def frozen(encoder: nn.Module):
 # %% ../../nbs/evaluate/04_encoder.ipynb #c89c98b7
 def check_fit(
     encoder: nn.Module,
-    pack,               # a Pack
-    image: int = 0,     # the row of its image that is tried
+    pack,  # a Pack
+    image: int = 0,  # the row of its image that is tried
 ) -> None:
     """ValueError if the encoder cannot see the Pack's images as it expects them.
 
@@ -126,16 +132,20 @@ def check_fit(
         with frozen(encoder):
             seen = encoder(read_images(encoder, pack, [image])).whole
     except RuntimeError as error:
-        raise ValueError(f"the encoder cannot read images that are prepared as it says ({encoder.preprocessing}): {str(error).splitlines()[0]}") from error
+        raise ValueError(
+            f"the encoder cannot read images that are prepared as it says ({encoder.preprocessing}): {str(error).splitlines()[0]}"
+        ) from error
     if not seen.isfinite().all():
-        raise ValueError(f"the encoder's features of image {pack.image_table['image_id'].iloc[image]} are not finite: did pre-training diverge?")
+        raise ValueError(
+            f"the encoder's features of image {pack.image_table['image_id'].iloc[image]} are not finite: did pre-training diverge?"
+        )
 
 # %% ../../nbs/evaluate/04_encoder.ipynb #52ce16c8
 def read_images(
     encoder: nn.Module,
-    pack,                               # a Pack
-    images,                             # rows of its images
-) -> Tensor:                            # (B, C, H, W), where the encoder is
+    pack,  # a Pack
+    images,  # rows of its images
+) -> Tensor:  # (B, C, H, W), where the encoder is
     """Images as the encoder expects them, without augmentation.
 
     Parameters
@@ -155,10 +165,7 @@ def read_images(
     return encoder.preprocessing.transform()(torch.from_numpy(stack)[:, None].to(next(encoder.parameters()).device))
 
 # %% ../../nbs/evaluate/04_encoder.ipynb #3bdd57d9
-def random_like(
-    encoder: nn.Module,
-    seed: int = 0,
-) -> nn.Module:
+def random_like(encoder: nn.Module, seed: int = 0) -> nn.Module:
     """A copy of the encoder with newly drawn weights, which no run has trained; torch's random state is left as it was."""
     fresh = copy.deepcopy(encoder)
     for module in fresh.modules():
@@ -183,9 +190,9 @@ def _redraw(module: nn.Module) -> None:
 # %% ../../nbs/evaluate/04_encoder.ipynb #32c1304e
 def head_inputs(
     encoder: nn.Module,
-    images: Tensor,         # (B, C, H, W) prepared
-    needs: str = "whole",   # or "regions", or "pyramid"
-):                          # (B, D'), (B, N, D), or a list of maps: the image, then finest first
+    images: Tensor,  # (B, C, H, W) prepared
+    needs: str = "whole",  # or "regions", or "pyramid"
+):  # (B, D'), (B, N, D), or a list of maps: the image, then finest first
     """What a head needs of the encoder. ValueError if it needs something else.
 
     Parameters
@@ -232,16 +239,19 @@ class FrozenFeatures:
     """
 
     def __init__(
-        self, encoder: nn.Module,
-        pack,                                   # a Pack
-        images: Sequence[int],                  # (n,) rows of its images; `rows` are rows of this
-        needs: str = "whole",                   # see look
-        levels: Sequence[int] | None = None,    # of a pyramid; None: all
+        self,
+        encoder: nn.Module,
+        pack,  # a Pack
+        images: Sequence[int],  # (n,) rows of its images; `rows` are rows of this
+        needs: str = "whole",  # see look
+        levels: Sequence[int] | None = None,  # of a pyramid; None: all
         folder: str | Path | None = None,
-        limit: float = 50.0,                    # GB
-    ):
+        limit: float = 50.0,  # GB
+    ) -> None:
         self.encoder, self.pack, self.images, self.needs, self.folder = encoder, pack, np.asarray(images), needs, None
-        self.levels = list(range(len(encoder.pyramid_dims)) if levels is None else levels) if needs == "pyramid" else None
+        self.levels = (
+            list(range(len(encoder.pyramid_dims)) if levels is None else levels) if needs == "pyramid" else None
+        )
         if folder is not None:
             self._open(Path(folder), limit)
 
@@ -253,7 +263,10 @@ class FrozenFeatures:
         shapes = shapes or [tuple(part.shape[1:]) for part in self.encode(self.images[:1])]
         size = len(self.images) * 4 * sum(map(math.prod, shapes)) / 1e9
         if size > limit:
-            warnings.warn(f"features of {len(self.images)} images would take {size:.0f} GB, more than {limit:.0f}: they are computed anew each time", stacklevel=3)
+            warnings.warn(
+                f"features of {len(self.images)} images would take {size:.0f} GB, more than {limit:.0f}: they are computed anew each time",
+                stacklevel=3,
+            )
         else:
             self.folder = place
             self.stores, self.filled = _open_feature_files(place, len(self.pack), shapes)
@@ -264,7 +277,9 @@ class FrozenFeatures:
         with frozen(self.encoder):
             for start in range(0, len(images), _CHUNK):
                 chosen = images[start : start + _CHUNK]
-                found = head_inputs(self.encoder, read_images(self.encoder, self.pack, np.resize(chosen, _CHUNK)), self.needs)
+                found = head_inputs(
+                    self.encoder, read_images(self.encoder, self.pack, np.resize(chosen, _CHUNK)), self.needs
+                )
                 found = [found] if self.levels is None else [found[level] for level in self.levels if level]
                 parts.append([part[: len(chosen)] for part in found])
         return [torch.cat(part) for part in zip(*parts)]
@@ -273,7 +288,9 @@ class FrozenFeatures:
         "Features as `head_inputs` gives them; in a pyramid, levels that are not asked for are None."
         images = self.images[rows]
         if self.folder is not None and self.filled[images].all():
-            parts = [torch.from_numpy(store[images]).to(next(self.encoder.parameters()).device) for store in self.stores]
+            parts = [
+                torch.from_numpy(store[images]).to(next(self.encoder.parameters()).device) for store in self.stores
+            ]
         else:
             parts = self.encode(images)
         if self.levels is None:
@@ -286,8 +303,8 @@ class FrozenFeatures:
 # %% ../../nbs/evaluate/04_encoder.ipynb #fd609222
 def _open_feature_files(
     folder: Path,
-    count: int,                         # n images
-    shapes: list[tuple[int, ...]],      # of one image's features
+    count: int,  # n images
+    shapes: list[tuple[int, ...]],  # of one image's features
 ) -> tuple[list[np.ndarray], np.ndarray]:  # memory maps (n, *shape) float32; (n,) bool, which are filled
     "Files that features are kept in; made if they are not there, all at once (and then take no room on most disks until they are filled)."
     if not (folder / "filled.npy").exists():
@@ -301,16 +318,16 @@ def _open_feature_files(
             try:
                 fresh.rename(folder)
             except OSError:
-                if not (folder / "filled.npy").exists():    # else another process was faster: its files are used
+                if not (folder / "filled.npy").exists():  # else another process was faster: its files are used
                     raise
     stores = [np.load(folder / f"{number}.npy", mmap_mode="r", allow_pickle=False) for number in range(len(shapes))]
     return stores, np.load(folder / "filled.npy", allow_pickle=False)
 
 # %% ../../nbs/evaluate/04_encoder.ipynb #907910fa
 def _write_rows(
-    store: np.memmap,       # (n, ...)
-    rows: np.ndarray,       # (k,)
-    values: np.ndarray,     # (k, ...) of the store's type
+    store: np.memmap,  # (n, ...)
+    rows: np.ndarray,  # (k,)
+    values: np.ndarray,  # (k, ...) of the store's type
 ) -> None:
     "Put rows into a store and on the disk. OSError names the file when that is full: a memory map itself would kill the process."
     with naming(store.filename), open(store.filename, "r+b") as file:
@@ -323,7 +340,7 @@ def _write_rows(
 # %% ../../nbs/evaluate/04_encoder.ipynb #ab57a7f4
 def fill_cache(
     features: FrozenFeatures,
-    rows,                       # of its images
+    rows,  # of its images
     progress: bool = False,
 ) -> None:
     """Compute and keep what is not there yet; nothing without a folder. What is interrupted goes on where it was.
@@ -349,11 +366,11 @@ def fill_cache(
 # %% ../../nbs/evaluate/04_encoder.ipynb #6ac615f1
 def encode(
     encoder: nn.Module,
-    pack,                                       # a Pack
-    rows=None,                                  # study rows; None: all
-    device: str | torch.device | None = None,   # None: where the encoder is
-    cache: str | Path | None = None,            # folder in which features are kept, see FrozenFeatures
-) -> np.ndarray:                                # (n, D') float32, one row a study
+    pack,  # a Pack
+    rows=None,  # study rows; None: all
+    device: str | torch.device | None = None,  # None: where the encoder is
+    cache: str | Path | None = None,  # folder in which features are kept, see FrozenFeatures
+) -> np.ndarray:  # (n, D') float32, one row a study
     """Features of studies: the mean over their images of `encoder(image).whole`, without augmentation.
 
     Raises ValueError naming the studies that have no image or whose features are not finite, or if the pack's images are

@@ -31,7 +31,7 @@ from ..train.config import Diverged
 from ..train.schedules import plateau_factor, stopped_improving
 
 # %% ../../nbs/evaluate/11_finetune.ipynb #ff792e6e
-_all_ = ["SWITCHES"]      # made elsewhere, found here too
+_all_ = ["SWITCHES"]  # made elsewhere, found here too
 
 # %% ../../nbs/evaluate/11_finetune.ipynb #25373d59
 def _head_targets(task: Task, rows, encoder: nn.Module):  # Tensor, or for boxes a list of arrays (k, 5)
@@ -53,7 +53,9 @@ def _jittered(size: int, crop: float) -> list:
 # %% ../../nbs/evaluate/11_finetune.ipynb #ae52646b
 def _turned(size: int, crop: float) -> list:
     "MGCA's segmentation (ShiftScaleRotate; zeros come in at the border where albumentations mirrors)"
-    motion = v2.RandomAffine(10, translate=(0.0625, 0.0625), scale=(0.9, 1.1), interpolation=v2.InterpolationMode.BILINEAR)
+    motion = v2.RandomAffine(
+        10, translate=(0.0625, 0.0625), scale=(0.9, 1.1), interpolation=v2.InterpolationMode.BILINEAR
+    )
     return [*AUGMENTATIONS["none"](size, crop), v2.RandomApply([motion], 0.5)]
 
 
@@ -62,21 +64,27 @@ _HEAD_AUGMENTATIONS = AUGMENTATIONS | {"moco2": _jittered, "shift-scale-rotate":
 # %% ../../nbs/evaluate/11_finetune.ipynb #389cd1d0
 def _augment_batch(
     task: Task,
-    rows,               # of the task
+    rows,  # of the task
     encoder: nn.Module,
-    augment: str,       # a key of VARIATIONS
+    augment: str,  # a key of VARIATIONS
     seed: int,
     epoch: int,
-):                      # images (B, C, H, W), and targets as `_head_targets` gives them
+):  # images (B, C, H, W), and targets as `_head_targets` gives them
     "Training images, varied, with their answers. ValueError for boxes: they are not moved along."
     if task.kind == "boxes":
-        raise ValueError(f"augment={augment!r} would move the images away from their boxes; neither paper varies images for detection")
+        raise ValueError(
+            f"augment={augment!r} would move the images away from their boxes; neither paper varies images for detection"
+        )
     view = encoder.preprocessing
     move, finish = v2.Compose(_HEAD_AUGMENTATIONS[augment](view.size, view.crop)), replace(view, crop=1.0).eval()
     images, masks = [], []
     for row in rows:
         image = tv_tensors.Image(torch.from_numpy(task.pack.image(task.images["image"].iloc[row]))[None])
-        mask = tv_tensors.Mask(torch.from_numpy(task.targets[row])) if task.kind == "masks" else tv_tensors.Mask(torch.zeros(1, *image.shape[1:]))
+        mask = (
+            tv_tensors.Mask(torch.from_numpy(task.targets[row]))
+            if task.kind == "masks"
+            else tv_tensors.Mask(torch.zeros(1, *image.shape[1:]))
+        )
         with seeded(seed, epoch, int(row), 7):
             image, mask = move(image, mask)
         images.append(image.as_subclass(Tensor))
@@ -87,8 +95,8 @@ def _augment_batch(
 
 # %% ../../nbs/evaluate/11_finetune.ipynb #290f5a1a
 def _grade_log_probability(
-    raw: Tensor,    # (B, C-1) logits of "at least k, given at least k-1"
-) -> Tensor:        # (B, C) logarithms that add up to 1 as probabilities
+    raw: Tensor,  # (B, C-1) logits of "at least k, given at least k-1"
+) -> Tensor:  # (B, C) logarithms that add up to 1 as probabilities
     "Log-probability of every grade (continuation ratios)."
     reached = F.pad(F.logsigmoid(raw).cumsum(1), (1, 0))
     return reached + F.pad(F.logsigmoid(-raw), (0, 1))
@@ -99,7 +107,7 @@ class LinearClassifier(nn.Module):
 
     needs = "whole"
 
-    def __init__(self, encoder: nn.Module, classes, kind: str = "labels"):
+    def __init__(self, encoder: nn.Module, classes, kind: str = "labels") -> None:
         super().__init__()
         if kind not in ("labels", "classes", "ordinal"):
             raise ValueError(f"a classifier cannot learn {kind}; expected labels, classes or ordinal")
@@ -168,16 +176,31 @@ class Learner:
     """
 
     def __init__(
-        self, encoder: nn.Module, head: nn.Module, task: Task, protocol: Protocol,
-        cache: str | Path | None = None,    # folder of features
+        self,
+        encoder: nn.Module,
+        head: nn.Module,
+        task: Task,
+        protocol: Protocol,
+        cache: str | Path | None = None,  # folder of features
         seed: int = 0,
-        limit: float = 50.0,                # of how many GB at most
-    ):
-        self.images = task.images["image"].to_numpy()     # (n,) rows of the Pack
+        limit: float = 50.0,  # of how many GB at most
+    ) -> None:
+        self.images = task.images["image"].to_numpy()  # (n,) rows of the Pack
         self.live = protocol.trains != "head" or protocol.augment != "none" or "loose-batchnorm" in protocol.switches
-        self.encoder, self.task, self.protocol, self.seed = copy.deepcopy(encoder) if self.live else encoder, task, protocol, seed
+        self.encoder, self.task, self.protocol, self.seed = (
+            copy.deepcopy(encoder) if self.live else encoder,
+            task,
+            protocol,
+            seed,
+        )
         self.head = head.to(next(encoder.parameters()).device)
-        self.features = None if self.live else FrozenFeatures(encoder, task.pack, self.images, head.needs, getattr(head, "levels", None), cache, limit)
+        self.features = (
+            None
+            if self.live
+            else FrozenFeatures(
+                encoder, task.pack, self.images, head.needs, getattr(head, "levels", None), cache, limit
+            )
+        )
         self.parts = [self.head, self.encoder] if self.live else [self.head]
 
     def parameters(self) -> list[nn.Parameter]:
@@ -204,7 +227,10 @@ class Learner:
         if not self.live:
             return self.features[rows], _head_targets(self.task, rows, self.encoder)
         if epoch is None or self.protocol.augment == "none":
-            images, target = read_images(self.encoder, self.task.pack, self.images[rows]), _head_targets(self.task, rows, self.encoder)
+            images, target = (
+                read_images(self.encoder, self.task.pack, self.images[rows]),
+                _head_targets(self.task, rows, self.encoder),
+            )
         else:
             images, target = _augment_batch(self.task, rows, self.encoder, self.protocol.augment, self.seed, epoch)
         return head_inputs(self.encoder, images, self.head.needs), target
@@ -213,8 +239,8 @@ class Learner:
 def _step_learning_rate(
     protocol: Protocol,
     lr: float,
-    step: int,              # steps done
-    history: list[dict],    # loss and score of each epoch done
+    step: int,  # steps done
+    history: list[dict],  # loss and score of each epoch done
 ) -> float:
     "The learning rate of the next step."
     if step < protocol.warmup_steps:
@@ -227,7 +253,7 @@ def _step_learning_rate(
 # %% ../../nbs/evaluate/11_finetune.ipynb #2c5a98ae
 def predict(
     learner: Learner,
-    rows,               # of the task
+    rows,  # of the task
 ) -> tuple[Predictions, float]:  # and the mean loss
     """What the head says of these images, unvaried, in evaluation mode.
 
@@ -273,9 +299,9 @@ def _boxes(targets: list[np.ndarray]) -> Boxes:
 def fit_head(
     learner: Learner,
     lr: float,
-    train: np.ndarray,      # rows of the task
-    validate: np.ndarray,   # rows of the task
-) -> pd.DataFrame:          # one row an epoch: epoch, step, lr, train_loss, loss, score (larger is better)
+    train: np.ndarray,  # rows of the task
+    validate: np.ndarray,  # rows of the task
+) -> pd.DataFrame:  # one row an epoch: epoch, step, lr, train_loss, loss, score (larger is better)
     """Train a head (and what else the protocol says) and leave it as it was in its best epoch.
 
     Raises Diverged if a loss is not finite before the first epoch is over; later, that ends the run.
@@ -295,7 +321,9 @@ def fit_head(
         one row an epoch: epoch, step, lr, train_loss, loss, score (larger is better)
     """
     p, history, best, step = learner.protocol, [], None, 0
-    optimizer = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[p.optimizer](learner.parameters(), lr, weight_decay=p.weight_decay)
+    optimizer = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[p.optimizer](
+        learner.parameters(), lr, weight_decay=p.weight_decay
+    )
     for epoch in range(p.epochs):
         losses = []
         for batch in epoch_batches(len(train), p.batch_size, learner.seed, epoch):
@@ -314,7 +342,16 @@ def fit_head(
         if not np.isfinite(loss):
             break
         score = -loss if p.metric == "loss" else validation_score(p.metric, told)
-        history.append({"epoch": epoch, "step": step, "lr": group["lr"], "train_loss": np.mean(losses), "loss": loss, "score": score})
+        history.append(
+            {
+                "epoch": epoch,
+                "step": step,
+                "lr": group["lr"],
+                "train_loss": np.mean(losses),
+                "loss": loss,
+                "score": score,
+            }
+        )
         if best is None or score > best[0]:
             best = score, [copy.deepcopy(part.state_dict()) for part in learner.parts]
         if stopped_improving([-row["score"] for row in history], p.patience, 0.0):

@@ -310,7 +310,7 @@ class Pointing:
     groups: int
     grain: str = "word"
 
-    def __str__(self):
+    def __str__(self) -> str:
         sizes = f"({self.targets} {self.grain}s of {self.groups} patients)"
         return f"{self.hit_rate} against {self.chance.value:.3f} by chance {sizes}"
 
@@ -382,9 +382,7 @@ _FILLER_WORDS = frozenset(
 )
 
 # %% ../../nbs/evaluate/06_ground.ipynb #144ee8c1
-def _word_role(
-    word: str,
-) -> str:  # "name", "place" or "other" (how much, how sure, how large; function words)
+def _word_role(word: str) -> str:  # "name", "place" or "other" (how much, how sure, how large; function words)
     """What a word of a finding's phrase contributes."""
     word = word.lower()
     return "place" if word in _PLACE_WORDS else "other" if word in _FILLER_WORDS or word.isdigit() else "name"
@@ -625,7 +623,9 @@ def _target_rows(
     scores = np.stack([maps[t.grain][rows[t.item], :, t.position] for t in targets])
     masks = np.stack([t.mask for t in targets])
     told = [[patients[t.item] if name == "patient" else getattr(t, name) for name in _TARGET_COLUMNS] for t in targets]
-    table = pd.concat([pd.DataFrame(told, columns=_TARGET_COLUMNS), measure(scores, masks, correspondence.grid)], axis=1)
+    table = pd.concat(
+        [pd.DataFrame(told, columns=_TARGET_COLUMNS), measure(scores, masks, correspondence.grid)], axis=1
+    )
     return table, on_target(masks, correspondence.grid)
 
 # %% ../../nbs/evaluate/06_ground.ipynb #f5f087d9
@@ -650,7 +650,11 @@ def phantom_pointing(
         None: where the method is
     """
     device = device or next(method.parameters()).device
-    items, tables, cells = list(range(len(pairs)) if items is None else items), [pd.DataFrame(columns=_POINTING_COLUMNS)], []
+    items, tables, cells = (
+        list(range(len(pairs)) if items is None else items),
+        [pd.DataFrame(columns=_POINTING_COLUMNS)],
+        [],
+    )
     with frozen(method.to(device)):
         for start in range(0, len(items), batch_size):
             samples = [(item, pairs[item]) for item in items[start : start + batch_size]]
@@ -791,7 +795,9 @@ def ground_phrases(
     pack: Pack,
     phrases: Sequence[Phrase],
     batch_size: int = 32,
-) -> pd.DataFrame:  # phrase (its number), image_id, patient, split, finding, boxes; MEASURES; other_..., on another's image
+) -> (
+    pd.DataFrame
+):  # phrase (its number), image_id, patient, split, finding, boxes; MEASURES; other_..., on another's image
     """Measure a method on phrases with boxes; those whose boxes the encoder's crop leaves out have no row.
 
     ValueError if the Pack does not hold the images, or in another shape, or not as the encoder expects them.
@@ -823,16 +829,29 @@ def ground_phrases(
     with frozen(method):
         found, blind = (_measured(*part, batch_size) for part in inputs)
     blind[patients[whose[seen]] == patients[seen]] = np.nan
-    told = {"phrase": seen, "image_id": [p.image_id for p in chosen], "patient": patients[seen], "split": studies["split"].to_numpy()[seen]}
+    told = {
+        "phrase": seen,
+        "image_id": [p.image_id for p in chosen],
+        "patient": patients[seen],
+        "split": studies["split"].to_numpy()[seen],
+    }
     told |= {"finding": [p.category for p in chosen], "boxes": [len(p.boxes) for p in chosen]}
     return pd.concat([pd.DataFrame(told), found, blind.drop(columns="chance").add_prefix("other_")], axis=1)
 
 # %% ../../nbs/evaluate/06_ground.ipynb #e5b07a07
 def ground(
     run: nn.Module | Run | str | Path,  # a method (see phrase_maps) or a run folder
-    data: Pack | str | Path | None = None,  # the Pack that holds the phrases' images; None: the one that the run was trained on
-    phrases: Sequence[Phrase] | str | Path | None = None,  # or a file in the format of MS-CXR; None: what a phantom's test reports say
-    out: str | Path | None = None,  # folder for phrases.csv (one row a phrase), findings.csv (the table) and phrases.json
+    data: Pack
+    | str
+    | Path
+    | None = None,  # the Pack that holds the phrases' images; None: the one that the run was trained on
+    phrases: Sequence[Phrase]
+    | str
+    | Path
+    | None = None,  # or a file in the format of MS-CXR; None: what a phantom's test reports say
+    out: str
+    | Path
+    | None = None,  # folder for phrases.csv (one row a phrase), findings.csv (the table) and phrases.json
     resamples: int = 500,
     allow_leaks: bool = False,  # measure although the run was trained on patients or images that are for validation or test
 ) -> pd.DataFrame:  # see grounding_table

@@ -28,24 +28,24 @@ from ..train.loop import Run
 
 # %% ../../nbs/evaluate/14_laterality.ipynb #741936fe
 def _band_share(
-    count: int,     # cells of equal length from 0 to 1
+    count: int,  # cells of equal length from 0 to 1
     low: float,
     high: float,
-) -> np.ndarray:    # (count,) 0..1
+) -> np.ndarray:  # (count,) 0..1
     "The share of each cell that lies between two places."
     edges = np.arange(count + 1) / count
     return (count * (np.minimum(edges[1:], high) - np.maximum(edges[:-1], low))).clip(0, 1).round(9)
 
 # %% ../../nbs/evaluate/14_laterality.ipynb #12b1a513
-_SIDES = {"right": (0.0, 0.5), "left": (0.5, 1.0)}   # of the patient -> of the image's width
-_ZONES = {"upper": 0, "middle": 1, "lower": 2}       # thirds of the lung field, from the top
+_SIDES = {"right": (0.0, 0.5), "left": (0.5, 1.0)}  # of the patient -> of the image's width
+_ZONES = {"upper": 0, "middle": 1, "lower": 2}  # thirds of the lung field, from the top
 
 
 def _place_area(
-    place: str,             # of SIDES or ZONES
+    place: str,  # of SIDES or ZONES
     grid: tuple[int, int],  # (h, w), N = h*w
-    extent: tuple[float, float] = (0.0, 1.0),   # from where to where the lungs reach, of the image's height
-) -> np.ndarray:            # (N,) 0..1, row-major
+    extent: tuple[float, float] = (0.0, 1.0),  # from where to where the lungs reach, of the image's height
+) -> np.ndarray:  # (N,) 0..1, row-major
     "How much of each region lies on a side of the image, or in a third of the lungs' height; above and below them is no third."
     (h, w), (top, bottom) = grid, extent
     if place in _SIDES:
@@ -55,9 +55,9 @@ def _place_area(
 
 # %% ../../nbs/evaluate/14_laterality.ipynb #891060b4
 def _place_scores(
-    maps,       # (K, N)
-    areas,      # (K, N) 0..1, see `_place_area`
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:     # hit, mass, chance: (K,) each, 0..1
+    maps,  # (K, N)
+    areas,  # (K, N) 0..1, see `_place_area`
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # hit, mass, chance: (K,) each, 0..1
     "Whether the highest region of each map lies in its area, and how much of the map does. ValueError if a score is not a number."
     maps, areas = np.asarray(maps, dtype=np.float64), np.asarray(areas, dtype=np.float64)
     if np.isnan(maps).any():
@@ -70,9 +70,9 @@ def _place_scores(
 # %% ../../nbs/evaluate/14_laterality.ipynb #9d9552c3
 def _placed_sentences(
     targets: pd.DataFrame,  # see `report_targets`
-    kind: str = "side",     # or "zone"
+    kind: str = "side",  # or "zone"
     findings: Sequence[str] | None = None,  # at least one of which is asserted; None: any
-) -> pd.DataFrame:          # study, sentence, finding (the first that is asserted), place; in order
+) -> pd.DataFrame:  # study, sentence, finding (the first that is asserted), place; in order
     "The sentences whose asserted findings all lie at one place, of SIDES or ZONES, and which name no other."
     rows, places = targets, _SIDES if kind == "side" else _ZONES
     one_place = rows.groupby(["study", "sentence"], sort=False)[kind].transform("nunique") == 1
@@ -80,36 +80,47 @@ def _placed_sentences(
     groups = asserted.groupby(["study", "sentence"], sort=False)
     kept = groups[kind].transform("count") == groups[kind].transform("size")
     if findings is not None:
-        kept &= asserted.assign(wanted=asserted["finding"].isin(findings)).groupby(["study", "sentence"], sort=False)["wanted"].transform("any")
+        kept &= (
+            asserted.assign(wanted=asserted["finding"].isin(findings))
+            .groupby(["study", "sentence"], sort=False)["wanted"]
+            .transform("any")
+        )
     first = asserted[kept & asserted[kind].isin(places)].drop_duplicates(["study", "sentence"])
     return first.rename(columns={kind: "place"})[["study", "sentence", "finding", "place"]].reset_index(drop=True)
 
 # %% ../../nbs/evaluate/14_laterality.ipynb #63ebf075
 def _find_sentences(
-    sentences: pd.DataFrame,    # see `_placed_sentences`
+    sentences: pd.DataFrame,  # see `_placed_sentences`
     pack: Pack,
-    split: str | None,          # None: all
-) -> pd.DataFrame:              # with text, image (row of the Pack), patient, split
+    split: str | None,  # None: all
+) -> pd.DataFrame:  # with text, image (row of the Pack), patient, split
     "The sentences of a split, with text, image and patient. ValueError if the Pack does not hold one of them."
     studies = pack.studies.set_index("study_id")
     if lost := sorted(set(sentences["study"]) - set(studies.index)):
-        raise ValueError(f"{pack.path} has no study {lost[0]} ({len(lost)} of the targets' studies are missing); make the targets of this Pack")
+        raise ValueError(
+            f"{pack.path} has no study {lost[0]} ({len(lost)} of the targets' studies are missing); make the targets of this Pack"
+        )
     own = studies.loc[sentences["study"]]
     short = sentences["sentence"].to_numpy() >= own["sentences"].map(len).to_numpy()
     if short.any():
         where = sentences[short].iloc[0]
-        raise ValueError(f"study {where['study']} of {pack.path} has no sentence {where['sentence']}; make the targets of this Pack")
-    found = sentences.assign(text=[said[number] for said, number in zip(own["sentences"], sentences["sentence"])],
-                             image=[int(rows[0]) for rows in own["image_rows"]],
-                             patient=own["patient_id"].astype(str).to_numpy(), split=own["split"].to_numpy())
+        raise ValueError(
+            f"study {where['study']} of {pack.path} has no sentence {where['sentence']}; make the targets of this Pack"
+        )
+    found = sentences.assign(
+        text=[said[number] for said, number in zip(own["sentences"], sentences["sentence"])],
+        image=[int(rows[0]) for rows in own["image_rows"]],
+        patient=own["patient_id"].astype(str).to_numpy(),
+        split=own["split"].to_numpy(),
+    )
     return found[(split is None) | (found["split"] == split)].reset_index(drop=True)
 
 # %% ../../nbs/evaluate/14_laterality.ipynb #df9b9ad2
 def _lung_extents(
-    method: nn.Module,      # .preprocessing
+    method: nn.Module,  # .preprocessing
     pack: Pack,
     images: Sequence[int],  # rows of the Pack
-) -> np.ndarray:            # (K, 2) top and bottom, 0..1 of the height of what the encoder sees
+) -> np.ndarray:  # (K, 2) top and bottom, 0..1 of the height of what the encoder sees
     "From where to where the lungs of each image reach; 0 and 1 where that is not known, that is for all but a phantom."
     extents, phantom, view = np.tile([0.0, 1.0], (len(images), 1)), pack_phantom(pack), method.preprocessing.mask()
     if phantom is not None:
@@ -121,21 +132,21 @@ def _lung_extents(
 
 # %% ../../nbs/evaluate/14_laterality.ipynb #49079507
 def _place_maps(
-    method: nn.Module,      # see `phrase_maps`
-    pack: Pack,             # or whatever has .image(row)
+    method: nn.Module,  # see `phrase_maps`
+    pack: Pack,  # or whatever has .image(row)
     texts: Sequence[str],
     images: Sequence[int],  # row of the Pack for each
     batch_size: int = 32,
-) -> tuple[np.ndarray, tuple[int, int]]:    # (K, N), and the grid
+) -> tuple[np.ndarray, tuple[int, int]]:  # (K, N), and the grid
     "The map of each sentence on its image. ValueError for a sentence without words."
     phrases, parts = [Phrase(str(image), text, "", (), 0, 0) for image, text in zip(images, texts)], []
     for start in range(0, len(phrases), batch_size):
-        maps, grid = phrase_maps(method, pack, phrases[start:start + batch_size], images[start:start + batch_size])
+        maps, grid = phrase_maps(method, pack, phrases[start : start + batch_size], images[start : start + batch_size])
         parts.append(maps)
     return np.concatenate(parts), grid
 
 # %% ../../nbs/evaluate/14_laterality.ipynb #045e145c
-def _mirrored(pack: Pack) -> SimpleNamespace:    # .image(row)
+def _mirrored(pack: Pack) -> SimpleNamespace:  # .image(row)
     "The images of a Pack, left and right exchanged."
     return SimpleNamespace(image=lambda row: np.ascontiguousarray(np.asarray(pack.image(row))[:, ::-1]))
 
@@ -144,22 +155,29 @@ _CONDITIONS = ("", "mirrored_", "other_", "exchanged_")
 
 
 def _place_rows(
-    method: nn.Module,          # see `phrase_maps`
+    method: nn.Module,  # see `phrase_maps`
     pack: Pack,
-    sentences: pd.DataFrame,    # see `_find_sentences`, at least one
+    sentences: pd.DataFrame,  # see `_find_sentences`, at least one
     exchange: Callable[[str], str | None],  # the same sentence that names the opposite place
     batch_size: int = 32,
 ) -> pd.DataFrame:  # study, patient, split, sentence, finding, place, chance; hit and mass, mirrored_hit ..., other_hit ..., exchanged_hit ...
     "How each sentence's map lies to the place it names, and what the controls make of it; NaN where there is none."
     text, images, patients = (sentences[name].to_numpy() for name in ("text", "image", "patient"))
     others, opposite = next_other_patient(patients), [exchange(sentence) for sentence in text]
-    readings = {"": (pack, text, images), "mirrored_": (_mirrored(pack), text, images), "other_": (pack, text, images[others]),
-                "exchanged_": (pack, [new or old for new, old in zip(opposite, text)], images)}
+    readings = {
+        "": (pack, text, images),
+        "mirrored_": (_mirrored(pack), text, images),
+        "other_": (pack, text, images[others]),
+        "exchanged_": (pack, [new or old for new, old in zip(opposite, text)], images),
+    }
     missing = {"other_": patients == patients[others], "exchanged_": np.array([new is None for new in opposite])}
     rows = sentences[["study", "patient", "split", "sentence", "finding", "place"]].copy()
     for name, (shown, said, of) in readings.items():
         maps, grid = _place_maps(method, shown, said, of, batch_size)
-        areas = [_place_area(place, grid, extent) for place, extent in zip(sentences["place"], _lung_extents(method, pack, of))]
+        areas = [
+            _place_area(place, grid, extent)
+            for place, extent in zip(sentences["place"], _lung_extents(method, pack, of))
+        ]
         hit, mass, chance = _place_scores(maps, areas)
         gone = missing.get(name, np.zeros(len(rows), bool))
         rows[f"{name}hit"], rows[f"{name}mass"] = np.where(gone, np.nan, hit), np.where(gone, np.nan, mass)
@@ -168,22 +186,25 @@ def _place_rows(
     return rows
 
 # %% ../../nbs/evaluate/14_laterality.ipynb #bc345142
-_CONTROLS = {    # what is shown -> columns of the rows, and what the number says
+_CONTROLS = {  # what is shown -> columns of the rows, and what the number says
     "own image": ("", "the sentence on its image: share of the named place"),
-    "mirrored image": ("mirrored_", "the image mirrored: a side that is seen moves (0), a side that is read stays (1); a zone stays"),
+    "mirrored image": (
+        "mirrored_",
+        "the image mirrored: a side that is seen moves (0), a side that is read stays (1); a zone stays",
+    ),
     "another image": ("other_", "another patient's image: chance for one who only sees"),
     "exchanged sentence": ("exchanged_", "left for right, upper for lower: 0 for one who reads"),
 }
 _TABLE = "of measure control value low high sentences patients".split()
 
 
-def _mean(values: np.ndarray, weights: np.ndarray) -> np.ndarray:   # (K,), (1 + R, K) -> (1 + R,)
+def _mean(values: np.ndarray, weights: np.ndarray) -> np.ndarray:  # (K,), (1 + R, K) -> (1 + R,)
     known = ~np.isnan(values)
     total = weights[:, known].sum(1)
     return np.divide(weights[:, known] @ values[known], total, out=np.full(len(total), np.nan), where=total > 0)
 
 # %% ../../nbs/evaluate/14_laterality.ipynb #962f4cfa
-def _draws(rows: pd.DataFrame, measure: str, weights: np.ndarray) -> dict[str, np.ndarray]:     # control -> (1 + R,)
+def _draws(rows: pd.DataFrame, measure: str, weights: np.ndarray) -> dict[str, np.ndarray]:  # control -> (1 + R,)
     "Every control of one measure, on each draw."
     values = {control: rows[f"{prefix}{measure}"].to_numpy(float) for control, (prefix, _) in _CONTROLS.items()}
     draws = {control: _mean(one, weights) for control, one in values.items()}
@@ -192,17 +213,17 @@ def _draws(rows: pd.DataFrame, measure: str, weights: np.ndarray) -> dict[str, n
     return draws | {"best fixed map": np.max(places, axis=0), "chance": _mean(rows["chance"].to_numpy(float), weights)}
 
 # %% ../../nbs/evaluate/14_laterality.ipynb #7294003c
-def _mean_over(draws: list[np.ndarray]) -> np.ndarray:      # of (1 + R,) each
+def _mean_over(draws: list[np.ndarray]) -> np.ndarray:  # of (1 + R,) each
     "Mean over places, draw by draw, of those that have a number in it (the middle has no opposite)."
     known = ~np.isnan(draws)
     return np.divide(np.nansum(draws, axis=0), known.sum(0), out=np.full(known.shape[1], np.nan), where=known.any(0))
 
 # %% ../../nbs/evaluate/14_laterality.ipynb #c4c48a0d
 def _place_table(
-    rows: pd.DataFrame,     # see `_place_rows`
+    rows: pd.DataFrame,  # see `_place_rows`
     resamples: int = 500,
     level: float = 0.95,
-) -> pd.DataFrame:          # TABLE
+) -> pd.DataFrame:  # TABLE
     "Hit and mass under every control, of all sentences, balanced over places, of each place and each finding; intervals draw patients."
     weights, lines = resample(rows["patient"], resamples), []
     places = sorted(set(rows["place"]))
@@ -214,19 +235,28 @@ def _place_table(
         balanced = {control: _mean_over([draws[place][control] for place in places]) for control in draws["all"]}
         balanced["best fixed map"] = np.full(len(weights), 1 / len(places))
         for name, controls in {"all": draws.pop("all"), "balanced": balanced, **draws}.items():
-            lines += [(name, measure, control, *interval(one, level), *sizes.get(name, sizes["all"])) for control, one in controls.items()]
+            lines += [
+                (name, measure, control, *interval(one, level), *sizes.get(name, sizes["all"]))
+                for control, one in controls.items()
+            ]
     return pd.DataFrame(lines, columns=_TABLE)
 
 # %% ../../nbs/evaluate/14_laterality.ipynb #52f5fd8f
-def _measure_places(kind: str, exchange: Callable, run, data, targets, split, findings, out, batch_size, resamples, allow_leaks) -> tuple[pd.DataFrame, pd.DataFrame]:
+def _measure_places(
+    kind: str, exchange: Callable, run, data, targets, split, findings, out, batch_size, resamples, allow_leaks
+) -> tuple[pd.DataFrame, pd.DataFrame]:
     "What `_laterality` and `_zone_hits` have in common."
     method = as_method(run)
     pack = as_pack(data, method)
     check_unseen(pack, [method], allow_leaks)
     check_preprocessing(method, pack)
-    sentences = _find_sentences(_placed_sentences(report_targets(pack) if targets is None else targets, kind, findings), pack, split)
+    sentences = _find_sentences(
+        _placed_sentences(report_targets(pack) if targets is None else targets, kind, findings), pack, split
+    )
     if sentences.empty:
-        raise ValueError(f"no sentence of {pack.path} (split {split}) asserts findings at one {kind} alone: nothing to measure")
+        raise ValueError(
+            f"no sentence of {pack.path} (split {split}) asserts findings at one {kind} alone: nothing to measure"
+        )
     with frozen(method):
         rows = _place_rows(method, pack, sentences, exchange, batch_size)
     table = _place_table(rows, resamples)
@@ -234,36 +264,50 @@ def _measure_places(kind: str, exchange: Callable, run, data, targets, split, fi
         for name, each in ((f"{kind}_sentences", rows), (kind, table)):
             write_atomic(Path(out) / f"{name}.csv", lambda file: each.to_csv(file, index=False))
         field = "the lungs" if pack_phantom(pack) is not None else "what the encoder sees"
-        rules = dict(split=split, findings=findings, resamples=resamples, controls={name: says for name, (_, says) in _CONTROLS.items()}, thirds_of=field)
+        rules = dict(
+            split=split,
+            findings=findings,
+            resamples=resamples,
+            controls={name: says for name, (_, says) in _CONTROLS.items()},
+            thirds_of=field,
+        )
         write_json(Path(out) / f"{kind}.json", describe_inputs({"method": method}, pack, **rules))
     return rows, table
 
 # %% ../../nbs/evaluate/14_laterality.ipynb #ceae635b
 def _laterality(
-    run: nn.Module | Run | str | Path,              # a method (see `phrase_maps`) or a run folder
-    data: Pack | str | Path | None = None,          # None: the Pack that the run was trained on
-    targets: pd.DataFrame | None = None,            # see `report_targets`; None: of the Pack's reports
-    split: str | None = "test",                     # None: all
-    findings: Sequence[str] | None = None,          # sentences that assert one of these; None: any
-    out: str | Path | None = None,                  # folder for side_sentences.csv (one row a sentence), side.csv (the table) and side.json
+    run: nn.Module | Run | str | Path,  # a method (see `phrase_maps`) or a run folder
+    data: Pack | str | Path | None = None,  # None: the Pack that the run was trained on
+    targets: pd.DataFrame | None = None,  # see `report_targets`; None: of the Pack's reports
+    split: str | None = "test",  # None: all
+    findings: Sequence[str] | None = None,  # sentences that assert one of these; None: any
+    out: str
+    | Path
+    | None = None,  # folder for side_sentences.csv (one row a sentence), side.csv (the table) and side.json
     batch_size: int = 32,
     resamples: int = 500,
-    allow_leaks: bool = False,                      # measure although the run was trained on patients or images that are for validation or test
-) -> tuple[pd.DataFrame, pd.DataFrame]:             # see `_place_rows` and `_place_table`
+    allow_leaks: bool = False,  # measure although the run was trained on patients or images that are for validation or test
+) -> tuple[pd.DataFrame, pd.DataFrame]:  # see `_place_rows` and `_place_table`
     "Do the maps of one-sided sentences lie on the side that they name? With controls beside it. ValueError for leaks, or if no sentence is one-sided."
-    return _measure_places("side", exchange_side, run, data, targets, split, findings, out, batch_size, resamples, allow_leaks)
+    return _measure_places(
+        "side", exchange_side, run, data, targets, split, findings, out, batch_size, resamples, allow_leaks
+    )
 
 # %% ../../nbs/evaluate/14_laterality.ipynb #520ceb2e
 def _zone_hits(
-    run: nn.Module | Run | str | Path,              # a method (see `phrase_maps`) or a run folder
-    data: Pack | str | Path | None = None,          # None: the Pack that the run was trained on
-    targets: pd.DataFrame | None = None,            # see `report_targets`; None: of the Pack's reports
-    split: str | None = "test",                     # None: all
-    findings: Sequence[str] | None = None,          # sentences that assert one of these; None: any
-    out: str | Path | None = None,                  # folder for zone_sentences.csv (one row a sentence), zone.csv (the table) and zone.json
+    run: nn.Module | Run | str | Path,  # a method (see `phrase_maps`) or a run folder
+    data: Pack | str | Path | None = None,  # None: the Pack that the run was trained on
+    targets: pd.DataFrame | None = None,  # see `report_targets`; None: of the Pack's reports
+    split: str | None = "test",  # None: all
+    findings: Sequence[str] | None = None,  # sentences that assert one of these; None: any
+    out: str
+    | Path
+    | None = None,  # folder for zone_sentences.csv (one row a sentence), zone.csv (the table) and zone.json
     batch_size: int = 32,
     resamples: int = 500,
-    allow_leaks: bool = False,                      # measure although the run was trained on patients or images that are for validation or test
-) -> tuple[pd.DataFrame, pd.DataFrame]:             # see `_place_rows` and `_place_table`
+    allow_leaks: bool = False,  # measure although the run was trained on patients or images that are for validation or test
+) -> tuple[pd.DataFrame, pd.DataFrame]:  # see `_place_rows` and `_place_table`
     "`_laterality` for upper, middle and lower: thirds of a phantom's lungs, and of the height of what the encoder sees for other images."
-    return _measure_places("zone", exchange_zone, run, data, targets, split, findings, out, batch_size, resamples, allow_leaks)
+    return _measure_places(
+        "zone", exchange_zone, run, data, targets, split, findings, out, batch_size, resamples, allow_leaks
+    )

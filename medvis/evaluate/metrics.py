@@ -366,8 +366,7 @@ class Froc(NamedTuple):
 
 # %% ../../nbs/evaluate/07_metrics.ipynb #64b7bbdf
 def _centre_hits(
-    detections: Boxes,
-    truth: Boxes,
+    detections: Boxes, truth: Boxes
 ) -> tuple[np.ndarray, np.ndarray]:  # found (K,) boxes so far, false (K,) false positives so far
     """Walk down the detections, best score first, and count boxes that held a centre (border included), and centres in none."""
     ranked = detections[np.argsort(-detections.scores, kind="stable")]

@@ -20,8 +20,8 @@ from ..train.run import load_encoder, load_method, training_pack
 
 # %% ../../nbs/evaluate/03_models.ipynb #5091c820
 def as_method(
-    run: nn.Module | str | PathLike,    # a method, a run, or its folder
-) -> nn.Module:                         # in evaluation mode
+    run: nn.Module | str | PathLike,  # a method, a run, or its folder
+) -> nn.Module:  # in evaluation mode
     """The method of a run. FileNotFoundError if the folder is not one.
 
     Parameters
@@ -38,9 +38,11 @@ def as_method(
 
 # %% ../../nbs/evaluate/03_models.ipynb #feef4a62
 def as_encoder(
-    encoder: nn.Module | str | PathLike,    # a method stands for its image encoder; a run, paths and names: see load_encoder
-    image: str | None = None,               # architecture of state-dict files, of "random" and of "imagenet"
-    size: int | None = None,                # side in pixels of what encoders other than runs are shown; None: their own
+    encoder: nn.Module
+    | str
+    | PathLike,  # a method stands for its image encoder; a run, paths and names: see load_encoder
+    image: str | None = None,  # architecture of state-dict files, of "random" and of "imagenet"
+    size: int | None = None,  # side in pixels of what encoders other than runs are shown; None: their own
 ) -> nn.Module:
     """An image encoder with its preprocessing. OSError if it is not there, ValueError if it does not fit.
 
@@ -59,10 +61,10 @@ def as_encoder(
 
 # %% ../../nbs/evaluate/03_models.ipynb #2f538f9b
 def as_encoders(
-    encoders,                       # one of what as_encoder takes, several in a list, or a dict name -> encoder
-    names: Sequence[str] = (),      # of those in a list; without, the names of their folders
-    **loading,                      # image, size: see as_encoder
-) -> dict[str, nn.Module]:          # by name in the tables
+    encoders,  # one of what as_encoder takes, several in a list, or a dict name -> encoder
+    names: Sequence[str] = (),  # of those in a list; without, the names of their folders
+    **loading,  # image, size: see as_encoder
+) -> dict[str, nn.Module]:  # by name in the tables
     """Image encoders by name. ValueError if two have the same name.
 
     Parameters
@@ -82,14 +84,18 @@ def as_encoders(
     if isinstance(encoders, Mapping):
         return {str(name): as_encoder(one, **loading) for name, one in encoders.items()}
     several = list(encoders) if isinstance(encoders, list | tuple) else [encoders]
-    names = [str(name) for name in names] or ["encoder" if isinstance(one, nn.Module) else Path(one).name for one in several]
+    names = [str(name) for name in names] or [
+        "encoder" if isinstance(one, nn.Module) else Path(one).name for one in several
+    ]
     if not len(several) == len(names) == len(set(names)):
-        raise ValueError(f"{len(several)} encoders need as many different names, found {', '.join(names)}: pass --names (names= in Python)")
+        raise ValueError(
+            f"{len(several)} encoders need as many different names, found {', '.join(names)}: pass --names (names= in Python)"
+        )
     return {name: as_encoder(one, **loading) for name, one in zip(names, several)}
 
 # %% ../../nbs/evaluate/03_models.ipynb #2d8dc515
 def as_pack(
-    data: Pack | str | PathLike | None, # None: the Pack that the model was trained on
+    data: Pack | str | PathLike | None,  # None: the Pack that the model was trained on
     model: nn.Module,
 ) -> Pack:
     """The Pack to measure a model on. ValueError if none is given and it is not known, or not there.
@@ -105,13 +111,15 @@ def as_pack(
     if data is not None:
         return data
     if (provenance := getattr(model, "provenance", None)) is None:
-        raise ValueError("no run of medvis made this model, so it is not known which Pack it was trained on: name a Pack with --data (data= in Python)")
+        raise ValueError(
+            "no run of medvis made this model, so it is not known which Pack it was trained on: name a Pack with --data (data= in Python)"
+        )
     return training_pack(provenance)
 
 # %% ../../nbs/evaluate/03_models.ipynb #71c08fbe
 def check_unseen(
-    pack: Pack,                     # that is measured on
-    models: Iterable[nn.Module],    # methods or encoders
+    pack: Pack,  # that is measured on
+    models: Iterable[nn.Module],  # methods or encoders
     allow_leaks: bool = False,
     progress: bool = True,
 ) -> None:
@@ -137,5 +145,8 @@ def check_unseen(
         if trained is not None:
             guard_measured(pack, trained, allow_leaks, progress)
         elif seen.data["hash"] not in (pack.manifest["hash"], *pack.manifest.get("guard", {}).get("against", ())):
-            warnings.warn(f"{seen.run} was trained on a Pack that is not at {seen.data['path']} any more: nobody can tell "
-                          f"whether it saw images of {pack.path}", stacklevel=3)
+            warnings.warn(
+                f"{seen.run} was trained on a Pack that is not at {seen.data['path']} any more: nobody can tell "
+                f"whether it saw images of {pack.path}",
+                stacklevel=3,
+            )

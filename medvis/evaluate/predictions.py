@@ -15,8 +15,17 @@ import numpy as np
 import pandas as pd
 
 from ..core.choices import check_choice
-from .metrics import (
-    MAP_RULES, Boxes, classification_table, count_pixels, detection_table, dice_pooled, dice_table, froc, mean_ap)
+from medvis.evaluate.metrics import (
+    MAP_RULES,
+    Boxes,
+    classification_table,
+    count_pixels,
+    detection_table,
+    dice_pooled,
+    dice_table,
+    froc,
+    mean_ap,
+)
 from .stats import auroc
 from ..core.files import write_atomic
 
@@ -39,10 +48,10 @@ class Predictions:
     truth : np.ndarray | Boxes
     """
 
-    kind: str                       # of the task
-    classes: tuple[str, ...]        # C
-    image_id: np.ndarray            # (n,)
-    patient_id: np.ndarray          # (n,)
+    kind: str  # of the task
+    classes: tuple[str, ...]  # C
+    image_id: np.ndarray  # (n,)
+    patient_id: np.ndarray  # (n,)
     predicted: np.ndarray | Boxes
     truth: np.ndarray | Boxes
 
@@ -56,8 +65,8 @@ class Predictions:
 
 # %% ../../nbs/evaluate/10_predictions.ipynb #ca3cee43
 def join(
-    parts: Sequence,        # arrays (b, ...), or Boxes whose images count from 0 in each batch
-    sizes: Sequence[int],   # images of each batch
+    parts: Sequence,  # arrays (b, ...), or Boxes whose images count from 0 in each batch
+    sizes: Sequence[int],  # images of each batch
 ):
     """Put batches together: one array, or Boxes of all images.
 
@@ -72,7 +81,9 @@ def join(
         return np.concatenate(parts)
     starts = np.cumsum([0, *sizes[:-1]])
     moved = [replace(part, image=part.image + start) for part, start in zip(parts, starts, strict=True)]
-    return Boxes(*(np.concatenate([getattr(part, name) for part in moved]) for name in ("image", "corners", "classes", "scores")))
+    return Boxes(
+        *(np.concatenate([getattr(part, name) for part in moved]) for name in ("image", "corners", "classes", "scores"))
+    )
 
 # %% ../../nbs/evaluate/10_predictions.ipynb #fde66571
 def save_predictions(path: str | Path, told: Predictions) -> None:
@@ -100,14 +111,19 @@ def load_predictions(path: str | Path) -> Predictions:
         kind, parts = str(arrays["kind"]), [arrays["predicted"], arrays["truth"]]
         if kind == "masks":
             shapes = [arrays[f"{name}_shape"] for name in ("predicted", "truth")]
-            parts = [np.unpackbits(part, count=int(shape.prod())).astype(bool).reshape(shape) for part, shape in zip(parts, shapes)]
+            parts = [
+                np.unpackbits(part, count=int(shape.prod())).astype(bool).reshape(shape)
+                for part, shape in zip(parts, shapes)
+            ]
         if kind == "boxes":
             parts = [Boxes.of(pd.DataFrame(part, columns=_COLUMNS)) for part in parts]
         return Predictions(kind, tuple(arrays["classes"].tolist()), arrays["image_id"], arrays["patient_id"], *parts)
     except FileNotFoundError:
         raise
     except Exception as error:  # zipfile, numpy and pandas each have their own
-        raise ValueError(f"{path} does not hold predictions ({type(error).__name__}: {error}); delete it and run again") from error
+        raise ValueError(
+            f"{path} does not hold predictions ({type(error).__name__}: {error}); delete it and run again"
+        ) from error
 
 # %% ../../nbs/evaluate/10_predictions.ipynb #0920c4e4
 def _macro_auroc(told: Predictions) -> float:
@@ -127,22 +143,41 @@ class _Metric(NamedTuple):
 
     kinds: tuple[str, ...]  # of tasks that it is for
     definition: str
-    compute: Callable[[Any], float]                             # from what `reduce` leaves
-    reduce: Callable[[Predictions], Any] = lambda told: told    # to what still tells images apart, indexed by them
+    compute: Callable[[Any], float]  # from what `reduce` leaves
+    reduce: Callable[[Predictions], Any] = lambda told: told  # to what still tells images apart, indexed by them
 
 # %% ../../nbs/evaluate/10_predictions.ipynb #e7ca74c3
 _map = lambda rules: lambda told: mean_ap(told.predicted, told.truth, classes=len(told.classes), rules=MAP_RULES[rules])
 _froc = lambda recorded: lambda told: froc(told.predicted, told.truth, len(told), recorded=recorded).score
 METRICS = {
-    "auroc": _Metric(("labels", "classes", "ordinal"), "mean AUROC over findings, classes (one against the rest) or cuts between grades", _macro_auroc),
-    "accuracy": _Metric(("classes", "ordinal"), "share of images whose most probable class is right",
-                       lambda told: float((told.predicted.argmax(1) == told.truth).mean())),
-    "dice": _Metric(("masks",), "Dice over the pixels of all images at probability 0.5, mean over classes (LoVT)",
-                   dice_pooled, lambda told: count_pixels(told.predicted, told.truth)),
+    "auroc": _Metric(
+        ("labels", "classes", "ordinal"),
+        "mean AUROC over findings, classes (one against the rest) or cuts between grades",
+        _macro_auroc,
+    ),
+    "accuracy": _Metric(
+        ("classes", "ordinal"),
+        "share of images whose most probable class is right",
+        lambda told: float((told.predicted.argmax(1) == told.truth).mean()),
+    ),
+    "dice": _Metric(
+        ("masks",),
+        "Dice over the pixels of all images at probability 0.5, mean over classes (LoVT)",
+        dice_pooled,
+        lambda told: count_pixels(told.predicted, told.truth),
+    ),
     "map": _Metric(("boxes",), "mAP at IoU 0.40 to 0.75 as COCO's, over all images", _map("coco")),
-    "map-lovt": _Metric(("boxes",), "mAP at IoU 0.40 to 0.75, boxes a pixel larger, absent classes 0 (LoVT, released)", _map("lovt")),
-    "map-mgca": _Metric(("boxes",), "mAP at IoU 0.40 to 0.75 of images with both a detection and a box (MGCA, released)", _map("mgca")),
-    "froc": _Metric(("boxes",), "mean sensitivity at 1/8 to 8 false positives an image; a hit has its centre in the box", _froc(False)),
+    "map-lovt": _Metric(
+        ("boxes",), "mAP at IoU 0.40 to 0.75, boxes a pixel larger, absent classes 0 (LoVT, released)", _map("lovt")
+    ),
+    "map-mgca": _Metric(
+        ("boxes",), "mAP at IoU 0.40 to 0.75 of images with both a detection and a box (MGCA, released)", _map("mgca")
+    ),
+    "froc": _Metric(
+        ("boxes",),
+        "mean sensitivity at 1/8 to 8 false positives an image; a hit has its centre in the box",
+        _froc(False),
+    ),
     "froc-lovt": _Metric(("boxes",), "the same, read as LoVT's code reads it", _froc(True)),
 }
 
@@ -152,8 +187,10 @@ def validation_score(metric: str, told: Predictions) -> float:
     _check_metric(metric, told.kind)
     value = METRICS[metric].compute(METRICS[metric].reduce(told))
     if np.isnan(value):
-        raise ValueError(f"{metric} is not defined on these {len(told)} images of {told.kind}: there is nothing to find in them (or nothing but), "
-                         f"or a prediction is not a number. Give the split more images, or watch another number (loss)")
+        raise ValueError(
+            f"{metric} is not defined on these {len(told)} images of {told.kind}: there is nothing to find in them (or nothing but), "
+            f"or a prediction is not a number. Give the split more images, or watch another number (loss)"
+        )
     return value
 
 # %% ../../nbs/evaluate/10_predictions.ipynb #bbb73989
@@ -164,8 +201,8 @@ def _check_metric(metric: str, kind: str) -> None:
 # %% ../../nbs/evaluate/10_predictions.ipynb #75765b79
 def score_table(
     told: Predictions,
-    batch_size: int = 64,   # of the batches that MGCA's Dice is the mean of
-) -> pd.DataFrame:          # metric, value, n, reported_by
+    batch_size: int = 64,  # of the batches that MGCA's Dice is the mean of
+) -> pd.DataFrame:  # metric, value, n, reported_by
     """All metrics of these predictions, in all conventions.
 
     Parameters
@@ -181,14 +218,21 @@ def score_table(
     """
     columns = ["metric", "value", "n", "reported_by"]
     if told.kind == "boxes":
-        table = detection_table(told.predicted, told.truth, len(told), classes=len(told.classes)).rename(columns={"name": "metric"})
+        table = detection_table(told.predicted, told.truth, len(told), classes=len(told.classes)).rename(
+            columns={"name": "metric"}
+        )
         return table.assign(n=len(told))[columns]
     if told.kind == "masks":
         counts = count_pixels(told.predicted, told.truth)
         tables = [dice_table(counts, np.arange(len(told)) // batch_size).rename(columns={"name": "metric"})]
         for c, name in enumerate(told.classes if len(told.classes) > 1 else ()):
             each = replace(counts, **{part: getattr(counts, part)[:, c] for part in ("both", "predicted", "true")})
-            tables.append(pd.DataFrame([[f"Dice, pooled pixels, {name}", dice_pooled(each), "LoVT"]], columns=["metric", "value", "reported_by"]))
+            tables.append(
+                pd.DataFrame(
+                    [[f"Dice, pooled pixels, {name}", dice_pooled(each), "LoVT"]],
+                    columns=["metric", "value", "reported_by"],
+                )
+            )
         return pd.concat(tables, ignore_index=True).assign(n=len(told))[columns]
     table = classification_table(told.predicted, told.truth, told.classes, told.kind)
     return table.assign(metric=table["name"] + ", " + table["of"])[columns]

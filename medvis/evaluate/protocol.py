@@ -35,7 +35,14 @@ from .encoder import check_fit, encoder_hash, fill_cache, random_like
 from .finetune import Learner, LinearClassifier, fit_head, predict
 from .metrics import Boxes
 from .models import as_encoders, check_unseen
-from .predictions import METRICS, Predictions, load_predictions, save_predictions, score_table, validation_score
+from medvis.evaluate.predictions import (
+    METRICS,
+    Predictions,
+    load_predictions,
+    save_predictions,
+    score_table,
+    validation_score,
+)
 from .recipes import LOCALMI, PROTOCOLS, RELEASED, TINY, Protocol
 from .segment import LinearSegmenter, SetrDecoder, SmpUNet, UNet
 from .stats import compare, compare_predictions, fingerprint
@@ -44,7 +51,7 @@ from ..train.config import Diverged
 from ..core.machine import describe_machine
 
 # %% ../../nbs/evaluate/12_protocol.ipynb #fecc2254
-_all_ = ["LOCALMI", "TINY"]      # made elsewhere, found here too
+_all_ = ["LOCALMI", "TINY"]  # made elsewhere, found here too
 
 # %% ../../nbs/evaluate/12_protocol.ipynb #2a7ede2c
 class _Head(NamedTuple):
@@ -55,7 +62,9 @@ class _Head(NamedTuple):
 
 # %% ../../nbs/evaluate/12_protocol.ipynb #9c42a1ef
 _HEADS = {
-    "linear": _Head(("labels", "classes", "ordinal"), lambda encoder, task: LinearClassifier(encoder, task.classes, task.kind)),
+    "linear": _Head(
+        ("labels", "classes", "ordinal"), lambda encoder, task: LinearClassifier(encoder, task.classes, task.kind)
+    ),
     "linear-map": _Head(("masks",), lambda encoder, task: LinearSegmenter(encoder, task.classes)),
     "linear-map-joint": _Head(("masks",), lambda encoder, task: LinearSegmenter(encoder, task.classes, "dice-joint")),
     "unet": _Head(("masks",), lambda encoder, task: UNet(encoder, task.classes)),
@@ -73,13 +82,15 @@ def _make_head(protocol: Protocol, encoder: nn.Module, task: Task) -> nn.Module:
     check_choice("head", protocol.head, _HEADS)
     if task.kind not in _HEADS[protocol.head].kinds:
         fitting = ", ".join(name for name, head in _HEADS.items() if task.kind in head.kinds)
-        raise ValueError(f"the protocol {protocol.name!r} has the head {protocol.head!r}, for {' or '.join(_HEADS[protocol.head].kinds)}, but the task "
-                         f"{task.name!r} is one of {task.kind}; heads for it: {fitting}")
+        raise ValueError(
+            f"the protocol {protocol.name!r} has the head {protocol.head!r}, for {' or '.join(_HEADS[protocol.head].kinds)}, but the task "
+            f"{task.name!r} is one of {task.kind}; heads for it: {fitting}"
+        )
     return _HEADS[protocol.head].make(encoder, task)
 
 # %% ../../nbs/evaluate/12_protocol.ipynb #526a753d
 def _released_protocol(
-    name: str,      # a key of RELEASED
+    name: str,  # a key of RELEASED
 ) -> Protocol:
     "A protocol as the authors' code ran it. ValueError if there is no such code."
     if name not in RELEASED:
@@ -87,7 +98,7 @@ def _released_protocol(
     return replace(PROTOCOLS[name], name=f"{name}-released", **RELEASED[name])
 
 # %% ../../nbs/evaluate/12_protocol.ipynb #e9889084
-def share_rule(task: Task, protocol: Protocol) -> str:      # "patients" or "first", see Task.rows
+def share_rule(task: Task, protocol: Protocol) -> str:  # "patients" or "first", see Task.rows
     """How small shares of the training images are drawn: as the protocol says, else as the recipe of the task's Pack, else by patient.
 
     Returns
@@ -101,11 +112,25 @@ def share_rule(task: Task, protocol: Protocol) -> str:      # "patients" or "fir
 _VERSION = 2  # of the code below a protocol: raised when a mended head, loss or metric makes old runs another thing
 
 
-def _run_identity(encoder: nn.Module, task: Task, protocol: Protocol, lr: float, fraction: float, seed: int) -> dict[str, Any]:
+def _run_identity(
+    encoder: nn.Module, task: Task, protocol: Protocol, lr: float, fraction: float, seed: int
+) -> dict[str, Any]:
     "All that a run depends on. Another grid of rates, or other seeds beside, do not make it another run."
-    recipe = {key: value for key, value in asdict(protocol).items() if key not in ("name", "kind", "lrs", "fractions", "seeds")}
+    recipe = {
+        key: value
+        for key, value in asdict(protocol).items()
+        if key not in ("name", "kind", "lrs", "fractions", "seeds")
+    }
     recipe["subset"] = share_rule(task, protocol)
-    told = {"version": _VERSION, "encoder_hash": encoder_hash(encoder), "task_hash": task.hash, "recipe": recipe, "lr": lr, "fraction": fraction, "seed": seed}
+    told = {
+        "version": _VERSION,
+        "encoder_hash": encoder_hash(encoder),
+        "task_hash": task.hash,
+        "recipe": recipe,
+        "lr": lr,
+        "fraction": fraction,
+        "seed": seed,
+    }
     return json.loads(json.dumps(told))
 
 # %% ../../nbs/evaluate/12_protocol.ipynb #a1d0c5a8
@@ -113,8 +138,10 @@ def _split_rows(task: Task, protocol: Protocol, fraction: float, seed: int) -> d
     "Rows of the task to train on, to validate with and to test on. ValueError if there are none of one."
     rows = {split: task.rows(split) for split in ("train", "validate", "test")}
     if empty := [split for split, of in rows.items() if not len(of)]:
-        raise ValueError(f"the task {task.name!r} has no images in the split {' and '.join(empty)}; it has "
-                         f"{task.images['split'].value_counts().to_dict()}. A protocol needs train, validate and test")
+        raise ValueError(
+            f"the task {task.name!r} has no images in the split {' and '.join(empty)}; it has "
+            f"{task.images['split'].value_counts().to_dict()}. A protocol needs train, validate and test"
+        )
     rows["train"] = task.rows("train", fraction, seed, share_rule(task, protocol))
     if "validate-first-tenth" in protocol.switches:
         rows["validate"] = task.rows("validate", 0.1, how="first")
@@ -132,7 +159,9 @@ def _oracle_predictions(task: Task, rows: np.ndarray) -> Predictions:
         truth = np.stack(truth)
         said = np.eye(len(task.classes))[truth] if task.kind in ("classes", "ordinal") else np.nan_to_num(truth)
     images = task.images.iloc[rows]
-    return Predictions(task.kind, task.classes, *(images[name].to_numpy(str) for name in ("image_id", "patient_id")), said, truth)
+    return Predictions(
+        task.kind, task.classes, *(images[name].to_numpy(str) for name in ("image_id", "patient_id")), said, truth
+    )
 
 # %% ../../nbs/evaluate/12_protocol.ipynb #911867e4
 _machine = functools.cache(describe_machine)
@@ -145,11 +174,11 @@ def _run_one(
     lr: float,
     fraction: float,
     seed: int,
-    out: str | Path,                        # the run's folder lies below its folder runs
-    cache: str | Path | None = None,        # folder of features
-    limit: float = 50.0,                    # GB that the features of an encoder may take there
-    progress: bool = False,                 # show a bar when many features are computed
-) -> Path:                                  # the run's folder
+    out: str | Path,  # the run's folder lies below its folder runs
+    cache: str | Path | None = None,  # folder of features
+    limit: float = 50.0,  # GB that the features of an encoder may take there
+    progress: bool = False,  # show a bar when many features are computed
+) -> Path:  # the run's folder
     "Train, pick the best epoch, predict the test split; nothing if that was done before. Raises Diverged."
     told = _run_identity(encoder, task, protocol, lr, fraction, seed)
     key = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:12]
@@ -168,30 +197,54 @@ def _run_one(
     save_predictions(folder / "predictions.npz", test)
     write_atomic(folder / "history.csv", lambda file: history.to_csv(file, index=False))
     metric = "minus the mean validation loss" if protocol.metric == "loss" else METRICS[protocol.metric].definition
-    write_json(folder / "manifest.json", told | {
-        "task": task.name, "kind": task.kind, "classes": task.classes, "pack": {"hash": task.pack.manifest["hash"], "path": str(task.pack.path)},
-        "images": {split: len(of) for split, of in rows.items()}, "watched": {"metric": protocol.metric, "definition": metric},
-        "validation": best["score"], "best_epoch": int(best["epoch"]), "epochs": len(history), "test_loss": loss, "machine": _machine()})
+    write_json(
+        folder / "manifest.json",
+        told
+        | {
+            "task": task.name,
+            "kind": task.kind,
+            "classes": task.classes,
+            "pack": {"hash": task.pack.manifest["hash"], "path": str(task.pack.path)},
+            "images": {split: len(of) for split, of in rows.items()},
+            "watched": {"metric": protocol.metric, "definition": metric},
+            "validation": best["score"],
+            "best_epoch": int(best["epoch"]),
+            "epochs": len(history),
+            "test_loss": loss,
+            "machine": _machine(),
+        },
+    )
     return folder
 
 # %% ../../nbs/evaluate/12_protocol.ipynb #26e65136
 def _run_rows(
-    folder: str | Path,     # of a run
-) -> pd.DataFrame:          # one row a metric
+    folder: str | Path,  # of a run
+) -> pd.DataFrame:  # one row a metric
     "All numbers of a run, from its predictions. FileNotFoundError if it is not finished."
     folder = Path(folder)
     told = json.loads((folder / "manifest.json").read_text())
     test = load_predictions(folder / "predictions.npz")
     said = test.predicted.table() if isinstance(test.predicted, Boxes) else test.predicted
-    mark = fingerprint(said) if test.kind not in ("masks", "boxes") or len(said) and np.any(said) else None  # silence is no copy
+    mark = (
+        fingerprint(said) if test.kind not in ("masks", "boxes") or len(said) and np.any(said) else None
+    )  # silence is no copy
     first = {"task": told["task"], "kind": told["kind"], "fraction": told["fraction"], "seed": told["seed"]}
-    last = {"lr": told["lr"], "best_epoch": told["best_epoch"], "validation": told["validation"], "predictions": mark,
-            "encoder_hash": told["encoder_hash"], "task_hash": told["task_hash"], "run": folder.name}
+    last = {
+        "lr": told["lr"],
+        "best_epoch": told["best_epoch"],
+        "validation": told["validation"],
+        "predictions": mark,
+        "encoder_hash": told["encoder_hash"],
+        "task_hash": told["task_hash"],
+        "run": folder.name,
+    }
     table = score_table(test, told["recipe"]["batch_size"])
     return table.assign(**first, **last)[[*first, *table, *last]]
 
 # %% ../../nbs/evaluate/12_protocol.ipynb #90f0de2b
-def _tune(encoder: nn.Module, task: Task, protocol: Protocol, fraction: float, seed: int, out: str | Path, **how) -> float:
+def _tune(
+    encoder: nn.Module, task: Task, protocol: Protocol, fraction: float, seed: int, out: str | Path, **how
+) -> float:
     "The rate with the best validation score, of ties the first; `how` is for run_one. Rates at which training diverges are passed over; Diverged if all do."
     scores = {}
     for lr in protocol.lrs if len(protocol.lrs) > 1 else ():
@@ -201,13 +254,15 @@ def _tune(encoder: nn.Module, task: Task, protocol: Protocol, fraction: float, s
         except Diverged:
             continue
     if len(protocol.lrs) > 1 and not scores:
-        raise Diverged(f"{protocol.name} on {task.name} diverged at every learning rate ({', '.join(f'{lr:g}' for lr in protocol.lrs)}): try lower ones")
+        raise Diverged(
+            f"{protocol.name} on {task.name} diverged at every learning rate ({', '.join(f'{lr:g}' for lr in protocol.lrs)}): try lower ones"
+        )
     return max(scores, key=scores.get) if scores else protocol.lrs[0]
 
 # %% ../../nbs/evaluate/12_protocol.ipynb #a08d22d5
 def find_protocol(
-    protocol: str | Protocol,   # a key of PROTOCOLS
-    released: bool = False,     # as the authors' code ran it, where that differs from the paper
+    protocol: str | Protocol,  # a key of PROTOCOLS
+    released: bool = False,  # as the authors' code ran it, where that differs from the paper
 ) -> Protocol:
     """A protocol by its name. ValueError with the names there are, or if no code was released for it.
 
@@ -237,13 +292,15 @@ def _add_results(path: Path, table: pd.DataFrame) -> None:
 def run_protocol(
     encoders: Mapping[str, nn.Module | Sequence[nn.Module]],  # name -> encoder, or one for each seed
     task: Task,
-    protocol: str | Protocol,               # a key of PROTOCOLS
-    out: str | Path,                        # folder of runs, features and results.csv
-    fractions: Sequence[float] | None = None,   # None: as the protocol says
+    protocol: str | Protocol,  # a key of PROTOCOLS
+    out: str | Path,  # folder of runs, features and results.csv
+    fractions: Sequence[float] | None = None,  # None: as the protocol says
     seeds: Sequence[int] | None = None,
-    cache: float = 50.0,                    # GB of a frozen encoder's features that may be kept in out; 0 = none are
+    cache: float = 50.0,  # GB of a frozen encoder's features that may be kept in out; 0 = none are
     progress: bool = True,
-) -> pd.DataFrame:  # one row a run and metric: encoder, protocol, task, fraction, seed, metric, value, n, reported_by, ...
+) -> (
+    pd.DataFrame
+):  # one row a run and metric: encoder, protocol, task, fraction, seed, metric, value, n, reported_by, ...
     """Evaluate encoders on a task. Runs that stand in `out` are not repeated; results.csv there gets these rows beside others.
 
     ValueError if encoder, task and protocol do not fit together.
@@ -270,12 +327,20 @@ def run_protocol(
         one row a run and metric: encoder, protocol, task, fraction, seed, metric, value, n, reported_by, ...
     """
     protocol = find_protocol(protocol)
-    protocol = replace(protocol, fractions=tuple(fractions or protocol.fractions), seeds=tuple(protocol.seeds if seeds is None else seeds))
-    given = {name: list(one) if isinstance(one, Sequence) else [one] * len(protocol.seeds) for name, one in encoders.items()}
+    protocol = replace(
+        protocol,
+        fractions=tuple(fractions or protocol.fractions),
+        seeds=tuple(protocol.seeds if seeds is None else seeds),
+    )
+    given = {
+        name: list(one) if isinstance(one, Sequence) else [one] * len(protocol.seeds) for name, one in encoders.items()
+    }
     rows = _split_rows(task, protocol, 1.0, 0)
     for name, each in given.items():
         if len(each) != len(protocol.seeds):
-            raise ValueError(f"{len(each)} encoders {name!r} for {len(protocol.seeds)} seeds; give one, or one for each seed")
+            raise ValueError(
+                f"{len(each)} encoders {name!r} for {len(protocol.seeds)} seeds; give one, or one for each seed"
+            )
         for encoder in {id(one): one for one in each}.values():
             check_fit(encoder, task.pack, task.images["image"].iloc[0])
             _make_head(protocol, encoder, task)
@@ -296,13 +361,19 @@ def run_protocol(
     return table
 
 # %% ../../nbs/evaluate/12_protocol.ipynb #81248dee
-HEADLINE = {"labels": "AUROC, macro", "classes": "accuracy, all", "ordinal": "AUROC, macro", "masks": "Dice, pooled pixels", "boxes": "mAP, COCO-style"}
+HEADLINE = {
+    "labels": "AUROC, macro",
+    "classes": "accuracy, all",
+    "ordinal": "AUROC, macro",
+    "masks": "Dice, pooled pixels",
+    "boxes": "mAP, COCO-style",
+}
 
 
 def summary_table(
-    table: pd.DataFrame,            # of run_protocol
-    baseline: str | None = None,    # encoder that the others are tested against
-) -> pd.DataFrame:                  # task, protocol, fraction, metric, encoder, mean, low, high, std, n (runs), ...: see stats.compare
+    table: pd.DataFrame,  # of run_protocol
+    baseline: str | None = None,  # encoder that the others are tested against
+) -> pd.DataFrame:  # task, protocol, fraction, metric, encoder, mean, low, high, std, n (runs), ...: see stats.compare
     """The headline metric of every encoder, over seeds.
 
     Parameters
@@ -338,11 +409,11 @@ _HEADLINES = {"labels": "auroc", "classes": "accuracy", "ordinal": "auroc", "mas
 
 
 def compare_runs(
-    runs: Mapping[str, Sequence[str | Path]],   # name -> folders of its runs
+    runs: Mapping[str, Sequence[str | Path]],  # name -> folders of its runs
     baseline: str,
-    metric: str | None = None,          # a key of METRICS; None: the headline of the kind of task, see KEYS
+    metric: str | None = None,  # a key of METRICS; None: the headline of the kind of task, see KEYS
     resamples: int = 500,
-) -> pd.DataFrame:                      # method, value, low, high, gain, gain_low, gain_high, p, ...: see stats.compare_predictions
+) -> pd.DataFrame:  # method, value, low, high, gain, gain_low, gain_high, p, ...: see stats.compare_predictions
     """Means over runs with intervals over test patients, and differences from a baseline. ValueError if they were not asked the same.
 
     Parameters
@@ -361,9 +432,15 @@ def compare_runs(
     """
     told = {name: [load_predictions(Path(run) / "predictions.npz") for run in each] for name, each in runs.items()}
     first = told.get(baseline, next(iter(told.values())))[0]
-    asked = lambda one: (one.kind, list(one.image_id), fingerprint(one.truth.table() if isinstance(one.truth, Boxes) else one.truth))
+    asked = lambda one: (
+        one.kind,
+        list(one.image_id),
+        fingerprint(one.truth.table() if isinstance(one.truth, Boxes) else one.truth),
+    )
     if other := [name for name, each in told.items() if any(asked(one) != asked(first) for one in each)]:
-        raise ValueError(f"{', '.join(other)} and {baseline} were tested on other images, or with other answers: only runs of one task can be compared")
+        raise ValueError(
+            f"{', '.join(other)} and {baseline} were tested on other images, or with other answers: only runs of one task can be compared"
+        )
     score = METRICS[metric or _HEADLINES[first.kind]]
     reduced = {name: _StackedRuns([score.reduce(one) for one in each]) for name, each in told.items()}
     mean = lambda drawn: float(np.mean([score.compute(run) for run in drawn.runs]))
@@ -371,11 +448,11 @@ def compare_runs(
 
 # %% ../../nbs/evaluate/12_protocol.ipynb #e54f04cd
 def over_patients(
-    table: pd.DataFrame,        # of run_protocol
-    out: str | Path,            # its folder
+    table: pd.DataFrame,  # of run_protocol
+    out: str | Path,  # its folder
     baseline: str,
     resamples: int = 500,
-) -> pd.DataFrame:              # task, protocol, fraction, and the columns of compare_runs
+) -> pd.DataFrame:  # task, protocol, fraction, and the columns of compare_runs
     """The headline number of every encoder, mean over seeds, with intervals over test patients.
 
     Parameters
@@ -394,17 +471,23 @@ def over_patients(
     """
     runs, tables = table.drop_duplicates(["encoder", "run"]), []
     for (task, protocol, fraction), group in runs.groupby(["task", "protocol", "fraction"], sort=False):
-        folders = {name: [Path(out) / "runs" / run for run in own["run"]] for name, own in group.groupby("encoder", sort=False)}
-        tables.append(compare_runs(folders, baseline, resamples=resamples).assign(task=task, protocol=protocol, fraction=fraction))
+        folders = {
+            name: [Path(out) / "runs" / run for run in own["run"]] for name, own in group.groupby("encoder", sort=False)
+        }
+        tables.append(
+            compare_runs(folders, baseline, resamples=resamples).assign(task=task, protocol=protocol, fraction=fraction)
+        )
     told = pd.concat(tables, ignore_index=True)
-    return told[["task", "protocol", "fraction", *(name for name in told if name not in ("task", "protocol", "fraction"))]]
+    return told[
+        ["task", "protocol", "fraction", *(name for name in told if name not in ("task", "protocol", "fraction"))]
+    ]
 
 # %% ../../nbs/evaluate/12_protocol.ipynb #0b130ce3
 def _suggest_tasks(pack: Pack, protocol: str) -> str:
     "What else a Pack could be asked, and how; for errors."
     kinds, ways = _HEADS[PROTOCOLS[protocol].head].kinds, []
     for kind, names in held_kinds(pack).items():
-        if kind == "classes":       # the same columns as labels
+        if kind == "classes":  # the same columns as labels
             continue
         fitting = next((name for name, one in TINY.items() if kind in _HEADS[one.head].kinds), None)
         told = f"{'grades' if kind == 'ordinal' else kind} of {', '.join(names)}"
@@ -414,11 +497,15 @@ def _suggest_tasks(pack: Pack, protocol: str) -> str:
 # %% ../../nbs/evaluate/12_protocol.ipynb #6ca3c38a
 def protocol_task(
     pack: Pack,
-    protocol: str,                                      # a key of PROTOCOLS
-    targets: str | Path | None = None,                  # file or folder, see data.task_files; None: what the Pack holds, or a phantom shows
-    kind: str | None = None,                            # None: what the protocol asks first
-    classes: Sequence[str] = (),                        # without: those of the recipe, else all
-    uncertain: str | Mapping[str, str] | None = None,   # of labels; None: as the recipe says, see data.tasks.label_policy
+    protocol: str,  # a key of PROTOCOLS
+    targets: str
+    | Path
+    | None = None,  # file or folder, see data.task_files; None: what the Pack holds, or a phantom shows
+    kind: str | None = None,  # None: what the protocol asks first
+    classes: Sequence[str] = (),  # without: those of the recipe, else all
+    uncertain: str
+    | Mapping[str, str]
+    | None = None,  # of labels; None: as the recipe says, see data.tasks.label_policy
     blank: str | None = None,
     progress: bool = True,
 ) -> Task:
@@ -445,15 +532,21 @@ def protocol_task(
     kind = kind or found.kind or kinds[0]
     phantom = targets is None and pack_phantom(pack) is not None
     if kind not in kinds:
-        raise ValueError(f"{protocol} asks for {' or '.join(kinds)}, not for {kind}: leave out --kind, or take another protocol")
+        raise ValueError(
+            f"{protocol} asks for {' or '.join(kinds)}, not for {kind}: leave out --kind, or take another protocol"
+        )
     if (uncertain or blank) and (phantom or kind != "labels"):
-        raise ValueError(f"--uncertain and --blank are said of labels; these are {'what a phantom shows' if phantom else kind}")
+        raise ValueError(
+            f"--uncertain and --blank are said of labels; these are {'what a phantom shows' if phantom else kind}"
+        )
     if phantom:
         return phantom_task(pack, kind, classes or FINDINGS, progress=progress)
     if targets is not None:
         return read_task(targets, pack, kind, classes, uncertain, blank)
     if kind not in held_kinds(pack):
-        raise ValueError(f"{protocol} asks for {'grades' if kind == 'ordinal' else kind}, and {pack.path} holds none: name their file with --targets. It holds {_suggest_tasks(pack, protocol)}")
+        raise ValueError(
+            f"{protocol} asks for {'grades' if kind == 'ordinal' else kind}, and {pack.path} holds none: name their file with --targets. It holds {_suggest_tasks(pack, protocol)}"
+        )
     return pack_task(pack, kind, classes or None, Path(pack.path).name, uncertain, blank)
 
 # %% ../../nbs/evaluate/12_protocol.ipynb #4421753c
@@ -462,35 +555,40 @@ _RANDOM_INIT = "untaught"
 
 def _with_random_init(
     encoders: Mapping[str, nn.Module],
-    random: Sequence[str],      # names of those that nothing was ever taught
+    random: Sequence[str],  # names of those that nothing was ever taught
     seeds: Sequence[int],
-    baseline: bool = True,      # add untaught copies of the first encoder, unless one is random anyway
-) -> tuple[dict[str, nn.Module | list[nn.Module]], str | None]:    # and the name of the baseline
+    baseline: bool = True,  # add untaught copies of the first encoder, unless one is random anyway
+) -> tuple[dict[str, nn.Module | list[nn.Module]], str | None]:  # and the name of the baseline
     "Encoders for `run_protocol`: of random weights, others for every seed. ValueError if one has the name of the untaught copies."
     added = {_RANDOM_INIT: next(iter(encoders.values()))} if baseline and not random else {}
     if set(added) & set(encoders):
-        raise ValueError(f"an encoder is named {_RANDOM_INIT!r}, as its untaught copies are: give it another name with --names (names= in Python)")
-    drawn = {name: [random_like(one, seed) for seed in seeds] for name, one in {**{name: encoders[name] for name in random}, **added}.items()}
+        raise ValueError(
+            f"an encoder is named {_RANDOM_INIT!r}, as its untaught copies are: give it another name with --names (names= in Python)"
+        )
+    drawn = {
+        name: [random_like(one, seed) for seed in seeds]
+        for name, one in {**{name: encoders[name] for name in random}, **added}.items()
+    }
     return {**encoders, **drawn}, next(iter(drawn), None)
 
 # %% ../../nbs/evaluate/12_protocol.ipynb #a21da7ff
 def evaluate(
-    encoders,                           # run folders, methods, encoders, "random", ...: see models.as_encoders
-    task: Task | Pack | str | Path,     # of a Pack: what the protocol asks of it, see protocol_task
-    protocol: str | Protocol,           # a key of PROTOCOLS
-    out: str | Path,                    # folder of the runs, results.csv and patients.csv; finished runs there are not repeated
-    names: Sequence[str] = (),          # of encoders in a list; without, the names of their folders
-    baseline: bool = True,              # add untaught copies of the first encoder, one for each seed, unless one is random anyway
-    released: bool = False,             # as the authors' code ran it, where that differs from the paper
-    resamples: int = 500,               # draws of test patients; 0: without patients.csv
-    allow_leaks: bool = False,          # measure although a run was trained on patients or images that are for validation or test here
-    image: str | None = None,           # architecture of state-dict files, of "random" and of "imagenet"
-    size: int | None = None,            # side in pixels of what encoders other than runs are shown; None: their own
-    device: str = "auto",               # or "cpu"
-    cache: float = 50.0,                # GB of a frozen encoder's features that may be kept
+    encoders,  # run folders, methods, encoders, "random", ...: see models.as_encoders
+    task: Task | Pack | str | Path,  # of a Pack: what the protocol asks of it, see protocol_task
+    protocol: str | Protocol,  # a key of PROTOCOLS
+    out: str | Path,  # folder of the runs, results.csv and patients.csv; finished runs there are not repeated
+    names: Sequence[str] = (),  # of encoders in a list; without, the names of their folders
+    baseline: bool = True,  # add untaught copies of the first encoder, one for each seed, unless one is random anyway
+    released: bool = False,  # as the authors' code ran it, where that differs from the paper
+    resamples: int = 500,  # draws of test patients; 0: without patients.csv
+    allow_leaks: bool = False,  # measure although a run was trained on patients or images that are for validation or test here
+    image: str | None = None,  # architecture of state-dict files, of "random" and of "imagenet"
+    size: int | None = None,  # side in pixels of what encoders other than runs are shown; None: their own
+    device: str = "auto",  # or "cpu"
+    cache: float = 50.0,  # GB of a frozen encoder's features that may be kept
     progress: bool = True,
-    **changes,                          # of the protocol: lrs, fractions, subset, seeds, epochs, ...
-) -> pd.DataFrame:                      # see summary; all metrics of all runs stand in results.csv
+    **changes,  # of the protocol: lrs, fractions, subset, seeds, epochs, ...
+) -> pd.DataFrame:  # see summary; all metrics of all runs stand in results.csv
     """Measure encoders by a protocol of the papers or a tiny one, against untaught copies. ValueError for what does not fit together, and for leaks.
 
     Parameters
@@ -537,10 +635,19 @@ def evaluate(
     check_unseen(task.pack, given.values(), allow_leaks, progress)
     if device == "auto" and torch.accelerator.is_available():
         given = {name: one.to(torch.accelerator.current_accelerator()) for name, one in given.items()}
-    asked = encoders.values() if isinstance(encoders, Mapping) else encoders if isinstance(encoders, list | tuple) else [encoders]
+    asked = (
+        encoders.values()
+        if isinstance(encoders, Mapping)
+        else encoders
+        if isinstance(encoders, list | tuple)
+        else [encoders]
+    )
     random = [name for name, one in zip(given, asked) if isinstance(one, str) and one == "random"]
     every, reference = _with_random_init(given, random, rules.seeds, baseline)
     table = run_protocol(every, task, rules, out, cache=cache, progress=progress)
     if resamples and reference is not None:
-        write_atomic(Path(out) / "patients.csv", lambda file: over_patients(table, out, reference, resamples).to_csv(file, index=False))
+        write_atomic(
+            Path(out) / "patients.csv",
+            lambda file: over_patients(table, out, reference, resamples).to_csv(file, index=False),
+        )
     return summary_table(table, reference)

@@ -14,7 +14,6 @@ import tyro
 
 from ..core.choices import default_text
 
-
 # %% ../../nbs/evaluate/01_recipes.ipynb #0c44c497
 SWITCHES = {
     "plateau-on-loss": "the rate is halved by the validation loss, not by the metric (LoVT, released)",
@@ -23,7 +22,14 @@ SWITCHES = {
     "late-batchnorm": "after the warm-up, BatchNorm stays frozen to the end of the epoch (LoVT, released)",
     "loose-batchnorm": "the frozen encoder stays in training mode: its BatchNorm statistics drift (MGCA, released)",
 }
-AUGMENTS = ("mgca", "lovt", "local-mi", "none", "moco2", "shift-scale-rotate")      # what they do: VARIATIONS of evaluate.finetune
+AUGMENTS = (
+    "mgca",
+    "lovt",
+    "local-mi",
+    "none",
+    "moco2",
+    "shift-scale-rotate",
+)  # what they do: VARIATIONS of evaluate.finetune
 
 
 @dataclass(frozen=True)
@@ -70,16 +76,26 @@ class Protocol:
     "Defects of released code that are wanted: keys of SWITCHES."
 
     def __post_init__(self):
-        for name, found, there in (("trains", (self.trains,), ("head", "top", "all")), ("optimizer", (self.optimizer,), ("adam", "adamw")),
-                                   ("augment", (self.augment,), AUGMENTS), ("switches", self.switches, SWITCHES)):
+        for name, found, there in (
+            ("trains", (self.trains,), ("head", "top", "all")),
+            ("optimizer", (self.optimizer,), ("adam", "adamw")),
+            ("augment", (self.augment,), AUGMENTS),
+            ("switches", self.switches, SWITCHES),
+        ):
             if strange := [one for one in found if one not in there]:
                 raise ValueError(f"{name}: {', '.join(map(repr, strange))} is none of {', '.join(there)}")
         if not (self.lrs and self.seeds and self.fractions) or min(self.batch_size, self.epochs) < 1:
-            raise ValueError(f"a protocol needs a learning rate, a seed, a fraction, and batch size and epochs of at least 1; found {self}")
+            raise ValueError(
+                f"a protocol needs a learning rate, a seed, a fraction, and batch size and epochs of at least 1; found {self}"
+            )
 
 # %% ../../nbs/evaluate/01_recipes.ipynb #1da87ee2
 _many, _few = Protocol(epochs=500, patience=10), Protocol(epochs=500, patience=20, batch_size=8)
-_map, _unet, _yolo = {"head": "linear-map", "metric": "dice"}, {"head": "unet", "metric": "dice"}, {"head": "yolo", "metric": "map"}
+_map, _unet, _yolo = (
+    {"head": "linear-map", "metric": "dice"},
+    {"head": "unet", "metric": "dice"},
+    {"head": "yolo", "metric": "map"},
+)
 _all = {"trains": "all", "warmup_steps": 100}
 _grid = (3e-2, 1e-2, 3e-3, 1e-3)
 
@@ -107,8 +123,12 @@ LOVT = {
 # %% ../../nbs/evaluate/01_recipes.ipynb #2f09a241
 _mgca = Protocol(optimizer="adamw", lrs=(5e-4,), batch_size=48, metric="loss", plateau=None, fractions=(0.01, 0.1, 1.0))
 _mgca_boxes = replace(_mgca, head="yolo-05", metric="map", batch_size=16, lrs=(2e-4, 5e-4))
-_mgca_masks = replace(_mgca, head="smp-unet", weight_decay=0.05, batch_size=16, lrs=(2e-4, 5e-4), augment="shift-scale-rotate")
-_localmi = Protocol(trains="top", lrs=(5e-4,), batch_size=8, patience=None, plateau=None, weight_decay=0.0, augment="local-mi")
+_mgca_masks = replace(
+    _mgca, head="smp-unet", weight_decay=0.05, batch_size=16, lrs=(2e-4, 5e-4), augment="shift-scale-rotate"
+)
+_localmi = Protocol(
+    trains="top", lrs=(5e-4,), batch_size=8, patience=None, plateau=None, weight_decay=0.0, augment="local-mi"
+)
 
 _MGCA_PROTOCOLS = {
     "mgca_chexpert": replace(_mgca, augment="moco2"),
@@ -147,7 +167,7 @@ _lovt_map, _lovt_froc = {"head": "yolo-lovt", "metric": "map-lovt"}, {"head": "y
 _lovt_rsna_tuned = {**_lovt, "switches": (*_tuned, "validate-first-tenth")}
 _loose = {"switches": ("loose-batchnorm",)}
 
-RELEASED = {        # protocol -> the fields in which the code differs
+RELEASED = {  # protocol -> the fields in which the code differs
     "rsna_frozen_1": _lovt_rsna | _lovt_map,
     "rsna_frozen_10": _lovt_rsna | _lovt_map,
     "rsna_frozen_100": _lovt_rsna | _lovt_map,
@@ -191,13 +211,20 @@ class EvaluateConfig:
     "Folder of the runs and results.csv. Finished runs that stand there are not repeated."
     targets: Annotated[Path | None, default_text("what the Pack holds, or what a phantom's pictures show")] = None
     "Table (.csv, .parquet) of labels or grades (first column: image or study id) or of boxes (image_id, x0, y0, x1, y1 in pixels of the original image, class), or folder of mask pictures, png files named by image id (several classes: a folder each)."
-    kind: Annotated[Literal["labels", "classes", "ordinal"] | None, default_text("classes for mgca_covidx, else labels")] = None
+    kind: Annotated[
+        Literal["labels", "classes", "ordinal"] | None, default_text("classes for mgca_covidx, else labels")
+    ] = None
     "What a classifier is asked: independent findings (labels), exclusive classes, or grades (ordinal)."
     classes: Annotated[tuple[str, ...], default_text("those of the Pack's recipe, else all that there are")] = ()
     "Label columns, or classes of masks or boxes."
-    uncertain: Annotated[Literal["ignore", "positive", "negative"] | None, default_text("what the Pack's recipe says, else they are ignored")] = None
+    uncertain: Annotated[
+        Literal["ignore", "positive", "negative"] | None,
+        default_text("what the Pack's recipe says, else they are ignored"),
+    ] = None
     "What labels of -1 count as."
-    blank: Annotated[Literal["ignore", "negative"] | None, default_text("what the Pack's recipe says, else negative")] = None
+    blank: Annotated[
+        Literal["ignore", "negative"] | None, default_text("what the Pack's recipe says, else negative")
+    ] = None
     "What missing labels count as."
     names: Annotated[tuple[str, ...], default_text("the names of their folders")] = ()
     "Names of the encoders in the table."
@@ -211,7 +238,10 @@ class EvaluateConfig:
     "As the authors' code ran it, where that differs from the paper."
     fractions: Annotated[tuple[float, ...], default_text("as the protocol says")] = ()
     "Shares of the training images whose labels are used."
-    subset: Annotated[Literal["patients", "first"] | None, default_text("as the protocol says, else as the Pack's recipe, else by patient")] = None
+    subset: Annotated[
+        Literal["patients", "first"] | None,
+        default_text("as the protocol says, else as the Pack's recipe, else by patient"),
+    ] = None
     "These shares are drawn by patient, or are the first rows."
     seeds: Annotated[tuple[int, ...], default_text("as the protocol says")] = ()
     "One run each."

@@ -412,9 +412,16 @@ def read_prompts(
     table = read_csv(path, ("finding", "prompt"))
     if missing := [name for name in ("finding", "sign", "pair", "prompt") if name not in table]:
         raise ValueError(f"{path} lacks the columns {', '.join(missing)}; it has {', '.join(table)}")
-    wrong = ~table["sign"].isin([1, -1]) | table["pair"].isna() | ~table["prompt"].fillna("").str.contains(r"\w") | table["finding"].isna()
+    wrong = (
+        ~table["sign"].isin([1, -1])
+        | table["pair"].isna()
+        | ~table["prompt"].fillna("").str.contains(r"\w")
+        | table["finding"].isna()
+    )
     if wrong.any():
-        raise ValueError(f"{path}, line {int(wrong.to_numpy().argmax()) + 2}: a prompt needs a finding, sign 1 or -1, the number of its pair, and words")
+        raise ValueError(
+            f"{path}, line {int(wrong.to_numpy().argmax()) + 2}: a prompt needs a finding, sign 1 or -1, the number of its pair, and words"
+        )
     if single := [name for name, of in table.groupby("finding") if of["sign"].nunique() < 2]:
         raise ValueError(f"{path}: {', '.join(single)} needs prompts of both signs, present (1) and absent (-1)")
     return table
@@ -585,7 +592,8 @@ def retrieve(
     run: Method | Run | str | Path,  # or a run folder
     data: Pack | str | Path | None = None,  # None: the Pack that it was trained on
     split: str = "test",
-    findings: Sequence[str] | None = None,  # of "same class"; this and the next two: None = as the Pack's recipe says, see label_policy
+    findings: Sequence[str]
+    | None = None,  # of "same class"; this and the next two: None = as the Pack's recipe says, see label_policy
     uncertain: str | Mapping[str, str] | None = None,
     blank: str | None = None,
     per_class: int | None = None,  # at most so many studies of each class; the papers: 200
@@ -651,7 +659,9 @@ def zero_shot(
     blank: str | None = None,
     combine: str = "mean",
     resamples: int = 500,
-    out: str | Path | None = None,  # folder for zero_shot.npz, zero_shot.json and the three tables as zero_shot_<name>.csv
+    out: str
+    | Path
+    | None = None,  # folder for zero_shot.npz, zero_shot.json and the three tables as zero_shot_<name>.csv
     allow_leaks: bool = False,  # measure although the run was trained on patients or images of the split
     batch_size: int = 64,
 ) -> dict[str, pd.DataFrame]:  # "findings": zero_shot_table, "prompts": prompt_breakdown, "classes": class_table

@@ -102,10 +102,7 @@ def mixed_loss(
     Losses
         parts focal, dice
     """
-    return add_up(
-        focal=alpha * _focal_loss(logits, target, gamma),
-        dice=-_soft_dice(logits, target, smooth).log(),
-    )
+    return add_up(focal=alpha * _focal_loss(logits, target, gamma), dice=-_soft_dice(logits, target, smooth).log())
 
 # %% ../../nbs/evaluate/09_segment.ipynb #cd1cf46e
 _SEGMENTATION_LOSSES = {
@@ -120,7 +117,7 @@ class Segmenter(nn.Module):
 
     needs = "pyramid"
 
-    def __init__(self, objective: str):
+    def __init__(self, objective: str) -> None:
         super().__init__()
         if objective not in _SEGMENTATION_LOSSES:
             raise ValueError(f"objective is {objective!r}; expected one of {', '.join(_SEGMENTATION_LOSSES)}")
@@ -180,7 +177,7 @@ class LinearSegmenter(Segmenter):
         encoder: nn.Module,  # an image encoder
         classes: Sequence[str],
         objective: str = "dice",  # classes are independent as in LoVT's supplement; "dice-joint" as in its code
-    ):
+    ) -> None:
         super().__init__(objective)
         self.linear, self.size = nn.Linear(encoder.region_dim, len(classes)), encoder.preprocessing.size
 
@@ -214,7 +211,7 @@ def _double_conv(width_in: int, width: int) -> nn.Sequential:
 class _UpBlock(nn.Module):
     """One step up: enlarge, put a finer map beside it, mix."""
 
-    def __init__(self, width_in: int, skip: int, width: int, step: int = 2):
+    def __init__(self, width_in: int, skip: int, width: int, step: int = 2) -> None:
         super().__init__()
         self.up, self.mix = nn.ConvTranspose2d(width_in, width, step, step), _double_conv(width + skip, width)
 
@@ -229,13 +226,17 @@ class _UpBlock(nn.Module):
 class UNet(Segmenter):
     """LoVT's U-Net on the pyramid of a convolutional encoder. ValueError for an encoder or an image side it does not fit."""
 
-    def __init__(self, encoder: nn.Module, classes: Sequence[str], objective: str = "dice"):
+    def __init__(self, encoder: nn.Module, classes: Sequence[str], objective: str = "dice") -> None:
         super().__init__(objective)
         dims, strides, size = encoder.pyramid_dims, encoder.pyramid_strides, encoder.preprocessing.size
         if len(dims) < 3:
-            raise ValueError(f"a U-Net needs maps of several resolutions, found strides {strides}; for a ViT take SetrDecoder")
+            raise ValueError(
+                f"a U-Net needs maps of several resolutions, found strides {strides}; for a ViT take SetrDecoder"
+            )
         if size % strides[-1]:
-            raise ValueError(f"images of {size} pixels, but the coarsest map has stride {strides[-1]}; expected a multiple of it")
+            raise ValueError(
+                f"images of {size} pixels, but the coarsest map has stride {strides[-1]}; expected a multiple of it"
+            )
         width, self.steps = dims[-1], nn.ModuleList()
         self.bridge = _double_conv(width, width)
         for level in reversed(range(len(dims) - 1)):
@@ -267,11 +268,13 @@ class UNet(Segmenter):
 class SmpUNet(Segmenter):
     """MGCA's U-Net: segmentation-models-pytorch's decoder on the pyramid of a convolutional encoder. ValueError as UNet."""
 
-    def __init__(self, encoder: nn.Module, classes: Sequence[str], objective: str = "mixed"):
+    def __init__(self, encoder: nn.Module, classes: Sequence[str], objective: str = "mixed") -> None:
         super().__init__(objective)
         dims = encoder.pyramid_dims
         if len(dims) < 3:
-            raise ValueError(f"a U-Net needs maps of several resolutions, found widths {dims}; for a ViT take SetrDecoder")
+            raise ValueError(
+                f"a U-Net needs maps of several resolutions, found widths {dims}; for a ViT take SetrDecoder"
+            )
         widths = [max(256 >> step, 16) for step in range(len(dims) - 1)]
         self.decoder, self.head = UnetDecoder(dims, widths, len(widths)), SegmentationHead(widths[-1], len(classes))
         initialize_decoder(self.decoder)
@@ -303,11 +306,11 @@ class SetrDecoder(Segmenter):
         classes: Sequence[str],
         objective: str = "mixed",
         widths: Sequence[int] = (512, 256, 128, 64),
-    ):
+    ) -> None:
         super().__init__(objective)
         dim, stride = encoder.pyramid_dims[-1], encoder.pyramid_strides[-1]
         self.levels = [len(encoder.pyramid_dims) - 1]
-        self.size, widths = encoder.preprocessing.size, widths[-math.ceil(math.log2(stride)):]
+        self.size, widths = encoder.preprocessing.size, widths[-math.ceil(math.log2(stride)) :]
         self.project, self.steps = nn.Conv2d(dim, dim, 1), nn.ModuleList()
         for before, width in zip((dim, *widths), widths):
             layers = nn.Conv2d(before, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU(inplace=True)

@@ -97,7 +97,7 @@ class Interval(NamedTuple):
     low: float
     high: float
 
-    def __str__(self):
+    def __str__(self) -> str:
         return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
 # %% ../../nbs/evaluate/02_stats.ipynb #11a5fc32
@@ -319,7 +319,9 @@ def _smallest_p(
     """The smallest p that a paired test can give for so many pairs, all pointing one way; NaN for fewer than two."""
     if pairs < 2:
         return np.nan
-    return 0.0 if test == "paired-t" else max(2 / 2**pairs, 2 / (2**16 + 1) if test == "sign-flip" and pairs > 16 else 0.0)
+    return (
+        0.0 if test == "paired-t" else max(2 / 2**pairs, 2 / (2**16 + 1) if test == "sign-flip" and pairs > 16 else 0.0)
+    )
 
 # %% ../../nbs/evaluate/02_stats.ipynb #cf0b9ef4
 _CORRECTIONS = ("holm", "benjamini-hochberg", "none")
@@ -396,7 +398,9 @@ def compare(
     test: str = "sign-flip",  # of PAIRED_TESTS
     correction: str = "holm",  # of CORRECTIONS
     level: float = 0.95,
-) -> pd.DataFrame:  # keys, encoder, mean, low, high, std, n, covers, gain, gain_low, gain_high, pairs, p, p_least, p_corrected
+) -> (
+    pd.DataFrame
+):  # keys, encoder, mean, low, high, std, n, covers, gain, gain_low, gain_high, pairs, p, p_least, p_corrected
     """Means over seeds with intervals, and paired comparisons with a baseline; `pairs` are the seeds that both have.
 
     covers: how often intervals by this rule hold the truth for n normal runs (`coverage`); p_least: the smallest p, before correction, that the
@@ -443,17 +447,34 @@ def _encoder_row(group: pd.DataFrame, encoder, baseline, rule: str, test: str, l
     """One row of `compare`, from the results of one protocol, fraction and metric."""
     own, other = (group[group["encoder"] == name].set_index("seed")["value"] for name in (encoder, baseline))
     mean = _seed_interval(own, rule, level)
-    row = {"encoder": encoder, "mean": mean.value, "low": mean.low, "high": mean.high, "std": own.std(), "n": len(own), "covers": coverage(len(own), rule, level)}
+    row = {
+        "encoder": encoder,
+        "mean": mean.value,
+        "low": mean.low,
+        "high": mean.high,
+        "std": own.std(),
+        "n": len(own),
+        "covers": coverage(len(own), rule, level),
+    }
     if baseline is None:
         return row
     seeds = [] if encoder == baseline else own.index.intersection(other.index)
     gain = _seed_interval(own[seeds] - other[seeds], rule, level)
     p = _paired_test(own[seeds], other[seeds], test)
-    return row | {"gain": gain.value, "gain_low": gain.low, "gain_high": gain.high, "pairs": len(seeds), "p": p, "p_least": _smallest_p(len(seeds), test)}
+    return row | {
+        "gain": gain.value,
+        "gain_low": gain.low,
+        "gain_high": gain.high,
+        "pairs": len(seeds),
+        "p": p,
+        "p_least": _smallest_p(len(seeds), test),
+    }
 
 # %% ../../nbs/evaluate/02_stats.ipynb #f2249adf
 def compare_predictions(
-    predictions: Mapping[str, Sequence],  # method -> what it said of n rows, and the truth; indexed by rows, as an array is
+    predictions: Mapping[
+        str, Sequence
+    ],  # method -> what it said of n rows, and the truth; indexed by rows, as an array is
     groups,  # (n,) patient of each row; drawn together
     metric: Callable,  # predictions of some rows -> number
     baseline: str,

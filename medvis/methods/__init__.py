@@ -19,8 +19,7 @@ if TYPE_CHECKING:
     from medvis.methods.gloria import GLoRIA
     from medvis.methods.local_mi import GlobalMI, LocalMI
     from medvis.methods.lovt import LoVT
-    from medvis.methods.method import (
-        Aligned, Correspondence, Losses, Method, add_up, cosine_correspondence, negatives)
+    from medvis.methods.method import Aligned, Correspondence, Losses, Method, add_up, cosine_correspondence, negatives
     from medvis.methods.mgca import MGCA
     from medvis.methods.mixture_mi import MixtureMI
     from medvis.methods.registry import METHODS, register_method
@@ -30,7 +29,24 @@ else:
 
 # %% ../../nbs/methods/00_doors.ipynb #9cb41274
 _all_ = [
-    "CLIP", "ConVIRT", "GLoRIA", "GlobalMI", "LocalMI", "LoVT", "Aligned", "Correspondence", "Losses", "Method", "add_up",
-    "cosine_correspondence", "negatives", "MGCA", "MixtureMI", "METHODS", "register_method", "MethodConfig",
-    "list_methods", "list_presets",
+    "CLIP",
+    "ConVIRT",
+    "GLoRIA",
+    "GlobalMI",
+    "LocalMI",
+    "LoVT",
+    "Aligned",
+    "Correspondence",
+    "Losses",
+    "Method",
+    "add_up",
+    "cosine_correspondence",
+    "negatives",
+    "MGCA",
+    "MixtureMI",
+    "METHODS",
+    "register_method",
+    "MethodConfig",
+    "list_methods",
+    "list_presets",
 ]

@@ -12,7 +12,16 @@ from ..core.choices import check_choice
 from ..data.pairs import Batch
 from ..encoders.features import ImageFeatures
 from ..encoders.heads import AttentionPool, ProjectionHead
-from .method import Aligned, Correspondence, Losses, Method, add_up, cosine_correspondence, cross_attend, negatives
+from medvis.methods.method import (
+    Aligned,
+    Correspondence,
+    Losses,
+    Method,
+    add_up,
+    cosine_correspondence,
+    cross_attend,
+    negatives,
+)
 from .settings import CONVIRT_PRESETS as PRESETS, ConVIRTConfig
 from ..objectives.contrastive import clip_loss
 
@@ -23,18 +32,22 @@ class ConVIRT(Method):
     Config = ConVIRTConfig
     presets = PRESETS
 
-    def __init__(self, config: ConVIRTConfig, tokenizer=None):
+    def __init__(self, config: ConVIRTConfig, tokenizer=None) -> None:
         super().__init__(config, tokenizer, whole=config.whole_text)
         check_choice("image vector", config.whole_image, ("encoder", "attention"))
         attends, image, size = config.whole_image == "attention", self.image_encoder, (config.hidden, config.dim)
         self.pool = AttentionPool(image.region_dim) if attends else None
-        self.image_head = ProjectionHead(image.region_dim if attends else image.whole_dim, *size, config.norm, config.head_init)
+        self.image_head = ProjectionHead(
+            image.region_dim if attends else image.whole_dim, *size, config.norm, config.head_init
+        )
         self.text_head = ProjectionHead(self.text_encoder.dim, *size, config.norm, config.head_init)
 
     def forward(self, batch: Batch) -> Losses:
         "The contrastive loss of a batch."
         c, t, v = self.config, self.embed_text(batch), self.embed_image(batch.image)
-        return add_up(instance=c.weight * clip_loss(v, t, c.temperature, c.direction_weight, negatives(batch, c.negatives)))
+        return add_up(
+            instance=c.weight * clip_loss(v, t, c.temperature, c.direction_weight, negatives(batch, c.negatives))
+        )
 
     def pool_image(self, features: ImageFeatures) -> tuple[Tensor, Tensor | None]:
         "By attention, or as the encoder does it."
@@ -69,7 +82,11 @@ class ConVIRT(Method):
     def correspondence(self, batch: Batch) -> Correspondence:
         "Regions, words and sentences through the heads of the wholes; nothing trained them to fit, so expect little."
         image, text = self.encode(batch)
-        regions, words, sentences = self.project_regions(image.regions), self.text_head(text.words), self.text_head(text.sentences)
+        regions, words, sentences = (
+            self.project_regions(image.regions),
+            self.text_head(text.words),
+            self.text_head(text.sentences),
+        )
         return cosine_correspondence(regions, words, sentences, text, image.grid, self.config.temperature)
 
     def align(self, batch: Batch) -> Aligned:

@@ -29,7 +29,7 @@ class GLoRIA(Method):
     Config = GLoRIAConfig
     presets = PRESETS
 
-    def __init__(self, config: GLoRIAConfig, tokenizer=None):
+    def __init__(self, config: GLoRIAConfig, tokenizer=None) -> None:
         super().__init__(config, tokenizer, whole="mean-all", summed_layers=config.summed_layers)
         self.global_image = nn.Linear(self.image_encoder.whole_dim, self.text_encoder.dim)
         self.local_image = nn.Linear(self.image_encoder.region_dim, self.text_encoder.dim, bias=False)
@@ -43,7 +43,9 @@ class GLoRIA(Method):
             parts["global"] = c.global_weight * (2 * loss)
         if c.weight_local:
             settings = (c.attention_scale, c.word_scale, c.scale, c.average, valid, c.chunk)
-            parts["local"] = c.weight_local * gloria_loss(self.local_image(image.regions), *_cls_and_words(text), *settings)
+            parts["local"] = c.weight_local * gloria_loss(
+                self.local_image(image.regions), *_cls_and_words(text), *settings
+            )
         return add_up(**parts)
 
     def correspondence(self, batch: Batch) -> Correspondence:
@@ -51,7 +53,14 @@ class GLoRIA(Method):
         c, text, image = self.config, self.read_sentences(batch), self.image_encoder(batch.image)
         learned = ("words",) if c.weight_local else ()
         return cosine_correspondence(
-            self.local_image(image.regions), text.words, text.sentences, text, image.grid, 1 / c.attention_scale, learned)
+            self.local_image(image.regions),
+            text.words,
+            text.sentences,
+            text,
+            image.grid,
+            1 / c.attention_scale,
+            learned,
+        )
 
     def align(self, batch: Batch) -> Aligned:
         "Regions and words of a report: a word gathers regions by GLoRIA's attention, a region the words that choose it."
@@ -87,5 +96,9 @@ class GLoRIA(Method):
     def similarity(self, image: tuple[Tensor, Tensor], text: tuple[Tensor, Tensor, Tensor]) -> Tensor:
         "Both scores that are trained, weighted as their losses are: cosines of the wholes, and what the words find."
         c, (whole, regions), (sentence, words, mask) = self.config, image, text
-        local = gloria_scores(regions, words, mask, c.attention_scale, c.word_scale, c.average, c.chunk) if c.weight_local else 0
+        local = (
+            gloria_scores(regions, words, mask, c.attention_scale, c.word_scale, c.average, c.chunk)
+            if c.weight_local
+            else 0
+        )
         return c.global_weight * l2_normalize(whole) @ l2_normalize(sentence).T + c.weight_local * local

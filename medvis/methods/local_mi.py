@@ -15,10 +15,24 @@ from ..core.choices import check_choice
 from ..data.pairs import Batch
 from ..encoders.features import ImageFeatures
 from .method import Correspondence, Losses, Method, NoCorrespondence, add_up, negatives
-from .settings import GLOBAL_MI_PRESETS, GlobalMIConfig, LOCAL_MI_PRESETS, LocalMIConfig, MutualInformationConfig
+from medvis.methods.settings import (
+    GLOBAL_MI_PRESETS,
+    GlobalMIConfig,
+    LOCAL_MI_PRESETS,
+    LocalMIConfig,
+    MutualInformationConfig,
+)
 from medvis.objectives.mutual_information import (
-    Discriminator, cpc_bound, dv_bound, local_scores, region_scores, released_cpc, reselect_negatives, select_by_bound,
-    select_regions)
+    Discriminator,
+    cpc_bound,
+    dv_bound,
+    local_scores,
+    region_scores,
+    released_cpc,
+    reselect_negatives,
+    select_by_bound,
+    select_regions,
+)
 
 # %% ../../nbs/methods/06_local_mi.ipynb #655ec710
 BOUNDS = {"cpc": cpc_bound, "mine": dv_bound, "cpc-released": released_cpc}
@@ -29,9 +43,9 @@ class MutualInformation(Method):
 
     Config = MutualInformationConfig
     shared_space = False
-    learned: tuple[str, ...] = ()   # grains, as in `Correspondence`
+    learned: tuple[str, ...] = ()  # grains, as in `Correspondence`
 
-    def __init__(self, config: MutualInformationConfig, tokenizer=None):
+    def __init__(self, config: MutualInformationConfig, tokenizer=None) -> None:
         check_choice("bound", config.bound, BOUNDS)
         super().__init__(config, tokenizer, words="mean", whole=config.text_feature)
         self.discriminator = Discriminator(self.image_dim, self.text_encoder.dim, config.hidden)
@@ -73,8 +87,14 @@ class MutualInformation(Method):
         image, text = self.image_encoder(batch.image), self.read_sentences(batch)
         words = self.read_sentences(replace(batch, sentence_index=batch.word_index)).sentences
         scores = [
-            torch.stack([self.discriminator.scores(*one, self.config.chunk) for one in zip(self.region_inputs(image), of, strict=True)])
-            for of in (words, text.sentences)]
+            torch.stack(
+                [
+                    self.discriminator.scores(*one, self.config.chunk)
+                    for one in zip(self.region_inputs(image), of, strict=True)
+                ]
+            )
+            for of in (words, text.sentences)
+        ]
         return Correspondence(*scores, text.word_mask, text.sentence_mask, image.grid, learned=self.learned)
 
     def embed_text(self, batch: Batch) -> Tensor:  # (B, Dt)
@@ -117,7 +137,8 @@ class GlobalMI(MutualInformation):
         if whole not in (region, 4 * region):
             raise NoCorrespondence(
                 f"global-mi judges whole images, {whole} wide; regions {region} wide are not what they are pooled from: "
-                f"take them from the last layer (layer or local_grid of {self.config.image})")
+                f"take them from the last layer (layer or local_grid of {self.config.image})"
+            )
         return image.regions.repeat_interleave(whole // region, -1)
 
 # %% ../../nbs/methods/06_local_mi.ipynb #5dc7272e
@@ -128,7 +149,7 @@ class LocalMI(MutualInformation):
     presets = LOCAL_MI_PRESETS
     learned = ("sentences",)
 
-    def __init__(self, config: LocalMIConfig, tokenizer=None):
+    def __init__(self, config: LocalMIConfig, tokenizer=None) -> None:
         check_choice("rule to select regions", config.region_select, ("score", "bound"))
         check_choice("rule for the regions of negatives", config.negatives_regions, ("selected", "max"))
         super().__init__(config, tokenizer)

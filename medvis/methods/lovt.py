@@ -19,9 +19,7 @@ from ..objectives.regions import CrossModalAttention, local_image_loss, local_re
 
 # %% ../../nbs/methods/05_lovt.ipynb #d3566fd4
 def _global_vectors(
-    method: "LoVT",
-    image: ImageFeatures,
-    text: TextFeatures,
+    method: "LoVT", image: ImageFeatures, text: TextFeatures
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     "Vectors of image and report (B, D), and the weights of regions (B, N) and sentences (B, M) with attention pooling."
     if method.image_pool is None:
@@ -31,9 +29,7 @@ def _global_vectors(
     return v, t, region_weights, sentence_weights
 
 # %% ../../nbs/methods/05_lovt.ipynb #fedd14a2
-def _local_vectors(
-    method: "LoVT", image: ImageFeatures, text: TextFeatures,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _local_vectors(method: "LoVT", image: ImageFeatures, text: TextFeatures) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     "Projected regions (B, N, d) and what each gathered from the report; sentences (B, M, d) and what each gathered from the image."
     regions = method.local_image(image.regions)
     sentences = method.local_text(text.sentences, None if method.config.padded else text.sentence_mask)
@@ -45,9 +41,9 @@ def _local_losses(
     method: "LoVT",
     image: ImageFeatures,
     text: TextFeatures,
-    region_weights: Tensor | None,    # (B, N), None = even
+    region_weights: Tensor | None,  # (B, N), None = even
     sentence_weights: Tensor | None,  # (B, M), None = even
-) -> dict[str, Tensor]:               # scalars by name, weighted; those of weight 0 are left out
+) -> dict[str, Tensor]:  # scalars by name, weighted; those of weight 0 are left out
     "The two local losses from the features of a batch."
     c, mask = method.config, text.sentence_mask
     regions, to_region, sentences, to_sentence = _local_vectors(method, image, text)
@@ -56,7 +52,9 @@ def _local_losses(
         p = positiveness(image.grid, c.beta, c.threshold, c.smooth, regions.device)
         weights = regions.new_ones(regions.shape[:2]) if region_weights is None else region_weights
         weights = weights * mask.any(-1, keepdim=True)
-        parts["local_image"] = c.local_image_weight * local_image_loss(regions, to_region, p, c.local_temperature, weights)
+        parts["local_image"] = c.local_image_weight * local_image_loss(
+            regions, to_region, p, c.local_temperature, weights
+        )
     if c.local_report_weight:
         loss = local_report_loss(sentences, to_sentence, mask, c.local_temperature, sentence_weights)
         parts["local_report"] = c.local_report_weight * loss
@@ -85,25 +83,36 @@ class LoVT(Method):
     Config = LoVTConfig
     presets = PRESETS
 
-    def __init__(self, config: LoVTConfig, tokenizer=None):
+    def __init__(self, config: LoVTConfig, tokenizer=None) -> None:
         super().__init__(config, tokenizer, words="max", sentences="max", whole="max")
         c, image, text = config, self.image_encoder, self.text_encoder
         check_choice("pooling of LoVT", c.pool, ("attention", "avg-max"))
-        attends, self.local = c.pool == "attention" and c.global_weight > 0, c.local_image_weight > 0 or c.local_report_weight > 0
+        attends, self.local = (
+            c.pool == "attention" and c.global_weight > 0,
+            c.local_image_weight > 0 or c.local_report_weight > 0,
+        )
         if c.local_weights and self.local and not attends:
-            raise ValueError("local_weights come from attention pooling, which the global loss trains: "
-                             "set local_weights=False, or pool='attention' and global_weight above 0")
+            raise ValueError(
+                "local_weights come from attention pooling, which the global loss trains: "
+                "set local_weights=False, or pool='attention' and global_weight above 0"
+            )
         self.shared_space = c.global_weight > 0
         size = dict(hidden=c.hidden, out_dim=c.dim, norm="hidden", init="kaiming")
         self.image_pool = self.text_pool = None
         if attends:
             mean = "padded" if c.padded else "masked"
-            self.image_pool, self.text_pool = AttentionPool(image.region_dim, c.heads), AttentionPool(text.dim, c.heads, mean)
+            self.image_pool, self.text_pool = (
+                AttentionPool(image.region_dim, c.heads),
+                AttentionPool(text.dim, c.heads, mean),
+            )
         if c.global_weight:
             self.global_image = ProjectionHead(image.region_dim if attends else image.whole_dim, **size)
             self.global_text = ProjectionHead(text.dim, **size)
         if self.local:
-            self.local_image, self.local_text = ProjectionHead(image.region_dim, **size), ProjectionHead(text.dim, **size)
+            self.local_image, self.local_text = (
+                ProjectionHead(image.region_dim, **size),
+                ProjectionHead(text.dim, **size),
+            )
             self.attention = CrossModalAttention(c.dim, c.padded)
 
     def forward(self, batch: Batch) -> Losses:
@@ -112,7 +121,9 @@ class LoVT(Method):
         v, t, *weights = _global_vectors(self, image, text)
         if c.global_weight:
             v, t = self.global_image(v), self.global_text(t)
-            parts["global"] = c.global_weight * clip_loss(v, t, c.temperature, c.direction_weight, negatives(batch, c.negatives))
+            parts["global"] = c.global_weight * clip_loss(
+                v, t, c.temperature, c.direction_weight, negatives(batch, c.negatives)
+            )
         if self.local:
             parts |= _local_losses(self, image, text, *(weights if c.local_weights else (None, None)))
         return add_up(**parts)
@@ -125,7 +136,8 @@ class LoVT(Method):
         regions = self.local_image(image.regions)
         scores = [
             self.attention.scores(regions, self.local_text(x, mask))
-            for x, mask in ((text.words, text.word_mask), (text.sentences, text.sentence_mask))]
+            for x, mask in ((text.words, text.word_mask), (text.sentences, text.sentence_mask))
+        ]
         return Correspondence(*scores, text.word_mask, text.sentence_mask, image.grid, learned=("sentences",))
 
     def align(self, batch: Batch) -> Aligned | None:
@@ -160,4 +172,6 @@ class LoVT(Method):
             (B, d); ValueError without the global loss
         """
         text = self.read(batch)
-        return _global_head(self, "text")(text.whole if self.text_pool is None else self.text_pool(text.sentences, text.sentence_mask)[0])
+        return _global_head(self, "text")(
+            text.whole if self.text_pool is None else self.text_pool(text.sentences, text.sentence_mask)[0]
+        )

@@ -28,6 +28,7 @@ from ..objectives.tokens import gather_context
 @dataclass
 class Losses:
     "The scalar to minimise, and its weighted parts by name; the parts add up to the total."
+
     total: Tensor
     parts: dict[str, Tensor]
 
@@ -68,14 +69,17 @@ class Correspondence:
     learned : tuple[str, ...], default: ()
         which of words and sentences a loss compared with regions; the scores of others are derived
     """
-    words: Tensor           # (B, N, W) scores
-    sentences: Tensor       # (B, N, M) scores
-    word_mask: Tensor       # (B, W) True = valid
-    sentence_mask: Tensor   # (B, M)
-    grid: tuple[int, int]   # (h, w), N = h*w
+
+    words: Tensor  # (B, N, W) scores
+    sentences: Tensor  # (B, N, M) scores
+    word_mask: Tensor  # (B, W) True = valid
+    sentence_mask: Tensor  # (B, M)
+    grid: tuple[int, int]  # (h, w), N = h*w
     prototypes: Tensor | None = None  # (B, N, K) scores of disease prototypes, for methods that have them
-    temperature: float = 1.0          # scores are divided by it before a softmax over regions makes maps of them; 1 for logits
-    learned: tuple[str, ...] = ()     # which of words and sentences a loss compared with regions; the scores of others are derived
+    temperature: float = 1.0  # scores are divided by it before a softmax over regions makes maps of them; 1 for logits
+    learned: tuple[
+        str, ...
+    ] = ()  # which of words and sentences a loss compared with regions; the scores of others are derived
 
 # %% ../../nbs/methods/02_method.ipynb #96132b62
 class NoCorrespondence(NotImplementedError, ValueError):
@@ -83,12 +87,12 @@ class NoCorrespondence(NotImplementedError, ValueError):
 
 # %% ../../nbs/methods/02_method.ipynb #625bae1f
 def cosine_correspondence(
-    regions: Tensor,         # (B, N, d) projected
-    words: Tensor,           # (B, W, d)
-    sentences: Tensor,       # (B, M, d)
+    regions: Tensor,  # (B, N, d) projected
+    words: Tensor,  # (B, W, d)
+    sentences: Tensor,  # (B, M, d)
     text: TextFeatures,
     grid: tuple[int, int],
-    temperature: float = 1.0,       # of the method's loss
+    temperature: float = 1.0,  # of the method's loss
     learned: tuple[str, ...] = (),  # grains, as in `Correspondence`
 ) -> Correspondence:
     """Scores as cosines in the shared space.
@@ -110,8 +114,14 @@ def cosine_correspondence(
     """
     regions = l2_normalize(regions)
     return Correspondence(
-        regions @ l2_normalize(words).mT, regions @ l2_normalize(sentences).mT, text.word_mask, text.sentence_mask, grid,
-        temperature=temperature, learned=learned)
+        regions @ l2_normalize(words).mT,
+        regions @ l2_normalize(sentences).mT,
+        text.word_mask,
+        text.sentence_mask,
+        grid,
+        temperature=temperature,
+        learned=learned,
+    )
 
 # %% ../../nbs/methods/02_method.ipynb #b84b08f1
 @dataclass
@@ -134,23 +144,25 @@ class Aligned:
     grain : str, default: 'sentence'
         of the texts: sentence or word
     """
-    regions: Tensor      # (B, N, d) z^I
-    from_text: Tensor    # (B, N, d) z^{R->I}
-    texts: Tensor        # (B, M, d) z^R
-    from_image: Tensor   # (B, M, d) z^{I->R}
-    mask: Tensor         # (B, M) True = valid
+
+    regions: Tensor  # (B, N, d) z^I
+    from_text: Tensor  # (B, N, d) z^{R->I}
+    texts: Tensor  # (B, M, d) z^R
+    from_image: Tensor  # (B, M, d) z^{I->R}
+    mask: Tensor  # (B, M) True = valid
     grid: tuple[int, int]
     grain: str = "sentence"  # of the texts: sentence or word
 
     def __post_init__(self):
         self.regions, self.from_text, self.texts, self.from_image = map(
-            l2_normalize, (self.regions, self.from_text, self.texts, self.from_image))
+            l2_normalize, (self.regions, self.from_text, self.texts, self.from_image)
+        )
 
 # %% ../../nbs/methods/02_method.ipynb #c419c471
 def cross_attend(
-    regions: Tensor,      # (B, N, d)
-    texts: Tensor,        # (B, M, d)
-    mask: Tensor,         # (B, M) True = valid
+    regions: Tensor,  # (B, N, d)
+    texts: Tensor,  # (B, M, d)
+    mask: Tensor,  # (B, M) True = valid
     grid: tuple[int, int],
     temperature: float,
     grain: str = "sentence",
@@ -171,7 +183,10 @@ def cross_attend(
     """
     regions, texts = l2_normalize(regions), l2_normalize(texts)
     everywhere = mask.new_ones(regions.shape[:2])
-    from_text, from_image = gather_context(regions, texts, mask, temperature), gather_context(texts, regions, everywhere, temperature)
+    from_text, from_image = (
+        gather_context(regions, texts, mask, temperature),
+        gather_context(texts, regions, everywhere, temperature),
+    )
     return Aligned(regions, from_text[0], texts, from_image[0], mask, grid, grain)
 
 # %% ../../nbs/methods/02_method.ipynb #dfd9a3f9
@@ -196,17 +211,26 @@ class Method(nn.Module):
 
     Config = MethodConfig
     presets: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {}  # name -> (configuration, training recipe)
-    least_batch = 2                 # samples of one batch, so that there is something to contrast with
-    shared_space = True             # whether the vectors of `pair_vectors` live in one space, so that their distance has a meaning
-    provenance: Any = None          # the run and data that the weights come from, noted by `fit` and `load_method`
-    vocabulary_of: str | None = None    # hash of the Pack that `create_method` took the words from; None = they were given
+    least_batch = 2  # samples of one batch, so that there is something to contrast with
+    shared_space = True  # whether the vectors of `pair_vectors` live in one space, so that their distance has a meaning
+    provenance: Any = None  # the run and data that the weights come from, noted by `fit` and `load_method`
+    vocabulary_of: str | None = (
+        None  # hash of the Pack that `create_method` took the words from; None = they were given
+    )
 
-    def __init__(self, config: MethodConfig, tokenizer: PreTrainedTokenizerBase | None = None, **pooling):
+    def __init__(self, config: MethodConfig, tokenizer: PreTrainedTokenizerBase | None = None, **pooling) -> None:
         super().__init__()
         check_choice("rule for negatives", config.negatives, NEGATIVES)
-        self.config, self.training_settings, self.preset, self.prototypes = config, {}, None, None   # prototypes (K, D): in the space of `pair_vectors`
+        self.config, self.training_settings, self.preset, self.prototypes = (
+            config,
+            {},
+            None,
+            None,
+        )  # prototypes (K, D): in the space of `pair_vectors`
         self.image_encoder = image_encoder(config.image, config.image_weights, **config.image_options)
-        self.text_encoder = text_encoder(config.text, tokenizer, config.text_layers, config.freeze_text, config.text_weights, **pooling)
+        self.text_encoder = text_encoder(
+            config.text, tokenizer, config.text_layers, config.freeze_text, config.text_weights, **pooling
+        )
 
     @classmethod
     def from_preset(cls, preset: str, tokenizer: PreTrainedTokenizerBase | None = None, **changes) -> "Method":
@@ -230,7 +254,13 @@ class Method(nn.Module):
     @property
     def sampling(self) -> Sampling:
         "What of a study this method sees, by its recipe."
-        return Sampling(**{key: self.training_settings[key] for key in Sampling.__dataclass_fields__ if key in self.training_settings})
+        return Sampling(
+            **{
+                key: self.training_settings[key]
+                for key in Sampling.__dataclass_fields__
+                if key in self.training_settings
+            }
+        )
 
     @property
     def text_unit(self) -> str:
@@ -243,14 +273,18 @@ class Method(nn.Module):
 
     def read_sentences(self, batch: Batch) -> TextFeatures:
         "Run the text encoder on every sentence alone."
-        return encode_sentences(self.text_encoder, batch.input_ids, batch.attention_mask, batch.word_index, batch.sentence_index)
+        return encode_sentences(
+            self.text_encoder, batch.input_ids, batch.attention_mask, batch.word_index, batch.sentence_index
+        )
 
     def encode(self, batch: Batch) -> tuple[ImageFeatures, TextFeatures]:
         "Run both encoders."
         text = self.read(batch)
         return self.image_encoder(batch.image), text
 
-    def pool_image(self, features: ImageFeatures) -> tuple[Tensor, Tensor | None]:  # (B, D); (B, N) shares, None = not weighed
+    def pool_image(
+        self, features: ImageFeatures
+    ) -> tuple[Tensor, Tensor | None]:  # (B, D); (B, N) shares, None = not weighed
         """The unprojected vectors of whole images, and how much each region counts in them: the encoder's own.
 
         Returns
@@ -285,7 +319,9 @@ class Method(nn.Module):
         """
         raise NotImplementedError(f"{type(self).__name__} does not embed images")
 
-    def embed_text(self, batch: Batch) -> Any:    # what `similarity` wants of B texts; the batch's images are not looked at
+    def embed_text(
+        self, batch: Batch
+    ) -> Any:  # what `similarity` wants of B texts; the batch's images are not looked at
         """Returns
         -------
         Any
@@ -316,8 +352,8 @@ class Method(nn.Module):
 # %% ../../nbs/methods/02_method.ipynb #13bfb585
 def negatives(
     batch: Batch,
-    rule: str,                 # "all", "other-study" or "other-patient"
-) -> Tensor | None:            # (B, B) bool for clip_loss; None = all
+    rule: str,  # "all", "other-study" or "other-patient"
+) -> Tensor | None:  # (B, B) bool for clip_loss; None = all
     """Which pairs of a batch may be contrasted. Raises ValueError for an unknown rule.
 
     Parameters

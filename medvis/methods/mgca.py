@@ -26,10 +26,20 @@ def _token_loss(method: "MGCA", image: ImageFeatures, text: TextFeatures) -> Ten
     words = method.local_text(text.words, text.word_mask if c.mask_padding else None)
     region_weights, word_weights = (
         None if weights is None else clip_weights(weights, c.clip_share, 1 - c.clip_share)
-        for weights in (image.weights, text.word_weights))
+        for weights in (image.weights, text.word_weights)
+    )
     return token_alignment_loss(
-        regions, words, text.word_mask, c.tau_token, region_weights, word_weights, c.mask_padding, c.unit_region_context,
-        method.word_attention, method.region_attention)
+        regions,
+        words,
+        text.word_mask,
+        c.tau_token,
+        region_weights,
+        word_weights,
+        c.mask_padding,
+        c.unit_region_context,
+        method.word_attention,
+        method.region_attention,
+    )
 
 # %% ../../nbs/methods/04_mgca.ipynb #b5f6129b
 def _token_heads(method: "MGCA") -> tuple[ProjectionHead, ProjectionHead] | None:
@@ -52,7 +62,9 @@ def _attentions(config: MGCAConfig) -> tuple[nn.Module | None, nn.Module | None]
     "The learned attention of words over regions, and of regions over words; None without it."
     if not (config.weight_token and config.learned_attention):
         return None, None
-    return nn.MultiheadAttention(config.dim, 1, batch_first=True), nn.MultiheadAttention(config.dim, 1, batch_first=True)
+    return nn.MultiheadAttention(config.dim, 1, batch_first=True), nn.MultiheadAttention(
+        config.dim, 1, batch_first=True
+    )
 
 # %% ../../nbs/methods/04_mgca.ipynb #3e4a56b0
 def _prototype_scores(method: "MGCA", image: ImageFeatures) -> Tensor | None:  # (B, N, K)
@@ -68,7 +80,7 @@ class MGCA(Method):
     Config = MGCAConfig
     presets = PRESETS
 
-    def __init__(self, config: MGCAConfig, tokenizer=None):
+    def __init__(self, config: MGCAConfig, tokenizer=None) -> None:
         read = dict(whole=config.whole_text, word_weights=config.weight_token > 0, released_words=config.released_words)
         super().__init__(config, tokenizer, sentences="mean", **read)
         image, text, size = self.image_encoder, self.text_encoder, (config.hidden, config.dim)
@@ -107,15 +119,28 @@ class MGCA(Method):
     def correspondence(self, batch: Batch) -> Correspondence:
         "Scores of words and sentences against regions: cosines, or the learned attention's logits. By the global heads without CTA."
         if (heads := _token_heads(self)) is None:
-            raise NoCorrespondence("without CTA only the pooled layer can be shown: build the method with layer='layer4'")
+            raise NoCorrespondence(
+                "without CTA only the pooled layer can be shown: build the method with layer='layer4'"
+            )
         (image, text), (see, read) = self.encode(batch), heads
-        words, word_mask = pool_tokens(text.tokens, batch.word_index)  # of the report; the released [SEP] is none of them
+        words, word_mask = pool_tokens(
+            text.tokens, batch.word_index
+        )  # of the report; the released [SEP] is none of them
         regions = l2_normalize(see(image.regions))
-        scores = [matching_scores(l2_normalize(read(x, mask)), regions, self.word_attention).mT
-                  for x, mask in ((words, word_mask), (text.sentences, text.sentence_mask))]
+        scores = [
+            matching_scores(l2_normalize(read(x, mask)), regions, self.word_attention).mT
+            for x, mask in ((words, word_mask), (text.sentences, text.sentence_mask))
+        ]
         learned = ("words",) if self.config.weight_token else ()
         return Correspondence(
-            *scores, word_mask, text.sentence_mask, image.grid, _prototype_scores(self, image), _token_temperature(self), learned)
+            *scores,
+            word_mask,
+            text.sentence_mask,
+            image.grid,
+            _prototype_scores(self, image),
+            _token_temperature(self),
+            learned,
+        )
 
     def align(self, batch: Batch) -> Aligned | None:
         "Regions and words, which gather each other as in CTA; None where no head fits the regions."

@@ -11,7 +11,16 @@ import torch
 from torch import Tensor
 
 from ..data.pairs import Batch
-from .method import Aligned, Correspondence, Losses, Method, add_up, cosine_correspondence, cross_attend, negatives
+from medvis.methods.method import (
+    Aligned,
+    Correspondence,
+    Losses,
+    Method,
+    add_up,
+    cosine_correspondence,
+    cross_attend,
+    negatives,
+)
 from .settings import MIXTURE_MI_PRESETS, MixtureMIConfig
 from ..objectives.contrastive import l2_normalize
 from ..objectives.mixture import CosineCritic, mixture_scores
@@ -19,9 +28,9 @@ from ..objectives.mutual_information import cpc_bound
 
 # %% ../../nbs/methods/09_mixture_mi.ipynb #528e68c7
 def _sentence_pairs(
-    owner: Tensor,               # (S,) int64 image of every sentence
-    valid: Tensor | None,        # (B, B) bool, pairs of images and reports that may be contrasted; None = all
-) -> Tensor:                     # (S, S) bool for a bound: row = the image of sentence s, column = a sentence
+    owner: Tensor,  # (S,) int64 image of every sentence
+    valid: Tensor | None,  # (B, B) bool, pairs of images and reports that may be contrasted; None = all
+) -> Tensor:  # (S, S) bool for a bound: row = the image of sentence s, column = a sentence
     "Which sentences may be contrasted: matched ones, and those of other reports as `valid` says."
     matched = torch.eye(len(owner), dtype=torch.bool, device=owner.device)
     others = owner[:, None] != owner
@@ -34,10 +43,11 @@ class MixtureMI(Method):
     Config = MixtureMIConfig
     presets = MIXTURE_MI_PRESETS
 
-    def __init__(self, config: MixtureMIConfig, tokenizer=None):
+    def __init__(self, config: MixtureMIConfig, tokenizer=None) -> None:
         super().__init__(config, tokenizer, words="mean", whole="mean")
         self.critic = CosineCritic(
-            self.image_encoder.region_dim, self.text_encoder.dim, config.hidden, config.dim, config.temperature)
+            self.image_encoder.region_dim, self.text_encoder.dim, config.hidden, config.dim, config.temperature
+        )
 
     def forward(self, batch: Batch) -> Losses:
         "Minus the mean of both bounds, in nats; 0 when no report has a sentence."

@@ -20,13 +20,25 @@ from .mixture_mi import MixtureMI
 from .settings import SETTINGS
 
 # %% ../../nbs/methods/10_registry.ipynb #e1902746
-METHODS = Registry("method", "a subclass of medvis.methods.Method", lambda kind: isinstance(kind, type) and issubclass(kind, Method), {
-    "convirt": ConVIRT, "clip": CLIP, "gloria": GLoRIA, "lovt": LoVT, "mgca": MGCA, "global-mi": GlobalMI, "local-mi": LocalMI,
-    "mixture-mi": MixtureMI})
+METHODS = Registry(
+    "method",
+    "a subclass of medvis.methods.Method",
+    lambda kind: isinstance(kind, type) and issubclass(kind, Method),
+    {
+        "convirt": ConVIRT,
+        "clip": CLIP,
+        "gloria": GLoRIA,
+        "lovt": LoVT,
+        "mgca": MGCA,
+        "global-mi": GlobalMI,
+        "local-mi": LocalMI,
+        "mixture-mi": MixtureMI,
+    },
+)
 
 # %% ../../nbs/methods/10_registry.ipynb #1c88998e
 def register_method(
-    name: str,      # by which it is asked for, as in create_method(name)
+    name: str,  # by which it is asked for, as in create_method(name)
 ) -> Callable[[type[Method]], type[Method]]:
     """Class decorator: put a method among the others. ValueError if the name is taken, or the class is no Method.
 
@@ -35,6 +47,7 @@ def register_method(
     name : str
         by which it is asked for, as in create_method(name)
     """
+
     def add(kind: type[Method]) -> type[Method]:
         METHODS.add(name, kind)
         SETTINGS[name] = (kind.Config, kind.presets)

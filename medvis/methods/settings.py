@@ -18,6 +18,7 @@ from ..core.choices import check_choice
 @dataclass(frozen=True)
 class MethodConfig:
     "Encoders and projections of a method."
+
     image: str = "resnet50"
     "Image encoder: resnet50, vit_base_patch16_224, tiny_resnet, tiny_vit, or my_module:my_encoder."
     image_weights: str | None = "imagenet"
@@ -51,6 +52,7 @@ class MethodConfig:
 @dataclass(frozen=True)
 class ConVIRTConfig(MethodConfig):
     "Settings of ConVIRT."
+
     layer: str | None = "layer4"
     "Regions from the layer that is pooled, so that the image head fits them too."
     whole_image: Literal["encoder", "attention"] = "encoder"
@@ -73,18 +75,58 @@ class ConVIRTConfig(MethodConfig):
 # %% ../../nbs/methods/01_settings.ipynb #62d8c48c
 _CONVIRT_PAPER = dict(freeze_text=6, head_init="kaiming")
 _CONVIRT_PAPER_RECIPE = dict(
-    optimizer="adam", lr=1e-4, weight_decay=1e-6, batch_size=32, epochs=500, schedule="plateau", plateau_patience=12,
-    patience=15, augment="lovt", sentences="one", per="study", punctuation=True)
+    optimizer="adam",
+    lr=1e-4,
+    weight_decay=1e-6,
+    batch_size=32,
+    epochs=500,
+    schedule="plateau",
+    plateau_patience=12,
+    patience=15,
+    augment="lovt",
+    sentences="one",
+    per="study",
+    punctuation=True,
+)
 _CONVIRT_MGCA = dict(
-    image="vit_base_patch16_224", layer=None, whole_text="cls", norm="both", dim=128, temperature=0.07, direction_weight=0.5,
-    weight=2.0, text_layers=6)
+    image="vit_base_patch16_224",
+    layer=None,
+    whole_text="cls",
+    norm="both",
+    dim=128,
+    temperature=0.07,
+    direction_weight=0.5,
+    weight=2.0,
+    text_layers=6,
+)
 _CONVIRT_MGCA_RECIPE = dict(
-    lr=2e-5, weight_decay=0.05, batch_size=72, epochs=50, schedule="warmup-cosine", warmup=0.4, start_lr=1e-8, end_lr=1e-8,
-    patience=5, augment="mgca", per="image", max_tokens=112)
-_CONVIRT_TINY = dict(image="tiny_resnet", image_weights=None, text="tiny-bert", hidden=256, dim=128, negatives="other-patient")
+    lr=2e-5,
+    weight_decay=0.05,
+    batch_size=72,
+    epochs=50,
+    schedule="warmup-cosine",
+    warmup=0.4,
+    start_lr=1e-8,
+    end_lr=1e-8,
+    patience=5,
+    augment="mgca",
+    per="image",
+    max_tokens=112,
+)
+_CONVIRT_TINY = dict(
+    image="tiny_resnet", image_weights=None, text="tiny-bert", hidden=256, dim=128, negatives="other-patient"
+)
 _CONVIRT_TINY_RECIPE = dict(
-    lr=1e-3, weight_decay=0.05, batch_size=64, epochs=8, schedule="warmup-cosine", warmup=0.1, augment="mgca",
-    sentences="one", max_tokens=128)
+    lr=1e-3,
+    weight_decay=0.05,
+    batch_size=64,
+    epochs=8,
+    schedule="warmup-cosine",
+    warmup=0.1,
+    augment="mgca",
+    sentences="one",
+    max_tokens=128,
+)
 CONVIRT_PRESETS = {
     "paper": (_CONVIRT_PAPER, _CONVIRT_PAPER_RECIPE),
     "paper-30": (_CONVIRT_PAPER, {**_CONVIRT_PAPER_RECIPE, "lr": 1e-5}),
@@ -97,6 +139,7 @@ CONVIRT_PRESETS = {
 @dataclass(frozen=True)
 class MGCAConfig(MethodConfig):
     "Settings of MGCA."
+
     image: str = "vit_base_patch16_224"
     "Image encoder: resnet50, vit_base_patch16_224, tiny_resnet or tiny_vit."
     tau_instance: float = 0.1
@@ -140,18 +183,56 @@ class MGCAConfig(MethodConfig):
 # %% ../../nbs/methods/01_settings.ipynb #960ad157
 _MGCA_RESNET50 = dict(image="resnet50", layer="layer3", upsample=299)
 _MGCA_RELEASED = dict(
-    text_layers=6, tau_instance=0.07, tau_token=0.1, directions="sum", learned_attention=False, mask_padding=False,
-    unit_region_context=False, clip_share=0.1, released_words=112)
+    text_layers=6,
+    tau_instance=0.07,
+    tau_token=0.1,
+    directions="sum",
+    learned_attention=False,
+    mask_padding=False,
+    unit_region_context=False,
+    clip_share=0.1,
+    released_words=112,
+)
 _MGCA_RECIPE = dict(
-    lr=2e-5, weight_decay=0.05, batch_size=144, epochs=50, schedule="warmup-cosine", warmup=0.4, start_lr=1e-8, end_lr=1e-8,
-    patience=5, augment="mgca", per="image", max_tokens=112)
+    lr=2e-5,
+    weight_decay=0.05,
+    batch_size=144,
+    epochs=50,
+    schedule="warmup-cosine",
+    warmup=0.4,
+    start_lr=1e-8,
+    end_lr=1e-8,
+    patience=5,
+    augment="mgca",
+    per="image",
+    max_tokens=112,
+)
 _MGCA_RELEASED_RECIPE = {**_MGCA_RECIPE, "batch_size": 72, "accumulate": 2}  # two GPUs of 72 each
-_MGCA_POOLED = {**_MGCA_RESNET50, "layer": "layer4"}  # without CTA no regions are trained: take those that the whole is pooled from
+_MGCA_POOLED = {
+    **_MGCA_RESNET50,
+    "layer": "layer4",
+}  # without CTA no regions are trained: take those that the whole is pooled from
 _MGCA_TINY = dict(
-    image="tiny_resnet", image_weights=None, text="tiny-bert", whole_text="mean", hidden=256, prototypes=50,
-    learned_attention=False, clip_share=0.1, negatives="other-patient")
+    image="tiny_resnet",
+    image_weights=None,
+    text="tiny-bert",
+    whole_text="mean",
+    hidden=256,
+    prototypes=50,
+    learned_attention=False,
+    clip_share=0.1,
+    negatives="other-patient",
+)
 _MGCA_TINY_RECIPE = dict(
-    lr=2e-3, weight_decay=0.05, batch_size=64, epochs=4, schedule="warmup-cosine", warmup=0.1, augment="mgca", max_tokens=128)
+    lr=2e-3,
+    weight_decay=0.05,
+    batch_size=64,
+    epochs=4,
+    schedule="warmup-cosine",
+    warmup=0.1,
+    augment="mgca",
+    max_tokens=128,
+)
 MGCA_PRESETS = {
     "paper": ({}, _MGCA_RECIPE),
     "paper-resnet50": (_MGCA_RESNET50, _MGCA_RECIPE),
@@ -170,6 +251,7 @@ MGCA_PRESETS = {
 @dataclass(frozen=True)
 class LoVTConfig(MethodConfig):
     "Settings of LoVT."
+
     layer: str | None = "layer4"
     "ResNet layer that the regions come from."
     dim: int = 512
@@ -204,16 +286,39 @@ class LoVTConfig(MethodConfig):
 # %% ../../nbs/methods/01_settings.ipynb #0b51ca84
 _LOVT_PAPER = dict(freeze_text=6)
 _LOVT_RECIPE = dict(
-    lr=1e-4, weight_decay=1e-6, batch_size=32, accumulate=16, epochs=100, schedule="cyclic-cosine", patience=10,
-    precision="fp16", augment="lovt", per="study", swap=0.4, max_tokens=512, overflow="drop", punctuation=True)
+    lr=1e-4,
+    weight_decay=1e-6,
+    batch_size=32,
+    accumulate=16,
+    epochs=100,
+    schedule="cyclic-cosine",
+    patience=10,
+    precision="fp16",
+    augment="lovt",
+    per="study",
+    swap=0.4,
+    max_tokens=512,
+    overflow="drop",
+    punctuation=True,
+)
 _LOVT_SLOW, _LOVT_FAST = {**_LOVT_RECIPE, "lr": 3e-5}, {**_LOVT_RECIPE, "lr": 3e-4}
 _LOVT_AVG_MAX = dict(_LOVT_PAPER, pool="avg-max", local_weights=False)
 _LOVT_NO_LOCAL = dict(_LOVT_PAPER, local_image_weight=0.0, local_report_weight=0.0)
 _LOVT_TINY = dict(
-    image="tiny_resnet", image_weights=None, text="tiny-bert", hidden=256, dim=128, negatives="other-patient")
+    image="tiny_resnet", image_weights=None, text="tiny-bert", hidden=256, dim=128, negatives="other-patient"
+)
 _LOVT_TINY_RECIPE = dict(
-    lr=1e-3, weight_decay=0.05, batch_size=64, epochs=8, schedule="warmup-cosine", warmup=0.1, augment="mgca", swap=0.4,
-    max_tokens=128, overflow="drop")
+    lr=1e-3,
+    weight_decay=0.05,
+    batch_size=64,
+    epochs=8,
+    schedule="warmup-cosine",
+    warmup=0.1,
+    augment="mgca",
+    swap=0.4,
+    max_tokens=128,
+    overflow="drop",
+)
 LOVT_PRESETS = {
     "paper": (_LOVT_PAPER, _LOVT_RECIPE),
     "released": (dict(_LOVT_PAPER, padded=True), _LOVT_RECIPE),
@@ -234,6 +339,7 @@ LOVT_PRESETS = {
 @dataclass(frozen=True)
 class MutualInformationConfig(MethodConfig):
     "Settings that local-mi and global-mi share."
+
     image: str = "resnet256"
     "Image encoder: resnet256, tiny_resnet, tiny_vit, resnet50 or vit_base_patch16_224."
     image_weights: str | None = None
@@ -262,6 +368,7 @@ class MutualInformationConfig(MethodConfig):
 @dataclass(frozen=True)
 class GlobalMIConfig(MutualInformationConfig):
     "Settings of global-mi."
+
     local_grid: str | None = "4x4x192"
     "Regions of ResNet-256 for maps: of the layer that the whole is pooled from."
 
@@ -269,6 +376,7 @@ class GlobalMIConfig(MutualInformationConfig):
 @dataclass(frozen=True)
 class LocalMIConfig(MutualInformationConfig):
     "Settings of local-mi."
+
     local_grid: str | None = "4x4x512"
     "Regions of ResNet-256: 4x4x512 (paper), or 8x8x128 (the released network's)."
     region_select: Literal["score", "bound"] = "score"
@@ -278,13 +386,39 @@ class LocalMIConfig(MutualInformationConfig):
 
 # %% ../../nbs/methods/01_settings.ipynb #b46e649c
 _MI_RECIPE = dict(
-    optimizer="adamw", lr=5e-4, schedule="constant", text_lr=2e-5, text_weight_decay=0.1, text_schedule="warmup-linear",
-    warmup=0.1, epochs=5, batch_size=8, augment="local-mi", per="image", max_tokens=320)
+    optimizer="adamw",
+    lr=5e-4,
+    schedule="constant",
+    text_lr=2e-5,
+    text_weight_decay=0.1,
+    text_schedule="warmup-linear",
+    warmup=0.1,
+    epochs=5,
+    batch_size=8,
+    augment="local-mi",
+    per="image",
+    max_tokens=320,
+)
 _MI_TINY = dict(
-    image="tiny_resnet", image_weights=None, local_grid=None, layer="layer4", text="tiny-bert", text_feature="mean",
-    hidden=(256, 128), negatives="other-patient")
+    image="tiny_resnet",
+    image_weights=None,
+    local_grid=None,
+    layer="layer4",
+    text="tiny-bert",
+    text_feature="mean",
+    hidden=(256, 128),
+    negatives="other-patient",
+)
 _MI_TINY_RECIPE = dict(
-    lr=1e-3, weight_decay=0.05, batch_size=64, epochs=8, schedule="warmup-cosine", warmup=0.1, augment="mgca", max_tokens=128)
+    lr=1e-3,
+    weight_decay=0.05,
+    batch_size=64,
+    epochs=8,
+    schedule="warmup-cosine",
+    warmup=0.1,
+    augment="mgca",
+    max_tokens=128,
+)
 GLOBAL_MI_PRESETS = {
     "paper": ({}, _MI_RECIPE),
     "released": (dict(bound="cpc-released"), {**_MI_RECIPE, "epochs": 100}),
@@ -299,6 +433,7 @@ LOCAL_MI_PRESETS = {
 @dataclass(frozen=True)
 class CLIPConfig(ConVIRTConfig):
     "Settings of CLIP as LoVT configured it."
+
     whole_image: Literal["encoder", "attention"] = "attention"
     "Image vector: attention pooling of the regions, or the encoder's own."
     norm: Literal["none", "hidden", "both"] = "hidden"
@@ -308,18 +443,40 @@ class CLIPConfig(ConVIRTConfig):
 
 # %% ../../nbs/methods/01_settings.ipynb #f950507b
 _CLIP_RECIPE = dict(
-    lr=1e-4, weight_decay=1e-6, batch_size=32, accumulate=16, epochs=100, schedule="cyclic-cosine", patience=10,
-    precision="fp16", augment="lovt", sentences="one", per="study", punctuation=True)
-_CLIP_TINY = dict(image="tiny_resnet", image_weights=None, text="tiny-bert", hidden=256, dim=128, negatives="other-patient")
+    lr=1e-4,
+    weight_decay=1e-6,
+    batch_size=32,
+    accumulate=16,
+    epochs=100,
+    schedule="cyclic-cosine",
+    patience=10,
+    precision="fp16",
+    augment="lovt",
+    sentences="one",
+    per="study",
+    punctuation=True,
+)
+_CLIP_TINY = dict(
+    image="tiny_resnet", image_weights=None, text="tiny-bert", hidden=256, dim=128, negatives="other-patient"
+)
 _CLIP_TINY_RECIPE = dict(
-    lr=1e-3, weight_decay=0.05, batch_size=64, epochs=8, schedule="warmup-cosine", warmup=0.1, augment="mgca",
-    sentences="one", max_tokens=128)
+    lr=1e-3,
+    weight_decay=0.05,
+    batch_size=64,
+    epochs=8,
+    schedule="warmup-cosine",
+    warmup=0.1,
+    augment="mgca",
+    sentences="one",
+    max_tokens=128,
+)
 CLIP_PRESETS = {"paper": (dict(freeze_text=6), _CLIP_RECIPE), "tiny": (_CLIP_TINY, _CLIP_TINY_RECIPE)}
 
 # %% ../../nbs/methods/01_settings.ipynb #4468fc52
 @dataclass(frozen=True)
 class GLoRIAConfig(MethodConfig):
     "Settings of GLoRIA. The shared space is the text encoder's own: `hidden` and `dim` have no meaning here."
+
     layer: str | None = "layer3"
     "ResNet layer that the regions come from."
     upsample: int | None = 299
@@ -343,14 +500,40 @@ class GLoRIAConfig(MethodConfig):
 
 # %% ../../nbs/methods/01_settings.ipynb #5f2b9ebe
 _GLORIA_RECIPE = dict(
-    optimizer="adam", betas=(0.5, 0.999), lr=5e-5, weight_decay=1e-6, batch_size=48, epochs=50, schedule="plateau",
-    plateau_patience=5, patience=10, augment="mgca", per="image", sentences="one", max_tokens=97)
+    optimizer="adam",
+    betas=(0.5, 0.999),
+    lr=5e-5,
+    weight_decay=1e-6,
+    batch_size=48,
+    epochs=50,
+    schedule="plateau",
+    plateau_patience=5,
+    patience=10,
+    augment="mgca",
+    per="image",
+    sentences="one",
+    max_tokens=97,
+)
 _GLORIA_TINY = dict(
-    image="tiny_resnet", image_weights=None, layer=None, upsample=None, text="tiny-bert", summed_layers=2,
-    negatives="other-patient")
+    image="tiny_resnet",
+    image_weights=None,
+    layer=None,
+    upsample=None,
+    text="tiny-bert",
+    summed_layers=2,
+    negatives="other-patient",
+)
 _GLORIA_TINY_RECIPE = dict(
-    lr=2e-3, weight_decay=0.05, batch_size=64, epochs=8, schedule="warmup-cosine", warmup=0.1, augment="mgca",
-    sentences="one", max_tokens=97)
+    lr=2e-3,
+    weight_decay=0.05,
+    batch_size=64,
+    epochs=8,
+    schedule="warmup-cosine",
+    warmup=0.1,
+    augment="mgca",
+    sentences="one",
+    max_tokens=97,
+)
 GLORIA_PRESETS = {
     "paper": ({}, _GLORIA_RECIPE),
     "released": ({}, {**_GLORIA_RECIPE, "precision": "fp16", "clip_norm": 0.25}),
@@ -361,6 +544,7 @@ GLORIA_PRESETS = {
 @dataclass(frozen=True)
 class MixtureMIConfig(MethodConfig):
     "Settings of mixture-mi."
+
     image: str = "resnet50"
     "Image encoder; its regions should be fine, and see less than the whole image."
     layer: str | None = "layer3"
@@ -372,27 +556,57 @@ class MixtureMIConfig(MethodConfig):
 
 # %% ../../nbs/methods/01_settings.ipynb #e418e1d0
 _MIXTURE_MI_FULL_RECIPE = dict(
-    lr=2e-5, weight_decay=0.05, batch_size=128, epochs=50, schedule="warmup-cosine", warmup=0.1, patience=5, augment="mgca",
-    per="image", most_sentences=4, max_tokens=256)
+    lr=2e-5,
+    weight_decay=0.05,
+    batch_size=128,
+    epochs=50,
+    schedule="warmup-cosine",
+    warmup=0.1,
+    patience=5,
+    augment="mgca",
+    per="image",
+    most_sentences=4,
+    max_tokens=256,
+)
 _MIXTURE_MI_TINY = dict(image="tiny_resnet_fine", layer=None, image_weights=None, text="tiny-bert", hidden=256, dim=64)
 _MIXTURE_MI_TINY_RECIPE = dict(
-    lr=3e-3, weight_decay=0.05, batch_size=64, epochs=7, schedule="warmup-cosine", warmup=0.1, augment="mgca", max_tokens=256,
-    most_sentences=4)
+    lr=3e-3,
+    weight_decay=0.05,
+    batch_size=64,
+    epochs=7,
+    schedule="warmup-cosine",
+    warmup=0.1,
+    augment="mgca",
+    max_tokens=256,
+    most_sentences=4,
+)
 
 _MIXTURE_MI_SMALL = dict(_MIXTURE_MI_TINY, image="small_resnet_fine")
 _MIXTURE_MI_SMALL_RECIPE = dict(_MIXTURE_MI_TINY_RECIPE, epochs=8)
 _MIXTURE_MI_LAPTOP = dict(
-    image="efficientnet_lite0_frozen", layer=None, text="minilm", freeze_text=6, hidden=256, dim=128)    # needs medvis[small]
+    image="efficientnet_lite0_frozen", layer=None, text="minilm", freeze_text=6, hidden=256, dim=128
+)  # needs medvis[small]
 _MIXTURE_MI_LAPTOP_RECIPE = dict(_MIXTURE_MI_TINY_RECIPE, lr=1e-3, epochs=4, augment="none", per="image")
 MIXTURE_MI_PRESETS = {
-    "full": ({}, _MIXTURE_MI_FULL_RECIPE), "small": (_MIXTURE_MI_SMALL, _MIXTURE_MI_SMALL_RECIPE),
-    "laptop": (_MIXTURE_MI_LAPTOP, _MIXTURE_MI_LAPTOP_RECIPE), "tiny": (_MIXTURE_MI_TINY, _MIXTURE_MI_TINY_RECIPE)}
+    "full": ({}, _MIXTURE_MI_FULL_RECIPE),
+    "small": (_MIXTURE_MI_SMALL, _MIXTURE_MI_SMALL_RECIPE),
+    "laptop": (_MIXTURE_MI_LAPTOP, _MIXTURE_MI_LAPTOP_RECIPE),
+    "tiny": (_MIXTURE_MI_TINY, _MIXTURE_MI_TINY_RECIPE),
+}
 
 # %% ../../nbs/methods/01_settings.ipynb #685f7276
-SETTINGS: dict[str, tuple[type[MethodConfig], dict[str, tuple[dict, dict]]]] = {    # method -> dataclass, presets: what is built, how it is trained
-    "convirt": (ConVIRTConfig, CONVIRT_PRESETS), "clip": (CLIPConfig, CLIP_PRESETS), "gloria": (GLoRIAConfig, GLORIA_PRESETS),
-    "lovt": (LoVTConfig, LOVT_PRESETS), "mgca": (MGCAConfig, MGCA_PRESETS), "global-mi": (GlobalMIConfig, GLOBAL_MI_PRESETS),
-    "local-mi": (LocalMIConfig, LOCAL_MI_PRESETS), "mixture-mi": (MixtureMIConfig, MIXTURE_MI_PRESETS)}
+SETTINGS: dict[
+    str, tuple[type[MethodConfig], dict[str, tuple[dict, dict]]]
+] = {  # method -> dataclass, presets: what is built, how it is trained
+    "convirt": (ConVIRTConfig, CONVIRT_PRESETS),
+    "clip": (CLIPConfig, CLIP_PRESETS),
+    "gloria": (GLoRIAConfig, GLORIA_PRESETS),
+    "lovt": (LoVTConfig, LOVT_PRESETS),
+    "mgca": (MGCAConfig, MGCA_PRESETS),
+    "global-mi": (GlobalMIConfig, GLOBAL_MI_PRESETS),
+    "local-mi": (LocalMIConfig, LOCAL_MI_PRESETS),
+    "mixture-mi": (MixtureMIConfig, MIXTURE_MI_PRESETS),
+}
 
 # %% ../../nbs/methods/01_settings.ipynb #3de3af80
 def list_methods() -> list[str]:
@@ -401,7 +615,7 @@ def list_methods() -> list[str]:
 
 # %% ../../nbs/methods/01_settings.ipynb #da1e6e51
 def list_presets(
-    name: str,      # of a method
+    name: str,  # of a method
 ) -> list[str]:
     """Names of a method's presets. ValueError for an unknown method.
 

@@ -18,24 +18,72 @@ from ..core.doors import lazy_door
 if TYPE_CHECKING:
     from medvis.objectives.contrastive import clip_loss, pair_loss, l2_normalize, valid_pairs
     from medvis.objectives.tokens import (
-        clip_weights, gather_context, gloria_attention, gloria_loss, gloria_scores, matching_scores,
-        recognition_loss, token_alignment_loss)
+        clip_weights,
+        gather_context,
+        gloria_attention,
+        gloria_loss,
+        gloria_scores,
+        matching_scores,
+        recognition_loss,
+        token_alignment_loss,
+    )
     from medvis.objectives.prototypes import prototype_loss, sinkhorn
     from medvis.objectives.regions import (
-        CrossModalAttention, both_ways, local_image_loss, local_report_loss, positiveness, share_weights,
-        soft_cross_entropy)
+        CrossModalAttention,
+        both_ways,
+        local_image_loss,
+        local_report_loss,
+        positiveness,
+        share_weights,
+        soft_cross_entropy,
+    )
     from medvis.objectives.mutual_information import (
-        Discriminator, cpc_bound, dv_bound, local_scores, region_scores, released_cpc, reselect_negatives,
-        select_by_bound, select_regions)
+        Discriminator,
+        cpc_bound,
+        dv_bound,
+        local_scores,
+        region_scores,
+        released_cpc,
+        reselect_negatives,
+        select_by_bound,
+        select_regions,
+    )
     from medvis.objectives.mixture import CosineCritic, mixture_scores
 else:
     __getattr__, __dir__ = lazy_door("medvis.objectives")
 
 # %% ../../nbs/objectives/00_doors.ipynb #0d594291
 _all_ = [
-    "clip_loss", "pair_loss", "unit", "valid_pairs", "clip_weights", "gather_context", "gloria_attention",
-    "gloria_loss", "gloria_scores", "matching_scores", "recognition_loss", "token_alignment_loss", "prototype_loss",
-    "sinkhorn", "CrossModalAttention", "both_ways", "local_image_loss", "local_report_loss", "positiveness",
-    "share_weights", "soft_cross_entropy", "Discriminator", "cpc_bound", "dv_bound", "local_scores", "region_scores",
-    "released_cpc", "reselect_negatives", "select_by_bound", "select_regions", "CosineCritic", "mixture_scores",
+    "clip_loss",
+    "pair_loss",
+    "unit",
+    "valid_pairs",
+    "clip_weights",
+    "gather_context",
+    "gloria_attention",
+    "gloria_loss",
+    "gloria_scores",
+    "matching_scores",
+    "recognition_loss",
+    "token_alignment_loss",
+    "prototype_loss",
+    "sinkhorn",
+    "CrossModalAttention",
+    "both_ways",
+    "local_image_loss",
+    "local_report_loss",
+    "positiveness",
+    "share_weights",
+    "soft_cross_entropy",
+    "Discriminator",
+    "cpc_bound",
+    "dv_bound",
+    "local_scores",
+    "region_scores",
+    "released_cpc",
+    "reselect_negatives",
+    "select_by_bound",
+    "select_regions",
+    "CosineCritic",
+    "mixture_scores",
 ]

@@ -11,9 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 # %% ../../nbs/objectives/01_contrastive.ipynb #d0a62a33
-def at_least_float32(
-    x: Tensor,
-) -> Tensor:    # float32 or float64
+def at_least_float32(x: Tensor) -> Tensor:  # float32 or float64
     """The same numbers in single precision at least.
 
     Returns
@@ -26,7 +24,7 @@ def at_least_float32(
 # %% ../../nbs/objectives/01_contrastive.ipynb #0421a7b6
 def l2_normalize(
     x: Tensor,  # (..., D)
-) -> Tensor:    # (..., D) float32 or float64
+) -> Tensor:  # (..., D) float32 or float64
     """Scale the last axis to length 1, in single precision at least; zero vectors stay zero.
 
     Parameters
@@ -44,7 +42,7 @@ def l2_normalize(
 # %% ../../nbs/objectives/01_contrastive.ipynb #b68721d4
 def valid_pairs(
     owner: Tensor,  # (B,) int64 study or patient of every sample
-) -> Tensor:        # (B, B) bool: True on the diagonal and where the owners differ
+) -> Tensor:  # (B, B) bool: True on the diagonal and where the owners differ
     """Pairs that may be contrasted: matched ones, and mismatched ones of different owners.
 
     Parameters
@@ -61,10 +59,10 @@ def valid_pairs(
 
 # %% ../../nbs/objectives/01_contrastive.ipynb #ddba259e
 def pair_loss(
-    scores: Tensor,               # (B, B) image i against text j, already divided by the temperature
-    direction_weight: float = 0.5,    # lambda: weight of image -> text; text -> image has the rest
+    scores: Tensor,  # (B, B) image i against text j, already divided by the temperature
+    direction_weight: float = 0.5,  # lambda: weight of image -> text; text -> image has the rest
     valid: Tensor | None = None,  # (B, B) bool, False = this pair is not a negative
-) -> Tensor:                      # scalar, log B at chance
+) -> Tensor:  # scalar, log B at chance
     """Cross-entropy of a score table with its diagonal as the label, along the rows and down the columns.
 
     Parameters
@@ -89,12 +87,12 @@ def pair_loss(
 
 # %% ../../nbs/objectives/01_contrastive.ipynb #c42944af
 def clip_loss(
-    image: Tensor,               # (B, d) projected images, any length
-    text: Tensor,                # (B, d) the reports of the same rows
-    temperature: float,          # tau
-    direction_weight: float = 0.5,   # lambda: weight of image -> text; text -> image has the rest
+    image: Tensor,  # (B, d) projected images, any length
+    text: Tensor,  # (B, d) the reports of the same rows
+    temperature: float,  # tau
+    direction_weight: float = 0.5,  # lambda: weight of image -> text; text -> image has the rest
     valid: Tensor | None = None,  # (B, B) bool, False = this pair is not a negative
-) -> Tensor:                     # scalar, log B at chance
+) -> Tensor:  # scalar, log B at chance
     """Contrast each image with its report against all others, both ways (ConVIRT; LoVT 2.4; MGCA Eq. 2-3).
 
     Parameters

@@ -17,7 +17,9 @@ from .mutual_information import Discriminator
 class CosineCritic(nn.Module):
     "How well an image feature and a text feature fit: the cosine of their projections over a temperature."
 
-    def __init__(self, image_dim: int, text_dim: int, hidden: int = 256, dim: int = 128, temperature: float = 0.1):
+    def __init__(
+        self, image_dim: int, text_dim: int, hidden: int = 256, dim: int = 128, temperature: float = 0.1
+    ) -> None:
         super().__init__()
         self.image, self.text = (ProjectionHead(width, hidden, dim, norm="hidden") for width in (image_dim, text_dim))
         self.temperature = temperature
@@ -25,8 +27,8 @@ class CosineCritic(nn.Module):
     def forward(
         self,
         image: Tensor,  # (..., Di)
-        text: Tensor,   # (..., Dt)
-    ) -> Tensor:        # (...) scores f; the leading axes are broadcast
+        text: Tensor,  # (..., Dt)
+    ) -> Tensor:  # (...) scores f; the leading axes are broadcast
         """Parameters
         ----------
         image : Tensor
@@ -43,10 +45,10 @@ class CosineCritic(nn.Module):
 
     def scores(
         self,
-        image: Tensor,             # (B, Di); or (B, C, Di), a vector of its own for every pair
-        text: Tensor,              # (C, Dt)
+        image: Tensor,  # (B, Di); or (B, C, Di), a vector of its own for every pair
+        text: Tensor,  # (C, Dt)
         chunk: int | None = None,  # as in Discriminator; nothing here is large enough to need it
-    ) -> Tensor:                   # (B, C)
+    ) -> Tensor:  # (B, C)
         """Scores of all pairs: every image in a row, every text in a column.
 
         Parameters
@@ -66,15 +68,19 @@ class CosineCritic(nn.Module):
         if image.ndim == 3:
             return self(image, text)
         with torch.autocast(image.device.type, enabled=False):
-            return l2_normalize(self.image(at_least_float32(image))) @ l2_normalize(self.text(at_least_float32(text))).T / self.temperature
+            return (
+                l2_normalize(self.image(at_least_float32(image)))
+                @ l2_normalize(self.text(at_least_float32(text))).T
+                / self.temperature
+            )
 
 # %% ../../nbs/objectives/06_mixture.ipynb #02e08dbc
 def mixture_scores(
     critic: Discriminator | CosineCritic,
-    regions: Tensor,           # (B, N, Di)
-    sentence: Tensor,          # (C, Dt)
+    regions: Tensor,  # (B, N, Di)
+    sentence: Tensor,  # (C, Dt)
     chunk: int | None = None,  # most pairs judged at a time
-) -> Tensor:                   # (B, C) F; between the highest region score less log N and the highest region score
+) -> Tensor:  # (B, C) F; between the highest region score less log N and the highest region score
     """Scores of all images with all sentences, the region that a sentence means being hidden (log of a mean of exponentials).
 
     Parameters
@@ -93,5 +99,7 @@ def mixture_scores(
         (B, C) F; between the highest region score less log N and the highest region score
     """
     scores = at_least_float32(critic.scores(regions.flatten(0, 1), sentence, chunk).unflatten(0, regions.shape[:2]))
-    highest = scores.detach().amax(1)  # taken out so that nothing overflows; faster than logsumexp, whose backward looks again
+    highest = scores.detach().amax(
+        1
+    )  # taken out so that nothing overflows; faster than logsumexp, whose backward looks again
     return (scores - highest[:, None]).exp().mean(1).log() + highest

@@ -18,16 +18,21 @@ from .contrastive import at_least_float32
 class Discriminator(nn.Module):
     "How well an image feature and a text feature fit: a perceptron on the two side by side, in single precision at least."
 
-    def __init__(self, image_dim: int, text_dim: int, hidden: tuple[int, ...] = (1024, 512)):
+    def __init__(self, image_dim: int, text_dim: int, hidden: tuple[int, ...] = (1024, 512)) -> None:
         super().__init__()
         widths = (image_dim + text_dim, *hidden)
         layers = [part for pair in zip(widths, hidden) for part in (nn.Linear(*pair), nn.ReLU(inplace=True))]
-        self.dims, self.layers = {"image": image_dim, "text": text_dim}, nn.Sequential(*layers, nn.Linear(widths[-1], 1))
+        self.dims, self.layers = (
+            {"image": image_dim, "text": text_dim},
+            nn.Sequential(*layers, nn.Linear(widths[-1], 1)),
+        )
 
     def _first(self, side: str, features: Tensor) -> Tensor:  # (..., D) -> (..., hidden)
         "What one side adds to the first layer."
         if features.shape[-1] != self.dims[side]:
-            raise ValueError(f"{side} features are {features.shape[-1]} wide; the discriminator was built for {self.dims[side]}")
+            raise ValueError(
+                f"{side} features are {features.shape[-1]} wide; the discriminator was built for {self.dims[side]}"
+            )
         image, text = self.layers[0].weight.split(list(self.dims.values()), 1)
         weight, bias = {"image": (image, None), "text": (text, self.layers[0].bias)}[side]
         return F.linear(features.to(weight.dtype), weight, bias)
@@ -35,8 +40,8 @@ class Discriminator(nn.Module):
     def forward(
         self,
         image: Tensor,  # (..., Di)
-        text: Tensor,   # (..., Dt)
-    ) -> Tensor:        # (...) scores f; the leading axes are broadcast
+        text: Tensor,  # (..., Dt)
+    ) -> Tensor:  # (...) scores f; the leading axes are broadcast
         """Parameters
         ----------
         image : Tensor
@@ -54,10 +59,10 @@ class Discriminator(nn.Module):
 
     def scores(
         self,
-        image: Tensor,              # (B, Di); or (B, C, Di), a vector of its own for every pair
-        text: Tensor,               # (C, Dt)
-        chunk: int | None = None,   # most pairs judged at a time; None = all
-    ) -> Tensor:                    # (B, C)
+        image: Tensor,  # (B, Di); or (B, C, Di), a vector of its own for every pair
+        text: Tensor,  # (C, Dt)
+        chunk: int | None = None,  # most pairs judged at a time; None = all
+    ) -> Tensor:  # (B, C)
         """Scores of all pairs: every image in a row, every text in a column.
 
         Parameters
@@ -91,22 +96,26 @@ class Discriminator(nn.Module):
 
 # %% ../../nbs/objectives/04_mutual_information.ipynb #442aca4d
 def _checked_scores(
-    scores: Tensor,         # (B, C), C >= B: text i belongs to image i, texts beyond B to none
-    valid: Tensor | None,   # (B, C) bool; None = all
+    scores: Tensor,  # (B, C), C >= B: text i belongs to image i, texts beyond B to none
+    valid: Tensor | None,  # (B, C) bool; None = all
 ) -> tuple[Tensor, Tensor, Tensor]:
     "Scores in single precision at least, which pairs are matched, which count. ValueError for tables of another shape."
     if scores.ndim != 2 or not 0 < scores.shape[0] <= scores.shape[1]:
-        raise ValueError(f"scores have shape {tuple(scores.shape)}; expected (B, B), images in rows and texts in columns")
+        raise ValueError(
+            f"scores have shape {tuple(scores.shape)}; expected (B, B), images in rows and texts in columns"
+        )
     if valid is not None and (valid.shape != scores.shape or valid.dtype != torch.bool):
-        raise ValueError(f"valid is {tuple(valid.shape)} of {valid.dtype}; expected {tuple(scores.shape)} of torch.bool")
+        raise ValueError(
+            f"valid is {tuple(valid.shape)} of {valid.dtype}; expected {tuple(scores.shape)} of torch.bool"
+        )
     matched = torch.eye(*scores.shape, dtype=torch.bool, device=scores.device)
     return at_least_float32(scores), matched, torch.ones_like(matched) if valid is None else valid | matched
 
 # %% ../../nbs/objectives/04_mutual_information.ipynb #39c64d72
 def dv_bound(
-    scores: Tensor,                # (B, B) f, images in rows, texts in columns
-    valid: Tensor | None = None,   # (B, B) bool, False = this pair is not a negative
-) -> Tensor:                       # scalar, to be maximised; 0 without any negative
+    scores: Tensor,  # (B, B) f, images in rows, texts in columns
+    valid: Tensor | None = None,  # (B, B) bool, False = this pair is not a negative
+) -> Tensor:  # scalar, to be maximised; 0 without any negative
     """Lower bound on the mutual information in nats (Donsker-Varadhan; local-mi Eq. 3; released `dv`, sign turned).
 
     Parameters
@@ -130,9 +139,9 @@ def dv_bound(
 
 # %% ../../nbs/objectives/04_mutual_information.ipynb #6b27f135
 def cpc_bound(
-    scores: Tensor,                # (B, B) f, images in rows, texts in columns
-    valid: Tensor | None = None,   # (B, B) bool, False = this text is no candidate for this image
-) -> Tensor:                       # scalar, to be maximised; at most log B
+    scores: Tensor,  # (B, B) f, images in rows, texts in columns
+    valid: Tensor | None = None,  # (B, B) bool, False = this text is no candidate for this image
+) -> Tensor:  # scalar, to be maximised; at most log B
     """Lower bound on the mutual information in nats (contrastive predictive coding; local-mi Eq. 4 plus log B).
 
     Parameters
@@ -153,9 +162,9 @@ def cpc_bound(
 
 # %% ../../nbs/objectives/04_mutual_information.ipynb #b23e445b
 def released_cpc(
-    scores: Tensor,                # (B, B)
-    valid: Tensor | None = None,   # (B, B) bool
-) -> Tensor:                       # scalar, to be maximised; no bound
+    scores: Tensor,  # (B, B)
+    valid: Tensor | None = None,  # (B, B) bool
+) -> Tensor:  # scalar, to be maximised; no bound
     """What the released code calls infonce, sign turned: dv_bound less the logarithm of the number of negatives.
 
     Parameters
@@ -178,9 +187,9 @@ def released_cpc(
 @torch.no_grad()
 def select_regions(
     discriminator: Discriminator,
-    regions: Tensor,    # (B, N, Di)
-    sentence: Tensor,   # (B, Dt) a sentence of the same row's report
-) -> Tensor:            # (B,) int64 the region of each image that fits its sentence best; no gradient
+    regions: Tensor,  # (B, N, Di)
+    sentence: Tensor,  # (B, Dt) a sentence of the same row's report
+) -> Tensor:  # (B,) int64 the region of each image that fits its sentence best; no gradient
     """Region by score: argmax over n of f(region n, sentence) (local-mi Eq. 5).
 
     Parameters
@@ -202,10 +211,10 @@ def select_regions(
 @torch.no_grad()
 def region_scores(
     discriminator: Discriminator,
-    regions: Tensor,           # (B, N, Di)
-    sentence: Tensor,          # (B, Dt)
+    regions: Tensor,  # (B, N, Di)
+    sentence: Tensor,  # (B, Dt)
     chunk: int | None = None,  # most pairs judged at a time
-) -> Tensor:                   # (B, N, B) every region of every image against every sentence; no gradient
+) -> Tensor:  # (B, N, B) every region of every image against every sentence; no gradient
     """Scores of all regions with the sentences of the batch, to select by.
 
     Parameters
@@ -227,9 +236,9 @@ def region_scores(
 
 # %% ../../nbs/objectives/04_mutual_information.ipynb #14e8e9a3
 def select_by_bound(
-    scores: Tensor,                # (B, N, B) from region_scores
-    valid: Tensor | None = None,   # (B, B) bool, False = this pair is not a negative
-) -> Tensor:                       # (B,) int64
+    scores: Tensor,  # (B, N, B) from region_scores
+    valid: Tensor | None = None,  # (B, B) bool, False = this pair is not a negative
+) -> Tensor:  # (B,) int64
     """Region by bound: argmax over n of the image's own term of the CPC bound (local-mi Eq. 5).
 
     Parameters
@@ -250,9 +259,9 @@ def select_by_bound(
 
 # %% ../../nbs/objectives/04_mutual_information.ipynb #970bb029
 def reselect_negatives(
-    scores: Tensor,     # (B, N, B) from region_scores
-    selected: Tensor,   # (B,) int64 regions of the matched pairs
-) -> Tensor:            # (B, B) int64, `selected` on the diagonal
+    scores: Tensor,  # (B, N, B) from region_scores
+    selected: Tensor,  # (B,) int64 regions of the matched pairs
+) -> Tensor:  # (B, B) int64, `selected` on the diagonal
     """For every shuffled pair the region with the highest score of its own.
 
     Parameters
@@ -272,11 +281,11 @@ def reselect_negatives(
 # %% ../../nbs/objectives/04_mutual_information.ipynb #198cb686
 def local_scores(
     discriminator: Discriminator,
-    regions: Tensor,           # (B, N, Di)
-    sentence: Tensor,          # (B, Dt)
-    index: Tensor,             # (B,) the region of every image, or (B, B) of every pair
+    regions: Tensor,  # (B, N, Di)
+    sentence: Tensor,  # (B, Dt)
+    index: Tensor,  # (B,) the region of every image, or (B, B) of every pair
     chunk: int | None = None,
-) -> Tensor:                   # (B, B)
+) -> Tensor:  # (B, B)
     """Scores of all pairs, each image seen through the chosen region; gradients go to chosen regions alone.
 
     Parameters

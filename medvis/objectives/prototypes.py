@@ -16,10 +16,10 @@ from .contrastive import at_least_float32, l2_normalize
 # %% ../../nbs/objectives/03_prototypes.ipynb #34a2ecaa
 @torch.no_grad()
 def sinkhorn(
-    scores: Tensor,          # (B, K) cosines of samples and prototypes
-    epsilon: float = 0.05,   # smaller = harder assignment
+    scores: Tensor,  # (B, K) cosines of samples and prototypes
+    epsilon: float = 0.05,  # smaller = harder assignment
     iterations: int = 3,
-) -> Tensor:                 # (B, K) codes, rows sum to 1; no gradient
+) -> Tensor:  # (B, K) codes, rows sum to 1; no gradient
     """Balanced soft assignment of samples to prototypes (SwAV; MGCA 3.2).
 
     Parameters
@@ -44,13 +44,13 @@ def sinkhorn(
 
 # %% ../../nbs/objectives/03_prototypes.ipynb #25f71756
 def prototype_loss(
-    image: Tensor,              # (B, d) projected images
-    text: Tensor,               # (B, d) the reports of the same rows
-    prototypes: Tensor,         # (K, d)
-    temperature: float = 0.2,   # tau_3
+    image: Tensor,  # (B, d) projected images
+    text: Tensor,  # (B, d) the reports of the same rows
+    prototypes: Tensor,  # (K, d)
+    temperature: float = 0.2,  # tau_3
     epsilon: float = 0.05,
     iterations: int = 3,
-) -> Tensor:                    # scalar
+) -> Tensor:  # scalar
     """Each side predicts the other side's prototype assignment (MGCA Eq. 7-9).
 
     Parameters
@@ -72,7 +72,11 @@ def prototype_loss(
         scalar
     """
     with torch.autocast(image.device.type, enabled=False):
-        image, text, prototypes = l2_normalize(image), l2_normalize(text), at_least_float32(prototypes).to(l2_normalize(image).dtype)
+        image, text, prototypes = (
+            l2_normalize(image),
+            l2_normalize(text),
+            at_least_float32(prototypes).to(l2_normalize(image).dtype),
+        )
         prototypes = prototypes / prototypes.detach().norm(dim=-1, keepdim=True)
         score_image, score_text = image @ prototypes.T, text @ prototypes.T
         code_image, code_text = sinkhorn(score_image, epsilon, iterations), sinkhorn(score_text, epsilon, iterations)

@@ -28,18 +28,19 @@ class CrossModalAttention(nn.Module):
     """
 
     def __init__(
-        self, dim: int = 512,
+        self,
+        dim: int = 512,
         padded: bool = False,  # True: padded sentences enter the batch statistics (released code)
-    ):
+    ) -> None:
         super().__init__()
         self.match, self.value, self.out = (kaiming(nn.Linear(dim, dim)) for _ in range(3))  # A, V, O
         self.norm, self.padded = BatchNorm(dim), padded
 
     def scores(
         self,
-        regions: Tensor,    # (B, N, d)
-        texts: Tensor,      # (B, M, d) sentences, or words
-    ) -> Tensor:            # (B, N, M), in the precision of the weights
+        regions: Tensor,  # (B, N, d)
+        texts: Tensor,  # (B, M, d) sentences, or words
+    ) -> Tensor:  # (B, N, M), in the precision of the weights
         """How well every region fits every text, before any softmax.
 
         Parameters
@@ -60,9 +61,9 @@ class CrossModalAttention(nn.Module):
 
     def forward(
         self,
-        regions: Tensor,         # (B, N, d) projected regions, any length
-        sentences: Tensor,       # (B, M, d) projected sentences
-        sentence_mask: Tensor,   # (B, M) True = valid
+        regions: Tensor,  # (B, N, d) projected regions, any length
+        sentences: Tensor,  # (B, M, d) projected sentences
+        sentence_mask: Tensor,  # (B, M) True = valid
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """What every region gathered (B, N, d) and every sentence gathered (B, M, d), and where: (B, N, M) and (B, M, N).
 
@@ -81,24 +82,28 @@ class CrossModalAttention(nn.Module):
         with torch.autocast(regions.device.type, enabled=False):
             sentences = sentences.masked_fill(~mask[..., None], 0)
             scores = self.scores(regions, sentences)
-            region_maps = scores.masked_fill(~(mask | ~some)[:, None], -torch.inf).softmax(2).masked_fill(~mask[:, None], 0)
+            region_maps = (
+                scores.masked_fill(~(mask | ~some)[:, None], -torch.inf).softmax(2).masked_fill(~mask[:, None], 0)
+            )
             sentence_maps = scores.softmax(1).mT.masked_fill(~mask[..., None], 0)
             gathered = []
             for maps, source, valid in (
-                (region_maps, sentences, some.expand(regions.shape[:2])), (sentence_maps, regions, mask)):
+                (region_maps, sentences, some.expand(regions.shape[:2])),
+                (sentence_maps, regions, mask),
+            ):
                 vectors = self.out(maps @ self.value(source.to(maps.dtype)))
                 gathered.append(on_valid(self.norm, vectors, None if self.padded else valid))
         return *gathered, region_maps, sentence_maps
 
 # %% ../../nbs/objectives/05_regions.ipynb #06786845
 def positiveness(
-    grid: tuple[int, int],      # (h, w) of the regions at hand
+    grid: tuple[int, int],  # (h, w) of the regions at hand
     beta: float = 1.0,
-    threshold: float = 0.5,     # T, inclusive; 0 = only the region itself
-    smooth: bool = True,        # False: all regions within the threshold alike
+    threshold: float = 0.5,  # T, inclusive; 0 = only the region itself
+    smooth: bool = True,  # False: all regions within the threshold alike
     device: torch.device | str | None = None,
     dtype: torch.dtype = torch.float32,
-) -> Tensor:                    # (N, N) rows sum to 1; N = h*w, row-major
+) -> Tensor:  # (N, N) rows sum to 1; N = h*w, row-major
     """How far each region passes for each other one, by their distance on the grid (LoVT 2.4).
 
     Parameters
@@ -128,11 +133,11 @@ def positiveness(
 
 # %% ../../nbs/objectives/05_regions.ipynb #f5f9f7da
 def soft_cross_entropy(
-    scores: Tensor,    # (B, K, K) rows ask, columns answer
-    target: Tensor,    # (K, K) rows sum to 1; no mass on masked columns
-    weights: Tensor,   # (B, K) of the rows, 0 where masked
-    mask: Tensor,      # (B, K) True = valid
-) -> Tensor:           # scalar; log K at chance, when weights sum to 1 and nothing is masked
+    scores: Tensor,  # (B, K, K) rows ask, columns answer
+    target: Tensor,  # (K, K) rows sum to 1; no mass on masked columns
+    weights: Tensor,  # (B, K) of the rows, 0 where masked
+    mask: Tensor,  # (B, K) True = valid
+) -> Tensor:  # scalar; log K at chance, when weights sum to 1 and nothing is masked
     """Weighted cross-entropy of rows over the valid columns of their own sample (one direction of LoVT's local losses).
 
     Parameters
@@ -159,9 +164,9 @@ def soft_cross_entropy(
 @torch.no_grad()
 def share_weights(
     weights: Tensor | None,  # (B, K) not negative; None = even
-    mask: Tensor,            # (B, K) True = valid
+    mask: Tensor,  # (B, K) True = valid
     dtype: torch.dtype = torch.float32,
-) -> Tensor:                 # (B, K) sums to 1 over the valid entries, or to 0 where nothing valid has weight; no gradient
+) -> Tensor:  # (B, K) sums to 1 over the valid entries, or to 0 where nothing valid has weight; no gradient
     """Weights of the entries of each sample.
 
     Parameters
@@ -182,13 +187,13 @@ def share_weights(
 
 # %% ../../nbs/objectives/05_regions.ipynb #c2ce9583
 def both_ways(
-    local: Tensor,      # (B, K, d) any length
-    aligned: Tensor,    # (B, K, d) what each of them gathered
-    target: Tensor,     # (K, K)
-    mask: Tensor,       # (B, K) True = valid
+    local: Tensor,  # (B, K, d) any length
+    aligned: Tensor,  # (B, K, d) what each of them gathered
+    target: Tensor,  # (K, K)
+    mask: Tensor,  # (B, K) True = valid
     temperature: float,
     weights: Tensor | None,  # (B, K)
-) -> Tensor:            # scalar
+) -> Tensor:  # scalar
     """Mean of the two directions of `soft_cross_entropy` over cosines, in single precision at least.
 
     Parameters
@@ -214,16 +219,19 @@ def both_ways(
         local, aligned = (l2_normalize(x.masked_fill(~mask[..., None], 0)) for x in (local, aligned))
         scores = local @ aligned.mT / temperature
         target, weights = target.to(scores), share_weights(weights, mask, scores.dtype)
-        return (soft_cross_entropy(scores, target, weights, mask) + soft_cross_entropy(scores.mT, target, weights, mask)) / 2
+        return (
+            soft_cross_entropy(scores, target, weights, mask) + soft_cross_entropy(scores.mT, target, weights, mask)
+        ) / 2
 
 # %% ../../nbs/objectives/05_regions.ipynb #66a1eac5
 def local_image_loss(
-    regions: Tensor,         # (B, N, d) projected regions z^I, any length
-    aligned: Tensor,         # (B, N, d) what each gathered from the sentences, z^{R->I}
-    p: Tensor,               # (N, N) `positiveness` of their grid
-    temperature: float = 0.3,         # tau'
-    weights: Tensor | None = None,    # (B, N) of the regions, need not sum to 1; None = even. No gradient flows into them.
-) -> Tensor:                 # scalar
+    regions: Tensor,  # (B, N, d) projected regions z^I, any length
+    aligned: Tensor,  # (B, N, d) what each gathered from the sentences, z^{R->I}
+    p: Tensor,  # (N, N) `positiveness` of their grid
+    temperature: float = 0.3,  # tau'
+    weights: Tensor
+    | None = None,  # (B, N) of the regions, need not sum to 1; None = even. No gradient flows into them.
+) -> Tensor:  # scalar
     """Recognise each region, or a neighbour of it, by what it gathered, and back (LoVT 2.4). Samples of weight 0 add nothing.
 
     Parameters
@@ -249,12 +257,12 @@ def local_image_loss(
 
 # %% ../../nbs/objectives/05_regions.ipynb #85449b97
 def local_report_loss(
-    sentences: Tensor,       # (B, M, d) projected sentences z^R, any length
-    aligned: Tensor,         # (B, M, d) what each gathered from the regions, z^{I->R}
-    mask: Tensor,            # (B, M) True = valid
-    temperature: float = 0.3,         # tau'
-    weights: Tensor | None = None,    # (B, M) of the sentences; None = even. No gradient flows into them.
-) -> Tensor:                 # scalar
+    sentences: Tensor,  # (B, M, d) projected sentences z^R, any length
+    aligned: Tensor,  # (B, M, d) what each gathered from the regions, z^{I->R}
+    mask: Tensor,  # (B, M) True = valid
+    temperature: float = 0.3,  # tau'
+    weights: Tensor | None = None,  # (B, M) of the sentences; None = even. No gradient flows into them.
+) -> Tensor:  # scalar
     """Recognise each sentence by what it gathered, and back (LoVT 2.4). Reports of one sentence or none add nothing.
 
     Parameters

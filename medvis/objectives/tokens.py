@@ -15,12 +15,12 @@ from .contrastive import pair_loss, at_least_float32, l2_normalize
 
 # %% ../../nbs/objectives/02_tokens.ipynb #6f832968
 def gather_context(
-    queries: Tensor,             # (B, Q, d) length 1
-    keys: Tensor,                # (B, K, d) length 1
-    key_mask: Tensor,            # (B, K) True = valid
+    queries: Tensor,  # (B, Q, d) length 1
+    keys: Tensor,  # (B, K, d) length 1
+    key_mask: Tensor,  # (B, K) True = valid
     temperature: float,
     attention: nn.MultiheadAttention | None = None,  # learned Q, K, V, O (batch first); None = parameter-free
-) -> tuple[Tensor, Tensor]:      # (B, Q, d) what each query gathered; (B, Q, K) where it looked
+) -> tuple[Tensor, Tensor]:  # (B, Q, d) what each query gathered; (B, Q, K) where it looked
     """Let every query gather the keys it resembles (MGCA Eq. 4). Samples without any valid key gather evenly.
 
     Parameters
@@ -49,10 +49,10 @@ def gather_context(
 
 # %% ../../nbs/objectives/02_tokens.ipynb #6d7293fd
 def matching_scores(
-    queries: Tensor,             # (B, Q, d) length 1
-    keys: Tensor,                # (B, K, d) length 1
+    queries: Tensor,  # (B, Q, d) length 1
+    keys: Tensor,  # (B, K, d) length 1
     attention: nn.MultiheadAttention | None = None,  # one head; None = parameter-free
-) -> Tensor:                     # (B, Q, K) cosines, or the logits of the learned attention
+) -> Tensor:  # (B, Q, K) cosines, or the logits of the learned attention
     """How well every query fits every key, as `gather_context` sees it.
 
     Parameters
@@ -77,12 +77,12 @@ def matching_scores(
 
 # %% ../../nbs/objectives/02_tokens.ipynb #3c95bd18
 def recognition_loss(
-    tokens: Tensor,              # (B, K, d) length 1
-    contexts: Tensor,            # (B, K, d) what each gathered
-    weights: Tensor,             # (B, K) of the tokens; 0 on padding
+    tokens: Tensor,  # (B, K, d) length 1
+    contexts: Tensor,  # (B, K, d) what each gathered
+    weights: Tensor,  # (B, K) of the tokens; 0 on padding
     temperature: float,
     mask: Tensor | None = None,  # (B, K) True = valid; None = padding stays among the rivals
-) -> Tensor:                     # scalar; log K at chance when the weights of a sample sum to 1
+) -> Tensor:  # scalar; log K at chance when the weights of a sample sum to 1
     """Weighted two-way InfoNCE between tokens and their contexts within each sample (MGCA Eq. 5).
 
     Parameters
@@ -115,10 +115,10 @@ def recognition_loss(
 # %% ../../nbs/objectives/02_tokens.ipynb #338861f2
 @torch.no_grad()
 def clip_weights(
-    weights: Tensor,      # (B, K) attention, 0 on padding
+    weights: Tensor,  # (B, K) attention, 0 on padding
     low: float = 0.1,
     high: float = 0.9,
-) -> Tensor:              # (B, K) sums to 1 (or to 0 when all are 0); no gradient
+) -> Tensor:  # (B, K) sums to 1 (or to 0 when all are 0); no gradient
     """Clip the weights of every sample to its quantiles over non-zero entries, then normalise (released MGCA).
 
     Parameters
@@ -142,17 +142,17 @@ def clip_weights(
 
 # %% ../../nbs/objectives/02_tokens.ipynb #8ebb32c6
 def token_alignment_loss(
-    regions: Tensor,             # (B, N, d) projected regions, any length
-    words: Tensor,               # (B, W, d) projected words, any length
-    word_mask: Tensor,           # (B, W) True = valid
-    temperature: float,          # tau_2
+    regions: Tensor,  # (B, N, d) projected regions, any length
+    words: Tensor,  # (B, W, d) projected words, any length
+    word_mask: Tensor,  # (B, W) True = valid
+    temperature: float,  # tau_2
     region_weights: Tensor | None = None,  # (B, N) sums to 1; None = even. No gradient flows into weights.
-    word_weights: Tensor | None = None,    # (B, W) sums to 1, 0 on padding; None = even over valid words
-    mask_padding: bool = True,   # False: padded words stay among the rivals (released code)
-    unit_region_context: bool = True,      # False: what a region gathered keeps its length (released code, ViT)
-    word_attention: nn.MultiheadAttention | None = None,    # learned attention of words over regions (paper)
+    word_weights: Tensor | None = None,  # (B, W) sums to 1, 0 on padding; None = even over valid words
+    mask_padding: bool = True,  # False: padded words stay among the rivals (released code)
+    unit_region_context: bool = True,  # False: what a region gathered keeps its length (released code, ViT)
+    word_attention: nn.MultiheadAttention | None = None,  # learned attention of words over regions (paper)
     region_attention: nn.MultiheadAttention | None = None,  # learned attention of regions over words (paper)
-) -> Tensor:                     # scalar: word loss + region loss
+) -> Tensor:  # scalar: word loss + region loss
     """Cross-attention token alignment, both ways (MGCA Eq. 4-6). Reports without words add nothing.
 
     Parameters
@@ -195,16 +195,18 @@ def token_alignment_loss(
         word_context = l2_normalize(gather_context(words, regions, everywhere, temperature, word_attention)[0])
         region_context = gather_context(regions, words, word_mask, temperature, region_attention)[0]
         region_context = l2_normalize(region_context) if unit_region_context else region_context
-        word_loss = recognition_loss(words, word_context, word_weights, temperature, word_mask if mask_padding else None)
+        word_loss = recognition_loss(
+            words, word_context, word_weights, temperature, word_mask if mask_padding else None
+        )
         region_loss = recognition_loss(regions, region_context, region_weights, temperature)
     return word_loss + region_loss
 
 # %% ../../nbs/objectives/02_tokens.ipynb #ae8b7666
 def gloria_attention(
-    similarity: Tensor,    # (..., W, N) dot products of words and regions
-    word_mask: Tensor,     # (..., W) True = valid
-    scale: float = 4.0,    # gamma_1, temp1
-) -> Tensor:               # (..., W, N) sums to 1 over the regions; zero for words that are padding
+    similarity: Tensor,  # (..., W, N) dot products of words and regions
+    word_mask: Tensor,  # (..., W) True = valid
+    scale: float = 4.0,  # gamma_1, temp1
+) -> Tensor:  # (..., W, N) sums to 1 over the regions; zero for words that are padding
     """Where each word looks: regions choose among the words, words among the regions that chose them (released GLoRIA).
 
     Parameters
@@ -227,14 +229,14 @@ def gloria_attention(
 
 # %% ../../nbs/objectives/02_tokens.ipynb #34a4df69
 def gloria_scores(
-    regions: Tensor,              # (B, N, d) projected regions, any length
-    words: Tensor,                # (T, W, d) words, any length
-    word_mask: Tensor,            # (T, W) True = valid
+    regions: Tensor,  # (B, N, d) projected regions, any length
+    words: Tensor,  # (T, W, d) words, any length
+    word_mask: Tensor,  # (T, W) True = valid
     attention_scale: float = 4.0,  # gamma_1, temp1
-    word_scale: float = 5.0,      # gamma_2, temp2
-    average: bool = False,        # mean instead of sum over the words of a text
-    chunk: int | None = None,     # texts at a time; None = all
-) -> Tensor:                      # (B, T) image i against text t; 0 for a text without words
+    word_scale: float = 5.0,  # gamma_2, temp2
+    average: bool = False,  # mean instead of sum over the words of a text
+    chunk: int | None = None,  # texts at a time; None = all
+) -> Tensor:  # (B, T) image i against text t; 0 for a text without words
     """Score every image against every text through its words (released GLoRIA, without its temp3).
 
     Parameters
@@ -280,16 +282,16 @@ def gloria_scores(
 
 # %% ../../nbs/objectives/02_tokens.ipynb #9c3d393b
 def gloria_loss(
-    regions: Tensor,              # (B, N, d) projected regions, any length
-    words: Tensor,                # (B, W, d) words of the texts of the same rows, any length
-    word_mask: Tensor,            # (B, W) True = valid
+    regions: Tensor,  # (B, N, d) projected regions, any length
+    words: Tensor,  # (B, W, d) words of the texts of the same rows, any length
+    word_mask: Tensor,  # (B, W) True = valid
     attention_scale: float = 4.0,  # gamma_1, temp1
-    word_scale: float = 5.0,      # gamma_2, temp2
-    scale: float = 10.0,          # gamma_3, temp3
-    average: bool = False,        # mean instead of sum over the words of a text
+    word_scale: float = 5.0,  # gamma_2, temp2
+    scale: float = 10.0,  # gamma_3, temp3
+    average: bool = False,  # mean instead of sum over the words of a text
     valid: Tensor | None = None,  # (B, B) bool, False = this pair is not a negative
-    chunk: int | None = None,     # texts at a time; None = all
-) -> Tensor:                      # scalar, 2 log B at chance
+    chunk: int | None = None,  # texts at a time; None = all
+) -> Tensor:  # scalar, 2 log B at chance
     """GLoRIA's local loss: image to text and text to image, added as published.
 
     Parameters

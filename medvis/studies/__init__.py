@@ -27,7 +27,21 @@ else:
 
 # %% ../../nbs/studies/00_doors.ipynb #d40b2100
 _all_ = [
-    "DemoConfig", "DownstreamConfig", "GroundingConfig", "run_demo", "compare_families", "draw_families",
-    "run_downstream", "draw_examples", "draw_findings", "draw_summary", "gather", "run_grounding",
-    "run_local_mi_figures", "FiguresConfig", "run_lovt_figures", "run_mgca_figures", "show_run",
+    "DemoConfig",
+    "DownstreamConfig",
+    "GroundingConfig",
+    "run_demo",
+    "compare_families",
+    "draw_families",
+    "run_downstream",
+    "draw_examples",
+    "draw_findings",
+    "draw_summary",
+    "gather",
+    "run_grounding",
+    "run_local_mi_figures",
+    "FiguresConfig",
+    "run_lovt_figures",
+    "run_mgca_figures",
+    "show_run",
 ]

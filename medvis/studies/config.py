@@ -17,6 +17,7 @@ from ..methods.settings import SETTINGS
 @dataclass
 class DemoConfig:
     "From nothing to a trained, measured model of phantom radiographs."
+
     out: Path = Path("demo")
     "Folder of the pack, the run and the page."
     method: Literal[tuple(SETTINGS)] = "mixture-mi"
@@ -34,6 +35,7 @@ class DemoConfig:
 @dataclass
 class GroundingConfig:
     "Train methods on the phantom, and measure what each knows and where it points."
+
     out: Path = Path("grounding")
     "Folder of pack, runs and results."
     subjects: tuple[str, ...] = ("untrained", *SETTINGS)
@@ -55,6 +57,7 @@ class GroundingConfig:
 @dataclass
 class DownstreamConfig:
     "Compare pre-trained runs with their untaught selves in every family of tasks, on a phantom."
+
     runs: tuple[Path, ...]
     "Run folders of one method and preset, one for each seed."
     data: Path

@@ -35,7 +35,18 @@ def probe_lines(table: pd.DataFrame, gains: pd.DataFrame) -> list[str]:
 # %% ../../nbs/studies/02_demo.ipynb #3fa1c009
 def _demo_command(config: DemoConfig) -> str:
     "The command line that makes this demo."
-    words = ["medvis", "demo", "--out", str(config.out), "--method", config.method, "--studies", str(config.studies), "--seed", str(config.seed)]
+    words = [
+        "medvis",
+        "demo",
+        "--out",
+        str(config.out),
+        "--method",
+        config.method,
+        "--studies",
+        str(config.studies),
+        "--seed",
+        str(config.seed),
+    ]
     return shlex.join(words + ([] if config.epochs is None else ["--epochs", str(config.epochs)]))
 
 # %% ../../nbs/studies/02_demo.ipynb #abc02f12
@@ -48,7 +59,9 @@ def run_demo(config: DemoConfig) -> Path:  # of the page
         of the page
     """
     start, out = time.time(), Path(config.out)
-    data = prepare_phantom(PhantomConfig(out=out / "pack", studies=config.studies, seed=config.seed, progress=config.progress))
+    data = prepare_phantom(
+        PhantomConfig(out=out / "pack", studies=config.studies, seed=config.seed, progress=config.progress)
+    )
     method = create_method(config.method, "tiny", data, config.seed)
     changes = {} if config.epochs is None else {"epochs": config.epochs}
     settings = TrainConfig.of(method, out / "run", seed=config.seed, progress=config.progress, workers=1, **changes)

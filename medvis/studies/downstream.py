@@ -47,7 +47,9 @@ def _pointing_numbers(method: Method, data: Pack, out: Path) -> dict[str, float]
     "Hit rates of the pointing game."
     found = phantom_pointing(method, held_out_pairs(method, data))
     write_atomic(out / "pointing.csv", lambda file: found.table.to_csv(file, index=False))
-    return {f"hit rate of {grain}s": found.rate(grain=grain, resamples=1).hit_rate.value for grain in ("sentence", "word")}
+    return {
+        f"hit rate of {grain}s": found.rate(grain=grain, resamples=1).hit_rate.value for grain in ("sentence", "word")
+    }
 
 # %% ../../nbs/studies/04_downstream.ipynb #757dfe32
 def _retrieval_numbers(method: Method, data: Pack, out: Path) -> dict[str, float]:
@@ -60,28 +62,50 @@ def _retrieval_numbers(method: Method, data: Pack, out: Path) -> dict[str, float
 def _rows_without_head(
     family: str,
     measure: Callable[[Method, Pack, Path], dict[str, float]],
-    methods: dict[str, list[Method]],   # name -> one for each seed
+    methods: dict[str, list[Method]],  # name -> one for each seed
     data: Pack,
-    out: Path,                          # folder, one below it for each method and seed
-) -> pd.DataFrame:                      # encoder, protocol, task, fraction, seed, metric, value
+    out: Path,  # folder, one below it for each method and seed
+) -> pd.DataFrame:  # encoder, protocol, task, fraction, seed, metric, value
     "Numbers that need no head to be trained, in the columns of `run_protocol`."
     rows = [
-        {"encoder": name, "protocol": family, "task": family, "fraction": 1.0, "seed": seed, "metric": metric, "value": value}
-        for name, each in methods.items() for seed, method in enumerate(each) for metric, value in measure(method, data, out / f"{name}-{seed}").items()]
+        {
+            "encoder": name,
+            "protocol": family,
+            "task": family,
+            "fraction": 1.0,
+            "seed": seed,
+            "metric": metric,
+            "value": value,
+        }
+        for name, each in methods.items()
+        for seed, method in enumerate(each)
+        for metric, value in measure(method, data, out / f"{name}-{seed}").items()
+    ]
     return pd.DataFrame(rows)
 
 # %% ../../nbs/studies/04_downstream.ipynb #0317954b
 def _protocol_rows(family: str, methods: dict[str, list[Method]], data: Pack, config: DownstreamConfig) -> pd.DataFrame:
     "The headline numbers of a family that needs a head."
     kind, protocol = _TASKS[family]
-    task = phantom_task(data, kind, **({} if kind == "labels" else {"findings": config.findings}), progress=config.progress)
+    task = phantom_task(
+        data, kind, **({} if kind == "labels" else {"findings": config.findings}), progress=config.progress
+    )
     encoders = {name: [method.image_encoder for method in each] for name, each in methods.items()}
     table = run_protocol(
-        encoders, task, protocol, config.out / "protocols", config.fractions, range(len(config.runs)), progress=config.progress)
+        encoders,
+        task,
+        protocol,
+        config.out / "protocols",
+        config.fractions,
+        range(len(config.runs)),
+        progress=config.progress,
+    )
     return table[table.metric == HEADLINE[kind]]
 
 # %% ../../nbs/studies/04_downstream.ipynb #e41d0d5d
-def run_downstream(config: DownstreamConfig) -> pd.DataFrame:  # family, metric, encoder, mean, low, high, gain, ...: see stats.compare
+def run_downstream(
+    config: DownstreamConfig,
+) -> pd.DataFrame:  # family, metric, encoder, mean, low, high, gain, ...: see stats.compare
     """Measure all families, write results.csv, patients.csv and manifest.json, and return the comparison; finished runs are not repeated.
 
     Returns
@@ -92,11 +116,18 @@ def run_downstream(config: DownstreamConfig) -> pd.DataFrame:  # family, metric,
     data, taught = Pack(config.data), [load_method(run).eval() for run in config.runs]
     methods = {"pre-trained": taught, "untaught": [_random_init(method, seed) for seed, method in enumerate(taught)]}
     networks = {f"{name}-{seed}": method for name, each in methods.items() for seed, method in enumerate(each)}
-    rules = dict(runs=[run.name for run in config.runs], findings=config.findings, fractions=config.fractions, tasks=_TASKS)
+    rules = dict(
+        runs=[run.name for run in config.runs], findings=config.findings, fractions=config.fractions, tasks=_TASKS
+    )
     write_json(config.out / "manifest.json", describe_inputs(networks, data, **rules))
     tables = [
-        _rows_without_head("grounding", _pointing_numbers, methods, data, config.out / "untrained").assign(family="grounding"),
-        _rows_without_head("retrieval", _retrieval_numbers, methods, data, config.out / "untrained").assign(family="retrieval")]
+        _rows_without_head("grounding", _pointing_numbers, methods, data, config.out / "untrained").assign(
+            family="grounding"
+        ),
+        _rows_without_head("retrieval", _retrieval_numbers, methods, data, config.out / "untrained").assign(
+            family="retrieval"
+        ),
+    ]
     for family in (None, *_TASKS):
         tables += [] if family is None else [_protocol_rows(family, methods, data, config).assign(family=family)]
         table = pd.concat(tables, ignore_index=True)
@@ -129,7 +160,15 @@ def draw_families(told: pd.DataFrame) -> Figure:  # told: of compare_families
     for name, color, shift in (("pre-trained", "#0072b2", 0.12), ("untaught", "#d55e00", -0.12)):
         own = told[told.encoder == name].set_index(["family", "metric", "fraction"]).loc[keys]
         y = [len(keys) - 1 - place + shift for place in range(len(keys))]
-        ax.errorbar(own["mean"], y, xerr=[own["mean"] - own.low, own.high - own["mean"]], fmt="o", color=color, label=name, capsize=2)
+        ax.errorbar(
+            own["mean"],
+            y,
+            xerr=[own["mean"] - own.low, own.high - own["mean"]],
+            fmt="o",
+            color=color,
+            label=name,
+            capsize=2,
+        )
     ax.set(yticks=range(len(keys)), yticklabels=[_label(*key) for key in reversed(keys)], xlim=(0, 1))
     ax.spines[["top", "right"]].set_visible(False)
     ax.legend(frameon=False, fontsize=8)

@@ -33,7 +33,7 @@ from ..core.machine import describe_machine
 # %% ../../nbs/studies/03_grounding.ipynb #56b47a3c
 def _make_subject(
     subject: str,  # "method", "method:preset" or "untrained"
-    data: Pack,    # its training reports give the vocabulary
+    data: Pack,  # its training reports give the vocabulary
     seed: int,
 ) -> Method:
     "The method of a subject, not yet trained. ValueError for a name that does not exist."
@@ -44,7 +44,7 @@ def _make_subject(
 class _OtherImages(torch.nn.Module):
     "A method that is shown the image of the next report in the batch."
 
-    def __init__(self, method: Method):
+    def __init__(self, method: Method) -> None:
         super().__init__()
         self.method = method
 
@@ -53,7 +53,9 @@ class _OtherImages(torch.nn.Module):
         return self.method.correspondence(replace(batch, image=batch.image.roll(1, 0)))
 
 # %% ../../nbs/studies/03_grounding.ipynb #a4c56ba3
-def _pointing_rows(method: Method, pairs: Pairs) -> pd.DataFrame:  # grain, other_image, and the columns of evaluate.ground.finding_row
+def _pointing_rows(
+    method: Method, pairs: Pairs
+) -> pd.DataFrame:  # grain, other_image, and the columns of evaluate.ground.finding_row
     "The pointing game by finding at both grains, and the hit rate on another patient's image."
     found, blind = phantom_pointing(method, pairs), phantom_pointing(_OtherImages(method), pairs)
     tables = []
@@ -64,7 +66,9 @@ def _pointing_rows(method: Method, pairs: Pairs) -> pd.DataFrame:  # grain, othe
 
 # %% ../../nbs/studies/03_grounding.ipynb #52aa1ec0
 @torch.no_grad()
-def _example_maps(method: Method, pairs: Pairs, studies: int = 6) -> pd.DataFrame:  # study, text, finding, scores (N), side of the grid
+def _example_maps(
+    method: Method, pairs: Pairs, studies: int = 6
+) -> pd.DataFrame:  # study, text, finding, scores (N), side of the grid
     "Score maps of the words that name a finding, one row a word, for a few studies."
     rows = []
     for item, targets in pick_targets(phantom_targets(pairs), studies).items():
@@ -73,7 +77,15 @@ def _example_maps(method: Method, pairs: Pairs, studies: int = 6) -> pd.DataFram
         for target in targets:
             if target.word < found.words.shape[2]:
                 scores = found.words[0, :, target.word].float().cpu().tolist()
-                rows.append({"study": study, "text": target.text, "finding": target.finding, "scores": scores, "side": found.grid[0]})
+                rows.append(
+                    {
+                        "study": study,
+                        "text": target.text,
+                        "finding": target.finding,
+                        "scores": scores,
+                        "side": found.grid[0],
+                    }
+                )
     return pd.DataFrame(rows)
 
 # %% ../../nbs/studies/03_grounding.ipynb #381d17a9
@@ -99,7 +111,11 @@ def _run_subject(subject: str, seed: int, data: Pack, config: GroundingConfig) -
         fit(method, data, TrainConfig.of(method, run, seed=seed, progress=config.progress))
     pairs = held_out_pairs(method.eval(), data)
     seen = Pairs(data, method.tokenizer, method.preprocessing, method.sampling, "test")
-    tables = {"pointing": _pointing_rows(method, pairs), "maps": _example_maps(method, pairs), "loss": _loss_rows(method, seen)}
+    tables = {
+        "pointing": _pointing_rows(method, pairs),
+        "maps": _example_maps(method, pairs),
+        "loss": _loss_rows(method, seen),
+    }
     probe = linear_probe({subject: method.image_encoder}, data, (0.01, 0.1, 1.0), (0, 1, 2))
     for kind, table in {**tables, "probe": probe[probe.finding == "macro"]}.items():
         table = table.assign(subject=subject, seed=seed)
@@ -108,7 +124,9 @@ def _run_subject(subject: str, seed: int, data: Pack, config: GroundingConfig) -
     return results
 
 # %% ../../nbs/studies/03_grounding.ipynb #b4ac606c
-def gather(results: Path, kind: str) -> pd.DataFrame:  # one table of all runs; kind is "pointing", "probe", "loss" or "maps"
+def gather(
+    results: Path, kind: str
+) -> pd.DataFrame:  # one table of all runs; kind is "pointing", "probe", "loss" or "maps"
     """The results of a kind that are there, of all subjects and seeds.
 
     Returns
@@ -130,9 +148,12 @@ def run_grounding(config: GroundingConfig) -> pd.DataFrame:  # the table of `_su
         the table of `_subject_table`
     """
     out = Path(config.out)
-    data = prepare_phantom(PhantomConfig(
-        out=out / "pack", studies=config.studies, size=config.size, seed=0, progress=config.progress))
-    write_json(out / "manifest.json", {"data": data.manifest["hash"], "source": data.manifest["source"], **describe_machine()})
+    data = prepare_phantom(
+        PhantomConfig(out=out / "pack", studies=config.studies, size=config.size, seed=0, progress=config.progress)
+    )
+    write_json(
+        out / "manifest.json", {"data": data.manifest["hash"], "source": data.manifest["source"], **describe_machine()}
+    )
     for seed in config.seeds:
         for subject in config.subjects:
             _run_subject(subject, seed, data, config)
@@ -149,7 +170,7 @@ _FOCAL = ("Nodule", "Consolidation", "Pleural Effusion")
 
 # %% ../../nbs/studies/03_grounding.ipynb #e16c9e76
 def _pointing_means(
-    pointing: pd.DataFrame,                 # of all runs
+    pointing: pd.DataFrame,  # of all runs
     findings: tuple[str, ...] | None = None,  # None: all
     grain: str = "word",
 ) -> pd.DataFrame:  # subject, seed -> hit_rate, chance, other_image, best_fixed_point, cnr
@@ -165,8 +186,18 @@ def _pointing_means(
 def _subject_table(pointing: pd.DataFrame, probe: pd.DataFrame) -> pd.DataFrame:  # one row a subject
     "Probe (10 % of labels) and pointing of every subject: means over seeds, with the lowest and the highest seed."
     tenth = probe[probe.fraction == 0.1]
-    own, random = (tenth[chosen].groupby("subject").auroc for chosen in (tenth.encoder != "random", tenth.encoder == "random"))
-    told = pd.DataFrame({"auroc": own.mean(), "auroc_low": own.min(), "auroc_high": own.max(), "random": random.mean(), "seeds": own.size()})
+    own, random = (
+        tenth[chosen].groupby("subject").auroc for chosen in (tenth.encoder != "random", tenth.encoder == "random")
+    )
+    told = pd.DataFrame(
+        {
+            "auroc": own.mean(),
+            "auroc_low": own.min(),
+            "auroc_high": own.max(),
+            "random": random.mean(),
+            "seeds": own.size(),
+        }
+    )
     for grain in ("word", "sentence"):
         for name, findings in (("", None), ("focal_", _FOCAL)):
             runs = _pointing_means(pointing, findings, grain)
@@ -193,7 +224,10 @@ def draw_summary(pointing: pd.DataFrame, grain: str = "word") -> Figure:
         ax.axvline(chance.mean(), color="black", linestyle=":")
         ax.set(title=title, xlabel=f"hit rate of {grain}s", yticks=range(len(order)), yticklabels=order, xlim=(0, None))
         ax.spines[["top", "right"]].set_visible(False)
-    for label, style in {"own image": dict(color="#0072b2"), "another patient's": dict(facecolors="white", edgecolors="#d55e00")}.items():
+    for label, style in {
+        "own image": dict(color="#0072b2"),
+        "another patient's": dict(facecolors="white", edgecolors="#d55e00"),
+    }.items():
         ax.scatter([], [], s=28, label=label, **style)
     ax.plot([], [], color="black", linestyle=":", label="chance")
     ax.legend(frameon=False, loc="lower right", fontsize=8)
@@ -203,7 +237,9 @@ def draw_summary(pointing: pd.DataFrame, grain: str = "word") -> Figure:
 def draw_findings(pointing: pd.DataFrame, grain: str = "word") -> Figure:
     "Hit rate of every method on every finding, mean over seeds, shaded by what is lost on another patient's image."
     rows = pointing[(pointing.grain == grain) & (pointing.finding != "all")]
-    hits, other = (rows.pivot_table(index="subject", columns="finding", values=name) for name in ("hit_rate", "other_image"))
+    hits, other = (
+        rows.pivot_table(index="subject", columns="finding", values=name) for name in ("hit_rate", "other_image")
+    )
     order = hits.mean(axis=1).sort_values(ascending=False).index
     columns = rows.groupby("finding").chance.mean().sort_values().index
     hits, gain = hits.loc[order, columns], (hits - other).loc[order, columns]
@@ -211,9 +247,19 @@ def draw_findings(pointing: pd.DataFrame, grain: str = "word") -> Figure:
     ax = figure.subplots()
     shown = ax.imshow(gain, cmap="cividis", vmin=0, vmax=0.6, aspect="auto")
     for y, x in np.ndindex(hits.shape):
-        ax.text(x, y, f"{hits.iloc[y, x]:.2f}", ha="center", va="center", color="white" if gain.iloc[y, x] < 0.35 else "black", fontsize=8)
+        ax.text(
+            x,
+            y,
+            f"{hits.iloc[y, x]:.2f}",
+            ha="center",
+            va="center",
+            color="white" if gain.iloc[y, x] < 0.35 else "black",
+            fontsize=8,
+        )
     chance = rows.groupby("finding").chance.mean()[columns]
-    ax.set_xticks(range(len(columns)), [f"{name}\n({chance[name]:.3f})" for name in columns], rotation=40, ha="right", fontsize=8)
+    ax.set_xticks(
+        range(len(columns)), [f"{name}\n({chance[name]:.3f})" for name in columns], rotation=40, ha="right", fontsize=8
+    )
     ax.set_yticks(range(len(order)), order)
     figure.colorbar(shown, label="lost on another image", shrink=0.9)
     return figure
@@ -230,6 +276,14 @@ def draw_examples(maps: pd.DataFrame, subjects: list[str], findings: tuple[str, 
         for ax, word in zip(row, words):
             study = phantom.study(word.study)
             mask = np.any([found.mask for found in study.findings if found.name == word.finding], axis=0)
-            draw_map(ax, study.image, list(word.scores), (word.side, word.side), mask, word.text if subject == subjects[0] else "", limits)
+            draw_map(
+                ax,
+                study.image,
+                list(word.scores),
+                (word.side, word.side),
+                mask,
+                word.text if subject == subjects[0] else "",
+                limits,
+            )
         row[0].set_ylabel(subject, fontsize=9)
     return figure

@@ -44,10 +44,18 @@ def run_local_mi_figures(config: FiguresConfig, main: str = "local-mi-0", studie
         method = load_method(path)
         pairs = held_out_pairs(method, data)
         table, grid = _choices(method, pairs, studies)
-        targets = pd.DataFrame([(t.item, t.sentence, t.mask) for t in phantom_targets(pairs, range(studies), ("sentence",)) if t.role == "name"],
-                               columns=["item", "sentence", "mask"])
+        targets = pd.DataFrame(
+            [
+                (t.item, t.sentence, t.mask)
+                for t in phantom_targets(pairs, range(studies), ("sentence",))
+                if t.role == "name"
+            ],
+            columns=["item", "sentence", "mask"],
+        )
         hits = targets.merge(table, on=["item", "sentence"])
-        numbers[name] = choice_numbers(hits.region.to_numpy(), grid, np.stack(hits["mask"])) | {"regions": grid[0] * grid[1]}
+        numbers[name] = choice_numbers(hits.region.to_numpy(), grid, np.stack(hits["mask"])) | {
+            "regions": grid[0] * grid[1]
+        }
         if name == main:
             table["study"] = [str(pairs.pack.studies["study_id"].iloc[pairs.items[item][0]]) for item in table["item"]]
             told = {"main": main, "grid": grid}

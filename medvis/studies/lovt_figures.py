@@ -45,7 +45,9 @@ def _train_variants(data: Pack, folder: Path, epochs: int = 3, seed: int = 0, pr
     runs = {}
     for name, changes in _VARIANTS.items():
         method = create_method("lovt", "tiny", data, seed, **changes)
-        config = TrainConfig.of(method, Path(folder) / f"lovt-{name}-{seed}", epochs=epochs, seed=seed, progress=progress)
+        config = TrainConfig.of(
+            method, Path(folder) / f"lovt-{name}-{seed}", epochs=epochs, seed=seed, progress=progress
+        )
         runs[config.run.name] = fit(method, data, config).path
     return runs
 
@@ -55,9 +57,20 @@ def figure_manifest(runs: Iterable[Path], data: Pack, command: str) -> dict:
     told = {}
     for path in map(Path, runs):
         run = Run(path)
-        told[path.name] = {"method": run.config["method"], "seed": run.manifest["seed"], "epochs": run.config["train"]["epochs"],
-                           "data": run.manifest["data"]["hash"], "commit": run.manifest["commit"]}
-    return {"command": command, "runs": told, "data": data.manifest["hash"], "source": data.manifest["source"], **describe_machine()}
+        told[path.name] = {
+            "method": run.config["method"],
+            "seed": run.manifest["seed"],
+            "epochs": run.config["train"]["epochs"],
+            "data": run.manifest["data"]["hash"],
+            "commit": run.manifest["commit"],
+        }
+    return {
+        "command": command,
+        "runs": told,
+        "data": data.manifest["hash"],
+        "source": data.manifest["source"],
+        **describe_machine(),
+    }
 
 # %% ../../nbs/studies/05_lovt_figures.ipynb #01f31ddf
 _OPACITIES = ("Lung Opacity", "Consolidation", "Pneumonia")  # the phantom's counterpart of RSNA's pneumonia opacities
@@ -65,8 +78,9 @@ _POSITIVE = 0.1  # a region counts as positive when this share of it is covered
 
 
 def _overlap_table(
-    method: Method, pairs: Pairs,
-    studies: int = 100,   # in the picture
+    method: Method,
+    pairs: Pairs,
+    studies: int = 100,  # in the picture
     measured: int = 300,  # for the numbers
 ) -> tuple[pd.DataFrame, dict[str, float]]:
     "t-SNE of the regions of the first studies with their overlap with an opacity (Fig. 4), and how well vectors tell it."
@@ -78,8 +92,13 @@ def _overlap_table(
     table = embedding_table(tsne(vectors[drawn]), study=study[drawn], overlap=overlap[drawn])
     covered = overlap >= _POSITIVE
     pure = neighbour_purity(vectors, covered, study).set_index("kind").reindex([True]).iloc[0]
-    told = {"purity": pure.purity, "purity_by_chance": pure.chance, "auroc": separability(vectors, covered, study),
-            "regions": len(vectors), "positive": int(covered.sum())}
+    told = {
+        "purity": pure.purity,
+        "purity_by_chance": pure.chance,
+        "auroc": separability(vectors, covered, study),
+        "regions": len(vectors),
+        "positive": int(covered.sum()),
+    }
     return table, told
 
 # %% ../../nbs/studies/05_lovt_figures.ipynb #25a51b1f
@@ -89,7 +108,12 @@ _KINDS = ("image regions", "report sentences", "report to image", "image to repo
 def _local_table(aligned: Aligned) -> tuple[pd.DataFrame, dict[str, float]]:
     "t-SNE of regions, texts and what each gathered (Fig. 3), and how pure neighbourhoods are: 0.5 = both sides are mixed."
     everywhere = torch.ones_like(aligned.regions[..., 0], dtype=torch.bool)
-    parts = [(aligned.regions, everywhere), (aligned.texts, aligned.mask), (aligned.from_text, everywhere), (aligned.from_image, aligned.mask)]
+    parts = [
+        (aligned.regions, everywhere),
+        (aligned.texts, aligned.mask),
+        (aligned.from_text, everywhere),
+        (aligned.from_image, aligned.mask),
+    ]
     vectors = np.concatenate([part[mask].numpy() for part, mask in parts])
     study = np.concatenate([mask.nonzero()[:, 0].numpy() for _, mask in parts])
     kind = np.repeat(np.arange(4), [int(mask.sum()) for _, mask in parts])
@@ -100,7 +124,9 @@ def _local_table(aligned: Aligned) -> tuple[pd.DataFrame, dict[str, float]]:
     return embedding_table(tsne(vectors), kind=np.array(_KINDS)[kind], study=study.astype(np.int16)), told
 
 # %% ../../nbs/studies/05_lovt_figures.ipynb #c1808cea
-def _weights_table(method: Method, pairs: Pairs, studies: int | None = None) -> tuple[dict[str, np.ndarray], dict[str, float]]:
+def _weights_table(
+    method: Method, pairs: Pairs, studies: int | None = None
+) -> tuple[dict[str, np.ndarray], dict[str, float]]:
     "Mean region weights, mean image and where the lungs are (Fig. 5), and its numbers. ValueError for a method without weights."
     items = range(min(studies or len(pairs), len(pairs)))
     seen, lungs = image_features(method, pairs, items), phantom_masks(pairs, items)
@@ -116,6 +142,7 @@ def _weights_table(method: Method, pairs: Pairs, studies: int | None = None) -> 
 @dataclass
 class FiguresConfig:
     "Which runs a set of figures is drawn from, and where its result files go."
+
     out: Path
     "Folder of the results."
     pack: Path
@@ -160,7 +187,12 @@ def run_lovt_figures(config: FiguresConfig, main: str = "lovt-0") -> None:
     numbers = alignment_numbers(aligned)
     write_atomic(out / "alignment.csv", lambda file: numbers.to_csv(file, index=False, float_format="%.5g"))
     fewest = min(400, *(table.direction.value_counts().min() for table in aligned.values()))
-    thin = pd.concat([table.groupby("direction").sample(fewest, random_state=0).assign(method=name) for name, table in aligned.items()])
+    thin = pd.concat(
+        [
+            table.groupby("direction").sample(fewest, random_state=0).assign(method=name)
+            for name, table in aligned.items()
+        ]
+    )
     thin = thin.astype({"distance": np.float32, "stranger": np.float32, "sample": np.int16})
     write_embedding(out / "alignment.parquet", thin.reset_index(drop=True))
     for name, rows in (("overlap", overlaps), ("weights", weights), ("local", local)):
@@ -170,7 +202,7 @@ def run_lovt_figures(config: FiguresConfig, main: str = "lovt-0") -> None:
 # %% ../../nbs/studies/05_lovt_figures.ipynb #40a29f70
 @matplotlib.rc_context(STYLE)
 def _draw_local(
-    table: pd.DataFrame,        # of `_local_table`
+    table: pd.DataFrame,  # of `_local_table`
     numbers: Mapping[str, float],
 ) -> Figure:
     "t-SNE of local vectors (points) and of what they gathered (crosses): LoVT supplement, Fig. 3."
@@ -178,28 +210,46 @@ def _draw_local(
     ax, looks = figure.subplots(), zip(_KINDS, ("o", "o", "x", "x"), (SERIES[0], SERIES[1], SERIES[3], SERIES[2]))
     for kind, mark, colour in looks:
         part = table[table.kind == kind]
-        ax.scatter(part.x, part.y, s=7 if mark == "o" else 11, marker=mark, color=colour, alpha=0.6, label=kind, rasterized=True,
-                   linewidths=0 if mark == "o" else 0.7)
+        ax.scatter(
+            part.x,
+            part.y,
+            s=7 if mark == "o" else 11,
+            marker=mark,
+            color=colour,
+            alpha=0.6,
+            label=kind,
+            rasterized=True,
+            linewidths=0 if mark == "o" else 0.7,
+        )
     ax.set(xticks=[], yticks=[])
     ax.grid(visible=False), ax.spines[:].set_visible(True), ax.set_box_aspect(1)
-    ax.set_title(f"neighbours of the own kind: regions {numbers['regions_purity']:.2f}, sentences {numbers['sentences_purity']:.2f} (mixed: 0.50)",
-                 fontsize=7.5, weight="normal")
+    ax.set_title(
+        f"neighbours of the own kind: regions {numbers['regions_purity']:.2f}, sentences {numbers['sentences_purity']:.2f} (mixed: 0.50)",
+        fontsize=7.5,
+        weight="normal",
+    )
     figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=2, markerscale=1.6)
     return figure
 
 # %% ../../nbs/studies/05_lovt_figures.ipynb #c9f8cf1f
 @matplotlib.rc_context(STYLE)
 def _draw_overlap(
-    tables: Mapping[str, pd.DataFrame],        # title -> of `_overlap_table`
+    tables: Mapping[str, pd.DataFrame],  # title -> of `_overlap_table`
     numbers: Mapping[str, Mapping[str, float]],
 ) -> Figure:
     "t-SNE of regions coloured by their overlap with an opacity, side by side: LoVT supplement, Fig. 4."
     figure = Figure(figsize=(2.35 * len(tables) + 0.6, 2.9), dpi=110)
-    axes, highest = figure.subplots(1, len(tables), squeeze=False)[0], max(table.overlap.max() for table in tables.values())
+    axes, highest = (
+        figure.subplots(1, len(tables), squeeze=False)[0],
+        max(table.overlap.max() for table in tables.values()),
+    )
     for ax, (title, table) in zip(axes, tables.items()):
         shown = draw_values(ax, table, "overlap", highest, size=9)
         told = numbers[title]
         ax.set_title(title, fontsize=9)
-        ax.set_xlabel(f"AUROC {told['auroc']:.2f}; purity {told['purity']:.2f} (chance {told['purity_by_chance']:.2f})", fontsize=7.5)
+        ax.set_xlabel(
+            f"AUROC {told['auroc']:.2f}; purity {told['purity']:.2f} (chance {told['purity_by_chance']:.2f})",
+            fontsize=7.5,
+        )
     figure.colorbar(shown, ax=axes, label="covered by an opacity", shrink=0.8)
     return figure

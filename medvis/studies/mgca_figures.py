@@ -41,16 +41,31 @@ def _word_map_rows(method: Method, pairs: Pairs, items: list[int]) -> pd.DataFra
             share, mask = (scores / found.temperature).softmax(0).numpy()[None], target.mask[None]
             inside, area = share_inside(share, mask, found.grid)
             hit = pointing_hits(scores.numpy()[None], mask, found.grid)[0]
-            rows.append({"study": str(pairs.pack.studies["study_id"].iloc[pairs.items[item][0]]), "word": target.word, "text": target.text,
-                         "finding": target.finding, "side": found.grid[0], "inside": inside[0], "area": area[0], "hit": hit[0],
-                         "map": share[0].astype(np.float16)})
+            rows.append(
+                {
+                    "study": str(pairs.pack.studies["study_id"].iloc[pairs.items[item][0]]),
+                    "word": target.word,
+                    "text": target.text,
+                    "finding": target.finding,
+                    "side": found.grid[0],
+                    "inside": inside[0],
+                    "area": area[0],
+                    "hit": hit[0],
+                    "map": share[0].astype(np.float16),
+                }
+            )
     return pd.DataFrame(rows)
 
 # %% ../../nbs/studies/06_mgca_figures.ipynb #a0e45925
 def _word_numbers(rows: pd.DataFrame) -> dict[str, float]:
     "Share of a word's map on its finding beside the finding's area, and the pointing game, over all words that name one."
-    return {"words": len(rows), "inside": rows.inside.mean(), "area": rows.area.mean(), "times_area": rows.inside.mean() / rows.area.mean(),
-            "hit": rows.hit.mean()}
+    return {
+        "words": len(rows),
+        "inside": rows.inside.mean(),
+        "area": rows.area.mean(),
+        "times_area": rows.inside.mean() / rows.area.mean(),
+        "hit": rows.hit.mean(),
+    }
 
 # %% ../../nbs/studies/06_mgca_figures.ipynb #6626aa10
 def _draw_word_maps(rows: pd.DataFrame, phantom: Phantom, width: float = 1.45) -> Figure:
@@ -58,7 +73,10 @@ def _draw_word_maps(rows: pd.DataFrame, phantom: Phantom, width: float = 1.45) -
     studies = list(dict.fromkeys(rows.study))
     columns = min(rows.groupby("study").finding.nunique().max(), 4)
     figure = Figure(figsize=(width * (columns + 1), 1.14 * width * len(studies)), dpi=100, layout="constrained")
-    axes, limits = figure.subplots(len(studies), columns + 1, squeeze=False), common_limits(np.concatenate(rows["map"].tolist()))
+    axes, limits = (
+        figure.subplots(len(studies), columns + 1, squeeze=False),
+        common_limits(np.concatenate(rows["map"].tolist())),
+    )
     for line, name in zip(axes, studies):
         study = phantom.study(name)
         draw_map(line[0], study.image, title="image" if name == studies[0] else "")
@@ -67,12 +85,14 @@ def _draw_word_maps(rows: pd.DataFrame, phantom: Phantom, width: float = 1.45) -
             mask = np.any([f.mask for f in study.findings if f.name == word.finding], axis=0)
             draw_map(ax, study.image, np.asarray(word.map, np.float32), (word.side, word.side), mask, word.text, limits)
             ax.set_xlabel(f"{word.inside:.1%} on it, area {word.area:.1%}", fontsize=7)
-        for ax in line[1 + len(words):]:
+        for ax in line[1 + len(words) :]:
             ax.axis("off")
     return figure
 
 # %% ../../nbs/studies/06_mgca_figures.ipynb #b65b3a8d
-def _single_findings(phantom: Phantom, count: int = 1600, start: int = 6000) -> list[tuple[int, str]]:  # (study, finding)
+def _single_findings(
+    phantom: Phantom, count: int = 1600, start: int = 6000
+) -> list[tuple[int, str]]:  # (study, finding)
     "The first studies from `start` on that show exactly one finding."
     found, index = [], start
     while len(found) < count:
@@ -94,7 +114,9 @@ def _image_vectors(method: Method, phantom: Phantom, studies: list[int], togethe
 
 # %% ../../nbs/studies/06_mgca_figures.ipynb #c50c6703
 @torch.no_grad()
-def _pair_embeddings(method: Method, pairs: Pairs, together: int = 64) -> tuple[np.ndarray, np.ndarray]:  # (n, d), (n, d)
+def _pair_embeddings(
+    method: Method, pairs: Pairs, together: int = 64
+) -> tuple[np.ndarray, np.ndarray]:  # (n, d), (n, d)
     "Projected images and reports of pairs."
     images, texts = [], []
     for start in range(0, len(pairs), together):
@@ -122,14 +144,20 @@ def run_mgca_figures(config: FiguresConfig, main: str = "mgca-0", images: int = 
             nearest = nearest_prototype(vectors, prototypes)
             pure = neighbour_purity(vectors, disease)
             clusters[name] = cluster_agreement(disease, nearest) | {
-                "purity": np.average(pure.purity, weights=pure.vectors), "purity_by_chance": np.average(pure.chance, weights=pure.vectors)}
+                "purity": np.average(pure.purity, weights=pure.vectors),
+                "purity_by_chance": np.average(pure.chance, weights=pure.vectors),
+            }
             table, usage[name] = prototype_usage(*_pair_embeddings(method, pairs), prototypes)
             if name == main:
-                points = embedding_table(tsne(vectors), disease=disease, prototype=nearest.astype(np.int16), study=index)
+                points = embedding_table(
+                    tsne(vectors), disease=disease, prototype=nearest.astype(np.int16), study=index
+                )
                 write_embedding(out / "images.parquet", points)
                 write_atomic(out / "usage_by_prototype.csv", lambda file: table.to_csv(file, index=False))
         if name == main:
-            write_embedding(out / "words.parquet", _word_map_rows(method, pairs, list(pick_targets(phantom_targets(pairs), 4))))
+            write_embedding(
+                out / "words.parquet", _word_map_rows(method, pairs, list(pick_targets(phantom_targets(pairs), 4)))
+            )
     for name, rows in (("words", looked), ("clusters", clusters), ("usage", usage)):
         save_table(out / f"{name}.csv", rows)
     write_json(out / "manifest.json", figure_manifest(config.runs.values(), data, config.command))

@@ -16,8 +16,15 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from ..analyse import (
-    Section, correspondence_card, diagnostic_figures, diagnostics_table, headlines, run_sections, write_page)
+from medvis.analyse import (
+    Section,
+    correspondence_card,
+    diagnostic_figures,
+    diagnostics_table,
+    headlines,
+    run_sections,
+    write_page,
+)
 from ..analyse.page import Html, Live, exact_for
 from ..data.files import read_csv
 from ..data.pack import Pack
@@ -40,8 +47,8 @@ def held_out_pairs(method: Method, data: Pack) -> Pairs:
 # %% ../../nbs/studies/01_show.ipynb #f37b6ce2
 def pick_targets(
     targets: Sequence[Target],
-    count: int = 4,             # studies
-) -> dict[int, list[Target]]:   # item -> its targets whose word names a finding
+    count: int = 4,  # studies
+) -> dict[int, list[Target]]:  # item -> its targets whose word names a finding
     """The first study for each of the rarest findings, rarest first: a rule, so that nothing is picked by its looks.
 
     Parameters
@@ -79,17 +86,22 @@ def _study_cards(
         found = method.correspondence(batch)
         masks = {t.word: t.mask for t in targets if t.word < found.words.shape[2]}
         name = pairs.pack.studies["study_id"].iloc[pairs.items[item][0]]
-        cards.append(correspondence_card(
-            batch.image[0].cpu(), found, 0, pairs.report(item), list(masks)[:6] or None, masks, str(name), show_text))
+        cards.append(
+            correspondence_card(
+                batch.image[0].cpu(), found, 0, pairs.report(item), list(masks)[:6] or None, masks, str(name), show_text
+            )
+        )
     return cards
 
 # %% ../../nbs/studies/01_show.ipynb #55fbde34
-_CARD = ("Hover a word, or a sentence's number, to see where the trained network places it; click to keep it. Point at the image to see "
-        "which words speak of that place. The studies take no part in training; the first of each of the rarest findings is shown.")
+_CARD = (
+    "Hover a word, or a sentence's number, to see where the trained network places it; click to keep it. Point at the image to see "
+    "which words speak of that place. The studies take no part in training; the first of each of the rarest findings is shown."
+)
 
 
 def _live_card(
-    name: str,                        # of the run
+    name: str,  # of the run
     method: Method,
     data: Pack,
     chosen: dict[int, list[Target]],  # row of the Pack -> targets
@@ -104,8 +116,10 @@ def _live_card(
     state = {name: getattr(widget, name) for name in Display.class_own_traits(sync=True)}
     held = page_state(state, [pack_study(widget.studies[position], widget.masked) for position in positions])
     style = static("theme.css") + static("correspondence.css")
-    markup = (f'<style>{style}</style><div class="medvis" id="widget"></div>'
-              f'<script type="application/json" id="state">{state_json(held)}</script>')
+    markup = (
+        f'<style>{style}</style><div class="medvis" id="widget"></div>'
+        f'<script type="application/json" id="state">{state_json(held)}</script>'
+    )
     return Live("Point at a word", _CARD, Html(markup), static("correspondence.js") + "\n" + static("standalone.js"))
 
 # %% ../../nbs/studies/01_show.ipynb #776f4351
@@ -121,15 +135,25 @@ def _top_numbers(
         macro = probe[probe.finding == "macro"].set_index(["encoder", "fraction"])
         for row in gains.itertuples():
             told = macro.loc[(row.encoder, row.fraction)]
-            numbers.append((
-                f"{told.auroc:.3f}", f"macro AUROC of a linear probe, {row.fraction:.0%} of labels ({told.low:.3f} to {told.high:.3f})",
-                f"untrained: {macro.loc[('random', row.fraction)].auroc:.3f}; gain {row.gain:+.3f} ({row.low:+.3f} to {row.high:+.3f})"))
+            numbers.append(
+                (
+                    f"{told.auroc:.3f}",
+                    f"macro AUROC of a linear probe, {row.fraction:.0%} of labels ({told.low:.3f} to {told.high:.3f})",
+                    f"untrained: {macro.loc[('random', row.fraction)].auroc:.3f}; gain {row.gain:+.3f} ({row.low:+.3f} to {row.high:+.3f})",
+                )
+            )
     for grain in ("sentence", "word") if pointing is not None else ():
         rate = pointing.rate(grain=grain)
         known = None if control is None else control.rate(grain=grain).hit_rate
         blind = "" if known is None else f"untrained: {known.value:.3f} ({known.low:.3f} to {known.high:.3f}); "
-        numbers.append((f"{rate.hit_rate.value:.3f}", f"of the {grain}s that name a finding point at it ({rate.hit_rate.low:.3f} to "
-                        f"{rate.hit_rate.high:.3f})", f"{blind}chance {rate.chance.value:.3f}"))
+        numbers.append(
+            (
+                f"{rate.hit_rate.value:.3f}",
+                f"of the {grain}s that name a finding point at it ({rate.hit_rate.low:.3f} to "
+                f"{rate.hit_rate.high:.3f})",
+                f"{blind}chance {rate.chance.value:.3f}",
+            )
+        )
     return headlines(numbers)
 
 # %% ../../nbs/studies/01_show.ipynb #9d0e41b0
@@ -138,7 +162,9 @@ def _initial_network(run: Run) -> Method:
     with torch.random.fork_rng():
         method = load_method(run.path)
         torch.manual_seed(run.manifest["seed"])
-        return type(method)(replace(method.config, image_weights=None, text=str(run.path / "text"), text_weights=False)).eval()
+        return type(method)(
+            replace(method.config, image_weights=None, text=str(run.path / "text"), text_weights=False)
+        ).eval()
 
 # %% ../../nbs/studies/01_show.ipynb #9d2e41b2
 def _diagnostics_section(run: Run) -> list[Section]:
@@ -148,13 +174,15 @@ def _diagnostics_section(run: Run) -> list[Section]:
         return []
     last = {name: value for name, value in diagnostics.iloc[-1].dropna().items() if isinstance(value, float)}
     told = "; ".join(collapse(last)) or "No sign of collapse"
-    about = (f"What the vectors look like on validation patients after each epoch. {told}. The healthy range is shaded: outside it "
-             "training warns (spread, rank, prototypes), or, as a rule of thumb, next to nothing has been learned (the others).")
+    about = (
+        f"What the vectors look like on validation patients after each epoch. {told}. The healthy range is shaded: outside it "
+        "training warns (spread, rank, prototypes), or, as a rule of thumb, next to nothing has been learned (the others)."
+    )
     return [Section("Is it well?", [about, diagnostic_figures(diagnostics), diagnostics_table(diagnostics)])]
 
 # %% ../../nbs/studies/01_show.ipynb #9d4e41b4
 def _run_title(run: Run, data: Pack) -> str:
-    "Method, preset and data: \"mixture-mi tiny on 2 000 phantom pairs\"."
+    'Method, preset and data: "mixture-mi tiny on 2 000 phantom pairs".'
     count = f"{(data.studies['split'] == 'train').sum():,}".replace(",", "\u202f")
     what = "phantom pairs" if pack_phantom(data) else f"studies of {data.path.name}"
     return f"{run.config['method']} {run.config['preset']} on {count} {what}"
@@ -163,13 +191,31 @@ def _run_title(run: Run, data: Pack) -> str:
 def _how_to_repeat(run: Run, command: str | None = None) -> Section:
     "The command, seed and versions that make the run again, and for which machine its numbers are exact."
     manifest, config = run.manifest, run.config
-    command = command or shlex.join([
-        "medvis", "pretrain", config["method"], "--preset", config["preset"], "--data", manifest["data"]["path"],
-        "--run", str(run.path), "--seed", str(manifest["seed"])])
+    command = command or shlex.join(
+        [
+            "medvis",
+            "pretrain",
+            config["method"],
+            "--preset",
+            config["preset"],
+            "--data",
+            manifest["data"]["path"],
+            "--run",
+            str(run.path),
+            "--seed",
+            str(manifest["seed"]),
+        ]
+    )
     versions = ", ".join(f"{name} {version}" for name, version in manifest["packages"].items() if version)
     note = "Settings that differ from the preset's stand under Configuration."
-    return Section("How to repeat it", [
-        Html(f"<pre>{escape(command)}</pre>"), f"Seed {manifest['seed']}; Python {manifest['python']}; {versions}. {note}", exact_for(manifest)])
+    return Section(
+        "How to repeat it",
+        [
+            Html(f"<pre>{escape(command)}</pre>"),
+            f"Seed {manifest['seed']}; Python {manifest['python']}; {versions}. {note}",
+            exact_for(manifest),
+        ],
+    )
 
 # %% ../../nbs/studies/01_show.ipynb #cf4e59ec
 def _known_gains(predictions: Path) -> pd.DataFrame | None:
@@ -182,12 +228,12 @@ def _known_gains(predictions: Path) -> pd.DataFrame | None:
 # %% ../../nbs/studies/01_show.ipynb #d6c2c5b0
 def show_run(
     run: Run,
-    data: Pack | None = None,        # None: the pack it was trained on
-    out: str | Path | None = None,   # None: page.html in the run folder
-    studies: int = 4,                # shown with their word maps
-    show_text: bool | None = None,   # None: only the phantom's reports
+    data: Pack | None = None,  # None: the pack it was trained on
+    out: str | Path | None = None,  # None: page.html in the run folder
+    studies: int = 4,  # shown with their word maps
+    show_text: bool | None = None,  # None: only the phantom's reports
     pointing: PhantomPointing | None = None,  # None: play the game now, if it is a phantom
-    command: str | None = None,      # what made the run; None: `medvis pretrain`
+    command: str | None = None,  # what made the run; None: `medvis pretrain`
 ) -> Path:
     """Write the page of a run. FileNotFoundError when the run or its pack is not there.
 
@@ -215,7 +261,10 @@ def show_run(
     cards, live, shown = [], None, phantom if show_text is None else show_text
     with suppress(NotImplementedError):  # a method without maps
         if phantom:
-            pointing, chosen = pointing or phantom_pointing(method, pairs), pick_targets(phantom_targets(pairs), studies)
+            pointing, chosen = (
+                pointing or phantom_pointing(method, pairs),
+                pick_targets(phantom_targets(pairs), studies),
+            )
             control = phantom_pointing(_initial_network(run), pairs)
         cards = _study_cards(method, pairs, chosen, shown)
         rows = {pairs.items[item][0]: found for item, found in chosen.items()}
@@ -224,9 +273,17 @@ def show_run(
         probe = read_csv(run.path / "probe" / "probe.csv", ("finding",))
         gains = _known_gains(run.path / "probe" / "predictions.parquet")
     sections = run_sections(
-        run.metrics, probe, None if pointing is None else pointing.by_finding(), cards,
-        {"Configuration": run.config, "Machine and data": run.manifest})
-    last = next(k for k, section in enumerate([*sections, None]) if section is None or section.title in ("Words and regions", "Configuration"))
+        run.metrics,
+        probe,
+        None if pointing is None else pointing.by_finding(),
+        cards,
+        {"Configuration": run.config, "Machine and data": run.manifest},
+    )
+    last = next(
+        k
+        for k, section in enumerate([*sections, None])
+        if section is None or section.title in ("Words and regions", "Configuration")
+    )
     sections[last:last] = _diagnostics_section(run)
     folded = next(k for k, section in enumerate(sections) if section.folded)
     sections.insert(folded, _how_to_repeat(run, command))

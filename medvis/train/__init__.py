@@ -23,6 +23,15 @@ else:
 
 # %% ../../nbs/train/00_doors.ipynb #5167e896
 _all_ = [
-    "Diverged", "TrainConfig", "create_method", "CollapseWarning", "collapse", "diagnose", "Run", "fit", "load_encoder", "load_method",
+    "Diverged",
+    "TrainConfig",
+    "create_method",
+    "CollapseWarning",
+    "collapse",
+    "diagnose",
+    "Run",
+    "fit",
+    "load_encoder",
+    "load_method",
     "load_run",
 ]

@@ -35,8 +35,8 @@ def write_settings(path: str | Path, told: dict[str, Any]) -> None:
 # %% ../../nbs/train/03_checkpoint.ipynb #2310d962
 def read_settings(
     path: str | Path,  # config.json or manifest.json of a run
-    *needed: str,      # names it must have: `method` leads to a word, the others to settings by name; `data` to hash and path
-) -> dict[str, Any]:   # without the checksum
+    *needed: str,  # names it must have: `method` leads to a word, the others to settings by name; `data` to hash and path
+) -> dict[str, Any]:  # without the checksum
     """Settings from a JSON file. ValueError names the file that is damaged, changed or foreign.
 
     Parameters
@@ -54,18 +54,24 @@ def read_settings(
     try:
         told = json.loads(Path(path).read_bytes())
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged ({type(error).__name__}: {str(error)[:80]}): copy the run again from where it came") from error
+        raise ValueError(
+            f"{path} is damaged ({type(error).__name__}: {str(error)[:80]}): copy the run again from where it came"
+        ) from error
     held = told if isinstance(told, dict) else {}
     kinds = {name: str if name == "method" else dict for name in needed}
     wrong = [name for name, kind in kinds.items() if not isinstance(held.get(name), kind)]
     if "data" in needed and "data" not in wrong:
         wrong += [f"{name} of data" for name in ("hash", "path") if not isinstance(held["data"].get(name), str)]
     if wrong or told is not held:
-        raise ValueError(f"{path} does not look like that of a run: it lacks {', '.join(wrong) or 'names'}, or has another kind of value there")
+        raise ValueError(
+            f"{path} does not look like that of a run: it lacks {', '.join(wrong) or 'names'}, or has another kind of value there"
+        )
     noted = told.pop("sha256", None)
     if noted is not None and noted != _settings_hash(told):
-        raise ValueError(f"{path} is damaged (it does not say what was written): copy the run again from where it came; "
-                         f"if you changed it on purpose, delete its entry sha256 as well")
+        raise ValueError(
+            f"{path} is damaged (it does not say what was written): copy the run again from where it came; "
+            f"if you changed it on purpose, delete its entry sha256 as well"
+        )
     return told
 
 # %% ../../nbs/train/03_checkpoint.ipynb #a9edae1a
@@ -98,17 +104,21 @@ def read_weights(
     try:
         with safe_open(path, "pt") as file:
             noted, state = file.metadata() or {}, {key: file.get_tensor(key) for key in file.keys()}
-    except Exception as error:   # safetensors has many ways to say it
-        raise ValueError(f"{path} is damaged ({str(error).splitlines()[0][:120]}): copy it again from where it came, or train again") from error
+    except Exception as error:  # safetensors has many ways to say it
+        raise ValueError(
+            f"{path} is damaged ({str(error).splitlines()[0][:120]}): copy it again from where it came, or train again"
+        ) from error
     if noted.get("sha256", "") not in ("", _state_hash(state)):
-        raise ValueError(f"{path} is damaged (its tensors are not those that were written): copy it again from where it came, or train again")
+        raise ValueError(
+            f"{path} is damaged (its tensors are not those that were written): copy it again from where it came, or train again"
+        )
     return state
 
 # %% ../../nbs/train/03_checkpoint.ipynb #9c206e9d
 def save_checkpoint(
     folder: str | Path,
     state: dict[str, Any],  # tensors and plain values; has "step"
-    keep: int = 2,          # newest ones that stay
+    keep: int = 2,  # newest ones that stay
 ) -> Path:
     """Write `step_XXXXXXXX.pt` and delete older ones, in this order.
 
@@ -133,9 +143,7 @@ def _list_checkpoints(folder: str | Path) -> list[Path]:
     return sorted(Path(folder).glob("step_*.pt"))
 
 # %% ../../nbs/train/03_checkpoint.ipynb #93047102
-def load_checkpoint(
-    folder: str | Path,
-) -> dict[str, Any] | None:  # None when there is none
+def load_checkpoint(folder: str | Path) -> dict[str, Any] | None:  # None when there is none
     """The newest checkpoint; leftovers of an interrupted write are swept away. ValueError names a damaged one.
 
     Returns
@@ -149,7 +157,7 @@ def load_checkpoint(
     if not paths:
         return None
     try:
-        with ZipFile(paths[-1]) as archive:      # torch writes a CRC-32 of every part, but does not look at it
+        with ZipFile(paths[-1]) as archive:  # torch writes a CRC-32 of every part, but does not look at it
             if part := archive.testzip():
                 raise ValueError(f"{part} is not what was written")
         return torch.load(paths[-1], map_location="cpu", weights_only=True)

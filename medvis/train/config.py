@@ -20,6 +20,7 @@ Schedule = Literal["warmup-cosine", "warmup-linear", "cyclic-cosine", "plateau",
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(Sampling):
     "How a method is trained, what of the data it sees (see Sampling), and where the run lives."
+
     run: Path
     "Folder of the run. A run that stands there is continued."
     epochs: int = 50
@@ -78,9 +79,10 @@ class TrainConfig(Sampling):
 
     @classmethod
     def of(
-        cls, method,
-        run: "str | Path | TrainConfig",    # folder of the run; or all settings, which the method's own recipe does not change
-        **changes,                          # of single settings
+        cls,
+        method,
+        run: "str | Path | TrainConfig",  # folder of the run; or all settings, which the method's own recipe does not change
+        **changes,  # of single settings
     ) -> "TrainConfig":
         """The own recipe of a Method, with changes; ValueError for a setting that does not exist.
 
@@ -94,7 +96,11 @@ class TrainConfig(Sampling):
         """
         for name in changes:
             check_choice("training setting", name, cls.__dataclass_fields__)
-        return replace(run, **changes) if isinstance(run, cls) else cls(**{"run": Path(run), **method.training_settings, **changes})
+        return (
+            replace(run, **changes)
+            if isinstance(run, cls)
+            else cls(**{"run": Path(run), **method.training_settings, **changes})
+        )
 
     @property
     def text(self) -> "TrainConfig":

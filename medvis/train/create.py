@@ -27,13 +27,20 @@ def _pack_tokenizer(data: Pack) -> PreTrainedTokenizerFast:
 # %% ../../nbs/train/08_create.ipynb #4bebb60a
 def _differences(start: Method, method: Method) -> str:
     "Which settings make two methods different networks"
-    old, new = ({name: list(value) if isinstance(value, tuple) else value for name, value in vars(one.config).items()} for one in (start, method))
-    changed = [f"{name} is {old[name]!r} there and {new[name]!r} here" for name in new if name in old and old[name] != new[name] and name not in ("image_weights", "text_weights")]
+    old, new = (
+        {name: list(value) if isinstance(value, tuple) else value for name, value in vars(one.config).items()}
+        for one in (start, method)
+    )
+    changed = [
+        f"{name} is {old[name]!r} there and {new[name]!r} here"
+        for name in new
+        if name in old and old[name] != new[name] and name not in ("image_weights", "text_weights")
+    ]
     kinds = [type(one).__name__ for one in (start, method)]
     return "; ".join(([] if kinds[0] == kinds[1] else [f"it is a {kinds[0]}, not a {kinds[1]}"]) + changed)
 
 # %% ../../nbs/train/08_create.ipynb #87a34f5e
-_FRESH = dict(image_weights=None, text_weights=False)     # no pre-trained weights: those of the run take their place
+_FRESH = dict(image_weights=None, text_weights=False)  # no pre-trained weights: those of the run take their place
 
 
 def _continue(kind: type[Method], preset: str, init: str | Path, changes: dict) -> Method:
@@ -44,18 +51,21 @@ def _continue(kind: type[Method], preset: str, init: str | Path, changes: dict) 
     try:
         method.load_state_dict(start.state_dict())
     except RuntimeError as error:
-        raise ValueError(f"{init} does not fit these settings: {_differences(start, method) or str(error).splitlines()[-1].strip()}") from error
+        raise ValueError(
+            f"{init} does not fit these settings: {_differences(start, method) or str(error).splitlines()[-1].strip()}"
+        ) from error
     note_provenance(method, start.provenance)
     return method
 
 # %% ../../nbs/train/08_create.ipynb #6b1a25c7
 def create_method(
-    name: str,                          # of a method, see `list_methods`, or my_package.my_module:MyMethod
+    name: str,  # of a method, see `list_methods`, or my_package.my_module:MyMethod
     preset: str = "tiny",
-    data: Pack | None = None,           # that it will be trained on: its reports give the vocabulary, where the text encoder has none
-    seed: int = 0,                      # of the first weights; the random numbers of the caller are left as they are
-    init: str | Path | None = None,     # run folder whose weights and vocabulary it starts from
-    **changes,                          # to the settings of the preset
+    data: Pack
+    | None = None,  # that it will be trained on: its reports give the vocabulary, where the text encoder has none
+    seed: int = 0,  # of the first weights; the random numbers of the caller are left as they are
+    init: str | Path | None = None,  # run folder whose weights and vocabulary it starts from
+    **changes,  # to the settings of the preset
 ) -> Method:
     """A new method, ready for `fit`.
 

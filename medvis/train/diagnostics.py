@@ -19,9 +19,10 @@ from ..objectives.contrastive import l2_normalize
 
 # %% ../../nbs/train/04_diagnostics.ipynb #12f0e68f
 def spread(
-    vectors: Tensor,             # (B, N, D) local vectors of samples, any length; (B, D) one a sample
-    mask: Tensor | None = None,  # (B, N) True = valid; None = all. Samples with fewer than two valid vectors have no variance
-) -> dict[str, float]:           # total; for local vectors per_sample and centroids too. 1 = over the sphere, 0 = constant
+    vectors: Tensor,  # (B, N, D) local vectors of samples, any length; (B, D) one a sample
+    mask: Tensor
+    | None = None,  # (B, N) True = valid; None = all. Samples with fewer than two valid vectors have no variance
+) -> dict[str, float]:  # total; for local vectors per_sample and centroids too. 1 = over the sphere, 0 = constant
     """Standard deviations of unit vectors times the root of their width (LoVT supplement, Fig. 1).
 
     Parameters
@@ -46,14 +47,18 @@ def spread(
     within = ((x - mean[:, None]) ** 2 * mask).sum(1) / (count - 1).clamp(min=1)
     between = mean.var(0)
     share = (count - 1) / count  # what the centroids do not already hold
-    parts = {"total": (between + (share * within).mean(0)).sqrt(), "per_sample": within.sqrt().mean(0), "centroids": between.sqrt()}
+    parts = {
+        "total": (between + (share * within).mean(0)).sqrt(),
+        "per_sample": within.sqrt().mean(0),
+        "centroids": between.sqrt(),
+    }
     return {name: float(value.mean() * scale) for name, value in parts.items()}
 
 # %% ../../nbs/train/04_diagnostics.ipynb #3a2ac0f9
 def alignment(
     x: Tensor,  # (B, D), any length
     y: Tensor,  # (B, D) partners
-) -> Tensor:    # scalar, 0 to 4; about 2 for strangers
+) -> Tensor:  # scalar, 0 to 4; about 2 for strangers
     """Mean squared distance of partners on the unit sphere (Wang & Isola).
 
     Parameters
@@ -72,9 +77,9 @@ def alignment(
 
 # %% ../../nbs/train/04_diagnostics.ipynb #af9154c1
 def _uniformity(
-    x: Tensor,        # (B, D), any length
+    x: Tensor,  # (B, D), any length
     t: float = 2.0,
-) -> Tensor:          # scalar, 0 = all the same
+) -> Tensor:  # scalar, 0 = all the same
     "Logarithm of the mean Gaussian potential of all pairs of unit vectors (Wang & Isola)."
     squared = torch.pdist(l2_normalize(x)).square()
     return (-t * squared).logsumexp(0) - torch.tensor(float(len(squared))).log()
@@ -82,7 +87,7 @@ def _uniformity(
 # %% ../../nbs/train/04_diagnostics.ipynb #805dce96
 def _effective_rank(
     x: Tensor,  # (B, D)
-) -> Tensor:    # scalar, 1 to min(B - 1, D); 0 when all vectors are the same
+) -> Tensor:  # scalar, 1 to min(B - 1, D); 0 when all vectors are the same
     "Number of directions in which centred vectors differ, as the exponential of an entropy (Roy & Vetterli)."
     x = l2_normalize(x)
     strength = torch.linalg.svdvals(x - x.mean(0))
@@ -93,13 +98,13 @@ def _effective_rank(
 # %% ../../nbs/train/04_diagnostics.ipynb #bc376fc0
 def _attention_entropy(
     maps: Tensor,  # (..., N) shares of the regions, sum to 1
-) -> Tensor:       # (...) 0 = one region, 1 = all alike
+) -> Tensor:  # (...) 0 = one region, 1 = all alike
     "Entropy of maps as a share of the highest possible."
     return -(maps * maps.clamp(min=1e-12).log()).sum(-1) / torch.tensor(float(maps.shape[-1])).log()
 
 # %% ../../nbs/train/04_diagnostics.ipynb #60b5944b
 def _dead_prototypes(
-    vectors: Tensor,     # (n, d) projected images and reports
+    vectors: Tensor,  # (n, d) projected images and reports
     prototypes: Tensor,  # (K, d)
 ) -> tuple[float, float]:
     "Share of prototypes that are nobody's nearest, and what it would be if everybody chose blindly."
@@ -123,7 +128,7 @@ def _vectors_of(method: Method, batch: Batch) -> dict[str, Tensor]:  # image, te
 def _measures(
     method: Method,
     found: Mapping[str, Tensor],  # of `_vectors_of`, all samples together
-) -> dict[str, float]:            # names as in `MEANING`
+) -> dict[str, float]:  # names as in `MEANING`
     "The diagnostics from the vectors of some samples."
     told = {f"{side}_std": spread(found[side])["total"] for side in ("image", "text", "whole") if side in found}
     told |= {f"region_std_{name}": value for name, value in spread(found["regions"]).items()}
@@ -137,7 +142,9 @@ def _measures(
         told["attention_entropy"] = float(found["entropy"].mean())
     if method.prototypes is not None and "text" in found:
         vectors = torch.cat([found["image"], found["text"]])
-        told["dead_prototypes"], told["dead_by_chance"] = _dead_prototypes(vectors, method.prototypes.detach().float().cpu())
+        told["dead_prototypes"], told["dead_by_chance"] = _dead_prototypes(
+            vectors, method.prototypes.detach().float().cpu()
+        )
     return told
 
 # %% ../../nbs/train/04_diagnostics.ipynb #27eb46d6
@@ -161,9 +168,8 @@ MEANING = {
 # %% ../../nbs/train/04_diagnostics.ipynb #51e32bc3
 @torch.no_grad()
 def diagnose(
-    method: Method,
-    batches: Iterable[Batch],
-) -> dict[str, float]:        # names as in `MEANING`; empty for fewer than three samples
+    method: Method, batches: Iterable[Batch]
+) -> dict[str, float]:  # names as in `MEANING`; empty for fewer than three samples
     """What the representations of a method look like over some batches, in evaluation mode. Nothing of the method is changed.
 
     Returns
@@ -189,7 +195,7 @@ class CollapseWarning(UserWarning):
 # %% ../../nbs/train/04_diagnostics.ipynb #39590ac1
 def collapse(
     told: Mapping[str, float],  # of `diagnose`
-) -> list[str]:                 # one sentence a symptom, empty for a healthy run
+) -> list[str]:  # one sentence a symptom, empty for a healthy run
     """What is wrong with the representations, in words.
 
     Parameters
@@ -206,16 +212,23 @@ def collapse(
     for side, many in (("image", "images"), ("text", "reports")):
         spread_, rank = told.get(f"{side}_std", 1.0), told.get(f"{side}_rank", 9.0)
         if spread_ < 0.02:
-            found.append(f"all {many} look alike: the spread of their vectors is {spread_:.3f}, where 1 is spread over the sphere")
+            found.append(
+                f"all {many} look alike: the spread of their vectors is {spread_:.3f}, where 1 is spread over the sphere"
+            )
         elif rank < 1.5:
             found.append(f"{many} differ along one line only: the effective rank of their vectors is {rank:.2f}")
     if told.get("dead_prototypes", 0) > max(0.9, told.get("dead_by_chance", 0)):
-        found.append(f"{told['dead_prototypes']:.0%} of the prototypes are nobody's nearest ({told['dead_by_chance']:.0%} by chance)")
+        found.append(
+            f"{told['dead_prototypes']:.0%} of the prototypes are nobody's nearest ({told['dead_by_chance']:.0%} by chance)"
+        )
     return found
 
 # %% ../../nbs/train/04_diagnostics.ipynb #9c91d75c
 def warn_of_collapse(name: str, epoch: int, told: Mapping[str, float]) -> None:
     "A CollapseWarning for each symptom, with the run's name and what may help."
     for sentence in collapse(told):
-        warnings.warn(f"{name}, epoch {epoch}: {sentence}. A lower lr, a longer warm-up or more negatives may help.",
-                      CollapseWarning, stacklevel=2)
+        warnings.warn(
+            f"{name}, epoch {epoch}: {sentence}. A lower lr, a longer warm-up or more negatives may help.",
+            CollapseWarning,
+            stacklevel=2,
+        )

@@ -35,14 +35,14 @@ from .run import Run, append_log, cut_log, hold_run, note_provenance, open_run
 from .schedules import cyclic_cosine, plateau_factor, stopped_improving, warmup_cosine, warmup_linear
 
 # %% ../../nbs/train/07_loop.ipynb #7143660d
-_all_ = ["Schedule"]      # made elsewhere, found here too
+_all_ = ["Schedule"]  # made elsewhere, found here too
 
 # %% ../../nbs/train/07_loop.ipynb #ee8e57de
 def _learning_rate(
     config: TrainConfig,
-    step: int,                # optimiser steps done
+    step: int,  # optimiser steps done
     steps_per_epoch: int,
-    history: list[float],     # validation losses so far
+    history: list[float],  # validation losses so far
 ) -> float:
     "The learning rate of the next step."
     total = config.epochs * steps_per_epoch
@@ -56,27 +56,41 @@ def _learning_rate(
     return rules[config.schedule]()
 
 # %% ../../nbs/train/07_loop.ipynb #60862027
-def _parameter_groups(method: Method, config: TrainConfig) -> list[dict[str, Any]]:  # of an optimiser, each with its `config`
+def _parameter_groups(
+    method: Method, config: TrainConfig
+) -> list[dict[str, Any]]:  # of an optimiser, each with its `config`
     "What is trained and how: one group, or the text encoder apart (its vectors without weight decay) when it has settings of its own."
     if config.text == config:
-        return [{"params": [p for p in method.parameters() if p.requires_grad], "config": config, "weight_decay": config.weight_decay}]
+        return [
+            {
+                "params": [p for p in method.parameters() if p.requires_grad],
+                "config": config,
+                "weight_decay": config.weight_decay,
+            }
+        ]
     text, spare = config.text, config.text_weight_decay is not None
     sides = {"rest": (config, config.weight_decay), "text": (text, text.weight_decay), "vectors": (text, 0.0)}
     found: dict[str, list] = {side: [] for side in sides}
     for name, p in method.named_parameters():
         if p.requires_grad:
-            found[("vectors" if spare and p.ndim < 2 else "text") if name.startswith("text_encoder.") else "rest"].append(p)
-    return [{"params": found[side], "config": of, "weight_decay": decay} for side, (of, decay) in sides.items() if found[side]]
+            found[
+                ("vectors" if spare and p.ndim < 2 else "text") if name.startswith("text_encoder.") else "rest"
+            ].append(p)
+    return [
+        {"params": found[side], "config": of, "weight_decay": decay}
+        for side, (of, decay) in sides.items()
+        if found[side]
+    ]
 
 # %% ../../nbs/train/07_loop.ipynb #7d7a3f6a
 def _optimise(
-    method: torch.nn.Module,     # as prepared by accelerate
+    method: torch.nn.Module,  # as prepared by accelerate
     optimizer: torch.optim.Optimizer,
-    batches: list[Batch],        # gradients of all of them are averaged
+    batches: list[Batch],  # gradients of all of them are averaged
     accelerator: Accelerator,
-    seeds: list[int],            # of the random choices inside the networks, one a batch
+    seeds: list[int],  # of the random choices inside the networks, one a batch
     clip_norm: float | None = None,
-) -> dict[str, float]:           # loss and its parts, averaged over the batches
+) -> dict[str, float]:  # loss and its parts, averaged over the batches
     "One optimiser step. Raises Diverged, with weights and statistics as before the step."
     inner = accelerator.unwrap_model(method)
     kept = [buffer.clone() for buffer in inner.buffers()]
@@ -110,9 +124,14 @@ def validate(method: torch.nn.Module, loader: Iterable[Batch], accelerator: Acce
 
     Raises Diverged, in every process. One whose share is empty takes part with nothing; the loss is NaN if all are."""
     method.eval()
-    inner, total, count, bad = accelerator.unwrap_model(method), Counter(), 0, None   # the bare method: processes may have unlike many batches
+    inner, total, count, bad = (
+        accelerator.unwrap_model(method),
+        Counter(),
+        0,
+        None,
+    )  # the bare method: processes may have unlike many batches
     for buffer in inner.buffers() if accelerator.num_processes > 1 else ():
-        torch.distributed.broadcast(buffer, 0)     # the statistics that the main process saves
+        torch.distributed.broadcast(buffer, 0)  # the statistics that the main process saves
     for batch in filter(None, loader):
         losses = inner(batch.to(accelerator.device))
         if not torch.isfinite(losses.total):
@@ -134,18 +153,30 @@ def _frozen_maps(method: Method, data: Pack, config: TrainConfig, accelerator: A
     tower = getattr(method.image_encoder, "tower", None)
     if tower is None or config.augment != "none":
         return None
-    return on_main(accelerator, lambda: bool(cache_images(tower, data, progress=config.progress))) and cache_images(tower, data)
+    return on_main(accelerator, lambda: bool(cache_images(tower, data, progress=config.progress))) and cache_images(
+        tower, data
+    )
 
 # %% ../../nbs/train/07_loop.ipynb #2c466b1c
 def _open_pairs(method: Method, data: Pack, config: TrainConfig, accelerator: Accelerator) -> dict[str, Pairs]:
     "The samples of both splits. ValueError where method, Pack and settings do not go together"
     if method.vocabulary_of not in (None, data.manifest["hash"]):
-        raise ValueError(f"the vocabulary of this {type(method).__name__} is from the reports of another Pack than {data.path}: make the method with create_method(..., data=) "
-                         f"of this Pack, or with init= a run, whose vocabulary it keeps")
+        raise ValueError(
+            f"the vocabulary of this {type(method).__name__} is from the reports of another Pack than {data.path}: make the method with create_method(..., data=) "
+            f"of this Pack, or with init= a run, whose vocabulary it keeps"
+        )
     room = getattr(method.text_encoder.body.config, "max_position_embeddings", config.max_tokens)
     if config.max_tokens > room:
-        raise ValueError(f"max_tokens is {config.max_tokens}; the text encoder {method.config.text} reads at most {room}")
-    settings = dict(preprocessing=method.preprocessing, tokenizer=method.tokenizer, view=config, seed=config.seed, maps=_frozen_maps(method, data, config, accelerator))
+        raise ValueError(
+            f"max_tokens is {config.max_tokens}; the text encoder {method.config.text} reads at most {room}"
+        )
+    settings = dict(
+        preprocessing=method.preprocessing,
+        tokenizer=method.tokenizer,
+        view=config,
+        seed=config.seed,
+        maps=_frozen_maps(method, data, config, accelerator),
+    )
     pairs = {split: Pairs(data, split=split, train=split == "train", **settings) for split in ("train", "validate")}
     if len(pairs["train"]) == 0:
         raise ValueError(f"{data.path} has no study with text in its train split")
@@ -155,11 +186,12 @@ def _open_pairs(method: Method, data: Pack, config: TrainConfig, accelerator: Ac
 @dataclass
 class _RunState:
     "A run in progress: all that changes in it, what it is made of, and how it is kept."
+
     method: Method
     data: Pack
     config: TrainConfig
-    step: int = 0                                         # optimiser steps done
-    history: list[float] = field(default_factory=list)    # validation loss of every epoch done
+    step: int = 0  # optimiser steps done
+    history: list[float] = field(default_factory=list)  # validation loss of every epoch done
 
     def __post_init__(self):
         c, method = self.config, self.method
@@ -173,8 +205,11 @@ class _RunState:
         batches = self.batches("train", 0)
         self.steps_per_epoch = -(-len(batches) // c.accumulate)
         if (least := min(map(len, batches))) < method.least_batch:
-            warnings.warn(f"{c.run.name}: in a batch of {least} there is nothing to contrast a pair with, and a contrastive loss stays 0: "
-                          f"raise batch_size ({c.batch_size}), or take a Pack with more than {len(self.pairs['train'])} training samples", stacklevel=3)
+            warnings.warn(
+                f"{c.run.name}: in a batch of {least} there is nothing to contrast a pair with, and a contrastive loss stays 0: "
+                f"raise batch_size ({c.batch_size}), or take a Pack with more than {len(self.pairs['train'])} training samples",
+                stacklevel=3,
+            )
 
     def batches(self, split: str, epoch: int) -> list[list[tuple[int, int]]]:
         "Keys of this process's batches in an epoch."
@@ -185,8 +220,13 @@ class _RunState:
     def load(self, split: str, batches: list) -> DataLoader:
         "The batches of these keys."
         return DataLoader(
-            self.pairs[split], batch_sampler=batches, collate_fn=collate, num_workers=self.config.workers,
-            generator=torch.Generator(), pin_memory=self.accelerator.device.type == "cuda")
+            self.pairs[split],
+            batch_sampler=batches,
+            collate_fn=collate,
+            num_workers=self.config.workers,
+            generator=torch.Generator(),
+            pin_memory=self.accelerator.device.type == "cuda",
+        )
 
     def log(self, split: str, **values) -> None:
         "Add a line to the log."
@@ -198,21 +238,33 @@ class _RunState:
         "What all processes raise, with the names of their studies, when a checkpoint of the steps done is kept."
         causes = "; ".join(dict.fromkeys(gather_object([str(error)])))
         names = ", ".join(self.data.studies["study_id"].iloc[from_all(self.accelerator, rows)].astype(str))
-        return Diverged(f"{what} is not finite ({causes}) in {self.config.run}. Its studies: {names}. The checkpoint of step {self.step} is kept; "
-                        f"look at these studies, or lower lr.")
+        return Diverged(
+            f"{what} is not finite ({causes}) in {self.config.run}. Its studies: {names}. The checkpoint of step {self.step} is kept; "
+            f"look at these studies, or lower lr."
+        )
 
     def save(self) -> None:
         "Write a checkpoint of the steps done. OSError, in all processes, when the disk is full."
         scaler = self.accelerator.scaler
-        on_main(self.accelerator, lambda: save_checkpoint(self.config.run / "checkpoints", {
-            "step": self.step, "history": self.history, "method": self.method.state_dict(),
-            "optimizer": self.optimizer.state_dict(), "scaler": scaler.state_dict() if scaler else {}}))
+        on_main(
+            self.accelerator,
+            lambda: save_checkpoint(
+                self.config.run / "checkpoints",
+                {
+                    "step": self.step,
+                    "history": self.history,
+                    "method": self.method.state_dict(),
+                    "optimizer": self.optimizer.state_dict(),
+                    "scaler": scaler.state_dict() if scaler else {},
+                },
+            ),
+        )
 
     def restore(self) -> None:
         "Go on from the newest checkpoint, or write the first one. ValueError names one that is damaged or foreign."
         folder, found = self.config.run / "checkpoints", []
 
-        def look() -> bool:     # before the others: it sweeps away what was half-written
+        def look() -> bool:  # before the others: it sweeps away what was half-written
             found.append(load_checkpoint(folder))
             return found[0] is None
 
@@ -226,8 +278,10 @@ class _RunState:
             if self.accelerator.scaler:
                 self.accelerator.scaler.load_state_dict(state["scaler"])
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-            raise ValueError(f"the newest checkpoint in {folder} is not one of this run ({type(error).__name__}: {str(error).splitlines()[0][:100]}): "
-                             f"delete it to go on from the one before") from error
+            raise ValueError(
+                f"the newest checkpoint in {folder} is not one of this run ({type(error).__name__}: {str(error).splitlines()[0][:100]}): "
+                f"delete it to go on from the one before"
+            ) from error
 
 # %% ../../nbs/train/07_loop.ipynb #ab57665d
 _DIAGNOSED = 128  # validation samples
@@ -259,15 +313,21 @@ class _Trainer(_RunState):
         for keys in groups:
             loaded = [next(loader) for _ in keys]
             losses = self.take_step(keys, loaded)
-            wanted, read = (int(count) for count in summed(self.accelerator, sum(map(len, keys)), sum(map(len, loaded))))
+            wanted, read = (
+                int(count) for count in summed(self.accelerator, sum(map(len, keys)), sum(map(len, loaded)))
+            )
             seen, bad = seen + wanted, bad + wanted - read
             if bad > c.max_rejects * max(seen, len(self.pairs["train"])):
-                raise ValueError(f"{bad} of {seen} samples could not be read; {c.run / 'metrics.jsonl'} lists them as rejects")
+                raise ValueError(
+                    f"{bad} of {seen} samples could not be read; {c.run / 'metrics.jsonl'} lists them as rejects"
+                )
             self.step += 1
             self.log("train", **losses)
             bar.update()
             bar.set_postfix({name: f"{value:.3f}" for name, value in losses.items() if name != "lr"}, refresh=False)
-            if self.step % c.save_every == 0 and self.step < (epoch + 1) * self.steps_per_epoch:   # the end of an epoch saves by itself
+            if (
+                self.step % c.save_every == 0 and self.step < (epoch + 1) * self.steps_per_epoch
+            ):  # the end of an epoch saves by itself
                 self.save()
 
     def take_step(self, keys: list[list[tuple[int, int]]], batches: list[Batch]) -> dict[str, float]:
@@ -277,13 +337,16 @@ class _Trainer(_RunState):
             self.log("reject", step=self.step + 1, study_id=name, reason=reason)
         seeds = [counter_seed(c.seed, self.step, i, a.process_index, 3) for i in range(len(batches))]
         good = [(batch, seed) for batch, seed in zip(batches, seeds, strict=True) if batch]
-        if anywhere(a, not good):    # a step is taken by all or by none
+        if anywhere(a, not good):  # a step is taken by all or by none
             return {}
         for group, side in zip(self.optimizer.param_groups, self.sides, strict=True):
             group["lr"] = _learning_rate(side, *when)
         try:
             loaded, seeds = map(list, zip(*good))
-            return {"lr": _learning_rate(c, *when), **_optimise(self.prepared, self.optimizer, loaded, a, seeds, c.clip_norm)}
+            return {
+                "lr": _learning_rate(c, *when),
+                **_optimise(self.prepared, self.optimizer, loaded, a, seeds, c.clip_norm),
+            }
         except Diverged as error:
             self.save()
             rows = [self.pairs["train"].items[i][0] for batch in keys for _, i in batch]
@@ -309,7 +372,7 @@ class _Trainer(_RunState):
                 rejects.extend(batch.rejects)
                 rows[:] = batch.study_id.tolist()
                 yield batch
-            rows.clear()     # none of this process's batches is at fault
+            rows.clear()  # none of this process's batches is at fault
 
         try:
             losses = validate(self.prepared, watched(), self.accelerator)
@@ -320,16 +383,21 @@ class _Trainer(_RunState):
         for name, reason in rejects:
             self.log("reject", study_id=name, reason=reason)
         if len(rejects) > c.max_rejects * wanted:
-            raise ValueError(f"{len(rejects)} of {wanted:.0f} validation samples could not be read; "
-                             f"{c.run / 'metrics.jsonl'} lists them as rejects")
+            raise ValueError(
+                f"{len(rejects)} of {wanted:.0f} validation samples could not be read; "
+                f"{c.run / 'metrics.jsonl'} lists them as rejects"
+            )
         self.log("validate", **losses)
         return losses
 
     def diagnose_epoch(self) -> None:
         "Log what the representations look like after the epoch just done, and warn in words when they collapse."
+
         def look() -> None:
             c, epoch = self.config, len(self.history)
-            found = diagnose(self.method, self.load("validate", self.batches("validate", 0)[: -(-_DIAGNOSED // c.batch_size)]))
+            found = diagnose(
+                self.method, self.load("validate", self.batches("validate", 0)[: -(-_DIAGNOSED // c.batch_size)])
+            )
             append_log(c.run / "diagnostics.jsonl", [{"step": self.step, "epoch": epoch, **found}])
             warn_of_collapse(c.run.name, epoch, found)
 
@@ -338,10 +406,10 @@ class _Trainer(_RunState):
 # %% ../../nbs/train/07_loop.ipynb #d4dad19c
 def fit(
     method: Method,
-    data: Pack,            # its splits "train" and "validate" are used
-    run: str | Path | TrainConfig,      # folder of the run, for the method's own training recipe; or all settings
+    data: Pack,  # its splits "train" and "validate" are used
+    run: str | Path | TrainConfig,  # folder of the run, for the method's own training recipe; or all settings
     each_epoch: Callable[[Run], None] | None = None,  # called after every epoch, e.g. medvis.analyse.LiveDiagnostics()
-    **changes,             # of the recipe: epochs=8, batch_size=32, ...: fields of TrainConfig
+    **changes,  # of the recipe: epochs=8, batch_size=32, ...: fields of TrainConfig
 ) -> Run:
     """Train a method, or go on with the run that stands in the folder; a finished one is returned as it is.
 

@@ -42,8 +42,8 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
 # %% ../../nbs/train/06_processes.ipynb #4ad4065a
 def summed(
     accelerator: Accelerator,
-    *here: float,      # numbers of this process
-) -> list[float]:      # their sums over all processes
+    *here: float,  # numbers of this process
+) -> list[float]:  # their sums over all processes
     """Add up over the processes. All of them must ask at the same place.
 
     Parameters
@@ -74,7 +74,7 @@ def from_all(accelerator: Accelerator, here: list) -> list:
 # %% ../../nbs/train/06_processes.ipynb #18afab77
 def on_main(accelerator: Accelerator, work: Callable[[], Any]) -> Any:
     "Do what one process does for all; all get its result. Where it fails, all of them raise its error, and nobody waits."
-    answer: list[Any] = [None, None]     # error, result
+    answer: list[Any] = [None, None]  # error, result
     if accelerator.is_main_process:
         try:
             answer = [None, work()]

@@ -32,13 +32,14 @@ from .checkpoint import read_settings, read_weights, save_weights, write_setting
 from .config import TrainConfig
 
 # %% ../../nbs/train/05_run.ipynb #85336133
-def _name_method(method: Method) -> dict[str, Any]:    # method, and defined_in where that is not medvis
+def _name_method(method: Method) -> dict[str, Any]:  # method, and defined_in where that is not medvis
     "Under which name a method goes, and module:attribute of it and of its image encoder, if they are not of medvis: so that a run can be loaded."
     kind = type(method)
     name = next((name for name, other in METHODS.items() if other is kind), None)
     found = {
         "method": METHODS.origins.get(name) if name else f"{kind.__module__}:{kind.__qualname__}",
-        "image": IMAGE_ENCODERS.origins.get(method.config.image)}
+        "image": IMAGE_ENCODERS.origins.get(method.config.image),
+    }
     defined = {part: origin for part, origin in found.items() if origin}
     return {"method": name or kind.__name__} | ({"defined_in": defined} if defined else {})
 
@@ -50,7 +51,7 @@ def open_run(
     method: Method,
     data: Pack,
     config: TrainConfig,
-    processes: int = 1,   # that train together, each with batches of its own
+    processes: int = 1,  # that train together, each with batches of its own
 ) -> None:
     """Make the run folder, or check that the one that stands there is of the same run. ValueError names the difference.
 
@@ -65,22 +66,36 @@ def open_run(
     train = {key: value for key, value in asdict(config).items() if key != "run"}
     told = {**_name_method(method), "preset": method.preset, "config": asdict(method.config), "train": train}
     told = json.loads(json.dumps(told, default=str))
-    told_data = {"hash": data.manifest["hash"], "path": str(data.path), "absolute": str(data.path.resolve()), "fit": data.manifest["source"].get("fit")}
+    told_data = {
+        "hash": data.manifest["hash"],
+        "path": str(data.path),
+        "absolute": str(data.path.resolve()),
+        "fit": data.manifest["source"].get("fit"),
+    }
     manifest = {"data": told_data, "seed": config.seed, "processes": processes, **describe_machine()}
     if method.provenance is not None:
         manifest["init"] = [method.provenance.data, *method.provenance.init]
     there = config.run / "config.json"
     if there.exists():
-        old, old_manifest = read_settings(there, "method", "config", "train"), read_settings(config.run / "manifest.json", "data")
+        old, old_manifest = (
+            read_settings(there, "method", "config", "train"),
+            read_settings(config.run / "manifest.json", "data"),
+        )
         for key in _FREE:
             old["train"].pop(key, None), told["train"].pop(key, None)
         old["train"]["data"], told["train"]["data"] = old_manifest["data"]["hash"], data.manifest["hash"]
         old["train"]["processes"], told["train"]["processes"] = old_manifest.get("processes", 1), processes
         for part in ("method", "config", "train"):
             if old[part] != told[part]:
-                keys = [k for k in told[part] if old[part].get(k) != told[part][k]] if isinstance(told[part], dict) else [part]
-                raise ValueError(f"{config.run} holds another run: {part} differs in {', '.join(keys) or 'its settings'}. "
-                                 f"Choose another run folder, or the same settings to go on.")
+                keys = (
+                    [k for k in told[part] if old[part].get(k) != told[part][k]]
+                    if isinstance(told[part], dict)
+                    else [part]
+                )
+                raise ValueError(
+                    f"{config.run} holds another run: {part} differs in {', '.join(keys) or 'its settings'}. "
+                    f"Choose another run folder, or the same settings to go on."
+                )
         return
     try:
         method.tokenizer.save_pretrained(config.run / "text")
@@ -88,7 +103,9 @@ def open_run(
     except Exception as error:  # tokenizers has no exception of its own for a full disk
         shutil.rmtree(config.run / "text", ignore_errors=True)
         raise OSError(f"could not write {config.run / 'text'}: {error}. Free some space, then run again.") from error
-    write_settings(config.run / "manifest.json", {"started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), **manifest})
+    write_settings(
+        config.run / "manifest.json", {"started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), **manifest}
+    )
     write_settings(there, told)
 
 # %% ../../nbs/train/05_run.ipynb #a593de62
@@ -109,6 +126,7 @@ def append_log(path: Path, lines: list[dict[str, Any]]) -> None:
 # %% ../../nbs/train/05_run.ipynb #c875809c
 def cut_log(path: Path, step: int) -> None:
     "Drop the lines behind a step; a line that was half-written, or is none of a log, is dropped too."
+
     def wanted(line: bytes) -> bool:
         try:
             told = json.loads(line)
@@ -126,13 +144,15 @@ def _read_log(path: Path) -> pd.DataFrame:
     try:
         return pd.read_json(path, lines=True)
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{path} has a damaged line ({str(error).splitlines()[0][:80]}): if the run was killed while it wrote, "
-                         f"start it again; else copy it again from where it came, or delete that line") from error
+        raise ValueError(
+            f"{path} has a damaged line ({str(error).splitlines()[0][:80]}): if the run was killed while it wrote, "
+            f"start it again; else copy it again from where it came, or delete that line"
+        ) from error
 
 # %% ../../nbs/train/05_run.ipynb #438cf9e6
 def _find_kind(
-    path: Path,                 # config.json, for messages
-    config: dict[str, Any],       # what it says
+    path: Path,  # config.json, for messages
+    config: dict[str, Any],  # what it says
 ) -> type[Method]:
     "The class of a run's method. What is not of medvis is imported from where it was defined, if it is installed; ValueError names what is missing."
     defined = config.get("defined_in", {})
@@ -156,9 +176,10 @@ class Provenance:
     init : tuple[dict[str, Any], ...], default: ()
         the same of the runs that it started from: their Packs were seen too
     """
+
     run: Path
-    data: dict[str, Any]                    # `data` of the run's manifest: hash, path and absolute path of the Pack
-    init: tuple[dict[str, Any], ...] = ()   # the same of the runs that it started from: their Packs were seen too
+    data: dict[str, Any]  # `data` of the run's manifest: hash, path and absolute path of the Pack
+    init: tuple[dict[str, Any], ...] = ()  # the same of the runs that it started from: their Packs were seen too
 
 # %% ../../nbs/train/05_run.ipynb #73130143
 def note_provenance(method: Method, provenance: Provenance) -> None:
@@ -167,9 +188,9 @@ def note_provenance(method: Method, provenance: Provenance) -> None:
 
 # %% ../../nbs/train/05_run.ipynb #43e353ff
 def load_method(
-    path: str | os.PathLike,                    # a run, or its folder
+    path: str | os.PathLike,  # a run, or its folder
     which: Literal["best", "last"] = "best",
-) -> Method:                                 # in evaluation mode
+) -> Method:  # in evaluation mode
     """The trained method of a run, from the run folder alone. FileNotFoundError when it is not one.
 
     Parameters
@@ -188,16 +209,25 @@ def load_method(
     for needed in (path / "config.json", path / "manifest.json", weights):
         if not needed.exists():
             raise FileNotFoundError(f"{path} is not a run with {which} weights: {needed.name} is missing")
-    told, noted = read_settings(path / "config.json", "method", "config", "train"), read_settings(path / "manifest.json", "data")
+    told, noted = (
+        read_settings(path / "config.json", "method", "config", "train"),
+        read_settings(path / "manifest.json", "data"),
+    )
     kind, state = _find_kind(path / "config.json", told), read_weights(weights)
     try:
-        config = kind.Config(**{**told["config"], "image_weights": None, "text": str(path / "text"), "text_weights": False})
+        config = kind.Config(
+            **{**told["config"], "image_weights": None, "text": str(path / "text"), "text_weights": False}
+        )
         method = kind(config)
         method.load_state_dict(state)
     except (TypeError, RuntimeError, AttributeError, KeyError) as error:
-        raise ValueError(f"{path / 'config.json'} does not fit {weights.name}, or is of another version ({str(error).splitlines()[0][:160]})") from error
+        raise ValueError(
+            f"{path / 'config.json'} does not fit {weights.name}, or is of another version ({str(error).splitlines()[0][:160]})"
+        ) from error
     method.config, method.preset = kind.Config(**told["config"]), told.get("preset")
-    method.training_settings = {key: value for key, value in told["train"].items() if key in Sampling.__dataclass_fields__}
+    method.training_settings = {
+        key: value for key, value in told["train"].items() if key in Sampling.__dataclass_fields__
+    }
     method.image_encoder.preprocessing = replace(method.preprocessing, fit=noted["data"].get("fit"))
     note_provenance(method, Provenance(path, noted["data"], tuple(noted.get("init", ()))))
     return method.eval()
@@ -211,6 +241,7 @@ def _is_run(path: str | os.PathLike) -> bool:
 @dataclass(frozen=True)
 class Run:
     "A run folder; it may stand wherever its path may."
+
     path: Path
 
     def __fspath__(self) -> str:
@@ -247,7 +278,7 @@ class Run:
 
 # %% ../../nbs/train/05_run.ipynb #1c17622a
 def load_run(
-    path: str | os.PathLike,   # a run folder
+    path: str | os.PathLike,  # a run folder
 ) -> Run:
     """The run of a folder: its numbers (`.metrics`, `.diagnostics`), its settings, its trained method. FileNotFoundError when it is not one.
 
@@ -265,22 +296,28 @@ def training_pack(provenance: Provenance) -> Pack:
     "The Pack that weights were trained on. ValueError says where it was looked for, if it is not there."
     run, data = provenance.run, provenance.data
     path = Path(data["path"])
-    for folder in dict.fromkeys([path, *(above / path for above in run.resolve().parents), Path(data.get("absolute", path))]):
+    for folder in dict.fromkeys(
+        [path, *(above / path for above in run.resolve().parents), Path(data.get("absolute", path))]
+    ):
         try:
             pack = Pack(folder)
         except (ValueError, OSError):
             continue
         if pack.manifest["hash"] == data["hash"]:
             return pack
-    raise ValueError(f"{run} was trained on the Pack at {data.get('absolute', path)}, which is not there (nor at {path} from here or from a folder above the run's): "
-                     f"say with --data (data= in Python) where it stands now")
+    raise ValueError(
+        f"{run} was trained on the Pack at {data.get('absolute', path)}, which is not there (nor at {path} from here or from a folder above the run's): "
+        f"say with --data (data= in Python) where it stands now"
+    )
 
 # %% ../../nbs/train/05_run.ipynb #a442f8b5
 def load_encoder(
-    name_or_path: str | os.PathLike,   # a run or its folder, "random", "imagenet", a state-dict file or folder, or a Hugging Face folder or name
-    image: str | None = None,   # architecture of "random" and "imagenet" (None: resnet50) and of a state dict (None: that it fits)
-    **options,                  # of the architecture: layer, size, ...; of a Hugging Face model: size
-) -> torch.nn.Module:           # image encoder with its preprocessing, in evaluation mode
+    name_or_path: str
+    | os.PathLike,  # a run or its folder, "random", "imagenet", a state-dict file or folder, or a Hugging Face folder or name
+    image: str
+    | None = None,  # architecture of "random" and "imagenet" (None: resnet50) and of a state dict (None: that it fits)
+    **options,  # of the architecture: layer, size, ...; of a Hugging Face model: size
+) -> torch.nn.Module:  # image encoder with its preprocessing, in evaluation mode
     """An image encoder with its preprocessing, wherever it comes from. Only a name goes to the network.
 
     OSError (FileNotFoundError) when it is not there, ValueError when it does not fit.

@@ -11,12 +11,12 @@ from collections.abc import Sequence
 
 # %% ../../nbs/train/02_schedules.ipynb #0e6dc31c
 def warmup_cosine(
-    step: int,            # 0, 1, ... total - 1
-    total: int,           # steps of the whole run
-    lr: float,            # base rate
+    step: int,  # 0, 1, ... total - 1
+    total: int,  # steps of the whole run
+    lr: float,  # base rate
     warmup: float = 0.1,  # share of the steps spent warming up
-    start: float = 0.0,   # rate at step 0 (unless there is no warm-up)
-    end: float = 0.0,     # rate that the cosine ends in
+    start: float = 0.0,  # rate at step 0 (unless there is no warm-up)
+    end: float = 0.0,  # rate that the cosine ends in
 ) -> float:
     """Linear warm-up, then one half cosine (MGCA 5.4).
 
@@ -55,9 +55,9 @@ def cyclic_cosine(step: int, steps_per_epoch: int, lr: float) -> float:
 # %% ../../nbs/train/02_schedules.ipynb #10e2235f
 def plateau_factor(
     history: Sequence[float],  # validation loss of every finished epoch
-    patience: int,             # epochs without improvement that are borne
+    patience: int,  # epochs without improvement that are borne
     factor: float = 0.5,
-    threshold: float = 1e-4,   # relative improvement that counts
+    threshold: float = 1e-4,  # relative improvement that counts
 ) -> float:
     """What the base rate is multiplied with after these epochs: `factor` to the number of plateaus.
 
@@ -84,8 +84,8 @@ def plateau_factor(
 # %% ../../nbs/train/02_schedules.ipynb #38ef8e22
 def stopped_improving(
     history: Sequence[float],  # validation loss of every finished epoch
-    patience: int | None,      # None = never stop
-    min_delta: float = 1e-5,   # improvement that counts
+    patience: int | None,  # None = never stop
+    min_delta: float = 1e-5,  # improvement that counts
 ) -> bool:
     """Whether early stopping is due: no improvement within the last `patience` epochs.
 

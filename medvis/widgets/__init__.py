@@ -16,6 +16,15 @@ from .tour import beside_untrained
 
 # %% ../../nbs/widgets/00_doors.ipynb #2588bde1
 _all_ = [
-    "AugmentationExplorer", "CorrespondenceWidget", "EmbeddingView", "study_points", "PhantomExplorer", "plant", "study_with",
-    "Outline", "Studies", "StudyView", "beside_untrained",
+    "AugmentationExplorer",
+    "CorrespondenceWidget",
+    "EmbeddingView",
+    "study_points",
+    "PhantomExplorer",
+    "plant",
+    "study_with",
+    "Outline",
+    "Studies",
+    "StudyView",
+    "beside_untrained",
 ]

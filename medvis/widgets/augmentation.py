@@ -71,7 +71,9 @@ def _draw_view(
     rows, columns = torch.meshgrid(*map(torch.arange, film.shape[1:]), indexing="ij")
     places = tv_tensors.Mask(torch.stack([columns, rows, torch.ones_like(rows)]))
     torch.set_rng_state(before)
-    places = v2.Compose(AUGMENTATIONS[augment](preprocessing.size, preprocessing.crop))(places).as_subclass(torch.Tensor)
+    places = v2.Compose(AUGMENTATIONS[augment](preprocessing.size, preprocessing.crop))(places).as_subclass(
+        torch.Tensor
+    )
     torch.set_rng_state(after)
     part = _outline(places)
     if not len(part):
@@ -158,13 +160,15 @@ class AugmentationExplorer(Pictured, ipywidgets.VBox):
         split: str | None = "train",
         seed: int = 0,
         views: int = 4,
-    ):
+    ) -> None:
         self.preprocessing = preprocessing or Preprocessing(size=data.manifest["size"], channels=1)
         self.data, self.view, self.split = data, view, split
         narrow = ipywidgets.Layout(width="190px")
         last = len(Pairs(data, None, self.preprocessing, view, split, need_text=False)) - 1
         self.study = Slider(high=last, description="Study")
-        self.augment = ipywidgets.Dropdown(options=list(AUGMENTATIONS), value=view.augment, description="Policy", layout=narrow)
+        self.augment = ipywidgets.Dropdown(
+            options=list(AUGMENTATIONS), value=view.augment, description="Policy", layout=narrow
+        )
         self.epoch = ipywidgets.BoundedIntText(0, 0, 10**6, description="Epoch", layout=narrow)
         self.seed = ipywidgets.BoundedIntText(seed, 0, 2**31, description="Seed", layout=narrow)
         self.views = Slider(low=1, high=len(COLOURS), value=views, description="Views")
@@ -176,7 +180,10 @@ class AugmentationExplorer(Pictured, ipywidgets.VBox):
         self._show()
 
     def _show(self, _=None) -> None:
-        looking, view = _TracedPreprocessing(**asdict(self.preprocessing)), replace(self.view, augment=self.augment.value)
+        looking, view = (
+            _TracedPreprocessing(**asdict(self.preprocessing)),
+            replace(self.view, augment=self.augment.value),
+        )
         pairs = Pairs(self.data, None, looking, view, self.split, True, self.seed.value, need_text=False)
         item, first = self.study.value, self.epoch.value
         self.name = str(self.data.studies["study_id"].iloc[pairs.items[item][0]])
@@ -184,7 +191,9 @@ class AugmentationExplorer(Pictured, ipywidgets.VBox):
         self.captions = [f"epoch {epoch}: {one.told}" for epoch, one in enumerate(self.looks, first)]
         tiles = [_picture_tile(film, f"film of {self.name}", self.name, outlines=parts) for film, parts in self.films()]
         for one, caption, colour in zip(self.looks, self.captions, COLOURS):
-            tiles.append(_picture_tile(_grey_levels(one.seen, self.preprocessing), f"view in {caption}", caption, colour))
+            tiles.append(
+                _picture_tile(_grey_levels(one.seen, self.preprocessing), f"view in {caption}", caption, colour)
+            )
         self.picture.value = themed(f'<div class="tiles">{"".join(tiles)}</div>', "explorers")
 
     def films(self) -> list[tuple[np.ndarray, dict[str, np.ndarray]]]:

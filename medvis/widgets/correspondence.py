@@ -37,17 +37,16 @@ def _masked_text(text: str) -> str:
 
 # %% ../../nbs/widgets/03_correspondence.ipynb #8596bd70
 def _pieces(
-    view: StudyView,
-    masked: bool,
+    view: StudyView, masked: bool
 ) -> list[list[tuple[str, int]]]:  # per sentence: text, number of the word or -1
     "The sentences of a report, cut into words and what stands between them."
     out = [[] for _ in view.sentences]
     ends = [0] * len(out)
     for word, (s, start, end) in enumerate(view.spans):
-        out[s] += [(view.sentences[s][ends[s]:start], -1), (view.sentences[s][start:end], word)]
+        out[s] += [(view.sentences[s][ends[s] : start], -1), (view.sentences[s][start:end], word)]
         ends[s] = end
     for s, sentence in enumerate(view.sentences):
-        out[s].append((sentence[ends[s]:], -1))
+        out[s].append((sentence[ends[s] :], -1))
     tell = _masked_text if masked else str
     return [[(tell(text), word) for text, word in line if text] for line in out]
 
@@ -69,15 +68,33 @@ def pack_study(
     tuple[dict, list[bytes]]
         the head; the picture and the scores of each run, grain by grain
     """
-    runs = [{"grid": run.grid, "frame": run.frame, "grains": list(run.scores), "prototypes": run.prototypes,
-             "temperature": run.temperature, "tokens": run.tokens,
-             "cells": [np.flatnonzero(cells).tolist() for cells in view.cells[name]]} for name, run in view.runs.items()]
+    runs = [
+        {
+            "grid": run.grid,
+            "frame": run.frame,
+            "grains": list(run.scores),
+            "prototypes": run.prototypes,
+            "temperature": run.temperature,
+            "tokens": run.tokens,
+            "cells": [np.flatnonzero(cells).tolist() for cells in view.cells[name]],
+        }
+        for name, run in view.runs.items()
+    ]
     outlines = [{"name": o.name, "paths": o.paths, "words": o.words, "sentences": o.sentences} for o in view.outlines]
     head = {
-        "masked": masked, "position": view.position, "id": view.id, "patient": view.patient, "split": view.split, "side": view.picture.shape[0],
-        "sentences": _pieces(view, masked), "labels": {name: value for name, value in view.labels.items() if value in (1, 0, -1)},
-        "outlines": outlines, "runs": runs, "alignment": [view.alignment(name) for name in view.runs],
-        "misses": [-view.misses(name) for name in view.runs]}
+        "masked": masked,
+        "position": view.position,
+        "id": view.id,
+        "patient": view.patient,
+        "split": view.split,
+        "side": view.picture.shape[0],
+        "sentences": _pieces(view, masked),
+        "labels": {name: value for name, value in view.labels.items() if value in (1, 0, -1)},
+        "outlines": outlines,
+        "runs": runs,
+        "alignment": [view.alignment(name) for name in view.runs],
+        "misses": [-view.misses(name) for name in view.runs],
+    }
     bodies = [np.ascontiguousarray(rows, "<f4").tobytes() for run in view.runs.values() for rows in run.scores.values()]
     return head, [view.picture.tobytes(), *bodies]
 
@@ -88,34 +105,42 @@ _PINNABLE = ("words", "sentences", "prototypes")
 def _combined(
     run: RunScores,
     selection: Mapping[str, Sequence],  # words, sentences, prototypes
-) -> np.ndarray | None:                 # (N,)
+) -> np.ndarray | None:  # (N,)
     "The mean map of the pinned items that the run knows; None when it knows none."
-    maps = [run.scores[grain][item] for grain in _PINNABLE for item in selection.get(grain, ())
-            if grain in run.scores and item < len(run.scores[grain])]
+    maps = [
+        run.scores[grain][item]
+        for grain in _PINNABLE
+        for item in selection.get(grain, ())
+        if grain in run.scores and item < len(run.scores[grain])
+    ]
     maps = [scores for scores in maps if not np.isnan(scores).any()]
     return np.mean(maps, axis=0) if maps else None
 
 # %% ../../nbs/widgets/03_correspondence.ipynb #a5ed9340
-def _scale_ends(run: RunScores, scores: np.ndarray, selection: Mapping[str, Sequence], scale: str) -> tuple[float, float]:
+def _scale_ends(
+    run: RunScores, scores: np.ndarray, selection: Mapping[str, Sequence], scale: str
+) -> tuple[float, float]:
     """Scores at the ends of the colours: of the map (normalised), of all maps of its grains (raw), or (common) from the map's mean, which is chance,
     to where one region weighs N times as much in the softmax over regions: an untrained net is flat there."""
     if scale == "common":
         mean = float(scores.mean())
         return mean, mean + run.temperature * float(np.log(max(len(scores), 2)))
     if scale == "raw":
-        scores = np.concatenate([run.scores[grain].ravel() for grain in _PINNABLE if selection.get(grain) and grain in run.scores])
+        scores = np.concatenate(
+            [run.scores[grain].ravel() for grain in _PINNABLE if selection.get(grain) and grain in run.scores]
+        )
     return float(np.nanmin(scores)), float(np.nanmax(scores))
 
 # %% ../../nbs/widgets/03_correspondence.ipynb #17a97682
 def _heat_picture(
     run: RunScores,
-    scores: np.ndarray,          # (N,)
+    scores: np.ndarray,  # (N,)
     ends: tuple[float, float],
     colours: str,
     opacity: float,
     threshold: float,
     smooth: bool,
-) -> np.ndarray:                 # (h', w', 4) in 0..1
+) -> np.ndarray:  # (h', w', 4) in 0..1
     "A map in colours: transparent where it is low, and below the threshold."
     shown = upsample(scores, run.grid, (160, 160)) if smooth else scores.reshape(run.grid)
     share = np.clip((shown - ends[0]) / (ends[1] - ends[0]), 0, 1) if ends[1] > ends[0] else np.zeros_like(shown)
@@ -130,13 +155,17 @@ _RENDERERS = [RendererAgg(8, 8, dpi) for dpi in (50, 80, 100, 150, 300)]
 def _shorten_text(
     text: str,
     size: float,
-    wide: float,         # inches
+    wide: float,  # inches
 ) -> tuple[str, float]:  # the text, and its width in inches at the worst of the usual resolutions
     "A text that is not wider than it may be: what is left out is an ellipsis."
     font = FontProperties(family="serif", size=size)
 
     def width(shown: str) -> float:
-        return max(one.get_text_width_height_descent(shown, font, False)[0] / one.dpi for one in _RENDERERS) if shown else 0.0
+        return (
+            max(one.get_text_width_height_descent(shown, font, False)[0] / one.dpi for one in _RENDERERS)
+            if shown
+            else 0.0
+        )
 
     found = width(text)
     while found > wide and len(text) > 2:
@@ -151,7 +180,7 @@ def _draw_report(
     selection: Mapping[str, Sequence],
     size: float = 10,
     unread: Sequence[int] = (),  # words that a run did not read: grey
-) -> bool:                       # whether all of it is there
+) -> bool:  # whether all of it is there
     "Write a report from the top of the axes, pinned words and sentences on a coloured ground; where it is cut stands an ellipsis."
     ax.axis("off")
     box = ax.get_window_extent()
@@ -161,18 +190,31 @@ def _draw_report(
         x, y = 0.0, y + step
         for text, word in line:
             on = word in selection.get("words", ()) or s in selection.get("sentences", ())
-            ground = dict(facecolor="#ffd97a", edgecolor="none", boxstyle="square,pad=0.12") if on and text.strip() else None
+            ground = (
+                dict(facecolor="#ffd97a", edgecolor="none", boxstyle="square,pad=0.12") if on and text.strip() else None
+            )
             for token in re.findall(r"\S+\s*|\s+", text):
                 shown, width = _shorten_text(token.rstrip(), size, wide)
                 if x and x + width > wide:
                     x, y = 0.0, y + step
                 if y > high:
                     if told is not None:
-                        told.set_text(_shorten_text(told.get_text() + " …", size, (1 - told.get_position()[0]) * wide)[0])
+                        told.set_text(
+                            _shorten_text(told.get_text() + " …", size, (1 - told.get_position()[0]) * wide)[0]
+                        )
                     return False
                 if shown:
-                    told = ax.text(x / wide, 1 - y / high, shown, size=size, family="serif", parse_math=False, bbox=ground,
-                                   color="#8a94a0" if word in unread else "black", transform=ax.transAxes)
+                    told = ax.text(
+                        x / wide,
+                        1 - y / high,
+                        shown,
+                        size=size,
+                        family="serif",
+                        parse_math=False,
+                        bbox=ground,
+                        color="#8a94a0" if word in unread else "black",
+                        transform=ax.transAxes,
+                    )
                 x += width + gap * token[-1:].isspace()
         y += 0.25 * step
     return True
@@ -213,17 +255,29 @@ def _beyond(view: StudyView, shown: Sequence[str]) -> str:
 def _draw_run(
     ax: Axes,
     view: StudyView,
-    name: str,        # of the run
-    state: Mapping,   # the SETTINGS
+    name: str,  # of the run
+    state: Mapping,  # the SETTINGS
 ) -> None:
     "Draw one run's picture: radiograph, map of what is pinned, outlines, boxes, and whether it hits."
     (level, width), run, selection = state["window"], view.runs[name], state["selection"]
-    ax.imshow(view.picture, cmap="gray", vmin=level - width / 2, vmax=level + width / 2, extent=(0, 1, 1, 0), interpolation="bicubic")
+    ax.imshow(
+        view.picture,
+        cmap="gray",
+        vmin=level - width / 2,
+        vmax=level + width / 2,
+        extent=(0, 1, 1, 0),
+        interpolation="bicubic",
+    )
     ax.set_title(_shorten_text(name, 10, 2.45)[0], size=10, loc="left", parse_math=False)
     scores = _combined(run, selection)
     if scores is not None:
         _draw_heat(ax, run, scores, state)
-        linked = [o for o, one in enumerate(view.outlines) for grain in ("words", "sentences") if set(getattr(one, grain)) & set(selection[grain])]
+        linked = [
+            o
+            for o, one in enumerate(view.outlines)
+            for grain in ("words", "sentences")
+            if set(getattr(one, grain)) & set(selection[grain])
+        ]
         hit = any(view.cells[name][o, scores.argmax()] for o in linked)
         if linked:
             ax.set_title("hit" if hit else "miss", size=10, loc="right", color="#00735c" if hit else "#b3401f")
@@ -240,8 +294,8 @@ SETTINGS = ("window", "selection", "scale", "colours", "opacity", "threshold", "
 
 def _correspondence_figure(
     view: StudyView,
-    shown: Sequence[str],   # runs
-    state: Mapping,         # the SETTINGS
+    shown: Sequence[str],  # runs
+    state: Mapping,  # the SETTINGS
     masked: bool = False,
 ) -> Figure:
     "One picture a run, and the report beside them with what is pinned."
@@ -258,12 +312,21 @@ def _correspondence_figure(
         if _draw_report(text, _pieces(view, masked), state["selection"], size, sorted(unread)):
             break
     if unread:
-        text.text(0, -0.03, f"grey: {_beyond(view, shown)}", size=8, color="#5b6775", va="top", parse_math=False, transform=text.transAxes)
+        text.text(
+            0,
+            -0.03,
+            f"grey: {_beyond(view, shown)}",
+            size=8,
+            color="#5b6775",
+            va="top",
+            parse_math=False,
+            transform=text.transAxes,
+        )
     return figure
 
 # %% ../../nbs/widgets/03_correspondence.ipynb #057fb0a5
 def page_state(
-    state: Mapping,                             # trait -> value
+    state: Mapping,  # trait -> value
     studies: Sequence[tuple[dict, list[bytes]]],  # of `pack_study`
 ) -> dict:
     """The state of a page that holds these studies and shows the first.
@@ -278,7 +341,15 @@ def page_state(
     heads = [{**head, "position": position} for position, (head, _) in enumerate(studies)]
     counts = [(name, sum(head["labels"].get(name) == 1 for head in heads)) for name, _ in state["findings"]]
     held = {"studies": [{"head": head, "buffers": body} for head, (_, body) in zip(heads, studies)]}
-    return {**state, "position": 0, "query": "", "finding": "", "order": "data", "findings": [pair for pair in counts if pair[1]], "held": held}
+    return {
+        **state,
+        "position": 0,
+        "query": "",
+        "finding": "",
+        "order": "data",
+        "findings": [pair for pair in counts if pair[1]],
+        "held": held,
+    }
 
 # %% ../../nbs/widgets/03_correspondence.ipynb #a0956542
 _NOTHING = {"words": [], "sentences": [], "prototypes": [], "boxes": []}
@@ -291,10 +362,16 @@ class Display(anywidget.AnyWidget):
     selection = traitlets.Dict(help="what is pinned").tag(sync=True)
     shown = traitlets.List(traitlets.Unicode(), help="names of the runs that are shown").tag(sync=True)
     grain = traitlets.Enum(_PINNABLE, "words", help="what the pointer and the keys go by").tag(sync=True)
-    scale = traitlets.Enum(("common", "normalised", "raw"), "common", help="ends of the colours: by what scores mean, of each map, or of all maps").tag(sync=True)
+    scale = traitlets.Enum(
+        ("common", "normalised", "raw"),
+        "common",
+        help="ends of the colours: by what scores mean, of each map, or of all maps",
+    ).tag(sync=True)
     colours = traitlets.Enum(("inferno", "magma", "viridis", "cividis"), "inferno").tag(sync=True)
     opacity = traitlets.Float(0.8, min=0, max=1, help="of the highest score").tag(sync=True)
-    threshold = traitlets.Float(0.0, min=0, max=1, help="share of the scale below which nothing is shown").tag(sync=True)
+    threshold = traitlets.Float(0.0, min=0, max=1, help="share of the scale below which nothing is shown").tag(
+        sync=True
+    )
     smooth = traitlets.Bool(True, help="blend from region to region").tag(sync=True)
     outlines = traitlets.Bool(True, help="show what is known of places").tag(sync=True)
     masked = traitlets.Bool(False, help="leave the words of the report out").tag(sync=True)
@@ -310,8 +387,8 @@ class Display(anywidget.AnyWidget):
 # %% ../../nbs/widgets/03_correspondence.ipynb #7b00ebfa
 def answer(
     studies: Studies,
-    message: Mapping,     # ask: "study", of a position; or "list", of those that fit query and finding, by order and run (a number)
-    masked: bool,         # or asked for so in the message
+    message: Mapping,  # ask: "study", of a position; or "list", of those that fit query and finding, by order and run (a number)
+    masked: bool,  # or asked for so in the message
 ) -> tuple[dict, list[bytes]]:
     """What goes back to the browser. An order that needs numbers measures some studies at a time: the browser asks again.
 
@@ -361,15 +438,19 @@ class CorrespondenceWidget(Pictured, Display):
         self,
         runs: Mapping[str, Method | str | PathLike] | Method | str | PathLike,  # by name: methods, or run folders
         data: Pack | str | Path,
-        split: str | None = "test",    # None: all
-        outlines: Callable[[str], Sequence[Outline]] | None = None,     # study id -> what is known; None: of a phantom all, else the Pack's boxes and masks
-        **display,                     # traits of Display, e.g. grain="sentences"
-    ):
+        split: str | None = "test",  # None: all
+        outlines: Callable[[str], Sequence[Outline]]
+        | None = None,  # study id -> what is known; None: of a phantom all, else the Pack's boxes and masks
+        **display,  # traits of Display, e.g. grain="sentences"
+    ) -> None:
         self.studies = Studies(runs, data if isinstance(data, Pack) else Pack(data), split, outlines)
         present = (self.studies.data.labels.iloc[self.studies.rows] == 1).sum()
         known = {grain for run in self.studies[0].runs.values() for grain in run.scores}
-        told = {"runs": list(self.studies.runs), "grains": [grain for grain in _PINNABLE if grain in known],
-                "findings": [[name, int(count)] for name, count in present.items() if count]}
+        told = {
+            "runs": list(self.studies.runs),
+            "grains": [grain for grain in _PINNABLE if grain in known],
+            "findings": [[name, int(count)] for name, count in present.items() if count],
+        }
         super().__init__(**{"shown": told["runs"], "selection": {}, **display, **told})
         self.on_msg(self._answer)
 
@@ -408,7 +489,8 @@ class CorrespondenceWidget(Pictured, Display):
     def to_html(
         self,
         path: str | Path,
-        studies: Sequence[int] | None = None,  # positions; None: the one that is shown and the next eleven of the search
+        studies: Sequence[int]
+        | None = None,  # positions; None: the one that is shown and the next eleven of the search
         title: str = "Words and regions",
     ) -> Path:
         """Write one self-contained file with the present state and some studies: no server, no kernel, no network.
@@ -429,7 +511,8 @@ class CorrespondenceWidget(Pictured, Display):
         return Path(path)
 
     def to_figure(
-        self, **changes,    # e.g. scale="raw": for the figure alone
+        self,
+        **changes,  # e.g. scale="raw": for the figure alone
     ) -> Figure:
         """The pictures of the runs that are shown with the map of what is pinned, and the report. TypeError for a setting that does not exist.
 
@@ -440,4 +523,6 @@ class CorrespondenceWidget(Pictured, Display):
         """
         if strange := set(changes) - set(SETTINGS):
             raise TypeError(f"no setting of a figure: {', '.join(sorted(strange))}; there are {', '.join(SETTINGS)}")
-        return _correspondence_figure(self.study, self.shown, {name: getattr(self, name) for name in SETTINGS} | changes, self.masked)
+        return _correspondence_figure(
+            self.study, self.shown, {name: getattr(self, name) for name in SETTINGS} | changes, self.masked
+        )

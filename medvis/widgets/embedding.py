@@ -48,7 +48,14 @@ def _name_column(values: pd.Series) -> dict:
     order = [*loud, *(name for name in _QUIET if (names == name).any())]
     colours = [*(_BRIGHT[: len(loud)] if offered else [GREY] * len(loud)), *[GREY] * (len(order) - len(loud))]
     codes = pd.Categorical(names, order).codes.astype(np.int32)
-    return {"name": str(values.name), "names": order, "colours": colours, "quiet": len(loud), "of": codes.tobytes(), "offered": offered}
+    return {
+        "name": str(values.name),
+        "names": order,
+        "colours": colours,
+        "quiet": len(loud),
+        "of": codes.tobytes(),
+        "offered": offered,
+    }
 
 # %% ../../nbs/widgets/06_embedding.ipynb #a1f3bb41
 def _number_column(values: pd.Series) -> dict:
@@ -58,7 +65,14 @@ def _number_column(values: pd.Series) -> dict:
     known = numbers[~np.isnan(numbers)]
     low, high = (float(known.min()), float(known.max())) if len(known) else (0.0, 0.0)
     colours = [to_hex(colormaps["viridis"](share)) for share in np.linspace(0.05, 0.95, 24)]
-    return {"name": str(values.name), "low": low, "high": high, "colours": colours, "of": numbers.tobytes(), "offered": low < high}
+    return {
+        "name": str(values.name),
+        "low": low,
+        "high": high,
+        "colours": colours,
+        "of": numbers.tobytes(),
+        "offered": low < high,
+    }
 
 # %% ../../nbs/widgets/06_embedding.ipynb #d1a29668
 def _jpegs(
@@ -78,36 +92,40 @@ def _jpegs(
 BOX = ["x0", "y0", "x1", "y1"]
 
 
-def _point_data(
-    points: pd.DataFrame,
-    pictures: Sequence[np.ndarray] = (),
-    show_text: bool = True,
-) -> dict:
+def _point_data(points: pd.DataFrame, pictures: Sequence[np.ndarray] = (), show_text: bool = True) -> dict:
     "A table of points as the browser wants it. ValueError says what the table lacks."
     if missing := [name for name in ("x", "y") if name not in points]:
-        raise ValueError(f"the points have no column {' and '.join(missing)}; found {', '.join(map(str, points.columns))}")
+        raise ValueError(
+            f"the points have no column {' and '.join(missing)}; found {', '.join(map(str, points.columns))}"
+        )
     places = points[["x", "y"]].to_numpy(np.float32)
     if bad := np.flatnonzero(~np.isfinite(places).all(1)).tolist():
         raise ValueError(f"{len(bad)} points have no place, the first in row {bad[0]}; leave them out")
     picture = points["picture"].to_numpy(np.int32) if "picture" in points else np.full(len(points), -1, np.int32)
     if picture.max(initial=-1) >= len(pictures):
-        raise ValueError(f"a point asks for picture {picture.max()}, and there are {len(pictures)}; count from 0, -1 is none")
+        raise ValueError(
+            f"a point asks for picture {picture.max()}, and there are {len(pictures)}; count from 0, -1 is none"
+        )
     whole = np.tile(np.array([0, 0, 1, 1], np.float32), (len(points), 1))
     box = points[BOX].to_numpy(np.float32) if set(BOX) <= set(points) else whole
     texts = points["text"].fillna("").astype(str).tolist() if show_text and "text" in points else [""] * len(points)
     data, ends = _jpegs(pictures)
     columns = [points[name] for name in points if name not in ("x", "y", "text", "picture", "vector", *BOX)]
     return {
-        "x": places[:, 0].tobytes(), "y": places[:, 1].tobytes(), "texts": texts, "picture": picture.tobytes(), "box": box.tobytes(),
-        "jpeg": data, "ends": ends,
-        "columns": [_number_column(c) if is_numeric_dtype(c) and not is_bool_dtype(c) else _name_column(c) for c in columns]}
+        "x": places[:, 0].tobytes(),
+        "y": places[:, 1].tobytes(),
+        "texts": texts,
+        "picture": picture.tobytes(),
+        "box": box.tobytes(),
+        "jpeg": data,
+        "ends": ends,
+        "columns": [
+            _number_column(c) if is_numeric_dtype(c) and not is_bool_dtype(c) else _name_column(c) for c in columns
+        ],
+    }
 
 # %% ../../nbs/widgets/06_embedding.ipynb #8068da29
-def _spread_examples(
-    points: pd.DataFrame,
-    by: str | None,
-    most: int = 6,
-) -> list[int]:  # rows
+def _spread_examples(points: pd.DataFrame, by: str | None, most: int = 6) -> list[int]:  # rows
     "One point for each of the most frequent kinds: the one whose tenth part of its kind lies nearest around it."
     found = []
     kinds = points[by].astype("string").fillna("–") if by else pd.Series("", index=points.index)
@@ -137,7 +155,9 @@ def _draw_example(
     ax.set(xticks=[], yticks=[])
     ax.spines[:].set_visible(False)
     ax.set_title(label, fontsize=9, loc="left", color=colour, weight="bold", parse_math=False)
-    ax.set_xlabel("\n".join(textwrap.wrap(text, 24, max_lines=3, placeholder=" …")), fontsize=8, loc="left", parse_math=False)
+    ax.set_xlabel(
+        "\n".join(textwrap.wrap(text, 24, max_lines=3, placeholder=" …")), fontsize=8, loc="left", parse_math=False
+    )
 
 # %% ../../nbs/widgets/06_embedding.ipynb #6066e3ca
 def _draw_points(
@@ -153,22 +173,42 @@ def _draw_points(
     order = order[np.argsort(colours[order] != GREY, kind="stable")]
     size = float(np.clip(9000 / max(len(points), 1), 5, 40))
     for part, alpha in ((order[~bright[order]], 0.12), (order[bright[order]], 0.85)):
-        ax.scatter(points["x"].iloc[part], points["y"].iloc[part], s=size, c=colours[part], alpha=alpha, linewidths=0, rasterized=True)
+        ax.scatter(
+            points["x"].iloc[part],
+            points["y"].iloc[part],
+            s=size,
+            c=colours[part],
+            alpha=alpha,
+            linewidths=0,
+            rasterized=True,
+        )
     for number, row in enumerate(examples, 1):
         place = points["x"].iloc[row], points["y"].iloc[row]
         ax.plot(*place, "o", ms=9, mfc="none", mec="black", mew=1.2)
-        ax.annotate(str(number), place, xytext=(6, 5), textcoords="offset points", weight="bold", fontsize=10,
-                    bbox=dict(boxstyle="round,pad=0.15", fc="white", ec="none", alpha=0.8))
+        ax.annotate(
+            str(number),
+            place,
+            xytext=(6, 5),
+            textcoords="offset points",
+            weight="bold",
+            fontsize=10,
+            bbox=dict(boxstyle="round,pad=0.15", fc="white", ec="none", alpha=0.8),
+        )
     ax.set(xticks=[], yticks=[])
     ax.set_aspect("equal", adjustable="datalim")
     for spine in ax.spines.values():
         spine.set(color="#c9d0d8")
     if column and "names" in column:
-        dots = [Line2D([], [], ls="", marker="o", ms=6, color=c, label=name) for name, c in zip(column["names"], column["colours"])]
+        dots = [
+            Line2D([], [], ls="", marker="o", ms=6, color=c, label=name)
+            for name, c in zip(column["names"], column["colours"])
+        ]
         ax.legend(handles=dots, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.01), ncols=3, frameon=False)
     elif column:
         scale = ScalarMappable(Normalize(column["low"], column["high"]), ListedColormap(column["colours"]))
-        ax.figure.colorbar(scale, ax=ax, orientation="horizontal", fraction=0.05, pad=0.02, aspect=40, label=column["name"])
+        ax.figure.colorbar(
+            scale, ax=ax, orientation="horizontal", fraction=0.05, pad=0.02, aspect=40, label=column["name"]
+        )
 
 # %% ../../nbs/widgets/06_embedding.ipynb #d11c87ab
 class EmbeddingView(Browser):
@@ -201,12 +241,14 @@ class EmbeddingView(Browser):
         pictures: Sequence[np.ndarray] = (),  # (H, W) uint8 each
         colour: str | None = None,  # a column; None: the first that offers colours
         show_text: bool = True,  # False: no sentence leaves the kernel
-    ):
+    ) -> None:
         self.points, self.pictures, self.show_text = points.reset_index(drop=True), pictures, show_text
         data = _point_data(self.points, pictures, show_text)
         offered = [column["name"] for column in data["columns"] if column["offered"]]
         if colour is not None and colour not in offered:
-            raise ValueError(f"no colours for {colour!r}; expected one of {', '.join(offered) or 'none: no column has two kinds'}")
+            raise ValueError(
+                f"no colours for {colour!r}; expected one of {', '.join(offered) or 'none: no column has two kinds'}"
+            )
         super().__init__(data=data, colour=colour or next(iter(offered), ""))
 
     @property
@@ -254,7 +296,7 @@ class EmbeddingView(Browser):
             box = point[BOX] if set(BOX) <= set(point.index) else (0, 0, 1, 1)
             label = f"{number} {point[by]}" if by else f"{number}"
             _draw_example(ax, self.pictures[known] if known >= 0 else None, box, label, text, colours[row])
-        for ax in right.axes[len(rows):]:
+        for ax in right.axes[len(rows) :]:
             ax.axis("off")
         return figure
 
@@ -270,8 +312,15 @@ def _region_rows(view: StudyView, run: str) -> list[dict]:
         box = x0 + x * across, y0 + y * down, x0 + (x + 1) * across, y0 + (y + 1) * down
         planted = [o.name for o, there in zip(view.outlines, view.cells[run][:, n]) if there]
         best = int(np.nanargmax(scores[:, n]))
-        rows.append({"point": "region", "finding": planted[0] if planted else "none", "fit": float(scores[best, n]),
-                     "text": view.sentences[best], **dict(zip(BOX, box))})
+        rows.append(
+            {
+                "point": "region",
+                "finding": planted[0] if planted else "none",
+                "fit": float(scores[best, n]),
+                "text": view.sentences[best],
+                **dict(zip(BOX, box)),
+            }
+        )
     return rows
 
 # %% ../../nbs/widgets/06_embedding.ipynb #b8cf0786
@@ -286,7 +335,9 @@ def _text_rows(
     for item in items:
         about = [outline.name for outline in view.outlines if item in getattr(outline, grain)]
         scores = view.runs[run].scores[grain][item]
-        text = f"{view.words[item]}: {view.sentences[view.spans[item][0]]}" if grain == "words" else view.sentences[item]
+        text = (
+            f"{view.words[item]}: {view.sentences[view.spans[item][0]]}" if grain == "words" else view.sentences[item]
+        )
         told = {"point": grain[:-1], "finding": about[0] if about else "none", "fit": float(scores.max()), "text": text}
         rows.append(regions[int(scores.argmax())] | told)
     return rows

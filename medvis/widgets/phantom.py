@@ -90,7 +90,9 @@ def study_with(
     image, shown = phantom.render(index, list(findings))
     labels = read_labels(sentences)
     severities = stated_severities(labels, shown, sentences)
-    return PhantomStudy(image, report, "changed", f"phantom-{index:07d}-changed", scene.pose.view, labels, severities, shown, sentences)
+    return PhantomStudy(
+        image, report, "changed", f"phantom-{index:07d}-changed", scene.pose.view, labels, severities, shown, sentences
+    )
 
 # %% ../../nbs/widgets/05_phantom.ipynb #b3891314
 def marked(
@@ -124,7 +126,9 @@ def _film_markup(study: PhantomStudy, outlines: bool = True) -> str:
         paths = Outline(finding.name, finding.mask).paths
         d = " ".join("M" + "L".join(f"{100 * x:.1f} {100 * y:.1f}" for x, y in path) + "Z" for path in paths)
         x, y = (100 * edge / len(finding.mask) for edge in finding.box[:2])
-        lines.append(f'<g style="--c:{colour}"><path d="{d}"/><text x="{max(x, 2):.1f}" y="{max(y - 1, 5):.1f}">{number}</text></g>')
+        lines.append(
+            f'<g style="--c:{colour}"><path d="{d}"/><text x="{max(x, 2):.1f}" y="{max(y - 1, 5):.1f}">{number}</text></g>'
+        )
     names = ", ".join(finding.name for finding in study.findings) or "no finding"
     return (
         f'<div class="film"><img alt="radiograph of the phantom: {escape(names)}" src="{picture_url(study.image)}">'
@@ -150,7 +154,9 @@ def _report_markup(study: PhantomStudy) -> str:
     for section in dict.fromkeys(sentence.section for sentence in study.sentences):
         stretches = [stretch for s in study.sentences if s.section == section for stretch in [*marked(s), (" ", None)]]
         text = "".join(
-            escape(text) if finding is None else f'<mark style="--c:{COLOURS[finding]}">{escape(text)}<sup>{finding + 1}</sup></mark>'
+            escape(text)
+            if finding is None
+            else f'<mark style="--c:{COLOURS[finding]}">{escape(text)}<sup>{finding + 1}</sup></mark>'
             for text, finding in stretches
         )
         parts.append(f'<h4>{section.title()}</h4><p class="report">{text}</p>')
@@ -166,7 +172,9 @@ def _draw_report(
     lines = [[(f"{k}. {_describe_finding(finding)}", k - 1)] for k, finding in enumerate(study.findings, 1)] + [[]]
     for section in dict.fromkeys(sentence.section for sentence in study.sentences):
         lines += [[(section.upper(), None)], []]
-        for text, finding in [part for s in study.sentences if s.section == section for part in [*marked(s), (" ", None)]]:
+        for text, finding in [
+            part for s in study.sentences if s.section == section for part in [*marked(s), (" ", None)]
+        ]:
             for word in text.split():
                 used = sum(len(written) + 1 for written, _ in lines[-1])
                 if word in ".,:" and lines[-1]:
@@ -177,7 +185,9 @@ def _draw_report(
                     lines[-1].append((word, finding))
         lines.append([])
     ax.set(xlim=(0, columns), ylim=(max(len(lines), 20), 0)), ax.axis("off")
-    size = ax.get_window_extent().width * 72 / ax.figure.dpi / columns / 0.602  # DejaVu Sans Mono is 0.602 of its size wide
+    size = (
+        ax.get_window_extent().width * 72 / ax.figure.dpi / columns / 0.602
+    )  # DejaVu Sans Mono is 0.602 of its size wide
     for row, line in enumerate(lines):
         column = 0
         for word, finding in line:
@@ -194,7 +204,15 @@ def _draw_study(study: PhantomStudy) -> Figure:
     for number, (finding, colour) in enumerate(zip(study.findings, COLOURS), 1):
         for path in Outline(finding.name, finding.mask).paths:
             film.plot(*(np.array(path) * len(finding.mask) - 0.5).T, color=colour, lw=1.5)
-        film.text(max(finding.box[0], 3), max(finding.box[1] - 2, 12), str(number), color=colour, weight="bold", va="bottom", clip_on=True)
+        film.text(
+            max(finding.box[0], 3),
+            max(finding.box[1] - 2, 12),
+            str(number),
+            color=colour,
+            weight="bold",
+            va="bottom",
+            clip_on=True,
+        )
     _draw_report(text, study)
     return figure
 
@@ -202,12 +220,14 @@ def _draw_study(study: PhantomStudy) -> Figure:
 class _FindingRow(ipywidgets.HBox):
     "The controls of one finding: `severity` from absent to severe, and `where` once it is there."
 
-    def __init__(self, name: str):
+    def __init__(self, name: str) -> None:
         self.name = name
         self.severity = Slider(high=3, description=name, names=["absent", "mild", "moderate", "severe"])
         self.where = ipywidgets.Dropdown(
-            options=list(_placements(name)), layout=ipywidgets.Layout(width="150px", visibility="hidden"),
-            tooltip=f"where: {name}")
+            options=list(_placements(name)),
+            layout=ipywidgets.Layout(width="150px", visibility="hidden"),
+            tooltip=f"where: {name}",
+        )
         self.severity.observe(self._reveal, "value")
         super().__init__([self.severity, self.where])
 
@@ -224,17 +244,23 @@ class PhantomExplorer(Pictured, ipywidgets.HBox):
     """A radiograph of the phantom whose findings hang on sliders. `rows[name]` holds a finding's controls (`severity`,
     `where`), `index` the study's number, `key` another draw of spots and words; `study` is what they show."""
 
-    def __init__(self, phantom: Phantom = Phantom(256), index: int = 0):
+    def __init__(self, phantom: Phantom = Phantom(256), index: int = 0) -> None:
         self.phantom = phantom
         small = ipywidgets.Layout(width="190px")
         self.index = ipywidgets.BoundedIntText(index, 0, 10**9, description="Study", layout=small)
         self.key = ipywidgets.BoundedIntText(0, 0, 10**6, description="Draw", layout=small)
-        self.outlines = ipywidgets.Checkbox(True, description="Outlines", indent=False, layout=ipywidgets.Layout(width="110px"))
-        self.own = ipywidgets.Button(description="Own findings", tooltip="set the sliders to what the study shows of itself")
+        self.outlines = ipywidgets.Checkbox(
+            True, description="Outlines", indent=False, layout=ipywidgets.Layout(width="110px")
+        )
+        self.own = ipywidgets.Button(
+            description="Own findings", tooltip="set the sliders to what the study shows of itself"
+        )
         self.rows = {name: _FindingRow(name) for name in FINDINGS}
         self.picture = ipywidgets.HTML(layout=ipywidgets.Layout(flex="1 1 420px", min_width="0"))
         top = ipywidgets.HBox([self.index, self.key]), ipywidgets.HBox([self.own, self.outlines])
-        super().__init__([ipywidgets.VBox([*top, *self.rows.values()]), self.picture], layout=ipywidgets.Layout(flex_flow="row wrap"))
+        super().__init__(
+            [ipywidgets.VBox([*top, *self.rows.values()]), self.picture], layout=ipywidgets.Layout(flex_flow="row wrap")
+        )
         settings = [self.index, self.key, self.outlines]
         for control in [*settings, *(c for row in self.rows.values() for c in (row.severity, row.where))]:
             control.observe(self._show, "value")

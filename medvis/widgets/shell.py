@@ -51,8 +51,7 @@ def picture_url(
     return "data:image/png;base64," + base64.b64encode(out.getvalue()).decode()
 
 # %% ../../nbs/widgets/01_shell.ipynb #949e6549
-COLOURS = (
-    "#2b8cd6", "#e8833a", "#1fa37f", "#cf6bb1", "#d1a21f", "#7c6fe0", "#4fb8c4", "#c4524a", "#8a9a33", "#8b95a1")
+COLOURS = ("#2b8cd6", "#e8833a", "#1fa37f", "#cf6bb1", "#d1a21f", "#7c6fe0", "#4fb8c4", "#c4524a", "#8a9a33", "#8b95a1")
 
 # %% ../../nbs/widgets/01_shell.ipynb #2a8230be
 def themed(
@@ -85,10 +84,13 @@ def state_json(
     state
         str, numbers, bytes, lists and dicts of these
     """
+
     def plain(value):
         if isinstance(value, (bytes, bytearray, memoryview)):
             return {"base64": base64.b64encode(value).decode()}
-        raise TypeError(f"a widget's state holds a {type(value).__name__}; expected text, numbers, bytes, lists and dicts")
+        raise TypeError(
+            f"a widget's state holds a {type(value).__name__}; expected text, numbers, bytes, lists and dicts"
+        )
 
     return json.dumps(state, default=plain, allow_nan=False).replace("<", "\\u003c")
 
@@ -124,7 +126,7 @@ def standalone(
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
         f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}"><title>{escape(title)}</title>'
-        f'<style>{style}\nbody{{margin:0;padding:12px}}#widget{{max-width:1400px;margin:auto}}</style></head>'
+        f"<style>{style}\nbody{{margin:0;padding:12px}}#widget{{max-width:1400px;margin:auto}}</style></head>"
         f'<body class="medvis"><div id="widget"></div>'
         f'<script type="application/json" id="state">{state_json(state)}</script>'
         f'<script type="module">{script}\n{static("standalone.js")}</script></body></html>\n'

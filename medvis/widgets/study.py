@@ -39,10 +39,10 @@ def word_spans(sentences: Sequence[str]) -> list[Span]:
 
 # %% ../../nbs/widgets/02_study.ipynb #911e0797
 def places_in(
-    report: Report,           # as the run read it
+    report: Report,  # as the run read it
     sentences: Sequence[str],
     spans: Sequence[Span],
-    punctuation: bool,        # whether the run keeps punctuation as words
+    punctuation: bool,  # whether the run keeps punctuation as words
 ) -> tuple[dict[int, int], dict[int, int]]:  # our word -> its word, our sentence -> its sentence
     """How the words and sentences of a report are numbered by a run.
 
@@ -84,12 +84,13 @@ class RunScores:
     tokens : int | None, default: None
         the most that the run reads; None: unknown
     """
-    grid: tuple[int, int]                         # (h, w), N = h*w
-    frame: tuple[float, float, float, float]      # x0, y0, x1, y1: what the encoder sees, in shares of the picture
-    scores: dict[str, np.ndarray]                 # words (W, N), sentences (M, N), perhaps prototypes (K, N); NaN: not read
+
+    grid: tuple[int, int]  # (h, w), N = h*w
+    frame: tuple[float, float, float, float]  # x0, y0, x1, y1: what the encoder sees, in shares of the picture
+    scores: dict[str, np.ndarray]  # words (W, N), sentences (M, N), perhaps prototypes (K, N); NaN: not read
     prototypes: list[int] = field(default_factory=list)  # numbers of the K prototypes
-    temperature: float = 1.0                      # what scores are divided by before a softmax over regions
-    tokens: int | None = None                     # the most that the run reads; None: unknown
+    temperature: float = 1.0  # what scores are divided by before a softmax over regions
+    tokens: int | None = None  # the most that the run reads; None: unknown
 
 # %% ../../nbs/widgets/02_study.ipynb #e3ce7088
 def _visible_frame(
@@ -102,10 +103,10 @@ def _visible_frame(
 
 # %% ../../nbs/widgets/02_study.ipynb #0539ab0c
 def _picked_rows(
-    scores: torch.Tensor,      # (N, items of the run)
+    scores: torch.Tensor,  # (N, items of the run)
     places: Mapping[int, int],  # our item -> its item
-    count: int,                # our items
-) -> np.ndarray:               # (count, N) float32, NaN where the run has nothing
+    count: int,  # our items
+) -> np.ndarray:  # (count, N) float32, NaN where the run has nothing
     "The scores of one grain, in our numbering."
     held = {ours: its for ours, its in places.items() if its < scores.shape[1]}
     rows = np.full((count, scores.shape[0]), np.nan, np.float32)
@@ -118,14 +119,16 @@ _PROTOTYPES = 12
 
 def _run_scores(
     correspondence: Correspondence,
-    row: int,                          # of the batch
+    row: int,  # of the batch
     places: tuple[dict[int, int], dict[int, int]],  # of `places_in`
-    counts: tuple[int, int],           # our words and sentences
+    counts: tuple[int, int],  # our words and sentences
     preprocessing: Preprocessing,
 ) -> RunScores:
     "One row of a correspondence, in our numbering."
-    scores = {grain: _picked_rows(getattr(correspondence, grain)[row], place, count)
-              for grain, place, count in zip(("words", "sentences"), places, counts)}
+    scores = {
+        grain: _picked_rows(getattr(correspondence, grain)[row], place, count)
+        for grain, place, count in zip(("words", "sentences"), places, counts)
+    }
     numbers = []
     if correspondence.prototypes is not None:
         near = correspondence.prototypes[row].float().cpu()
@@ -148,9 +151,10 @@ class Outline:
         of `word_spans`
     sentences : tuple[int, ...], default: ()
     """
-    name: str                          # e.g. of the finding
-    mask: np.ndarray                   # (H, W) bool, of the picture as the Pack holds it
-    words: tuple[int, ...] = ()        # of `word_spans`
+
+    name: str  # e.g. of the finding
+    mask: np.ndarray  # (H, W) bool, of the picture as the Pack holds it
+    words: tuple[int, ...] = ()  # of `word_spans`
     sentences: tuple[int, ...] = ()
 
     @property
@@ -162,7 +166,7 @@ class Outline:
 
 # %% ../../nbs/widgets/02_study.ipynb #cbbf6c66
 def _phantom_outlines(
-    study_id: str,              # "phantom-0000012"
+    study_id: str,  # "phantom-0000012"
     phantom: Phantom,
     sentences: Sequence[str],
 ) -> list[Outline]:
@@ -171,8 +175,10 @@ def _phantom_outlines(
     spans = word_spans(sentences)
     about = phantom_words(Report([], [], [], list(sentences), spans), study)
     words = {index: tuple(w for w, i in about.items() if i == index) for index in range(len(study.findings))}
-    return [Outline(finding.name, finding.mask, words[index], tuple(sorted({spans[w][0] for w in words[index]})))
-            for index, finding in enumerate(study.findings)]
+    return [
+        Outline(finding.name, finding.mask, words[index], tuple(sorted({spans[w][0] for w in words[index]})))
+        for index, finding in enumerate(study.findings)
+    ]
 
 # %% ../../nbs/widgets/02_study.ipynb #5b0c1d01
 def _pack_outlines(
@@ -185,10 +191,12 @@ def _pack_outlines(
     if not (pack.boxes["image"] == image).any():
         return out
     boxes = pack_boxes(pack)
-    for name, *box in boxes.loc[boxes["image_id"] == pack.image_table["image_id"][image], ["class", "x0", "y0", "x1", "y1"]].itertuples(index=False):
+    for name, *box in boxes.loc[
+        boxes["image_id"] == pack.image_table["image_id"][image], ["class", "x0", "y0", "x1", "y1"]
+    ].itertuples(index=False):
         x0, y0, x1, y1 = (int(round(value)) for value in box)
         mask = np.zeros((pack.size, pack.size), bool)
-        mask[min(y0, pack.size - 1):max(y1, y0 + 1), min(x0, pack.size - 1):max(x1, x0 + 1)] = True
+        mask[min(y0, pack.size - 1) : max(y1, y0 + 1), min(x0, pack.size - 1) : max(x1, x0 + 1)] = True
         out.append(Outline(name, mask))
     return out
 
@@ -216,17 +224,18 @@ class StudyView:
     cells : dict[str, np.ndarray]
         run -> (outlines, N) bool, the regions on each outline
     """
-    position: int                      # among the Studies
+
+    position: int  # among the Studies
     id: str
     patient: str
     split: str
-    picture: np.ndarray                # (H, W) uint8
+    picture: np.ndarray  # (H, W) uint8
     sentences: list[str]
-    spans: list[Span]                  # of the words
-    labels: dict[str, float]           # 1, 0, -1, nan
+    spans: list[Span]  # of the words
+    labels: dict[str, float]  # 1, 0, -1, nan
     outlines: list[Outline]
     runs: dict[str, RunScores]
-    cells: dict[str, np.ndarray]       # run -> (outlines, N) bool, the regions on each outline
+    cells: dict[str, np.ndarray]  # run -> (outlines, N) bool, the regions on each outline
 
     @property
     def words(self) -> list[str]:
@@ -236,7 +245,11 @@ class StudyView:
         "Each word (or sentence) with a place, the outline it speaks of, and whether its highest region lies there."
         scores = self.runs[run].scores[grain]
         linked = [(item, o) for o, outline in enumerate(self.outlines) for item in getattr(outline, grain)]
-        return [(item, o, bool(self.cells[run][o, scores[item].argmax()])) for item, o in linked if not np.isnan(scores[item]).any()]
+        return [
+            (item, o, bool(self.cells[run][o, scores[item].argmax()]))
+            for item, o in linked
+            if not np.isnan(scores[item]).any()
+        ]
 
     def misses(self, run: str) -> float:
         "Share of the words with a place that point elsewhere; 0 without such words."
@@ -251,7 +264,7 @@ class StudyView:
 
 # %% ../../nbs/widgets/02_study.ipynb #0dbf7d5e
 def _as_methods(
-    runs: Mapping[str, Method | str | PathLike] | Method | str | PathLike,      # methods, runs, or their folders
+    runs: Mapping[str, Method | str | PathLike] | Method | str | PathLike,  # methods, runs, or their folders
 ) -> dict[str, Method]:
     "Methods by name, in evaluation mode. ValueError when there is none."
     if not isinstance(runs, Mapping):
@@ -262,9 +275,7 @@ def _as_methods(
 
 # %% ../../nbs/widgets/02_study.ipynb #2b092273
 def _visible_cells(
-    outlines: Sequence[Outline],
-    grid: tuple[int, int],
-    preprocessing: Preprocessing,
+    outlines: Sequence[Outline], grid: tuple[int, int], preprocessing: Preprocessing
 ) -> np.ndarray:  # (outlines, N) bool
     "Which regions of an encoder lie on each outline."
     view = preprocessing.mask()
@@ -276,7 +287,7 @@ def _batch_scores(
     method: Method,
     pairs: Pairs,
     positions: Sequence[int],
-    reports: Sequence[Sequence[str]],   # sentences of each
+    reports: Sequence[Sequence[str]],  # sentences of each
 ) -> list[RunScores]:
     "What a method says of some studies, in one batch. ValueError names a study whose image cannot be read."
     batch = collate([pairs[position] for position in positions])
@@ -294,10 +305,10 @@ def _batch_scores(
 
 # %% ../../nbs/widgets/02_study.ipynb #41e608c4
 def _fitting_rows(
-    studies: pd.DataFrame,   # study_id, sentences
-    labels: pd.DataFrame,    # the same rows
+    studies: pd.DataFrame,  # study_id, sentences
+    labels: pd.DataFrame,  # the same rows
     query: str,
-    finding: str,            # "": any
+    finding: str,  # "": any
 ) -> list[int]:
     "Rows of the studies which have all words of the query in their id or report, and the finding."
     words = query.lower().split()
@@ -326,15 +337,24 @@ class Studies:
         self,
         runs: Mapping[str, Method | str | PathLike] | Method | str | PathLike,  # see as_methods
         data: Pack,
-        split: str | None = "test",    # None: all
-        outlines: Callable[[str], Sequence[Outline]] | None = None,  # study id -> what is known; None: of a phantom all, else the Pack's boxes and masks
-        keep: int = 64,                # views in memory
-    ):
+        split: str | None = "test",  # None: all
+        outlines: Callable[[str], Sequence[Outline]]
+        | None = None,  # study id -> what is known; None: of a phantom all, else the Pack's boxes and masks
+        keep: int = 64,  # views in memory
+    ) -> None:
         self.runs, self.data = _as_methods(runs), data
         for method in self.runs.values():
             check_preprocessing(method, data)
-        self.pairs = {name: Pairs(data, method.tokenizer, method.preprocessing,
-                                  replace(method.sampling, sentences="all", per="study"), split) for name, method in self.runs.items()}
+        self.pairs = {
+            name: Pairs(
+                data,
+                method.tokenizer,
+                method.preprocessing,
+                replace(method.sampling, sentences="all", per="study"),
+                split,
+            )
+            for name, method in self.runs.items()
+        }
         self.rows = [row for row, _ in next(iter(self.pairs.values())).items]
         if not self.rows:
             raise ValueError(f"{data.path} has no studies with a report in the split {split!r}")
@@ -366,22 +386,39 @@ class Studies:
     def make(self, positions: Sequence[int]) -> list[StudyView]:
         "The views of some studies, in one batch. ValueError names a study whose image cannot be read."
         reports = [self.table.iloc[position]["sentences"] for position in positions]
-        found = {name: _batch_scores(method, self.pairs[name], positions, reports) for name, method in self.runs.items()}
-        return [self._view(position, {name: runs[k] for name, runs in found.items()}) for k, position in enumerate(positions)]
+        found = {
+            name: _batch_scores(method, self.pairs[name], positions, reports) for name, method in self.runs.items()
+        }
+        return [
+            self._view(position, {name: runs[k] for name, runs in found.items()})
+            for k, position in enumerate(positions)
+        ]
 
     def _view(self, position: int, runs: dict[str, RunScores]) -> StudyView:
         study, outlines = self.table.iloc[position], self.outlines(position)
         cells = {name: _visible_cells(outlines, run.grid, self.runs[name].preprocessing) for name, run in runs.items()}
         sentences = list(study["sentences"])
         return StudyView(
-            position, str(study["study_id"]), str(study["patient_id"]), str(study["split"]), self.data.image(study["image_rows"][0]),
-            sentences, word_spans(sentences), self.data.labels.iloc[self.rows[position]].to_dict(), outlines, runs, cells)
+            position,
+            str(study["study_id"]),
+            str(study["patient_id"]),
+            str(study["split"]),
+            self.data.image(study["image_rows"][0]),
+            sentences,
+            word_spans(sentences),
+            self.data.labels.iloc[self.rows[position]].to_dict(),
+            outlines,
+            runs,
+            cells,
+        )
 
     def measure(self, most: int = 32) -> int:
         "Alignment and misses of the next studies that have none; how many are left then."
         todo = [position for position in range(len(self)) if position not in self._measured]
         for view in self.make(todo[:most]) if todo else []:
-            self._measured[view.position] = {name: {"alignment": view.alignment(name), "misses": -view.misses(name)} for name in self.runs}
+            self._measured[view.position] = {
+                name: {"alignment": view.alignment(name), "misses": -view.misses(name)} for name in self.runs
+            }
         return max(len(todo) - most, 0)
 
     def find(self, query: str = "", finding: str = "", order: str = "data", run: str | None = None) -> list[int]:

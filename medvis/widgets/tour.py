@@ -15,11 +15,11 @@ from .correspondence import CorrespondenceWidget
 
 # %% ../../nbs/widgets/07_tour.ipynb #11a529c6
 def beside_untrained(
-    run: Method | str | Path,   # or a run folder
+    run: Method | str | Path,  # or a run folder
     data: Pack,
     split: str | None = "test",  # None: all
     name: str = "trained",
-    **display,                  # e.g. grain="sentences"
+    **display,  # e.g. grain="sentences"
 ) -> CorrespondenceWidget:
     """The widget for a run, beside the same network with newly drawn weights.
 

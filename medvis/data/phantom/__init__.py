@@ -16,11 +16,29 @@ if TYPE_CHECKING:
     from medvis.data.phantom.findings import FINDINGS, Planted
     from medvis.data.phantom.report import Sentence
     from medvis.data.phantom.study import (
-        Finding, Phantom, PhantomStudy, Scene, patient_number, render, stated_severities, tight_box)
+        Finding,
+        Phantom,
+        PhantomStudy,
+        Scene,
+        patient_number,
+        render,
+        stated_severities,
+        tight_box,
+    )
 else:
     __getattr__, __dir__ = lazy_door("medvis.data.phantom")
 
 # %% ../../../nbs/data/phantom/00_doors.ipynb #b6815f58
 _all_ = [
-    "FINDINGS", "Planted", "Sentence", "Finding", "Phantom", "PhantomStudy", "Scene", "patient_number", "render",
-    "stated_severities", "tight_box"]
+    "FINDINGS",
+    "Planted",
+    "Sentence",
+    "Finding",
+    "Phantom",
+    "PhantomStudy",
+    "Scene",
+    "patient_number",
+    "render",
+    "stated_severities",
+    "tight_box",
+]

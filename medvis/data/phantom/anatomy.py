@@ -64,6 +64,7 @@ class Patient:
     tree : int, default: 0
         which vessel tree, 0 to 255
     """
+
     female: bool = False
     age: int = 60
     width: float = 1.0  # of the rib cage
@@ -79,20 +80,27 @@ class Patient:
     tree: int = 0  # which vessel tree, 0 to 255
 
 # %% ../../../nbs/data/phantom/01_anatomy.ipynb #a2fbd510
-def sample_patient(
-    rng: np.random.Generator,
-) -> Patient:
+def sample_patient(rng: np.random.Generator) -> Patient:
     "Draw a body."
     z, u = np.clip(rng.standard_normal(10), -2, 2).tolist(), rng.random(6).tolist()
     female = bool(u[0] < 0.48)
     age = int(np.clip(60 + 17 * z[0], 19, 95))
     girth = float(np.clip(0.35 + 0.25 * z[1], 0, 1))
     return Patient(
-        female, age, width=1 + 0.055 * z[2] - 0.03 * female, tall=0.7 * z[3], girth=girth,
-        heart=1 + 0.045 * z[4] + 0.0008 * (age - 60), aorta=1 + 0.1 * z[5] + 0.004 * (age - 60),
-        rib_pitch=0.125 + 0.006 * z[6], rib_phase=u[1], rib_slope=0.36 + 0.05 * z[7],
-        bone=0.95 + 0.14 * z[8] - 0.003 * (age - 60), breast=(0.06 + 0.16 * u[2]) * (0.5 + girth) * female,
-        tree=int(u[3] * 256))
+        female,
+        age,
+        width=1 + 0.055 * z[2] - 0.03 * female,
+        tall=0.7 * z[3],
+        girth=girth,
+        heart=1 + 0.045 * z[4] + 0.0008 * (age - 60),
+        aorta=1 + 0.1 * z[5] + 0.004 * (age - 60),
+        rib_pitch=0.125 + 0.006 * z[6],
+        rib_phase=u[1],
+        rib_slope=0.36 + 0.05 * z[7],
+        bone=0.95 + 0.14 * z[8] - 0.003 * (age - 60),
+        breast=(0.06 + 0.16 * u[2]) * (0.5 + girth) * female,
+        tree=int(u[3] * 256),
+    )
 
 # %% ../../../nbs/data/phantom/01_anatomy.ipynb #a52cb9c4
 @dataclass(frozen=True)
@@ -219,6 +227,7 @@ class Geometry:
     turn : float
         shift of what lies in front against what lies behind
     """
+
     width: float  # half-width of the rib cage, inside
     apex: float  # y of the top of the lungs
     dome: tuple[float, float]  # y of the right and left dome of the diaphragm
@@ -240,9 +249,13 @@ def _geometry(
     long, short = 0.36 * size, (0.25 - 0.01 * pose.breath) * size
     cy = right + 0.05 - 0.72 * short - 0.04 * (enlarge - 1)
     return Geometry(
-        width, -0.69 - 0.03 * patient.tall, (right, right + 0.055),
+        width,
+        -0.69 - 0.03 * patient.tall,
+        (right, right + 0.055),
         (0.085 + 0.06 * (size - 1) + 0.02 * pose.turn, cy, long, short),
-        (0.075 + 0.02 * patient.aorta, -0.33 + 0.03 * patient.tall, 0.072 * patient.aorta), 0.035 * pose.turn)
+        (0.075 + 0.02 * patient.aorta, -0.33 + 0.03 * patient.tall, 0.072 * patient.aorta),
+        0.035 * pose.turn,
+    )
 
 # %% ../../../nbs/data/phantom/01_anatomy.ipynb #4f605388
 def lung_point(
@@ -275,10 +288,7 @@ def lung_point(
     return sign * out * wall, y
 
 # %% ../../../nbs/data/phantom/01_anatomy.ipynb #e722df01
-def _body_frame(
-    pose: Pose,
-    size: int,
-) -> tuple[np.ndarray, np.ndarray]:  # x, y, each (size, size) float32
+def _body_frame(pose: Pose, size: int) -> tuple[np.ndarray, np.ndarray]:  # x, y, each (size, size) float32
     "Body coordinates of every pixel."
     t = (np.arange(size, dtype=np.float32) + 0.5) * (2 / size) - 1
     cos, sin = math.cos(pose.angle) / pose.scale, math.sin(pose.angle) / pose.scale
@@ -287,10 +297,7 @@ def _body_frame(
 
 # %% ../../../nbs/data/phantom/01_anatomy.ipynb #d103bb24
 def _to_pixels(
-    pose: Pose,
-    size: int,
-    x: np.ndarray,
-    y: np.ndarray,
+    pose: Pose, size: int, x: np.ndarray, y: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:  # column, row, as floats
     "The inverse of `_body_frame`: where a point of the body falls on the detector."
     cos, sin = math.cos(pose.angle) * pose.scale, math.sin(pose.angle) * pose.scale
@@ -315,10 +322,7 @@ def chord(
     return np.sqrt(np.maximum(1 - r2, 0))
 
 # %% ../../../nbs/data/phantom/01_anatomy.ipynb #43f6fa8f
-def ramp(
-    distance: np.ndarray,
-    softness: float,
-) -> np.ndarray:  # 0 .. 1
+def ramp(distance: np.ndarray, softness: float) -> np.ndarray:  # 0 .. 1
     """A smooth step at `distance` = 0 which is `softness` wide on either side.
 
     Returns
@@ -370,9 +374,7 @@ def lungs(
 
 # %% ../../../nbs/data/phantom/01_anatomy.ipynb #24769dc4
 def _mediastinum(
-    geo: Geometry,
-    x: np.ndarray,
-    y: np.ndarray,
+    geo: Geometry, x: np.ndarray, y: np.ndarray
 ) -> np.ndarray:  # share of the depth taken by heart and great vessels, 0 .. 1
     "Heart, right atrium, aortic arch and the column of the great vessels, joined softly."
     cx, cy, a, b = geo.heart
@@ -390,10 +392,7 @@ def _mediastinum(
 
 # %% ../../../nbs/data/phantom/01_anatomy.ipynb #09f0cc91
 def _torso(
-    patient: Patient,
-    geo: Geometry,
-    x: np.ndarray,
-    y: np.ndarray,
+    patient: Patient, geo: Geometry, x: np.ndarray, y: np.ndarray
 ) -> np.ndarray:  # thickness, 1 = the depth of a chest
     "Soft tissue from front to back: neck, shoulders, trunk and arms."
     ax = np.abs(x)
@@ -407,12 +406,7 @@ def _torso(
     return np.maximum(np.minimum(depth, 1), arm)
 
 # %% ../../../nbs/data/phantom/01_anatomy.ipynb #2a3a0532
-def _breasts(
-    patient: Patient,
-    geo: Geometry,
-    x: np.ndarray,
-    y: np.ndarray,
-) -> np.ndarray:  # thickness
+def _breasts(patient: Patient, geo: Geometry, x: np.ndarray, y: np.ndarray) -> np.ndarray:  # thickness
     "Two pendulous half-ellipsoids: a sharp lower edge and no upper one."
     dy = y - geo.dome[0] + 0.02
     r2 = np.square((np.abs(x) - 0.43) / 0.30) + np.square(dy / np.where(dy > 0, 0.22, 0.60).astype(np.float32))
@@ -449,18 +443,17 @@ def _ribs(
     posterior = _hollow((back - np.rint(back)) / 0.26, soft=smooth)
     anterior = _hollow((front - np.rint(front)) / 0.30, soft=smooth)
     end = np.clip(10 * (1.03 - out) + 0.5, 0, 1) * np.clip(1.3 * back + 0.5, 0, 1) * np.clip((0.80 - y) / 0.4, 0, 1)
-    return patient.bone * end * (
-        posterior * (0.095 + 0.10 * out2 * out2) * np.clip((xp - 0.04) / 0.05, 0, 1)
-        + anterior * 0.05 * np.clip((out - 0.34) / 0.3, 0, 1) * np.clip((y + 0.70) / 0.2, 0, 1))
+    return (
+        patient.bone
+        * end
+        * (
+            posterior * (0.095 + 0.10 * out2 * out2) * np.clip((xp - 0.04) / 0.05, 0, 1)
+            + anterior * 0.05 * np.clip((out - 0.34) / 0.3, 0, 1) * np.clip((y + 0.70) / 0.2, 0, 1)
+        )
+    )
 
 # %% ../../../nbs/data/phantom/01_anatomy.ipynb #78c75fb6
-def _clavicles(
-    patient: Patient,
-    geo: Geometry,
-    x: np.ndarray,
-    y: np.ndarray,
-    soft: float,
-) -> np.ndarray:
+def _clavicles(patient: Patient, geo: Geometry, x: np.ndarray, y: np.ndarray, soft: float) -> np.ndarray:
     "Two S-shaped bars over the apices; turning the patient moves their inner ends."
     xa = np.abs(x - 1.4 * geo.turn)
     t = np.clip((xa - 0.05) / 0.72, 0, 1)
@@ -470,12 +463,7 @@ def _clavicles(
     return 0.22 * patient.bone * bar * np.clip(20 * xa - 0.6, 0, 1) * np.clip(8 * (0.78 - xa) + 0.5, 0, 1)
 
 # %% ../../../nbs/data/phantom/01_anatomy.ipynb #aae63cec
-def _spine(
-    patient: Patient,
-    geo: Geometry,
-    x: np.ndarray,
-    y: np.ndarray,
-) -> np.ndarray:
+def _spine(patient: Patient, geo: Geometry, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     "Vertebral bodies between darker discs, with pedicles and spinous processes."
     xp = x + geo.turn
     ax, level = np.abs(xp), y / 0.118 + patient.rib_phase
@@ -487,12 +475,7 @@ def _spine(
     return patient.bone * (0.10 * body + 0.05 * pedicle + 0.05 * process) * (1 - 0.25 * np.clip(-0.5 - y, 0, 1))
 
 # %% ../../../nbs/data/phantom/01_anatomy.ipynb #a620bd86
-def _shoulders(
-    patient: Patient,
-    pose: Pose,
-    x: np.ndarray,
-    y: np.ndarray,
-) -> np.ndarray:
+def _shoulders(patient: Patient, pose: Pose, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     "Scapula blades and the heads and shafts of the humeri."
     ax = np.abs(x)
     shift = 0.20 * pose.scapula
@@ -504,11 +487,7 @@ def _shoulders(
     return patient.bone * (0.07 * np.clip(blade / 0.03, 0, 1) + 0.06 * rim + 0.17 * head + 0.15 * shaft)
 
 # %% ../../../nbs/data/phantom/01_anatomy.ipynb #fe1baa8b
-def _airways(
-    geo: Geometry,
-    x: np.ndarray,
-    y: np.ndarray,
-) -> np.ndarray:  # thickness of air
+def _airways(geo: Geometry, x: np.ndarray, y: np.ndarray) -> np.ndarray:  # thickness of air
     "Trachea and main bronchi: a dark column a little right of the midline, which forks."
     xt = x - 0.5 * geo.turn + 0.012
     ax, down = np.abs(xt), y - geo.knob[1] - 0.02
@@ -518,12 +497,7 @@ def _airways(
     return np.maximum(trachea, 0.7 * bronchus)
 
 # %% ../../../nbs/data/phantom/01_anatomy.ipynb #1116621a
-def _stomach_gas(
-    pose: Pose,
-    geo: Geometry,
-    x: np.ndarray,
-    y: np.ndarray,
-) -> np.ndarray:  # thickness of air
+def _stomach_gas(pose: Pose, geo: Geometry, x: np.ndarray, y: np.ndarray) -> np.ndarray:  # thickness of air
     "The bubble under the left dome, round above and fading downwards."
     dy = y - geo.dome[1] - 0.085
     half = np.where(dy < 0, np.float32(0.045), np.float32(0.04 + 0.06 * pose.stomach))
@@ -603,8 +577,7 @@ def draw(
 
 # %% ../../../nbs/data/phantom/01_anatomy.ipynb #2cea318c
 def _vessel_tree(
-    key: int,
-    depth: int = 4,
+    key: int, depth: int = 4
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:  # start (n, 2), bend (n, 2), end (n, 2), width (n,)
     "Pulmonary vessels of both lungs from the hila outwards, by repeated forking; in body units, y from the hilum."
     rng = stream(key)
@@ -642,12 +615,7 @@ def _vessel_paths(
     return path[..., 0].T.copy(), path[..., 1].T.copy(), width[:, None]
 
 # %% ../../../nbs/data/phantom/01_anatomy.ipynb #ab4719f5
-def _vessels(
-    patient: Patient,
-    pose: Pose,
-    geo: Geometry,
-    size: int,
-) -> np.ndarray:  # (size, size)
+def _vessels(patient: Patient, pose: Pose, geo: Geometry, size: int) -> np.ndarray:  # (size, size)
     "The pulmonary vessels as attenuation."
     x, y, width = _vessel_paths(patient.tree, 3 if size <= 96 else 5, max(5, size // 12))
     stretch = (geo.dome[0] - geo.apex) / 1.05
@@ -686,6 +654,7 @@ class Chest:
     extra : np.ndarray
         further attenuation: devices, lines; < 0 for air
     """
+
     patient: Patient
     pose: Pose
     geo: Geometry
@@ -746,9 +715,7 @@ def build_chest(
     return Chest(patient, pose, geo, size, x, y, wall, below, lung, centre, depth, bone, tree, dry, extra)
 
 # %% ../../../nbs/data/phantom/01_anatomy.ipynb #38df2152
-def attenuation(
-    chest: Chest,
-) -> np.ndarray:  # (H, W) float32
+def attenuation(chest: Chest) -> np.ndarray:  # (H, W) float32
     """Add up what a ray meets: soft tissue less air, bone, vessels, devices.
 
     Returns
@@ -762,8 +729,13 @@ def attenuation(
     return tissue * (1 - 0.64 * aerated) + fat + chest.bone + chest.vessel * aerated + chest.extra
 
 # %% ../../../nbs/data/phantom/01_anatomy.ipynb #77fd1edf
-_GLYPHS = {letter: np.array([[int(bit) for bit in row] for row in rows.split()], np.float32) for letter, rows in {
-    "L": "10000 10000 10000 10000 10000 10000 11111", "R": "11110 10001 10001 11110 10100 10010 10001"}.items()}
+_GLYPHS = {
+    letter: np.array([[int(bit) for bit in row] for row in rows.split()], np.float32)
+    for letter, rows in {
+        "L": "10000 10000 10000 10000 10000 10000 11111",
+        "R": "11110 10001 10001 11110 10100 10010 10001",
+    }.items()
+}
 
 # %% ../../../nbs/data/phantom/01_anatomy.ipynb #18990327
 def _burn_marker(
@@ -797,7 +769,7 @@ def expose(
     np.ndarray
         (H, W) uint8
     """
-    from scipy.ndimage import gaussian_filter       # here, as a command line need not wait for it
+    from scipy.ndimage import gaussian_filter  # here, as a command line need not wait for it
 
     size = len(total)
     if pose.blur * size > 0.3:

@@ -16,8 +16,18 @@ from .anatomy import Chest, Geometry, chord, draw, lung_point, lungs, ramp, stre
 
 # %% ../../../nbs/data/phantom/02_findings.ipynb #82d6241d
 FINDINGS = (
-    "Support Devices", "Cardiomegaly", "Consolidation", "Edema", "Lung Opacity", "Pleural Effusion",
-    "Pneumonia", "Pneumothorax", "Atelectasis", "Nodule", "Foreign Object")
+    "Support Devices",
+    "Cardiomegaly",
+    "Consolidation",
+    "Edema",
+    "Lung Opacity",
+    "Pleural Effusion",
+    "Pneumonia",
+    "Pneumothorax",
+    "Atelectasis",
+    "Nodule",
+    "Foreign Object",
+)
 LUNG_FINDINGS = ("Consolidation", "Edema", "Lung Opacity", "Pneumonia", "Atelectasis", "Nodule")
 
 # %% ../../../nbs/data/phantom/02_findings.ipynb #8a01a200
@@ -47,6 +57,7 @@ class Planted:
     key : int, default: 0
         of the finding's own texture
     """
+
     name: str  # one of FINDINGS
     side: str = "right"  # of the patient: "left", "right", "both", or "none" for the midline
     zone: str = "none"  # "upper", "middle", "lower" or "none"
@@ -75,12 +86,7 @@ def _waves(
 
 # %% ../../../nbs/data/phantom/02_findings.ipynb #1ef60263
 def _patch(
-    chest: Chest,
-    x: float,
-    y: float,
-    rx: float,
-    ry: float,
-    angle: float = 0.0,
+    chest: Chest, x: float, y: float, rx: float, ry: float, angle: float = 0.0
 ) -> np.ndarray:  # squared distance in radii
     "Elliptic distance from a point."
     c, s = math.cos(angle), math.sin(angle)
@@ -162,7 +168,7 @@ def _paint_effusion(chest: Chest, spec: Planted) -> np.ndarray:
     "Fluid that fills the costophrenic angle up to a meniscus; lying down, a veil without a level."
     half, mask = chest.geo.width, np.zeros(chest.x.shape, bool)
     upright = chest.pose.view == "PA"
-    for side in (("right", "left") if spec.side == "both" else (spec.side,)):
+    for side in ("right", "left") if spec.side == "both" else (spec.side,):
         sign = 1 if side == "left" else -1
         dome = chest.geo.dome[int(sign > 0)]
         level = dome + (0.115, -0.02, -0.36)[spec.severity - 1] - 0.07 * (spec.extent - 1)
@@ -271,17 +277,22 @@ def _curve(
 # %% ../../../nbs/data/phantom/02_findings.ipynb #73e23bb2
 _VENOUS = ("jugular line", "subclavian line", "PICC", "pacemaker")
 _TUBES = {  # width, attenuation, 0 solid .. 1 hollow
-    "endotracheal tube": (0.040, 0.34, 0.7), "enteric tube": (0.024, 0.36, 0.5), "chest tube": (0.042, 0.26, 0.8),
-    "jugular line": (0.018, 0.34, 0.0), "subclavian line": (0.018, 0.34, 0.0), "PICC": (0.015, 0.32, 0.0),
-    "pacemaker": (0.014, 0.30, 0.0), "monitor leads": (0.010, 0.30, 0.0)}
+    "endotracheal tube": (0.040, 0.34, 0.7),
+    "enteric tube": (0.024, 0.36, 0.5),
+    "chest tube": (0.042, 0.26, 0.8),
+    "jugular line": (0.018, 0.34, 0.0),
+    "subclavian line": (0.018, 0.34, 0.0),
+    "PICC": (0.015, 0.32, 0.0),
+    "pacemaker": (0.014, 0.30, 0.0),
+    "monitor leads": (0.010, 0.30, 0.0),
+}
 _ELECTRODES = ((-0.55, -0.45), (0.52, -0.48), (0.55, 0.28))
 
 # %% ../../../nbs/data/phantom/02_findings.ipynb #d9648d96
 _Route = list[tuple[float, float]]  # points of a curve, body units
-def _venous_paths(
-    geo: Geometry,
-    spec: Planted,
-) -> list[_Route]:
+
+
+def _venous_paths(geo: Geometry, spec: Planted) -> list[_Route]:
     "Lines and leads: through the veins of their side into the vena cava, leads on into the heart."
     s, fork, j = (1 if spec.side == "left" else -1), geo.knob[1] + 0.02, 0.05 * spec.angle
     cava = [(-0.105, fork - 0.1), (-0.115, fork + 0.10 + 0.12 * spec.extent)]
@@ -296,10 +307,7 @@ def _venous_paths(
     return [[*vein, (-0.06, tip[1] - 0.06), tip], [*vein, (-0.15, cy + 0.05), (-0.10, cy - 0.04)]][: spec.severity]
 
 # %% ../../../nbs/data/phantom/02_findings.ipynb #829f5a55
-def _tube_paths(
-    geo: Geometry,
-    spec: Planted,
-) -> list[_Route]:
+def _tube_paths(geo: Geometry, spec: Planted) -> list[_Route]:
     "Tubes in the airway, the gullet and the pleura, and wires on the skin."
     s, turn, j, dome = (1 if spec.side == "left" else -1), geo.turn / 2 - 0.012, 0.05 * spec.angle, geo.dome[1]
     if spec.kind == "endotracheal tube":
@@ -338,7 +346,9 @@ def _paint_foreign(chest: Chest, spec: Planted) -> np.ndarray:
         draw(
             ink,
             chest.pose,
-            *_curve([(-0.30, -1.05), (-0.22, -0.75), (0, hang), (0.22, -0.75), (0.30, -1.05)], max(160, 2 * chest.size)),
+            *_curve(
+                [(-0.30, -1.05), (-0.22, -0.75), (0, hang), (0.22, -0.75), (0.30, -1.05)], max(160, 2 * chest.size)
+            ),
             0.016,
             0.55,
         )
@@ -462,9 +472,7 @@ DEVICES = {
 }
 
 # %% ../../../nbs/data/phantom/02_findings.ipynb #1a6dad21
-def sample_state(
-    rng: np.random.Generator,
-) -> str:
+def sample_state(rng: np.random.Generator) -> str:
     "Draw why the patient came: findings that go together come from the same cause."
     left = rng.random() * sum(weight for weight, _ in STATES.values())
     for state, (weight, _) in STATES.items():
@@ -543,10 +551,7 @@ def _place_device(u: list[float], side: str, state: str, extra: dict) -> Planted
     return Planted("Support Devices", side, zone, kind=kind, **extra)
 
 # %% ../../../nbs/data/phantom/02_findings.ipynb #282267d2
-def sample_findings(
-    rng: np.random.Generator,
-    state: str,
-) -> list[Planted]:  # 0 to 5
+def sample_findings(rng: np.random.Generator, state: str) -> list[Planted]:  # 0 to 5
     """Draw the findings of a study of a patient in a state.
 
     Returns
@@ -566,10 +571,7 @@ def sample_findings(
     ]
 
 # %% ../../../nbs/data/phantom/02_findings.ipynb #16cd55bb
-def paint(
-    chest: Chest,
-    spec: Planted,
-) -> np.ndarray:  # (H, W) bool
+def paint(chest: Chest, spec: Planted) -> np.ndarray:  # (H, W) bool
     """Paint a finding into a chest and return its mask, which is never empty.
 
     Returns

@@ -30,6 +30,7 @@ class Sentence:
     states : tuple[tuple[str, int], ...], default: ()
         what it asserts: (name, 1 present | 0 absent | -1 uncertain)
     """
+
     text: str
     finding: int | None  # index into the study's findings
     words: list[tuple[int, int, int | None]]  # start, end, finding index of every word, in order
@@ -57,11 +58,13 @@ _SLOTS = {
     "edema": (
         ("pulmonary vascular congestion", "vascular engorgement", "fluid overload"),
         ("interstitial edema", "pulmonary edema", "interstitial pulmonary edema"),
-        ("pulmonary edema", "alveolar edema", "alveolar pulmonary edema")),
+        ("pulmonary edema", "alveolar edema", "alveolar pulmonary edema"),
+    ),
     "edemasign": (
         ("indistinct hilar vessels", "perihilar haze", "vascular redistribution"),
         ("septal lines and perihilar haziness", "interstitial markings", "thickened interlobular septa"),
-        ("bilateral perihilar opacities", "diffuse airspace opacities", "confluent perihilar opacification")),
+        ("bilateral perihilar opacities", "diffuse airspace opacities", "confluent perihilar opacification"),
+    ),
     "round": (("small", "tiny", "subcentimeter"), ("rounded", "well-defined"), ("large", "dominant")),
     "diameter": (("0.5", "0.6", "0.8"), ("1.1", "1.2", "1.3"), ("1.7", "1.9", "2.1")),
 }
@@ -290,7 +293,8 @@ DEVICES = {
 _CARINA = ("2.5", "3.2", "4.0", "4.5", "5.1")  # cm above it
 _COLLAPSE = {
     "plate": ("plate-like atelectasis", "linear atelectasis", "subsegmental atelectasis", "discoid atelectasis"),
-    "collapse": ("partial collapse", "segmental atelectasis", "lobar atelectasis")}
+    "collapse": ("partial collapse", "segmental atelectasis", "lobar atelectasis"),
+}
 _LEADS = ("a single lead in the right ventricle", "leads in the right atrium and ventricle")
 _OBJECTS = {
     "button": ("button", "snap", "round button"),
@@ -492,6 +496,8 @@ def _pick(rng: np.random.Generator, options: tuple) -> str:
 
 # %% ../../../nbs/data/phantom/03_report.ipynb #104aa857
 _CHOICE = re.compile(r"\(([^()]*\|[^()]*)\)")
+
+
 def expand(rng: np.random.Generator, template: str) -> str:
     "Settle every `(a|b|c)` of a template."
     return _CHOICE.sub(lambda found: _pick(rng, found[1].split("|")), template) if "(" in template else template
@@ -506,11 +512,7 @@ def _place_words(rng: np.random.Generator, spec: Planted, form: str) -> str:
     return _pick(rng, _PLACES[spec.zone, form]).format(s="bilateral" if spec.side == "both" else spec.side)
 
 # %% ../../../nbs/data/phantom/03_report.ipynb #8fa8df16
-def _slot_word(
-    rng: np.random.Generator,
-    spec: Planted,
-    slot: str,
-) -> str:
+def _slot_word(rng: np.random.Generator, spec: Planted, slot: str) -> str:
     "The word that fills a slot of a template for a finding; a capital slot gives a capital word."
     key, both = slot.lower(), spec.side == "both"
     if key in _SLOTS:
@@ -538,6 +540,8 @@ _MARK = re.compile(r"[\[\]<>]")
 _WORD = re.compile(r"\w+")
 _ARTICLE = re.compile(r"\b([Aa])(?= [\[<]?(?:[aeioAEIO8]|1[18]\b))")
 _SLOT = re.compile(r"\{(2?)(\w+)\}")
+
+
 def write(
     rng: np.random.Generator,
     template: str,
@@ -655,9 +659,7 @@ def say(rng: np.random.Generator, options: tuple, section: str, states: tuple = 
     return write(rng, _pick(rng, options), [], [], section, states)
 
 # %% ../../../nbs/data/phantom/03_report.ipynb #fca0ff98
-def _distinct(
-    sentences: list[Sentence],
-) -> list[Sentence]:
+def _distinct(sentences: list[Sentence]) -> list[Sentence]:
     "The same sentences without verbatim repeats."
     first: dict[str, Sentence] = {}
     for sentence in sentences:
@@ -754,16 +756,20 @@ def wrap(
 # %% ../../../nbs/data/phantom/03_report.ipynb #d438779e
 _EXAMS = {
     "PA": ("CHEST (PA AND LAT)", "CHEST RADIOGRAPH, PA AND LATERAL"),
-    "AP": ("CHEST (PORTABLE AP)", "PORTABLE CHEST RADIOGRAPH")}
+    "AP": ("CHEST (PORTABLE AP)", "PORTABLE CHEST RADIOGRAPH"),
+}
 _TECHNIQUES = {"PA": "Chest PA and lateral.", "AP": "Portable AP view of the chest."}
 _QUESTIONS = (
-    "evaluate for pneumonia", "interval change?", "pneumothorax?", "please assess line position", "acute process?")
+    "evaluate for pneumonia",
+    "interval change?",
+    "pneumothorax?",
+    "please assess line position",
+    "acute process?",
+)
 _COMPARISONS = ("___.", "None.", "Chest radiograph from ___.", "Multiple priors, most recent ___.", "None available.")
-def _header(
-    rng: np.random.Generator,
-    view: str,
-    female: bool,
-) -> list[str]:  # lines
+
+
+def _header(rng: np.random.Generator, view: str, female: bool) -> list[str]:  # lines
     "What a report says before its findings."
     who = _pick(rng, ("___ year old {}", "___-year-old {}", "{}")).format("woman" if female else "man")
     who += " " + _pick(rng, _INDICATIONS)
@@ -805,10 +811,7 @@ def layout(
 
 # %% ../../../nbs/data/phantom/03_report.ipynb #fbcbeeb1
 def write_report(
-    rng: np.random.Generator,
-    specs: list[Planted],
-    view: str = "PA",
-    female: bool = False,
+    rng: np.random.Generator, specs: list[Planted], view: str = "PA", female: bool = False
 ) -> tuple[str, list[Sentence]]:
     "The report of a study, and its sentences in order with what they point at."
     certain = [-1 if rng.random() < _DOUBTFUL[spec.name] else 1 for spec in specs]

@@ -46,6 +46,7 @@ class Finding:
     kind : str, default: ''
         variety, e.g. "pacemaker"
     """
+
     name: str  # one of FINDINGS
     side: str  # of the patient: "left", "right", "both" or "none"
     zone: str  # "upper", "middle", "lower" or "none"
@@ -58,6 +59,7 @@ class Finding:
 @dataclass(frozen=True)
 class Scene:
     "All that decides a picture but its size."
+
     patient: Patient = Patient()
     pose: Pose = Pose()
     findings: tuple[Planted, ...] = ()
@@ -83,8 +85,7 @@ def tight_box(
 
 # %% ../../../nbs/data/phantom/04_study.ipynb #b83f4af8
 def render(
-    scene: Scene,
-    size: int = 256,
+    scene: Scene, size: int = 256
 ) -> tuple[np.ndarray, list[Finding]]:  # (size, size) uint8, one finding for each of the scene's
     """Take the radiograph of a scene, with the mask of each finding.
 
@@ -124,6 +125,7 @@ class PhantomStudy:
     sentences : list[Sentence]
         FINDINGS, then IMPRESSION
     """
+
     image: np.ndarray  # (H, W) uint8
     report: str
     patient_id: str
@@ -142,10 +144,9 @@ class PhantomStudy:
 
 # %% ../../../nbs/data/phantom/04_study.ipynb #3b10e609
 _BLOCK = 10
-def patient_number(
-    seed: int,
-    index: int,
-) -> int:  # the first study index of the patient
+
+
+def patient_number(seed: int, index: int) -> int:  # the first study index of the patient
     """Which patient a study belongs to: each ten neighbouring studies are shared out to patients of one to four studies.
 
     Returns
@@ -164,10 +165,9 @@ def patient_number(
 
 # %% ../../../nbs/data/phantom/04_study.ipynb #996b7317
 _PORTABLE = {"intensive care": 0.95, "air leak": 0.75, "heart failure": 0.6, "after surgery": 0.6}  # else a quarter
-def _plan_study(
-    seed: int,
-    index: int,
-) -> tuple[Scene, int]:  # what to render, and the number of the patient
+
+
+def _plan_study(seed: int, index: int) -> tuple[Scene, int]:  # what to render, and the number of the patient
     "Draw body, state, exposure and findings of a study; half the time a patient comes back with the same trouble."
     if not 0 <= operator.index(index) <= 2**60:
         raise IndexError(f"study {index}: the phantom's studies are numbered from 0 to 2**60")
@@ -180,9 +180,7 @@ def _plan_study(
 
 # %% ../../../nbs/data/phantom/04_study.ipynb #ed92db1b
 def stated_severities(
-    labels: dict[str, int | None],
-    findings: list[Finding] | list[Planted],
-    sentences: list[Sentence],
+    labels: dict[str, int | None], findings: list[Finding] | list[Planted], sentences: list[Sentence]
 ) -> dict[str, int | None]:  # 0 absent, 1 to 3, None not mentioned or without a degree
     """How severe the report says each finding is.
 
@@ -199,7 +197,7 @@ def stated_severities(
     return out
 
 # %% ../../../nbs/data/phantom/04_study.ipynb #bbff3477
-def _study_number(study_id: str) -> int:     # 12 of "phantom-0000012"
+def _study_number(study_id: str) -> int:  # 12 of "phantom-0000012"
     "The index of a phantom's study. ValueError for another name."
     prefix, _, number = study_id.rpartition("-")
     if prefix != "phantom" or not number.isdecimal():
@@ -225,7 +223,7 @@ class Phantom:
         self,
         size: int = 64,  # side of the image, 64 to 512
         seed: int = 0,  # 0 to 2**63
-    ):
+    ) -> None:
         self.size, self.seed = operator.index(size), operator.index(seed)
         if not 64 <= self.size <= 512:
             raise ValueError(f"size is {size}; the phantom is drawn at 64 to 512 pixels a side")
@@ -255,7 +253,7 @@ class Phantom:
         "The study of an id, as in `PhantomStudy.study_id`. ValueError for another name."
         return self[_study_number(study_id)]
 
-    def lungs(self, study_id: str) -> np.ndarray:       # (size, size) bool
+    def lungs(self, study_id: str) -> np.ndarray:  # (size, size) bool
         """Where there is air in the lungs of a study. ValueError for another name.
 
         Returns

@@ -24,9 +24,29 @@ from .plans import MGCA_SHARES, draw_splits, item_or_reject
 from ..source import DataSet, ReadConfig, Recipe, Source, SplitRule, StudyItem
 
 # %% ../../../nbs/data/sets/05_chexpert.ipynb #e0edb6b3
-_LABELS = ("No Finding", "Enlarged Cardiomediastinum", "Cardiomegaly", "Lung Opacity", "Lung Lesion", "Edema", "Consolidation", "Pneumonia",
-          "Atelectasis", "Pneumothorax", "Pleural Effusion", "Pleural Other", "Fracture", "Support Devices")
-_COMPETITION = ("Atelectasis", "Cardiomegaly", "Consolidation", "Edema", "Pleural Effusion")     # the five that both papers classify
+_LABELS = (
+    "No Finding",
+    "Enlarged Cardiomediastinum",
+    "Cardiomegaly",
+    "Lung Opacity",
+    "Lung Lesion",
+    "Edema",
+    "Consolidation",
+    "Pneumonia",
+    "Atelectasis",
+    "Pneumothorax",
+    "Pleural Effusion",
+    "Pleural Other",
+    "Fracture",
+    "Support Devices",
+)
+_COMPETITION = (
+    "Atelectasis",
+    "Cardiomegaly",
+    "Consolidation",
+    "Edema",
+    "Pleural Effusion",
+)  # the five that both papers classify
 PATH = re.compile(r"[^/]+/((train|valid|test)/(patient\d+)/(study\d+)/(view\d+_(?:frontal|lateral))\.(?:jpg|jpeg|png))")
 
 
@@ -34,12 +54,21 @@ def _find_release(root: Path) -> Path:
     "The folder of the release: the root, or a folder CheXpert-v1.0... in it. DataError if there are several, or none with a table."
     if (root / "train.csv").exists() or (root / "train.csv.gz").exists():
         return root
-    if len(found := sorted({path.parent for ending in ("", ".gz") for path in root.glob(f"CheXpert-v1.0*/train.csv{ending}")})) > 1:
-        raise DataError(f"{root}: {' and '.join(folder.name for folder in found)} hold a train.csv; name the one that is meant with --root")
+    if (
+        len(
+            found := sorted(
+                {path.parent for ending in ("", ".gz") for path in root.glob(f"CheXpert-v1.0*/train.csv{ending}")}
+            )
+        )
+        > 1
+    ):
+        raise DataError(
+            f"{root}: {' and '.join(folder.name for folder in found)} hold a train.csv; name the one that is meant with --root"
+        )
     return found[0] if found else root
 
 # %% ../../../nbs/data/sets/05_chexpert.ipynb #e70ce952
-def read_labels(root: Path, part: str) -> pd.DataFrame:     # text cells; index = number of the line
+def read_labels(root: Path, part: str) -> pd.DataFrame:  # text cells; index = number of the line
     """The table of a part, train or valid
 
     Returns
@@ -47,28 +76,41 @@ def read_labels(root: Path, part: str) -> pd.DataFrame:     # text cells; index 
     pd.DataFrame
         text cells; index = number of the line
     """
-    return read_table(find_file(_find_release(root), f"{part}.csv", f"{part}.csv.gz"), ["Path", "Frontal/Lateral", "AP/PA", *_LABELS])
+    return read_table(
+        find_file(_find_release(root), f"{part}.csv", f"{part}.csv.gz"), ["Path", "Frontal/Lateral", "AP/PA", *_LABELS]
+    )
 
 # %% ../../../nbs/data/sets/05_chexpert.ipynb #2b355511
-_VIEWS = ("AP", "PA", "LL", "RL", "")     # of a frontal radiograph; a few are turned or unnamed
+_VIEWS = ("AP", "PA", "LL", "RL", "")  # of a frontal radiograph; a few are turned or unnamed
 
 
 def _read_line(cells: dict[str, str], part: str) -> dict:
     "What a line says: path, patient, study, image, side, view, labels. DataError names the column at fault."
     if not (found := PATH.fullmatch(cells["Path"])) or found[2] != part:
-        raise DataError(f"Path is {cells['Path'][:80]!r}; expected RELEASE/{part}/patientNNNNN/studyN/viewN_frontal.jpg")
+        raise DataError(
+            f"Path is {cells['Path'][:80]!r}; expected RELEASE/{part}/patientNNNNN/studyN/viewN_frontal.jpg"
+        )
     path, _, patient, study, view = found.groups()
     side, position = cells["Frontal/Lateral"], cells["AP/PA"]
     if side.lower() != view.split("_")[1]:
         raise DataError(f"Frontal/Lateral is {side[:20]!r}, but the path says {view}")
     if position not in _VIEWS or (side == "Lateral" and position):
-        raise DataError(f"AP/PA is {position[:20]!r} for a {side.lower()} view; expected AP, PA, LL or RL for a frontal one, else a blank")
-    return {"path": path, "patient": patient, "study": f"{patient}/{study}", "image": f"{patient}/{study}/{view}", "side": side,
-            "view": "LATERAL" if side == "Lateral" else position, "labels": {name: label(cells[name], name) for name in _LABELS}}
+        raise DataError(
+            f"AP/PA is {position[:20]!r} for a {side.lower()} view; expected AP, PA, LL or RL for a frontal one, else a blank"
+        )
+    return {
+        "path": path,
+        "patient": patient,
+        "study": f"{patient}/{study}",
+        "image": f"{patient}/{study}/{view}",
+        "side": side,
+        "view": "LATERAL" if side == "Lateral" else position,
+        "labels": {name: label(cells[name], name) for name in _LABELS},
+    }
 
 # %% ../../../nbs/data/sets/05_chexpert.ipynb #8583a339
 def _part_rows(table: pd.DataFrame, part: str, base: str) -> dict[int, dict]:
-    "Line -> what it says, or {\"error\", \"study\", ...} where it is damaged; paths start at the root"
+    'Line -> what it says, or {"error", "study", ...} where it is damaged; paths start at the root'
     rows = {}
     for line, cells in zip(table.index, table.to_dict("records")):
         try:
@@ -78,20 +120,54 @@ def _part_rows(table: pd.DataFrame, part: str, base: str) -> dict[int, dict]:
             found, image = re.search(r"(patient\d+)/study\d+", cells["Path"]), f"{part}.csv line {line}"
             study, patient = (found[0], found[1]) if found else (image, "")
             fault = f"{part}.csv, line {line}: {error}"
-            rows[line] = {"study": study, "image": image, "patient": patient, "side": cells["Frontal/Lateral"], "error": fault}
+            rows[line] = {
+                "study": study,
+                "image": image,
+                "patient": patient,
+                "side": cells["Frontal/Lateral"],
+                "error": fault,
+            }
     return rows
 
 # %% ../../../nbs/data/sets/05_chexpert.ipynb #9df49c96
-_MGCA_UNCERTAIN = {"Atelectasis": "positive", "Cardiomegaly": "negative", "Consolidation": "negative", "Edema": "positive",
-                  "Pleural Effusion": "positive"}
+_MGCA_UNCERTAIN = {
+    "Atelectasis": "positive",
+    "Cardiomegaly": "negative",
+    "Consolidation": "negative",
+    "Edema": "positive",
+    "Pleural Effusion": "positive",
+}
 _RECIPES = {
     "medvis": Recipe(splits=SplitRule.PATIENTS_90_10, notes=("valid.csv is the test set", "all views, 14 labels")),
-    "lovt": Recipe(size=224, fit="pad-first", views=("Frontal",), splits=SplitRule.LOVT, classes=_COMPETITION, uncertain="positive", subset="first", notes=(
-        "first patients with at least 5 000 frontal radiographs for validation", "valid.csv is the test set")),
-    "mgca": Recipe(views=("Frontal",), splits=SplitRule.MGCA, classes=_COMPETITION, uncertain=_MGCA_UNCERTAIN, notes=(
-        "5x200 radiographs taken out of train", MGCA_SHARES, "5 000 rows for validation: patients leak", "valid.csv is the test set",
-        "released code leaves most validation rows in train; not done here")),
-    "mgca-5x200": Recipe(views=("Frontal",), splits=SplitRule.MGCA, classes=_COMPETITION, notes=("only the 5x200 radiographs, all in the test split",)),
+    "lovt": Recipe(
+        size=224,
+        fit="pad-first",
+        views=("Frontal",),
+        splits=SplitRule.LOVT,
+        classes=_COMPETITION,
+        uncertain="positive",
+        subset="first",
+        notes=("first patients with at least 5 000 frontal radiographs for validation", "valid.csv is the test set"),
+    ),
+    "mgca": Recipe(
+        views=("Frontal",),
+        splits=SplitRule.MGCA,
+        classes=_COMPETITION,
+        uncertain=_MGCA_UNCERTAIN,
+        notes=(
+            "5x200 radiographs taken out of train",
+            MGCA_SHARES,
+            "5 000 rows for validation: patients leak",
+            "valid.csv is the test set",
+            "released code leaves most validation rows in train; not done here",
+        ),
+    ),
+    "mgca-5x200": Recipe(
+        views=("Frontal",),
+        splits=SplitRule.MGCA,
+        classes=_COMPETITION,
+        notes=("only the 5x200 radiographs, all in the test split",),
+    ),
 }
 
 
@@ -108,9 +184,9 @@ class _ChexpertConfig(ReadConfig):
 
 # %% ../../../nbs/data/sets/05_chexpert.ipynb #b38f4771
 def _retrieval_lines(
-    table: pd.DataFrame,        # train.csv
-    count: int = 200,           # of each finding
-) -> list[int]:                 # numbers of lines, finding by finding
+    table: pd.DataFrame,  # train.csv
+    count: int = 200,  # of each finding
+) -> list[int]:  # numbers of lines, finding by finding
     "The lines of the 5x200 set: frontal radiographs with exactly one of five findings and none of the other labels (MGCA)."
     numbers = table[[name for name in _LABELS if name != "No Finding"]].apply(pd.to_numeric, errors="coerce").fillna(0)
     lines: list[int] = []
@@ -118,26 +194,30 @@ def _retrieval_lines(
         alone = pd.Series({other: float(other == name) for other in numbers.columns})
         pure = table[(numbers == alone).all(axis=1) & (table["Frontal/Lateral"] == "Frontal")]
         if len(pure) < count:
-            raise DataError(f"train.csv has {len(pure)} frontal radiographs with {name} alone; the retrieval set needs {count} (retrieval)")
+            raise DataError(
+                f"train.csv has {len(pure)} frontal radiographs with {name} alone; the retrieval set needs {count} (retrieval)"
+            )
         lines += pure.sample(n=count, random_state=0).index.tolist()
     return lines
 
 # %% ../../../nbs/data/sets/05_chexpert.ipynb #ec543231
 def _validation_lines(
-    table: pd.DataFrame,        # train.csv
-    taken: Sequence[int],       # lines of the retrieval set
+    table: pd.DataFrame,  # train.csv
+    taken: Sequence[int],  # lines of the retrieval set
     count: int = 5000,
-) -> list[int]:                 # numbers of lines
+) -> list[int]:  # numbers of lines
     "The lines that MGCA validates on: a draw from all views that are not taken (NumPy, seed 0)."
     left = table.index[~table.index.isin(taken)]
     if len(left) <= count:
-        raise DataError(f"train.csv has {len(left)} radiographs beyond the retrieval set, of which {count} are wanted for validation; "
-                        "choose fewer (validation)")
+        raise DataError(
+            f"train.csv has {len(left)} radiographs beyond the retrieval set, of which {count} are wanted for validation; "
+            "choose fewer (validation)"
+        )
     return left[np.random.RandomState(0).choice(len(left), size=count, replace=False)].tolist()
 
 # %% ../../../nbs/data/sets/05_chexpert.ipynb #5849ea0f
 def _patients_up_to(
-    patients: Sequence[str],    # of each radiograph
+    patients: Sequence[str],  # of each radiograph
     count: int = 5000,
 ) -> set[str]:
     "The first patients, in order of their ids, with together at least `count` radiographs (LoVT)."
@@ -145,7 +225,9 @@ def _patients_up_to(
     return set(sums.index[: 1 + int((sums < count).sum())])
 
 # %% ../../../nbs/data/sets/05_chexpert.ipynb #7be0a884
-def _split_lines(config: _ChexpertConfig, train: pd.DataFrame, rows: dict[int, dict], rule: SplitRule) -> dict[int, str]:
+def _split_lines(
+    config: _ChexpertConfig, train: pd.DataFrame, rows: dict[int, dict], rule: SplitRule
+) -> dict[int, str]:
     "Line of train.csv -> train or validate; lines of the retrieval set are left out"
     lines = list(rows)
     if rule == SplitRule.MGCA:
@@ -154,9 +236,13 @@ def _split_lines(config: _ChexpertConfig, train: pd.DataFrame, rows: dict[int, d
         return {line: "validate" if line in drawn else "train" for line in lines if line not in taken}
     patients = [rows[line]["patient"] for line in lines]
     if rule == SplitRule.LOVT:
-        first = _patients_up_to([rows[line]["patient"] for line in lines if rows[line]["side"] == "Frontal"], config.validation)
+        first = _patients_up_to(
+            [rows[line]["patient"] for line in lines if rows[line]["side"] == "Frontal"], config.validation
+        )
         if first >= set(patients):
-            raise DataError(f"all {len(first)} patients of train.csv are needed for {config.validation} frontal radiographs for validation; choose fewer (validation)")
+            raise DataError(
+                f"all {len(first)} patients of train.csv are needed for {config.validation} frontal radiographs for validation; choose fewer (validation)"
+            )
         return {line: "validate" if patient in first else "train" for line, patient in zip(lines, patients)}
     return dict(zip(lines, draw_splits(patients, rule, config.split_seed)))
 
@@ -168,13 +254,21 @@ def _study_item(study: str, rows: list[dict]) -> StudyItem:
     first = rows[0]
     for row in rows[1:]:
         if differs := [name for name in _LABELS if row["labels"][name] != first["labels"][name]]:
-            raise DataError(f"{row['image']} and {first['image']} are of one study, but differ in the label {differs[0]!r}")
+            raise DataError(
+                f"{row['image']} and {first['image']} are of one study, but differ in the label {differs[0]!r}"
+            )
     if len({row["split"] for row in rows}) > 1:
         raise DataError("it is in train.csv and in valid.csv")
     if len({row["image"] for row in rows}) < len(rows):
         raise DataError("a radiograph of it has more than one line")
     images = [{"id": row["image"], "path": row["path"], "view": row["view"]} for row in rows]
-    return {"study": study, "patient": first["patient"], "split": first["split"], "images": images, "labels": first["labels"]}
+    return {
+        "study": study,
+        "patient": first["patient"],
+        "split": first["split"],
+        "images": images,
+        "labels": first["labels"],
+    }
 
 # %% ../../../nbs/data/sets/05_chexpert.ipynb #85540271
 def _plan_chexpert(config: _ChexpertConfig) -> Source:
@@ -187,7 +281,9 @@ def _plan_chexpert(config: _ChexpertConfig) -> Source:
     if config.recipe == "mgca-5x200":
         kept = [rows[line] | {"split": "test"} for line in _retrieval_lines(train, config.retrieval)]
     else:
-        kept = [rows[line] | {"split": split} for line, split in _split_lines(config, train, rows, recipe.splits).items()]
+        kept = [
+            rows[line] | {"split": split} for line, split in _split_lines(config, train, rows, recipe.splits).items()
+        ]
         kept += [row | {"split": "test"} for row in _part_rows(valid, "valid", base).values()]
     dropped = {"in the 5x200 retrieval set": 5 * config.retrieval} if config.recipe == "mgca" else {}
     groups: dict[str, list[dict]] = {}
@@ -197,13 +293,15 @@ def _plan_chexpert(config: _ChexpertConfig) -> Source:
             continue
         groups.setdefault(row["image" if recipe.splits == SplitRule.MGCA else "study"], []).append(row)
     items = [item_or_reject(study, _study_item, study, group, images=len(group)) for study, group in groups.items()]
-    return Source(items, labels=_LABELS, dropped=dropped, settings={"release": base.strip("/") or Path(config.root).name})
+    return Source(
+        items, labels=_LABELS, dropped=dropped, settings={"release": base.strip("/") or Path(config.root).name}
+    )
 
 # %% ../../../nbs/data/sets/05_chexpert.ipynb #93169c52
 def _simulate_chexpert(root: Path, studies: Sequence[PhantomStudy]) -> None:
     "Write phantom studies as CheXpert-v1.0-small; the last quarter of the patients are valid.csv"
     patients = list(dict.fromkeys(study.patient_id for study in studies))
-    tested = set(patients[-max(1, len(patients) // 4):])
+    tested = set(patients[-max(1, len(patients) // 4) :])
     parts: dict[str, list[dict]] = {"train": [], "valid": []}
     visits: Counter = Counter()
     for index, study in enumerate(studies):
@@ -215,8 +313,16 @@ def _simulate_chexpert(root: Path, studies: Sequence[PhantomStudy]) -> None:
             path = f"{place}/view{1 + (view == 'lateral')}_{view}.jpg"
             (root / path).parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(pixels).save(root / path, quality=95)
-            parts[part].append({"Path": f"CheXpert-v1.0-small/{path}", "Sex": "Female", "Age": 60, "Frontal/Lateral": view.capitalize(),
-                                "AP/PA": study.view if view == "frontal" else ""} | labels)
+            parts[part].append(
+                {
+                    "Path": f"CheXpert-v1.0-small/{path}",
+                    "Sex": "Female",
+                    "Age": 60,
+                    "Frontal/Lateral": view.capitalize(),
+                    "AP/PA": study.view if view == "frontal" else "",
+                }
+                | labels
+            )
     for part, rows in parts.items():
         pd.DataFrame(rows).to_csv(root / f"{part}.csv", index=False)
 
@@ -235,5 +341,14 @@ def _chexpert_tables(config: _ChexpertConfig) -> list[tuple[str, Callable[[], pd
     return [(f"{part}.csv", partial(read_labels, Path(config.root), part)) for part in ("train", "valid")]
 
 
-CHEXPERT = DataSet(name="chexpert", title="CheXpert", get=_GET, plan=_plan_chexpert, recipes=_RECIPES, tables=_chexpert_tables, simulate=_simulate_chexpert,
-                   config=_ChexpertConfig, wanted=_COMPETITION)
+CHEXPERT = DataSet(
+    name="chexpert",
+    title="CheXpert",
+    get=_GET,
+    plan=_plan_chexpert,
+    recipes=_RECIPES,
+    tables=_chexpert_tables,
+    simulate=_simulate_chexpert,
+    config=_ChexpertConfig,
+    wanted=_COMPETITION,
+)

@@ -40,9 +40,11 @@ _ENDINGS = (".png", ".jpg", ".jpeg", ".dcm", ".dicom", ".tif", ".tiff", ".bmp", 
 
 
 def _find_class_images(root: Path) -> tuple[list[tuple[str, str, str]], dict[str, int]]:
-    "Path below the root, split (\"\" = none is told) and class of each image, and how many files were left out by which rule"
+    'Path below the root, split ("" = none is told) and class of each image, and how many files were left out by which rule'
     paths = sorted(path.relative_to(root) for path in Path(root).rglob("*") if path.is_file() or path.is_symlink())
-    packs = {path.parent for path in paths if path.match("*.partial/build.txt") or path.match("*/images.u8")}      # our own, if they are made below the root
+    packs = {
+        path.parent for path in paths if path.match("*.partial/build.txt") or path.match("*/images.u8")
+    }  # our own, if they are made below the root
     paths = [path for path in paths if packs.isdisjoint(path.parents) and not path.name.endswith(".leaks.csv")]
     told = any(path.parts[0].lower() in SPLIT_NAMES for path in paths if len(path.parts) > 2)
     found, dropped = [], Counter()
@@ -66,8 +68,10 @@ def _patient_pattern(rule: str) -> re.Pattern | None:
     except re.error as error:
         raise DataError(f"patients is {rule!r}, not a regular expression: {error}") from error
     if rule and pattern.groups != 1:
-        raise DataError(f"patients is {rule!r}, with {pattern.groups} groups; expected one, in brackets, for the patient; "
-                        f"or the name of a rule: {', '.join(_PATIENT_RULES)}")
+        raise DataError(
+            f"patients is {rule!r}, with {pattern.groups} groups; expected one, in brackets, for the patient; "
+            f"or the name of a rule: {', '.join(_PATIENT_RULES)}"
+        )
     return pattern if rule else None
 
 # %% ../../../nbs/data/sets/03_class_folder.ipynb #efa771d3
@@ -77,19 +81,28 @@ def _class_item(path: str, split: str, kind: str, kinds: list[str], pattern: re.
     if pattern and not owner:
         raise DataError(f"the name does not tell the patient (it does not begin with {pattern.pattern})")
     patient = owner[1] if owner else path
-    return {"study": path, "patient": patient, "split": split or draw_splits([patient], seed=seed)[0],
-            "labels": {name: float(name == kind) for name in kinds}, "images": [{"id": path, "path": path, "view": ""}]}
+    return {
+        "study": path,
+        "patient": patient,
+        "split": split or draw_splits([patient], seed=seed)[0],
+        "labels": {name: float(name == kind) for name in kinds},
+        "images": [{"id": path, "path": path, "view": ""}],
+    }
 
 # %% ../../../nbs/data/sets/03_class_folder.ipynb #ba6b88eb
-def _class_names(found: list[tuple[str, str, str]]) -> list[str]:     # of `_find_class_images`
+def _class_names(found: list[tuple[str, str, str]]) -> list[str]:  # of `_find_class_images`
     "The classes, sorted. DataError if the names of the folders cannot be those of classes."
     kinds = sorted({kind for _, _, kind in found})
     for path, split, kind in found:
-        below = [part.lower() for part in path.split("/")[1 + bool(split):-1]]
+        below = [part.lower() for part in path.split("/")[1 + bool(split) : -1]]
         if set(below) & set(SPLIT_NAMES) and len(kinds) == 1:
-            raise DataError(f"{path}: there is one class, {kind}, and folders of splits below it; is the root the folder {kind}?")
+            raise DataError(
+                f"{path}: there is one class, {kind}, and folders of splits below it; is the root the folder {kind}?"
+            )
         if {"mask", "masks"} & set(below):
-            raise DataError(f"{path}: a folder of masks would be taken for radiographs; move it elsewhere, or name its files in a table (medvis prepare folder --masks)")
+            raise DataError(
+                f"{path}: a folder of masks would be taken for radiographs; move it elsewhere, or name its files in a table (medvis prepare folder --masks)"
+            )
     if len({kind.lower() for kind in kinds}) < len(kinds):
         raise DataError(f"the classes {', '.join(kinds)} differ in capital letters alone; rename the folders")
     return kinds
@@ -99,10 +112,17 @@ def _plan_class_folder(config: _ClassFolderConfig) -> Source:
     "One study per image, in the order of the paths, with a label (1 or 0) per class"
     found, dropped = _find_class_images(Path(config.root))
     kinds, pattern = _class_names(found), _patient_pattern(config.patients)
-    items = [item_or_reject(path, _class_item, path, split if config.keep_splits else "", kind, kinds, pattern, config.split_seed)
-             for path, split, kind in found]
-    settings = {"patients": _PATIENT_RULES.get(config.patients, config.patients),
-                "patient_ids": f"class-folder {Path(config.root).absolute()}", "patients_known": bool(config.patients)}
+    items = [
+        item_or_reject(
+            path, _class_item, path, split if config.keep_splits else "", kind, kinds, pattern, config.split_seed
+        )
+        for path, split, kind in found
+    ]
+    settings = {
+        "patients": _PATIENT_RULES.get(config.patients, config.patients),
+        "patient_ids": f"class-folder {Path(config.root).absolute()}",
+        "patients_known": bool(config.patients),
+    }
     return Source(items, labels=tuple(kinds), dropped=dropped, settings=settings)
 
 # %% ../../../nbs/data/sets/03_class_folder.ipynb #378ffc4b
@@ -111,14 +131,29 @@ def _simulate_class_folder(root: Path, studies: Sequence[PhantomStudy]) -> None:
     for number, study in enumerate(studies, 1):
         part = ("train", "train", "train", "test", "val")[number % 5]
         ill = study.truth.get("Pneumonia") or study.truth.get("Consolidation")
-        path = root / part / (f"PNEUMONIA/person{number}_{('bacteria', 'virus')[number % 2]}_{number}.jpeg" if ill else f"NORMAL/IM-{number:04d}-0001.jpeg")
+        path = (
+            root
+            / part
+            / (
+                f"PNEUMONIA/person{number}_{('bacteria', 'virus')[number % 2]}_{number}.jpeg"
+                if ill
+                else f"NORMAL/IM-{number:04d}-0001.jpeg"
+            )
+        )
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(study.image).save(path, quality=95)
 
 # %% ../../../nbs/data/sets/03_class_folder.ipynb #9e752bc9
 CLASS_FOLDER = DataSet(
-    name="class-folder", title="A folder per class", plan=_plan_class_folder, recipes={"medvis": Recipe()}, simulate=_simulate_class_folder, config=_ClassFolderConfig,
-    tables=lambda config: [], follow_ups=False,
+    name="class-folder",
+    title="A folder per class",
+    plan=_plan_class_folder,
+    recipes={"medvis": Recipe()},
+    simulate=_simulate_class_folder,
+    config=_ClassFolderConfig,
+    tables=lambda config: [],
+    follow_ups=False,
     get="""Your own data, or a public one without tables, such as Kermany's children (doi:10.17632/rscbjbr9sj.2, CC BY 4.0). PNG, JPEG or DICOM files in folders:
     ROOT/CLASS/*.jpeg      or      ROOT/train/CLASS/*.jpeg   ROOT/val/CLASS/*.jpeg   ROOT/test/CLASS/*.jpeg
-Who is in which image is told by --patients: a regular expression for the start of the file's name, or the name of a rule (kermany).""")
+Who is in which image is told by --patients: a regular expression for the start of the file's name, or the name of a rule (kermany).""",
+)

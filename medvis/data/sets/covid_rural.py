@@ -22,7 +22,16 @@ from PIL import Image
 from ..annotations import check_points
 from ..files import DataError, find_file, read_text
 from ..phantom import PhantomStudy
-from .plans import UNLISTED, ListedConfig, deal_splits, draw_splits, image_files, item_or_reject, listed_splits, reject
+from medvis.data.sets.plans import (
+    UNLISTED,
+    ListedConfig,
+    deal_splits,
+    draw_splits,
+    image_files,
+    item_or_reject,
+    listed_splits,
+    reject,
+)
 from ..source import DataSet, ImageItem, Recipe, Source, SplitRule, StudyItem
 
 # %% ../../../nbs/data/sets/11_covid_rural.ipynb #ea02472a
@@ -41,20 +50,26 @@ _LUNGS = ("right_lung", "left_lung")
 
 def _read_polygons(
     path: Path,
-    name: str,      # for errors
-) -> tuple[dict[str, list], list | None]:   # label -> its polygons, each a list of [x, y]; width and height of the picture they were drawn on, if told
+    name: str,  # for errors
+) -> tuple[
+    dict[str, list], list | None
+]:  # label -> its polygons, each a list of [x, y]; width and height of the picture they were drawn on, if told
     "Polygons of a labelme file. DataError for a file that is none, or with another shape or label."
     text = re.sub(r'("imageData"\s*:\s*)"[^"]*"', r"\1null", read_text(path, name))
     try:
         told = json.loads(text)
         shapes = [(shape["label"], shape.get("shape_type", "polygon"), shape["points"]) for shape in told["shapes"]]
-        frame = [told["imageWidth"], told["imageHeight"]] if told.get("imageWidth") and told.get("imageHeight") else None
+        frame = (
+            [told["imageWidth"], told["imageHeight"]] if told.get("imageWidth") and told.get("imageHeight") else None
+        )
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DataError(f"{name}: not a labelme file: {type(error).__name__}") from error
     found: dict[str, list] = {}
     for label, kind, points in shapes:
         if label not in (*_LUNGS, "opacity") or kind != "polygon" or not isinstance(points, list) or len(points) < 3:
-            raise DataError(f"{name}: a {str(kind)[:20]} {str(label)[:20]!r}; expected polygons of right_lung, left_lung, opacity with three corners or more")
+            raise DataError(
+                f"{name}: a {str(kind)[:20]} {str(label)[:20]!r}; expected polygons of right_lung, left_lung, opacity with three corners or more"
+            )
         found.setdefault(label, []).append(points)
     return found, frame
 
@@ -75,9 +90,21 @@ def _image_entry(folder: Path, root: Path, name: str) -> ImageItem:
 
 # %% ../../../nbs/data/sets/11_covid_rural.ipynb #9c4e5b0f
 _RECIPES = {
-    "medvis": Recipe(splits=SplitRule.PATIENTS_60_20_20, notes=("all images; without a mask file the opacity is unknown",)),
-    "lovt": Recipe(size=224, fit="pad-first", equalise=True, splits=SplitRule.LOVT_60_20_20, classes=("opacity",), subset="first", notes=(
-        "only images with a mask", "133 / 44 / 44 by patient, drawn without a seed: split_files for LoVT's own lists")),
+    "medvis": Recipe(
+        splits=SplitRule.PATIENTS_60_20_20, notes=("all images; without a mask file the opacity is unknown",)
+    ),
+    "lovt": Recipe(
+        size=224,
+        fit="pad-first",
+        equalise=True,
+        splits=SplitRule.LOVT_60_20_20,
+        classes=("opacity",),
+        subset="first",
+        notes=(
+            "only images with a mask",
+            "133 / 44 / 44 by patient, drawn without a seed: split_files for LoVT's own lists",
+        ),
+    ),
 }
 
 
@@ -110,8 +137,12 @@ def _plan_covid_rural(config: _CovidRuralConfig) -> Source:
         listed = listed_splits(config.split_files, names, f"{folder.name}/jpgs")
         dropped[UNLISTED] = len(names) - len(listed)
     items = [item_or_reject(name, _image_item, folder, root, name, split) for name, split in listed.items()]
-    strays = {path.stem for pattern in ("pngs_masks/*.png", "jpgs/jsons/*.json") for path in folder.glob(pattern)} - set(pictures)
-    items += [reject(name, "has a mask or a labelme file, but there is no such image in jpgs", 0) for name in sorted(strays)]
+    strays = {
+        path.stem for pattern in ("pngs_masks/*.png", "jpgs/jsons/*.json") for path in folder.glob(pattern)
+    } - set(pictures)
+    items += [
+        reject(name, "has a mask or a labelme file, but there is no such image in jpgs", 0) for name in sorted(strays)
+    ]
     return Source(items, masks=("opacity", *_LUNGS), dropped=dropped)
 
 # %% ../../../nbs/data/sets/11_covid_rural.ipynb #10d458e0
@@ -120,12 +151,17 @@ _OCTAGON = ((0.3, 0.0), (0.7, 0.0), (1.0, 0.3), (1.0, 0.7), (0.7, 1.0), (0.3, 1.
 
 def _simulate_lungs(size: int) -> dict[str, list[list[float]]]:
     "An octagon about where each lung is; the right one is at the left of the picture"
-    return {name: [[size * (left + 0.3 * x), size * (0.15 + 0.65 * y)] for x, y in _OCTAGON] for name, left in (("right_lung", 0.12), ("left_lung", 0.58))}
+    return {
+        name: [[size * (left + 0.3 * x), size * (0.15 + 0.65 * y)] for x, y in _OCTAGON]
+        for name, left in (("right_lung", 0.12), ("left_lung", 0.58))
+    }
 
 # %% ../../../nbs/data/sets/11_covid_rural.ipynb #7981a727
-def _simulate_opacity(study: PhantomStudy) -> np.ndarray:       # (H, W) bool
+def _simulate_opacity(study: PhantomStudy) -> np.ndarray:  # (H, W) bool
     "What of a phantom study goes as opacity"
-    masks = [found.mask for found in study.findings if found.name in ("Lung Opacity", "Consolidation", "Pneumonia", "Edema")]
+    masks = [
+        found.mask for found in study.findings if found.name in ("Lung Opacity", "Consolidation", "Pneumonia", "Edema")
+    ]
     return np.any([np.zeros_like(study.image, bool), *masks], axis=0)
 
 # %% ../../../nbs/data/sets/11_covid_rural.ipynb #2e0c1513
@@ -138,23 +174,40 @@ def _simulate_covid_rural(root: Path, studies: Sequence[PhantomStudy]) -> None:
         owner = int(study.patient_id.rpartition("-")[2])
         days[owner] += 1
         name = f"COVID-19-AR-{owner:08d}_01-{days[owner]:02d}-2012-XR"
-        Image.fromarray(study.image.repeat(2, 0).repeat(2, 1)).convert("RGB").save(folder / "jpgs" / f"{name}.jpg", quality=95)
+        Image.fromarray(study.image.repeat(2, 0).repeat(2, 1)).convert("RGB").save(
+            folder / "jpgs" / f"{name}.jpg", quality=95
+        )
         if number % 7 == 6:
             continue
         mask = _simulate_opacity(study).repeat(2, 0).repeat(2, 1).astype(np.uint8)
         Image.fromarray(mask).save(folder / "pngs_masks" / f"{name}.png")
-        shapes = [{"label": label, "points": points, "group_id": None, "shape_type": "polygon", "flags": {}}
-                  for label, points in _simulate_lungs(len(mask)).items()]
+        shapes = [
+            {"label": label, "points": points, "group_id": None, "shape_type": "polygon", "flags": {}}
+            for label, points in _simulate_lungs(len(mask)).items()
+        ]
         data = base64.b64encode((folder / "jpgs" / f"{name}.jpg").read_bytes()).decode()
-        labelme = {"version": "4.5.6", "flags": {}, "shapes": shapes, "imagePath": f"{name}.jpg", "imageData": data,
-                   "imageHeight": len(mask), "imageWidth": len(mask)}
+        labelme = {
+            "version": "4.5.6",
+            "flags": {},
+            "shapes": shapes,
+            "imagePath": f"{name}.jpg",
+            "imageData": data,
+            "imageHeight": len(mask),
+            "imageWidth": len(mask),
+        }
         (folder / "jpgs" / "jsons" / f"{name}.json").write_text(json.dumps(labelme, indent=2))
 
 # %% ../../../nbs/data/sets/11_covid_rural.ipynb #95f38de6
 COVID_RURAL = DataSet(
-    name="covid-rural", title="COVID Rural", plan=_plan_covid_rural, recipes=_RECIPES, simulate=_simulate_covid_rural, config=_CovidRuralConfig,
+    name="covid-rural",
+    title="COVID Rural",
+    plan=_plan_covid_rural,
+    recipes=_RECIPES,
+    simulate=_simulate_covid_rural,
+    config=_CovidRuralConfig,
     wanted=("Lung Opacity", "Pneumonia", "Edema"),
     tables=lambda config: [("folders jpgs and pngs_masks", lambda: _find_annotations(Path(config.root)))],
     get="""COVID Rural: git clone https://github.com/haimingt/opacity_segmentation_covid_chest_X_ray (images of TCIA COVID-19-AR, doi:10.7937/tcia.2020.py71-5978, CC BY 4.0).
     ROOT/covid_rural_annot/jpgs/*.jpg   jpgs/jsons/*.json   pngs_masks/*.png     (ROOT may be the clone, or covid_rural_annot)
-LoVT's lists for --split-files: datasets/Opacity-Segmentation-COVID/…/covid_rural_annot of https://github.com/philip-mueller/lovt""")
+LoVT's lists for --split-files: datasets/Opacity-Segmentation-COVID/…/covid_rural_annot of https://github.com/philip-mueller/lovt""",
+)

@@ -22,14 +22,18 @@ from ..source import DataSet, ReadConfig, Recipe, Source, SplitRule, StudyItem
 
 # %% ../../../nbs/data/sets/08_covidx.ipynb #3b075b2c
 _SOURCES = ("rsna", "cohen", "fig1", "actmed", "sirm", "ricord", "stonybrook", "bimcv")
-_CLASSES = (("normal", "pneumonia", "COVID-19"), ("negative", "positive"), ("level1", "level2"))     # of versions 1-5 and A; 6 and B; severity
+_CLASSES = (
+    ("normal", "pneumonia", "COVID-19"),
+    ("negative", "positive"),
+    ("level1", "level2"),
+)  # of versions 1-5 and A; 6 and B; severity
 
 
-def _parse_line(line: str) -> tuple[str, str, str, str]:     # patient, file name, class, source ("" = not told)
+def _parse_line(line: str) -> tuple[str, str, str, str]:  # patient, file name, class, source ("" = not told)
     "A line of a list. DataError says what is wrong with it."
     fields = ["rsna" if field == "rnsa" else field for field in line.split()]
     known = set(sum(_CLASSES, ()))
-    unknown = len(fields) > 3 and fields[-1] not in known and fields[-2] in known       # a source of a later release
+    unknown = len(fields) > 3 and fields[-1] not in known and fields[-2] in known  # a source of a later release
     source = fields.pop() if fields and (fields[-1] in _SOURCES or unknown) else ""
     if len(fields) < 3:
         raise DataError(f"{len(fields)} fields before the source, expected patient, file and class")
@@ -44,7 +48,9 @@ def _list_classes(kinds: pd.Series) -> tuple[str, ...]:
     return max(_CLASSES, key=lambda names: kinds.isin(names).sum())
 
 # %% ../../../nbs/data/sets/08_covidx.ipynb #d457733a
-def _read_list(path: Path) -> pd.DataFrame:      # patient, name, class, source, problem ("" = none); index = number of the line
+def _read_list(
+    path: Path,
+) -> pd.DataFrame:  # patient, name, class, source, problem ("" = none); index = number of the line
     "A list of images. DataError if the file cannot be read, or if no line can."
     rows = {}
     for number, line in enumerate(read_text(path).splitlines(), 1):
@@ -55,7 +61,9 @@ def _read_list(path: Path) -> pd.DataFrame:      # patient, name, class, source,
                 rows[number] = ("", "", "", "", str(error))
     table = pd.DataFrame.from_dict(rows, orient="index", columns=["patient", "name", "class", "source", "problem"])
     if (table["problem"] != "").all():
-        raise DataError(f"{path}: no line is of the form `patient file class source`; line {table.index[0]}: {table['problem'].iloc[0]}")
+        raise DataError(
+            f"{path}: no line is of the form `patient file class source`; line {table.index[0]}: {table['problem'].iloc[0]}"
+        )
     kinds = _list_classes(table["class"])
     strange = (table["problem"] == "") & ~table["class"].isin(kinds)
     table.loc[strange, "problem"] = "class " + table["class"] + f" in a list of {', '.join(kinds)}"
@@ -68,7 +76,9 @@ def _read_list(path: Path) -> pd.DataFrame:      # patient, name, class, source,
 def _find_list(root: Path, part: str, version: str) -> Path:
     "The list of a part, train, val or test: of a version, or without one as on Kaggle. DataError tells where it was looked for."
     names = [f"{part}_COVIDx{version}.txt", f"{part}_COVIDx_{version}.txt"]
-    return find_file(root, *names, *(f"labels/{name}" for name in names), f"{part}.txt", f"{part}/{part}.txt", f"labels/{part}.txt")
+    return find_file(
+        root, *names, *(f"labels/{name}" for name in names), f"{part}.txt", f"{part}/{part}.txt", f"labels/{part}.txt"
+    )
 
 # %% ../../../nbs/data/sets/08_covidx.ipynb #2e7e92bf
 def _read_lists(root: Path, version: str) -> tuple[dict[str, pd.DataFrame], str]:
@@ -79,8 +89,10 @@ def _read_lists(root: Path, version: str) -> tuple[dict[str, pd.DataFrame], str]
     lists = {part: _read_list(_find_list(root, part, version)) for part in parts}
     kinds = {part: _list_classes(table["class"]) for part, table in lists.items()}
     if wrong := [part for part in parts if kinds[part] != kinds["train"]]:
-        raise DataError(f"the classes of the train list are {', '.join(kinds['train'])}, those of the {wrong[0]} list {', '.join(kinds[wrong[0]])}; "
-                        "are they of the same version?")
+        raise DataError(
+            f"the classes of the train list are {', '.join(kinds['train'])}, those of the {wrong[0]} list {', '.join(kinds[wrong[0]])}; "
+            "are they of the same version?"
+        )
     for part in parts[1:]:
         lists[part]["split"] = {"test": "test", "val": "validate"}[part]
     return lists, "of Kaggle, not told by its lists" if plain else version
@@ -96,9 +108,17 @@ def _drop_patients(lists: dict[str, pd.DataFrame], part: str, held_out: str) -> 
 # %% ../../../nbs/data/sets/08_covidx.ipynb #ff14c9f2
 _VERSIONS = {"medvis": "9A", "mgca": "9A", "mgca-paper": "6"}
 _RECIPES = {
-    "medvis": Recipe(splits=SplitRule.PATIENTS_80_20, notes=("version 9A", "test list as published; 20 % of the other patients for validation")),
-    "mgca": Recipe(splits=SplitRule.MGCA_80_20, notes=("version 9A", "validation drawn by image: leaks patients", MGCA_SHARES)),
-    "mgca-paper": Recipe(splits=SplitRule.PATIENTS_90_10, notes=("version 6, which has two classes, not the paper's three", "10 % of the patients for validation")),
+    "medvis": Recipe(
+        splits=SplitRule.PATIENTS_80_20,
+        notes=("version 9A", "test list as published; 20 % of the other patients for validation"),
+    ),
+    "mgca": Recipe(
+        splits=SplitRule.MGCA_80_20, notes=("version 9A", "validation drawn by image: leaks patients", MGCA_SHARES)
+    ),
+    "mgca-paper": Recipe(
+        splits=SplitRule.PATIENTS_90_10,
+        notes=("version 6, which has two classes, not the paper's three", "10 % of the patients for validation"),
+    ),
 }
 
 
@@ -111,10 +131,10 @@ class _CovidxConfig(ReadConfig):
 
 # %% ../../../nbs/data/sets/08_covidx.ipynb #bf864f9e
 def _split_train(
-    patients: Sequence[str],    # (n,) one an image, in the order of the train list
-    rule: SplitRule,            # PATIENTS_80_20, PATIENTS_90_10 or MGCA_80_20
+    patients: Sequence[str],  # (n,) one an image, in the order of the train list
+    rule: SplitRule,  # PATIENTS_80_20, PATIENTS_90_10 or MGCA_80_20
     seed: int,
-) -> list[str]:                 # (n,) train or validate
+) -> list[str]:  # (n,) train or validate
     "Which images of the train list are for validation; MGCA's draw (by image, scikit-learn, random_state 0) does not ask for the seed."
     if rule == SplitRule.MGCA_80_20:
         return draw_rows(len(patients), 0.2).sort_index().tolist()
@@ -126,7 +146,13 @@ def _image_item(path: str, row: pd.Series, kinds: Sequence[str]) -> StudyItem:
     if row["problem"]:
         raise DataError(row["problem"])
     labels = {kind: float(row["class"] == kind) for kind in kinds}
-    return {"study": path, "patient": row["patient"], "split": row["split"], "labels": labels, "images": [{"id": path, "path": path}]}
+    return {
+        "study": path,
+        "patient": row["patient"],
+        "split": row["split"],
+        "labels": labels,
+        "images": [{"id": path, "path": path}],
+    }
 
 # %% ../../../nbs/data/sets/08_covidx.ipynb #43abdb02
 def _plan_covidx(config: _CovidxConfig) -> Source:
@@ -134,13 +160,21 @@ def _plan_covidx(config: _CovidxConfig) -> Source:
     recipe, version = config.choose(_RECIPES), config.version or _VERSIONS[config.recipe]
     lists, version = _read_lists(Path(config.root), version)
     kinds = _list_classes(lists["train"]["class"])
-    lists["train"]["split"] = "train" if "val" in lists else _split_train(lists["train"]["patient"], recipe.splits, config.split_seed)
+    lists["train"]["split"] = (
+        "train" if "val" in lists else _split_train(lists["train"]["patient"], recipe.splits, config.split_seed)
+    )
     dropped = {}
     if recipe.splits != SplitRule.MGCA_80_20:
-        dropped = {f"training image of a patient of the {part} list": _drop_patients(lists, "train", part) for part in lists if part != "train"}
+        dropped = {
+            f"training image of a patient of the {part} list": _drop_patients(lists, "train", part)
+            for part in lists
+            if part != "train"
+        }
     items = []
     for part, table in lists.items():
-        folder = f"{part}/" if (Path(config.root) / part).is_dir() else ""      # without folders, the pictures are beside the lists
+        folder = (
+            f"{part}/" if (Path(config.root) / part).is_dir() else ""
+        )  # without folders, the pictures are beside the lists
         for line, row in table.iterrows():
             path = f"{folder}{row['name']}" if row["name"] else f"{part} list, line {line}"
             items.append(item_or_reject(path, _image_item, path, row, kinds))
@@ -150,13 +184,22 @@ def _plan_covidx(config: _CovidxConfig) -> Source:
 def _covidx_tables(config: _CovidxConfig) -> list[tuple]:
     "The two lists of the version that is asked for, with the function that reads them"
     version = config.version or _VERSIONS[config.recipe]
-    return [(f"{part} list", lambda part=part: _read_list(_find_list(Path(config.root), part, version))) for part in ("train", "test")]
+    return [
+        (f"{part} list", lambda part=part: _read_list(_find_list(Path(config.root), part, version)))
+        for part in ("train", "test")
+    ]
 
 # %% ../../../nbs/data/sets/08_covidx.ipynb #b43ff652
 def _covidx_class(study: PhantomStudy) -> str:
     "The class that a phantom study goes under"
     shown = {name for name, there in study.truth.items() if there}
-    return "pneumonia" if shown & {"Pneumonia", "Consolidation"} else "COVID-19" if shown & {"Lung Opacity", "Edema"} else "normal"
+    return (
+        "pneumonia"
+        if shown & {"Pneumonia", "Consolidation"}
+        else "COVID-19"
+        if shown & {"Lung Opacity", "Edema"}
+        else "normal"
+    )
 
 # %% ../../../nbs/data/sets/08_covidx.ipynb #1af36eec
 def _simulate_covidx(root: Path, studies: Sequence[PhantomStudy]) -> None:
@@ -171,16 +214,27 @@ def _simulate_covidx(root: Path, studies: Sequence[PhantomStudy]) -> None:
         (root / part).mkdir(parents=True, exist_ok=True)
         Image.fromarray(study.image).save(root / part / name)
         binary = "positive" if kind == "COVID-19" else "negative"
-        for version, told in {"5": (kind, "" if part == "test" else source), "6": (binary, source), "9A": (kind, source)}.items():
+        for version, told in {
+            "5": (kind, "" if part == "test" else source),
+            "6": (binary, source),
+            "9A": (kind, source),
+        }.items():
             lines.setdefault(f"{part}_COVIDx{version}.txt", []).append(" ".join([patient, name, *told]).rstrip())
     for name, rows in lines.items():
         (root / name).write_text("\n".join(rows) + "\n")
 
 # %% ../../../nbs/data/sets/08_covidx.ipynb #af0fc540
 COVIDX = DataSet(
-    name="covidx", title="COVIDx", plan=_plan_covidx, recipes=_RECIPES, tables=_covidx_tables, simulate=_simulate_covidx, config=_CovidxConfig,
+    name="covidx",
+    title="COVIDx",
+    plan=_plan_covidx,
+    recipes=_RECIPES,
+    tables=_covidx_tables,
+    simulate=_simulate_covidx,
+    config=_CovidxConfig,
     wanted=("Pneumonia", "Lung Opacity"),
     get="""COVIDx: lists from https://github.com/lindawangg/COVID-Net (folder labels/), images either built by its notebooks (docs/COVIDx.md) from their eight
 sources, or as https://www.kaggle.com/datasets/andyczhao/covidx-cxr2 ; each source keeps its own terms (RSNA: Kaggle's; RICORD and COVID-19-AR: TCIA's; cohen: per image).
     ROOT/train_COVIDx9A.txt  test_COVIDx9A.txt      (or in ROOT/labels; with --version 6: train_COVIDx6.txt …; or as on Kaggle train.txt, test.txt and, if there, val.txt)
-    ROOT/train/*.png|jpg|jpeg   ROOT/test/*.png|jpg|jpeg""")
+    ROOT/train/*.png|jpg|jpeg   ROOT/test/*.png|jpg|jpeg""",
+)

@@ -62,7 +62,11 @@ class _FolderConfig(ReadConfig):
 
     def find_table(self) -> Path:
         "The table. DataError if none is named, and the root has none."
-        return self.find_named(self.table) if self.table else find_file(self.root, *(f"table.{ending}" for ending in ("csv", "csv.gz", "tsv", "tsv.gz", "parquet")))
+        return (
+            self.find_named(self.table)
+            if self.table
+            else find_file(self.root, *(f"table.{ending}" for ending in ("csv", "csv.gz", "tsv", "tsv.gz", "parquet")))
+        )
 
     def find_named(self, table: str | Path) -> Path:
         "A table that is named, in the working folder or else in the root. DataError if it is in neither."
@@ -84,13 +88,15 @@ def _read_table(path: Path, text_columns: set[str]) -> pd.DataFrame:
             table = pd.read_parquet(path)
         elif ".csv" in endings or ".tsv" in endings:
             separator = "\t" if ".tsv" in endings else ","
-            read_table(path, separator=separator)       # refuses what pandas takes in silence: short or long lines, a column twice, NUL bytes
+            read_table(
+                path, separator=separator
+            )  # refuses what pandas takes in silence: short or long lines, a column twice, NUL bytes
             table = read_csv(path, tuple(text_columns), separator)
         else:
             raise DataError(f"{path}: expected a .csv, .tsv (also .gz) or .parquet file")
     except DataError:
         raise
-    except (ValueError, OSError) as error:      # pandas' and pyarrow's parser errors are ValueErrors
+    except (ValueError, OSError) as error:  # pandas' and pyarrow's parser errors are ValueErrors
         raise DataError(f"{path}: {error}") from error
     return table.set_axis(range(1, len(table) + 1))
 
@@ -108,10 +114,14 @@ def _find_columns(table: pd.DataFrame, config: _FolderConfig) -> dict[str, str]:
     wanted += [("label_columns", name) for name in config.label_columns]
     for role, name in wanted:
         if name not in table:
-            raise DataError(f"{config.find_table()}: no column {name!r} ({role}); the table has {', '.join(map(str, table.columns))}")
+            raise DataError(
+                f"{config.find_table()}: no column {name!r} ({role}); the table has {', '.join(map(str, table.columns))}"
+            )
     if config.require_report and not roles["report_column"]:
-        raise DataError(f"{config.find_table()}: no column {config.report_column!r} with reports; name it with report_column, "
-                         "or turn require_report off to use images and labels only")
+        raise DataError(
+            f"{config.find_table()}: no column {config.report_column!r} with reports; name it with report_column, "
+            "or turn require_report off to use images and labels only"
+        )
     return roles
 
 # %% ../../../nbs/data/sets/02_folder.ipynb #44806520
@@ -127,9 +137,11 @@ def _wanted_rows(table: pd.DataFrame, config: _FolderConfig) -> pd.DataFrame:
     if config.where:
         try:
             table = table.query(config.where, engine="python")
-        except Exception as error:      # a query may fail in as many ways as Python itself
-            raise DataError(f"{config.find_table()}: the filter {config.where!r} fails: {error}; "
-                             f"the table has {', '.join(map(str, table.columns))}") from error
+        except Exception as error:  # a query may fail in as many ways as Python itself
+            raise DataError(
+                f"{config.find_table()}: the filter {config.where!r} fails: {error}; "
+                f"the table has {', '.join(map(str, table.columns))}"
+            ) from error
     if table.empty:
         raise DataError(f"{config.find_table()}: no rows" + (f" where {config.where}" if config.where else ""))
     return table
@@ -164,8 +176,17 @@ def _clean_path(path: object, root: Path, where: str) -> str:
         raise DataError(f"{where}: path {str(path)!r} leads out of the folder {root}, or to no file in it") from error
 
 # %% ../../../nbs/data/sets/02_folder.ipynb #67303b91
-SPLIT_NAMES = {"train": "train", "training": "train", "val": "validate", "valid": "validate", "validate": "validate",
-               "validation": "validate", "dev": "validate", "test": "test", "testing": "test"}
+SPLIT_NAMES = {
+    "train": "train",
+    "training": "train",
+    "val": "validate",
+    "valid": "validate",
+    "validate": "validate",
+    "validation": "validate",
+    "dev": "validate",
+    "test": "test",
+    "testing": "test",
+}
 
 
 def _clean_split(value: object, row: int) -> str:
@@ -186,7 +207,9 @@ def _clean_label(value: object, row: int, column: str) -> float | None:
     except (TypeError, ValueError):
         number = math.nan
     if number not in (1.0, 0.0, -1.0):
-        raise DataError(f"row {row}, column {column!r}: label is {str(value)[:30]!r}; expected 1 (present), 0 (absent), -1 (uncertain) or blank")
+        raise DataError(
+            f"row {row}, column {column!r}: label is {str(value)[:30]!r}; expected 1 (present), 0 (absent), -1 (uncertain) or blank"
+        )
     return number
 
 # %% ../../../nbs/data/sets/02_folder.ipynb #890d0b11
@@ -196,12 +219,16 @@ def _agreed(values: dict[int, object], study: str, what: str) -> object:
     first = next(iter(given), None)
     for row, value in given.items():
         if value != given[first]:
-            raise DataError(f"study {study}: rows {first} and {row} give it different values of {what}; "
-                             "give all rows of a study the same, or give them different study ids")
+            raise DataError(
+                f"study {study}: rows {first} and {row} give it different values of {what}; "
+                "give all rows of a study the same, or give them different study ids"
+            )
     return given[first] if given else None
 
 # %% ../../../nbs/data/sets/02_folder.ipynb #0e7a89dd
-def _row_values(table: pd.DataFrame, columns: dict[str, str], config: _FolderConfig, root: Path) -> tuple[list[dict], list[str]]:
+def _row_values(
+    table: pd.DataFrame, columns: dict[str, str], config: _FolderConfig, root: Path
+) -> tuple[list[dict], list[str]]:
     "One clean dict per row of the table, and the names of all labels"
     text = {role: table[name].astype("object").where(table[name].notna(), "") for role, name in columns.items() if name}
     classes = sorted({str(value).strip() for value in text.get("class_column", ()) if str(value).strip()})
@@ -213,29 +240,53 @@ def _row_values(table: pd.DataFrame, columns: dict[str, str], config: _FolderCon
         labels |= {name: float(kind == name) if kind else None for name in classes}
         for role in ("patient_column", "study_column"):
             if columns[role] and not cell[role]:
-                raise DataError(f"row {row}: column {columns[role]!r} is blank; fill it, or leave the column out with {role}=''")
+                raise DataError(
+                    f"row {row}: column {columns[role]!r} is blank; fill it, or leave the column out with {role}=''"
+                )
         path = _clean_path(cell["image_column"], root, f"row {row}")
-        rows.append({"row": row, "path": path, "view": cell.get("view_column", ""), "report": cell.get("report_column", ""), "labels": labels,
-                     "study": cell.get("study_column") or path or f"row-{row}", "patient": cell.get("patient_column", ""),
-                     "split": _clean_split(table[columns["split_column"]][row], row) if columns["split_column"] else ""})
+        rows.append(
+            {
+                "row": row,
+                "path": path,
+                "view": cell.get("view_column", ""),
+                "report": cell.get("report_column", ""),
+                "labels": labels,
+                "study": cell.get("study_column") or path or f"row-{row}",
+                "patient": cell.get("patient_column", ""),
+                "split": _clean_split(table[columns["split_column"]][row], row) if columns["split_column"] else "",
+            }
+        )
     return rows, [*config.label_columns, *classes]
 
 # %% ../../../nbs/data/sets/02_folder.ipynb #56c69fcc
-def _marks(path: Path, columns: tuple[str, ...], known: set[str], root: Path) -> Iterator[tuple[str, str, list[str], str]]:
+def _marks(
+    path: Path, columns: tuple[str, ...], known: set[str], root: Path
+) -> Iterator[tuple[str, str, list[str], str]]:
     "Image, label, further cells and the place (for errors) of every row of a table of boxes or masks. DataError names the line that is wrong."
     table = read_table(path, ("image_path", "label", *columns))
-    for line, name, label, *cells in zip(table.index, table["image_path"], table["label"], *(table[column] for column in columns), strict=True):
+    for line, name, label, *cells in zip(
+        table.index, table["image_path"], table["label"], *(table[column] for column in columns), strict=True
+    ):
         where = f"{path}, line {line}"
         image = _clean_path(name, root, where)
         if image not in known:
-            like = next((f"; it has {one!r}, which only looks the same" for one in sorted(known) if same_looks(one) == same_looks(image)), "")
+            like = next(
+                (
+                    f"; it has {one!r}, which only looks the same"
+                    for one in sorted(known)
+                    if same_looks(one) == same_looks(image)
+                ),
+                "",
+            )
             raise DataError(f"{where}: the data set's table has no image {name!r}{like}")
         if not label:
             raise DataError(f"{where}: the label is blank")
         yield image, label, cells, where
 
 # %% ../../../nbs/data/sets/02_folder.ipynb #5ced1f0c
-def _read_boxes(path: Path, known: set[str], root: Path) -> dict[str, list]:     # image path -> [label, x1, y1, x2, y2] of each box
+def _read_boxes(
+    path: Path, known: set[str], root: Path
+) -> dict[str, list]:  # image path -> [label, x1, y1, x2, y2] of each box
     "The boxes of a table, by image"
     boxes: dict[str, list] = {}
     for image, label, cells, where in _marks(path, ("x1", "y1", "x2", "y2"), known, root):
@@ -244,13 +295,17 @@ def _read_boxes(path: Path, known: set[str], root: Path) -> dict[str, list]:    
     return boxes
 
 # %% ../../../nbs/data/sets/02_folder.ipynb #3d01b130
-def _read_masks(path: Path, known: set[str], root: Path) -> dict[str, dict]:     # image path -> label -> its mask, as `decode_mask` takes it
+def _read_masks(
+    path: Path, known: set[str], root: Path
+) -> dict[str, dict]:  # image path -> label -> its mask, as `decode_mask` takes it
     "The masks of a table, by image; several of one label are united"
     masks: dict[str, dict] = {}
     for image, label, (name,), where in _marks(path, ("mask_path",), known, root):
         if not name:
             raise DataError(f"{where}: the mask_path is blank")
-        masks.setdefault(image, {}).setdefault(label, {"union": []})["union"].append({"file": _clean_path(name, root, where)})
+        masks.setdefault(image, {}).setdefault(label, {"union": []})["union"].append(
+            {"file": _clean_path(name, root, where)}
+        )
     return masks
 
 # %% ../../../nbs/data/sets/02_folder.ipynb #b6f09895
@@ -271,10 +326,20 @@ def _image_entry(row: dict, boxes: dict | None, masks: dict | None, annotated: s
 # %% ../../../nbs/data/sets/02_folder.ipynb #fb0c6302
 def _study_item(study: str, rows: list[dict]) -> StudyItem:
     "The rows of a study as one item for the reader"
-    agreed = {what: _agreed({row["row"]: row[what] for row in rows}, study, what) for what in ("patient", "split", "report")}
-    labels = {name: _agreed({row["row"]: row["labels"][name] for row in rows}, study, name) for name in rows[0]["labels"]}
-    return {"study": study, "patient": agreed["patient"] or study, "split": agreed["split"] or "", "report": {"text": agreed["report"] or ""},
-            "labels": labels, "images": [row["image"] for row in rows]}
+    agreed = {
+        what: _agreed({row["row"]: row[what] for row in rows}, study, what) for what in ("patient", "split", "report")
+    }
+    labels = {
+        name: _agreed({row["row"]: row["labels"][name] for row in rows}, study, name) for name in rows[0]["labels"]
+    }
+    return {
+        "study": study,
+        "patient": agreed["patient"] or study,
+        "split": agreed["split"] or "",
+        "report": {"text": agreed["report"] or ""},
+        "labels": labels,
+        "images": [row["image"] for row in rows],
+    }
 
 # %% ../../../nbs/data/sets/02_folder.ipynb #b4e00376
 def _known_images(table: pd.DataFrame, column: str, root: Path, name: Path) -> set[str]:
@@ -283,7 +348,9 @@ def _known_images(table: pd.DataFrame, column: str, root: Path, name: Path) -> s
     paths = paths[paths != ""]
     if (twice := paths[paths.duplicated()]).size:
         first = paths.index[paths == twice.iloc[0]][0]
-        raise DataError(f"{name}: rows {first} and {twice.index[0]} name the same image, {twice.iloc[0]}; list each image once")
+        raise DataError(
+            f"{name}: rows {first} and {twice.index[0]} name the same image, {twice.iloc[0]}; list each image once"
+        )
     return set(paths)
 
 # %% ../../../nbs/data/sets/02_folder.ipynb #aefdfd64
@@ -302,8 +369,13 @@ def _plan_folder(config: _FolderConfig) -> Source:
     if not columns["split_column"]:
         splits = draw_splits([item["patient"] for item in items], seed=config.split_seed)
         items = [item | {"split": split} for item, split in zip(items, splits, strict=True)]
-    return Source(items, labels=tuple(labels), boxes=_names(boxes), masks=_names(masks),
-                  settings={"patient_ids": f"folder {root}", "patients_known": bool(columns["patient_column"])})
+    return Source(
+        items,
+        labels=tuple(labels),
+        boxes=_names(boxes),
+        masks=_names(masks),
+        settings={"patient_ids": f"folder {root}", "patients_known": bool(columns["patient_column"])},
+    )
 
 # %% ../../../nbs/data/sets/02_folder.ipynb #e118c214
 def _simulate_folder(root: Path, studies: Sequence[PhantomStudy]) -> None:
@@ -317,13 +389,24 @@ def _simulate_folder(root: Path, studies: Sequence[PhantomStudy]) -> None:
             write_dicom(root / path, study.image, study.study_id)
         else:
             Image.fromarray(study.image).save(root / path)
-        rows.append({"image_path": path, "study_id": study.study_id, "patient_id": study.patient_id, "split": split, "view": study.view, "report": study.report,
-                     **{name: study.labels.get(name) for name in FINDINGS}})
+        rows.append(
+            {
+                "image_path": path,
+                "study_id": study.study_id,
+                "patient_id": study.patient_id,
+                "split": split,
+                "view": study.view,
+                "report": study.report,
+                **{name: study.labels.get(name) for name in FINDINGS},
+            }
+        )
         for found in study.findings:
             mask = f"masks/{number}-{len(masks)}.png"
             (root / mask).parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(found.mask.astype(np.uint8) * 255).save(root / mask)
-            boxes.append({"image_path": path, "label": found.name, **dict(zip(("x1", "y1", "x2", "y2"), found.box, strict=True))})
+            boxes.append(
+                {"image_path": path, "label": found.name, **dict(zip(("x1", "y1", "x2", "y2"), found.box, strict=True))}
+            )
             masks.append({"image_path": path, "label": found.name, "mask_path": mask})
     for name, table in {"table.csv": rows, "boxes.csv": boxes, "masks.csv": masks}.items():
         if table:
@@ -331,8 +414,14 @@ def _simulate_folder(root: Path, studies: Sequence[PhantomStudy]) -> None:
 
 # %% ../../../nbs/data/sets/02_folder.ipynb #4576f0b7
 FOLDER = DataSet(
-    name="folder", title="A table and a folder of pictures", plan=_plan_folder, recipes={"medvis": Recipe(rules=ReportRules())}, simulate=_simulate_folder,
-    config=_FolderConfig, tables=lambda config: [],
+    name="folder",
+    title="A table and a folder of pictures",
+    plan=_plan_folder,
+    recipes={"medvis": Recipe(rules=ReportRules())},
+    simulate=_simulate_folder,
+    config=_FolderConfig,
+    tables=lambda config: [],
     get="""Your own data. Nothing is to be downloaded; what is needed is a table with a row for each image, and the images (PNG, JPEG or DICOM):
     ROOT/table.csv      with a column image_path, relative to ROOT, and if there are such things report, patient_id, study_id, split, view, labels
-Other names are told by --table and --report-column, --label-columns …; boxes and masks by --boxes and --masks, tables of their own; without reports: --no-require-report.""")
+Other names are told by --table and --report-column, --label-columns …; boxes and masks by --boxes and --masks, tables of their own; without reports: --no-require-report.""",
+)

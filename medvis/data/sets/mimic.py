@@ -28,13 +28,13 @@ from ..reports import LOVT_RULES, MGCA_RULES, ReportRules
 from ..source import DataSet, ReadConfig, Recipe, RejectItem, ReportItem, Source, SplitRule, StudyItem
 
 # %% ../../../nbs/data/sets/04_mimic.ipynb #badcc445
-def _mimic_ids(study: PhantomStudy) -> tuple[str, str]:      # subject, study
+def _mimic_ids(study: PhantomStudy) -> tuple[str, str]:  # subject, study
     "Invented ids of MIMIC's form for a phantom study."
     patient, number = (int(name.rpartition("-")[2]) for name in (study.patient_id, study.study_id))
     return f"1{patient * 1234567 % 10**7:07d}", f"5{number * 7654321 % 10**7:07d}"
 
 # %% ../../../nbs/data/sets/04_mimic.ipynb #040bf8e8
-def _mimic_images(study: PhantomStudy) -> list[tuple[str, str, np.ndarray]]:     # (dicom id, view, (H, W) uint8) of each
+def _mimic_images(study: PhantomStudy) -> list[tuple[str, str, np.ndarray]]:  # (dicom id, view, (H, W) uint8) of each
     "The images of a phantom study in MIMIC's clothing."
     subject, number = _mimic_ids(study)
     shown = [(study.view, study.image)] + [("LATERAL", study.image.T)] * (study.view == "PA")
@@ -43,8 +43,22 @@ def _mimic_images(study: PhantomStudy) -> list[tuple[str, str, np.ndarray]]:    
     return [("-".join(re.findall("." * 8, name)), *image) for name, image in zip(digits, shown, strict=True)]
 
 # %% ../../../nbs/data/sets/04_mimic.ipynb #a534f4bc
-_LABELS = ("Atelectasis", "Cardiomegaly", "Consolidation", "Edema", "Enlarged Cardiomediastinum", "Fracture", "Lung Lesion", "Lung Opacity", "No Finding",
-          "Pleural Effusion", "Pleural Other", "Pneumonia", "Pneumothorax", "Support Devices")
+_LABELS = (
+    "Atelectasis",
+    "Cardiomegaly",
+    "Consolidation",
+    "Edema",
+    "Enlarged Cardiomediastinum",
+    "Fracture",
+    "Lung Lesion",
+    "Lung Opacity",
+    "No Finding",
+    "Pleural Effusion",
+    "Pleural Other",
+    "Pneumonia",
+    "Pneumothorax",
+    "Support Devices",
+)
 
 
 def _mimic_labels(study: PhantomStudy) -> dict[str, float | None]:
@@ -54,10 +68,12 @@ def _mimic_labels(study: PhantomStudy) -> dict[str, float | None]:
     return {name: None if value is None else float(value) for name, value in told.items()}
 
 # %% ../../../nbs/data/sets/04_mimic.ipynb #779f351e
-def _mimic_splits(studies: Sequence[PhantomStudy]) -> dict[str, str]:    # patient -> split
+def _mimic_splits(studies: Sequence[PhantomStudy]) -> dict[str, str]:  # patient -> split
     "Three of five patients train, then one validates, then one tests."
     names = ("train", "train", "train", "validate", "test")
-    return {patient: names[place % 5] for place, patient in enumerate(dict.fromkeys(study.patient_id for study in studies))}
+    return {
+        patient: names[place % 5] for place, patient in enumerate(dict.fromkeys(study.patient_id for study in studies))
+    }
 
 # %% ../../../nbs/data/sets/04_mimic.ipynb #969992a2
 def _simulate_mimic(root: Path, studies: Sequence[PhantomStudy]) -> None:
@@ -74,24 +90,50 @@ def _simulate_mimic(root: Path, studies: Sequence[PhantomStudy]) -> None:
             (jpg / folder).mkdir(parents=True)
             for dicom, view, pixels in _mimic_images(study):
                 Image.fromarray(np.ascontiguousarray(pixels)).save(jpg / folder / f"{dicom}.jpg", quality=95)
-                images.append({"dicom_id": dicom, "subject_id": subject, "study_id": number, "ViewPosition": view, "Rows": len(pixels),
-                               "Columns": pixels.shape[1], "StudyDate": 21550311, "StudyTime": 101500.25, "split": splits[study.patient_id]})
-    tables = {"metadata": pd.DataFrame(images).drop(columns="split"), "chexpert": pd.DataFrame(labels),
-              "split": pd.DataFrame(images)[["dicom_id", "study_id", "subject_id", "split"]],
-              "negbio": pd.DataFrame(labels).replace(-1.0, 0.0)}
+                images.append(
+                    {
+                        "dicom_id": dicom,
+                        "subject_id": subject,
+                        "study_id": number,
+                        "ViewPosition": view,
+                        "Rows": len(pixels),
+                        "Columns": pixels.shape[1],
+                        "StudyDate": 21550311,
+                        "StudyTime": 101500.25,
+                        "split": splits[study.patient_id],
+                    }
+                )
+    tables = {
+        "metadata": pd.DataFrame(images).drop(columns="split"),
+        "chexpert": pd.DataFrame(labels),
+        "split": pd.DataFrame(images)[["dicom_id", "study_id", "subject_id", "split"]],
+        "negbio": pd.DataFrame(labels).replace(-1.0, 0.0),
+    }
     for name, table in tables.items():
         table.to_csv(jpg / f"mimic-cxr-2.0.0-{name}.csv.gz", index=False)
 
 # %% ../../../nbs/data/sets/04_mimic.ipynb #584e7578
-_JPG_FOLDERS = ("", "mimic-cxr-jpg_2-0-0/", "mimic-cxr-jpg/2.*/", "mimic-cxr-jpg/", "physionet.org/files/mimic-cxr-jpg/2.*/", "mimic-cxr-jpg-2.*/", "2.*/")
+_JPG_FOLDERS = (
+    "",
+    "mimic-cxr-jpg_2-0-0/",
+    "mimic-cxr-jpg/2.*/",
+    "mimic-cxr-jpg/",
+    "physionet.org/files/mimic-cxr-jpg/2.*/",
+    "mimic-cxr-jpg-2.*/",
+    "2.*/",
+)
 
 
 def _mimic_table(root: str | Path, kind: str) -> Path:
     "Where the table `mimic-cxr-2.0.0-<kind>.csv` is, packed or not. DataError tells where it was looked for."
     try:
-        return find_file(root, *(f"{folder}mimic-cxr-2.*-{kind}.csv{packed}" for folder in _JPG_FOLDERS for packed in ("", ".gz")))
+        return find_file(
+            root, *(f"{folder}mimic-cxr-2.*-{kind}.csv{packed}" for folder in _JPG_FOLDERS for packed in ("", ".gz"))
+        )
     except DataError as error:
-        raise DataError(f"{root}: no mimic-cxr-2.0.0-{kind}.csv or .csv.gz, neither there nor in {', '.join(_JPG_FOLDERS[1:])}") from error
+        raise DataError(
+            f"{root}: no mimic-cxr-2.0.0-{kind}.csv or .csv.gz, neither there nor in {', '.join(_JPG_FOLDERS[1:])}"
+        ) from error
 
 # %% ../../../nbs/data/sets/04_mimic.ipynb #3ee7bd30
 def _read_metadata_table(root: str | Path) -> pd.DataFrame:
@@ -122,13 +164,18 @@ def _row_problems(images: pd.DataFrame, doubled: set[str]) -> np.ndarray:
         "is more than once in the metadata or in the split table": images["dicom_id"].isin(doubled),
         "is not in the split table": images["_merge"] == "left_only",
         "is not in the metadata table": images["_merge"] == "right_only",
-        "has another patient or study in the split table": (images["subject_id"] != images["subject_id_2"]) | (images["study_id"] != images["study_id_2"]),
-        "dicom_id is not five times eight hexadecimal digits": ~images["dicom_id"].str.fullmatch("[0-9a-f]{8}(-[0-9a-f]{8}){4}"),
+        "has another patient or study in the split table": (images["subject_id"] != images["subject_id_2"])
+        | (images["study_id"] != images["study_id_2"]),
+        "dicom_id is not five times eight hexadecimal digits": ~images["dicom_id"].str.fullmatch(
+            "[0-9a-f]{8}(-[0-9a-f]{8}){4}"
+        ),
         "subject_id is not eight digits": ~images["subject_id"].str.fullmatch("[0-9]{8}"),
         "study_id is not eight digits": ~images["study_id"].str.fullmatch("[0-9]{8}"),
         "split is not train, validate or test": ~images["split"].isin(["train", "validate", "test"]),
-        **{f"its study has more than one {what}": images.groupby("study_id")[column].transform("nunique") > 1
-           for column, what in {"subject_id": "patient", "split": "split"}.items()},
+        **{
+            f"its study has more than one {what}": images.groupby("study_id")[column].transform("nunique") > 1
+            for column, what in {"subject_id": "patient", "split": "split"}.items()
+        },
     }
     return np.select(list(checks.values()), list(checks), "")
 
@@ -140,10 +187,15 @@ def image_table(root: str | Path) -> pd.DataFrame:
     """
     keys, tables = ["dicom_id", "subject_id", "study_id"], [_read_metadata_table(root), _read_split_table(root)]
     doubled = {dicom for table in tables for dicom in table["dicom_id"][table["dicom_id"].duplicated()]}
-    metadata, splits = (table[[*keys, last]].drop_duplicates("dicom_id") for table, last in zip(tables, ("ViewPosition", "split"), strict=True))
+    metadata, splits = (
+        table[[*keys, last]].drop_duplicates("dicom_id")
+        for table, last in zip(tables, ("ViewPosition", "split"), strict=True)
+    )
     images = metadata.merge(splits, "outer", "dicom_id", suffixes=("", "_2"), indicator=True).astype(object).fillna("")
     if not (images["_merge"] == "both").any():
-        raise DataError(f"{_mimic_table(root, 'metadata')} and {_mimic_table(root, 'split')} have no dicom_id in common; they belong to different data sets")
+        raise DataError(
+            f"{_mimic_table(root, 'metadata')} and {_mimic_table(root, 'split')} have no dicom_id in common; they belong to different data sets"
+        )
     alone = images["_merge"] == "right_only"
     images.loc[alone, keys[1:]] = images.loc[alone, ["subject_id_2", "study_id_2"]].to_numpy()
     images["problem"] = _row_problems(images, doubled)
@@ -152,8 +204,8 @@ def image_table(root: str | Path) -> pd.DataFrame:
 
 # %% ../../../nbs/data/sets/04_mimic.ipynb #9aa95921
 def _label_values(
-    table: pd.DataFrame,        # with the columns study_id and LABELS
-) -> tuple[dict[str, dict[str, float | None]], dict[str, str]]:     # study -> labels; study -> what is wrong with its row
+    table: pd.DataFrame,  # with the columns study_id and LABELS
+) -> tuple[dict[str, dict[str, float | None]], dict[str, str]]:  # study -> labels; study -> what is wrong with its row
     "The labels of each study, and the studies whose row is damaged."
     values, wrong = {}, {}
     for cell in {cell for name in _LABELS for cell in table[name].unique()}:
@@ -161,9 +213,13 @@ def _label_values(
             values[cell] = label(cell, "a label")
         except DataError as error:
             wrong[cell] = str(error)
-    problems = dict.fromkeys(table["study_id"][table["study_id"].duplicated()], "has more than one row in the table of labels")
+    problems = dict.fromkeys(
+        table["study_id"][table["study_id"].duplicated()], "has more than one row in the table of labels"
+    )
     for name in _LABELS:
-        problems |= {row["study_id"]: f"{name}: {wrong[row[name]]}" for _, row in table[table[name].isin(list(wrong))].iterrows()}
+        problems |= {
+            row["study_id"]: f"{name}: {wrong[row[name]]}" for _, row in table[table[name].isin(list(wrong))].iterrows()
+        }
     columns = [[values.get(cell) for cell in table[name].tolist()] for name in _LABELS]
     told = (dict(zip(_LABELS, row, strict=True)) for row in zip(*columns, strict=True))
     return dict(zip(table["study_id"].tolist(), told, strict=True)), problems
@@ -174,7 +230,15 @@ def _report_name(subject: str, study: str) -> str:
     return f"p{subject[:2]}/p{subject}/s{study}.txt"
 
 # %% ../../../nbs/data/sets/04_mimic.ipynb #9670459e
-_REPORT_FOLDERS = ("", "mimic-cxr_2-0-0/", "mimic-cxr/2.*/", "mimic-cxr/", "physionet.org/files/mimic-cxr/2.*/", "mimic-cxr-2.*/", *_JPG_FOLDERS[1:])
+_REPORT_FOLDERS = (
+    "",
+    "mimic-cxr_2-0-0/",
+    "mimic-cxr/2.*/",
+    "mimic-cxr/",
+    "physionet.org/files/mimic-cxr/2.*/",
+    "mimic-cxr-2.*/",
+    *_JPG_FOLDERS[1:],
+)
 
 
 def _zipped_reports(path: Path) -> dict[str, str]:
@@ -192,68 +256,126 @@ def _zipped_reports(path: Path) -> dict[str, str]:
 # %% ../../../nbs/data/sets/04_mimic.ipynb #9bf795b7
 def _find_reports(
     root: str | Path,
-    names: Sequence[str],       # of the wanted reports, as p10/p10999001/s50999001.txt
-) -> dict[str, ReportItem]:      # name -> where it is; without those that a zip lacks
+    names: Sequence[str],  # of the wanted reports, as p10/p10999001/s50999001.txt
+) -> dict[str, ReportItem]:  # name -> where it is; without those that a zip lacks
     "Where the reports are: in `mimic-cxr-reports.zip`, or unpacked. DataError if there are none."
     root = Path(root)
     for folder in sorted(path for pattern in _REPORT_FOLDERS for path in (root.glob(pattern) if pattern else [root])):
         relative = "" if folder == root else folder.relative_to(root).as_posix() + "/"
         if (archive := folder / "mimic-cxr-reports.zip").exists():
             members = _zipped_reports(archive)
-            return {name: {"zip": f"{relative}mimic-cxr-reports.zip", "member": members[name]} for name in names if name in members}
+            return {
+                name: {"zip": f"{relative}mimic-cxr-reports.zip", "member": members[name]}
+                for name in names
+                if name in members
+            }
         for inner in ("files/", "mimic-cxr-reports/files/"):
             if any((folder / inner / name).exists() for name in names[:100]):
                 return {name: {"path": f"{relative}{inner}{name}"} for name in names}
-    raise DataError(f"{root}: no reports: neither mimic-cxr-reports.zip nor files/p10/p…/s….txt, there or in {', '.join(_REPORT_FOLDERS[1:])}")
+    raise DataError(
+        f"{root}: no reports: neither mimic-cxr-reports.zip nor files/p10/p…/s….txt, there or in {', '.join(_REPORT_FOLDERS[1:])}"
+    )
 
 # %% ../../../nbs/data/sets/04_mimic.ipynb #0bffac48
-_ODD_REPORTS = frozenset("""
+_ODD_REPORTS = frozenset(
+    """
 50913680 59363654 59279892 59768032 57936451 50058765 53356173 53202765 50808053 51966317 50743547 56451190
 59067458 59215320 55124749 54365831 59087630 58157373 56482935 58375018 54654948 55157853 51491012
 50525523 57564132 59982525 53488209 54875119 50196495 56579911 52648681 59889364 53514462 59505494 53182247
 51410602 56412866 54986978 59003148 57150433 56760320 59562049 52674888 55258338 59330497 52119491
 58235663 50798377 54168089 53071062 56724958 54231141 53607029 52035334
-""".split())    # study ids from MIT-LCP/mimic-cxr, txt/section_parser.py (MIT licence); the same in LoVT and MGCA
+""".split()
+)  # study ids from MIT-LCP/mimic-cxr, txt/section_parser.py (MIT licence); the same in LoVT and MGCA
 
 # %% ../../../nbs/data/sets/04_mimic.ipynb #100c706f
-_LOCAL_MI_RULES = ReportRules(headings="mit-lcp", sections=("impression", "findings", "recommendation", "recommendation(s)"), fallback=("last_paragraph", "full report"))
+_LOCAL_MI_RULES = ReportRules(
+    headings="mit-lcp",
+    sections=("impression", "findings", "recommendation", "recommendation(s)"),
+    fallback=("last_paragraph", "full report"),
+)
 _FRONTAL = ("PA", "AP")
 _FIVE = ("Cardiomegaly", "Edema", "Consolidation", "Atelectasis", "Pleural Effusion")
-_PATHOLOGY9 = ("Support Devices", "Cardiomegaly", "Consolidation", "Edema", "Lung Opacity", "Pleural Effusion", "Pneumonia", "Pneumothorax", "Atelectasis")
+_PATHOLOGY9 = (
+    "Support Devices",
+    "Cardiomegaly",
+    "Consolidation",
+    "Edema",
+    "Lung Opacity",
+    "Pleural Effusion",
+    "Pneumonia",
+    "Pneumothorax",
+    "Atelectasis",
+)
 _WITHOUT_ODD = "54 studies that the section parser misreads are left out"
 _MIMIC_RECIPES = {
     "medvis": Recipe(views=_FRONTAL, rules=ReportRules(), splits=SplitRule.OFFICIAL, notes=(_WITHOUT_ODD,)),
-    "lovt": Recipe(fit="pad-first", views=_FRONTAL, rules=LOVT_RULES, splits=SplitRule.OFFICIAL, classes=_FIVE, uncertain="positive", subset="first",
-                   notes=(_WITHOUT_ODD, "sentences by Stanza there, by our splitter here", "training crops are cut from the full resolution there")),
-    "mgca": Recipe(views=_FRONTAL, rules=MGCA_RULES, splits=SplitRule.OFFICIAL_TEST_TO_VALIDATE,
-                   notes=(_WITHOUT_ODD, "one row per image there: a study with two frontal images counts twice")),
-    "local-mi": Recipe(fit="crop", views=_FRONTAL, rules=_LOCAL_MI_RULES, splits=SplitRule.OFFICIAL_WITHOUT_EDEMA_TEST,
-                       classes=_PATHOLOGY9, blank="ignore", notes=(_WITHOUT_ODD, "16 bit PNG made from DICOM there, 8 bit JPEG here")),
+    "lovt": Recipe(
+        fit="pad-first",
+        views=_FRONTAL,
+        rules=LOVT_RULES,
+        splits=SplitRule.OFFICIAL,
+        classes=_FIVE,
+        uncertain="positive",
+        subset="first",
+        notes=(
+            _WITHOUT_ODD,
+            "sentences by Stanza there, by our splitter here",
+            "training crops are cut from the full resolution there",
+        ),
+    ),
+    "mgca": Recipe(
+        views=_FRONTAL,
+        rules=MGCA_RULES,
+        splits=SplitRule.OFFICIAL_TEST_TO_VALIDATE,
+        notes=(_WITHOUT_ODD, "one row per image there: a study with two frontal images counts twice"),
+    ),
+    "local-mi": Recipe(
+        fit="crop",
+        views=_FRONTAL,
+        rules=_LOCAL_MI_RULES,
+        splits=SplitRule.OFFICIAL_WITHOUT_EDEMA_TEST,
+        classes=_PATHOLOGY9,
+        blank="ignore",
+        notes=(_WITHOUT_ODD, "16 bit PNG made from DICOM there, 8 bit JPEG here"),
+    ),
 }
 
 # %% ../../../nbs/data/sets/04_mimic.ipynb #3fde6c46
 def _study_items(
-    images: pd.DataFrame,                           # as image_table makes it
-    facts: dict[str, dict],                         # study -> further entries of its item, such as its labels
-    reports: dict[str, ReportItem],                 # where the reports are; {} = they are not needed
-    folder: str,                                    # of the pictures: what stands before files/, relative to the root
+    images: pd.DataFrame,  # as image_table makes it
+    facts: dict[str, dict],  # study -> further entries of its item, such as its labels
+    reports: dict[str, ReportItem],  # where the reports are; {} = they are not needed
+    folder: str,  # of the pictures: what stands before files/, relative to the root
 ) -> list[StudyItem | RejectItem]:
     "One item per study; of a study with a problem only the rejects."
     items = []
-    for (subject, study, split), rows in groupby(images.itertuples(index=False), key=attrgetter("subject_id", "study_id", "split")):
+    for (subject, study, split), rows in groupby(
+        images.itertuples(index=False), key=attrgetter("subject_id", "study_id", "split")
+    ):
         rows, home = list(rows), _report_name(subject, study)[:-4]
         if rows[0].problem:
             items.append({"study": study, "rejects": [[row.dicom_id, row.problem] for row in rows]})
             continue
-        pictures = [{"id": row.dicom_id, "path": f"{folder}files/{home}/{row.dicom_id}.jpg", "view": row.view} for row in rows]
-        items.append({"study": study, "patient": subject, "split": split, "report": reports.get(f"{home}.txt"), "images": pictures, **facts.get(study, {})})
+        pictures = [
+            {"id": row.dicom_id, "path": f"{folder}files/{home}/{row.dicom_id}.jpg", "view": row.view} for row in rows
+        ]
+        items.append(
+            {
+                "study": study,
+                "patient": subject,
+                "split": split,
+                "report": reports.get(f"{home}.txt"),
+                "images": pictures,
+                **facts.get(study, {}),
+            }
+        )
     return items
 
 # %% ../../../nbs/data/sets/04_mimic.ipynb #e20e106f
 def _leave_out(
     images: pd.DataFrame,
-    rules: dict[str, pd.Series],    # rule -> True for the rows to leave out, if they have no problem
-) -> tuple[pd.DataFrame, dict[str, int]]:   # the images that stay; rule -> number of images left out
+    rules: dict[str, pd.Series],  # rule -> True for the rows to leave out, if they have no problem
+) -> tuple[pd.DataFrame, dict[str, int]]:  # the images that stay; rule -> number of images left out
     "Apply rules one after another; an image counts for the first that meets it."
     dropped = {}
     for rule, met in rules.items():
@@ -262,20 +384,28 @@ def _leave_out(
     return images, dropped
 
 # %% ../../../nbs/data/sets/04_mimic.ipynb #9fd5bf22
-_EDEMA_FOLDERS = ("", "mimic-cxr-pe-severity/1.*/", "mimic-cxr-pe-severity/", "mimic-cxr-pe-severity*/", "mimic_cxr_edema/",
-                 "physionet.org/files/mimic-cxr-pe-severity/1.*/")
+_EDEMA_FOLDERS = (
+    "",
+    "mimic-cxr-pe-severity/1.*/",
+    "mimic-cxr-pe-severity/",
+    "mimic-cxr-pe-severity*/",
+    "mimic_cxr_edema/",
+    "physionet.org/files/mimic-cxr-pe-severity/1.*/",
+)
 
 
 def _read_edema_table(
     root: str | Path,
-    kind: str,          # "regex_report", "expert_report" or "consensus_image"
-) -> pd.DataFrame:      # text: subject_id, study_id, dicom_id (of consensus_image), edema_severity
+    kind: str,  # "regex_report", "expert_report" or "consensus_image"
+) -> pd.DataFrame:  # text: subject_id, study_id, dicom_id (of consensus_image), edema_severity
     "A table of edema grades, with the column `edeme_severity` of older copies under its right name."
     name = f"{kind}_edema_severity.csv"
     try:
         path = find_file(root, *(f"{folder}{name}{packed}" for folder in _EDEMA_FOLDERS for packed in ("", ".gz")))
     except DataError as error:
-        raise DataError(f"{root}: no {name}, neither there nor in {', '.join(_EDEMA_FOLDERS[1:])}; name its folder with --edema") from error
+        raise DataError(
+            f"{root}: no {name}, neither there nor in {', '.join(_EDEMA_FOLDERS[1:])}; name its folder with --edema"
+        ) from error
     keys = ("subject_id", "study_id", "dicom_id") if kind == "consensus_image" else ("subject_id", "study_id")
     table = read_table(path, keys)
     if "edema_severity" not in table:
@@ -299,20 +429,24 @@ def _simulate_edema(root: Path, studies: Sequence[PhantomStudy]) -> None:
     folder = Path(root) / "mimic-cxr-pe-severity"
     folder.mkdir()
     for kind, rows in {"regex_report": reports, "expert_report": reports[::2], "consensus_image": images}.items():
-        pd.DataFrame(rows, columns=columns[:len(rows[0])]).to_csv(folder / f"{kind}_edema_severity.csv", index=False)
+        pd.DataFrame(rows, columns=columns[: len(rows[0])]).to_csv(folder / f"{kind}_edema_severity.csv", index=False)
 
 # %% ../../../nbs/data/sets/04_mimic.ipynb #78cb668a
 def _edema_grades(
-    table: pd.DataFrame,    # as read_edema_table gives it
-    images: pd.DataFrame,   # as image_table gives it
-    key: str,               # "study_id" or, of the consensus, "dicom_id"
-) -> tuple[dict[str, int], dict[str, str]]:     # key -> grade; key -> what is wrong with its row
+    table: pd.DataFrame,  # as read_edema_table gives it
+    images: pd.DataFrame,  # as image_table gives it
+    key: str,  # "study_id" or, of the consensus, "dicom_id"
+) -> tuple[dict[str, int], dict[str, str]]:  # key -> grade; key -> what is wrong with its row
     "Grades by study or by image, checked against the images of MIMIC-CXR. DataError if no id meets."
-    subjects, studies = (dict(zip(images[key].tolist(), images[column].tolist(), strict=True)) for column in ("subject_id", "study_id"))
+    subjects, studies = (
+        dict(zip(images[key].tolist(), images[column].tolist(), strict=True)) for column in ("subject_id", "study_id")
+    )
     if not set(table[key]) & set(subjects):
         raise DataError(f"no {key} of the edema grades is in MIMIC-CXR's metadata table; are both complete?")
     doubled, grades, problems = set(table[key][table[key].duplicated()]), {}, {}
-    for one, subject, study, grade in zip(table[key], table["subject_id"], table["study_id"], table["edema_severity"], strict=True):
+    for one, subject, study, grade in zip(
+        table[key], table["subject_id"], table["study_id"], table["edema_severity"], strict=True
+    ):
         if one in doubled:
             problems[one] = "has more than one edema grade"
         elif one not in subjects:
@@ -348,13 +482,22 @@ def _plan_mimic(config: _MimicConfig) -> Source:
     images = image_table(root)
     table = _read_label_table(root, config.labeler)
     (labels, damaged), owners = _label_values(table), dict(zip(images["study_id"], images["subject_id"], strict=True))
-    damaged |= {study: "has another patient in the table of labels"
-                for study, subject in zip(table["study_id"], table["subject_id"], strict=True) if owners.get(study, subject) != subject}
-    strays = [reject(study, "has labels, but is not in the metadata table", 0) for study in labels if study not in owners]
+    damaged |= {
+        study: "has another patient in the table of labels"
+        for study, subject in zip(table["study_id"], table["subject_id"], strict=True)
+        if owners.get(study, subject) != subject
+    }
+    strays = [
+        reject(study, "has labels, but is not in the metadata table", 0) for study in labels if study not in owners
+    ]
     if not set(owners) & set(labels):
-        raise DataError(f"{_mimic_table(root, config.labeler)} and {_mimic_table(root, 'metadata')} have no study_id in common")
-    rules = {f"view is not {' or '.join(recipe.views)}": ~images["view"].isin(recipe.views),
-             "study whose sections the parser misreads": images["study_id"].isin(_ODD_REPORTS)}
+        raise DataError(
+            f"{_mimic_table(root, config.labeler)} and {_mimic_table(root, 'metadata')} have no study_id in common"
+        )
+    rules = {
+        f"view is not {' or '.join(recipe.views)}": ~images["view"].isin(recipe.views),
+        "study whose sections the parser misreads": images["study_id"].isin(_ODD_REPORTS),
+    }
     if recipe.splits == SplitRule.OFFICIAL_TEST_TO_VALIDATE:
         images["split"] = images["split"].replace("test", "validate")
     if recipe.splits == SplitRule.OFFICIAL_WITHOUT_EDEMA_TEST:
@@ -363,19 +506,36 @@ def _plan_mimic(config: _MimicConfig) -> Source:
     images, dropped = _leave_out(images, rules)
     names = list(map(_report_name, images["subject_id"].tolist(), images["study_id"].tolist()))
     reports = _find_reports(root, names)
-    faults = [damaged.get(study) or ("" if name in reports else "its report is not in the zip") for study, name in zip(images["study_id"], names, strict=True)]
+    faults = [
+        damaged.get(study) or ("" if name in reports else "its report is not in the zip")
+        for study, name in zip(images["study_id"], names, strict=True)
+    ]
     images = _spread_problems(images.assign(problem=images["problem"].where(images["problem"] != "", faults)))
     blank = dict.fromkeys(_LABELS)
     facts = {study: {"labels": labels.get(study, blank)} for study in pd.unique(images["study_id"])}
-    settings = {"patient_ids": "mimic", "labeler": config.labeler, "beside": {"studies without a row of labels": sum(study not in labels for study in facts)}}
-    return Source(_study_items(images, facts, reports, _jpg_folder(root)) + strays, labels=_LABELS, dropped=dropped, settings=settings)
+    settings = {
+        "patient_ids": "mimic",
+        "labeler": config.labeler,
+        "beside": {"studies without a row of labels": sum(study not in labels for study in facts)},
+    }
+    return Source(
+        _study_items(images, facts, reports, _jpg_folder(root)) + strays,
+        labels=_LABELS,
+        dropped=dropped,
+        settings=settings,
+    )
 
 # %% ../../../nbs/data/sets/04_mimic.ipynb #e7498e79
 _EDEMA_RECIPES = {
-    "medvis": Recipe(views=_FRONTAL, splits=SplitRule.CONSENSUS,
-                     notes=("grades by regular expressions, corrected by the experts'",)),
-    "local-mi": Recipe(fit="crop", views=_FRONTAL, splits=SplitRule.CONSENSUS_WITHOUT_MIMIC_TEST,
-                       notes=("grades by regular expressions",)),
+    "medvis": Recipe(
+        views=_FRONTAL, splits=SplitRule.CONSENSUS, notes=("grades by regular expressions, corrected by the experts'",)
+    ),
+    "local-mi": Recipe(
+        fit="crop",
+        views=_FRONTAL,
+        splits=SplitRule.CONSENSUS_WITHOUT_MIMIC_TEST,
+        notes=("grades by regular expressions",),
+    ),
 }
 _EDEMA_GRADERS = {"medvis": ("regex_report", "expert_report"), "local-mi": ("regex_report",)}
 
@@ -391,15 +551,22 @@ class _EdemaConfig(ReadConfig):
 def _graded_images(config: _EdemaConfig, images: pd.DataFrame) -> tuple[pd.DataFrame, list[RejectItem]]:
     "The images that are graded, with their grade and `test` for those of the consensus; and rejects of grades without an image."
     folder, grades, problems = config.edema or config.root, {}, {}
-    for kind in _EDEMA_GRADERS[config.recipe]:       # a later table corrects an earlier one
+    for kind in _EDEMA_GRADERS[config.recipe]:  # a later table corrects an earlier one
         good, bad = _edema_grades(_read_edema_table(folder, kind), images, "study_id")
-        grades, problems = {**grades, **good}, {**{study: text for study, text in problems.items() if study not in good}, **bad}
+        grades, problems = (
+            {**grades, **good},
+            {**{study: text for study, text in problems.items() if study not in good}, **bad},
+        )
     tested, wrong = _edema_grades(_read_edema_table(folder, "consensus_image"), images, "dicom_id")
     known = set(images["study_id"]) | set(images["dicom_id"])
     strays = [reject(one, text, 0) for one, text in {**problems, **wrong}.items() if one not in known]
     images = images.assign(test=images["dicom_id"].isin({**tested, **wrong}))
     images["grade"] = images["dicom_id"].map(tested).where(images["test"], images["study_id"].map(grades))
-    faults = np.where(images["test"], [wrong.get(one, "") for one in images["dicom_id"]], [problems.get(one, "") for one in images["study_id"]])
+    faults = np.where(
+        images["test"],
+        [wrong.get(one, "") for one in images["dicom_id"]],
+        [problems.get(one, "") for one in images["study_id"]],
+    )
     images["problem"] = images["problem"].where(images["problem"] != "", faults)
     images = images[images["grade"].notna() | (faults != "")]
     differing = images[images["test"]].groupby("study_id")["grade"].nunique().loc[lambda counts: counts > 1].index
@@ -412,16 +579,27 @@ def _plan_edema(config: _EdemaConfig) -> Source:
     recipe = config.choose(_EDEMA_RECIPES)
     images, strays = _graded_images(config, image_table(config.root))
     learned, held_out = ~images["test"], set(images["subject_id"][images["test"]])
-    rules = {f"view is not {' or '.join(recipe.views)}": learned & ~images["view"].isin(recipe.views),
-             "patient of the edema test set": learned & images["subject_id"].isin(held_out)}
+    rules = {
+        f"view is not {' or '.join(recipe.views)}": learned & ~images["view"].isin(recipe.views),
+        "patient of the edema test set": learned & images["subject_id"].isin(held_out),
+    }
     if recipe.splits == SplitRule.CONSENSUS_WITHOUT_MIMIC_TEST:
         rules["patient of MIMIC-CXR's test set"] = learned & (images["split"] == "test")
-    shared = np.where(images["split"] == "train", "train", "validate")      # so what was learned from MIMIC-CXR's training set is validated on others
+    shared = np.where(
+        images["split"] == "train", "train", "validate"
+    )  # so what was learned from MIMIC-CXR's training set is validated on others
     images, dropped = _leave_out(images.assign(split=np.where(learned, shared, "test")), rules)
     images = _spread_problems(images)
-    facts = {study: {"grades": {"Edema": int(grade)}} for study, grade in zip(images["study_id"], images["grade"].fillna(0), strict=True)}
-    return Source(_study_items(images, facts, {}, _jpg_folder(config.root)) + strays, grades=("Edema",), dropped=dropped,
-                  settings={"patient_ids": "mimic", "levels": {"Edema": 4}})
+    facts = {
+        study: {"grades": {"Edema": int(grade)}}
+        for study, grade in zip(images["study_id"], images["grade"].fillna(0), strict=True)
+    }
+    return Source(
+        _study_items(images, facts, {}, _jpg_folder(config.root)) + strays,
+        grades=("Edema",),
+        dropped=dropped,
+        settings={"patient_ids": "mimic", "levels": {"Edema": 4}},
+    )
 
 # %% ../../../nbs/data/sets/04_mimic.ipynb #1b2851de
 _GET_MIMIC = """\
@@ -453,8 +631,12 @@ def _first_reports(root: str | Path) -> dict[str, ReportItem]:
 # %% ../../../nbs/data/sets/04_mimic.ipynb #61c1a2dc
 def _mimic_tables(config: _MimicConfig) -> list[tuple[str, Callable]]:
     "(what, function that reads it) of each table of MIMIC-CXR that is asked for, for `medvis data check`."
-    readers = {"metadata": _read_metadata_table, "split": _read_split_table, "labels": partial(_read_label_table, labeler=config.labeler),
-               "reports": _first_reports}
+    readers = {
+        "metadata": _read_metadata_table,
+        "split": _read_split_table,
+        "labels": partial(_read_label_table, labeler=config.labeler),
+        "reports": _first_reports,
+    }
     tables = [(what, partial(read, config.root)) for what, read in readers.items()]
     if config.choose(_MIMIC_RECIPES).splits == SplitRule.OFFICIAL_WITHOUT_EDEMA_TEST:
         tables.append(("edema grades", partial(_read_edema_table, config.edema or config.root, "consensus_image")))
@@ -463,11 +645,35 @@ def _mimic_tables(config: _MimicConfig) -> list[tuple[str, Callable]]:
 # %% ../../../nbs/data/sets/04_mimic.ipynb #4431410b
 def _edema_tables(config: _EdemaConfig) -> list[tuple[str, Callable]]:
     "(what, function that reads it) of each table of the edema grades that is asked for, for `medvis data check`."
-    graded = [(f"{kind} grades", partial(_read_edema_table, config.edema or config.root, kind)) for kind in (*_EDEMA_GRADERS[config.recipe], "consensus_image")]
-    return [("metadata", partial(_read_metadata_table, config.root)), ("split", partial(_read_split_table, config.root)), *graded]
+    graded = [
+        (f"{kind} grades", partial(_read_edema_table, config.edema or config.root, kind))
+        for kind in (*_EDEMA_GRADERS[config.recipe], "consensus_image")
+    ]
+    return [
+        ("metadata", partial(_read_metadata_table, config.root)),
+        ("split", partial(_read_split_table, config.root)),
+        *graded,
+    ]
 
 # %% ../../../nbs/data/sets/04_mimic.ipynb #09c855b3
-MIMIC_CXR = DataSet(name="mimic-cxr", title="MIMIC-CXR-JPG with the reports of MIMIC-CXR", get=_GET_MIMIC, plan=_plan_mimic, recipes=_MIMIC_RECIPES,
-                    tables=_mimic_tables, simulate=_simulate_edema, config=_MimicConfig)
-MIMIC_EDEMA = DataSet(name="mimic-edema", title="Pulmonary edema severity in MIMIC-CXR", get=_GET_EDEMA, plan=_plan_edema, recipes=_EDEMA_RECIPES,
-                      tables=_edema_tables, simulate=_simulate_edema, config=_EdemaConfig, wanted=("Edema",))
+MIMIC_CXR = DataSet(
+    name="mimic-cxr",
+    title="MIMIC-CXR-JPG with the reports of MIMIC-CXR",
+    get=_GET_MIMIC,
+    plan=_plan_mimic,
+    recipes=_MIMIC_RECIPES,
+    tables=_mimic_tables,
+    simulate=_simulate_edema,
+    config=_MimicConfig,
+)
+MIMIC_EDEMA = DataSet(
+    name="mimic-edema",
+    title="Pulmonary edema severity in MIMIC-CXR",
+    get=_GET_EDEMA,
+    plan=_plan_edema,
+    recipes=_EDEMA_RECIPES,
+    tables=_edema_tables,
+    simulate=_simulate_edema,
+    config=_EdemaConfig,
+    wanted=("Edema",),
+)

@@ -19,26 +19,49 @@ from PIL import Image
 
 from ..files import DataError, find_file, number, read_table
 from ..phantom import PhantomStudy
-from .plans import UNLISTED, ListedConfig, deal_splits, draw_splits, image_files, item_or_reject, listed_splits, rows_by
+from medvis.data.sets.plans import (
+    UNLISTED,
+    ListedConfig,
+    deal_splits,
+    draw_splits,
+    image_files,
+    item_or_reject,
+    listed_splits,
+    rows_by,
+)
 from .rsna import FRAME, enlarge
 from ..source import DataSet, Recipe, Source, SplitRule, StudyItem, check_boxes
 
 # %% ../../../nbs/data/sets/10_nih.ipynb #ca9f8c09
-_LABELS = ("Atelectasis", "Cardiomegaly", "Consolidation", "Edema", "Effusion", "Emphysema", "Fibrosis", "Hernia", "Infiltration", "Mass", "Nodule",
-          "Pleural_Thickening", "Pneumonia", "Pneumothorax")
+_LABELS = (
+    "Atelectasis",
+    "Cardiomegaly",
+    "Consolidation",
+    "Edema",
+    "Effusion",
+    "Emphysema",
+    "Fibrosis",
+    "Hernia",
+    "Infiltration",
+    "Mass",
+    "Nodule",
+    "Pleural_Thickening",
+    "Pneumonia",
+    "Pneumothorax",
+)
 _BOXED = ("Atelectasis", "Cardiomegaly", "Effusion", "Infiltration", "Mass", "Nodule", "Pneumonia", "Pneumothorax")
 BOX_COLUMNS = ["Image Index", "Finding Label", "Bbox [x", "y", "w", "h]"]
 _NAME = re.compile(r"((\d{8})_\d{3})\.png")
 
 
-def _read_entries(root: Path) -> pd.DataFrame:       # index = number of the line
+def _read_entries(root: Path) -> pd.DataFrame:  # index = number of the line
     "Data_Entry_2017, as of 2020 or of 2017: one line an image"
     path = find_file(root, "Data_Entry_2017_v2020.csv", "Data_Entry_2017.csv", "Data_Entry_2017*.csv.gz")
     columns = ["Image Index", "Finding Labels", "Patient ID", "View Position"]
     return read_table(path, columns)[columns]
 
 # %% ../../../nbs/data/sets/10_nih.ipynb #4472b83e
-def _read_boxes(root: Path) -> dict[str, dict[int, dict[str, str]]]:     # image -> number of the line -> its cells
+def _read_boxes(root: Path) -> dict[str, dict[int, dict[str, str]]]:  # image -> number of the line -> its cells
     "BBox_List_2017.csv; {} where it is not at hand. DataError for a line with more or fewer than six fields."
     try:
         path = find_file(root, "BBox_List_2017.csv", "BBox_List_2017.csv.gz")
@@ -54,7 +77,9 @@ def _read_list(root: Path, name: str) -> list[str]:
     "The names in train_val_list.txt or test_list.txt. DataError for one that is there twice."
     table = read_table(find_file(root, name), names=("Image Index",))["Image Index"]
     if table.duplicated().any():
-        raise DataError(f"{name}, line {table.index[table.duplicated()][0]}: {table[table.duplicated()].iloc[0]} is in the list already")
+        raise DataError(
+            f"{name}, line {table.index[table.duplicated()][0]}: {table[table.duplicated()].iloc[0]} is in the list already"
+        )
     return table.tolist()
 
 # %% ../../../nbs/data/sets/10_nih.ipynb #34b9240c
@@ -62,13 +87,15 @@ def _read_findings(cell: str) -> dict[str, float]:
     "1 or 0 for each of the 14 labels. DataError for another name, for one that is there twice, and for none."
     names = [] if cell == "No Finding" else cell.split("|")
     if strange := [name for name in names if name not in _LABELS]:
-        raise DataError(f"Finding Labels has {strange[0][:30]!r}; expected No Finding alone, or names of the 14 labels with | between them")
+        raise DataError(
+            f"Finding Labels has {strange[0][:30]!r}; expected No Finding alone, or names of the 14 labels with | between them"
+        )
     if len(set(names)) < len(names):
         raise DataError("Finding Labels names a finding twice")
     return {name: float(name in names) for name in _LABELS}
 
 # %% ../../../nbs/data/sets/10_nih.ipynb #4e8df675
-def _read_box(line: int, cells: dict[str, str]) -> list:     # name, x0, y0, x1, y1 in the frame of 1024 x 1024
+def _read_box(line: int, cells: dict[str, str]) -> list:  # name, x0, y0, x1, y1 in the frame of 1024 x 1024
     "The box of a line. DataError names line and column."
     name = cells["Finding Label"].replace("Infiltrate", "Infiltration")
     where = f"BBox_List_2017.csv, line {line}: "
@@ -79,10 +106,11 @@ def _read_box(line: int, cells: dict[str, str]) -> list:     # name, x0, y0, x1,
 
 # %% ../../../nbs/data/sets/10_nih.ipynb #b57c62d2
 def _image_item(
-    lines: dict[int, dict[str, str]],           # number of the line -> its cells; more than one is one too many
+    lines: dict[int, dict[str, str]],  # number of the line -> its cells; more than one is one too many
     split: str,
     path: str,
-    boxes: dict[int, dict[str, str]] | None,    # the same of `_read_boxes`; {} = somebody looked and drew none, None = nobody looked
+    boxes: dict[int, dict[str, str]]
+    | None,  # the same of `_read_boxes`; {} = somebody looked and drew none, None = nobody looked
 ) -> StudyItem:
     "An image with its labels and boxes. DataError names the column at fault."
     cells = next(iter(lines.values()))
@@ -98,16 +126,32 @@ def _image_item(
     if drawn and len(set(map(tuple, drawn))) < len(drawn):
         raise DataError("BBox_List_2017 has the same box twice")
     image = {"id": name[1], "path": path, "view": view, "boxes": drawn, "frame": [FRAME, FRAME]}
-    return {"study": name[1], "patient": name[2], "split": split, "labels": _read_findings(cells["Finding Labels"]), "images": [image]}
+    return {
+        "study": name[1],
+        "patient": name[2],
+        "split": split,
+        "labels": _read_findings(cells["Finding Labels"]),
+        "images": [image],
+    }
 
 # %% ../../../nbs/data/sets/10_nih.ipynb #f98551c2
 _RECIPES = {
-    "medvis": Recipe(splits=SplitRule.OFFICIAL, notes=("published lists; a tenth of the patients of train_val for validation",)),
+    "medvis": Recipe(
+        splits=SplitRule.OFFICIAL, notes=("published lists; a tenth of the patients of train_val for validation",)
+    ),
     "patients": Recipe(splits=SplitRule.PATIENTS, notes=("80/10/10 by patient; needs no lists",)),
-    "lovt": Recipe(size=224, fit="pad-first", equalise=True, splits=SplitRule.LOVT_60_20_20, subset="first", notes=(
-        "880 boxed images and 100 of No Finding from the test list, taken for empty",
-        "LoVT's own lists (588 / 196 / 196) with split_files: some patients leak",
-        "8 findings; masks are unions of boxes (tasks.paint_boxes)")),
+    "lovt": Recipe(
+        size=224,
+        fit="pad-first",
+        equalise=True,
+        splits=SplitRule.LOVT_60_20_20,
+        subset="first",
+        notes=(
+            "880 boxed images and 100 of No Finding from the test list, taken for empty",
+            "LoVT's own lists (588 / 196 / 196) with split_files: some patients leak",
+            "8 findings; masks are unions of boxes (tasks.paint_boxes)",
+        ),
+    ),
 }
 
 
@@ -128,23 +172,31 @@ def _official_splits(root: Path, names: Sequence[str], seed: int) -> dict[str, s
     listed |= dict.fromkeys(tested, "test")
     parts = {"train_val_list.txt": list(set(listed) - set(tested)), "test_list.txt": tested, "Data_Entry_2017": names}
     for what, these in parts.items():
-        those, where = (listed, "train_val_list.txt and test_list.txt") if these is names else (names, "Data_Entry_2017")
+        those, where = (
+            (listed, "train_val_list.txt and test_list.txt") if these is names else (names, "Data_Entry_2017")
+        )
         if missing := sorted(set(these) - set(those)):
-            raise DataError(f"{len(missing)} images of {what} are not in {where} ({', '.join(missing[:3])}); get the published file, or use --recipe patients")
+            raise DataError(
+                f"{len(missing)} images of {what} are not in {where} ({', '.join(missing[:3])}); get the published file, or use --recipe patients"
+            )
     draws = dict(zip(names, draw_splits([name[:8] for name in names], SplitRule.PATIENTS_90_10, seed)))
     return {name: "test" if listed[name] == "test" else draws[name] for name in names}
 
 # %% ../../../nbs/data/sets/10_nih.ipynb #f26dcde1
 def _healthy_sample(
     table: pd.DataFrame,
-    tested: Sequence[str],      # names of the test list
+    tested: Sequence[str],  # names of the test list
     count: int,
     seed: int,
 ) -> list[str]:
     "So many images of No Finding from the test list, those whose names have the smallest hashes. DataError if there are fewer."
-    healthy = table.loc[(table["Finding Labels"] == "No Finding") & table["Image Index"].isin(set(tested)), "Image Index"]
+    healthy = table.loc[
+        (table["Finding Labels"] == "No Finding") & table["Image Index"].isin(set(tested)), "Image Index"
+    ]
     if len(healthy) < count:
-        raise DataError(f"the test list has {len(healthy)} images of No Finding, {count} are wanted; choose fewer (no_findings)")
+        raise DataError(
+            f"the test list has {len(healthy)} images of No Finding, {count} are wanted; choose fewer (no_findings)"
+        )
     return sorted(healthy, key=lambda name: hashlib.sha256(f"healthy:{seed}:{name}".encode()).digest())[:count]
 
 # %% ../../../nbs/data/sets/10_nih.ipynb #164bebb6
@@ -153,22 +205,34 @@ def _nih_splits(config: _NihConfig, rule: SplitRule, table: pd.DataFrame, boxes:
     root, names = Path(config.root), table["Image Index"].unique().tolist()
     if config.split_files:
         files = {name.removesuffix(".png"): name for name in names}
-        return {files[name]: split for name, split in listed_splits(config.split_files, files, "Data_Entry_2017").items()}
+        return {
+            files[name]: split for name, split in listed_splits(config.split_files, files, "Data_Entry_2017").items()
+        }
     if rule == SplitRule.OFFICIAL:
         splits = _official_splits(root, names, config.split_seed)
         if learned := [name for name in boxes if splits[name] != "test"]:
-            raise DataError(f"{len(learned)} images with boxes are not in test_list.txt ({learned[0]}), where all of the published ones are; are the two lists exchanged?")
+            raise DataError(
+                f"{len(learned)} images with boxes are not in test_list.txt ({learned[0]}), where all of the published ones are; are the two lists exchanged?"
+            )
         return splits
     if rule == SplitRule.LOVT_60_20_20:
         if not boxes:
             raise DataError(f"{root}: there is no BBox_List_2017.csv; recipe lovt is about its images")
         tested = _read_list(root, "test_list.txt") if config.no_findings else []
-        names = [*boxes, *_healthy_sample(table[~table["Image Index"].isin(boxes)], tested, config.no_findings, config.split_seed)]
+        names = [
+            *boxes,
+            *_healthy_sample(table[~table["Image Index"].isin(boxes)], tested, config.no_findings, config.split_seed),
+        ]
         return deal_splits(names, [name[:8] for name in names], config.split_seed)
     return dict(zip(names, draw_splits([name[:8] for name in names], rule, config.split_seed)))
 
 # %% ../../../nbs/data/sets/10_nih.ipynb #3b3e41c0
-_IMAGES = ("images_*/images/", "images/images_*/images/", "images_*/", "images/")     # where archives put them: 12 folders, or one
+_IMAGES = (
+    "images_*/images/",
+    "images/images_*/images/",
+    "images_*/",
+    "images/",
+)  # where archives put them: 12 folders, or one
 
 
 def _plan_nih(config: _NihConfig) -> Source:
@@ -176,7 +240,9 @@ def _plan_nih(config: _NihConfig) -> Source:
     root, recipe = Path(config.root), config.choose(_RECIPES)
     table, boxes = _read_entries(root), _read_boxes(root)
     if unknown := sorted(set(boxes) - set(table["Image Index"])):
-        raise DataError(f"BBox_List_2017.csv names {len(unknown)} images that Data_Entry_2017 does not have ({', '.join(unknown[:3])})")
+        raise DataError(
+            f"BBox_List_2017.csv names {len(unknown)} images that Data_Entry_2017 does not have ({', '.join(unknown[:3])})"
+        )
     lines = rows_by(table, "Image Index")
     files = image_files(root, *(f"{folder}*.[jp][pn]g" for folder in _IMAGES))
     splits = _nih_splits(config, recipe.splits, table, boxes)
@@ -190,8 +256,10 @@ def _plan_nih(config: _NihConfig) -> Source:
     return Source(items, _LABELS, boxes=_BOXED if boxes else (), dropped=dropped)
 
 # %% ../../../nbs/data/sets/10_nih.ipynb #289b515c
-_ENTRY_HEADER = ("Image Index,Finding Labels,Follow-up #,Patient ID,Patient Age,Patient Gender,View Position,"
-                "OriginalImage[Width,Height],OriginalImagePixelSpacing[x,y]")
+_ENTRY_HEADER = (
+    "Image Index,Finding Labels,Follow-up #,Patient ID,Patient Age,Patient Gender,View Position,"
+    "OriginalImage[Width,Height],OriginalImagePixelSpacing[x,y]"
+)
 _PHANTOM_NAMES = {"Pleural Effusion": "Effusion"} | {name: name for name in _LABELS}
 
 
@@ -199,13 +267,19 @@ def _simulate_nih(root: Path, studies: Sequence[PhantomStudy]) -> None:
     "Write phantom studies as the NIH published them: PNG files, two tables, two lists"
     patients = list(dict.fromkeys(study.patient_id for study in studies))
     visits: Counter = Counter()
-    entries, boxes, lists = [_ENTRY_HEADER], ["Image Index,Finding Label,Bbox [x,y,w,h],,,"], {"train_val_list.txt": [], "test_list.txt": []}
+    entries, boxes, lists = (
+        [_ENTRY_HEADER],
+        ["Image Index,Finding Label,Bbox [x,y,w,h],,,"],
+        {"train_val_list.txt": [], "test_list.txt": []},
+    )
     for index, study in enumerate(studies):
         patient, visit = patients.index(study.patient_id), visits[study.patient_id]
         visits[study.patient_id] += 1
         name, tested = f"{patient + 1:08d}_{visit:03d}.png", patient >= len(patients) * 2 // 3
         shown = sorted({_PHANTOM_NAMES[finding.name] for finding in study.findings if finding.name in _PHANTOM_NAMES})
-        entries.append(f"{name},{'|'.join(shown) or 'No Finding'},{visit},{patient + 1},60,F,{study.view},2500,2500,0.14,0.14")
+        entries.append(
+            f"{name},{'|'.join(shown) or 'No Finding'},{visit},{patient + 1},60,F,{study.view},2500,2500,0.14,0.14"
+        )
         lists["test_list.txt" if tested else "train_val_list.txt"].append(name)
         for finding in study.findings if tested else ():
             if (kind := _PHANTOM_NAMES.get(finding.name)) in _BOXED:
@@ -230,9 +304,26 @@ Unpack the twelve archives and give the folder as --root:
 def _nih_tables(config: _NihConfig) -> list[tuple[str, Callable]]:
     "What is read, and how, for the check; the lists are only asked for by recipe medvis"
     root = Path(config.root)
-    lists = [(name, partial(_read_list, root, name)) for name in ("train_val_list.txt", "test_list.txt") if (root / name).exists()]
-    return [("Data_Entry_2017", partial(_read_entries, root)), ("BBox_List_2017.csv", partial(_read_boxes, root)), *lists]
+    lists = [
+        (name, partial(_read_list, root, name))
+        for name in ("train_val_list.txt", "test_list.txt")
+        if (root / name).exists()
+    ]
+    return [
+        ("Data_Entry_2017", partial(_read_entries, root)),
+        ("BBox_List_2017.csv", partial(_read_boxes, root)),
+        *lists,
+    ]
 
 
-NIH = DataSet(name="nih", title="NIH ChestX-ray14", get=_GET, plan=_plan_nih, recipes=_RECIPES, tables=_nih_tables, simulate=_simulate_nih, config=_NihConfig,
-              wanted=("Pneumothorax", "Pneumonia", "Nodule", "Cardiomegaly", "Pleural Effusion", "Atelectasis"))
+NIH = DataSet(
+    name="nih",
+    title="NIH ChestX-ray14",
+    get=_GET,
+    plan=_plan_nih,
+    recipes=_RECIPES,
+    tables=_nih_tables,
+    simulate=_simulate_nih,
+    config=_NihConfig,
+    wanted=("Pneumothorax", "Pneumonia", "Nodule", "Cardiomegaly", "Pleural Effusion", "Atelectasis"),
+)

@@ -25,7 +25,7 @@ from ..source import DataSet, ImageItem, Recipe, Source, SplitRule, StudyItem
 _CLASS = "foreign object"
 
 
-def _read_annotations(path: Path) -> pd.DataFrame:       # name, annotation; index = number of the line
+def _read_annotations(path: Path) -> pd.DataFrame:  # name, annotation; index = number of the line
     "One of the two tables, with either name of its first column. DataError if there is neither."
     table = read_table(path, ["annotation"])
     column = next((name for name in ("image_name", "image_path") if name in table), None)
@@ -60,19 +60,40 @@ def _image_entry(name: str, path: str, annotation: str, released_defects: bool =
         x0, y0, x1, y1 = shape_box(shape)
         if x0 >= x1 or y0 >= y1 or (shape[0] != POLYGON and shape[1:] != [x0, y0, x1, y1]):
             raise DataError("a shape without extent, or with its corners in another order than x1 < x2 and y1 < y2")
-    drawn = {"shapes": [_released_shape(shape) for shape in shapes], "clip": True} if released_defects else {"shapes": shapes}
+    drawn = (
+        {"shapes": [_released_shape(shape) for shape in shapes], "clip": True}
+        if released_defects
+        else {"shapes": shapes}
+    )
     boxes = [[_CLASS, *(_released_box if released_defects else shape_box)(shape)] for shape in shapes]
     return {"id": name, "path": path, "boxes": boxes, "masks": {_CLASS: drawn}, "clip": released_defects}
 
 # %% ../../../nbs/data/sets/09_object_cxr.ipynb #7fc2611b
 _RECIPES = {
-    "medvis": Recipe(splits=SplitRule.PATIENTS_80_20, notes=("dev.csv is the test set", "20 % of train.csv for validation, by a hash of the name")),
-    "lovt": Recipe(size=224, fit="pad-first", equalise=True, splits=SplitRule.LOVT_80_20, subset="first", notes=(
-        "6 400 / 1 600 / 1 000; drawn without a seed: split_files for LoVT's own lists",
-        "released files: width and height exchanged, polygons transposed (released_defects)")),
-    "mgca": Recipe(size=224, fit="stretch", splits=SplitRule.MGCA_90_10, notes=(
-        "released 7 200 / 800 / 1 000 (the paper says 6 400 / 1 600)",
-        "released boxes of polygons are widened around the polygon's middle; here they are tight")),
+    "medvis": Recipe(
+        splits=SplitRule.PATIENTS_80_20,
+        notes=("dev.csv is the test set", "20 % of train.csv for validation, by a hash of the name"),
+    ),
+    "lovt": Recipe(
+        size=224,
+        fit="pad-first",
+        equalise=True,
+        splits=SplitRule.LOVT_80_20,
+        subset="first",
+        notes=(
+            "6 400 / 1 600 / 1 000; drawn without a seed: split_files for LoVT's own lists",
+            "released files: width and height exchanged, polygons transposed (released_defects)",
+        ),
+    ),
+    "mgca": Recipe(
+        size=224,
+        fit="stretch",
+        splits=SplitRule.MGCA_90_10,
+        notes=(
+            "released 7 200 / 800 / 1 000 (the paper says 6 400 / 1 600)",
+            "released boxes of polygons are widened around the polygon's middle; here they are tight",
+        ),
+    ),
 }
 
 
@@ -85,17 +106,19 @@ class _ObjectCxrConfig(ListedConfig):
 
 # %% ../../../nbs/data/sets/09_object_cxr.ipynb #0fc1ad31
 def _split_train(
-    names: Sequence[str],   # (n,) of the images of train.csv, in its order
-    rule: SplitRule,        # PATIENTS_80_20, LOVT_80_20 or MGCA_90_10
+    names: Sequence[str],  # (n,) of the images of train.csv, in its order
+    rule: SplitRule,  # PATIENTS_80_20, LOVT_80_20 or MGCA_90_10
     seed: int,
-) -> pd.Series:             # row -> train or validate; in the order of the draw, by which LoVT's small shares go
+) -> pd.Series:  # row -> train or validate; in the order of the draw, by which LoVT's small shares go
     "Which images of the training table are for validation; MGCA's draw (scikit-learn, random_state 0) does not ask for the seed."
     if rule == SplitRule.LOVT_80_20:
         return draw_rows(len(names), 0.2, seed=seed)
     return draw_rows(len(names), 0.1) if rule == SplitRule.MGCA_90_10 else pd.Series(draw_splits(names, rule, seed))
 
 # %% ../../../nbs/data/sets/09_object_cxr.ipynb #9900d02d
-def _read_parts(root: Path) -> pd.DataFrame:     # name, annotation, part, line, path below the root, id, twice (does the id occur again?)
+def _read_parts(
+    root: Path,
+) -> pd.DataFrame:  # name, annotation, part, line, path below the root, id, twice (does the id occur again?)
     "The two tables as one, train first. DataError if one of them cannot be read."
     tables = []
     for part in ("train", "dev"):
@@ -116,7 +139,13 @@ def _image_item(row: pd.Series, split: str, released_defects: bool) -> StudyItem
     if safe_path(row["name"]) != posixpath.basename(row["name"]):
         raise DataError("the name of the image is a path; expected a name such as 00001.jpg")
     image = _image_entry(row["id"], row["path"], row["annotation"], released_defects)
-    return {"study": row["id"], "patient": row["id"], "split": split, "labels": {_CLASS: float(bool(image["boxes"]))}, "images": [image]}
+    return {
+        "study": row["id"],
+        "patient": row["id"],
+        "split": split,
+        "labels": {_CLASS: float(bool(image["boxes"]))},
+        "images": [image],
+    }
 
 # %% ../../../nbs/data/sets/09_object_cxr.ipynb #f2734612
 def _plan_object_cxr(config: _ObjectCxrConfig) -> Source:
@@ -131,9 +160,24 @@ def _plan_object_cxr(config: _ObjectCxrConfig) -> Source:
         dropped = {UNLISTED: int((~table["id"].isin(listed)).sum())}
         order = {name: place for place, name in enumerate(listed)}
         table = table[table["id"].isin(listed)].sort_values("id", key=lambda names: names.map(order), kind="stable")
-    items = [item_or_reject(row["id"] or f"{row['part']}.csv line {row['line']}", _image_item, row, listed[row["id"]], config.released_defects)
-             for _, row in table.iterrows()]
-    return Source(items, labels=(_CLASS,), boxes=(_CLASS,), masks=(_CLASS,), dropped=dropped, settings={"released_defects": config.released_defects})
+    items = [
+        item_or_reject(
+            row["id"] or f"{row['part']}.csv line {row['line']}",
+            _image_item,
+            row,
+            listed[row["id"]],
+            config.released_defects,
+        )
+        for _, row in table.iterrows()
+    ]
+    return Source(
+        items,
+        labels=(_CLASS,),
+        boxes=(_CLASS,),
+        masks=(_CLASS,),
+        dropped=dropped,
+        settings={"released_defects": config.released_defects},
+    )
 
 # %% ../../../nbs/data/sets/09_object_cxr.ipynb #95b4ad98
 def _simulate_shapes(study: PhantomStudy, scale: int) -> list[list[int]]:
@@ -162,11 +206,20 @@ def _simulate_object_cxr(root: Path, studies: Sequence[PhantomStudy]) -> None:
 
 # %% ../../../nbs/data/sets/09_object_cxr.ipynb #580c0191
 OBJECT_CXR = DataSet(
-    name="object-cxr", title="Object-CXR", plan=_plan_object_cxr, recipes=_RECIPES, simulate=_simulate_object_cxr, config=_ObjectCxrConfig,
-    follow_ups=False, wanted=("Foreign Object", "Support Devices"),
-    tables=lambda config: [(f"{part}.csv", lambda part=part: _read_annotations(find_table(config.root, part))) for part in ("train", "dev")],
+    name="object-cxr",
+    title="Object-CXR",
+    plan=_plan_object_cxr,
+    recipes=_RECIPES,
+    simulate=_simulate_object_cxr,
+    config=_ObjectCxrConfig,
+    follow_ups=False,
+    wanted=("Foreign Object", "Support Devices"),
+    tables=lambda config: [
+        (f"{part}.csv", lambda part=part: _read_annotations(find_table(config.root, part))) for part in ("train", "dev")
+    ],
     get="""Object-CXR (JF Healthcare; free for scientific research and other non-commercial use): the links stand in https://github.com/hlk-1135/object-CXR
 (Google Drive); unpack the two archives.
     ROOT/train.csv  dev.csv                          (LoVT's layout, ROOT/input/..., is taken too)
     ROOT/train/00001.jpg …   ROOT/dev/08001.jpg …
-LoVT's lists for --split-files: datasets/object-CXR/ of https://github.com/philip-mueller/lovt""")
+LoVT's lists for --split-files: datasets/object-CXR/ of https://github.com/philip-mueller/lovt""",
+)

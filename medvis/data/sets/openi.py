@@ -38,13 +38,22 @@ def _compose_report(sections: dict[str, str]) -> str:
     return "".join(f"\n {name.upper()}: {body}\n" for name, body in bodies.items() if body)
 
 # %% ../../../nbs/data/sets/12_openi.ipynb #1c7d8669
-_MESH = {"normal": "normal", "Cardiomegaly": "Cardiomegaly", "Pulmonary Atelectasis": "Atelectasis", "Pleural Effusion": "Pleural Effusion",     # heading -> label
-        "Pneumothorax": "Pneumothorax", "Consolidation": "Consolidation", "Pulmonary Edema": "Edema", "Pneumonia": "Pneumonia",
-        "Opacity": "Lung Opacity", "Nodule": "Nodule"}
+_MESH = {
+    "normal": "normal",
+    "Cardiomegaly": "Cardiomegaly",
+    "Pulmonary Atelectasis": "Atelectasis",
+    "Pleural Effusion": "Pleural Effusion",  # heading -> label
+    "Pneumothorax": "Pneumothorax",
+    "Consolidation": "Consolidation",
+    "Pulmonary Edema": "Edema",
+    "Pneumonia": "Pneumonia",
+    "Opacity": "Lung Opacity",
+    "Nodule": "Nodule",
+}
 
 
 def _mesh_labels(
-    terms: Sequence[str],   # of MeSH/major, such as "Cardiomegaly/borderline"
+    terms: Sequence[str],  # of MeSH/major, such as "Cardiomegaly/borderline"
 ) -> dict[str, float | None]:
     "Labels by what the coders wrote: 1 coded, -1 only as borderline, 0 not coded; None if the report was not coded."
     if not terms or "no indexing" in {term.lower() for term in terms}:
@@ -61,7 +70,7 @@ def _phantom_terms(study: PhantomStudy) -> list[str]:
     return terms or ([] if {1, -1} & set(study.labels.values()) else ["normal"])
 
 # %% ../../../nbs/data/sets/12_openi.ipynb #06b9824f
-def _openi_images(study: PhantomStudy) -> list[tuple[str, np.ndarray]]:      # (id, (H, W) uint8) of each
+def _openi_images(study: PhantomStudy) -> list[tuple[str, np.ndarray]]:  # (id, (H, W) uint8) of each
     "The images of a phantom study under Open-i's names: its own, and with a PA a lateral (the picture, transposed)."
     number = int(study.study_id.rpartition("-")[2]) + 1
     shown = [study.image] + [study.image.T] * (study.view == "PA")
@@ -90,39 +99,51 @@ def _simulate_openi(root: Path, studies: Sequence[PhantomStudy]) -> None:
         ET.ElementTree(article).write(reports / f"{number}.xml", encoding="utf-8", xml_declaration=True)
 
 # %% ../../../nbs/data/sets/12_openi.ipynb #274c7561
-_LARGEST = 1_000_000     # bytes of a report; the published ones have up to 14 000
+_LARGEST = 1_000_000  # bytes of a report; the published ones have up to 14 000
 
 
 class _Tree(ET.TreeBuilder):
     def doctype(self, name, public_id, system):
-        raise DataError("holds a DOCTYPE, which a report has no use for and which can do harm; delete it if you trust the file")
+        raise DataError(
+            "holds a DOCTYPE, which a report has no use for and which can do harm; delete it if you trust the file"
+        )
 
 # %% ../../../nbs/data/sets/12_openi.ipynb #5309ffa4
 def _parse_xml(
     data: bytes,
-    name: str,      # of the file, for errors
-) -> dict:          # study, sections, major (MeSH terms), images (id, file, view) without a view
+    name: str,  # of the file, for errors
+) -> dict:  # study, sections, major (MeSH terms), images (id, file, view) without a view
     "A report of Open-i. DataError says what is wrong with the file, without its text."
     if len(data) > _LARGEST:
         raise DataError(f"{name} has {len(data)} bytes; no report is longer than {_LARGEST}")
     try:
         report = ET.fromstring(data, ET.XMLParser(target=_Tree()))
-    except (ET.ParseError, ValueError, LookupError) as error:       # LookupError: an encoding that does not exist
-        raise DataError(f"{name}: {error if isinstance(error, DataError) else f'not XML, or damaged ({error})'}") from error
+    except (ET.ParseError, ValueError, LookupError) as error:  # LookupError: an encoding that does not exist
+        raise DataError(
+            f"{name}: {error if isinstance(error, DataError) else f'not XML, or damaged ({error})'}"
+        ) from error
     uid, sections = report.find("uId"), {}
     if uid is None or not re.fullmatch(r"CXR\d+", uid.get("id", "")):
         raise DataError(f"{name}: no uId of the form CXR1; not a report of Open-i")
     for section in report.iter("AbstractText"):
         heading = section.get("Label", "").lower()
         if heading not in _SECTIONS or heading in sections:
-            raise DataError(f"{name}: the section {section.get('Label')!r} is there twice or unknown; expected {', '.join(_SECTIONS).upper()}, once each")
-        sections[heading] = " ".join(html.unescape("".join(section.itertext())).split())      # two reports are escaped twice
+            raise DataError(
+                f"{name}: the section {section.get('Label')!r} is there twice or unknown; expected {', '.join(_SECTIONS).upper()}, once each"
+            )
+        sections[heading] = " ".join(
+            html.unescape("".join(section.itertext())).split()
+        )  # two reports are escaped twice
     images = [image.get("id", "") for image in report.iter("parentImage")]
     if wrong := [image for image in images if not re.fullmatch(r"CXR[\w-]+", image)]:
         raise DataError(f"{name}: the parentImage {wrong[0]!r} has no name of the form CXR1_IM-0001-1001")
     major = [term for one in report.iter("major") if (term := " ".join((one.text or "").split()))]
-    return {"study": uid.get("id"), "sections": sections, "major": major,
-            "images": [{"id": image, "file": image, "view": ""} for image in dict.fromkeys(images)]}
+    return {
+        "study": uid.get("id"),
+        "sections": sections,
+        "major": major,
+        "images": [{"id": image, "file": image, "view": ""} for image in dict.fromkeys(images)],
+    }
 
 # %% ../../../nbs/data/sets/12_openi.ipynb #d2b561d2
 _ARCHIVES = ("NLMCXR_reports.tgz", "ecgen-radiology.tgz")
@@ -137,14 +158,14 @@ def _archived(path: Path) -> Iterator[tuple[str, bytes]]:
             for member in archive:
                 if member.isfile() and member.name.endswith(".xml"):
                     yield member.name, archive.extractfile(member).read(_LARGEST + 1)
-            while archive.fileobj.read(1 << 20):    # to the end, where the check sum is
+            while archive.fileobj.read(1 << 20):  # to the end, where the check sum is
                 pass
     except (OSError, EOFError, tarfile.TarError, ValueError, zlib.error) as error:
         raise DataError(f"{path} cannot be read: {error}; download it again") from error
 
 # %% ../../../nbs/data/sets/12_openi.ipynb #d35e80ed
 def _xml_files(
-    root: Path,     # the folder of the data set, or an archive
+    root: Path,  # the folder of the data set, or an archive
 ) -> Iterator[tuple[str, bytes]]:
     "(name, bytes) of each XML report. DataError if there are none."
     if root.is_file():
@@ -175,20 +196,41 @@ def _kaggle_reports(root: str | Path) -> tuple[list[dict], list[RejectItem]]:
     if not set(table["uid"]) & set(pictures["uid"]):
         raise DataError(f"{root}: indiana_reports.csv and indiana_projections.csv have no uid in common")
     by_uid = {uid: rows for uid, rows in pictures.groupby("uid")}
-    twice, repeated = set(table["uid"][table["uid"].duplicated()]), set(pictures["filename"][pictures["filename"].duplicated()])
+    twice, repeated = (
+        set(table["uid"][table["uid"].duplicated()]),
+        set(pictures["filename"][pictures["filename"].duplicated()]),
+    )
     for row in table.to_dict("records"):
         rows = by_uid.pop(row["uid"], pictures[:0])
-        wrong = {"uid is not a number": not row["uid"].isdecimal(), "more than one row in indiana_reports.csv": row["uid"] in twice,
-                 "a filename is not of the form 1_IM-0001-1001.dcm.png": not rows["filename"].str.fullmatch(r"[\w-]+(\.dcm)?\.png").all(),
-                 "a picture of it is more than once in indiana_projections.csv": not repeated.isdisjoint(rows["filename"]),
-                 "projection is not Frontal or Lateral": not set(rows["projection"]) <= {"Frontal", "Lateral"}}
+        wrong = {
+            "uid is not a number": not row["uid"].isdecimal(),
+            "more than one row in indiana_reports.csv": row["uid"] in twice,
+            "a filename is not of the form 1_IM-0001-1001.dcm.png": not rows["filename"]
+            .str.fullmatch(r"[\w-]+(\.dcm)?\.png")
+            .all(),
+            "a picture of it is more than once in indiana_projections.csv": not repeated.isdisjoint(rows["filename"]),
+            "projection is not Frontal or Lateral": not set(rows["projection"]) <= {"Frontal", "Lateral"},
+        }
         if problems := [what for what, found in wrong.items() if found]:
             rejects.append(reject(f"CXR{row['uid']}", problems[0], rows["filename"].nunique()))
             continue
-        images = [{"id": "CXR" + name.split(".")[0], "file": name[:-4], "view": view} for name, view in zip(rows["filename"], rows["projection"], strict=True)]
+        images = [
+            {"id": "CXR" + name.split(".")[0], "file": name[:-4], "view": view}
+            for name, view in zip(rows["filename"], rows["projection"], strict=True)
+        ]
         terms = [term for part in row["MeSH"].split(";") if (term := part.strip())]
-        reports.append({"study": f"CXR{row['uid']}", "sections": {name: row[name] for name in _SECTIONS}, "major": terms, "images": images})
-    strays = [reject(f"CXR{uid}", "in indiana_projections.csv, but not in indiana_reports.csv", rows["filename"].nunique()) for uid, rows in by_uid.items()]
+        reports.append(
+            {
+                "study": f"CXR{row['uid']}",
+                "sections": {name: row[name] for name in _SECTIONS},
+                "major": terms,
+                "images": images,
+            }
+        )
+    strays = [
+        reject(f"CXR{uid}", "in indiana_projections.csv, but not in indiana_reports.csv", rows["filename"].nunique())
+        for uid, rows in by_uid.items()
+    ]
     return reports, rejects + strays
 
 # %% ../../../nbs/data/sets/12_openi.ipynb #51748bfc
@@ -206,18 +248,29 @@ def _xml_reports(root: Path) -> tuple[list[dict], list[RejectItem]]:
         except DataError as error:
             rejects.append(reject(name, str(error)))
     counts = Counter(report["study"] for report in reports)
-    rejects += [reject(report["study"], f"{report['name']}: {counts[report['study']]} files have this uId")
-                for report in reports if counts[report["study"]] > 1]
+    rejects += [
+        reject(report["study"], f"{report['name']}: {counts[report['study']]} files have this uId")
+        for report in reports
+        if counts[report["study"]] > 1
+    ]
     reports = [report for report in reports if counts[report["study"]] == 1]
     shared = Counter(image["id"] for report in reports for image in report["images"])
-    rejects += [reject(report["study"], f"{report['name']}: names a picture that another report names too")
-                for report in reports if any(shared[image["id"]] > 1 for image in report["images"])]
-    reports = sorted((report for report in reports if all(shared[image["id"]] == 1 for image in report["images"])), key=lambda report: int(report["study"][3:]))
+    rejects += [
+        reject(report["study"], f"{report['name']}: names a picture that another report names too")
+        for report in reports
+        if any(shared[image["id"]] > 1 for image in report["images"])
+    ]
+    reports = sorted(
+        (report for report in reports if all(shared[image["id"]] == 1 for image in report["images"])),
+        key=lambda report: int(report["study"][3:]),
+    )
     if _is_there(root, *_PROJECTIONS):
         projections = _read_projections(root)
         views = dict(zip(projections["filename"].str.split(".").str[0], projections["projection"], strict=True))
         for image in (image for report in reports for image in report["images"]):
-            image["view"] = views.get(re.sub(r"^CXR(?:\d+_(?=\d+_IM))?", "", image["id"]), "")      # CXR1_1_IM-0001-3001 is 1_IM-0001-3001 there
+            image["view"] = views.get(
+                re.sub(r"^CXR(?:\d+_(?=\d+_IM))?", "", image["id"]), ""
+            )  # CXR1_1_IM-0001-3001 is 1_IM-0001-3001 there
     return reports, rejects
 
 # %% ../../../nbs/data/sets/12_openi.ipynb #98f0c264
@@ -236,7 +289,7 @@ def _read_reports(root: str | Path) -> tuple[list[dict], list[RejectItem]]:
 
 # %% ../../../nbs/data/sets/12_openi.ipynb #d40c07cf
 def openi_reports(
-    path: str | Path,                       # folder of the data set, or the archive of reports
+    path: str | Path,  # folder of the data set, or the archive of reports
     rules: ReportRules = ReportRules(),
 ) -> pd.DataFrame:  # study, the four sections, text, sentences, dropped ("" = kept), major, images (ids)
     """The reports of Open-i as a table, damaged ones with their reason; needs no pictures.
@@ -254,32 +307,61 @@ def openi_reports(
     """
     reports, rejects = _read_reports(path)
     told, rows = [(report, "") for report in reports], []
-    told += [({"study": study, "sections": {}, "major": [], "images": []}, f"damaged: {reason}") for one in rejects for study, reason in one["rejects"]]
+    told += [
+        ({"study": study, "sections": {}, "major": [], "images": []}, f"damaged: {reason}")
+        for one in rejects
+        for study, reason in one["rejects"]
+    ]
     for report, damage in told:
         text = _compose_report(report["sections"])
         sentences, reason = check_report(text, rules)
-        rows.append({"study": report["study"], **{name: report["sections"].get(name, "") for name in _SECTIONS}, "text": text, "sentences": sentences,
-                     "dropped": damage or reason, "major": report["major"], "images": [image["id"] for image in report["images"]]})
+        rows.append(
+            {
+                "study": report["study"],
+                **{name: report["sections"].get(name, "") for name in _SECTIONS},
+                "text": text,
+                "sentences": sentences,
+                "dropped": damage or reason,
+                "major": report["major"],
+                "images": [image["id"] for image in report["images"]],
+            }
+        )
     return pd.DataFrame(rows)
 
 # %% ../../../nbs/data/sets/12_openi.ipynb #82467475
 _OPENI_RECIPES = {
-    "medvis": Recipe(blank="ignore", rules=ReportRules(), notes=("a study stands for a patient", "frontal and lateral pictures")),
-    "frontal": Recipe(blank="ignore", views=("Frontal",), rules=ReportRules(), notes=("a study stands for a patient", "views by indiana_projections.csv")),
-    "r2gen": Recipe(blank="ignore", rules=ReportRules(sections=("findings",), fallback=()), splits=SplitRule.R2GEN,
-                    notes=("studies and splits of R2Gen", "all pictures of a study; two there")),
+    "medvis": Recipe(
+        blank="ignore", rules=ReportRules(), notes=("a study stands for a patient", "frontal and lateral pictures")
+    ),
+    "frontal": Recipe(
+        blank="ignore",
+        views=("Frontal",),
+        rules=ReportRules(),
+        notes=("a study stands for a patient", "views by indiana_projections.csv"),
+    ),
+    "r2gen": Recipe(
+        blank="ignore",
+        rules=ReportRules(sections=("findings",), fallback=()),
+        splits=SplitRule.R2GEN,
+        notes=("studies and splits of R2Gen", "all pictures of a study; two there"),
+    ),
 }
 
 
-def _read_annotation(root: str | Path) -> dict[str, str]:    # study -> split
+def _read_annotation(root: str | Path) -> dict[str, str]:  # study -> split
     "R2Gen's splits from `annotation.json`. DataError if it is missing, malformed, or gives a study two splits."
     path, splits = find_file(root, "annotation.json", "*/annotation.json"), {}
     try:
         table = json.loads(read_text(path))
-        listed = [(re.match(r"CXR\d+", one["id"])[0], split)
-                  for name, split in {"train": "train", "val": "validate", "test": "test"}.items() for one in table[name]]
+        listed = [
+            (re.match(r"CXR\d+", one["id"])[0], split)
+            for name, split in {"train": "train", "val": "validate", "test": "test"}.items()
+            for one in table[name]
+        ]
     except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path}: expected lists train, val and test of entries with an id such as CXR1_IM-0001 ({type(error).__name__} {error})") from error
+        raise DataError(
+            f"{path}: expected lists train, val and test of entries with an id such as CXR1_IM-0001 ({type(error).__name__} {error})"
+        ) from error
     for study, split in listed:
         if splits.setdefault(study, split) != split:
             raise DataError(f"{path}: {study} is in {splits[study]} and in {split}")
@@ -297,7 +379,9 @@ class _OpeniConfig(ReadConfig):
     """Leave out pictures that are not there, instead of rejecting their studies."""
 
 # %% ../../../nbs/data/sets/12_openi.ipynb #58d2469e
-def _wanted_images(report: dict, recipe: Recipe, files: dict[str, str], partial: bool, dropped: Counter) -> list[ImageItem]:
+def _wanted_images(
+    report: dict, recipe: Recipe, files: dict[str, str], partial: bool, dropped: Counter
+) -> list[ImageItem]:
     "The pictures of a report by the recipe's views; what is left out is counted in `dropped`."
     images = []
     for image in report["images"]:
@@ -306,7 +390,9 @@ def _wanted_images(report: dict, recipe: Recipe, files: dict[str, str], partial:
         elif partial and image["file"] not in files:
             dropped["picture is not there"] += 1
         else:
-            images.append({"id": image["id"], "path": files.get(image["file"], f"{image['file']}.png"), "view": image["view"]})
+            images.append(
+                {"id": image["id"], "path": files.get(image["file"], f"{image['file']}.png"), "view": image["view"]}
+            )
     return images
 
 # %% ../../../nbs/data/sets/12_openi.ipynb #e2eee4e4
@@ -316,9 +402,13 @@ def _plan_openi(config: _OpeniConfig) -> Source:
     reports, rejects = _read_reports(root)
     files = image_files(root, *_PICTURES)
     if not files:
-        raise DataError(f"{root}: no pictures: no {', no '.join(_PICTURES)}. For the reports alone: medvis.data.sets.openi.openi_reports({str(root)!r})")
+        raise DataError(
+            f"{root}: no pictures: no {', no '.join(_PICTURES)}. For the reports alone: medvis.data.sets.openi.openi_reports({str(root)!r})"
+        )
     if recipe.views and not any(image["view"] for report in reports for image in report["images"]):
-        raise DataError(f"{root}: the recipe {config.recipe!r} needs the views, and they are only in Kaggle's indiana_projections.csv: put it there")
+        raise DataError(
+            f"{root}: the recipe {config.recipe!r} needs the views, and they are only in Kaggle's indiana_projections.csv: put it there"
+        )
     studies = [report["study"] for report in reports]
     if recipe.splits == SplitRule.R2GEN:
         splits = _read_annotation(root)
@@ -329,8 +419,16 @@ def _plan_openi(config: _OpeniConfig) -> Source:
         if report["study"] not in splits:
             dropped["study is not in annotation.json"] += len(report["images"])
         elif images := _wanted_images(report, recipe, files, config.partial, dropped):
-            items.append({"study": report["study"], "patient": report["study"], "split": splits[report["study"]], "images": images,
-                          "report": {"text": _compose_report(report["sections"])}, "labels": _mesh_labels(report["major"])})
+            items.append(
+                {
+                    "study": report["study"],
+                    "patient": report["study"],
+                    "split": splits[report["study"]],
+                    "images": images,
+                    "report": {"text": _compose_report(report["sections"])},
+                    "labels": _mesh_labels(report["major"]),
+                }
+            )
     beside = {"reports without a picture": sum(not report["images"] for report in reports)}
     return Source(items + rejects, labels=tuple(_MESH.values()), dropped=dict(dropped), settings={"beside": beside})
 
@@ -350,5 +448,14 @@ def _openi_tables(config: _OpeniConfig) -> list[tuple[str, Callable]]:
     return [("reports", partial(_read_reports, config.root))]
 
 
-OPENI = DataSet("openi", "Indiana University reports and radiographs (Open-i)", _GET_OPENI, _plan_openi, _OPENI_RECIPES, _openi_tables, _simulate_openi, _OpeniConfig,
-                follow_ups=False)
+OPENI = DataSet(
+    "openi",
+    "Indiana University reports and radiographs (Open-i)",
+    _GET_OPENI,
+    _plan_openi,
+    _OPENI_RECIPES,
+    _openi_tables,
+    _simulate_openi,
+    _OpeniConfig,
+    follow_ups=False,
+)

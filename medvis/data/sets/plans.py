@@ -27,9 +27,9 @@ def reject(study: str, reason: str, images: int = 1) -> RejectItem:
 # %% ../../../nbs/data/sets/01_plans.ipynb #87446f23
 def item_or_reject(
     study: str,
-    make: Callable[..., StudyItem],     # raises DataError if something is wrong with it
+    make: Callable[..., StudyItem],  # raises DataError if something is wrong with it
     *arguments,
-    images: int = 1,                    # that the study has in the tables
+    images: int = 1,  # that the study has in the tables
 ) -> StudyItem | RejectItem:
     """The item of a study; or, if a row of it is damaged, the reject in its place
 
@@ -48,7 +48,9 @@ def item_or_reject(
         return reject(study, str(error), images)
 
 # %% ../../../nbs/data/sets/01_plans.ipynb #f4119ce5
-def rows_by(table: pd.DataFrame, column: str) -> dict[str, dict[int, dict[str, str]]]:      # value of the column -> number of the line -> cells
+def rows_by(
+    table: pd.DataFrame, column: str
+) -> dict[str, dict[int, dict[str, str]]]:  # value of the column -> number of the line -> cells
     """The lines of a table of `read_table`, grouped by a column, in the order of the table
 
     Returns
@@ -64,8 +66,8 @@ def rows_by(table: pd.DataFrame, column: str) -> dict[str, dict[int, dict[str, s
 # %% ../../../nbs/data/sets/01_plans.ipynb #4f7b57d5
 def image_files(
     root: str | Path,
-    *patterns: str,         # globs below the root, the best one first
-) -> dict[str, str]:        # name without ending -> path below the root
+    *patterns: str,  # globs below the root, the best one first
+) -> dict[str, str]:  # name without ending -> path below the root
     """The files of the first pattern that fits any; {} if none does. DataError for two files of one name: which is meant?
 
     Parameters
@@ -90,7 +92,7 @@ def image_files(
     return {}
 
 # %% ../../../nbs/data/sets/01_plans.ipynb #2a0e10e3
-UNLISTED = "in none of the split files"     # the rule by which such images are dropped
+UNLISTED = "in none of the split files"  # the rule by which such images are dropped
 MGCA_SHARES = "1 % and 10 % are drawn by image there, by patient here"
 
 
@@ -103,10 +105,10 @@ class ListedConfig(ReadConfig):
 
 # %% ../../../nbs/data/sets/01_plans.ipynb #ac03250b
 def listed_splits(
-    folder: str | Path,         # of the lists
-    names: Collection[str],     # of all images, without their ending
-    what: str,                  # the table that has them, for the error
-) -> dict[str, str]:            # name -> split, in the order of the lists, train first
+    folder: str | Path,  # of the lists
+    names: Collection[str],  # of all images, without their ending
+    what: str,  # the table that has them, for the error
+) -> dict[str, str]:  # name -> split, in the order of the lists, train first
     """Splits from train.csv, validation.csv and test.csv. DataError for one that is missing, for an image that is there twice, and for one that the
     table does not have.
 
@@ -125,19 +127,27 @@ def listed_splits(
         name -> split, in the order of the lists, train first
     """
     splits: dict[str, str] = {}
-    for split, files in {"train": ("train",), "validate": ("validation", "validate", "valid", "val"), "test": ("test",)}.items():
+    for split, files in {
+        "train": ("train",),
+        "validate": ("validation", "validate", "valid", "val"),
+        "test": ("test",),
+    }.items():
         path = find_file(folder, *(f"{file}.csv" for file in files))
         for line, name in read_table(path, ["ID"])["ID"].items():
             if not name or name in splits:
-                raise DataError(f"{path}, line {line}: the ID {name!r} is {'in the lists already' if name else 'blank'}; expected every image once")
+                raise DataError(
+                    f"{path}, line {line}: the ID {name!r} is {'in the lists already' if name else 'blank'}; expected every image once"
+                )
             splits[name] = split
     if unknown := sorted(set(splits) - set(names)):
-        raise DataError(f"the split files name {len(unknown)} images that {what} does not have ({', '.join(unknown[:3])}); "
-                        "are they of another data set?")
+        raise DataError(
+            f"the split files name {len(unknown)} images that {what} does not have ({', '.join(unknown[:3])}); "
+            "are they of another data set?"
+        )
     return splits
 
 # %% ../../../nbs/data/sets/01_plans.ipynb #cf98664c
-_PATIENT_SHARES = {      # % of the patients for train, validate and test
+_PATIENT_SHARES = {  # % of the patients for train, validate and test
     SplitRule.PATIENTS: (80, 10, 10),
     SplitRule.PATIENTS_90_10: (90, 10),
     SplitRule.PATIENTS_80_20: (80, 20),
@@ -146,8 +156,8 @@ _PATIENT_SHARES = {      # % of the patients for train, validate and test
 
 
 def draw_splits(
-    patients: Sequence[str],                    # of each row
-    rule: SplitRule = SplitRule.PATIENTS,       # a key of PATIENT_SHARES
+    patients: Sequence[str],  # of each row
+    rule: SplitRule = SplitRule.PATIENTS,  # a key of PATIENT_SHARES
     seed: int = 0,
 ) -> list[str]:
     """A split for each row, by patient (see `splits.patient_splits`).
@@ -165,11 +175,11 @@ def draw_splits(
 
 # %% ../../../nbs/data/sets/01_plans.ipynb #dc6c7e54
 def deal_splits(
-    names: Sequence[str],       # of the images
-    patients: Sequence[str],    # whose each is
+    names: Sequence[str],  # of the images
+    patients: Sequence[str],  # whose each is
     seed: int,
-    share: float = 0.2,         # of the images that test and validation get, each
-) -> dict[str, str]:            # name -> split, in the order in which they were dealt
+    share: float = 0.2,  # of the images that test and validation get, each
+) -> dict[str, str]:  # name -> split, in the order in which they were dealt
     """Deal out patients in a random order: to the test set until it has its share, then to validation, then to training (LoVT, released code)
 
     Parameters
@@ -200,11 +210,11 @@ def deal_splits(
 
 # %% ../../../nbs/data/sets/01_plans.ipynb #78b711d5
 def draw_rows(
-    count: int,             # of the rows
-    held_out: float,        # share or number of those that are not for training
-    halved: bool = False,   # are they halved into validation and test?
+    count: int,  # of the rows
+    held_out: float,  # share or number of those that are not for training
+    halved: bool = False,  # are they halved into validation and test?
     seed: int = 0,
-) -> pd.Series:             # row -> split, in the order of the draw
+) -> pd.Series:  # row -> split, in the order of the draw
     """A split for each row as LoVT and MGCA draw it; a patient may be on several sides
 
     Parameters
@@ -222,7 +232,9 @@ def draw_rows(
     pd.Series
         row -> split, in the order of the draw
     """
-    from sklearn.model_selection import train_test_split        # here, as importing it takes a second that a command line need not wait
+    from sklearn.model_selection import (
+        train_test_split,
+    )  # here, as importing it takes a second that a command line need not wait
 
     train, rest = train_test_split(np.arange(count), test_size=held_out, random_state=seed)
     parts = {"train": train, "validate": rest}
@@ -233,12 +245,12 @@ def draw_rows(
 # %% ../../../nbs/data/sets/01_plans.ipynb #34aee5c1
 def write_dicom(
     path: Path,
-    pixels: np.ndarray,         # (H, W) uint8
-    name: str,                  # unique id of the image
+    pixels: np.ndarray,  # (H, W) uint8
+    name: str,  # unique id of the image
     patient: str = "",
     view: str = "PA",
-    inverted: bool = False,     # store as MONOCHROME1
-    compressed: bool = False,   # JPEG 2000, lossless
+    inverted: bool = False,  # store as MONOCHROME1
+    compressed: bool = False,  # JPEG 2000, lossless
 ) -> None:
     """Write a radiograph as DICOM. ImportError without pydicom (and, if compressed, pylibjpeg-openjpeg).
 
@@ -267,7 +279,13 @@ def write_dicom(
     dataset.Modality, dataset.BodyPartExamined, dataset.ViewPosition, dataset.PatientID = "CR", "CHEST", view, patient
     dataset.PhotometricInterpretation = "MONOCHROME1" if inverted else "MONOCHROME2"
     dataset.Rows, dataset.Columns = pixels.shape
-    dataset.SamplesPerPixel, dataset.BitsAllocated, dataset.BitsStored, dataset.HighBit, dataset.PixelRepresentation = 1, 8, 8, 7, 0
+    dataset.SamplesPerPixel, dataset.BitsAllocated, dataset.BitsStored, dataset.HighBit, dataset.PixelRepresentation = (
+        1,
+        8,
+        8,
+        7,
+        0,
+    )
     stored = 255 - pixels if inverted else pixels
     dataset.PixelData = stored.tobytes() + b"\0" * (stored.size % 2)
     if compressed:

@@ -34,8 +34,28 @@ from ..source import BuildConfig, DataSet, Recipe, prepare_source
 from ..tasks import store_subsets
 
 # %% ../../../nbs/data/sets/13_registry.ipynb #0b0284b8
-DATASETS = Registry("data set", "a medvis.data.source.DataSet", lambda one: isinstance(one, DataSet), {one.name: one for one in (
-    MIMIC_CXR, MIMIC_EDEMA, CHEXPERT, RSNA, SIIM, COVIDX, OBJECT_CXR, NIH, COVID_RURAL, OPENI, FOLDER, CLASS_FOLDER)})
+DATASETS = Registry(
+    "data set",
+    "a medvis.data.source.DataSet",
+    lambda one: isinstance(one, DataSet),
+    {
+        one.name: one
+        for one in (
+            MIMIC_CXR,
+            MIMIC_EDEMA,
+            CHEXPERT,
+            RSNA,
+            SIIM,
+            COVIDX,
+            OBJECT_CXR,
+            NIH,
+            COVID_RURAL,
+            OPENI,
+            FOLDER,
+            CLASS_FOLDER,
+        )
+    },
+)
 
 # %% ../../../nbs/data/sets/13_registry.ipynb #af538867
 def register_dataset(data_set: DataSet) -> DataSet:
@@ -54,7 +74,10 @@ def _told(recipe: Recipe) -> dict[str, str]:
     rules, policy, sections, sentences = recipe.rules, recipe.uncertain, "-", "-"
     if rules is not None:
         sections = " + ".join(rules.sections) + (f"; else {', '.join(rules.fallback)}" if rules.fallback else "")
-        sentences = f"{rules.splitter} splitter, ≥ {rules.min_sentence_words} words; report ≥ {rules.min_words}" + ", words only" * rules.words_only
+        sentences = (
+            f"{rules.splitter} splitter, ≥ {rules.min_sentence_words} words; report ≥ {rules.min_words}"
+            + ", words only" * rules.words_only
+        )
     return {
         "size": str(recipe.size),
         "square": recipe.fit + ", equalised" * recipe.equalise,
@@ -63,13 +86,16 @@ def _told(recipe: Recipe) -> dict[str, str]:
         "labels": ", ".join(recipe.classes) or "all",
         "sections": sections,
         "sentences": sentences,
-        "uncertain": policy if isinstance(policy, str) else ", ".join(f"{name}: {value}" for name, value in policy.items()),
+        "uncertain": policy
+        if isinstance(policy, str)
+        else ", ".join(f"{name}: {value}" for name, value in policy.items()),
         "blank": recipe.blank,
         "small shares": recipe.subset,
-        "notes": "; ".join(recipe.notes)}
+        "notes": "; ".join(recipe.notes),
+    }
 
 # %% ../../../nbs/data/sets/13_registry.ipynb #0d0d0f8e
-def recipe_table() -> pd.DataFrame:    # one row a recipe; index: data set, recipe
+def recipe_table() -> pd.DataFrame:  # one row a recipe; index: data set, recipe
     """By which rules each paper reads each data set
 
     Returns
@@ -77,18 +103,26 @@ def recipe_table() -> pd.DataFrame:    # one row a recipe; index: data set, reci
     pd.DataFrame
         one row a recipe; index: data set, recipe
     """
-    rows = {(name, recipe): _told(rules) for name, data_set in DATASETS.items() for recipe, rules in data_set.recipes.items()}
+    rows = {
+        (name, recipe): _told(rules)
+        for name, data_set in DATASETS.items()
+        for recipe, rules in data_set.recipes.items()
+    }
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis(["data set", "recipe"])
 
 # %% ../../../nbs/data/sets/13_registry.ipynb #ad251b55
 def command_config(data_set: DataSet, build: bool = True) -> type:
     "The dataclass of a data set's options, as `.read` and, unless it is only to be read, `.build`; `.data_set` is the data set"
     parts = [("read", data_set.config)] + [("build", BuildConfig)] * build
-    return make_dataclass("".join(word.title() for word in data_set.name.split("-")) + "Options", parts, namespace={"__doc__": f"{data_set.title}.", "data_set": data_set})
+    return make_dataclass(
+        "".join(word.title() for word in data_set.name.split("-")) + "Options",
+        parts,
+        namespace={"__doc__": f"{data_set.title}.", "data_set": data_set},
+    )
 
 # %% ../../../nbs/data/sets/13_registry.ipynb #76f34a62
 def prepare_options(
-    name: str,      # of `list_datasets()`, or my_package.my_module:MY_DATA
+    name: str,  # of `list_datasets()`, or my_package.my_module:MY_DATA
 ) -> type:
     """The dataclass of the options of a data set: PhantomConfig, or its `command_config`. ValueError for an unknown data set.
 
@@ -98,12 +132,14 @@ def prepare_options(
         of `list_datasets()`, or my_package.my_module:MY_DATA
     """
     if name not in list_datasets() and ":" not in name:
-        raise ValueError(f"unknown data set {name!r}; choose from {', '.join(list_datasets())}, or import the module that registers it")
+        raise ValueError(
+            f"unknown data set {name!r}; choose from {', '.join(list_datasets())}, or import the module that registers it"
+        )
     return PhantomConfig if name == "phantom" else command_config(DATASETS.find(name))
 
 # %% ../../../nbs/data/sets/13_registry.ipynb #5bee5f53
 def prepare_data(
-    config,     # an instance of `prepare_options(name)`
+    config,  # an instance of `prepare_options(name)`
 ) -> Pack:
     """Prepare a data set, with the small shares of its tasks listed beside. Resumes what was killed.
 
@@ -112,7 +148,11 @@ def prepare_data(
     config
         an instance of `prepare_options(name)`
     """
-    pack = prepare_phantom(config) if isinstance(config, PhantomConfig) else prepare_source(config.data_set, config.read, config.build)
+    pack = (
+        prepare_phantom(config)
+        if isinstance(config, PhantomConfig)
+        else prepare_source(config.data_set, config.read, config.build)
+    )
     store_subsets(pack)
     return pack
 
@@ -121,14 +161,16 @@ def _filled(kind: type, given: dict):
     "An instance of a dataclass from those of the values that are its fields; text becomes a path where a path is meant"
     paths = {one.name for one in fields(kind) if Path in (one.type, *get_args(one.type))}
     values = {one.name: given[one.name] for one in fields(kind) if one.name in given}
-    return kind(**{name: Path(value) if name in paths and value is not None else value for name, value in values.items()})
+    return kind(
+        **{name: Path(value) if name in paths and value is not None else value for name, value in values.items()}
+    )
 
 # %% ../../../nbs/data/sets/13_registry.ipynb #058b9972
 def prepare(
-    name: str,                          # of `list_datasets()`, or my_package.my_module:MY_DATA
-    root: str | Path | None = None,     # folder of the data set as it was downloaded; the phantom has none
-    out: str | Path | None = None,      # folder of the Pack
-    **options,                          # recipe="lovt", size=256 (pixels), workers=4, ...: all that `medvis prepare NAME --help` lists
+    name: str,  # of `list_datasets()`, or my_package.my_module:MY_DATA
+    root: str | Path | None = None,  # folder of the data set as it was downloaded; the phantom has none
+    out: str | Path | None = None,  # folder of the Pack
+    **options,  # recipe="lovt", size=256 (pixels), workers=4, ...: all that `medvis prepare NAME --help` lists
 ) -> Pack:
     """Make a Pack of a data set: its files are read by the rules of a recipe, checked, resized and split.
 
@@ -155,16 +197,15 @@ def prepare(
             raise ValueError(f"unknown option {option!r} of the data set {name}; choose from {', '.join(asked)}")
     for option, one in asked.items():
         if one.default is MISSING and option not in given:
-            raise ValueError(f"the data set {name} needs {option}: " + {"root": "the folder with its files", "out": "a folder for the Pack"}[option])
+            raise ValueError(
+                f"the data set {name} needs {option}: "
+                + {"root": "the folder with its files", "out": "a folder for the Pack"}[option]
+            )
     made = [_filled(part, given) for part in parts]
     return prepare_data(made[0] if name == "phantom" else kind(*made))
 
 # %% ../../../nbs/data/sets/13_registry.ipynb #682b51ec
-def _choose_studies(
-    data_set: DataSet,
-    phantom: Phantom,
-    studies: int,
-) -> list[int]:         # of the phantom, each once
+def _choose_studies(data_set: DataSet, phantom: Phantom, studies: int) -> list[int]:  # of the phantom, each once
     "The first studies, every second of them with one of the findings that the data set is about, by turns; of different patients if its own are not known"
     shown = cache(lambda index: {found.name for found in phantom.scene(index).findings})
     fits = cache(lambda index: data_set.follow_ups or patient_number(phantom.seed, index) == index)
@@ -177,10 +218,10 @@ def _choose_studies(
 
 # %% ../../../nbs/data/sets/13_registry.ipynb #033bc695
 def simulate(
-    name: str,          # of DATASETS
-    root: Path,         # a folder that is empty, or to be made
+    name: str,  # of DATASETS
+    root: Path,  # a folder that is empty, or to be made
     studies: int,
-    size: int = 64,     # side of the phantom in pixels; some data sets enlarge it to the size that is published
+    size: int = 64,  # side of the phantom in pixels; some data sets enlarge it to the size that is published
     seed: int = 0,
 ) -> None:
     """Write the phantom to disk as a public data set. ValueError for an unknown one, FileExistsError if there is something in the folder.

@@ -16,13 +16,26 @@ import pandas as pd
 
 from ..files import DataError, find_file, number, read_table
 from ..phantom import PhantomStudy
-from .plans import MGCA_SHARES, UNLISTED, ListedConfig, deal_splits, draw_rows, draw_splits, image_files, item_or_reject, listed_splits, reject, rows_by, write_dicom
+from medvis.data.sets.plans import (
+    MGCA_SHARES,
+    UNLISTED,
+    ListedConfig,
+    deal_splits,
+    draw_rows,
+    draw_splits,
+    image_files,
+    item_or_reject,
+    listed_splits,
+    reject,
+    rows_by,
+    write_dicom,
+)
 from ..source import DataSet, Recipe, Source, SplitRule, StudyItem
 
 # %% ../../../nbs/data/sets/06_rsna.ipynb #48456338
 FRAME = 1024
 _PNEUMONIA = "Pneumonia"
-_CLASSES = ("Normal", "No Lung Opacity / Not Normal", "Lung Opacity")     # of stage_2_detailed_class_info.csv
+_CLASSES = ("Normal", "No Lung Opacity / Not Normal", "Lung Opacity")  # of stage_2_detailed_class_info.csv
 
 
 def _read_lines(root: Path) -> pd.DataFrame:
@@ -43,7 +56,7 @@ def _read_classes(root: Path) -> dict[str, set[str]]:
     return classes
 
 # %% ../../../nbs/data/sets/06_rsna.ipynb #f5a6dfbf
-def _read_box(cells: dict[str, str]) -> list | None:     # name, x0, y0, x1, y1
+def _read_box(cells: dict[str, str]) -> list | None:  # name, x0, y0, x1, y1
     "The box of a line; None if it says that there is none. DataError for anything between the two."
     if number(cells["Target"], "Target", 0, 1) not in (0, 1):
         raise DataError(f"Target is {cells['Target'][:20]!r}; expected 0 or 1")
@@ -53,16 +66,19 @@ def _read_box(cells: dict[str, str]) -> list | None:     # name, x0, y0, x1, y1
             raise DataError(f"Target is 0, but {given[0]} is {cells[given[0]][:20]!r}; expected a blank")
         return None
     x, y = (number(cells[name], name, 0, FRAME) for name in "xy")
-    across, down = number(cells["width"], "width", 1, FRAME + 1 - x), number(cells["height"], "height", 1, FRAME + 1 - y)
+    across, down = (
+        number(cells["width"], "width", 1, FRAME + 1 - x),
+        number(cells["height"], "height", 1, FRAME + 1 - y),
+    )
     return [_PNEUMONIA, x, y, x + across, y + down]
 
 # %% ../../../nbs/data/sets/06_rsna.ipynb #7b596311
 def _image_item(
     name: str,
-    lines: dict[int, dict[str, str]],       # number of the line -> its cells
+    lines: dict[int, dict[str, str]],  # number of the line -> its cells
     split: str,
     path: str,
-    classes: dict[str, set[str]],           # of `_read_classes`
+    classes: dict[str, set[str]],  # of `_read_classes`
 ) -> StudyItem:
     "An image with all its boxes. DataError if one of its lines is damaged, if they disagree, or if one is there twice."
     boxes = []
@@ -72,29 +88,51 @@ def _image_item(
         except DataError as error:
             raise DataError(f"stage_2_train_labels.csv, line {line}: {error}") from error
     if len(boxes) > 1 and (None in boxes or len(set(map(tuple, boxes))) < len(boxes)):
-        raise DataError(f"stage_2_train_labels.csv, lines {', '.join(map(str, lines))}: Target differs, or a line is there twice")
+        raise DataError(
+            f"stage_2_train_labels.csv, lines {', '.join(map(str, lines))}: Target differs, or a line is there twice"
+        )
     boxes = [box for box in boxes if box]
     labels = {_PNEUMONIA: float(bool(boxes))}
     if classes:
         kinds = classes.get(name, set())
         if len(kinds) != 1 or not kinds <= set(_CLASSES) or ("Lung Opacity" in kinds) != bool(boxes):
             found = ", ".join(sorted(kinds)) or "not in it"
-            raise DataError(f"stage_2_detailed_class_info.csv: class is {found[:60]!r} for Target {int(bool(boxes))}; "
-                            "expected Lung Opacity for 1, one of the two others for 0")
+            raise DataError(
+                f"stage_2_detailed_class_info.csv: class is {found[:60]!r} for Target {int(bool(boxes))}; "
+                "expected Lung Opacity for 1, one of the two others for 0"
+            )
         labels |= {kind: float(kind in kinds) for kind in _CLASSES}
     image = {"id": name, "path": path, "boxes": boxes, "frame": [FRAME, FRAME]}
     return {"study": name, "patient": name, "split": split, "labels": labels, "images": [image]}
 
 # %% ../../../nbs/data/sets/06_rsna.ipynb #6d5a55f1
-_ASKED = (_PNEUMONIA,)        # and not the three classes of the detailed table, of which one is the same
+_ASKED = (_PNEUMONIA,)  # and not the three classes of the detailed table, of which one is the same
 MGCA_SCALING = "released code scales each DICOM so that its maximum is 255, without rescale or window; here 8 bits without them stay as they are"
 _RECIPES = {
-    "medvis": Recipe(classes=_ASKED, splits=SplitRule.PATIENTS, notes=("80/10/10 by a hash of the image's name", "patients are not known")),
-    "lovt": Recipe(classes=_ASKED, size=224, fit="pad-first", splits=SplitRule.LOVT_60_20_20, subset="first", notes=(
-        "LoVT's own lists (16 010 / 5 337 / 5 337) with split_files", "masks are unions of boxes (tasks.paint_boxes)")),
+    "medvis": Recipe(
+        classes=_ASKED,
+        splits=SplitRule.PATIENTS,
+        notes=("80/10/10 by a hash of the image's name", "patients are not known"),
+    ),
+    "lovt": Recipe(
+        classes=_ASKED,
+        size=224,
+        fit="pad-first",
+        splits=SplitRule.LOVT_60_20_20,
+        subset="first",
+        notes=(
+            "LoVT's own lists (16 010 / 5 337 / 5 337) with split_files",
+            "masks are unions of boxes (tasks.paint_boxes)",
+        ),
+    ),
     "mgca": Recipe(classes=_ASKED, splits=SplitRule.MGCA_70_15_15, notes=("classification", MGCA_SHARES, MGCA_SCALING)),
-    "mgca-boxes": Recipe(classes=_ASKED, size=224, fit="stretch", splits=SplitRule.MGCA_60_20_20, notes=(
-        "boxes and masks", "16 010 / 5 337 / 5 337", MGCA_SHARES, MGCA_SCALING)),
+    "mgca-boxes": Recipe(
+        classes=_ASKED,
+        size=224,
+        fit="stretch",
+        splits=SplitRule.MGCA_60_20_20,
+        notes=("boxes and masks", "16 010 / 5 337 / 5 337", MGCA_SHARES, MGCA_SCALING),
+    ),
 }
 
 
@@ -107,12 +145,14 @@ class _RsnaConfig(ListedConfig):
 
 # %% ../../../nbs/data/sets/06_rsna.ipynb #08b2453d
 def _mgca_splits(
-    names: Sequence[str],       # of all images
-    held_out: float,            # share or number of the images in validation and test together
+    names: Sequence[str],  # of all images
+    held_out: float,  # share or number of the images in validation and test together
 ) -> dict[str, str]:
     "MGCA's draw: scikit-learn's, twice, random_state 0, from the sorted names"
     if held_out >= len(names):
-        raise DataError(f"{held_out} images are wanted for validation and test, but there are {len(names)} in all; choose fewer (held_out)")
+        raise DataError(
+            f"{held_out} images are wanted for validation and test, but there are {len(names)} in all; choose fewer (held_out)"
+        )
     return dict(zip(sorted(names), draw_rows(len(names), held_out, halved=True).sort_index()))
 
 # %% ../../../nbs/data/sets/06_rsna.ipynb #d1f838db
@@ -136,14 +176,21 @@ def _plan_rsna(config: _RsnaConfig) -> Source:
         raise DataError(f"stage_2_train_labels.csv, line {next(iter(nameless))}: patientId is blank; whose box is it?")
     files = image_files(root, "stage_2_train_images/*.dcm", "stage_2_train_images*/*.png", "*.dcm")
     splits = _rsna_splits(config, recipe.splits, list(lines))
-    items = [item_or_reject(name, _image_item, name, lines[name], split, files.get(name, f"stage_2_train_images/{name}.dcm"), classes)
-             for name, split in splits.items()]
-    items += [reject(name, "in stage_2_detailed_class_info.csv, but not in stage_2_train_labels.csv", 0) for name in sorted(set(classes) - set(lines))]
+    items = [
+        item_or_reject(
+            name, _image_item, name, lines[name], split, files.get(name, f"stage_2_train_images/{name}.dcm"), classes
+        )
+        for name, split in splits.items()
+    ]
+    items += [
+        reject(name, "in stage_2_detailed_class_info.csv, but not in stage_2_train_labels.csv", 0)
+        for name in sorted(set(classes) - set(lines))
+    ]
     dropped = {UNLISTED: len(lines) - len(splits)} if config.split_files else {}
     return Source(items, (_PNEUMONIA, *(_CLASSES if classes else ())), boxes=(_PNEUMONIA,), dropped=dropped)
 
 # %% ../../../nbs/data/sets/06_rsna.ipynb #65767cb2
-def enlarge(pixels: np.ndarray) -> np.ndarray:      # (FRAME, FRAME), same type
+def enlarge(pixels: np.ndarray) -> np.ndarray:  # (FRAME, FRAME), same type
     """Every pixel a block, so that the picture fills the frame of 1024 pixels
 
     Returns
@@ -169,7 +216,9 @@ def _simulate_rsna(root: Path, studies: Sequence[PhantomStudy]) -> None:
         classes += [[name, kind]] * max(1, len(found))
         path = root / "stage_2_train_images" / f"{name}.dcm"
         write_dicom(path, enlarge(study.image), name, name, study.view, inverted=index == 1, compressed=index == 2)
-    pd.DataFrame(boxes, columns=["patientId", "x", "y", "width", "height", "Target"]).to_csv(root / "stage_2_train_labels.csv", index=False)
+    pd.DataFrame(boxes, columns=["patientId", "x", "y", "width", "height", "Target"]).to_csv(
+        root / "stage_2_train_labels.csv", index=False
+    )
     pd.DataFrame(classes, columns=["patientId", "class"]).to_csv(root / "stage_2_detailed_class_info.csv", index=False)
 
 # %% ../../../nbs/data/sets/06_rsna.ipynb #de6efe1b
@@ -188,5 +237,15 @@ def _rsna_tables(config: _RsnaConfig) -> list[tuple[str, Callable]]:
     return [(name, partial(read, Path(config.root))) for name, read in tables.items()]
 
 
-RSNA = DataSet(name="rsna", title="RSNA Pneumonia", get=_GET, plan=_plan_rsna, recipes=_RECIPES, tables=_rsna_tables, simulate=_simulate_rsna,
-               config=_RsnaConfig, follow_ups=False, wanted=("Pneumonia",))
+RSNA = DataSet(
+    name="rsna",
+    title="RSNA Pneumonia",
+    get=_GET,
+    plan=_plan_rsna,
+    recipes=_RECIPES,
+    tables=_rsna_tables,
+    simulate=_simulate_rsna,
+    config=_RsnaConfig,
+    follow_ups=False,
+    wanted=("Pneumonia",),
+)

@@ -17,7 +17,19 @@ import pandas as pd
 from ..annotations import encode_rle, rle_runs
 from ..files import DataError, find_file, read_table
 from ..phantom import PhantomStudy
-from .plans import MGCA_SHARES, UNLISTED, ListedConfig, deal_splits, draw_rows, draw_splits, image_files, item_or_reject, listed_splits, rows_by, write_dicom
+from medvis.data.sets.plans import (
+    MGCA_SHARES,
+    UNLISTED,
+    ListedConfig,
+    deal_splits,
+    draw_rows,
+    draw_splits,
+    image_files,
+    item_or_reject,
+    listed_splits,
+    rows_by,
+    write_dicom,
+)
 from .rsna import FRAME, MGCA_SCALING, enlarge
 from ..source import DataSet, Recipe, Source, SplitRule, StudyItem
 
@@ -30,20 +42,20 @@ def _find_runs(root: Path) -> Path:
     return find_file(root, "train-rle.csv", "train-rle.csv.gz", "stage_2_train.csv")
 
 # %% ../../../nbs/data/sets/07_siim.ipynb #bf173710
-def _read_runs(root: Path) -> pd.DataFrame:      # ImageId, EncodedPixels; index = number of the line
+def _read_runs(root: Path) -> pd.DataFrame:  # ImageId, EncodedPixels; index = number of the line
     "The table of run-length codes: one line a piece of a mask, or an image without any"
     return read_table(_find_runs(root), ["ImageId", "EncodedPixels"])
 
 # %% ../../../nbs/data/sets/07_siim.ipynb #b598bfd0
 def _code_dialect(
-    code: str,      # EncodedPixels
-) -> str:           # "relative", "absolute", or "" if it could be both, or is none
+    code: str,  # EncodedPixels
+) -> str:  # "relative", "absolute", or "" if it could be both, or is none
     "The dialect in which a code of several runs goes forwards and ends inside; if it does in both, the one in which most runs are near the one before"
     words = code.split()
     if len(words) < 4 or len(words) % 2 or max(map(len, words)) > 12 or not "".join(words).isdecimal():
         return ""
     first, lengths = np.array([int(word) for word in words]).reshape(-1, 2).T
-    gaps = first[1:] - first[:-1] - lengths[:-1]        # from run to run, if these are starts
+    gaps = first[1:] - first[:-1] - lengths[:-1]  # from run to run, if these are starts
     relative = first.sum() + lengths.sum() <= FRAME * FRAME
     absolute = first[0] > 0 and gaps.min() >= 0 and first[-1] + lengths[-1] - 1 <= FRAME * FRAME
     if relative and absolute:
@@ -52,22 +64,24 @@ def _code_dialect(
 
 # %% ../../../nbs/data/sets/07_siim.ipynb #d770b7e0
 def _check_dialect(
-    table: pd.DataFrame,            # of `_read_runs`
-    relative: bool = True,          # what was asked for
-    file: str = "train-rle.csv",    # where it stands
+    table: pd.DataFrame,  # of `_read_runs`
+    relative: bool = True,  # what was asked for
+    file: str = "train-rle.csv",  # where it stands
 ) -> None:
     "DataError, with the option to change, if the codes that tell their dialect are written in the other one"
     wanted, other = ("relative", "absolute") if relative else ("absolute", "relative")
     told = table["EncodedPixels"].map({code: _code_dialect(code) for code in table["EncodedPixels"].unique()})
     found = told[told != ""]
     if len(strange := found.index[found == other]) and len(strange) >= 0.9 * len(found):
-        raise DataError(f"{file}: {len(strange)} of {len(found)} run-length codes that tell their dialect are {other} (such as line {strange[0]}), "
-                        f"but {wanted} ones are expected; {'read it with' if relative else 'leave out'} --absolute")
+        raise DataError(
+            f"{file}: {len(strange)} of {len(found)} run-length codes that tell their dialect are {other} (such as line {strange[0]}), "
+            f"but {wanted} ones are expected; {'read it with' if relative else 'leave out'} --absolute"
+        )
 
 # %% ../../../nbs/data/sets/07_siim.ipynb #a52229f4
 def _image_item(
     name: str,
-    runs: dict[int, str],       # number of the line -> code
+    runs: dict[int, str],  # number of the line -> code
     split: str,
     path: str,
     relative: bool = True,
@@ -82,7 +96,9 @@ def _image_item(
         raise DataError(f"{file}, lines {', '.join(map(str, runs))}: one says -1, another not, or the same twice")
     wanted, other = ("relative", "absolute") if relative else ("absolute", "relative")
     if strange := [line for line, code in runs.items() if _code_dialect(code) == other]:
-        raise DataError(f"{file}, line {strange[0]}: run-length code written in the other dialect ({other}); expected the {wanted} one")
+        raise DataError(
+            f"{file}, line {strange[0]}: run-length code written in the other dialect ({other}); expected the {wanted} one"
+        )
     ill = codes != ["-1"]
     for line, code in runs.items() if ill else ():
         try:
@@ -95,12 +111,29 @@ def _image_item(
 
 # %% ../../../nbs/data/sets/07_siim.ipynb #4dfa3344
 _RECIPES = {
-    "medvis": Recipe(splits=SplitRule.PATIENTS, notes=("80/10/10 by a hash of the image's name", "patients are not known")),
-    "lovt": Recipe(size=224, fit="pad-first", equalise=True, splits=SplitRule.LOVT_60_20_20, subset="first", notes=(
-        "LoVT's own lists (7 229 / 2 409 / 2 409) with split_files",)),
-    "mgca": Recipe(size=224, fit="stretch", splits=SplitRule.MGCA_70_15_15, notes=(
-        "as many images without as with pneumothorax in train", "released code splits lines, not images; here an image goes with its first line",
-        "the paper says 70/30/30", MGCA_SHARES, MGCA_SCALING)),
+    "medvis": Recipe(
+        splits=SplitRule.PATIENTS, notes=("80/10/10 by a hash of the image's name", "patients are not known")
+    ),
+    "lovt": Recipe(
+        size=224,
+        fit="pad-first",
+        equalise=True,
+        splits=SplitRule.LOVT_60_20_20,
+        subset="first",
+        notes=("LoVT's own lists (7 229 / 2 409 / 2 409) with split_files",),
+    ),
+    "mgca": Recipe(
+        size=224,
+        fit="stretch",
+        splits=SplitRule.MGCA_70_15_15,
+        notes=(
+            "as many images without as with pneumothorax in train",
+            "released code splits lines, not images; here an image goes with its first line",
+            "the paper says 70/30/30",
+            MGCA_SHARES,
+            MGCA_SCALING,
+        ),
+    ),
 }
 
 
@@ -112,7 +145,7 @@ class _SiimConfig(ListedConfig):
     """The table holds the usual run-length code (starts counted from 1) instead of the published relative one."""
 
 # %% ../../../nbs/data/sets/07_siim.ipynb #556fd148
-def _mgca_lines(table: pd.DataFrame) -> pd.DataFrame:    # the lines in the order of the draw, with a column split
+def _mgca_lines(table: pd.DataFrame) -> pd.DataFrame:  # the lines in the order of the draw, with a column split
     "MGCA's draw of lines: scikit-learn's, twice, random_state 0"
     drawn = draw_rows(len(table), 0.15 * 2, halved=True)
     return table.iloc[drawn.index].assign(split=drawn.to_numpy())
@@ -136,7 +169,9 @@ def _siim_splits(config: _SiimConfig, rule: SplitRule, table: pd.DataFrame) -> d
         drawn = _mgca_lines(table)
         firsts = drawn.loc[table.drop_duplicates("ImageId").index]
         surplus = _surplus_negatives(drawn)
-        return {name: split for name, split in firsts[["ImageId", "split"]].itertuples(index=False) if name not in surplus}
+        return {
+            name: split for name, split in firsts[["ImageId", "split"]].itertuples(index=False) if name not in surplus
+        }
     if rule == SplitRule.LOVT_60_20_20:
         return deal_splits(names, names, config.split_seed)
     return dict(zip(names, draw_splits(names, rule, config.split_seed)))
@@ -149,14 +184,33 @@ def _plan_siim(config: _SiimConfig) -> Source:
     if len(nameless := table.index[table["ImageId"] == ""]):
         raise DataError(f"{file}, line {nameless[0]}: ImageId is blank; of whose mask is it a piece?")
     _check_dialect(table, not config.absolute, file)
-    runs = {name: {line: cells["EncodedPixels"] for line, cells in lines.items()} for name, lines in rows_by(table, "ImageId").items()}
+    runs = {
+        name: {line: cells["EncodedPixels"] for line, cells in lines.items()}
+        for name, lines in rows_by(table, "ImageId").items()
+    }
     files = image_files(root, "dicom-images-train/*/*/*.dcm", "dicom-images-train/*.dcm", "*/*.png")
     splits = _siim_splits(config, recipe.splits, table)
-    items = [item_or_reject(name, _image_item, name, runs[name], split, files.get(name, f"dicom-images-train/{name}.dcm"), not config.absolute, file)
-             for name, split in splits.items()]
+    items = [
+        item_or_reject(
+            name,
+            _image_item,
+            name,
+            runs[name],
+            split,
+            files.get(name, f"dicom-images-train/{name}.dcm"),
+            not config.absolute,
+            file,
+        )
+        for name, split in splits.items()
+    ]
     rule = UNLISTED if config.split_files else "more images of train without than with pneumothorax"
-    return Source(items, (_PNEUMOTHORAX,), masks=(_PNEUMOTHORAX,), dropped={rule: len(runs) - len(splits)} if len(runs) > len(splits) else {},
-                  settings={"dialect": "absolute" if config.absolute else "relative"})
+    return Source(
+        items,
+        (_PNEUMOTHORAX,),
+        masks=(_PNEUMOTHORAX,),
+        dropped={rule: len(runs) - len(splits)} if len(runs) > len(splits) else {},
+        settings={"dialect": "absolute" if config.absolute else "relative"},
+    )
 
 # %% ../../../nbs/data/sets/07_siim.ipynb #9386a129
 def _simulate_siim(root: Path, studies: Sequence[PhantomStudy]) -> None:
@@ -165,7 +219,12 @@ def _simulate_siim(root: Path, studies: Sequence[PhantomStudy]) -> None:
     for index, study in enumerate(studies):
         name = f"1.2.276.0.0000000.3.1.4.{index}"
         masks = [enlarge(finding.mask) for finding in study.findings if finding.name == _PNEUMOTHORAX]
-        halves = [half for mask in masks for half in (mask & (np.arange(FRAME) < FRAME // 4), mask & (np.arange(FRAME) >= FRAME // 4)) if half.any()]
+        halves = [
+            half
+            for mask in masks
+            for half in (mask & (np.arange(FRAME) < FRAME // 4), mask & (np.arange(FRAME) >= FRAME // 4))
+            if half.any()
+        ]
         lines += [f"{name}, {encode_rle(half, relative=True)}" for half in halves] or [f"{name}, -1"]
         path = root / "dicom-images-train" / f"1.2.276.2.{index}" / f"1.2.276.3.{index}" / f"{name}.dcm"
         write_dicom(path, enlarge(study.image), name, name, study.view, inverted=index == 1, compressed=index == 2)
@@ -184,5 +243,15 @@ def _siim_tables(config: _SiimConfig) -> list[tuple[str, Callable]]:
     return [("run-length codes", partial(_read_runs, Path(config.root)))]
 
 
-SIIM = DataSet(name="siim", title="SIIM-ACR Pneumothorax", get=_GET, plan=_plan_siim, recipes=_RECIPES, tables=_siim_tables, simulate=_simulate_siim,
-               config=_SiimConfig, follow_ups=False, wanted=("Pneumothorax",))
+SIIM = DataSet(
+    name="siim",
+    title="SIIM-ACR Pneumothorax",
+    get=_GET,
+    plan=_plan_siim,
+    recipes=_RECIPES,
+    tables=_siim_tables,
+    simulate=_simulate_siim,
+    config=_SiimConfig,
+    follow_ups=False,
+    wanted=("Pneumothorax",),
+)
