@@ -46,6 +46,8 @@ class GroundingConfig:
     "Phantom studies; 80 % of their patients are trained on, 10 % test."
     size: int = 64
     "Side of the phantom's images in pixels."
+    footing: Literal["own", "equal"] = "own"
+    "own: each method as its preset is; equal: the same image encoder, sentences, epochs and tuning for all."
     progress: bool = True
     "Show progress bars."
 
