@@ -19,23 +19,24 @@ from safetensors.torch import save
 from ..core.files import write_atomic, write_json
 
 # %% ../../nbs/train/03_checkpoint.ipynb #91f54558
-def _settings_hash(told: dict[str, Any]) -> str:
-    "SHA-256 of settings as JSON, in any order, but for where the Pack stands: that may be put right by hand."
-    data = told.get("data")
+def _settings_hash(settings: dict[str, Any]) -> str:
+    "SHA-256 of settings as JSON, in any order; without the paths of the Pack, which may be corrected by hand."
+    data = settings.get("data")
     if isinstance(data, dict):
-        told = {**told, "data": {name: value for name, value in data.items() if name not in ("path", "absolute")}}
-    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+        data = {name: value for name, value in data.items() if name not in ("path", "absolute")}
+        settings = {**settings, "data": data}
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 # %% ../../nbs/train/03_checkpoint.ipynb #0b1e8137
-def write_settings(path: str | Path, told: dict[str, Any]) -> None:
+def write_settings(path: str | Path, settings: dict[str, Any]) -> None:
     "Write settings as JSON with their checksum, atomically; paths become text."
-    told = json.loads(json.dumps(told, default=str))
-    write_json(path, {**told, "sha256": _settings_hash(told)})
+    settings = json.loads(json.dumps(settings, default=str))
+    write_json(path, {**settings, "sha256": _settings_hash(settings)})
 
 # %% ../../nbs/train/03_checkpoint.ipynb #2310d962
 def read_settings(
     path: str | Path,  # config.json or manifest.json of a run
-    *needed: str,  # names it must have: `method` leads to a word, the others to settings by name; `data` to hash and path
+    *needed: str,  # names it must have: the value of `method` is a word, of `data` a hash and a path, of others a table
 ) -> dict[str, Any]:  # without the checksum
     """Settings from a JSON file. ValueError names the file that is damaged, changed or foreign.
 
@@ -44,7 +45,7 @@ def read_settings(
     path : str | Path
         config.json or manifest.json of a run
     *needed : str
-        names it must have: `method` leads to a word, the others to settings by name; `data` to hash and path
+        names it must have: the value of `method` is a word, of `data` a hash and a path, of others a table
 
     Returns
     -------
@@ -52,27 +53,28 @@ def read_settings(
         without the checksum
     """
     try:
-        told = json.loads(Path(path).read_bytes())
+        content = json.loads(Path(path).read_bytes())
     except (ValueError, RecursionError) as error:
         raise ValueError(
             f"{path} is damaged ({type(error).__name__}: {str(error)[:80]}): copy the run again from where it came"
         ) from error
-    held = told if isinstance(told, dict) else {}
+    settings = content if isinstance(content, dict) else {}
     kinds = {name: str if name == "method" else dict for name in needed}
-    wrong = [name for name, kind in kinds.items() if not isinstance(held.get(name), kind)]
+    wrong = [name for name, kind in kinds.items() if not isinstance(settings.get(name), kind)]
     if "data" in needed and "data" not in wrong:
-        wrong += [f"{name} of data" for name in ("hash", "path") if not isinstance(held["data"].get(name), str)]
-    if wrong or told is not held:
+        wrong += [f"{name} of data" for name in ("hash", "path") if not isinstance(settings["data"].get(name), str)]
+    if wrong or content is not settings:
         raise ValueError(
-            f"{path} does not look like that of a run: it lacks {', '.join(wrong) or 'names'}, or has another kind of value there"
+            f"{path} does not look like that of a run: it lacks {', '.join(wrong) or 'names'}, "
+            f"or has another kind of value there"
         )
-    noted = told.pop("sha256", None)
-    if noted is not None and noted != _settings_hash(told):
+    checksum = settings.pop("sha256", None)
+    if checksum is not None and checksum != _settings_hash(settings):
         raise ValueError(
             f"{path} is damaged (it does not say what was written): copy the run again from where it came; "
             f"if you changed it on purpose, delete its entry sha256 as well"
         )
-    return told
+    return settings
 
 # %% ../../nbs/train/03_checkpoint.ipynb #a9edae1a
 def _state_hash(state: dict[str, torch.Tensor]) -> str:
@@ -94,7 +96,7 @@ def save_weights(path: str | Path, module: torch.nn.Module) -> None:
 def read_weights(
     path: str | Path,  # a file of `save_weights`; one without a checksum is taken as it is
 ) -> dict[str, torch.Tensor]:
-    """The tensors of a file of weights. ValueError if they are not those that were written.
+    """The tensors of a file of weights. ValueError if the file is damaged.
 
     Parameters
     ----------
@@ -103,14 +105,16 @@ def read_weights(
     """
     try:
         with safe_open(path, "pt") as file:
-            noted, state = file.metadata() or {}, {key: file.get_tensor(key) for key in file.keys()}
+            noted = file.metadata() or {}
+            state = {key: file.get_tensor(key) for key in file.keys()}
     except Exception as error:  # safetensors has many ways to say it
         raise ValueError(
             f"{path} is damaged ({str(error).splitlines()[0][:120]}): copy it again from where it came, or train again"
         ) from error
     if noted.get("sha256", "") not in ("", _state_hash(state)):
         raise ValueError(
-            f"{path} is damaged (its tensors are not those that were written): copy it again from where it came, or train again"
+            f"{path} is damaged (its tensors are not those that were written): copy it again from where it came, "
+            f"or train again"
         )
     return state
 
@@ -144,7 +148,7 @@ def _list_checkpoints(folder: str | Path) -> list[Path]:
 
 # %% ../../nbs/train/03_checkpoint.ipynb #93047102
 def load_checkpoint(folder: str | Path) -> dict[str, Any] | None:  # None when there is none
-    """The newest checkpoint; leftovers of an interrupted write are swept away. ValueError names a damaged one.
+    """The newest checkpoint; leftovers of an interrupted write are deleted. ValueError names a damaged one.
 
     Returns
     -------

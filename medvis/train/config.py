@@ -8,10 +8,13 @@ __all__ = ['Schedule', 'TrainConfig', 'Diverged']
 # %% ../../nbs/train/01_config.ipynb #4c81c377
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from ..core.choices import check_choice
 from ..data.sampling import Sampling
+
+if TYPE_CHECKING:
+    from medvis.methods.method import Method
 
 # %% ../../nbs/train/01_config.ipynb #51fec0cb
 Schedule = Literal["warmup-cosine", "warmup-linear", "cyclic-cosine", "plateau", "constant"]
@@ -19,10 +22,10 @@ Schedule = Literal["warmup-cosine", "warmup-linear", "cyclic-cosine", "plateau",
 # %% ../../nbs/train/01_config.ipynb #488bdfbd
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(Sampling):
-    "How a method is trained, what of the data it sees (see Sampling), and where the run lives."
+    "How a method is trained, how training samples are drawn (see Sampling), and where the run is kept."
 
     run: Path
-    "Folder of the run. A run that stands there is continued."
+    "Folder of the run. An existing run is continued."
     epochs: int = 50
     "Passes over the training split."
     batch_size: int = 64
@@ -72,7 +75,7 @@ class TrainConfig(Sampling):
     progress: bool = True
     "Show a progress bar."
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name, least in {"epochs": 1, "batch_size": 1, "accumulate": 1, "save_every": 1, "max_tokens": 3}.items():
             if getattr(self, name) < least:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected at least {least}")
@@ -80,27 +83,25 @@ class TrainConfig(Sampling):
     @classmethod
     def of(
         cls,
-        method,
-        run: "str | Path | TrainConfig",  # folder of the run; or all settings, which the method's own recipe does not change
+        method: "Method",
+        run: "str | Path | TrainConfig",  # folder of the run; or all settings, instead of those of the method
         **changes,  # of single settings
     ) -> "TrainConfig":
-        """The own recipe of a Method, with changes; ValueError for a setting that does not exist.
+        """The training settings of a Method, with changes; ValueError for a setting that does not exist.
 
         Parameters
         ----------
-        method
+        method : 'Method'
         run : 'str | Path | TrainConfig'
-            folder of the run; or all settings, which the method's own recipe does not change
+            folder of the run; or all settings, instead of those of the method
         **changes
             of single settings
         """
         for name in changes:
             check_choice("training setting", name, cls.__dataclass_fields__)
-        return (
-            replace(run, **changes)
-            if isinstance(run, cls)
-            else cls(**{"run": Path(run), **method.training_settings, **changes})
-        )
+        if isinstance(run, cls):
+            return replace(run, **changes)
+        return cls(**{"run": Path(run), **method.training_settings, **changes})
 
     @property
     def text(self) -> "TrainConfig":

@@ -26,25 +26,25 @@ def _pack_tokenizer(data: Pack) -> PreTrainedTokenizerFast:
 
 # %% ../../nbs/train/08_create.ipynb #4bebb60a
 def _differences(start: Method, method: Method) -> str:
-    "Which settings make two methods different networks"
+    "The settings that make two methods different networks."
     old, new = (
-        {name: list(value) if isinstance(value, tuple) else value for name, value in vars(one.config).items()}
-        for one in (start, method)
+        {name: list(value) if isinstance(value, tuple) else value for name, value in vars(config).items()}
+        for config in (start.config, method.config)
     )
     changed = [
         f"{name} is {old[name]!r} there and {new[name]!r} here"
         for name in new
         if name in old and old[name] != new[name] and name not in ("image_weights", "text_weights")
     ]
-    kinds = [type(one).__name__ for one in (start, method)]
-    return "; ".join(([] if kinds[0] == kinds[1] else [f"it is a {kinds[0]}, not a {kinds[1]}"]) + changed)
+    was, wanted = type(start).__name__, type(method).__name__
+    return "; ".join(([] if was == wanted else [f"it is a {was}, not a {wanted}"]) + changed)
 
 # %% ../../nbs/train/08_create.ipynb #87a34f5e
 _FRESH = dict(image_weights=None, text_weights=False)  # no pre-trained weights: those of the run take their place
 
 
 def _continue(kind: type[Method], preset: str, init: str | Path, changes: dict) -> Method:
-    "A method with the vocabulary and the weights of a run. ValueError names what is different"
+    "A method with the vocabulary and the weights of a run. ValueError names the settings that differ."
     start = load_method(init)
     method = kind.from_preset(preset, start.tokenizer, **{**changes, **_FRESH})
     method.config = kind.Config(**{**kind.presets[preset][0], **changes})
@@ -61,15 +61,14 @@ def _continue(kind: type[Method], preset: str, init: str | Path, changes: dict) 
 def create_method(
     name: str,  # of a method, see `list_methods`, or my_package.my_module:MyMethod
     preset: str = "tiny",
-    data: Pack
-    | None = None,  # that it will be trained on: its reports give the vocabulary, where the text encoder has none
+    data: Pack | None = None,  # to be trained on: its reports give the vocabulary, if the text encoder has none
     seed: int = 0,  # of the first weights; the random numbers of the caller are left as they are
     init: str | Path | None = None,  # run folder whose weights and vocabulary it starts from
     **changes,  # to the settings of the preset
 ) -> Method:
     """A new method, ready for `fit`.
 
-    ValueError for an unknown name, preset or setting, for a text encoder without words, and for settings that do not fit `init`.
+    ValueError for an unknown name, preset or setting, without a vocabulary, and for settings that do not fit `init`.
 
     Parameters
     ----------
@@ -77,7 +76,7 @@ def create_method(
         of a method, see `list_methods`, or my_package.my_module:MyMethod
     preset : str, default: 'tiny'
     data : Pack | None, default: None
-        that it will be trained on: its reports give the vocabulary, where the text encoder has none
+        to be trained on: its reports give the vocabulary, if the text encoder has none
     seed : int, default: 0
         of the first weights; the random numbers of the caller are left as they are
     init : str | Path | None, default: None
@@ -91,7 +90,8 @@ def create_method(
         torch.default_generator.manual_seed(seed)
         if init is not None:
             return _continue(kind, preset, init, changes)
-        if data is None or {**kind.presets[preset][0], **changes}.get("text", kind.Config.text) not in TEXT_CONFIGS:
+        text = {**kind.presets[preset][0], **changes}.get("text", kind.Config.text)
+        if data is None or text not in TEXT_CONFIGS:
             return kind.from_preset(preset, **changes)
         method = kind.from_preset(preset, _pack_tokenizer(data), **changes)
         method.vocabulary_of = data.manifest["hash"]

@@ -58,7 +58,7 @@ def spread(
 def alignment(
     x: Tensor,  # (B, D), any length
     y: Tensor,  # (B, D) partners
-) -> Tensor:  # scalar, 0 to 4; about 2 for strangers
+) -> Tensor:  # scalar, 0 to 4; about 2 for unrelated vectors
     """Mean squared distance of partners on the unit sphere (Wang & Isola).
 
     Parameters
@@ -71,7 +71,7 @@ def alignment(
     Returns
     -------
     Tensor
-        scalar, 0 to 4; about 2 for strangers
+        scalar, 0 to 4; about 2 for unrelated vectors
     """
     return (l2_normalize(x) - l2_normalize(y)).square().sum(-1).mean()
 
@@ -107,45 +107,44 @@ def _dead_prototypes(
     vectors: Tensor,  # (n, d) projected images and reports
     prototypes: Tensor,  # (K, d)
 ) -> tuple[float, float]:
-    "Share of prototypes that are nobody's nearest, and what it would be if everybody chose blindly."
+    "Share of prototypes that are never the nearest one, and that share if the nearest were drawn at random."
     nearest = (l2_normalize(vectors) @ l2_normalize(prototypes).T).argmax(1)
     return 1 - len(nearest.unique()) / len(prototypes), (1 - 1 / len(prototypes)) ** len(vectors)
 
 # %% ../../nbs/train/04_diagnostics.ipynb #d7de4984
 def _vectors_of(method: Method, batch: Batch) -> dict[str, Tensor]:  # image, text, whole, regions, entropy
-    "What `_measures` wants of a batch; what a method does not have is missing."
-    seen = method.image_encoder(batch.image)
-    found = {"whole": method.pool_image(seen)[0], "regions": seen.regions}
+    "The vectors of a batch that `_measures` needs; what a method does not have is missing."
+    features = method.image_encoder(batch.image)
+    vectors = {"whole": method.pool_image(features)[0], "regions": features.regions}
     if (pair := method.pair_vectors(batch)) is not None:
-        found["image"], found["text"] = pair
+        vectors["image"], vectors["text"] = pair
     with suppress(NotImplementedError):  # NoCorrespondence, as it is configured
-        told = method.correspondence(batch)
-        maps = (told.sentences / told.temperature).float().softmax(1).mT
-        found["entropy"] = _attention_entropy(maps[told.sentence_mask])
-    return found
+        scores = method.correspondence(batch)
+        maps = (scores.sentences / scores.temperature).float().softmax(1).mT
+        vectors["entropy"] = _attention_entropy(maps[scores.sentence_mask])
+    return vectors
 
 # %% ../../nbs/train/04_diagnostics.ipynb #4cbfe727
 def _measures(
     method: Method,
-    found: Mapping[str, Tensor],  # of `_vectors_of`, all samples together
+    vectors: Mapping[str, Tensor],  # of `_vectors_of`, all samples together
 ) -> dict[str, float]:  # names as in `MEANING`
     "The diagnostics from the vectors of some samples."
-    told = {f"{side}_std": spread(found[side])["total"] for side in ("image", "text", "whole") if side in found}
-    told |= {f"region_std_{name}": value for name, value in spread(found["regions"]).items()}
+    values = {f"{side}_std": spread(vectors[side])["total"] for side in ("image", "text", "whole") if side in vectors}
+    values |= {f"region_std_{name}": value for name, value in spread(vectors["regions"]).items()}
     for side in ("image", "text"):
-        if side in found:
-            told[f"{side}_uniformity"] = float(_uniformity(found[side]))
-            told[f"{side}_rank"] = float(_effective_rank(found[side]))
-    if "text" in found and found["image"].shape == found["text"].shape and method.shared_space:
-        told["alignment"] = float(alignment(found["image"], found["text"]))
-    if "entropy" in found:
-        told["attention_entropy"] = float(found["entropy"].mean())
-    if method.prototypes is not None and "text" in found:
-        vectors = torch.cat([found["image"], found["text"]])
-        told["dead_prototypes"], told["dead_by_chance"] = _dead_prototypes(
-            vectors, method.prototypes.detach().float().cpu()
-        )
-    return told
+        if side in vectors:
+            values[f"{side}_uniformity"] = float(_uniformity(vectors[side]))
+            values[f"{side}_rank"] = float(_effective_rank(vectors[side]))
+    if "text" in vectors and vectors["image"].shape == vectors["text"].shape and method.shared_space:
+        values["alignment"] = float(alignment(vectors["image"], vectors["text"]))
+    if "entropy" in vectors:
+        values["attention_entropy"] = float(vectors["entropy"].mean())
+    if method.prototypes is not None and "text" in vectors:
+        both = torch.cat([vectors["image"], vectors["text"]])
+        prototypes = method.prototypes.detach().float().cpu()
+        values["dead_prototypes"], values["dead_by_chance"] = _dead_prototypes(both, prototypes)
+    return values
 
 # %% ../../nbs/train/04_diagnostics.ipynb #27eb46d6
 MEANING = {
@@ -170,7 +169,7 @@ MEANING = {
 def diagnose(
     method: Method, batches: Iterable[Batch]
 ) -> dict[str, float]:  # names as in `MEANING`; empty for fewer than three samples
-    """What the representations of a method look like over some batches, in evaluation mode. Nothing of the method is changed.
+    """Diagnostics of a method's representations over some batches, in evaluation mode. The method is not changed.
 
     Returns
     -------
@@ -179,14 +178,14 @@ def diagnose(
     """
     training, device = method.training, next(method.parameters()).device
     method.eval()
-    found: dict[str, list[Tensor]] = {}
+    parts: dict[str, list[Tensor]] = {}
     for batch in batches:
         if len(batch):
             for name, value in _vectors_of(method, batch.to(device)).items():
-                found.setdefault(name, []).append(value.float().cpu())
+                parts.setdefault(name, []).append(value.float().cpu())
     method.train(training)
-    together = {name: torch.cat(values) for name, values in found.items()}
-    return _measures(method, together) if len(together.get("whole", ())) > 2 else {}
+    vectors = {name: torch.cat(values) for name, values in parts.items()}
+    return _measures(method, vectors) if len(vectors.get("whole", ())) > 2 else {}
 
 # %% ../../nbs/train/04_diagnostics.ipynb #e5c0f718
 class CollapseWarning(UserWarning):
@@ -194,39 +193,38 @@ class CollapseWarning(UserWarning):
 
 # %% ../../nbs/train/04_diagnostics.ipynb #39590ac1
 def collapse(
-    told: Mapping[str, float],  # of `diagnose`
+    values: Mapping[str, float],  # as returned by `diagnose`
 ) -> list[str]:  # one sentence a symptom, empty for a healthy run
     """What is wrong with the representations, in words.
 
     Parameters
     ----------
-    told : Mapping[str, float]
-        of `diagnose`
+    values : Mapping[str, float]
+        as returned by `diagnose`
 
     Returns
     -------
     list[str]
         one sentence a symptom, empty for a healthy run
     """
-    found = []
+    symptoms = []
     for side, many in (("image", "images"), ("text", "reports")):
-        spread_, rank = told.get(f"{side}_std", 1.0), told.get(f"{side}_rank", 9.0)
-        if spread_ < 0.02:
-            found.append(
-                f"all {many} look alike: the spread of their vectors is {spread_:.3f}, where 1 is spread over the sphere"
+        width, rank = values.get(f"{side}_std", 1.0), values.get(f"{side}_rank", 9.0)
+        if width < 0.02:
+            symptoms.append(
+                f"all {many} look alike: the spread of their vectors is {width:.3f}, where 1 is spread over the sphere"
             )
         elif rank < 1.5:
-            found.append(f"{many} differ along one line only: the effective rank of their vectors is {rank:.2f}")
-    if told.get("dead_prototypes", 0) > max(0.9, told.get("dead_by_chance", 0)):
-        found.append(
-            f"{told['dead_prototypes']:.0%} of the prototypes are nobody's nearest ({told['dead_by_chance']:.0%} by chance)"
-        )
-    return found
+            symptoms.append(f"{many} differ along one line only: the effective rank of their vectors is {rank:.2f}")
+    dead, chance = values.get("dead_prototypes", 0), values.get("dead_by_chance", 0)
+    if dead > max(0.9, chance):
+        symptoms.append(f"{dead:.0%} of the prototypes are never the nearest one ({chance:.0%} by chance)")
+    return symptoms
 
 # %% ../../nbs/train/04_diagnostics.ipynb #9c91d75c
-def warn_of_collapse(name: str, epoch: int, told: Mapping[str, float]) -> None:
+def warn_of_collapse(name: str, epoch: int, values: Mapping[str, float]) -> None:
     "A CollapseWarning for each symptom, with the run's name and what may help."
-    for sentence in collapse(told):
+    for sentence in collapse(values):
         warnings.warn(
             f"{name}, epoch {epoch}: {sentence}. A lower lr, a longer warm-up or more negatives may help.",
             CollapseWarning,

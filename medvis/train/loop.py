@@ -59,27 +59,21 @@ def _learning_rate(
 def _parameter_groups(
     method: Method, config: TrainConfig
 ) -> list[dict[str, Any]]:  # of an optimiser, each with its `config`
-    "What is trained and how: one group, or the text encoder apart (its vectors without weight decay) when it has settings of its own."
+    "One group of parameters; or the text encoder apart, its vectors without weight decay, if it has its own settings."
     if config.text == config:
-        return [
-            {
-                "params": [p for p in method.parameters() if p.requires_grad],
-                "config": config,
-                "weight_decay": config.weight_decay,
-            }
-        ]
+        trained = [p for p in method.parameters() if p.requires_grad]
+        return [{"params": trained, "config": config, "weight_decay": config.weight_decay}]
     text, spare = config.text, config.text_weight_decay is not None
     sides = {"rest": (config, config.weight_decay), "text": (text, text.weight_decay), "vectors": (text, 0.0)}
-    found: dict[str, list] = {side: [] for side in sides}
+    params: dict[str, list] = {side: [] for side in sides}
     for name, p in method.named_parameters():
         if p.requires_grad:
-            found[
-                ("vectors" if spare and p.ndim < 2 else "text") if name.startswith("text_encoder.") else "rest"
-            ].append(p)
+            side = "rest" if not name.startswith("text_encoder.") else "vectors" if spare and p.ndim < 2 else "text"
+            params[side].append(p)
     return [
-        {"params": found[side], "config": of, "weight_decay": decay}
+        {"params": params[side], "config": of, "weight_decay": decay}
         for side, (of, decay) in sides.items()
-        if found[side]
+        if params[side]
     ]
 
 # %% ../../nbs/train/07_loop.ipynb #7d7a3f6a
@@ -120,16 +114,12 @@ def _optimise(
 # %% ../../nbs/train/07_loop.ipynb #4b140311
 @torch.no_grad()
 def validate(method: torch.nn.Module, loader: Iterable[Batch], accelerator: Accelerator) -> dict[str, float]:
-    """Mean losses over the samples of all processes, without augmentation or dropout; the method is left in training mode.
+    """Mean losses over the samples of all processes, without dropout; the method is left in training mode.
 
-    Raises Diverged, in every process. One whose share is empty takes part with nothing; the loss is NaN if all are."""
+    Raises Diverged, in every process. A process may have no samples; the loss is NaN if none has any."""
     method.eval()
-    inner, total, count, bad = (
-        accelerator.unwrap_model(method),
-        Counter(),
-        0,
-        None,
-    )  # the bare method: processes may have unlike many batches
+    inner = accelerator.unwrap_model(method)  # the bare method: processes may have different numbers of batches
+    total, count, bad = Counter(), 0, None
     for buffer in inner.buffers() if accelerator.num_processes > 1 else ():
         torch.distributed.broadcast(buffer, 0)  # the statistics that the main process saves
     for batch in filter(None, loader):
@@ -149,21 +139,20 @@ def validate(method: torch.nn.Module, loader: Iterable[Batch], accelerator: Acce
 
 # %% ../../nbs/train/07_loop.ipynb #6065525f
 def _frozen_maps(method: Method, data: Pack, config: TrainConfig, accelerator: Accelerator) -> FrozenImages | None:
-    "What the frozen tower of a method sees of a Pack, computed once; None if it has none, or images are augmented."
+    "The features of a Pack from a method's frozen tower, computed once; None without one, or if images are augmented."
     tower = getattr(method.image_encoder, "tower", None)
     if tower is None or config.augment != "none":
         return None
-    return on_main(accelerator, lambda: bool(cache_images(tower, data, progress=config.progress))) and cache_images(
-        tower, data
-    )
+    on_main(accelerator, lambda: bool(cache_images(tower, data, progress=config.progress)))
+    return cache_images(tower, data)
 
 # %% ../../nbs/train/07_loop.ipynb #2c466b1c
 def _open_pairs(method: Method, data: Pack, config: TrainConfig, accelerator: Accelerator) -> dict[str, Pairs]:
-    "The samples of both splits. ValueError where method, Pack and settings do not go together"
+    "The samples of both splits. ValueError where method, Pack and settings do not fit together."
     if method.vocabulary_of not in (None, data.manifest["hash"]):
         raise ValueError(
-            f"the vocabulary of this {type(method).__name__} is from the reports of another Pack than {data.path}: make the method with create_method(..., data=) "
-            f"of this Pack, or with init= a run, whose vocabulary it keeps"
+            f"the vocabulary of this {type(method).__name__} is from the reports of another Pack than {data.path}: "
+            f"make the method with create_method(..., data=) of this Pack, or with init= a run and its vocabulary"
         )
     room = getattr(method.text_encoder.body.config, "max_position_embeddings", config.max_tokens)
     if config.max_tokens > room:
@@ -173,7 +162,7 @@ def _open_pairs(method: Method, data: Pack, config: TrainConfig, accelerator: Ac
     settings = dict(
         preprocessing=method.preprocessing,
         tokenizer=method.tokenizer,
-        view=config,
+        sampling=config,
         seed=config.seed,
         maps=_frozen_maps(method, data, config, accelerator),
     )
@@ -185,7 +174,7 @@ def _open_pairs(method: Method, data: Pack, config: TrainConfig, accelerator: Ac
 # %% ../../nbs/train/07_loop.ipynb #cb76f06a
 @dataclass
 class _RunState:
-    "A run in progress: all that changes in it, what it is made of, and how it is kept."
+    "A run in progress: its parts, its state, and how both are saved."
 
     method: Method
     data: Pack
@@ -193,7 +182,7 @@ class _RunState:
     step: int = 0  # optimiser steps done
     history: list[float] = field(default_factory=list)  # validation loss of every epoch done
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         c, method = self.config, self.method
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         self.accelerator = make_accelerator(c)
@@ -206,8 +195,9 @@ class _RunState:
         self.steps_per_epoch = -(-len(batches) // c.accumulate)
         if (least := min(map(len, batches))) < method.least_batch:
             warnings.warn(
-                f"{c.run.name}: in a batch of {least} there is nothing to contrast a pair with, and a contrastive loss stays 0: "
-                f"raise batch_size ({c.batch_size}), or take a Pack with more than {len(self.pairs['train'])} training samples",
+                f"{c.run.name}: in a batch of {least} there is nothing to contrast a pair with, and a contrastive loss "
+                f"stays 0: raise batch_size ({c.batch_size}), or take a Pack with more than "
+                f"{len(self.pairs['train'])} training samples",
                 stacklevel=3,
             )
 
@@ -235,12 +225,12 @@ class _RunState:
             append_log(self.config.run / "metrics.jsonl", [line])
 
     def diverged(self, what: str, error: Diverged, rows: list[int]) -> Diverged:
-        "What all processes raise, with the names of their studies, when a checkpoint of the steps done is kept."
+        "The error that all processes raise, with the names of their studies. A checkpoint of the steps done is kept."
         causes = "; ".join(dict.fromkeys(gather_object([str(error)])))
         names = ", ".join(self.data.studies["study_id"].iloc[from_all(self.accelerator, rows)].astype(str))
         return Diverged(
-            f"{what} is not finite ({causes}) in {self.config.run}. Its studies: {names}. The checkpoint of step {self.step} is kept; "
-            f"look at these studies, or lower lr."
+            f"{what} is not finite ({causes}) in {self.config.run}. Its studies: {names}. "
+            f"The checkpoint of step {self.step} is kept; look at these studies, or lower lr."
         )
 
     def save(self) -> None:
@@ -262,15 +252,15 @@ class _RunState:
 
     def restore(self) -> None:
         "Go on from the newest checkpoint, or write the first one. ValueError names one that is damaged or foreign."
-        folder, found = self.config.run / "checkpoints", []
+        folder, loaded = self.config.run / "checkpoints", []
 
-        def look() -> bool:  # before the others: it sweeps away what was half-written
-            found.append(load_checkpoint(folder))
-            return found[0] is None
+        def load_first() -> bool:  # before the other processes, because it deletes half-written files
+            loaded.append(load_checkpoint(folder))
+            return loaded[0] is None
 
-        if on_main(self.accelerator, look):
+        if on_main(self.accelerator, load_first):
             return self.save()
-        state = found[0] if found else load_checkpoint(folder)
+        state = loaded[0] if loaded else load_checkpoint(folder)
         try:
             self.step, self.history = int(state["step"]), [float(loss) for loss in state["history"]]
             self.method.load_state_dict(state["method"])
@@ -278,8 +268,9 @@ class _RunState:
             if self.accelerator.scaler:
                 self.accelerator.scaler.load_state_dict(state["scaler"])
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            reason = f"{type(error).__name__}: {str(error).splitlines()[0][:100]}"
             raise ValueError(
-                f"the newest checkpoint in {folder} is not one of this run ({type(error).__name__}: {str(error).splitlines()[0][:100]}): "
+                f"the newest checkpoint in {folder} is not one of this run ({reason}): "
                 f"delete it to go on from the one before"
             ) from error
 
@@ -303,7 +294,7 @@ class _Trainer(_RunState):
 
     def train_epoch(self, bar: tqdm) -> None:
         "The steps of the running epoch that are not done yet. ValueError when too many samples cannot be read."
-        c, epoch, seen, bad = self.config, len(self.history), 0, 0
+        c, epoch, count, bad = self.config, len(self.history), 0, 0
         self.method.start_epoch(epoch)
         self.prepared.train()
         batches = self.batches("train", epoch)
@@ -313,25 +304,21 @@ class _Trainer(_RunState):
         for keys in groups:
             loaded = [next(loader) for _ in keys]
             losses = self.take_step(keys, loaded)
-            wanted, read = (
-                int(count) for count in summed(self.accelerator, sum(map(len, keys)), sum(map(len, loaded)))
-            )
-            seen, bad = seen + wanted, bad + wanted - read
-            if bad > c.max_rejects * max(seen, len(self.pairs["train"])):
+            wanted, read = map(int, summed(self.accelerator, sum(map(len, keys)), sum(map(len, loaded))))
+            count, bad = count + wanted, bad + wanted - read
+            if bad > c.max_rejects * max(count, len(self.pairs["train"])):
                 raise ValueError(
-                    f"{bad} of {seen} samples could not be read; {c.run / 'metrics.jsonl'} lists them as rejects"
+                    f"{bad} of {count} samples could not be read; {c.run / 'metrics.jsonl'} lists them as rejects"
                 )
             self.step += 1
             self.log("train", **losses)
             bar.update()
             bar.set_postfix({name: f"{value:.3f}" for name, value in losses.items() if name != "lr"}, refresh=False)
-            if (
-                self.step % c.save_every == 0 and self.step < (epoch + 1) * self.steps_per_epoch
-            ):  # the end of an epoch saves by itself
-                self.save()
+            if self.step % c.save_every == 0 and self.step < (epoch + 1) * self.steps_per_epoch:
+                self.save()  # the end of an epoch saves by itself
 
     def take_step(self, keys: list[list[tuple[int, int]]], batches: list[Batch]) -> dict[str, float]:
-        "One optimiser step from the batches that could be read. Diverged names the studies, and leaves a checkpoint behind."
+        "One optimiser step from the batches that could be read. Diverged names the studies, and leaves a checkpoint."
         c, a, when = self.config, self.accelerator, (self.step, self.steps_per_epoch, self.history)
         for name, reason in from_all(a, [reject for batch in batches for reject in batch.rejects]):
             self.log("reject", step=self.step + 1, study_id=name, reason=reason)
@@ -343,17 +330,15 @@ class _Trainer(_RunState):
             group["lr"] = _learning_rate(side, *when)
         try:
             loaded, seeds = map(list, zip(*good))
-            return {
-                "lr": _learning_rate(c, *when),
-                **_optimise(self.prepared, self.optimizer, loaded, a, seeds, c.clip_norm),
-            }
+            losses = _optimise(self.prepared, self.optimizer, loaded, a, seeds, c.clip_norm)
+            return {"lr": _learning_rate(c, *when), **losses}
         except Diverged as error:
             self.save()
             rows = [self.pairs["train"].items[i][0] for batch in keys for _, i in batch]
             raise self.diverged(f"step {self.step + 1}", error, rows) from None
 
     def end_epoch(self) -> None:
-        "Validate, keep the weights if they are the best so far, look at the representations, and write a checkpoint."
+        "Validate, keep the weights if they are the best so far, log diagnostics, and write a checkpoint."
         loss = math.nan
         if len(self.pairs["validate"]):
             loss = self.validate_epoch()["loss"]
@@ -364,10 +349,10 @@ class _Trainer(_RunState):
         self.save()
 
     def validate_epoch(self) -> dict[str, float]:
-        "Log the validation losses, and return them. Diverged names the studies; ValueError when too many cannot be read."
+        "Log and return the validation losses. Diverged names the studies; ValueError when too many cannot be read."
         c, keys, rejects, rows = self.config, self.batches("validate", 0), [], []
 
-        def watched() -> Iterable[Batch]:
+        def noted() -> Iterable[Batch]:  # the rejects of all batches, and the studies of the running one
             for batch in self.load("validate", keys):
                 rejects.extend(batch.rejects)
                 rows[:] = batch.study_id.tolist()
@@ -375,7 +360,7 @@ class _Trainer(_RunState):
             rows.clear()  # none of this process's batches is at fault
 
         try:
-            losses = validate(self.prepared, watched(), self.accelerator)
+            losses = validate(self.prepared, noted(), self.accelerator)
         except Diverged as error:
             self.save()
             raise self.diverged(f"validation after step {self.step}", error, rows) from None
@@ -391,27 +376,26 @@ class _Trainer(_RunState):
         return losses
 
     def diagnose_epoch(self) -> None:
-        "Log what the representations look like after the epoch just done, and warn in words when they collapse."
+        "Log the diagnostics of the epoch just done, and warn when the representations collapse."
 
-        def look() -> None:
+        def write() -> None:
             c, epoch = self.config, len(self.history)
-            found = diagnose(
-                self.method, self.load("validate", self.batches("validate", 0)[: -(-_DIAGNOSED // c.batch_size)])
-            )
-            append_log(c.run / "diagnostics.jsonl", [{"step": self.step, "epoch": epoch, **found}])
-            warn_of_collapse(c.run.name, epoch, found)
+            batches = self.batches("validate", 0)[: -(-_DIAGNOSED // c.batch_size)]
+            values = diagnose(self.method, self.load("validate", batches))
+            append_log(c.run / "diagnostics.jsonl", [{"step": self.step, "epoch": epoch, **values}])
+            warn_of_collapse(c.run.name, epoch, values)
 
-        on_main(self.accelerator, look)
+        on_main(self.accelerator, write)
 
 # %% ../../nbs/train/07_loop.ipynb #d4dad19c
 def fit(
     method: Method,
     data: Pack,  # its splits "train" and "validate" are used
-    run: str | Path | TrainConfig,  # folder of the run, for the method's own training recipe; or all settings
+    run: str | Path | TrainConfig,  # folder of the run, with the method's own training settings; or all settings
     each_epoch: Callable[[Run], None] | None = None,  # called after every epoch, e.g. medvis.analyse.LiveDiagnostics()
-    **changes,  # of the recipe: epochs=8, batch_size=32, ...: fields of TrainConfig
+    **changes,  # to the training settings, fields of TrainConfig: epochs=8, batch_size=32, ...
 ) -> Run:
-    """Train a method, or go on with the run that stands in the folder; a finished one is returned as it is.
+    """Train a method, or continue the run in the folder; a finished one is returned as it is.
 
     Raises Diverged when a loss is not finite (with a checkpoint of the step before), OSError when the disk is full,
     ValueError for a setting that does not exist, when the folder holds another run or too many samples cannot be read.
@@ -422,11 +406,11 @@ def fit(
     data : Pack
         its splits "train" and "validate" are used
     run : str | Path | TrainConfig
-        folder of the run, for the method's own training recipe; or all settings
+        folder of the run, with the method's own training settings; or all settings
     each_epoch : Callable[[Run], None] | None, default: None
         called after every epoch, e.g. medvis.analyse.LiveDiagnostics()
     **changes
-        of the recipe: epochs=8, batch_size=32, ...: fields of TrainConfig
+        to the training settings, fields of TrainConfig: epochs=8, batch_size=32, ...
     """
     config = TrainConfig.of(method, run, **changes)
     trainer, last = _Trainer(method, data, config), config.run / "last.safetensors"

@@ -21,13 +21,14 @@ from .config import TrainConfig
 
 # %% ../../nbs/train/06_processes.ipynb #5ce56ef9
 def _leave_group() -> None:
-    "End the connection to the other processes, if there is one: threads that still wait for them abort the interpreter when it ends."
+    "Close the connection to the other processes, if any: threads that still wait for them would abort the interpreter."
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
 # %% ../../nbs/train/06_processes.ipynb #2384e9ca
 def make_accelerator(config: TrainConfig) -> Accelerator:
-    "Device and precision of a run. Accelerate keeps those of an earlier run in the same process: alone, we forget them first."
+    "Device and precision of a run."
+    # Accelerate keeps those of an earlier run in the same process; a process that is alone resets them first
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         AcceleratorState._reset_state(reset_partial_state=True)
     else:
@@ -44,7 +45,7 @@ def summed(
     accelerator: Accelerator,
     *here: float,  # numbers of this process
 ) -> list[float]:  # their sums over all processes
-    """Add up over the processes. All of them must ask at the same place.
+    """Sums over the processes. All of them must call it at the same point.
 
     Parameters
     ----------
@@ -63,17 +64,19 @@ def summed(
 
 # %% ../../nbs/train/06_processes.ipynb #40f9eca3
 def anywhere(accelerator: Accelerator, here: bool) -> bool:
-    "Is it so in any process? All of them must ask at the same place."
+    "Whether it is true in any process. All of them must call it at the same point."
     return summed(accelerator, here)[0] > 0
 
 # %% ../../nbs/train/06_processes.ipynb #24e4a13d
 def from_all(accelerator: Accelerator, here: list) -> list:
-    "The lists of all processes, one behind the other; nothing is sent when all are empty."
+    "The lists of all processes, concatenated; nothing is sent when all are empty."
     return gather_object(here) if anywhere(accelerator, bool(here)) else []
 
 # %% ../../nbs/train/06_processes.ipynb #18afab77
 def on_main(accelerator: Accelerator, work: Callable[[], Any]) -> Any:
-    "Do what one process does for all; all get its result. Where it fails, all of them raise its error, and nobody waits."
+    """Do in the main process what is done once for all processes; all get its result.
+
+    Where it fails, all of them raise its error, so that no process waits."""
     answer: list[Any] = [None, None]  # error, result
     if accelerator.is_main_process:
         try:

@@ -55,18 +55,18 @@ def cyclic_cosine(step: int, steps_per_epoch: int, lr: float) -> float:
 # %% ../../nbs/train/02_schedules.ipynb #10e2235f
 def plateau_factor(
     history: Sequence[float],  # validation loss of every finished epoch
-    patience: int,  # epochs without improvement that are borne
+    patience: int,  # epochs without improvement before the rate is cut
     factor: float = 0.5,
     threshold: float = 1e-4,  # relative improvement that counts
 ) -> float:
-    """What the base rate is multiplied with after these epochs: `factor` to the number of plateaus.
+    """What the base rate is multiplied by after these epochs: `factor` to the power of the number of plateaus.
 
     Parameters
     ----------
     history : Sequence[float]
         validation loss of every finished epoch
     patience : int
-        epochs without improvement that are borne
+        epochs without improvement before the rate is cut
     factor : float, default: 0.5
     threshold : float, default: 0.0001
         relative improvement that counts

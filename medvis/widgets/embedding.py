@@ -375,7 +375,7 @@ def study_points(
     found = aligned_studies(method, pairs, items)
     grain, rows, vectors = f"{found.grain}s", [], []
     for k, view in enumerate(studies.make(items)):
-        words, sentences = places_in(pairs.report(k), view.sentences, view.spans, pairs.view.punctuation)
+        words, sentences = places_in(pairs.report(k), view.sentences, view.spans, pairs.sampling.punctuation)
         texts = {ours: its for ours, its in (words if grain == "words" else sentences).items() if found.mask[k, its]}
         lot = np.sort(rng.permutation(found.regions.shape[1])[:regions])
         every = _region_rows(view, "run")
