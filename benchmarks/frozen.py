@@ -43,7 +43,7 @@ def compare(studies: int, size: int, batch_size: int) -> dict[str, float]:
     method = create_method("mixture-mi", "laptop", pack, **({} if there else dict(image_weights=None, text="tiny-bert", freeze_text=0))).train()
     reader = TextEncoder(method.text_encoder.body, method.tokenizer, whole="mean").eval()
     found = {"images: fill": seconds(lambda: cache_images(method.image_encoder.tower, pack)), "sentences: fill": seconds(lambda: cache_sentences(reader, pack))}
-    settings = dict(tokenizer=method.tokenizer, preprocessing=method.preprocessing, view=method.view, split="train", train=True)
+    settings = dict(tokenizer=method.tokenizer, preprocessing=method.preprocessing, sampling=method.sampling, split="train", train=True)
     for image_only, what in ((True, "image side"), (False, "whole step")):
         for maps, how in ((None, "anew"), (cache_images(method.image_encoder.tower, pack), "kept")):
             pairs = Pairs(pack, **settings, maps=maps)

@@ -179,7 +179,7 @@ class Columns:
         self.pixels = np.random.default_rng(0).integers(0, 60, (studies, 64, 64)).astype(np.uint8)
         self.pixels[:, :32] += (60 * kind)[:, None, None].astype(np.uint8)
         self.path, self.size, self.manifest = "columns", 64, {"hash": "columns", "source": {}, "labels": list(self.labels)}
-        self.training_settings = {}
+        self.recipe = {}
 
     def image(self, row):
         return self.pixels[row]

@@ -8,7 +8,7 @@ __all__ = ['DATASETS', 'simulate', 'list_datasets', 'recipe_table', 'DataError',
            'collate', 'read_batch', 'tokenise', 'Phantom', 'PhantomStudy', 'FINDINGS', 'Phrase', 'phantom_phrases',
            'read_ms_cxr', 'PhantomConfig', 'prepare_phantom', 'Preprocessing', 'ReportRules', 'parse_sections',
            'report_sentences', 'split_sentences', 'BuildConfig', 'DataSet', 'ReadConfig', 'Recipe', 'Source',
-           'check_source', 'prepare_source', 'summary', 'nested_subsets', 'patient_splits', 'Task', 'box_task',
+           'check_source', 'prepare_source', 'describe_pack', 'nested_subsets', 'patient_splits', 'Task', 'box_task',
            'class_task', 'label_task', 'mask_task', 'ordinal_task', 'pack_task', 'phantom_task', 'Sampling']
 
 # %% ../../nbs/data/00_doors.ipynb #9d538aa7
@@ -97,7 +97,7 @@ _all_ = [
     "Source",
     "check_source",
     "prepare_source",
-    "summary",
+    "describe_pack",
     "nested_subsets",
     "patient_splits",
     "Task",

@@ -8,7 +8,7 @@ __all__ = ['check_preprocessing', 'encode', 'linear_probe', 'paired_gain', 'prob
            'phantom_pointing', 'phantom_targets', 'pointing_game', 'Boxes', 'classification_table', 'count_pixels',
            'detection_table', 'dice_table', 'froc', 'mean_ap', 'as_encoders', 'as_method', 'as_pack', 'check_unseen',
            'Predictions', 'load_predictions', 'score_table', 'compare_runs', 'evaluate', 'protocol_task',
-           'run_protocol', 'summary', 'PROTOCOLS', 'Protocol', 'prompt_table', 'retrieval_table', 'zero_shot',
+           'run_protocol', 'summary_table', 'PROTOCOLS', 'Protocol', 'prompt_table', 'retrieval_table', 'zero_shot',
            'zero_shot_table', 'LinearSegmenter', 'SetrDecoder', 'SmpUNet', 'UNet', 'dice_loss', 'mixed_loss',
            'Interval', 'auroc', 'bootstrap', 'bootstrap_auroc', 'compare', 'compare_predictions']
 
@@ -87,7 +87,7 @@ _all_ = [
     "evaluate",
     "protocol_task",
     "run_protocol",
-    "summary",
+    "summary_table",
     "PROTOCOLS",
     "Protocol",
     "prompt_table",
