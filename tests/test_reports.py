@@ -190,7 +190,7 @@ def test_unknown_splitter():
 
 
 def test_unknown_headings_rule():
-    with pytest.raises(ValueError, match="headings is 'all'; expected one of 'medvis', 'mit-lcp'"):
+    with pytest.raises(ValueError, match="unknown headings 'all'; choose from medvis, mit-lcp"):
         check_report("Clear.", ReportRules(headings="all"))
 
 

@@ -211,7 +211,7 @@ def _shape_mask(
         mask = across**2 + down**2 <= ((x1 - x0) * (y1 - y0)) ** 2
     return mask if mask.any() or clip else _at_corners(np.array([[(x0 + x1) / 2, (y0 + y1) / 2]]), width, height)
 
-# %% ../../nbs/data/07_annotations.ipynb #cc3f9866
+# %% ../../nbs/data/07_annotations.ipynb #20871a83
 def _picture_values(path: str | Path, name: str) -> np.ndarray:
     "(H, W) the stored numbers of a picture, upright; palettes not looked up"
     read_bytes(path, name)
@@ -224,7 +224,7 @@ def _picture_values(path: str | Path, name: str) -> np.ndarray:
         raise DataError(f"{name}: mask with {values.shape[-1]} channels; expected one")
     return values
 
-# %% ../../nbs/data/07_annotations.ipynb #20871a83
+
 def _read_mask(
     path: str | Path,
     width: int,  # of the image that it belongs to
@@ -253,7 +253,7 @@ def _read_mask(
         raise DataError(f"{name}: mask with the values {some}; expected only 0 and 1, or 0 and 255")
     return values > 0
 
-# %% ../../nbs/data/07_annotations.ipynb #5cf34ee4
+# %% ../../nbs/data/07_annotations.ipynb #1f6fc2be
 def _united(masks: Iterable[np.ndarray], width: int, height: int) -> np.ndarray:
     "The union of masks; no masks are an empty one"
     out = np.zeros((height, width), bool)
@@ -261,7 +261,7 @@ def _united(masks: Iterable[np.ndarray], width: int, height: int) -> np.ndarray:
         out |= mask
     return out
 
-# %% ../../nbs/data/07_annotations.ipynb #1f6fc2be
+
 def decode_mask(
     spec: dict,  # one of the forms below
     root: str | Path,  # that paths start from

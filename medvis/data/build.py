@@ -478,7 +478,7 @@ def _read_ids(folder: Path) -> dict[str, pd.DataFrame]:
             raise ValueError(f"{what} id {twice.iloc[0]} occurs more than once; every {what} needs an id of its own")
     return tables
 
-# %% ../../nbs/data/10_build.ipynb #d01c022c
+# %% ../../nbs/data/10_build.ipynb #93d8a757
 _DECIDES = (  # pixels, tables and splits
     *("medvis", "numpy", "pandas", "pillow", "pyarrow", "scikit-learn"),
     *("pydicom", "pylibjpeg-libjpeg", "pylibjpeg-openjpeg"),
@@ -528,7 +528,7 @@ def _manifest(plan: _Plan, key: str, parts: list[dict], sums: np.ndarray, folder
         "build": key,
     }
 
-# %% ../../nbs/data/10_build.ipynb #93d8a757
+
 def _assemble(plan: _Plan, key: str, parts: list[dict]) -> Path:
     "Write the files of the Pack into a folder of the unfinished build; returns that folder"
     folder = plan.folder / "pack"
@@ -612,8 +612,8 @@ def _check_rejects(plan: _Plan, parts: list[dict], max_rejects: float) -> None:
     )
 
 
-def _all_parts(plan: _Plan, items: Sequence, workers: int, progress: bool) -> list[dict]:
-    "Build the parts that are missing, with a progress bar; returns the counts of all"
+def _all_parts(plan: _Plan, items: Sequence, workers: int, max_rejects: float, progress: bool) -> list[dict]:
+    "Build the parts that are missing, with a progress bar; returns the counts of all. ValueError for too many rejects"
     jobs = {
         number: items[start : start + plan.part_size]
         for number, start in enumerate(range(0, len(items), plan.part_size))
@@ -628,6 +628,7 @@ def _all_parts(plan: _Plan, items: Sequence, workers: int, progress: bool) -> li
             done.update({what: parts[number][what] for what in ("images", "rejects")})
             bar.set_postfix(done, refresh=False)
             bar.update(len(jobs[number]))
+    _check_rejects(plan, list(parts.values()), max_rejects)
     return list(parts.values())
 
 # %% ../../nbs/data/10_build.ipynb #22aaf524
@@ -696,24 +697,15 @@ def write_pack(
     out, _ = Path(out), [Pack(path) for path in against]  # a wrong path is an error before any work
     if not len(items):
         raise ValueError(f"nothing to prepare for {out}: there is no study")
-    names = {"labels": labels, "grades": grades, "boxes": boxes, "masks": masks}
-    plan = _Plan(
-        folder=Path(f"{out}.partial"),
-        read=read,
-        size=size,
-        rules=rules,
-        require_report=require_report,
-        part_size=part_size,
-        source=source,
-        **{kind: tuple(given) for kind, given in names.items()},
-    )
+    marks = {"grades": tuple(grades), "boxes": tuple(boxes), "masks": tuple(masks)}
+    folder = Path(f"{out}.partial")
+    plan = _Plan(folder, read, size, rules, tuple(labels), require_report, part_size, source, **marks)
     key = plan.key(items)
     # a lock that a killed process left is taken, and so removed
     whole = (out / "manifest.json").exists() and not Path(f"{out}.lock").exists()
     with nullcontext() if whole else lock_folder(out, "Pack"):
         if unfinished := _unfinished(out, plan, key, progress, fresh):
-            parts = _all_parts(plan, items, workers, progress)
-            _check_rejects(plan, parts, max_rejects)
+            parts = _all_parts(plan, items, workers, max_rejects, progress)
         folder = _assemble(plan, key, parts) if unfinished else out
         if guarded:
             guard_pack(folder, against, allow_leaks, progress, built=unfinished)

@@ -92,7 +92,7 @@ def _as_stored(
     linear = (dataset.get("VOILUTFunction") or "LINEAR") in ("LINEAR", "LINEAR_EXACT")
     return linear and abs(center - width / 2) <= 1 and abs(center + width / 2 - 255) <= 1
 
-# %% ../../nbs/data/03_images.ipynb #8da27725
+# %% ../../nbs/data/03_images.ipynb #bf947c7e
 _NEEDED = ("Rows", "Columns", "BitsAllocated", "PhotometricInterpretation")
 _TAGS = (
     *("RescaleSlope", "RescaleIntercept", "WindowCenter", "WindowWidth"),
@@ -128,7 +128,7 @@ def _complete(dataset: Any) -> None:
         for name in {"WindowCenter", "WindowWidth"} & set(dataset.dir()):
             delattr(dataset, name)
 
-# %% ../../nbs/data/03_images.ipynb #de764bd8
+
 def _with_syntax(dataset: Any) -> None:
     """Add the transfer syntax that is missing: that by which the data set was parsed.
 
@@ -147,7 +147,7 @@ def _with_syntax(dataset: Any) -> None:
         ImplicitVRLittleEndian if implicit else ExplicitVRLittleEndian if little else ExplicitVRBigEndian
     )
 
-# %% ../../nbs/data/03_images.ipynb #bf947c7e
+
 def _padding(
     dataset: Any,  # pydicom's, or any other mapping of the tags' names
     pixels: np.ndarray,  # (H, W) as stored
@@ -166,7 +166,7 @@ def _padding(
     ]
     return (pixels >= min(ends)) & (pixels <= max(ends))
 
-# %% ../../nbs/data/03_images.ipynb #91487cfc
+# %% ../../nbs/data/03_images.ipynb #60713e60
 def _dicom_grey(dataset: Any, pixels: np.ndarray) -> np.ndarray:
     """(H, W) uint8 of stored pixels: rescale, VOI LUT, MONOCHROME1 inverted, padding black.
 
@@ -187,7 +187,7 @@ def _dicom_grey(dataset: Any, pixels: np.ndarray) -> np.ndarray:
     low, high = (inside.min(), inside.max()) if windowed else _grey_range(inside)
     return np.where(padding, np.uint8(0), _to_uint8(np.where(padding, low, shown), low, high))
 
-# %% ../../nbs/data/03_images.ipynb #60713e60
+
 def _decode_dicom(data: bytes) -> np.ndarray:
     "(H, W) uint8 of a single-frame DICOM"
     try:
@@ -212,7 +212,7 @@ def _decode_dicom(data: bytes) -> np.ndarray:
         raise ValueError(f"DICOM with {pixels.shape[0]} frames, expected one")
     return _dicom_grey(dataset, pixels)
 
-# %% ../../nbs/data/03_images.ipynb #4430bca4
+# %% ../../nbs/data/03_images.ipynb #e83a2056
 def _scan_ends(data: bytes) -> list[int]:
     "Where each run of coded pixels of a JPEG ends. ValueError if the file ends before the JPEG does."
     ends, place, scan = [], 2, re.compile(rb"\xff+[\x01-\xfe]")
@@ -229,7 +229,7 @@ def _scan_ends(data: bytes) -> list[int]:
             ends.append(place := match.start())
     raise ValueError("JPEG without an end: half downloaded?")
 
-# %% ../../nbs/data/03_images.ipynb #9b15c3ef
+
 def _check_jpeg(
     data: bytes,
     first: Image.Image,  # as opened
@@ -246,7 +246,7 @@ def _check_jpeg(
     if not same:
         raise ValueError("JPEG whose coded pixels end before the picture does: damaged, or half downloaded?")
 
-# %% ../../nbs/data/03_images.ipynb #12ba8d3b
+
 def _sixteen_bits(data: bytes) -> np.ndarray:  # (H, W, C) uint16
     """The channels of a PNG of 16 bits with colour or alpha, of which Pillow keeps the upper bytes.
 
@@ -262,7 +262,7 @@ def _sixteen_bits(data: bytes) -> np.ndarray:  # (H, W, C) uint16
     high, low = halves
     return high * 256 + low
 
-# %% ../../nbs/data/03_images.ipynb #9fd9d10a
+
 def _numbers(
     picture: Image.Image, data: bytes
 ) -> tuple[np.ndarray, bool]:  # (H, W) any numbers, before turning; do they start elsewhere than at 0?
@@ -284,7 +284,7 @@ def _numbers(
         values = values.view(np.uint32)
     return (-values.astype(np.float64) if white else values), white
 
-# %% ../../nbs/data/03_images.ipynb #e83a2056
+
 def _upright(values: np.ndarray, orientation: int) -> np.ndarray:
     "Turn (H, W) numbers as an EXIF orientation of 1 to 8 says"
     if orientation in (5, 6, 7, 8):
@@ -292,7 +292,7 @@ def _upright(values: np.ndarray, orientation: int) -> np.ndarray:
     rows, columns = {2: (1, -1), 3: (-1, -1), 4: (-1, 1), 6: (1, -1), 7: (-1, -1), 8: (-1, 1)}.get(orientation, (1, 1))
     return values[::rows, ::columns]
 
-# %% ../../nbs/data/03_images.ipynb #f9219dce
+# %% ../../nbs/data/03_images.ipynb #750c4937
 def exif_orientation(data: bytes) -> int:  # 1 to 8; 1 = upright, or no tag
     """How a picture is to be turned; DICOM files and other data are upright
 
@@ -308,7 +308,7 @@ def exif_orientation(data: bytes) -> int:  # 1 to 8; 1 = upright, or no tag
         return 1
     return orientation if orientation in range(1, 9) else 1
 
-# %% ../../nbs/data/03_images.ipynb #08ce55de
+
 def _decode_picture(data: bytes) -> np.ndarray:
     "(H, W) uint8 of a PNG, JPEG or whatever else Pillow reads; the first frame, upright"
     with Image.open(io.BytesIO(data)) as picture:
@@ -331,7 +331,7 @@ def _decode_picture(data: bytes) -> np.ndarray:
         picture.load()
         return np.array(ImageOps.exif_transpose(picture).convert("L"))
 
-# %% ../../nbs/data/03_images.ipynb #64b27843
+
 def _is_dicom(data: bytes) -> bool:
     "By its content: with the preamble, without it, or from its first group on"
     return (
@@ -341,7 +341,7 @@ def _is_dicom(data: bytes) -> bool:
         or (data[:2] in (b"\0\x02", b"\0\x08") and data[2:3] == b"\0")
     )
 
-# %% ../../nbs/data/03_images.ipynb #750c4937
+
 def _in_words(error: Exception) -> str:
     "What a decoder says of a damaged file, in one short line; other errors would tell a reader nothing"
     message = ""

@@ -62,7 +62,7 @@ def _detail(
     residue = images - blur @ images.astype(np.float32) @ blur.T
     return residue / np.sqrt(blur @ residue**2 @ blur.T + noise**2)
 
-# %% ../../nbs/data/06_leaks.ipynb #49d3c1e0
+# %% ../../nbs/data/06_leaks.ipynb #4d0a38b2
 def _weights(
     low: np.ndarray,  # (n,) where the part begins and
     high: np.ndarray,  # (n,) ends, in shares of the side
@@ -76,7 +76,7 @@ def _weights(
     weights = (1 - abs(centres.clip(0, side - 1) - np.arange(side, dtype=np.float32)) / np.maximum(step, 1)).clip(0)
     return weights / weights.sum(-1, keepdims=True)
 
-# %% ../../nbs/data/06_leaks.ipynb #4d0a38b2
+
 def _cells(
     images: np.ndarray,  # (n, S, S)
     parts: np.ndarray,  # (n, 4) left, top, right, bottom of the part of each, in shares of the side
@@ -129,7 +129,7 @@ def _parts(
         [np.broadcast_to(_WHOLE, square.shape), square, *(np.broadcast_to(part, square.shape) for part in fixed)]
     )
 
-# %% ../../nbs/data/06_leaks.ipynb #f73d3fe0
+# %% ../../nbs/data/06_leaks.ipynb #8fc6594c
 @dataclass(frozen=True)
 class Prints:
     """What is compared of some images: the rows of `pixels` they came from, thumbnails, and the hashes of their views
@@ -154,7 +154,7 @@ class Prints:
     parts: np.ndarray  # (views, n, 4)
     hashes: np.ndarray  # (views, 4, n) uint64
 
-# %% ../../nbs/data/06_leaks.ipynb #8fc6594c
+
 def _rows(
     pixels: np.ndarray,  # (N, S, S) uint8
     rows: np.ndarray,  # (n,)
@@ -245,13 +245,13 @@ def _candidates(
     if pairs:
         yield np.concatenate(pairs)
 
-# %% ../../nbs/data/06_leaks.ipynb #d4b2255a
+# %% ../../nbs/data/06_leaks.ipynb #736e1d45
 def _standard(images: np.ndarray) -> np.ndarray:  # (n, h, w)
     "Each image with mean 0 and spread 1; an even one stays 0"
     images = images - images.mean((1, 2), keepdims=True)
     return images / np.maximum(np.sqrt((images**2).mean((1, 2), keepdims=True)), 1e-3)
 
-# %% ../../nbs/data/06_leaks.ipynb #736e1d45
+
 def _align(
     a: np.ndarray,  # (n, S, S) details
     b: np.ndarray,  # (n, S, S)
@@ -284,7 +284,7 @@ def _align(
         parts = np.concatenate(ends, axis=1).clip(-0.1, 1.1)
     return best, where
 
-# %% ../../nbs/data/06_leaks.ipynb #490583e2
+# %% ../../nbs/data/06_leaks.ipynb #ff24951d
 _COARSE = 0.85  # correlation at 32 pixels, to be looked at closely
 SAME = 0.9  # correlation at 64 pixels, to be called the same image
 
@@ -295,7 +295,7 @@ def _best(
     "One row for each pair: its best"
     return pd.concat(tables).sort_values("correlation", ascending=False, kind="stable").drop_duplicates(["a", "b"])
 
-# %% ../../nbs/data/06_leaks.ipynb #93db4905
+
 def _look(
     a: Prints,
     b: Prints,
@@ -310,7 +310,7 @@ def _look(
     )
     return _best([table[correlation >= _COARSE]])
 
-# %% ../../nbs/data/06_leaks.ipynb #11a32e13
+
 def _look_closely(
     a: Prints,
     b: Prints,
@@ -323,7 +323,7 @@ def _look_closely(
     )
     return _align(first, second, np.stack(near.parts_a), np.stack(near.parts_b), near.sign.to_numpy(), 4)[0]
 
-# %% ../../nbs/data/06_leaks.ipynb #ff24951d
+
 def near_duplicates(
     a: Prints,
     b: Prints,
@@ -356,7 +356,7 @@ def near_duplicates(
     )
     return table[table.distance <= 1 - SAME].sort_values(["row_a", "row_b"], ignore_index=True)
 
-# %% ../../nbs/data/06_leaks.ipynb #ca0552e6
+# %% ../../nbs/data/06_leaks.ipynb #5b242c18
 LEAK_COLUMNS = ("kind", "split_a", "item_a", "split_b", "item_b", "distance")
 
 
@@ -376,7 +376,7 @@ def _shared(
     first, second = named(a, "a"), named(b, "b")
     return first.merge(second, on="key").assign(kind=kind, distance=0.0)[list(LEAK_COLUMNS)]
 
-# %% ../../nbs/data/06_leaks.ipynb #5b242c18
+
 def join_leaks(tables: Iterable[pd.DataFrame]) -> pd.DataFrame:  # columns LEAK_COLUMNS
     """Tables of leaks as one; without leaks, a table without rows
 
@@ -414,7 +414,7 @@ def _compare(
     pairs = [pd.MultiIndex.from_frame(table[["item_a", "item_b"]]) for table in (near, files)]
     return join_leaks([patients, files, near[~pairs[0].isin(pairs[1])]])
 
-# %% ../../nbs/data/06_leaks.ipynb #33f20686
+# %% ../../nbs/data/06_leaks.ipynb #41a44e59
 def _check_table(table: pd.DataFrame, pixels: np.ndarray) -> pd.DataFrame:
     "The table with rows numbered as those of the pixels; ValueError if it is not as long or lacks a column"
     if missing := {"patient_id", "split", "image_id", "sha256"} - set(table):
@@ -423,7 +423,7 @@ def _check_table(table: pd.DataFrame, pixels: np.ndarray) -> pd.DataFrame:
         raise ValueError(f"{len(table)} rows of images, but {len(pixels)} images; expected one row an image")
     return table.reset_index(drop=True)
 
-# %% ../../nbs/data/06_leaks.ipynb #41a44e59
+
 def _by_split(table: pd.DataFrame) -> dict[str, pd.DataFrame]:
     "The rows of each split, train first"
     parts = {name: part for name, part in table.groupby("split", sort=False)}

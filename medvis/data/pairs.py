@@ -61,7 +61,7 @@ def epoch_batches(
     starts = range(0, max(n - whole, 0) + 1, whole)
     return [order[start : start + whole][rank::world] for start in starts]
 
-# %% ../../nbs/data/14_pairs.ipynb #1366f316
+# %% ../../nbs/data/14_pairs.ipynb #9bbecaa5
 @dataclass(frozen=True)
 class Report:
     """A tokenised report; word w is `sentences[s][start:end]` with (s, start, end) = `word_spans[w]`.
@@ -88,7 +88,7 @@ class Report:
     def words(self) -> list[str]:
         return [self.sentences[s][start:end] for s, start, end in self.word_spans]
 
-# %% ../../nbs/data/14_pairs.ipynb #9bbecaa5
+
 def _cut_words(
     sentence: str,
     spans: list[tuple[int, int]],  # (start, end) of its words
@@ -110,7 +110,7 @@ def _cut_words(
     whole = [(spans[w][0], max(spans[v][1] for v in range(len(spans)) if owner[v] == w)) for w in order]
     return [order.index(owner[words[0]]) if words else None for words in touched], whole
 
-# %% ../../nbs/data/14_pairs.ipynb #8dc957e8
+# %% ../../nbs/data/14_pairs.ipynb #0a7236ca
 def _encode_words(
     sentences: Sequence[str],
     spans: Sequence[list[tuple[int, int]]],  # of the words of every sentence, at least one
@@ -131,7 +131,7 @@ def _encode_words(
         out.append(([number for number, _ in inside], [w for _, w in inside], whole))
     return out
 
-# %% ../../nbs/data/14_pairs.ipynb #0a7236ca
+
 def tokenise(
     sentences: Sequence[str],
     tokenizer: PreTrainedTokenizerBase,  # a fast one (it gives the place of each piece), with cls_token and sep_token

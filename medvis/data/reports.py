@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Literal
 
-# %% ../../nbs/data/02_reports.ipynb #164f3858
+# %% ../../nbs/data/02_reports.ipynb #0a3a45b7
 _SECTION_NAMES = {
     "comparison": (
         "comparison",
@@ -57,7 +57,7 @@ _SECTION_NAMES = {
     "addendum": ("addendum", "addenda"),
 }
 
-# %% ../../nbs/data/02_reports.ipynb #0a3a45b7
+
 _TITLE = re.compile(
     r"chest|portable|\b(one|two|three|single|frontal|lateral|pa|ap) views?\b|\b(pa|ap|frontal) and lat"
     r"|\blat\w* and (pa|ap|frontal)\b|frontal (upright|semi-upright)|\bribs\b"
@@ -103,7 +103,7 @@ def _plain_headings(text: str) -> list[tuple[str, int, int]]:
     "(heading, start, end) of each known heading at the start of a line, or in capitals anywhere"
     return [(match["line"] or match["capitals"], match.start(), match.end()) for match in _PLAIN_HEADING.finditer(text)]
 
-# %% ../../nbs/data/02_reports.ipynb #4d1c70a2
+# %% ../../nbs/data/02_reports.ipynb #e810d17f
 def _with_last_paragraph(parts: list[tuple[str, str]]) -> list[tuple[str, str]]:
     "The sections; where neither findings nor impression says anything, the last one is cut after its first paragraph"
     if {"impression", "findings"} & {name for name, body in parts if body.strip()}:
@@ -113,7 +113,7 @@ def _with_last_paragraph(parts: list[tuple[str, str]]) -> list[tuple[str, str]]:
     first, _, rest = body.partition("\n \n")
     return [*parts, (name, first), ("last_paragraph", rest)]
 
-# %% ../../nbs/data/02_reports.ipynb #e810d17f
+
 def parse_mimic_sections(text: str) -> dict[str, str]:
     """Cut a report into its sections, by the rules of MIMIC-CXR (MIT-LCP's parser; used by LoVT, MGCA and local-mi).
 
@@ -305,7 +305,7 @@ def parse_sections(text: str) -> dict[str, str]:
             sections.setdefault(name, []).append(body.strip())
     return {name: "\n \n".join(bodies) for name, bodies in sections.items()}
 
-# %% ../../nbs/data/02_reports.ipynb #1a4e6d7f
+# %% ../../nbs/data/02_reports.ipynb #2b5f7e80
 def _unknown_headings(text: str) -> list[str]:
     """What looks like a heading but is not in the table, each once.
 
@@ -317,7 +317,7 @@ def _unknown_headings(text: str) -> list[str]:
     }
     return sorted(heading for heading in headings if len(heading) <= 40 and len(heading.split()) <= 5)
 
-# %% ../../nbs/data/02_reports.ipynb #2b5f7e80
+
 def count_headings(
     texts: Iterable[str | None],
     least: int = 5,  # a heading of fewer reports is not named: it could be a name

@@ -117,7 +117,7 @@ CUES = (  # status, which of its sides a cue governs, how far (characters), the 
     ("historical", "before", _LONGEST, r"by history|in the past"),
 )
 
-# %% ../../nbs/data/18_targets.ipynb #28bef3b8
+# %% ../../nbs/data/18_targets.ipynb #206779b5
 _PLACE_PATTERNS = (  # kind, value, words; a plural counts where no side is named
     ("side", "left", r"left|lingula\w*"),
     ("side", "right", r"right(?! clinical)"),
@@ -154,7 +154,7 @@ PARTS = (
 _MIDLINE = ("Cardiomegaly", "Edema")  # take no place from their neighbours
 STATUSES = ("asserted", "uncertain", "historical", "negated")  # the first that a sentence gives wins
 
-# %% ../../nbs/data/18_targets.ipynb #206779b5
+
 def _words(pattern: str) -> re.Pattern:
     return re.compile(rf"(?<!\w)(?:{pattern})(?!\w)")
 
@@ -215,7 +215,7 @@ def _place_of(
     side = "bilateral" if len(sides) > 1 else next(iter(sides), None)
     return side, named["zone"].pop() if len(named["zone"]) == 1 else None
 
-# %% ../../nbs/data/18_targets.ipynb #3ce6fcdb
+# %% ../../nbs/data/18_targets.ipynb #3529ed8f
 def _named(
     sentence: str,  # in small letters
 ) -> list[tuple[str, int, int]]:  # finding, start, end, in order
@@ -223,7 +223,7 @@ def _named(
     named = {(name, match.start(), match.end()) for name, words in _TERMS.items() for match in words.finditer(sentence)}
     return sorted(named, key=lambda term: term[1:])
 
-# %% ../../nbs/data/18_targets.ipynb #3529ed8f
+
 def _stretches(
     sentence: str,  # in small letters
     spans: list[tuple[int, int]],  # start, end of what is named, in order
@@ -238,7 +238,7 @@ def _stretches(
     cuts.append(len(sentence))
     return [(cuts[group], cuts[group + 1]) for group in groups][: len(spans)]
 
-# %% ../../nbs/data/18_targets.ipynb #de6d306e
+# %% ../../nbs/data/18_targets.ipynb #3ff8ab53
 @dataclass(frozen=True)
 class _Mention:
     "A finding that a sentence names, or whose absence it states."
@@ -250,7 +250,7 @@ class _Mention:
     side: str | None = None  # left, right or bilateral, of the patient
     zone: str | None = None  # upper, middle or lower
 
-# %% ../../nbs/data/18_targets.ipynb #681d0a06
+
 def _placed(sentence: str, mentions: list[_Mention]) -> list[_Mention]:
     """Mentions in order, with side and zone.
 
@@ -272,7 +272,7 @@ def _placed(sentence: str, mentions: list[_Mention]) -> list[_Mention]:
         placed.append(replace(mention, side=place[0], zone=place[1]))
     return placed
 
-# %% ../../nbs/data/18_targets.ipynb #3ff8ab53
+
 @lru_cache(maxsize=100_000)
 def _find_mentions(sentence: str) -> tuple[_Mention, ...]:  # in order
     "The findings that a sentence names or denies, each with status, side and zone."
@@ -386,13 +386,13 @@ def agreement(
     table.loc["all"] = counts.sum()
     return table.assign(precision=table["both"] / table["found"], recall=table["both"] / table["true"])
 
-# %% ../../nbs/data/18_targets.ipynb #901b9898
+# %% ../../nbs/data/18_targets.ipynb #53650f7f
 _OPPOSITES = {"left": "right", "upper": "lower", "apex": "base", "apices": "bases", "apical": "basilar"}
 _OPPOSITES |= {two: one for one, two in _OPPOSITES.items()} | {"basal": "apical"}
 _SIDE = re.compile(r"\b(?:left|right)\b(?! clinical| atri| ventric)", re.IGNORECASE)
 _ZONE = re.compile(r"\b(?:upper|lower|apex|base|apices|bases|apical|basilar|basal)\b(?! limit)", re.IGNORECASE)
 
-# %% ../../nbs/data/18_targets.ipynb #da5ed32f
+
 def _exchanged(sentence: str, words: re.Pattern) -> str | None:
     def opposite(match: re.Match) -> str:
         new = _OPPOSITES[match[0].lower()]
@@ -400,7 +400,7 @@ def _exchanged(sentence: str, words: re.Pattern) -> str | None:
 
     return words.sub(opposite, sentence) if words.search(sentence) else None
 
-# %% ../../nbs/data/18_targets.ipynb #53650f7f
+
 def exchange_side(sentence: str) -> str | None:
     """The same sentence with left and right exchanged; chambers of the heart keep theirs.
 
@@ -412,7 +412,7 @@ def exchange_zone(sentence: str) -> str | None:
     "The same sentence with upper and lower (apex and base ...) exchanged; None if it names neither."
     return _exchanged(sentence, _ZONE)
 
-# %% ../../nbs/data/18_targets.ipynb #a619a167
+# %% ../../nbs/data/18_targets.ipynb #e8893703
 _THERE = re.compile(r"\b(there (?:is|are)) (?:an? )?", re.IGNORECASE)
 _VERB = re.compile(r"\b(is|are|was|were|has|have)\b")
 
@@ -433,7 +433,7 @@ def _negate_sentence(sentence: str) -> str | None:
     )
     return new if turned and before.keys() == after.keys() else None
 
-# %% ../../nbs/data/18_targets.ipynb #e8893703
+
 def _other_finding_sentence(
     sentence: str,
     other: str,  # a finding of TERMS

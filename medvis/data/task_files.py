@@ -26,7 +26,7 @@ from medvis.data.tasks import (
     paint_boxes,
 )
 
-# %% ../../nbs/data/16_task_files.ipynb #46d7eb2c
+# %% ../../nbs/data/16_task_files.ipynb #e68af098
 def _read_targets(path: Path) -> pd.DataFrame:
     "A .csv or .parquet table. ValueError names a file that cannot be read as a table."
     try:
@@ -36,7 +36,7 @@ def _read_targets(path: Path) -> pd.DataFrame:
     except Exception as error:  # parsers have many
         raise ValueError(f"{path} cannot be read as a table ({error}); expected .csv or .parquet") from error
 
-# %% ../../nbs/data/16_task_files.ipynb #85664255
+
 def _read_masks(
     folder: Path, pack: Pack, classes: Sequence[str]
 ) -> dict[str, np.ndarray]:  # image id -> (C, S, S) bool
@@ -55,7 +55,7 @@ def _read_masks(
         )
     return masks
 
-# %% ../../nbs/data/16_task_files.ipynb #a4f0a3f0
+
 def _read_boxes(path: Path, pack: Pack, classes: Sequence[str]) -> Task:
     "The task of a table of boxes in pixels of the original images."
     table, images = _read_targets(path), pack.image_table.set_index(pack.image_table["image_id"].astype(str))
@@ -68,7 +68,7 @@ def _read_boxes(path: Path, pack: Pack, classes: Sequence[str]) -> Task:
             table.loc[row, list(BOX_COORDINATES)] = moved[0]
     return box_task(pack, table, classes or None, name=path.stem)
 
-# %% ../../nbs/data/16_task_files.ipynb #e68af098
+
 def read_task(
     path: str | Path,  # table (.csv, .parquet), or folder of mask pictures
     pack: Pack,

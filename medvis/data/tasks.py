@@ -27,7 +27,7 @@ from .prepare import pack_phantom
 from .preprocessing import Preprocessing
 from .splits import check_leaks, nested_subsets
 
-# %% ../../nbs/data/15_tasks.ipynb #523a6e67
+# %% ../../nbs/data/15_tasks.ipynb #1e0f3983
 def pack_images(pack: Pack) -> pd.DataFrame:  # image (row in the pack), image_id, study_id, patient_id, split
     """All images of a Pack with the ids and the split of their study.
 
@@ -40,7 +40,7 @@ def pack_images(pack: Pack) -> pd.DataFrame:  # image (row in the pack), image_i
     studies = pack.studies[["study_id", "patient_id", "split"]].iloc[table["study"]].reset_index(drop=True)
     return pd.concat([pd.DataFrame({"image": np.arange(len(table)), "image_id": table["image_id"]}), studies], axis=1)
 
-# %% ../../nbs/data/15_tasks.ipynb #dfda2c65
+
 def _find_images(
     pack: Pack,
     ids: Iterable,  # K image ids, or study ids for all images of a study
@@ -65,16 +65,16 @@ def _find_images(
     order = np.argsort(rows)
     return rows[order], places[order]
 
-# %% ../../nbs/data/15_tasks.ipynb #1e0f3983
+
 def _some(names: Iterable) -> str:
     names = [str(name) for name in names]
     return ", ".join(names[:5]) + (", …" if len(names) > 5 else "")
 
-# %% ../../nbs/data/15_tasks.ipynb #6896f676
+# %% ../../nbs/data/15_tasks.ipynb #5c26c8bc
 class _EmptyTask(ValueError):
     "No image has an answer."
 
-# %% ../../nbs/data/15_tasks.ipynb #5feda38a
+
 _TASK_KINDS = ("labels", "classes", "ordinal", "masks", "boxes")
 
 
@@ -138,7 +138,7 @@ class Task:
             digest.update(f"{np.shape(target)}".encode() + np.ascontiguousarray(target).tobytes())
         return digest.hexdigest()
 
-# %% ../../nbs/data/15_tasks.ipynb #5c26c8bc
+
 def _make_task(
     name: str,
     kind: str,
@@ -195,7 +195,7 @@ def label_targets(
     values = pd.Series({name: _UNCERTAIN[policy] for name, policy in policies.items()})
     return labels.fillna(_BLANK[blank]).mask(labels == -1, values, axis=1)
 
-# %% ../../nbs/data/15_tasks.ipynb #2e2ff25f
+# %% ../../nbs/data/15_tasks.ipynb #64d14c8c
 def held_kinds(pack: Pack) -> dict[str, list[str]]:  # kind of task -> names of labels, grades, masks or boxes
     """Which tasks a Pack has answers for. Without masks, its boxes can be painted as such.
 
@@ -213,7 +213,7 @@ def held_kinds(pack: Pack) -> dict[str, list[str]]:  # kind of task -> names of 
     }
     return {kind: list(pack.manifest[name]) for kind, name in given.items() if pack.manifest.get(name)}
 
-# %% ../../nbs/data/15_tasks.ipynb #64d14c8c
+
 def _asked_names(
     pack: Pack,
     kind: str,  # labels, classes, ordinal, masks or boxes

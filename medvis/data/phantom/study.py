@@ -195,7 +195,7 @@ def stated_severities(
         severities[finding.name] = max(severities[finding.name] or 0, finding.severity)
     return severities
 
-# %% ../../../nbs/data/phantom/04_study.ipynb #bbff3477
+# %% ../../../nbs/data/phantom/04_study.ipynb #abdd31b5
 def _study_number(study_id: str) -> int:  # 12 of "phantom-0000012"
     "The index of a phantom's study. ValueError for another name."
     prefix, _, number = study_id.rpartition("-")
@@ -203,7 +203,7 @@ def _study_number(study_id: str) -> int:  # 12 of "phantom-0000012"
         raise ValueError(f"{study_id!r} is no study of a phantom; expected an id such as phantom-0000012")
     return int(number)
 
-# %% ../../../nbs/data/phantom/04_study.ipynb #abdd31b5
+
 class Phantom:
     """Endless synthetic studies: `Phantom(size, seed)[index]` depends on nothing but these three numbers.
 
