@@ -40,7 +40,7 @@ def raises(
         if missing:
             raise AssertionError(f"expected {missing} in the message of {type(error).__name__}: {error}") from error
     else:
-        names = " or ".join(one.__name__ for one in (kind if isinstance(kind, tuple) else (kind,)))
+        names = " or ".join(error.__name__ for error in (kind if isinstance(kind, tuple) else (kind,)))
         raise AssertionError(f"expected {names}, but nothing was raised")
 
 # %% ../nbs/01_testing.ipynb #d243615b

@@ -44,7 +44,7 @@ class Damage:
     name: str                       # unique within its data set
     do: Callable[[Path], None]      # to the files below a root
     outcome: str
-    told: str = ""                  # regular expression that is found in the error, or in a reject
+    message: str = ""                  # regular expression that is found in the error, or in a reject
     alike: bool = False             # grey values may differ a little (they are stored otherwise)
     renamed: bool = False           # the name of an image is what is damaged, so the reject cannot bear it
 
@@ -118,7 +118,7 @@ def without(column: str) -> Callable[[list[list[str]]], list[list[str]]]:
 
 # ---- damage to any file, any table, any picture
 
-def to_any_file(pattern: str, outcome: str, told: str, number: int = 0) -> list[Damage]:
+def to_any_file(pattern: str, outcome: str, message: str, number: int = 0) -> list[Damage]:
     name = pattern.rpartition("/")[2]
     kinds = {
         "is missing": swap(pattern, lambda path: None, number), "is empty": raw(pattern, lambda data: b"", number), "is a folder": swap(pattern, Path.mkdir, number),
@@ -129,14 +129,14 @@ def to_any_file(pattern: str, outcome: str, told: str, number: int = 0) -> list[
     }
     if os.geteuid():    # root may read everything
         kinds["may not be read"] = swap(pattern, no_permission, number)
-    sharper = {"is missing": rf"\bno .*({told})|({told}).*no such file", "is empty": rf"({told}).*(is empty|not a zip file)", "is a folder": rf"({told}).*cannot be read"} if outcome == ERROR else {}
-    return [Damage(f"{name} {kind}", do, outcome, sharper.get(kind, told)) for kind, do in kinds.items()]
+    sharper = {"is missing": rf"\bno .*({message})|({message}).*no such file", "is empty": rf"({message}).*(is empty|not a zip file)", "is a folder": rf"({message}).*cannot be read"} if outcome == ERROR else {}
+    return [Damage(f"{name} {kind}", do, outcome, sharper.get(kind, message)) for kind, do in kinds.items()]
 
 
-def to_table(pattern: str, columns: Iterable[str], told: str = "", packed: bool = True) -> list[Damage]:
+def to_table(pattern: str, columns: Iterable[str], message: str = "", packed: bool = True) -> list[Damage]:
     "Kinds of damage that any csv table may have; `columns` are those that are needed."
     name, columns = pattern.rpartition("/")[2], list(columns)
-    told = told or re.escape(name.partition(".csv")[0].strip("*"))
+    message = message or re.escape(name.partition(".csv")[0].strip("*"))
     harmless = {
         "begins with a byte order mark": edit(pattern, lambda data: b"\xef\xbb\xbf" + data), "has CRLF line ends": edit(pattern, lambda data: data.replace(b"\n", b"\r\n")),
         "has another column": rows(pattern, lambda table: [[*row, "note" if row is table[0] else "x"] for row in table]),
@@ -163,7 +163,7 @@ def to_table(pattern: str, columns: Iterable[str], told: str = "", packed: bool 
             "is packed and cut off": lambda data: data[:-12], "is said to be packed and is not": gzip.decompress, "is packed, with a wrong check sum": lambda data: data[:-8] + b"\1\2\3\4" + data[-4:]}.items()}
         harmless |= {"is packed": swapped_gz(pattern, lambda data: data)}
     found = [Damage(f"{name} {kind}", do, SAME) for kind, do in harmless.items()]
-    found += [Damage(f"{name} {kind}", do, ERROR, f"({told}).*({cause})") for kind, (do, cause) in harmful.items()]
+    found += [Damage(f"{name} {kind}", do, ERROR, f"({message}).*({cause})") for kind, (do, cause) in harmful.items()]
     return found + [Damage(f"{name} has no column {column}", rows(pattern, without(column)), ERROR, f"no column .*{re.escape(column)}") for column in columns]
 
 
@@ -298,10 +298,10 @@ def png(pixels: np.ndarray) -> bytes:
     return out.getvalue()
 
 
-def of_cells(pattern: str, row: int, table: dict[str, dict[str, str]], outcome: str = REJECT, told: str = "", renamed: bool = False) -> list[Damage]:
+def of_cells(pattern: str, row: int, table: dict[str, dict[str, str]], outcome: str = REJECT, message: str = "", renamed: bool = False) -> list[Damage]:
     "column -> what is wrong with it -> value; COLUMN in what is told stands for its name"
     name = pattern.rpartition("/")[2]
-    return [Damage(f"{name}: {column} is {kind}", cell(pattern, row, column, value), outcome, told.replace("COLUMN", re.escape(column)), renamed=renamed)
+    return [Damage(f"{name}: {column} is {kind}", cell(pattern, row, column, value), outcome, message.replace("COLUMN", re.escape(column)), renamed=renamed)
             for column, kinds in table.items() for kind, value in kinds.items()]
 
 
@@ -347,8 +347,8 @@ def flag(data: bytes, offset: int, bit: int) -> bytes:
 def mimic() -> list[Damage]:
     found = to_table(META, ("dicom_id", "subject_id", "study_id", "ViewPosition"), "metadata") + to_table(SPLIT, ("dicom_id", "subject_id", "study_id", "split"), "split")
     found += to_table(CHEX, ("subject_id", "study_id", "Edema", "Pneumonia", "Support Devices"), "chexpert")
-    for path, told in ((META, "metadata"), (SPLIT, "split"), (CHEX, "chexpert"), (REPORTS, "reports")):
-        found += to_any_file(path, ERROR, told)
+    for path, message in ((META, "metadata"), (SPLIT, "split"), (CHEX, "chexpert"), (REPORTS, "reports")):
+        found += to_any_file(path, ERROR, message)
     found += to_picture("**/*.jpg", "picture", 0)
     for path in (META, SPLIT):
         kind = path.rpartition("-")[2].partition(".")[0]
@@ -434,7 +434,7 @@ def siim() -> list[Damage]:
     codes = {"expected pairs": {"odd": "5 10 15", "in commas": "5;10", "-2": "-2", "0": "0"}, "ends at pixel": {"past the end": "1048570 100"}, "no pixels": {"a run of nothing": "5 0"}, "EncodedPixels is blank": {"blank": ""},
              "whole numbers": {"negative": "5 -10", "-1 and more": "-1 5", "a word": "5 ten", "not whole": "5.5 10", "nan": "nan nan", "in hexadecimal": "0x5 0xA", "huge": "1 99999999999999999999", "far past the end": "0 1048577"}}
     found = to_table(RLE, ("ImageId", "EncodedPixels")) + to_any_file(RLE, ERROR, "train-rle")
-    found += [damage for told, kinds in codes.items() for damage in of_cells(RLE, 2, {"EncodedPixels": kinds}, REJECT, told)]
+    found += [damage for message, kinds in codes.items() for damage in of_cells(RLE, 2, {"EncodedPixels": kinds}, REJECT, message)]
     found += of_cells(RLE, 2, {"ImageId": {"blank": ""}}, ERROR, "line 3: ImageId is blank") + of_cells(RLE, 1, {"ImageId": {"led out": "../../../etc/passwd", "unknown": "1.2.3"}}, REJECT, renamed=True)
     found += [Damage("a piece is there twice", lines(RLE, lambda table: [*table, table[2]]), SAME), Damage("an image is healthy twice", lines(RLE, lambda table: [*table, table[1]]), REJECT, "twice"),
               Damage("an image is ill and healthy", lines(RLE, lambda table: [*table, table[2].split(",")[0] + ", -1"]), REJECT, "one says -1")]
@@ -469,8 +469,8 @@ def object_cxr() -> list[Damage]:
         found += to_table(f"{part}.csv", ("annotation", column), f"{part}.csv") + to_any_file(f"{part}.csv", ERROR, part)
         found += of_cells(f"{part}.csv", 1, {"annotation": shapes}, REJECT, "shape|polygon|box|corner")
         names = {"does not lead": {kind: value for kind, value in PATHS.items() if kind not in ("nowhere", "very long")}, "is a path": {"nowhere": PATHS["nowhere"]}, "listed more than once": {"that of another": "00001.jpg"}, "": {"very long": PATHS["very long"]}}
-        for told, kinds in (names if part == "train" else {"does not lead": {"blank": ""}, "not found": {"nowhere": "none.jpg"}}).items():
-            found += of_cells(f"{part}.csv", marked[part], {column: kinds}, REJECT, told, renamed=True)
+        for message, kinds in (names if part == "train" else {"does not lead": {"blank": ""}, "not found": {"nowhere": "none.jpg"}}).items():
+            found += of_cells(f"{part}.csv", marked[part], {column: kinds}, REJECT, message, renamed=True)
         found.append(Damage(f"{part}.csv has a line twice", lines(f"{part}.csv", lambda table: [*table, table[1]]), REJECT, "more than once"))
     return found
 
@@ -497,7 +497,7 @@ def nih() -> list[Damage]:
         "has a column less": lines(BOXES_NIH, lambda rows: [rows[0].replace(",y,", ","), rows[1]]), "is a web page": edit(BOXES_NIH, lambda data: b"<html>\n</html>")}.items()]
     for name, other in (("train_val_list.txt", "00000003_000.png"), ("test_list.txt", "00000001_000.png")):
         found += to_any_file(name, ERROR, name)
-        found += [Damage(f"{name} {kind}", do, ERROR, told) for kind, told, do in (
+        found += [Damage(f"{name} {kind}", do, ERROR, message) for kind, message, do in (
             ("names an image twice", "is in the list already", lines(name, lambda rows: [*rows, rows[0]])), ("names an unknown image", f"{name} are not in", lines(name, lambda rows: [*rows, "00000099_000.png"])),
             ("lacks an image", f"{name} are not in", lines(name, lambda rows: [*rows[1:], "00000099_001.png"])), ("names an image of the other", "in train_val_list.txt and in test_list.txt", lines(name, lambda rows, other=other: [*rows, other])),
             ("has commas", f"{name}.*fields, expected 1", lines(name, lambda rows: [",".join([*rows, "x"])])), ("is UTF-16", f"{name}.*not UTF-8", edit(name, lambda data: data.decode().encode("utf-16"))), ("has a NUL byte", f"{name}.*NUL", edit(name, lambda data: data + b"\0\n")))]
@@ -672,13 +672,13 @@ def identity(item: dict, root: Path) -> tuple:
     return json.dumps(item, sort_keys=True), *((name, (root / name).stat().st_ino if os.path.isfile(root / name) else 0) for name in _files_of(item))
 
 
-def read(name: str, root: Path, known: dict[tuple, StudyRecord]) -> Content:
-    "Everything that would get into a Pack; what is `known` already, because nothing about it changed, is not read again."
+def read(name: str, root: Path, unchanged: dict[tuple, StudyRecord]) -> Content:
+    "Everything that would get into a Pack; what is `unchanged`, because nothing about it changed, is not read again."
     source = plan(name, root)
     found = Content({}, [], sum(source.dropped.values()) + sum(source.settings.get("beside", {}).values()), {})
     for item in source.items:
         key = identity(item, root)
-        study = found.studies[key] = known[key] if key in known else read_study(json.loads(json.dumps(item)), root, SIZE, "pad")
+        study = found.studies[key] = unchanged[key] if key in unchanged else read_study(json.loads(json.dumps(item)), root, SIZE, "pad")
         found.rejects += study.rejects
         for image in study.images:
             assert image.image_id not in found.images, f"{image.image_id} is there twice"
@@ -734,22 +734,22 @@ def verdict(name: str, damage: Damage, root: Path, truth: Content) -> tuple[str,
     except DataError as error:
         assert quiet(str(error), truth), "a report stands in the error"
         return ERROR, str(error)
-    told = "\n".join(f"{item}: {reason}" for item, reason in found.rejects)
-    assert quiet(told, truth), "a report stands in a reject"
+    message = "\n".join(f"{item}: {reason}" for item, reason in found.rejects)
+    assert quiet(message, truth), "a report stands in a reject"
     for image, facts in found.images.items():
         assert image in truth.images, f"{image} is invented"
         assert not (wrong := differs(facts, truth.images[image], damage.alike)), f"wrong in silence: {wrong} of {image}"
     missing = [image for image in truth.images if image not in found.images]
     if not missing:
-        return (REJECT if found.rejects else SAME), told
+        return (REJECT if found.rejects else SAME), message
     assert len({truth.images[image]["study"] for image in missing}) <= 2, f"{missing} are lost: more than a study, and one that it is taken for"
     if not found.rejects:
         assert found.dropped > truth.dropped, f"{missing} went in silence"
         return RULE, ""
     for image in missing:
         names = (image, truth.images[image]["study"])
-        assert any(part and part in told for part in names) or re.search(r"\bline \d|\.xml|row \d", told) or damage.renamed and len(found.rejects) >= len(missing), f"nobody tells of {image}"
-    return REJECT, told
+        assert any(part and part in message for part in names) or re.search(r"\bline \d|\.xml|row \d", message) or damage.renamed and len(found.rejects) >= len(missing), f"nobody tells of {image}"
+    return REJECT, message
 
 
 ALL = {name: {damage.name: damage for damage in make()} for name, make in TABLES.items()}
@@ -769,12 +769,12 @@ def test_damage(name, kind, undamaged, tmp_path):
     damage, (source, truth) = ALL[name][kind], undamaged(name)
     root = copy(source, tmp_path / "files")
     damage.do(root)
-    outcome, told = verdict(name, damage, root, truth)
-    assert outcome == damage.outcome, f"expected {damage.outcome}, found {outcome}: {told[:600]}"
-    assert re.search(damage.told, told), f"expected {damage.told!r} in: {told[:600]}"
+    outcome, message = verdict(name, damage, root, truth)
+    assert outcome == damage.outcome, f"expected {damage.outcome}, found {outcome}: {message[:600]}"
+    assert re.search(damage.message, message), f"expected {damage.message!r} in: {message[:600]}"
     if outcome != SAME:
         _, problems = check_source(DATASETS[name], reading(name, root))
-        assert outcome != ERROR or any(re.search(damage.told, problem) for problem in problems), f"medvis data check tells {problems}"
+        assert outcome != ERROR or any(re.search(damage.message, problem) for problem in problems), f"medvis data check tells {problems}"
 
 
 @pytest.mark.parametrize("name, patterns", [("mimic-cxr", ["**/*.jpg"]), ("openi", ["ecgen-radiology/*.xml", "NLMCXR_png/CXR2_*.png"]), ("covid-rural", ["**/jsons/*.json", "**/jpgs/*AR-00000005*.jpg"])])
@@ -816,14 +816,14 @@ def test_every_recipe_prepares_or_tells_what_to_change(name, recipe, thirty, tmp
     def prepare(allow_leaks=False, **options):
         return prepare_data(command_config(DATASETS[name])(reading(name, thirty(name), recipe=recipe, **options), BuildConfig(tmp_path / "pack", size=64, progress=False, allow_leaks=allow_leaks)))
 
-    told, options = REFUSED.get((name, recipe), ("", {}))
+    message, options = REFUSED.get((name, recipe), ("", {}))
     _, problems = check_source(DATASETS[name], reading(name, thirty(name), recipe=recipe))
-    assert any(told in problem for problem in problems) if told else not problems
-    if told:
-        with pytest.raises(DataError, match=re.escape(told)):
+    assert any(message in problem for problem in problems) if message else not problems
+    if message:
+        with pytest.raises(DataError, match=re.escape(message)):
             prepare()
     if options is not None:
-        pack = prepare(allow_leaks=bool(told), **options)
+        pack = prepare(allow_leaks=bool(message), **options)
         assert len(pack) and not len(pack.rejects) and pack.manifest["source"]["read"]["recipe"] == recipe
 
 

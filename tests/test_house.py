@@ -13,6 +13,7 @@ ROOMS = ("core", "data", "encoders", "objectives", "methods", "train", "evaluate
 LONGEST = 40  # lines of an exported function, without docstrings, comments and blank lines
 LONGEST_CLASS = 85  # of a class: several short methods
 LONGER = {"_Trainer": 100}  # a training run is one page, read from top to bottom
+BANNED = {"told", "known", "there"}     # say what the thing is: metrics, manifest, rows, existing ...
 DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 NOTEBOOKS = {path: read(path) for path in PATHS}
 MODULES = {notebook.module: notebook.name for notebook in NOTEBOOKS.values() if notebook.module}
@@ -191,9 +192,21 @@ def shown(output: dict) -> bool:
 
 
 def something_to_see(notebook: Notebook) -> list[str]:
-    if not code(notebook, exported=True) or any(shown(output) for cell in notebook.cells for output in cell.outputs):
+    last = max((cell.number for cell, _ in code(notebook, exported=True)), default=0)
+    if not last or any(shown(output) for cell in notebook.cells if cell.number > last for output in cell.outputs):
         return []
-    return ["exports something and shows nothing: end with a figure or a table of what it makes, and keep the output in the file"]
+    return [f"shows nothing after the last export (cell {last}): end with a figure or a table of what it makes, and keep the output in the file"]
+
+
+def telling_names(notebook: Notebook) -> list[str]:
+    "No exported cell gives anything a name that could be anything."
+    found = []
+    for cell, body in code(notebook, exported=True):
+        names = {node.id for node in ast.walk(body) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+        names |= {node.arg for node in ast.walk(body) if isinstance(node, ast.arg)}
+        names |= {node.name for node in ast.walk(body) if isinstance(node, DEFINITIONS)}
+        found += [say(cell, f"{name} says too little: name what it is") for name in sorted(names & BANNED)]
+    return found
 
 
 def figures_are_pictures(notebook: Notebook) -> list[str]:
@@ -202,7 +215,7 @@ def figures_are_pictures(notebook: Notebook) -> list[str]:
 
 
 CHECKS = (title_and_question, one_module_of_its_room, small_exports, imports_alone, plain_exports, imports_look_left,
-          exports_are_used, no_stored_errors, something_to_see, figures_are_pictures)
+          exports_are_used, no_stored_errors, something_to_see, figures_are_pictures, telling_names)
 
 
 @pytest.mark.parametrize("path", PATHS, ids=label)
@@ -211,6 +224,72 @@ def test_house_style(check, path):
     notebook = NOTEBOOKS[path]
     if complaints := check(notebook):
         pytest.fail(f"nbs/{notebook.name}\n" + "\n".join(complaints), pytrace=False)
+
+
+# What no other file uses begins with `_`.
+OPEN_NAMES = {"main", "cli"}      # entry points
+OPEN_ROOMS = ("encoders", "testing")    # classes of encoders are part of saved hashes; testing is for the tests of others
+
+
+def defined(tree: ast.Module) -> dict[str, ast.stmt]:
+    "Public names that a module defines at its top."
+    names = {node.name: node for node in tree.body if isinstance(node, DEFINITIONS)}
+    for node in tree.body:
+        targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+        names |= {name.id: node for target in targets for name in ast.walk(target) if isinstance(name, ast.Name)}
+    return {name: node for name, node in names.items() if not name.startswith("_")}
+
+
+def mentioned(tree: ast.AST) -> set[str]:
+    "Names that a file fetches from elsewhere: imports, attributes, `medvis.room.module:name`."
+    names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for alias in node.names}
+    names |= {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    texts = (node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str))
+    return names | {match[1] for text in texts if (match := re.fullmatch(r"medvis[\w.]*[.:](\w+)", text))}
+
+
+def signature(node: ast.stmt) -> set[str]:
+    "Names in the annotations of arguments, results and fields of a definition, and its bases."
+    parts = [*node.bases] if isinstance(node, ast.ClassDef) else []
+    for one in ast.walk(node) if isinstance(node, DEFINITIONS) else ():
+        parts += [one.annotation] if isinstance(one, ast.arg | ast.AnnAssign) else [one.returns] if isinstance(one, ast.FunctionDef) else []
+    leaves = [leaf for part in parts if part for leaf in ast.walk(part)]
+    return {leaf.id for leaf in leaves if isinstance(leaf, ast.Name)} | {
+        word for leaf in leaves if isinstance(leaf, ast.Constant) and isinstance(leaf.value, str) for word in re.findall(r"\w+", leaf.value)}
+
+
+def unused_names(modules: dict[str, ast.Module], others: dict[str, set[str]]) -> list[str]:
+    """Public definitions of modules that no other file uses and no signature of one that is used mentions. A table `X` that is compiled
+    as `_X` keeps its name. `others`: the names that each file mentions, by module for notebooks that make one, else by path."""
+    found = []
+    for module, tree in modules.items():
+        names, used = defined(tree), set().union(OPEN_NAMES, *(words for file, words in others.items() if file != module))
+        public = set(names) & used
+        while more := {word for name in public for word in signature(names[name])} & set(names) - public:
+            public |= more
+        private = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+        found += [f"{module}: {name} is used by no other file: call it _{name}" for name in sorted(set(names) - public) if f"_{name}" not in private]
+    return found
+
+
+def test_public_names_are_used():
+    paths = [path for path in (ROOT / "medvis").rglob("*.py") if path.name not in ("__init__.py", "_modidx.py")]
+    modules = {".".join(path.relative_to(ROOT / "medvis").with_suffix("").parts): ast.parse(path.read_text(encoding="utf-8")) for path in paths}
+    others = {name: mentioned(tree) for name, tree in modules.items()}
+    for path in (*(ROOT / "benchmarks").glob("*.py"), *(ROOT / "tools").glob("*.py"), ROOT / "setup.py", *(ROOT / "medvis").rglob("__init__.py")):
+        others[str(path)] = mentioned(ast.parse(path.read_text(encoding="utf-8")))
+    for notebook in NOTEBOOKS.values():
+        words = set().union(*(mentioned(body) for _, body in code(notebook)))
+        others[notebook.module or notebook.name] = others.get(notebook.module, set()) | words
+    words = set(re.findall(r"\w+", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")))
+    others["CONTRIBUTING.md"] = words
+    checked = {name: tree for name, tree in modules.items() if name.split(".")[0] not in OPEN_ROOMS}
+    assert not (found := unused_names(checked, others)), "\n".join(found)
+
+
+def test_an_unused_public_name_is_found():
+    module = ast.parse("class Row: pass\ndef rows() -> list[Row]: pass\ndef alone(): pass\n_PRIVATE = 1")
+    assert unused_names({"a.b": module}, {"a.b": {"alone"}, "a.c": {"rows"}}) == ["a.b: alone is used by no other file: call it _alone"]
 
 
 # Paths of one machine, in anything that is or would be committed.
@@ -272,6 +351,8 @@ FAULTS = [
     (imports_look_left, "#| export\nfrom medvis.encoders import ImageFeatures", "no lower-numbered notebook"),
     (imports_look_left, "#| export\nfrom .heads import Head", "relative import .heads.Head"),
     (exports_are_used, "#| export\ndef alone(): pass", "alone is exported"),
+    (telling_names, "#| export\ndef _f(known): pass", "known says too little"),
+    (telling_names, "#| export\n_one, told = 1, 2", "told says too little"),
 ]
 
 
@@ -310,6 +391,12 @@ OUTPUT_FAULTS = [
 def test_fault_of_an_output_is_found(check, output, complaint):
     found = check(notebook_of(*SOUND, outputs=(output,)))
     assert len(found) == 1 and complaint in found[0], found
+
+
+def test_the_last_export_is_shown():
+    notebook = notebook_of(*SOUND, "#| export\nTWO = 2")
+    notebook.cells[-2].outputs, notebook.cells[-1].outputs = [TABLE], []
+    assert something_to_see(notebook) != [] == something_to_see(notebook_of(*SOUND, "#| export\nTWO = 2", "TWO"))
 
 
 def test_what_can_be_seen():

@@ -362,9 +362,9 @@ def test_two_builds_of_one_pack(tmp_path, whole):
     deadline = time.monotonic() + 60
     while not parts(out) and time.monotonic() < deadline:
         time.sleep(0.002)
-    with pytest.raises(OSError, match=f"process {first.pid} on .* is working on this Pack") as told:
+    with pytest.raises(OSError, match=f"process {first.pid} on .* is working on this Pack") as refused:
         write_pack(out, STUDIES, read_study, **SETTINGS)
-    assert "\n" not in str(told.value) and first.wait(60) == 0, first.stderr.read()
+    assert "\n" not in str(refused.value) and first.wait(60) == 0, first.stderr.read()
     assert contents(out) == whole and not Path(f"{out}.lock").exists()
 
 
@@ -379,8 +379,8 @@ def test_one_takes_over_a_stale_lock(tmp_path):
     callers = [subprocess.Popen([sys.executable, "-c", script, str(tmp_path / "run")], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for _ in range(4)]
     time.sleep(1)
     (tmp_path / "go").touch()
-    told = [caller.communicate(timeout=60)[0] for caller in callers]
-    assert "held\n" in told and all(line == "held\n" or "is working on this run" in line for line in told), told
+    answers = [caller.communicate(timeout=60)[0] for caller in callers]
+    assert "held\n" in answers and all(line == "held\n" or "is working on this run" in line for line in answers), answers
     assert not (tmp_path / "run.lock").exists()
 
 

@@ -110,8 +110,8 @@ def test_words_are_where_they_are_said_to_be(sentence, punctuation):
     assert all(0 <= a < b <= len(sentence) and not re.search(r"\s", sentence[a:b]) for a, b in spans)
     assert all(b <= c for (_, b), (c, _) in zip(spans, spans[1:], strict=False))
     if punctuation:
-        told, whole = ("".join(c for c in one if unicodedata.category(c) != "Cf") for one in ("".join(sentence[a:b] for a, b in spans), sentence))
-        assert solid(told) == solid(whole)      # all but format characters, which no word needs
+        shown, whole = ("".join(c for c in one if unicodedata.category(c) != "Cf") for one in ("".join(sentence[a:b] for a, b in spans), sentence))
+        assert solid(shown) == solid(whole)      # all but format characters, which no word needs
 
 
 MIMIC = """                                 FINAL REPORT
@@ -185,12 +185,12 @@ def test_filter_counts_every_report():
 
 
 def test_unknown_splitter():
-    with pytest.raises(ValueError, match="splitter is 'nltk'; expected one of 'medvis', 'full stop'"):
+    with pytest.raises(ValueError, match="unknown splitter 'nltk'; choose from medvis, full stop"):
         check_report("Clear.", ReportRules(splitter="nltk"))
 
 
 def test_unknown_headings_rule():
-    with pytest.raises(ValueError, match="headings is 'all'; expected one of 'medvis', 'mit-lcp'"):
+    with pytest.raises(ValueError, match="unknown headings 'all'; choose from medvis, mit-lcp"):
         check_report("Clear.", ReportRules(headings="all"))
 
 

@@ -226,8 +226,8 @@ def test_covidx_is_asked_for_classes_unless_told_otherwise(tmp_path, capsys):
     command = f"evaluate mgca_covidx --data {tmp_path}/pack --encoder random --image tiny_resnet --out {tmp_path}/out --seeds 0 --fractions 1 --epochs 1 --device cpu --no-progress"
     for more in ([], ["--kind", "classes"]):
         assert main([*command.split(), *more]) == 0
-        told = capsys.readouterr().out
-        assert "classes of normal, pneumonia, COVID-19" in told and "accuracy, all 0." in told
+        printed = capsys.readouterr().out
+        assert "classes of normal, pneumonia, COVID-19" in printed and "accuracy, all 0." in printed
     assert protocol_task(Pack(tmp_path / "pack"), "mgca_covidx", kind="labels").kind == "labels"
 
 
@@ -240,9 +240,9 @@ def test_the_recipe_says_how_small_shares_are_drawn(tmp_path, capsys):
     assert _split_rows(task, Protocol(subset="patients"), 0.1, 0)["train"].tolist() == rows["plain"]         # what is said outright wins
     assert share_rule(task, _released_protocol("rsna_frozen_10")) == "first" and share_rule(tasks.pack_task(plain), _released_protocol("rsna_frozen_10")) == "first"
     command = f"evaluate tiny-linear --data {tmp_path}/first --encoder random --image tiny_resnet --size 8 --out {tmp_path}/out --seeds 0 --fractions 0.1 --lrs 0.01 --epochs 1 --device cpu --no-progress"
-    for more, told, rule in ([], "the first rows", "first"), (["--subset", "patients"], "drawn by patient", "patients"):
+    for more, sentence, rule in ([], "the first rows", "first"), (["--subset", "patients"], "drawn by patient", "patients"):
         assert main([*command.split(), *more]) == 0
-        assert f"Shares of the training images, {told}: 10 %" in capsys.readouterr().out
+        assert f"Shares of the training images, {sentence}: 10 %" in capsys.readouterr().out
         assert any(json.loads(path.read_text())["recipe"]["subset"] == rule for path in (tmp_path / "out" / "runs").glob("*/manifest.json"))
 
 

@@ -31,7 +31,7 @@ def check_choice(
 
 # %% ../../nbs/core/04_choices.ipynb #c2f616b3
 def default_text(text: str) -> object:  # for typing.Annotated
-    """What `--help` says of the default of an option whose default is None or empty.
+    """What `--help` shows as the default of an option whose default is None or empty.
 
     Returns
     -------

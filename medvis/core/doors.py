@@ -45,9 +45,10 @@ def names_for_checkers(
 def lazy_door(
     package: str,  # dotted name, of the package that asks
 ) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
-    """`__getattr__` and `__dir__` for a package that imports its names under `if TYPE_CHECKING:`; each is imported when it is asked for.
+    """`__getattr__` and `__dir__` for a package that imports its names under `if TYPE_CHECKING:`.
 
-    The package is its own list: nothing else has to be kept in step. AttributeError for a name that it does not have.
+    Each name is imported when it is first asked for. The package is its own list: nothing else has to be kept in step.
+    AttributeError for a name that it does not have.
 
     Parameters
     ----------
@@ -59,8 +60,8 @@ def lazy_door(
     def get(name: str) -> Any:
         if name not in homes:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
-        module, own = homes[name]
-        return getattr(import_module(module), own)
+        module, original = homes[name]
+        return getattr(import_module(module), original)
 
     return get, lambda: sorted({*vars(sys.modules[package]), *homes})
 
@@ -69,7 +70,7 @@ def callable_door(
     package: str,  # dotted name, of the package that asks
     function: str,  # module:name, of the function that has the package's name
 ) -> None:
-    """Let a package be called as a function: mv.evaluate(...), beside mv.evaluate.summary.
+    """Let a package be called as a function: mv.evaluate(...), and mv.evaluate.summary as before.
 
     Parameters
     ----------
@@ -83,7 +84,7 @@ def callable_door(
         __doc__ = property(lambda self: resolve_name(function).__doc__)
         __signature__ = property(lambda self: signature(resolve_name(function)))
 
-        def __call__(self, *args, **options):
+        def __call__(self, *args: Any, **options: Any) -> Any:
             return resolve_name(function)(*args, **options)
 
     import_module(package).__class__ = Door

@@ -26,18 +26,21 @@ def naming(path: str | Path) -> Iterator[None]:
     except OSError as error:
         if error.filename is not None:
             raise
-        told = OSError(
-            f"could not write {path}: {error.strerror or error}. Free some space or choose another folder, then run again to go on."
+        named = OSError(
+            f"could not write {path}: {error.strerror or error}. "
+            "Free some space or choose another folder, then run again to go on."
         )
-        told.errno = error.errno
-        raise told from error
+        named.errno = error.errno
+        raise named from error
 
 # %% ../../nbs/core/03_files.ipynb #ff10bb4d
 def write_atomic(
     path: str | Path,
     content: bytes | Callable,  # or a function that is called with the open binary file
 ) -> None:
-    """Write a file beside, flush it to the disk and rename it; OSError names the file, and leaves nothing behind, when that fails (disk full, ...).
+    """Write a file under another name, flush it to the disk and rename it.
+
+    OSError names the file when that fails (disk full, ...), and nothing is left behind.
 
     Parameters
     ----------
@@ -51,7 +54,10 @@ def write_atomic(
         with naming(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             with open(partial, "wb") as file:
-                file.write(content) if isinstance(content, bytes) else content(file)
+                if isinstance(content, bytes):
+                    file.write(content)
+                else:
+                    content(file)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(partial, path)
@@ -70,12 +76,14 @@ def write_json(path: str | Path, value: Any) -> None:
 
 # %% ../../nbs/core/03_files.ipynb #f5f5e240
 def _holder() -> dict:
-    "Who we are: host, process id, and when the process started (seconds)"
+    "This process: host, process id, and when it started (seconds)"
     return {"host": socket.gethostname(), "pid": os.getpid(), "start": psutil.Process().create_time()}
 
 # %% ../../nbs/core/03_files.ipynb #298e53a1
 def _gone(note: bytes, age: float) -> bool:
-    "Has the holder of a lock ended? Of another host nobody knows: no. An empty lock is being written, or its writer was killed (it is some seconds old)."
+    """Has the holder of a lock ended? On another host that cannot be checked: no.
+
+    An empty lock is being written; if it is some seconds old, its writer was killed."""
     try:
         held = json.loads(note)
         if held["host"] != socket.gethostname():
@@ -100,7 +108,7 @@ def _whose(note: bytes) -> str:
 
 # %% ../../nbs/core/03_files.ipynb #503a939c
 def _move_aside(lock: Path, judged: bytes) -> None:
-    "Remove a stale lock, as it was judged; one that has come into its place since is put back"
+    "Remove a stale lock with this content; a newer lock in its place is put back"
     aside = lock.with_name(f"{lock.name}.{os.getpid()}.stale")
     try:
         os.rename(lock, aside)
@@ -122,30 +130,32 @@ def _take(lock: Path, note: bytes, what: str) -> None:
         except FileExistsError:
             pass
         try:
-            found, age = lock.read_bytes(), time.time() - lock.stat().st_mtime
+            existing, age = lock.read_bytes(), time.time() - lock.stat().st_mtime
         except FileNotFoundError:  # it was given back just now
             continue
-        if not _gone(found, age):
+        if not _gone(existing, age):
             raise BlockingIOError(
-                f"{lock.with_suffix('')}: {_whose(found)} is working on this {what}; wait for it, or choose another place. "
-                f"If that process has ended, delete {lock}"
+                f"{lock.with_suffix('')}: {_whose(existing)} is working on this {what}; "
+                f"wait for it, or choose another place. If that process has ended, delete {lock}"
             )
-        _move_aside(lock, found)
+        _move_aside(lock, existing)
     raise BlockingIOError(f"{lock}: others take and give back this lock all the time; try again")
 
 # %% ../../nbs/core/03_files.ipynb #318ba31e
 @contextmanager
 def lock_folder(
-    folder: Path,  # that is to be written; need not be there
+    folder: Path,  # that is to be written; need not exist
     what: str,  # that it holds, for the error: Pack, run
 ) -> Iterator[None]:
-    """Be the only process that writes a folder, by <folder>.lock beside it. BlockingIOError (an OSError), one line with host and process id, if another is;
-    a lock whose process has ended on this host is taken over.
+    """Be the only process that writes a folder, by a file <folder>.lock next to it.
+
+    BlockingIOError (an OSError), one line with host and process id, if another process writes it. A lock whose process
+    has ended on this host is taken over.
 
     Parameters
     ----------
     folder : Path
-        that is to be written; need not be there
+        that is to be written; need not exist
     what : str
         that it holds, for the error: Pack, run
     """

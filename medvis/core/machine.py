@@ -20,7 +20,7 @@ import medvis
 def _source_commit(
     folder: Path,  # of the package
 ) -> str | None:
-    "The commit of the sources in a folder, or None: no git, no repository, or one that only happens to lie around the folder."
+    "The commit of the sources in a folder, or None: no git, no repository, or one that the folder is not part of."
 
     def git(*words: str) -> str:
         return subprocess.run(["git", *words], cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
@@ -33,22 +33,22 @@ def _source_commit(
 
 # %% ../../nbs/core/06_machine.ipynb #db1daacd
 def _processor_name() -> str:
-    "The processor's own name where Linux tells it, else the platform's."
+    "The processor's own name where Linux gives it, else the platform's."
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         lines = []
-    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return named[0] if named else platform.processor() or platform.machine()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
 
 # %% ../../nbs/core/06_machine.ipynb #1d10af46
 def package_versions(*names: str) -> dict[str, str]:
-    "Versions of packages, as far as they are installed."
-    found = {}
+    "Versions of those of the packages that are installed."
+    versions = {}
     for name in names:
         with suppress(metadata.PackageNotFoundError):
-            found[name] = medvis.__version__ if name == "medvis" else metadata.version(name)
-    return found
+            versions[name] = medvis.__version__ if name == "medvis" else metadata.version(name)
+    return versions
 
 # %% ../../nbs/core/06_machine.ipynb #18303079
 def describe_machine() -> dict[str, Any]:

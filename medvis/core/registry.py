@@ -13,7 +13,9 @@ from typing import Any
 
 # %% ../../nbs/core/02_registry.ipynb #bc11f507
 class Registry(dict):
-    """Entries of one kind by name. More are added with `add`; `find` also takes my_package.my_module:name, and imports the module.
+    """Entries of one kind by name. More are added with `add`.
+
+    `find` also takes my_package.my_module:name, and imports the module.
 
     Parameters
     ----------
@@ -41,14 +43,16 @@ class Registry(dict):
     def add(self, name: str, entry: Any, definition: Any = None) -> None:
         """Add an entry; `definition` is the function or class whose module is remembered, by default the entry itself.
 
-        ValueError for a name that something else has. The same definition again (a cell or module that is run again) takes its own place."""
+        ValueError for a name that is taken. The same definition again (a cell or module that is run again) replaces
+        itself."""
         definition = entry if definition is None else definition
         origin = f"{definition.__module__}:{getattr(definition, '__qualname__', type(definition).__qualname__)}"
         if not re.fullmatch(r"[\w.-]+", name):
             raise ValueError(f"{name!r} is no name for a {self.kind}: use letters, digits, '.', '_' and '-'")
         if name in self and self.origins.get(name) != origin:
             raise ValueError(
-                f"there is a {self.kind} {name!r} already ({self.origins.get(name, 'one of medvis')}): choose another name for {origin}"
+                f"there is a {self.kind} {name!r} already ({self.origins.get(name, 'one of medvis')}): "
+                f"choose another name for {origin}"
             )
         self[name], self.origins[name] = self._checked(entry, origin), origin
 
@@ -57,7 +61,9 @@ class Registry(dict):
         del self.origins[name], self[name]
 
     def find(self, name: str, origin: str | None = None) -> Any:
-        "The entry of a name, else what stands at its origin (module:attribute), which is imported. ValueError says what is missing."
+        """The entry of a name, else what its origin (module:attribute) holds, which is imported.
+
+        ValueError says what is missing."""
         if name in self:
             return resolve_name(self[name]) if isinstance(self[name], str) else self[name]
         origin = str(name) if origin is None and ":" in str(name) else origin
@@ -70,7 +76,8 @@ class Registry(dict):
             entry = resolve_name(origin)
         except ImportError as error:
             raise ValueError(
-                f"the {self.kind} {name!r} is defined in {module}, which cannot be imported ({error}): install it, or add its folder to PYTHONPATH"
+                f"the {self.kind} {name!r} is defined in {module}, which cannot be imported ({error}): "
+                "install it, or add its folder to PYTHONPATH"
             ) from error
         except (AttributeError, ValueError) as error:
             where = (

@@ -79,18 +79,16 @@ class ImageRecord:
     width: int = 0  # of the source; 0 = as stored
     height: int = 0
     view: str = ""  # such as PA, AP or LATERAL
-    boxes: list[tuple[str, float, float, float, float]] | None = (
-        None  # name, x0, y0, x1, y1 in pixels of the source; None = nobody looked
-    )
-    masks: dict[str, np.ndarray | None] | None = (
-        None  # name -> (size, size) bool; left out = empty; None = nobody looked (for this one)
-    )
+    # name, x0, y0, x1, y1 in pixels of the source; None = not annotated
+    boxes: list[tuple[str, float, float, float, float]] | None = None
+    # name -> (size, size) bool; left out = empty; None = not annotated (for this one)
+    masks: dict[str, np.ndarray | None] | None = None
     levels: int = 0  # grey levels that its source takes; 0 = as stored
 
 # %% ../../nbs/data/10_build.ipynb #a142659c
 @dataclass
 class StudyRecord:
-    """One study as a reader hands it over; what of it could not be read is in `rejects`, as (item, reason)
+    """One study as a reader returns it; what of it could not be read is in `rejects`, as (item, reason)
 
     Parameters
     ----------
@@ -121,7 +119,7 @@ class StudyRecord:
 # %% ../../nbs/data/10_build.ipynb #39742189
 @dataclass(frozen=True)
 class _Plan:
-    "All that decides what a build contains, apart from its items"
+    "Everything that decides what a build contains, apart from its items"
 
     folder: Path  # the unfinished build
     read: Callable[[Any], StudyRecord]
@@ -145,7 +143,7 @@ class _Plan:
         return {"format": FORMAT, "rules": asdict(self.rules), **settings}
 
     def key(self, items: Sequence) -> str:
-        "Hash of the settings and of every item: two builds with the same key end the same"
+        "Hash of the settings and of every item: two builds with the same key give the same Pack"
         digest = hashlib.sha256(json.dumps(self.settings(), sort_keys=True).encode())
         for item in items:
             digest.update(json.dumps(item, sort_keys=True).encode())
@@ -162,7 +160,7 @@ class _Plan:
 
 # %% ../../nbs/data/10_build.ipynb #12fdad9e
 def _check_promises(record: StudyRecord, plan: _Plan) -> None:
-    "ValueError if the reader hands over what was not announced, or pixels of another shape"
+    "ValueError if the reader returns what was not announced, or pixels of another shape"
     for kind, names in {
         "labels": record.labels,
         "grades": record.grades,
@@ -171,7 +169,8 @@ def _check_promises(record: StudyRecord, plan: _Plan) -> None:
     }.items():
         if unknown := sorted(set(names) - set(getattr(plan, kind))):
             raise ValueError(
-                f"study {record.study_id} has {kind} that were not announced: {unknown}; announced: {list(getattr(plan, kind))}"
+                f"study {record.study_id} has {kind} that were not announced: {unknown}; "
+                f"announced: {list(getattr(plan, kind))}"
             )
     for image in record.images:
         shapes = {image.pixels.shape, *(mask.shape for mask in (image.masks or {}).values() if mask is not None)}
@@ -192,7 +191,7 @@ def _admit(record: StudyRecord, plan: _Plan) -> tuple[list[str], str]:
 
 
 def _lost(record: StudyRecord, reason: str) -> Counter:  # reason -> images
-    'How many images of a study do not get in, and why; `reason` is that to leave the whole of it out ("" = keep it)'
+    'How many images of a study are left out, and why; `reason` is that to leave the whole study out ("" = keep it)'
     lost = Counter(why for item, why in record.rejects if item != record.study_id)
     whole = next((why for item, why in record.rejects if item == record.study_id), reason)
     planned = max(1, len(record.images) + len(record.rejects)) if record.planned is None else record.planned
@@ -201,7 +200,7 @@ def _lost(record: StudyRecord, reason: str) -> Counter:  # reason -> images
 
 # %% ../../nbs/data/10_build.ipynb #3fc8cc74
 def _masked(image: ImageRecord, plan: _Plan) -> list[str]:
-    "The names of the masks that somebody looked for"
+    "The names of the masks that the image is annotated for"
     return [] if image.masks is None else [name for name in plan.masks if image.masks.get(name, ()) is not None]
 
 
@@ -223,7 +222,7 @@ def _image_row(image: ImageRecord, study: int, plan: _Plan) -> dict:
 
 
 def _mask_bits(image: ImageRecord, plan: _Plan) -> bytes:
-    "The masks of an image in the announced order, a bit per pixel; nothing if nobody looked for any"
+    "The masks of an image in the announced order, a bit per pixel; nothing if it is not annotated"
     if not _masked(image, plan):
         return b""
     empty = np.zeros((plan.size, plan.size), bool)
@@ -233,11 +232,10 @@ def _mask_bits(image: ImageRecord, plan: _Plan) -> bytes:
 
 def _study_row(record: StudyRecord, sentences: list[str], plan: _Plan) -> dict:
     "The row of the study table; labels and grades in the announced order"
-    values = {kind: [getattr(record, kind).get(name) for name in getattr(plan, kind)] for kind in ("labels", "grades")}
-    values = {
-        kind: [None if value is None or math.isnan(value) else float(value) for value in row]
-        for kind, row in values.items()
-    }
+    values = {}
+    for kind in ("labels", "grades"):
+        row = [getattr(record, kind).get(name) for name in getattr(plan, kind)]
+        values[kind] = [None if value is None or math.isnan(value) else float(value) for value in row]
     return {
         "study_id": record.study_id,
         "patient_id": record.patient_id,
@@ -250,27 +248,27 @@ def _study_row(record: StudyRecord, sentences: list[str], plan: _Plan) -> dict:
 # %% ../../nbs/data/10_build.ipynb #e562cec1
 def _build_part(plan: _Plan, number: int, items: Sequence) -> None:
     "Read the items of a part and write its files"
-    pixels, masks, studies, images, boxes, sums, rejects, lost = [], [], [], [], [], [], [], Counter()
+    table = {name: [] for name in ("studies", "images", "boxes", "sums", "rejects")} | {"lost": Counter()}
+    pixels, masks = [], []
     for item in items:
         record = plan.read(item)
         sentences, reason = _admit(record, plan)
-        rejects += record.rejects
-        lost += _lost(record, reason)
+        table["rejects"] += record.rejects
+        table["lost"] += _lost(record, reason)
         if reason:
-            if record.images or not record.rejects:  # its broken images say already why it is not there
-                rejects.append((record.study_id, reason))
+            if record.images or not record.rejects:  # else already explained by its rejected images
+                table["rejects"].append((record.study_id, reason))
             continue
         for image in record.images:
-            boxes += [(len(images), *box) for box in image.boxes or ()]
-            images.append(_image_row(image, len(studies), plan))
+            table["boxes"] += [(len(table["images"]), *box) for box in image.boxes or ()]
+            table["images"].append(_image_row(image, len(table["studies"]), plan))
+            squares = np.square(image.pixels, dtype=np.int64)
+            table["sums"].append((int(image.pixels.sum(dtype=np.int64)), int(squares.sum())))
             pixels.append(image.pixels.tobytes())
             masks.append(_mask_bits(image, plan))
-            sums.append((int(image.pixels.sum(dtype=np.int64)), int(np.square(image.pixels, dtype=np.int64).sum())))
-        studies.append(_study_row(record, sentences, plan))
-    table = {"studies": studies, "images": images, "boxes": boxes, "sums": sums, "rejects": rejects, "lost": lost}
-    for path, data in zip(
-        plan.part(number), (b"".join(pixels), b"".join(masks), json.dumps(table).encode()), strict=True
-    ):
+        table["studies"].append(_study_row(record, sentences, plan))
+    contents = b"".join(pixels), b"".join(masks), json.dumps(table).encode()
+    for path, data in zip(plan.part(number), contents, strict=True):
         write_atomic(path, data)
 
 
@@ -292,7 +290,9 @@ def by_reason(
     counts: dict[str, int],
     rules: ReportRules | None = None,  # for reports: why they drop one is kept as it is
 ) -> dict[str, int]:
-    """Counts of each kind of reason: reasons but for the numbers and quoted names in which they differ; UTF-8 and what was expected keep theirs
+    """Counts of each kind of reason: reasons without the numbers and quoted names in which they differ.
+
+    UTF-8 and what was expected keep theirs.
 
     Parameters
     ----------
@@ -302,14 +302,14 @@ def by_reason(
     """
     kinds, ruled = Counter(), {f"report: {reason}" for reason in drop_reasons(rules).values()} if rules else ()
     for reason, count in counts.items():
-        found, *wanted = re.split("(?=; expected)", reason, maxsplit=1)
-        plain = re.sub(r"(?<!UTF)(?<!UTF-)-?\d+(\.\d+)?", "#", re.sub(r"'[^']*'|\"[^\"]*\"", "…", found))
-        kinds[reason if reason in ruled else "".join([plain, *wanted])] += count
+        fault, *expected = re.split("(?=; expected)", reason, maxsplit=1)
+        plain = re.sub(r"(?<!UTF)(?<!UTF-)-?\d+(\.\d+)?", "#", re.sub(r"'[^']*'|\"[^\"]*\"", "…", fault))
+        kinds[reason if reason in ruled else "".join([plain, *expected])] += count
     return dict(sorted(kinds.items()))
 
 # %% ../../nbs/data/10_build.ipynb #6e05080b
 def _count_part(plan: _Plan, number: int) -> dict | None:
-    "What is known of a finished part while others are built: how much it holds and what was lost; None if the part is missing or damaged"
+    "The counts of a finished part, and what was lost; None if the part is missing or damaged"
     part = _read_part(plan, number)
     return part and {
         "images": len(part["images"]),
@@ -322,7 +322,7 @@ def _count_part(plan: _Plan, number: int) -> dict | None:
 
 
 def _end_with_parent() -> None:
-    "In a worker: leave Ctrl-C to the main process, watch it, and exit when it has gone"
+    "In a worker: leave Ctrl-C to the main process, watch it, and exit when it has ended"
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if parent := multiprocessing.parent_process():
         threading.Thread(target=lambda: (parent.join(), os._exit(1)), name="end-with-parent", daemon=True).start()
@@ -348,7 +348,7 @@ def _build_parts(plan: _Plan, jobs: dict[int, Sequence], workers: int) -> Iterat
 
 # %% ../../nbs/data/10_build.ipynb #374898aa
 def _schemas(plan: _Plan, viewed: bool) -> dict[str, pa.Schema]:
-    "The columns of each table; of images: the view, and whether somebody looked for boxes or masks, only where that can be said"
+    "The columns of each table; `view`, `boxed` and `masked` of images only if the data set has them"
     text, row, value = pa.string(), pa.int64(), pa.float64()
     optional = {"view": (text, viewed), "boxed": (pa.bool_(), plan.boxes), "masked": (pa.list_(text), plan.masks)}
     tables = {
@@ -378,7 +378,9 @@ def _schemas(plan: _Plan, viewed: bool) -> dict[str, pa.Schema]:
 
 
 def _join_rows(parts: list[dict], plan: _Plan, studies: int, images: int) -> dict[str, list[dict]]:
-    "The rows of each table from those of some parts, after so many studies and images; image_rows, study and image become row numbers of the whole"
+    """The rows of each table from those of some parts, after so many studies and images.
+
+    image_rows, study and image become row numbers of the whole."""
     rows: dict[str, list] = {"studies": [], "images": [], "rejects": [], "boxes": []}
     for part in parts:
         first_study, first_image = studies + len(rows["studies"]), images + len(rows["images"])
@@ -407,7 +409,8 @@ def _write_tables(
     plan: _Plan, parts: int, viewed: bool, folder: Path
 ) -> np.ndarray:  # (images, 2) the sums of each image
     "Write the tables of a Pack from those of its parts"
-    schemas, studies, sums, step = _schemas(plan, viewed), 0, [], math.ceil(_GROUP / plan.part_size)
+    schemas, step = _schemas(plan, viewed), math.ceil(_GROUP / plan.part_size)
+    studies, sums = 0, []
     with ExitStack() as stack:
         writers = {
             name: stack.enter_context(pq.ParquetWriter(folder / f"{name}.parquet", schema))
@@ -420,18 +423,16 @@ def _write_tables(
                 if rows[name]:
                     writer.write_table(pa.Table.from_pylist(rows[name], schemas[name]))
             studies += len(rows["studies"])
-            sums.append(np.array([one for part in group for one in part["sums"]], np.int64).reshape(-1, 2))
+            sums.append(np.array([pair for part in group for pair in part["sums"]], np.int64).reshape(-1, 2))
     return np.concatenate(sums)
 
 # %% ../../nbs/data/10_build.ipynb #fe4a3450
 def _pixel_statistics(sums: np.ndarray, size: int) -> dict[str, float]:
-    "Mean and standard deviation of pixels / 255 over images, from each image's sum and sum of squares (LoVT's data build)"
+    "Mean and standard deviation of pixels / 255 over images, from each image's sum and sum of squares (as LoVT does)"
     means, squares = (np.asarray(sums, dtype=np.float64).reshape(-1, 2) / size**2 / (255, 255**2)).T
-    return (
-        {"mean": float(means.mean()), "std": float(np.sqrt((squares - means**2).mean() + means.var()))}
-        if len(means)
-        else {}
-    )
+    if not len(means):
+        return {}
+    return {"mean": float(means.mean()), "std": float(np.sqrt((squares - means**2).mean() + means.var()))}
 
 
 _FEW_LEVELS = 32
@@ -440,18 +441,14 @@ _FEW_LEVELS = 32
 def _grey_levels(
     levels: Counter,  # grey levels that an image takes -> images
 ) -> dict[str, float]:
-    "Fewest and median number of grey levels of an image, and how many images have few: what a wrong range or a bad export leaves"
-    each = sorted(levels.elements())
-    return (
-        {
-            "fewest": each[0],
-            "median": float(np.median(each)),
-            "few": sum(one < _FEW_LEVELS for one in each),
-            "fewer_than": _FEW_LEVELS,
-        }
-        if each
-        else {}
-    )
+    """Fewest and median number of grey levels of an image, and how many images have few.
+
+    Few levels are the sign of a wrong range or a bad export."""
+    counts = sorted(levels.elements())
+    if not counts:
+        return {}
+    few = sum(count < _FEW_LEVELS for count in counts)
+    return {"fewest": counts[0], "median": float(np.median(counts)), "few": few, "fewer_than": _FEW_LEVELS}
 
 
 def _lists(tables: dict[str, pd.DataFrame]) -> dict[str, dict]:
@@ -471,7 +468,9 @@ def _lists(tables: dict[str, pd.DataFrame]) -> dict[str, dict]:
 
 
 def _read_ids(folder: Path) -> dict[str, pd.DataFrame]:
-    "What of the tables is in the manifest's lists: ids, splits, and the study of each image. ValueError for an id that is there twice"
+    """Ids, splits, and the study of each image, for the manifest's lists.
+
+    ValueError for an id that occurs twice."""
     columns = {"studies": ["study_id", "patient_id", "split"], "images": ["image_id", "study"]}
     tables = {name: pd.read_parquet(folder / f"{name}.parquet", columns=names) for name, names in columns.items()}
     for what, ids in (("study", tables["studies"].study_id), ("image", tables["images"].image_id)):
@@ -479,18 +478,11 @@ def _read_ids(folder: Path) -> dict[str, pd.DataFrame]:
             raise ValueError(f"{what} id {twice.iloc[0]} occurs more than once; every {what} needs an id of its own")
     return tables
 
-# %% ../../nbs/data/10_build.ipynb #d01c022c
-_DECIDES = (
-    "medvis",
-    "numpy",
-    "pandas",
-    "pillow",
-    "pyarrow",
-    "scikit-learn",
-    "pydicom",
-    "pylibjpeg-libjpeg",
-    "pylibjpeg-openjpeg",
-)  # pixels, tables and splits
+# %% ../../nbs/data/10_build.ipynb #93d8a757
+_DECIDES = (  # pixels, tables and splits
+    *("medvis", "numpy", "pandas", "pillow", "pyarrow", "scikit-learn"),
+    *("pydicom", "pylibjpeg-libjpeg", "pylibjpeg-openjpeg"),
+)
 
 
 def _headings_in(folder: Path) -> dict[str, int]:  # heading -> reports
@@ -502,6 +494,7 @@ def _headings_in(folder: Path) -> dict[str, int]:  # heading -> reports
 def _manifest(plan: _Plan, key: str, parts: list[dict], sums: np.ndarray, folder: Path) -> dict:
     "What is in the Pack, where it came from, and how to check it; the same bytes for the same build"
     files = {path.name: {"bytes": path.stat().st_size, "sha256": hash_file(path)} for path in sorted(folder.iterdir())}
+    pixel_hash = "".join(files[name]["sha256"] for name in ("images.u8", "masks.u1") if name in files)
     tables = _read_ids(folder)
     studies, images = tables["studies"], tables["images"]
     lost, views, levels = (
@@ -510,9 +503,7 @@ def _manifest(plan: _Plan, key: str, parts: list[dict], sums: np.ndarray, folder
     train = (studies.split == "train").to_numpy()[images.study]
     return {
         "format": FORMAT,
-        "hash": content_hash(
-            "".join(files[name]["sha256"] for name in ("images.u8", "masks.u1") if name in files), folder
-        ),
+        "hash": content_hash(pixel_hash, folder),
         "source": plan.source,
         "size": plan.size,
         "rules": asdict(plan.rules),
@@ -537,7 +528,7 @@ def _manifest(plan: _Plan, key: str, parts: list[dict], sums: np.ndarray, folder
         "build": key,
     }
 
-# %% ../../nbs/data/10_build.ipynb #93d8a757
+
 def _assemble(plan: _Plan, key: str, parts: list[dict]) -> Path:
     "Write the files of the Pack into a folder of the unfinished build; returns that folder"
     folder = plan.folder / "pack"
@@ -557,34 +548,30 @@ def _assemble(plan: _Plan, key: str, parts: list[dict]) -> Path:
 def _differences(old: object, new: object, name: str = "") -> list[str]:
     "The names of settings, dotted, that differ, with both values"
     if isinstance(old, dict) and isinstance(new, dict):
-        return [
-            one
-            for key in {**old, **new}
-            for one in _differences(old.get(key), new.get(key), f"{name}.{key}".strip("."))
-        ]
+        pairs = [(f"{name}.{key}".strip("."), old.get(key), new.get(key)) for key in {**old, **new}]
+        return [difference for path, before, now in pairs for difference in _differences(before, now, path)]
     return [] if old == new else [f"{name} was {old!r:.60} and is {new!r:.60}"]
 
 
 def _other_settings(settings: Path, plan: _Plan) -> str:
-    "In what an unfinished build differs from a plan, in words"
+    "How an unfinished build differs from a plan, in words"
     try:
-        found = _differences(json.loads(settings.read_bytes()), json.loads(json.dumps(plan.settings())))
+        changed = _differences(json.loads(settings.read_bytes()), json.loads(json.dumps(plan.settings())))
     except (OSError, ValueError):
         return "of other data or with other settings"
-    return (
-        f"with other settings ({'; '.join(found[:5])})"
-        if found
-        else "of other data (other studies, or their files, splits or reports)"
-    )
+    if changed:
+        return f"with other settings ({'; '.join(changed[:5])})"
+    return "of other data (other studies, or their files, splits or reports)"
 
 
 def _unfinished(out: Path, plan: _Plan, key: str, tell: bool = False, fresh: bool = False) -> bool:
-    "Is there still something to build? Opens or resumes the unfinished build; refuses to touch what another build left"
+    "Is anything left to build? Opens or resumes the unfinished build; refuses to touch what another build left"
     if (out / "manifest.json").exists() and Pack(out).manifest["build"] == key:
         shutil.rmtree(plan.folder, ignore_errors=True)
         if tell:
             print(
-                f"{out} is there already; {len(Pack(out).rejects)} rejects stay as they were: delete the folder to try them again"
+                f"{out} is there already; {len(Pack(out).rejects)} rejects stay as they were: "
+                "delete the folder to try them again"
             )
         return False
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -595,7 +582,8 @@ def _unfinished(out: Path, plan: _Plan, key: str, tell: bool = False, fresh: boo
     if note.exists() and note.read_text() != key:
         if not fresh and any((plan.folder / "parts").glob("*.json")):
             raise FileExistsError(
-                f"{plan.folder} is an unfinished build {_other_settings(settings, plan)}; run it again as it was, or start afresh with --fresh"
+                f"{plan.folder} is an unfinished build {_other_settings(settings, plan)}; "
+                "run it again as it was, or start afresh with --fresh"
             )
         for name in ("parts", "pack"):
             shutil.rmtree(plan.folder / name, ignore_errors=True)
@@ -611,10 +599,8 @@ def _check_rejects(plan: _Plan, parts: list[dict], max_rejects: float) -> None:
     if kept and lost <= max_rejects * (kept + lost):
         return
     rejects = [tuple(reject) for number in range(len(parts)) for reject in _read_part(plan, number)["rejects"]]
-    reasons = ", ".join(
-        f"{count} x {reason}"
-        for reason, count in Counter(by_reason(Counter(reason for _, reason in rejects), plan.rules)).most_common(4)
-    )
+    kinds = Counter(by_reason(Counter(reason for _, reason in rejects), plan.rules))
+    reasons = ", ".join(f"{count} x {kind}" for kind, count in kinds.most_common(4))
     listed = plan.folder / "rejects.csv"
     write_atomic(listed, pd.DataFrame(rejects, columns=["item", "reason"]).to_csv(index=False).encode())
     for number, part in enumerate(parts):
@@ -626,23 +612,23 @@ def _check_rejects(plan: _Plan, parts: list[dict], max_rejects: float) -> None:
     )
 
 
-def _all_parts(plan: _Plan, items: Sequence, workers: int, progress: bool) -> list[dict]:
-    "Build the parts that are missing, with a progress bar; returns the counts of all"
+def _all_parts(plan: _Plan, items: Sequence, workers: int, max_rejects: float, progress: bool) -> list[dict]:
+    "Build the parts that are missing, with a progress bar; returns the counts of all. ValueError for too many rejects"
     jobs = {
         number: items[start : start + plan.part_size]
         for number, start in enumerate(range(0, len(items), plan.part_size))
     }
     parts = {number: _count_part(plan, number) for number in jobs}
     missing = {number: job for number, job in jobs.items() if parts[number] is None}
-    waiting, name, done = sum(map(len, missing.values())), plan.folder.name.removesuffix(".partial"), Counter()
-    with tqdm(
-        total=len(items), initial=len(items) - waiting, desc=f"prepare {name}", unit=" studies", disable=not progress
-    ) as bar:
+    finished, done = len(items) - sum(map(len, missing.values())), Counter()
+    title = f"prepare {plan.folder.name.removesuffix('.partial')}"
+    with tqdm(total=len(items), initial=finished, desc=title, unit=" studies", disable=not progress) as bar:
         for number in _build_parts(plan, missing, workers):
             parts[number] = _count_part(plan, number)
             done.update({what: parts[number][what] for what in ("images", "rejects")})
             bar.set_postfix(done, refresh=False)
             bar.update(len(jobs[number]))
+    _check_rejects(plan, list(parts.values()), max_rejects)
     return list(parts.values())
 
 # %% ../../nbs/data/10_build.ipynb #22aaf524
@@ -662,14 +648,15 @@ def write_pack(
     grades: Sequence[str] = (),  # names of the ordinal grades, the boxes and the masks, in order
     boxes: Sequence[str] = (),
     masks: Sequence[str] = (),
-    guarded: bool = True,  # look for leaks between splits, and to the Packs `against`; what was drawn by a formula has none
+    guarded: bool = True,  # search for leaks between splits, and to the Packs `against`; a phantom has none
     against: Sequence[str | Path] = (),
     allow_leaks: bool = False,  # list them in the manifest instead of refusing
     fresh: bool = False,  # throw away what was built of an unfinished build with other settings
 ) -> Pack:
-    """Build a Pack, or go on with a build that was killed, or open the one that is there.
+    """Build a Pack, or go on with a build that was killed, or open the one that exists.
 
-    FileExistsError if `out` (or `<out>.partial`) holds something else; BlockingIOError if another process builds it; ValueError if too much is rejected, or if patients or images leak between splits.
+    FileExistsError if `out` (or `<out>.partial`) holds something else; BlockingIOError if another process builds it;
+    ValueError if too much is rejected, or if patients or images leak between splits.
 
     Parameters
     ----------
@@ -700,37 +687,25 @@ def write_pack(
     boxes : Sequence[str], default: ()
     masks : Sequence[str], default: ()
     guarded : bool, default: True
-        look for leaks between splits, and to the Packs `against`; what was drawn by a formula has none
+        search for leaks between splits, and to the Packs `against`; a phantom has none
     against : Sequence[str | Path], default: ()
     allow_leaks : bool, default: False
         list them in the manifest instead of refusing
     fresh : bool, default: False
         throw away what was built of an unfinished build with other settings
     """
-    out, _ = Path(out), [Pack(path) for path in against]  # a wrong path is told before any work
+    out, _ = Path(out), [Pack(path) for path in against]  # a wrong path is an error before any work
     if not len(items):
         raise ValueError(f"nothing to prepare for {out}: there is no study")
-    plan = _Plan(
-        Path(f"{out}.partial"),
-        read,
-        size,
-        rules,
-        tuple(labels),
-        require_report,
-        part_size,
-        source,
-        tuple(grades),
-        tuple(boxes),
-        tuple(masks),
-    )
+    marks = {"grades": tuple(grades), "boxes": tuple(boxes), "masks": tuple(masks)}
+    folder = Path(f"{out}.partial")
+    plan = _Plan(folder, read, size, rules, tuple(labels), require_report, part_size, source, **marks)
     key = plan.key(items)
-    whole = (out / "manifest.json").exists() and not Path(
-        f"{out}.lock"
-    ).exists()  # a lock that a killed process left is taken, and so swept away
+    # a lock that a killed process left is taken, and so removed
+    whole = (out / "manifest.json").exists() and not Path(f"{out}.lock").exists()
     with nullcontext() if whole else lock_folder(out, "Pack"):
         if unfinished := _unfinished(out, plan, key, progress, fresh):
-            parts = _all_parts(plan, items, workers, progress)
-            _check_rejects(plan, parts, max_rejects)
+            parts = _all_parts(plan, items, workers, max_rejects, progress)
         folder = _assemble(plan, key, parts) if unfinished else out
         if guarded:
             guard_pack(folder, against, allow_leaks, progress, built=unfinished)

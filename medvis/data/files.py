@@ -24,11 +24,13 @@ import pandas as pd
 
 # %% ../../nbs/data/01_files.ipynb #8d1a97c8
 class DataError(ValueError):
-    "Something in the files of a data set is missing or wrong; the message names file, row or column, what was found and what was expected."
+    """Something in the files of a data set is missing or wrong.
+
+    The message names file, row or column, what was found and what was expected."""
 
 # %% ../../nbs/data/01_files.ipynb #8064e3f9
 def same_looks(name: str) -> str:
-    "What names have in common that look the same: one Unicode form, small letters, no blanks around"
+    "The same text for all names that look the same: one Unicode form, small letters, no blanks around it"
     return unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", name).casefold()).strip()
 
 # %% ../../nbs/data/01_files.ipynb #870501e4
@@ -39,9 +41,11 @@ def _names_by_looks(folder: str, changed: int) -> dict[str, str]:
 
 # %% ../../nbs/data/01_files.ipynb #ca139e13
 def lookalike(path: Path) -> str:
-    "For errors: '; there is <name>, whose name only looks the same' if a file that is not there is there under such a name, else blank"
+    """For errors: '; there is <name>, whose name only looks the same' for a file that is missing under its own name.
+
+    Blank if there is no such file either."""
     missing: list[str] = []
-    found: list[str] = []
+    similar: list[str] = []
     while not path.is_dir() and path != path.parent:
         missing.insert(0, path.name)
         path = path.parent
@@ -49,20 +53,19 @@ def lookalike(path: Path) -> str:
         looks = _names_by_looks(str(path), path.stat().st_mtime_ns) if path.is_dir() else {}
         if (like := name if name in looks.values() else looks.get(same_looks(name))) is None:
             return ""
-        found.append(like)
+        similar.append(like)
         path = path / like
-    return (
-        f"; there is {'/'.join(found)!r}, whose name only looks the same (upper and lower case, blanks, or accents in Unicode NFC and NFD)"
-        if missing
-        else ""
-    )
+    if not missing:
+        return ""
+    reasons = "upper and lower case, blanks, or accents in Unicode NFC and NFD"
+    return f"; there is {'/'.join(similar)!r}, whose name only looks the same ({reasons})"
 
 # %% ../../nbs/data/01_files.ipynb #dd9639de
 def find_file(
     root: str | Path,
     *patterns: str,  # relative paths or globs, the best one first
 ) -> Path:
-    """The first file or folder that fits the first pattern that fits anything. DataError tells all that was looked for.
+    """The first file or folder that fits the first pattern that fits anything. DataError lists what was looked for.
 
     Parameters
     ----------
@@ -71,8 +74,8 @@ def find_file(
         relative paths or globs, the best one first
     """
     for pattern in patterns:
-        if found := sorted(Path(root).glob(pattern)):
-            return found[0]
+        if matches := sorted(Path(root).glob(pattern)):
+            return matches[0]
     where = root if Path(root).is_dir() else f"{root} (no such folder)"
     raise DataError(
         f"{where}: there is no {' or '.join(patterns)}"
@@ -81,19 +84,16 @@ def find_file(
 
 # %% ../../nbs/data/01_files.ipynb #c2007ca5
 def _read_bytes_of(path: Path, name: str | Path | None = None) -> bytes:
-    "The bytes of a file, unpacked if its name ends in .gz. DataError, with `name` in place of the path if given, if it is not there, empty, or damaged."
+    """The bytes of a file, unpacked if its name ends in .gz.
+
+    DataError, with `name` in place of the path if given, if it is missing, empty, or damaged."""
     name = name or path
     try:
         data = path.read_bytes()
         data = gzip.decompress(data) if path.suffix == ".gz" else data
     except FileNotFoundError as error:
         raise DataError(f"{name}: no such file{lookalike(path)}") from error
-    except (
-        OSError,
-        EOFError,
-        ValueError,
-        zlib.error,
-    ) as error:  # a folder, no permission, a loop of links, a damaged archive
+    except (OSError, EOFError, ValueError, zlib.error) as error:  # a folder, no permission, a damaged archive
         raise DataError(f"{name} cannot be read: {getattr(error, 'strerror', None) or error}") from error
     if not data:
         raise DataError(f"{name} is empty")
@@ -101,21 +101,20 @@ def _read_bytes_of(path: Path, name: str | Path | None = None) -> bytes:
 
 # %% ../../nbs/data/01_files.ipynb #cecdc211
 def decode_text(data: bytes, name: str | Path) -> str:
-    "UTF-8 text, with or without a byte order mark. DataError tells the line that is not."
+    "UTF-8 text, with or without a byte order mark. DataError names the line that is not."
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise DataError(f"{name}, line {line}: not UTF-8 text ({error.reason}); save the file as UTF-8") from error
     if "\0" in text:
-        raise DataError(
-            f"{name}, line {text[: text.index(chr(0))].count(chr(10)) + 1}: holds a NUL byte; not a text file, or damaged"
-        )
+        line = text[: text.index("\0")].count("\n") + 1
+        raise DataError(f"{name}, line {line}: holds a NUL byte; not a text file, or damaged")
     return text
 
 # %% ../../nbs/data/01_files.ipynb #d249476f
 def read_text(path: str | Path, name: str | None = None) -> str:
-    "The text of a file, under another name in errors if wanted. DataError if it is not there, empty, blank or not UTF-8."
+    "The text of a file; errors may call it `name`. DataError if it is missing, empty, blank or not UTF-8."
     text = decode_text(_read_bytes_of(Path(path), name), name or path)
     if not text.strip():
         raise DataError(f"{name or path} is blank")
@@ -146,7 +145,9 @@ def read_table(
     names: Sequence[str] | None = None,  # of the columns, for a file without a header
     ragged: bool = False,  # lines may be shorter than the header: the rest is blank
 ) -> pd.DataFrame:  # text cells, blank = ""; index = number of the line
-    """Read a table as text. DataError names the line that has another number of fields, the columns that are missing or doubled …
+    """Read a table as text.
+
+    DataError names the line that has another number of fields, the columns that are missing or doubled …
 
     Parameters
     ----------
@@ -177,7 +178,8 @@ def read_table(
     for number, fields in rows.items():
         if len(fields) != len(header) and not (ragged and len(fields) < len(header)):
             raise DataError(
-                f"{path}, line {number}: {len(fields)} fields, expected {len(header)} ({', '.join(header[:4])}, …); a damaged line, or a cut-off file"
+                f"{path}, line {number}: {len(fields)} fields, expected {len(header)} ({', '.join(header[:4])}, …); "
+                "a damaged line, or a cut-off file"
             )
     rows = {number: fields + [""] * (len(header) - len(fields)) for number, fields in rows.items()} if ragged else rows
     return pd.DataFrame.from_dict(rows, orient="index", columns=header, dtype=str)
@@ -188,7 +190,7 @@ def read_csv(
     text: Sequence[str | int] = (),  # columns of text, whatever they look like: names, or 0 for the first
     separator: str = ",",
 ) -> pd.DataFrame:
-    """A table with types: numbers where a column has nothing else; NaN for empty cells, and for nothing but empty cells. pandas' errors.
+    """A table with types: numbers where a column has nothing else; NaN for empty cells and no others. pandas' errors.
 
     Parameters
     ----------

@@ -28,7 +28,9 @@ def _image_owners(pack: Pack, patients: bool = True) -> pd.DataFrame:
 
 
 def _numbering(pack: Pack) -> str:
-    "What decides whether patients of two Packs with the same id are the same: a family that the reader names, or else the data set"
+    """Patients of two Packs with the same id are the same if this is.
+
+    A family that the reader names, or else the data set."""
     source = pack.manifest["source"]
     return source.get("patient_ids") or source.get("kind", "")
 
@@ -37,7 +39,7 @@ def find_pack_leaks(
     pack: Pack,
     against: Sequence[Pack] = (),
     within: bool = True,  # look between the splits of the Pack itself too
-    both: bool = True,  # and what this Pack trains on, while others validate or test on it
+    both: bool = True,  # and what this Pack trains on and others validate or test on
     progress: bool = False,
 ) -> pd.DataFrame:  # kind, split_a, item_a (of the pack), split_b, item_b, distance
     """Patients and images that are in two splits of a Pack, or for validation or test in it and for training in another
@@ -49,7 +51,7 @@ def find_pack_leaks(
     within : bool, default: True
         look between the splits of the Pack itself too
     both : bool, default: True
-        and what this Pack trains on, while others validate or test on it
+        and what this Pack trains on and others validate or test on
     progress : bool, default: False
 
     Returns
@@ -57,22 +59,19 @@ def find_pack_leaks(
     pd.DataFrame
         kind, split_a, item_a (of the pack), split_b, item_b, distance
     """
-    found = [leaks_within(_image_owners(pack), pack.images, progress)] if within else []
+    leaks = [leaks_within(_image_owners(pack), pack.images, progress)] if within else []
     for other in against:
         same = _numbering(pack) == _numbering(other)
-        found.append(
-            leaks_between(
-                _image_owners(pack, same), pack.images, _image_owners(other, same), other.images, progress, both
-            )
-        )
-    return join_leaks(found)
+        owners, other_owners = _image_owners(pack, same), _image_owners(other, same)
+        leaks.append(leaks_between(owners, pack.images, other_owners, other.images, progress, both))
+    return join_leaks(leaks)
 
 # %% ../../nbs/data/09_guard.ipynb #b5af879b
 def refuse_leaks(
     leaks: pd.DataFrame,  # columns leaks.LEAK_COLUMNS
     folder: Path,  # of a Pack, or of one that is being built: <out>.partial/pack
 ) -> None:
-    """DataError with the first offenders; all of them are listed in <folder>.leaks.csv
+    """DataError with the first leaks; all of them are listed in <folder>.leaks.csv
 
     Parameters
     ----------
@@ -87,41 +86,38 @@ def refuse_leaks(
     refuse(leaks, str(folder).removesuffix(".partial/pack"), str(listed))
 
 # %% ../../nbs/data/09_guard.ipynb #f76cf950
-def _note_guard(pack: Pack, others: Sequence[Pack], found: pd.DataFrame) -> None:
-    "Write into the manifest of a Pack what it was compared with, and what was found"
+def _note_guard(pack: Pack, others: Sequence[Pack], leaks: pd.DataFrame) -> None:
+    "Note in the manifest of a Pack what it was compared with, and what leaks"
     before = pack.manifest.get("guard", EMPTY_GUARD)
-    found = join_leaks([pd.DataFrame(before["leaks"].get("offenders", []), columns=list(LEAK_COLUMNS)), found])
-    guard = {
-        "against": before["against"]
-        | {other.manifest["hash"]: other.manifest["source"].get("kind", "") for other in others},
-        "leaks": leaks_summary(found, len(found)) if len(found) else {},
-    }
+    leaks = join_leaks([pd.DataFrame(before["leaks"].get("offenders", []), columns=list(LEAK_COLUMNS)), leaks])
+    compared = {other.manifest["hash"]: other.manifest["source"].get("kind", "") for other in others}
+    guard = {"against": before["against"] | compared, "leaks": leaks_summary(leaks, len(leaks)) if len(leaks) else {}}
     write_manifest(pack.path, pack.manifest | {"guard": guard})
 
 
 def guard_pack(
     folder: Path,
-    against: Sequence[str | Path] = (),  # Packs that are trained on before
+    against: Sequence[str | Path] = (),  # Packs used for pre-training
     allow_leaks: bool = False,
     progress: bool = False,
     built: bool = False,  # just now: its files were hashed a moment ago
 ) -> None:
-    """Look through a Pack, as far as its manifest does not say that it was done, and write down what was found. ValueError if anything leaks and is not allowed to.
+    """Search a Pack for leaks, unless its manifest says that it was done, and note the result.
+
+    ValueError if anything leaks and is not allowed to.
 
     Parameters
     ----------
     folder : Path
     against : Sequence[str | Path], default: ()
-        Packs that are trained on before
+        Packs used for pre-training
     allow_leaks : bool, default: False
     progress : bool, default: False
     built : bool, default: False
         just now: its files were hashed a moment ago
     """
-    pack, others = (
-        trust_files(Pack(folder)) if built else Pack(folder),
-        {other.manifest["hash"]: other for other in map(Pack, against)},
-    )
+    pack = trust_files(Pack(folder)) if built else Pack(folder)
+    others = {other.manifest["hash"]: other for other in map(Pack, against)}
     noted = pack.manifest.get("guard", EMPTY_GUARD)
     new = [other for name, other in others.items() if name not in noted["against"]]
     if noted["leaks"] and not allow_leaks:
@@ -130,10 +126,10 @@ def guard_pack(
         )
     if "guard" in pack.manifest and not new:
         return
-    found = find_pack_leaks(pack, new, within="guard" not in pack.manifest, both=False, progress=progress)
-    if len(found) and not allow_leaks:
-        refuse_leaks(found, folder)
-    _note_guard(pack, new, found)
+    leaks = find_pack_leaks(pack, new, within="guard" not in pack.manifest, both=False, progress=progress)
+    if len(leaks) and not allow_leaks:
+        refuse_leaks(leaks, folder)
+    _note_guard(pack, new, leaks)
 
 # %% ../../nbs/data/09_guard.ipynb #27ce5873
 def guard_measured(
@@ -142,7 +138,9 @@ def guard_measured(
     allow_leaks: bool = False,
     progress: bool = False,
 ) -> None:
-    """ValueError if patients or images that are for validation or test in the one were for training in the other; if that is allowed, the manifest of the one lists them.
+    """ValueError if patients or images for validation or test in one Pack were for training in the other.
+
+    If that is allowed, the manifest lists them.
 
     Parameters
     ----------
@@ -161,9 +159,9 @@ def guard_measured(
         or (name in noted["against"] and not noted["leaks"])
     ):
         return
-    found = find_pack_leaks(pack, [trained], within=False, both=False, progress=progress)
-    if len(found) and not allow_leaks:
-        refuse_leaks(found, pack.path)
+    leaks = find_pack_leaks(pack, [trained], within=False, both=False, progress=progress)
+    if len(leaks) and not allow_leaks:
+        refuse_leaks(leaks, pack.path)
     if name not in noted["against"]:
-        with suppress(OSError):  # where nothing may be written, it is looked for every time
-            _note_guard(pack, [trained], found)
+        with suppress(OSError):  # in a folder that is read-only, they are compared every time
+            _note_guard(pack, [trained], leaks)

@@ -10,6 +10,7 @@ __all__ = ['FITS', 'ImageError', 'exif_orientation', 'decode_image', 'read_bytes
 import io
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
@@ -24,14 +25,16 @@ class ImageError(ValueError):
         super().__init__(f"{name}: {reason}")
         self.name, self.reason = name, reason
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple:
         return type(self), (self.name, self.reason)
 
 # %% ../../nbs/data/03_images.ipynb #0eeb82f8
 def _grey_range(
-    values: np.ndarray,  # any real numbers that tell of tissue
+    values: np.ndarray,  # any real numbers, of tissue
 ) -> tuple[float, float]:
-    "Smallest and largest value without outliers, which are farther from the central 96 % of the values than these are wide"
+    """Smallest and largest value without outliers.
+
+    An outlier is farther from the central 96 % of the values than these are wide."""
     if not values.size:
         return 0.0, 0.0
     low, high = np.percentile(values, [2, 98])
@@ -46,7 +49,9 @@ def _to_uint8(
     low: float = 0.0,  # the value that becomes 0; values below it do too
     high: float | None = None,  # the value that becomes 255; None = the maximum
 ) -> np.ndarray:  # (H, W) uint8
-    "Scale so that `low` becomes 0 and `high` 255; an image without any value above `low` is black. ValueError for numbers that are not finite."
+    """Scale so that `low` becomes 0 and `high` 255; an image without any value above `low` is black.
+
+    ValueError for numbers that are not finite."""
     image = image.astype(np.float32) - np.float32(low)
     if not np.isfinite(image).all():
         raise ValueError("pixels are not finite numbers")
@@ -58,7 +63,9 @@ def _stretch(
     values: np.ndarray,  # (H, W) any real numbers
     signed: bool = False,  # they do not start at 0: the smallest becomes black
 ) -> np.ndarray:  # (H, W) uint8
-    "Scale numbers without a window by their range; 0 stays black, unless some are below it, or all so far above that little grey would be left"
+    """Scale numbers without a window by their range.
+
+    0 stays black, unless some are below it, or all so far above that little grey would be left."""
     if not np.isfinite(values).all():
         raise ValueError("pixels are not finite numbers")
     low, high = _grey_range(values)
@@ -68,9 +75,11 @@ def _stretch(
 
 # %% ../../nbs/data/03_images.ipynb #9c8077ee
 def _as_stored(
-    dataset,  # pydicom's, or any other mapping of the tags' names
+    dataset: Any,  # pydicom's, or any other mapping of the tags' names
 ) -> bool:
-    "Are eight bits shown as they are stored: no table, no rescale but by 1 and 0, no window but of all 256 levels (or 255)? An empty tag is none."
+    """Are eight bits shown as they are stored?
+
+    No table, no rescale but by 1 and 0, no window but of all 256 levels (or 255). An empty tag counts as missing."""
     if dataset.get("ModalityLUTSequence") or dataset.get("VOILUTSequence"):
         return False
     rescale = [dataset.get(name) for name in ("RescaleSlope", "RescaleIntercept")]
@@ -79,49 +88,33 @@ def _as_stored(
     window = [dataset.get(name) for name in ("WindowCenter", "WindowWidth")]
     if None in window:
         return True
-    center, width = (
-        float(np.ravel(value)[0]) for value in window
-    )  # the first of several windows is the one that is shown
+    center, width = (float(np.ravel(value)[0]) for value in window)  # of several windows the first is shown
     linear = (dataset.get("VOILUTFunction") or "LINEAR") in ("LINEAR", "LINEAR_EXACT")
     return linear and abs(center - width / 2) <= 1 and abs(center + width / 2 - 255) <= 1
 
-# %% ../../nbs/data/03_images.ipynb #8da27725
-def _complete(dataset) -> None:
-    "Take out of a pydicom data set the tags that are empty, and add what has only one meaning. ValueError names what is missing."
-    for name in (
-        "RescaleSlope",
-        "RescaleIntercept",
-        "WindowCenter",
-        "WindowWidth",
-        "VOILUTFunction",
-        "VOILUTSequence",
-        "ModalityLUTSequence",
-        "PixelPaddingValue",
-        "PixelPaddingRangeLimit",
-        "PixelRepresentation",
-        "SamplesPerPixel",
-        "BitsStored",
-        "HighBit",
-        "NumberOfFrames",
-        "PhotometricInterpretation",
-        "Rows",
-        "Columns",
-        "BitsAllocated",
-    ):
-        if (
-            name in dataset
-            and (value := dataset[name].value) is not None
-            and name.startswith(("Rescale", "PixelPadding"))
-            and np.size(value) > 1
-        ):
-            dataset[name].value = value[0]
-        if name in dataset and (
-            dataset[name].value is None or not np.size(dataset[name].value) or dataset[name].value == ""
-        ):
+# %% ../../nbs/data/03_images.ipynb #bf947c7e
+_NEEDED = ("Rows", "Columns", "BitsAllocated", "PhotometricInterpretation")
+_TAGS = (
+    *("RescaleSlope", "RescaleIntercept", "WindowCenter", "WindowWidth"),
+    *("VOILUTFunction", "VOILUTSequence", "ModalityLUTSequence", "PixelPaddingValue", "PixelPaddingRangeLimit"),
+    *("PixelRepresentation", "SamplesPerPixel", "BitsStored", "HighBit", "NumberOfFrames", *_NEEDED),
+)
+
+
+def _drop_empty_tags(dataset: Any) -> None:
+    "Take out the tags that are empty; of several values where one is meant, the first counts"
+    for name in (name for name in _TAGS if name in dataset):
+        value = dataset[name].value
+        if value is not None and np.size(value) > 1 and name.startswith(("Rescale", "PixelPadding")):
+            value = dataset[name].value = value[0]
+        if value is None or not np.size(value) or value == "":
             del dataset[name]
-    if missing := [
-        name for name in ("Rows", "Columns", "BitsAllocated", "PhotometricInterpretation") if name not in dataset
-    ]:
+
+
+def _complete(dataset: Any) -> None:
+    "Take out the tags that are empty, and add what has only one meaning. ValueError names what is missing."
+    _drop_empty_tags(dataset)
+    if missing := [name for name in _NEEDED if name not in dataset]:
         raise ValueError(f"DICOM without {', '.join(missing)}")
     usual = {"SamplesPerPixel": 1, "PixelRepresentation": 0, "BitsStored": dataset.BitsAllocated}
     if "RescaleSlope" in dataset or "RescaleIntercept" in dataset:
@@ -135,9 +128,11 @@ def _complete(dataset) -> None:
         for name in {"WindowCenter", "WindowWidth"} & set(dataset.dir()):
             delattr(dataset, name)
 
-# %% ../../nbs/data/03_images.ipynb #de764bd8
-def _with_syntax(dataset) -> None:
-    "Say how a data set without a transfer syntax is written: as it was parsed. ValueError for compressed pixels, of which that cannot be told."
+
+def _with_syntax(dataset: Any) -> None:
+    """Add the transfer syntax that is missing: that by which the data set was parsed.
+
+    ValueError for compressed pixels, whose syntax cannot be guessed."""
     from pydicom.dataset import FileMetaDataset
     from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
@@ -152,12 +147,14 @@ def _with_syntax(dataset) -> None:
         ImplicitVRLittleEndian if implicit else ExplicitVRLittleEndian if little else ExplicitVRBigEndian
     )
 
-# %% ../../nbs/data/03_images.ipynb #bf947c7e
+
 def _padding(
-    dataset,  # pydicom's, or any other mapping of the tags' names
+    dataset: Any,  # pydicom's, or any other mapping of the tags' names
     pixels: np.ndarray,  # (H, W) as stored
 ) -> np.ndarray:  # (H, W) bool
-    "Where an image is no image: PixelPaddingValue, or all up to PixelPaddingRangeLimit; a number of the other sign is read by its bits"
+    """Which pixels are padding: those of PixelPaddingValue, or all up to PixelPaddingRangeLimit.
+
+    A number of the other sign is read by its bits."""
     value, limit = (dataset.get(name) for name in ("PixelPaddingValue", "PixelPaddingRangeLimit"))
     if value is None:
         return np.zeros(pixels.shape, bool)
@@ -169,9 +166,11 @@ def _padding(
     ]
     return (pixels >= min(ends)) & (pixels <= max(ends))
 
-# %% ../../nbs/data/03_images.ipynb #91487cfc
-def _dicom_grey(dataset, pixels: np.ndarray) -> np.ndarray:
-    "(H, W) uint8 of stored pixels: rescale, VOI LUT, MONOCHROME1 turned over, padding black; 8 bits stay if none of it changes them, all else is stretched from its minimum to its maximum"
+# %% ../../nbs/data/03_images.ipynb #60713e60
+def _dicom_grey(dataset: Any, pixels: np.ndarray) -> np.ndarray:
+    """(H, W) uint8 of stored pixels: rescale, VOI LUT, MONOCHROME1 inverted, padding black.
+
+    8 bits stay if none of it changes them, all else is stretched from its minimum to its maximum."""
     import pydicom
 
     if dataset.PhotometricInterpretation not in ("MONOCHROME1", "MONOCHROME2"):
@@ -182,15 +181,13 @@ def _dicom_grey(dataset, pixels: np.ndarray) -> np.ndarray:
     shown = pydicom.pixels.apply_voi_lut(pydicom.pixels.apply_modality_lut(pixels, dataset), dataset)
     shown = shown.astype(np.float32) * (-1 if inverted else 1)
     windowed = "WindowWidth" in dataset or "VOILUTSequence" in dataset
-    seen = shown[~padding]
-    low, high = (seen.min(initial=np.inf), seen.max(initial=-np.inf)) if windowed else _grey_range(seen)
-    return (
-        np.where(padding, np.uint8(0), _to_uint8(np.where(padding, low, shown), low, high))
-        if seen.size
-        else np.zeros(pixels.shape, np.uint8)
-    )
+    inside = shown[~padding]
+    if not inside.size:
+        return np.zeros(pixels.shape, np.uint8)
+    low, high = (inside.min(), inside.max()) if windowed else _grey_range(inside)
+    return np.where(padding, np.uint8(0), _to_uint8(np.where(padding, low, shown), low, high))
 
-# %% ../../nbs/data/03_images.ipynb #60713e60
+
 def _decode_dicom(data: bytes) -> np.ndarray:
     "(H, W) uint8 of a single-frame DICOM"
     try:
@@ -205,7 +202,7 @@ def _decode_dicom(data: bytes) -> np.ndarray:
     if dataset.file_meta.TransferSyntaxUID in pydicom.uid.JPEGTransferSyntaxes:
         frame = pydicom.encaps.get_frame(dataset.PixelData, 0, number_of_frames=1)
         _scan_ends(frame)
-        if dataset.file_meta.TransferSyntaxUID == pydicom.uid.JPEGBaseline8Bit:  # Pillow knows no other
+        if dataset.file_meta.TransferSyntaxUID == pydicom.uid.JPEGBaseline8Bit:  # Pillow reads no other
             with Image.open(io.BytesIO(frame)) as picture:
                 _check_jpeg(frame, picture)
     pixels = dataset.pixel_array
@@ -215,7 +212,7 @@ def _decode_dicom(data: bytes) -> np.ndarray:
         raise ValueError(f"DICOM with {pixels.shape[0]} frames, expected one")
     return _dicom_grey(dataset, pixels)
 
-# %% ../../nbs/data/03_images.ipynb #4430bca4
+# %% ../../nbs/data/03_images.ipynb #e83a2056
 def _scan_ends(data: bytes) -> list[int]:
     "Where each run of coded pixels of a JPEG ends. ValueError if the file ends before the JPEG does."
     ends, place, scan = [], 2, re.compile(rb"\xff+[\x01-\xfe]")
@@ -227,12 +224,12 @@ def _scan_ends(data: bytes) -> list[int]:
         if not restart and kind not in (0x01, 0xD8):
             place += int.from_bytes(data[place : place + 2], "big")
         if restart or kind == 0xDA:
-            if not (found := scan.search(data, place)):
+            if not (match := scan.search(data, place)):
                 break
-            ends.append(place := found.start())
+            ends.append(place := match.start())
     raise ValueError("JPEG without an end: half downloaded?")
 
-# %% ../../nbs/data/03_images.ipynb #9b15c3ef
+
 def _check_jpeg(
     data: bytes,
     first: Image.Image,  # as opened
@@ -249,25 +246,29 @@ def _check_jpeg(
     if not same:
         raise ValueError("JPEG whose coded pixels end before the picture does: damaged, or half downloaded?")
 
-# %% ../../nbs/data/03_images.ipynb #12ba8d3b
+
 def _sixteen_bits(data: bytes) -> np.ndarray:  # (H, W, C) uint16
-    "The channels of a PNG of 16 bits with colour or alpha, of which Pillow keeps the upper bytes: its lower bytes are those of the other byte order"
+    """The channels of a PNG of 16 bits with colour or alpha, of which Pillow keeps the upper bytes.
+
+    The lower bytes are what it keeps when the byte order is exchanged."""
     kind = {2: ("RGB", "RGB;16B", "RGB;16L"), 6: ("RGBA", "RGBA;16B", "RGBA;16L"), 4: ("RGBA", "RGBA")}[data[25]]
     halves = []
     for order in kind[1:]:
         with Image.open(io.BytesIO(data)) as picture:
             picture._mode, picture.tile = kind[0], [tile._replace(args=order) for tile in picture.tile]
             halves.append(np.array(picture).astype(np.uint16))
-    high, low = (
-        halves if len(halves) == 2 else (halves[0][..., 0::2], halves[0][..., 1::2])
-    )  # grey and alpha: four bytes a pixel
+    if len(halves) == 1:  # grey and alpha: four bytes a pixel
+        halves = [halves[0][..., 0::2], halves[0][..., 1::2]]
+    high, low = halves
     return high * 256 + low
 
-# %% ../../nbs/data/03_images.ipynb #9fd9d10a
+
 def _numbers(
     picture: Image.Image, data: bytes
 ) -> tuple[np.ndarray, bool]:  # (H, W) any numbers, before turning; do they start elsewhere than at 0?
-    "The numbers of a picture that has more than eight bits or a sign. ValueError for colour of more than eight bits that is not PNG."
+    """The numbers of a picture that has more than eight bits or a sign.
+
+    ValueError for colour of more than eight bits that is not PNG."""
     tags = picture.tag_v2 if picture.format == "TIFF" else {}
     white, bits, kind = tags.get(262) == 0, tags.get(258, (8,)), tags.get(339, (1,))[0]
     grey = picture.mode == "F" or picture.mode.startswith("I")
@@ -283,7 +284,7 @@ def _numbers(
         values = values.view(np.uint32)
     return (-values.astype(np.float64) if white else values), white
 
-# %% ../../nbs/data/03_images.ipynb #e83a2056
+
 def _upright(values: np.ndarray, orientation: int) -> np.ndarray:
     "Turn (H, W) numbers as an EXIF orientation of 1 to 8 says"
     if orientation in (5, 6, 7, 8):
@@ -291,25 +292,25 @@ def _upright(values: np.ndarray, orientation: int) -> np.ndarray:
     rows, columns = {2: (1, -1), 3: (-1, -1), 4: (-1, 1), 6: (1, -1), 7: (-1, -1), 8: (-1, 1)}.get(orientation, (1, 1))
     return values[::rows, ::columns]
 
-# %% ../../nbs/data/03_images.ipynb #f9219dce
-def exif_orientation(data: bytes) -> int:  # 1 to 8; 1 = upright, or not told
-    """How a picture is to be turned; DICOM and what is no picture is not
+# %% ../../nbs/data/03_images.ipynb #750c4937
+def exif_orientation(data: bytes) -> int:  # 1 to 8; 1 = upright, or no tag
+    """How a picture is to be turned; DICOM files and other data are upright
 
     Returns
     -------
     int
-        1 to 8; 1 = upright, or not told
+        1 to 8; 1 = upright, or no tag
     """
     try:
         with Image.open(io.BytesIO(data)) as picture:
-            told = picture.getexif().get(ExifTags.Base.Orientation, 1)
-    except Exception:  # decoders of damaged files raise anything; whoever decodes it will tell
+            orientation = picture.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # decoders of damaged files raise anything; decoding the pixels will name the fault
         return 1
-    return told if told in range(1, 9) else 1
+    return orientation if orientation in range(1, 9) else 1
 
-# %% ../../nbs/data/03_images.ipynb #08ce55de
+
 def _decode_picture(data: bytes) -> np.ndarray:
-    "(H, W) uint8 of a PNG, JPEG or whatever else Pillow knows; the first frame, upright"
+    "(H, W) uint8 of a PNG, JPEG or whatever else Pillow reads; the first frame, upright"
     with Image.open(io.BytesIO(data)) as picture:
         if picture.format in ("JPEG", "MPO"):
             _check_jpeg(data, picture)
@@ -330,7 +331,7 @@ def _decode_picture(data: bytes) -> np.ndarray:
         picture.load()
         return np.array(ImageOps.exif_transpose(picture).convert("L"))
 
-# %% ../../nbs/data/03_images.ipynb #64b27843
+
 def _is_dicom(data: bytes) -> bool:
     "By its content: with the preamble, without it, or from its first group on"
     return (
@@ -340,19 +341,19 @@ def _is_dicom(data: bytes) -> bool:
         or (data[:2] in (b"\0\x02", b"\0\x08") and data[2:3] == b"\0")
     )
 
-# %% ../../nbs/data/03_images.ipynb #750c4937
+
 def _in_words(error: Exception) -> str:
-    "What a decoder says of a damaged file, in one short line; an error of programming says nothing to a reader"
-    told = (
-        re.split("\n| as exceptions were raised", str(error).strip())[0][:160]
-        if isinstance(error, (ValueError, OSError, RuntimeError, SyntaxError))
-        else ""
-    )
-    return told or "damaged, or not what it says it is"
+    "What a decoder says of a damaged file, in one short line; other errors would tell a reader nothing"
+    message = ""
+    if isinstance(error, (ValueError, OSError, RuntimeError, SyntaxError)):
+        message = re.split("\n| as exceptions were raised", str(error).strip())[0][:160]
+    return message or "damaged, or not what it says it is"
 
 # %% ../../nbs/data/03_images.ipynb #db20ff3d
 def decode_image(data: bytes, name: str) -> np.ndarray:  # (H, W) uint8
-    """Decode the bytes of a DICOM, PNG or JPEG file, told by its content; `name` is for the ImageError. ImportError for DICOM without pydicom.
+    """Decode the bytes of a DICOM, PNG or JPEG file, recognised by its content; `name` is for the ImageError.
+
+    ImportError for DICOM without pydicom.
 
     Returns
     -------
@@ -375,7 +376,7 @@ def decode_image(data: bytes, name: str) -> np.ndarray:  # (H, W) uint8
 
 # %% ../../nbs/data/03_images.ipynb #08a6fa31
 def read_bytes(path: str | Path, name: str = "") -> bytes:
-    "The bytes of a file; ImageError, with `name` in place of the path if given, when it cannot be opened"
+    "The bytes of a file; ImageError, with `name` in place of the path if given, if it cannot be opened"
     try:
         return Path(path).read_bytes()
     except FileNotFoundError as error:
@@ -398,7 +399,9 @@ def read_image(path: str | Path) -> np.ndarray:  # (H, W) uint8
 def equalise(
     image: np.ndarray,  # (H, W) uint8
 ) -> np.ndarray:  # (H, W) uint8
-    """Equalise the histogram: a level becomes 255 times the share of pixels that are as bright or darker, rounded down (LoVT, but for scikit-image's interpolation between bins)
+    """Equalise the histogram: a level becomes 255 times the share of pixels that are as bright or darker, rounded down.
+
+    As LoVT does, but for scikit-image's interpolation between bins.
 
     Parameters
     ----------
@@ -423,9 +426,11 @@ def _square_frame(
     size: int,
     fit: str = "pad",  # of FITS, see `to_square`
 ) -> tuple[float, float, float, float]:
-    "Where an image lies in its square: its new height and width, and the rows above and columns left of it (negative: cut off)"
+    """Where an image lies in its square.
+
+    Its new height and width, and the rows above and columns left of it (negative: cut off)."""
     if fit not in FITS:
-        raise ValueError(f"fit is {fit!r}; expected one of {', '.join(FITS)}")
+        raise ValueError(f"unknown fit {fit!r}; choose from {', '.join(FITS)}")
     longest, shortest = max(height, width), min(height, width)
     if fit == "stretch":
         return size, size, 0, 0
@@ -447,9 +452,9 @@ def to_square(
 ) -> np.ndarray:  # (size, size), same type
     """Resize to a square by area averaging (bilinear when it grows, and for "pad-first").
 
-    "pad": the longer side becomes `size`, zeros are added evenly, the odd pixel at the right or bottom (MGCA, released code).
-    "pad-first": zeros, then bilinear with antialiasing (LoVT, released code). "crop": the shorter side becomes `size`, the centre is kept (local-mi).
-    "stretch": both sides become `size`.
+    "pad": the longer side becomes `size`, zeros are added evenly, the odd pixel at the right or bottom (MGCA, released
+    code). "pad-first": zeros, then bilinear with antialiasing (LoVT, released code). "crop": the shorter side becomes
+    `size`, the centre is kept (local-mi). "stretch": both sides become `size`.
 
     Parameters
     ----------
@@ -466,8 +471,9 @@ def to_square(
     """
     height, width, top, left = _square_frame(*image.shape, size, fit)
     if fit == "pad-first":
-        above, beside = ((max(image.shape) - side) // 2 for side in image.shape)
-        image, height, width, top, left = np.pad(image, ((above, above), (beside, beside))), size, size, 0, 0
+        rows, columns = ((max(image.shape) - side) // 2 for side in image.shape)
+        image = np.pad(image, ((rows, rows), (columns, columns)))
+        height, width, top, left = size, size, 0, 0
     picture = Image.fromarray(image)
     if (height, width) != image.shape:
         area = height <= image.shape[0] and width <= image.shape[1] and fit != "pad-first"
@@ -493,13 +499,10 @@ def check_not_blank(
     name : str
         for the error
     """
-    small = (
-        image
-        if max(image.shape) <= size
-        else np.asarray(
-            Image.fromarray(image).resize([min(size, side) for side in image.shape[::-1]], Image.Resampling.BOX)
-        )
-    )
+    small = image
+    if max(image.shape) > size:
+        sides = [min(size, side) for side in image.shape[::-1]]
+        small = np.asarray(Image.fromarray(image).resize(sides, Image.Resampling.BOX))
     if int(small.max()) - int(small.min()) <= 2:
         raise ImageError(name, f"blank: the whole picture is of grey level {int(np.median(small))}")
 
@@ -534,15 +537,15 @@ def boxes_to_square(
 
 # %% ../../nbs/data/03_images.ipynb #4208159b
 def _crossed(
-    there: np.ndarray,  # (n,) bool: the rows (or columns) of an image that a mask has pixels in
+    occupied: np.ndarray,  # (n,) bool: the rows (or columns) of an image that a mask has pixels in
     new: float,  # their number in the square
-    shift: float,  # and where they begin there
+    shift: float,  # and where they begin in it
     size: int,
 ) -> np.ndarray:  # (size,) bool
     "The rows of the square whose middle lies in such a row"
-    middle = np.floor((np.arange(size) + 0.5 - shift) * len(there) / new).astype(int)
-    inside = (middle >= 0) & (middle < len(there))
-    return inside & there[middle.clip(0, len(there) - 1)]
+    middle = np.floor((np.arange(size) + 0.5 - shift) * len(occupied) / new).astype(int)
+    inside = (middle >= 0) & (middle < len(occupied))
+    return inside & occupied[middle.clip(0, len(occupied) - 1)]
 
 # %% ../../nbs/data/03_images.ipynb #5c97e764
 def mask_to_square(
@@ -569,9 +572,8 @@ def mask_to_square(
         return covered > 0
     moved = covered >= min(0.5, covered.max())
     height, width, top, left = _square_frame(*mask.shape, size, fit)
-    rows = np.flatnonzero(
-        _crossed(mask.any(1), height, top, size) & ~moved.any(1) & covered.any(1)
-    )  # not what the crop cut off
+    # `covered.any`: not what the crop cut off
+    rows = np.flatnonzero(_crossed(mask.any(1), height, top, size) & ~moved.any(1) & covered.any(1))
     columns = np.flatnonzero(_crossed(mask.any(0), width, left, size) & ~moved.any(0) & covered.any(0))
     moved[rows, covered[rows].argmax(1)] = True
     moved[covered[:, columns].argmax(0), columns] = True

@@ -9,7 +9,7 @@ __all__ = ['SAME', 'LEAK_COLUMNS', 'Prints', 'take_prints', 'near_duplicates', '
 # %% ../../nbs/data/06_leaks.ipynb #5b30c53d
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import combinations, product
 from pathlib import Path
 
 import numpy as np
@@ -32,12 +32,8 @@ def _content(
         columns = np.flatnonzero(part.max(0) - part.min(0) > tolerance)
         if 4 * len(rows) < image.shape[0] or 4 * len(columns) < image.shape[1]:
             return whole
-        left, top, right, bottom = (
-            int(left + columns[0]),
-            int(top + rows[0]),
-            int(left + columns[-1] + 1),
-            int(top + rows[-1] + 1),
-        )
+        left, right = int(left + columns[0]), int(left + columns[-1] + 1)
+        top, bottom = int(top + rows[0]), int(top + rows[-1] + 1)
     return left, top, right, bottom
 
 # %% ../../nbs/data/06_leaks.ipynb #6d675c4e
@@ -66,7 +62,7 @@ def _detail(
     residue = images - blur @ images.astype(np.float32) @ blur.T
     return residue / np.sqrt(blur @ residue**2 @ blur.T + noise**2)
 
-# %% ../../nbs/data/06_leaks.ipynb #49d3c1e0
+# %% ../../nbs/data/06_leaks.ipynb #4d0a38b2
 def _weights(
     low: np.ndarray,  # (n,) where the part begins and
     high: np.ndarray,  # (n,) ends, in shares of the side
@@ -80,7 +76,7 @@ def _weights(
     weights = (1 - abs(centres.clip(0, side - 1) - np.arange(side, dtype=np.float32)) / np.maximum(step, 1)).clip(0)
     return weights / weights.sum(-1, keepdims=True)
 
-# %% ../../nbs/data/06_leaks.ipynb #4d0a38b2
+
 def _cells(
     images: np.ndarray,  # (n, S, S)
     parts: np.ndarray,  # (n, 4) left, top, right, bottom of the part of each, in shares of the side
@@ -88,10 +84,9 @@ def _cells(
     columns: int,
 ) -> np.ndarray:  # (n, rows, columns) float32
     "A part of each image as a grid of cells"
-    down, across = (
-        _weights(parts[:, axis], parts[:, axis + 2], cells, images.shape[-1])
-        for axis, cells in ((1, rows), (0, columns))
-    )
+    side = images.shape[-1]
+    down = _weights(parts[:, 1], parts[:, 3], rows, side)
+    across = _weights(parts[:, 0], parts[:, 2], columns, side)
     return down @ images.astype(np.float32, copy=False) @ across.swapaxes(1, 2)
 
 # %% ../../nbs/data/06_leaks.ipynb #8a382233
@@ -102,15 +97,12 @@ _EVEN = 1e-3  # a difference that rounding makes of nothing
 
 def _difference_hash(
     images: np.ndarray,  # (n, S, S) local contrast
-    parts: np.ndarray
-    | None = None,  # (n, 4) the part of each that is looked at, in shares of the side; None = the whole
+    parts: np.ndarray | None = None,  # (n, 4) the part of each to hash, in shares of the side; None = the whole
 ) -> np.ndarray:  # (n, 4) uint64
     "242 bits: which cells are less than the next to the right (121) and than the one below (121)"
     parts = np.tile(_WHOLE, (len(images), 1)) if parts is None else parts
-    across, down = (
-        np.diff(_cells(images, parts, _GRID, _GRID + 1), axis=2),
-        np.diff(_cells(images, parts, _GRID + 1, _GRID), axis=1),
-    )
+    across = np.diff(_cells(images, parts, _GRID, _GRID + 1), axis=2)
+    down = np.diff(_cells(images, parts, _GRID + 1, _GRID), axis=1)
     bits = np.zeros((len(images), 256), bool)
     bits[:, :_BITS] = np.stack([across, down], axis=1).reshape(len(images), _BITS) > _EVEN
     words = np.packbits(bits.reshape(-1, 64, 4).swapaxes(1, 2), axis=2)
@@ -131,13 +123,13 @@ def _parts(
     "What each view shows of each image: the whole, the centre square, then VIEWS"
     width, height = np.minimum(1, 1 / aspects), np.minimum(1, aspects)
     square = np.stack([1 - width, 1 - height, 1 + width, 1 + height], axis=1) / 2
-    fixed = [((1 - share) * (1 + x) / 2, (1 - share) * (1 + y) / 2) for share, x, y in _VIEWS]
-    fixed = [(left, top, left + view[0], top + view[0]) for (left, top), view in zip(fixed, _VIEWS, strict=True)]
+    corners = [((1 - share) * (1 + x) / 2, (1 - share) * (1 + y) / 2) for share, x, y in _VIEWS]
+    fixed = [(left, top, left + view[0], top + view[0]) for (left, top), view in zip(corners, _VIEWS, strict=True)]
     return np.stack(
         [np.broadcast_to(_WHOLE, square.shape), square, *(np.broadcast_to(part, square.shape) for part in fixed)]
     )
 
-# %% ../../nbs/data/06_leaks.ipynb #f73d3fe0
+# %% ../../nbs/data/06_leaks.ipynb #8fc6594c
 @dataclass(frozen=True)
 class Prints:
     """What is compared of some images: the rows of `pixels` they came from, thumbnails, and the hashes of their views
@@ -162,7 +154,7 @@ class Prints:
     parts: np.ndarray  # (views, n, 4)
     hashes: np.ndarray  # (views, 4, n) uint64
 
-# %% ../../nbs/data/06_leaks.ipynb #8fc6594c
+
 def _rows(
     pixels: np.ndarray,  # (N, S, S) uint8
     rows: np.ndarray,  # (n,)
@@ -204,10 +196,14 @@ def take_prints(
         taken.append((of[kept], squares, parts.astype(np.float32), hashes))
     if not taken:
         return take_prints(np.zeros((1, 2, 2), np.uint8), np.array([0]))
-    rows, squares, parts, hashes = (
-        np.concatenate(values, axis=axis) for values, axis in zip(zip(*taken, strict=True), (0, 0, 1, 2), strict=True)
+    kept, squares, parts, hashes = zip(*taken, strict=True)
+    return Prints(
+        pixels,
+        rows=np.concatenate(kept),
+        thumbnails=np.concatenate(squares),
+        parts=np.concatenate(parts, axis=1),
+        hashes=np.ascontiguousarray(np.concatenate(hashes, axis=2)),
     )
-    return Prints(pixels, rows, squares, parts, np.ascontiguousarray(hashes))
 
 # %% ../../nbs/data/06_leaks.ipynb #996f165c
 _REACH = 26  # bits of 242 in which hashes may differ
@@ -235,32 +231,27 @@ def _candidates(
     block: tuple[int, int] = (64, 8192),  # hashes compared at a time
 ) -> Iterator[np.ndarray]:  # (k, 5) int64: image of a, image of b, view of a, view of b, 1 or -1 (turned over)
     "Pairs of views that are close: whole and whole, whole and part, part and whole"
-    views, found = range(1, len(a.hashes)), []
-    for va, vb in tqdm(
-        [(0, 0), *((0, view) for view in views), *((view, 0) for view in views)],
-        "near duplicates",
-        disable=not progress,
-    ):
+    views, pairs = range(1, len(a.hashes)), []
+    compared = [(0, 0), *((0, view) for view in views), *((view, 0) for view in views)]
+    for va, vb in tqdm(compared, "near duplicates", disable=not progress):
         first, second = a.hashes[va], b.hashes[vb]
-        for row, column in (
-            (i, j) for i in range(0, first.shape[1], block[0]) for j in range(0, second.shape[1], block[1])
-        ):
+        for row, column in product(range(0, first.shape[1], block[0]), range(0, second.shape[1], block[1])):
             i, j, sign = _close(first[:, row : row + block[0]], second[:, column : column + block[1]])
             if len(i):
-                found.append(np.stack([i + row, j + column, np.full_like(i, va), np.full_like(i, vb), sign], axis=1))
-            if sum(map(len, found)) > 1000:
-                yield np.concatenate(found)
-                found = []
-    if found:
-        yield np.concatenate(found)
+                pairs.append(np.stack([i + row, j + column, np.full_like(i, va), np.full_like(i, vb), sign], axis=1))
+            if sum(map(len, pairs)) > 1000:
+                yield np.concatenate(pairs)
+                pairs = []
+    if pairs:
+        yield np.concatenate(pairs)
 
-# %% ../../nbs/data/06_leaks.ipynb #d4b2255a
+# %% ../../nbs/data/06_leaks.ipynb #736e1d45
 def _standard(images: np.ndarray) -> np.ndarray:  # (n, h, w)
     "Each image with mean 0 and spread 1; an even one stays 0"
     images = images - images.mean((1, 2), keepdims=True)
     return images / np.maximum(np.sqrt((images**2).mean((1, 2), keepdims=True)), 1e-3)
 
-# %% ../../nbs/data/06_leaks.ipynb #736e1d45
+
 def _align(
     a: np.ndarray,  # (n, S, S) details
     b: np.ndarray,  # (n, S, S)
@@ -269,15 +260,16 @@ def _align(
     sign: np.ndarray,  # (n,) -1 where b is turned over
     steps: int,
 ) -> tuple[np.ndarray, np.ndarray]:  # (n,) best correlation; (n, 4) where it is in b
-    "Move and scale the part of b until it correlates best with that of a (inverse compositional Gauss-Newton, four parameters)"
+    """Move and scale the part of b until it correlates best with that of a.
+
+    Inverse compositional Gauss-Newton, four parameters."""
     side, edge = a.shape[-1], a.shape[-1] // 16
     inner = slice(edge, side - edge)
     fixed = _standard(sign[:, None, None] * _cells(a, parts_a, side, side)[:, inner, inner])
     place = ((np.arange(side) + 0.5) / side - 0.5)[inner]
     down, across = (side * np.gradient(fixed, axis=axis) for axis in (1, 2))
-    slopes = np.stack([across * place, across, down * place[:, None], down], axis=-1).reshape(
-        len(a), (side - 2 * edge) ** 2, 4
-    )
+    pixels = (side - 2 * edge) ** 2
+    slopes = np.stack([across * place, across, down * place[:, None], down], axis=-1).reshape(len(a), pixels, 4)
     inverse = np.linalg.inv(slopes.swapaxes(1, 2) @ slopes + 1e-3 * np.eye(4)) @ slopes.swapaxes(1, 2)
     parts, best, where = parts_b.astype(np.float64), np.full(len(a), -1.0), parts_b.astype(np.float64)
     for _ in range(steps + 1):
@@ -285,16 +277,14 @@ def _align(
         correlation = (fixed * moving).mean((1, 2))
         better = correlation > best
         best, where = np.where(better, correlation, best), np.where(better[:, None], parts, where)
-        step = np.einsum("nkp,np->nk", inverse, (moving - fixed).reshape(len(a), (side - 2 * edge) ** 2)).clip(
-            -0.1, 0.1
-        )
+        step = np.einsum("nkp,np->nk", inverse, (moving - fixed).reshape(len(a), pixels)).clip(-0.1, 0.1)
         scale, shift = step[:, [0, 2]], step[:, [1, 3]]
         low, length = parts[:, :2], parts[:, 2:] - parts[:, :2]
         ends = [low + length * ((end - shift) / (1 + scale) + 0.5) for end in (-0.5, 0.5)]
         parts = np.concatenate(ends, axis=1).clip(-0.1, 1.1)
     return best, where
 
-# %% ../../nbs/data/06_leaks.ipynb #490583e2
+# %% ../../nbs/data/06_leaks.ipynb #ff24951d
 _COARSE = 0.85  # correlation at 32 pixels, to be looked at closely
 SAME = 0.9  # correlation at 64 pixels, to be called the same image
 
@@ -305,13 +295,13 @@ def _best(
     "One row for each pair: its best"
     return pd.concat(tables).sort_values("correlation", ascending=False, kind="stable").drop_duplicates(["a", "b"])
 
-# %% ../../nbs/data/06_leaks.ipynb #93db4905
+
 def _look(
     a: Prints,
     b: Prints,
     candidates: np.ndarray,  # (k, 5) as of _candidates
 ) -> pd.DataFrame:  # columns a, b (numbers of prints), correlation, sign, parts_a, parts_b
-    "What is left of the candidates when their thumbnails are laid upon each other"
+    "Those of the candidates whose thumbnails match when they are laid upon each other"
     i, j, view_a, view_b, sign = candidates.T
     parts = a.parts[view_a, i]
     correlation, where = _align(_detail(a.thumbnails[i]), _detail(b.thumbnails[j]), parts, b.parts[view_b, j], sign, 6)
@@ -320,7 +310,7 @@ def _look(
     )
     return _best([table[correlation >= _COARSE]])
 
-# %% ../../nbs/data/06_leaks.ipynb #11a32e13
+
 def _look_closely(
     a: Prints,
     b: Prints,
@@ -333,14 +323,14 @@ def _look_closely(
     )
     return _align(first, second, np.stack(near.parts_a), np.stack(near.parts_b), near.sign.to_numpy(), 4)[0]
 
-# %% ../../nbs/data/06_leaks.ipynb #ff24951d
+
 def near_duplicates(
     a: Prints,
     b: Prints,
     progress: bool = False,
     block: int = 256,  # pairs laid upon each other at a time
 ) -> pd.DataFrame:  # columns row_a, row_b, distance = 1 - correlation; sorted by rows
-    """Images of a that are images of b in other clothes
+    """Images of a that are images of b with other grey values, sizes or frames
 
     Parameters
     ----------
@@ -361,12 +351,12 @@ def near_duplicates(
         near = [_best(near)] if len(near) > 100 else near
     near = _best(near)
     close = [_look_closely(a, b, near[start : start + block]) for start in range(0, len(near), block)]
-    found = pd.DataFrame(
+    table = pd.DataFrame(
         {"row_a": a.rows[near.a], "row_b": b.rows[near.b], "distance": (1 - np.concatenate([[], *close])).clip(0)}
     )
-    return found[found.distance <= 1 - SAME].sort_values(["row_a", "row_b"], ignore_index=True)
+    return table[table.distance <= 1 - SAME].sort_values(["row_a", "row_b"], ignore_index=True)
 
-# %% ../../nbs/data/06_leaks.ipynb #ca0552e6
+# %% ../../nbs/data/06_leaks.ipynb #5b242c18
 LEAK_COLUMNS = ("kind", "split_a", "item_a", "split_b", "item_b", "distance")
 
 
@@ -375,29 +365,28 @@ def _shared(
     a: pd.DataFrame,
     b: pd.DataFrame,
     key: str,  # the column that must have nothing in common
-    item: str,  # the column that names the offender
+    item: str,  # the column that names the leak
 ) -> pd.DataFrame:
     "What of a and b has the same value of `key`"
-    first, second = (
-        pd.DataFrame({"key": table[key], f"split_{side}": table["split"], f"item_{side}": table[item]})[
-            table[key] != ""
-        ].drop_duplicates()
-        for table, side in ((a, "a"), (b, "b"))
-    )
+
+    def named(table: pd.DataFrame, side: str) -> pd.DataFrame:
+        rows = pd.DataFrame({"key": table[key], f"split_{side}": table["split"], f"item_{side}": table[item]})
+        return rows[table[key] != ""].drop_duplicates()
+
+    first, second = named(a, "a"), named(b, "b")
     return first.merge(second, on="key").assign(kind=kind, distance=0.0)[list(LEAK_COLUMNS)]
 
-# %% ../../nbs/data/06_leaks.ipynb #5b242c18
-def join_leaks(found: Iterable[pd.DataFrame]) -> pd.DataFrame:  # columns LEAK_COLUMNS
-    """Tables of leaks as one; without offences, a table without rows
+
+def join_leaks(tables: Iterable[pd.DataFrame]) -> pd.DataFrame:  # columns LEAK_COLUMNS
+    """Tables of leaks as one; without leaks, a table without rows
 
     Returns
     -------
     pd.DataFrame
         columns LEAK_COLUMNS
     """
-    return pd.concat(
-        [table for table in found if len(table)] or [pd.DataFrame(columns=list(LEAK_COLUMNS))], ignore_index=True
-    )
+    with_rows = [table for table in tables if len(table)]
+    return pd.concat(with_rows or [pd.DataFrame(columns=list(LEAK_COLUMNS))], ignore_index=True)
 
 # %% ../../nbs/data/06_leaks.ipynb #431ae704
 def _compare(
@@ -420,38 +409,31 @@ def _compare(
             "distance": near.distance,
         }
     )
-    patients, files = (
-        _shared("patient", a, b, "patient_id", "patient_id"),
-        _shared("same file", a, b, "sha256", "image_id"),
-    )
-    told = pd.MultiIndex.from_frame(near[["item_a", "item_b"]]).isin(
-        pd.MultiIndex.from_frame(files[["item_a", "item_b"]])
-    )
-    return join_leaks([patients, files, near[~told]])
+    patients = _shared("patient", a, b, "patient_id", "patient_id")
+    files = _shared("same file", a, b, "sha256", "image_id")
+    pairs = [pd.MultiIndex.from_frame(table[["item_a", "item_b"]]) for table in (near, files)]
+    return join_leaks([patients, files, near[~pairs[0].isin(pairs[1])]])
 
-# %% ../../nbs/data/06_leaks.ipynb #33f20686
+# %% ../../nbs/data/06_leaks.ipynb #41a44e59
 def _check_table(table: pd.DataFrame, pixels: np.ndarray) -> pd.DataFrame:
     "The table with rows numbered as those of the pixels; ValueError if it is not as long or lacks a column"
     if missing := {"patient_id", "split", "image_id", "sha256"} - set(table):
-        raise ValueError(f"the table of images lacks the column(s) {sorted(missing)}; there is {list(table)}")
+        raise ValueError(f"the table of images lacks the column(s) {sorted(missing)}; it has {list(table)}")
     if len(table) != len(pixels):
         raise ValueError(f"{len(table)} rows of images, but {len(pixels)} images; expected one row an image")
     return table.reset_index(drop=True)
 
-# %% ../../nbs/data/06_leaks.ipynb #41a44e59
+
 def _by_split(table: pd.DataFrame) -> dict[str, pd.DataFrame]:
     "The rows of each split, train first"
-    return dict(
-        sorted(
-            table.groupby("split", sort=False), key=lambda part: (part[0] != "train", part[0] != "validate", part[0])
-        )
-    )
+    parts = {name: part for name, part in table.groupby("split", sort=False)}
+    return {name: parts[name] for name in sorted(parts, key=lambda name: (name != "train", name != "validate", name))}
 
 # %% ../../nbs/data/06_leaks.ipynb #99a42118
 def patients_within(
     table: pd.DataFrame,  # columns patient_id, split
 ) -> pd.DataFrame:  # columns LEAK_COLUMNS
-    """Patients that are in more than one split: what can be told before a pixel is read
+    """Patients that are in more than one split: the leaks that show before a pixel is read
 
     Parameters
     ----------
@@ -504,9 +486,10 @@ def leaks_between(
     progress: bool = False,
     both: bool = True,  # or only what the other trains on, and the one validates or tests on
 ) -> pd.DataFrame:  # columns LEAK_COLUMNS: a is the one Pack, b the other
-    """Patients, files and near duplicates that the one trains on and the other validates or tests on, or the other way round.
+    """Patients, files and near duplicates that one Pack trains on and the other validates or tests on.
 
-    Patients are the same if their ids are: where two data sets number theirs independently, give one of them a prefix or "" first.
+    Patients are the same if their ids are: where two data sets number theirs independently, give one of them a prefix
+    or "" first.
 
     Parameters
     ----------
@@ -528,23 +511,14 @@ def leaks_between(
         columns LEAK_COLUMNS: a is the one Pack, b the other
     """
     table, other_table = _check_table(table, pixels), _check_table(other_table, other_pixels)
-    found = []
+    leaks = []
     for trained, other_trained in ((False, True), (True, False))[: 1 + both]:
-        a, b = (
-            table[(table["split"] == "train") == trained],
-            other_table[(other_table["split"] == "train") == other_trained],
-        )
+        a = table[(table["split"] == "train") == trained]
+        b = other_table[(other_table["split"] == "train") == other_trained]
         if len(a) and len(b):
-            found.append(
-                _compare(
-                    a,
-                    b,
-                    take_prints(pixels, a.index.to_numpy()),
-                    take_prints(other_pixels, b.index.to_numpy()),
-                    progress,
-                )
-            )
-    return join_leaks(found)
+            prints_a, prints_b = take_prints(pixels, a.index.to_numpy()), take_prints(other_pixels, b.index.to_numpy())
+            leaks.append(_compare(a, b, prints_a, prints_b, progress))
+    return join_leaks(leaks)
 
 # %% ../../nbs/data/06_leaks.ipynb #abab2fdf
 def leaks_summary(
@@ -576,7 +550,7 @@ def refuse(
     what: str,  # whose splits were compared: begins the message
     listed: str = "",  # the file that lists all of them, if there is one
 ) -> None:
-    """DataError with the counts, the first offenders and what to do, unless there are none
+    """DataError with the counts, the first leaks and what to do; nothing happens without leaks
 
     Parameters
     ----------
@@ -590,9 +564,8 @@ def refuse(
     if not len(leaks):
         return
     summary = leaks_summary(leaks, 6)
-    counts = ", ".join(
-        f"{summary[kind]} x {kind}" for kind in ("patient", "same file", "near duplicate") if summary[kind]
-    )
+    kinds = [kind for kind in ("patient", "same file", "near duplicate") if summary[kind]]
+    counts = ", ".join(f"{summary[kind]} x {kind}" for kind in kinds)
     named = "; ".join(
         f"{kind} {a} ({split_a}) = {b} ({split_b})" for kind, split_a, a, split_b, b, _ in summary["offenders"]
     )

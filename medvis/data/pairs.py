@@ -8,6 +8,7 @@ __all__ = ['epoch_batches', 'Report', 'tokenise', 'Batch', 'Sample', 'collate', 
 # %% ../../nbs/data/14_pairs.ipynb #80371053
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -33,7 +34,7 @@ def epoch_batches(
 ) -> list[list[int]]:  # sample indices, batch by batch
     """The order of one training epoch. The last incomplete batch is left out, unless it would be the only one.
 
-    Raises ValueError when there is nothing to train on.
+    ValueError when there is nothing to train on.
 
     Parameters
     ----------
@@ -60,10 +61,10 @@ def epoch_batches(
     starts = range(0, max(n - whole, 0) + 1, whole)
     return [order[start : start + whole][rank::world] for start in starts]
 
-# %% ../../nbs/data/14_pairs.ipynb #1366f316
+# %% ../../nbs/data/14_pairs.ipynb #9bbecaa5
 @dataclass(frozen=True)
 class Report:
-    """A tokenised report; word w stands at `sentences[s][start:end]` with (s, start, end) = `word_spans[w]`.
+    """A tokenised report; word w is `sentences[s][start:end]` with (s, start, end) = `word_spans[w]`.
 
     Parameters
     ----------
@@ -87,21 +88,20 @@ class Report:
     def words(self) -> list[str]:
         return [self.sentences[s][start:end] for s, start, end in self.word_spans]
 
-# %% ../../nbs/data/14_pairs.ipynb #9bbecaa5
+
 def _cut_words(
     sentence: str,
     spans: list[tuple[int, int]],  # (start, end) of its words
     pieces: list[tuple[int, int]],  # (start, end) of the tokenizer's pieces; a blank before a word may be in its piece
 ) -> tuple[list[int | None], list[tuple[int, int]]]:  # word of every piece; spans of the words that have pieces
-    "Which piece of running text belongs to which word. Words that share a piece become one; pieces of no word are None."
+    "Which piece of running text belongs to which word. Words that share a piece become one; other pieces are None."
     touched = []
     for start, end in pieces:
         if not sentence[start:end].strip():  # blanks by themselves belong to the word behind them
-            touched.append(
-                [w for w, (first, _) in enumerate(spans) if first >= end and not sentence[end:first].strip()]
-            )
+            words = [w for w, (first, _) in enumerate(spans) if first >= end and not sentence[end:first].strip()]
         else:
-            touched.append([w for w, (first, last) in enumerate(spans) if first < end and start < last])
+            words = [w for w, (first, last) in enumerate(spans) if first < end and start < last]
+        touched.append(words)
     owner = list(range(len(spans)))
     for words in touched:
         if words:
@@ -110,50 +110,50 @@ def _cut_words(
     whole = [(spans[w][0], max(spans[v][1] for v in range(len(spans)) if owner[v] == w)) for w in order]
     return [order.index(owner[words[0]]) if words else None for words in touched], whole
 
-# %% ../../nbs/data/14_pairs.ipynb #8dc957e8
+# %% ../../nbs/data/14_pairs.ipynb #0a7236ca
 def _encode_words(
     sentences: Sequence[str],
     spans: Sequence[list[tuple[int, int]]],  # of the words of every sentence, at least one
     tokenizer: PreTrainedTokenizerBase,
-) -> list[
-    tuple[list[int], list[int], list[tuple[int, int]]]
-]:  # of every sentence: ids, the word of each, spans of the words
-    """The pieces of running text that belong to words. BERT's tokenizers cut at blanks and punctuation first, so that words apart
-    have the same pieces; byte-level and SentencePiece tokenizers need the blank before a word, and are given the sentence."""
+) -> list[tuple[list[int], list[int], list[tuple[int, int]]]]:  # of every sentence: ids, word of each, spans of words
+    """The pieces of running text that belong to words.
+
+    BERT's tokenizers cut at blanks and punctuation first, so that single words have the same pieces; byte-level and
+    SentencePiece tokenizers need the blank before a word, and are given the sentence."""
     if type(tokenizer.backend_tokenizer.pre_tokenizer).__name__ == "BertPreTokenizer":
-        texts = [[normalise(sentence[start:end]) for start, end in found] for sentence, found in zip(sentences, spans)]
+        texts = [[normalise(sentence[start:end]) for start, end in words] for sentence, words in zip(sentences, spans)]
         coded = tokenizer(texts, is_split_into_words=True, add_special_tokens=False)
-        return [(ids, coded.word_ids(s), found) for s, (ids, found) in enumerate(zip(coded["input_ids"], spans))]
+        return [(ids, coded.word_ids(s), words) for s, (ids, words) in enumerate(zip(coded["input_ids"], spans))]
     coded, out = tokenizer(list(sentences), add_special_tokens=False, return_offsets_mapping=True), []
-    for sentence, found, ids, pieces in zip(sentences, spans, coded["input_ids"], coded["offset_mapping"]):
-        owner, whole = _cut_words(sentence, found, pieces)
+    for sentence, words, ids, pieces in zip(sentences, spans, coded["input_ids"], coded["offset_mapping"]):
+        owner, whole = _cut_words(sentence, words, pieces)
         inside = [(number, w) for number, w in zip(ids, owner) if w is not None]
         out.append(([number for number, _ in inside], [w for _, w in inside], whole))
     return out
 
-# %% ../../nbs/data/14_pairs.ipynb #0a7236ca
+
 def tokenise(
     sentences: Sequence[str],
-    tokenizer: PreTrainedTokenizerBase,  # a fast one (it says where its pieces stand), with cls_token and sep_token
+    tokenizer: PreTrainedTokenizerBase,  # a fast one (it gives the place of each piece), with cls_token and sep_token
     max_tokens: int = 256,  # of the whole report, special tokens included
     punctuation: bool = False,  # keep punctuation marks, as words of their own
-    overflow: str = "cut",  # what becomes of a longer report, see `tokens_kept`
+    overflow: str = "cut",  # how a longer report is shortened, see `tokens_kept`
 ) -> Report:
     """Tokenise sentences one by one. Sentences without words are dropped; no sentences at all give [CLS] [SEP].
 
-    ValueError for a tokenizer that cannot say where its pieces stand, or has no [CLS] and [SEP].
+    ValueError for a tokenizer that does not give the place of its pieces, or has no [CLS] and [SEP].
 
     Parameters
     ----------
     sentences : Sequence[str]
     tokenizer : PreTrainedTokenizerBase
-        a fast one (it says where its pieces stand), with cls_token and sep_token
+        a fast one (it gives the place of each piece), with cls_token and sep_token
     max_tokens : int, default: 256
         of the whole report, special tokens included
     punctuation : bool, default: False
         keep punctuation marks, as words of their own
     overflow : str, default: 'cut'
-        what becomes of a longer report, see `tokens_kept`
+        how a longer report is shortened, see `tokens_kept`
     """
     cls, sep = tokenizer.cls_token_id, tokenizer.sep_token_id
     if cls is None or sep is None or not tokenizer.is_fast:
@@ -161,34 +161,36 @@ def tokenise(
             f"{type(tokenizer).__name__} cannot be used: expected a fast tokenizer with cls_token and sep_token"
         )
     spans = [find_words(sentence, punctuation) for sentence in sentences]
-    kept = [(sentence, found) for sentence, found in zip(sentences, spans) if found]
+    kept = [(sentence, words) for sentence, words in zip(sentences, spans) if words]
     coded = _encode_words(*zip(*kept), tokenizer) if kept else []
-    ids, word, sentence_of, places = [], [], [], []
-    for s, (numbers, words, found) in enumerate(coded):
+    ids, word_of, sentence_of, word_spans = [], [], [], []
+    for s, (numbers, words, places) in enumerate(coded):
         ids += numbers
-        word += [len(places) + w for w in words]
+        word_of += [len(word_spans) + w for w in words]
         sentence_of += [s] * len(numbers)
-        places += [(s, start, end) for start, end in found]
+        word_spans += [(s, start, end) for start, end in places]
     room = tokens_kept([len(numbers) for numbers, _, _ in coded], max_tokens - 2, overflow)
-    ids, word, sentence_of = ids[:room], word[:room], sentence_of[:room]
-    n_words, n_sentences = (max(index) + 1 if index else 0 for index in (word, sentence_of))
+    ids, word_of, sentence_of = ids[:room], word_of[:room], sentence_of[:room]
+    n_words, n_sentences = (max(index) + 1 if index else 0 for index in (word_of, sentence_of))
     return Report(
-        [cls, *ids, sep],
-        [-1, *word, -1],
-        [-1, *sentence_of, -1],
-        [sentence for sentence, _ in kept[:n_sentences]],
-        places[:n_words],
+        input_ids=[cls, *ids, sep],
+        word_index=[-1, *word_of, -1],
+        sentence_index=[-1, *sentence_of, -1],
+        sentences=[sentence for sentence, _ in kept[:n_sentences]],
+        word_spans=word_spans[:n_words],
     )
 
 # %% ../../nbs/data/14_pairs.ipynb #cacf03b5
 @dataclass
 class Batch:
-    """Tensors of B image-report pairs; padding has index -1 and attention 0. `rejects` are (study id, reason) of unreadable ones.
+    """Tensors of B image-report pairs; padding has index -1 and attention 0.
+
+    `rejects` are (study id, reason) of unreadable ones.
 
     Parameters
     ----------
     image : Tensor
-        (B, C, H, W) float32; or what a frozen tower saw of them
+        (B, C, H, W) float32; or the maps of a frozen encoder
     input_ids : Tensor
         (B, T) int64
     attention_mask : Tensor
@@ -206,7 +208,7 @@ class Batch:
     rejects : list[tuple[str, str]], default: field(default_factory=list)
     """
 
-    image: Tensor  # (B, C, H, W) float32; or what a frozen tower saw of them
+    image: Tensor  # (B, C, H, W) float32; or the maps of a frozen encoder
     input_ids: Tensor  # (B, T) int64
     attention_mask: Tensor  # (B, T) int64
     word_index: Tensor  # (B, T) int64 word of every token, -1 = none
@@ -219,12 +221,12 @@ class Batch:
     def __len__(self) -> int:
         return len(self.image)
 
-    def to(self, device) -> "Batch":
+    def to(self, device: torch.device | str) -> "Batch":
         "The same batch on a device."
 
-        def move(value):
+        def move(value: Any) -> Any:
             if isinstance(value, dict):
-                return {key: move(one) for key, one in value.items()}
+                return {key: move(entry) for key, entry in value.items()}
             return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
 
         return Batch(**{f.name: move(getattr(self, f.name)) for f in fields(self)})
@@ -316,7 +318,7 @@ def _select_samples(
     per: str,  # "study" or "image"
     need_text: bool,
 ) -> list[tuple[int, int]]:  # (row of the study, row of the image)
-    "The samples of a split: one a study with its first image, or one an image; without text only when not needed."
+    "The samples of a split: one a study with its first image, or one an image; studies without text only if allowed."
     wanted = np.ones(len(studies), bool) if split is None else (studies["split"] == split).to_numpy()
     if need_text:
         wanted = wanted & (studies["sentences"].map(len).to_numpy() > 0)
@@ -325,7 +327,7 @@ def _select_samples(
 
 # %% ../../nbs/data/14_pairs.ipynb #5311c60c
 class Pairs(Dataset):
-    """Image-report pairs of a Pack. `pairs[epoch, i]` is decided by (seed, epoch, i) alone; `pairs[i]` is `pairs[0, i]`.
+    """Image-report pairs of a Pack. `pairs[epoch, i]` depends on (seed, epoch, i) alone; `pairs[i]` is `pairs[0, i]`.
 
     Without `train` nothing is augmented or swapped, and a study shows its first image.
 
@@ -341,8 +343,8 @@ class Pairs(Dataset):
     seed : int, default: 0
     need_text : bool, default: True
         leave out studies without a report
-    maps : default: None
-        what a frozen tower saw, `maps.map(row)`: it takes the place of an image that is not augmented
+    maps : Any, default: None
+        of a frozen encoder, `maps.map(row)`: taken in place of an image that is not augmented
     """
 
     def __init__(
@@ -355,15 +357,15 @@ class Pairs(Dataset):
         train: bool = False,
         seed: int = 0,
         need_text: bool = True,  # leave out studies without a report
-        maps=None,  # what a frozen tower saw, `maps.map(row)`: it takes the place of an image that is not augmented
+        maps: Any = None,  # of a frozen encoder, `maps.map(row)`: taken in place of an image that is not augmented
     ) -> None:
-        pack.check(["images.u8"])  # a damaged file is no damaged picture among others: told before any work
+        pack.check(["images.u8"])  # a damaged file is not one damaged picture among others: an error before any work
         self.pack, self.tokenizer, self.preprocessing, self.sampling = pack, tokenizer, preprocessing, sampling
         self.train, self.seed, self.maps = train, seed, maps
         self.items = _select_samples(pack.studies, split, sampling.per, need_text)
         self.patients = pack.studies["patient_id"].astype("category").cat.codes.to_numpy()
         self.labels, self._reports = pack.labels.to_dict("records"), {}
-        self._transform = preprocessing.transform(sampling.augment) if train else preprocessing.transform()
+        self._transform = preprocessing.transform(sampling.augment if train else "none")
 
     def __len__(self) -> int:
         return len(self.items)
@@ -400,9 +402,8 @@ class Pairs(Dataset):
     def __getitem__(self, key: int | tuple[int, int]) -> Sample:
         epoch, i = key if isinstance(key, tuple) else (0, key)
         row = self.items[i][0]
-        sample = Sample(
-            row, int(self.patients[row]), labels=self.labels[row], name=str(self.pack.studies["study_id"].iloc[row])
-        )
+        name = str(self.pack.studies["study_id"].iloc[row])
+        sample = Sample(row, int(self.patients[row]), labels=self.labels[row], name=name)
         try:
             sample.image = self.image(i, epoch)
         except (OSError, ValueError) as error:

@@ -7,7 +7,6 @@ __all__ = ['Phrase', 'read_ms_cxr', 'write_ms_cxr', 'phantom_phrases', 'find_phr
 
 # %% ../../nbs/data/17_phrases.ipynb #b9dfb08a
 import json
-import os
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -17,6 +16,7 @@ import numpy as np
 import pandas as pd
 from scipy import ndimage
 
+from ..core.files import write_atomic
 from .files import DataError, number, read_table, read_text
 from .images import boxes_to_square
 from .pack import Pack
@@ -27,7 +27,7 @@ from .source import check_boxes
 # %% ../../nbs/data/17_phrases.ipynb #7c41a8aa
 @dataclass(frozen=True)
 class Phrase:
-    """A phrase about an image, and where what it speaks of is seen.
+    """A phrase about an image, and the boxes of what it describes.
 
     Parameters
     ----------
@@ -67,28 +67,25 @@ def _json_rows(path: Path) -> dict[str, dict]:  # place, for errors -> row with 
     except ValueError as error:
         raise DataError(f"{path} is not JSON: {error}") from error
     try:
-        images, categories = ({one["id"]: one for one in coco[name]} for name in ("images", "categories"))
+        images, categories = ({entry["id"]: entry for entry in coco[name]} for name in ("images", "categories"))
         annotations = list(coco["annotations"])
     except (KeyError, TypeError) as error:
         raise DataError(
             f"{path} lacks the lists images, categories, annotations, or ids in them ({type(error).__name__} {error})"
         ) from error
     rows = {}
-    for place, one in enumerate(annotations, 1):
+    for place, annotation in enumerate(annotations, 1):
         try:
-            image, category = images[one["image_id"]], categories[one["category_id"]]
-            told = {
-                "dicom_id": Path(image["file_name"]).stem,
-                "category_name": category["name"],
-                "label_text": one["label_text"],
-                "image_width": image["width"],
-                "image_height": image["height"],
-                **dict(zip(("x", "y", "w", "h"), one["bbox"], strict=True)),
-            }
+            image, category = images[annotation["image_id"]], categories[annotation["category_id"]]
             rows[f"{path}, annotation {place}"] = {
                 "path": image.get("path"),
-                "split": one.get("split", image.get("split")),
-                **told,
+                "split": annotation.get("split", image.get("split")),
+                "dicom_id": Path(image["file_name"]).stem,
+                "category_name": category["name"],
+                "label_text": annotation["label_text"],
+                "image_width": image["width"],
+                "image_height": image["height"],
+                **dict(zip(("x", "y", "w", "h"), annotation["bbox"], strict=True)),
             }
         except (KeyError, ValueError, TypeError) as error:
             raise DataError(
@@ -99,7 +96,9 @@ def _json_rows(path: Path) -> dict[str, dict]:  # place, for errors -> row with 
 
 # %% ../../nbs/data/17_phrases.ipynb #912e1e2d
 def _measures(row: dict) -> tuple[tuple[float, float, float, float], int, int]:
-    "The box of a row, cut to its image, and the width and height of that. DataError if one is lacking, no number, or the box leaves the image."
+    """The box of a row, cut to its image, and the width and height of that.
+
+    DataError if one is missing or no number, or if the box leaves the image."""
     if not (row["dicom_id"] and row["label_text"] and row["category_name"]):
         raise DataError("there is no image, phrase or category")
     x, y, w, h, width, height = (number(str(row[name]), name) for name in _COLUMNS[3:])
@@ -167,9 +166,7 @@ def write_ms_cxr(path: str | Path, phrases: Iterable[Phrase]) -> None:
                 }
             )
     coco = {"images": list(images.values()), "categories": list(categories.values()), "annotations": annotations}
-    beside = Path(f"{path}.{os.getpid()}.tmp")
-    beside.write_text(json.dumps(coco), encoding="utf-8")
-    os.replace(beside, path)
+    write_atomic(path, json.dumps(coco).encode())
 
 # %% ../../nbs/data/17_phrases.ipynb #a23c0b6e
 def _tight_boxes(
@@ -185,7 +182,7 @@ def phantom_phrases(
     split: str | None = "test",  # None: all
     findings: Sequence[str] = FINDINGS,
 ) -> list[Phrase]:
-    """What the phantom's reports say of its pictures, with boxes; once if they say it twice. ValueError for another Pack.
+    """The phrases of a phantom's reports with boxes, each once for a study. ValueError for another Pack.
 
     Parameters
     ----------
@@ -198,18 +195,19 @@ def phantom_phrases(
     phantom, phrases = pack_phantom(pack), {}
     if phantom is None:
         raise ValueError(
-            f"{pack.path} holds {pack.manifest['source'].get('kind', 'other')} data, not a phantom: read its phrases from a file (read_ms_cxr)"
+            f"{pack.path} holds {pack.manifest['source'].get('kind', 'other')} data, not a phantom: "
+            "read its phrases from a file (read_ms_cxr)"
         )
     studies = pack.studies if split is None else pack.studies[pack.studies["split"] == split]
     for study_id in studies["study_id"]:
         study = phantom.study(study_id)
         for sentence in study.sentences:
             for index in sorted({index for _, _, index in sentence.words if index is not None}):
-                if (found := study.findings[index]).name in findings:
+                finding = study.findings[index]
+                if finding.name in findings:
                     spans = [(start, end) for start, end, of in sentence.words if of == index]
-                    text = sentence.text[spans[0][0] : spans[-1][1]]
-                    boxes = dict.fromkeys(phrases.get((study_id, found.name, text), ()) + _tight_boxes(found.mask))
-                    phrases[study_id, found.name, text] = tuple(boxes)
+                    key = study_id, finding.name, sentence.text[spans[0][0] : spans[-1][1]]
+                    phrases[key] = tuple(dict.fromkeys(phrases.get(key, ()) + _tight_boxes(finding.mask)))
     parts = dict(zip(studies["study_id"], studies["split"]))
     return [
         Phrase(study, text, finding, boxes, pack.size, pack.size, study, parts[study])
@@ -218,7 +216,7 @@ def phantom_phrases(
 
 # %% ../../nbs/data/17_phrases.ipynb #f20b0ee4
 def _image_names(pack: Pack) -> list[str]:
-    "What phrases call the images of a Pack: file names without folder and ending."
+    "The names of a Pack's images in phrases: file names without folder and ending."
     return [
         re.sub(r"\.(jpe?g|png|dcm|dicom)$", "", str(name).rpartition("/")[2], flags=re.IGNORECASE)
         for name in pack.image_table["image_id"]
@@ -226,7 +224,7 @@ def _image_names(pack: Pack) -> list[str]:
 
 # %% ../../nbs/data/17_phrases.ipynb #120288de
 def find_phrases(phrases: Sequence[Phrase], pack: Pack) -> np.ndarray:  # (n,) row of each phrase's image in the Pack
-    """Which images are meant. ValueError names images that the Pack does not hold, holds twice, or has in another shape.
+    """The images of phrases. ValueError names images that the Pack does not hold, holds twice, or has in another shape.
 
     Returns
     -------
@@ -242,7 +240,8 @@ def find_phrases(phrases: Sequence[Phrase], pack: Pack) -> np.ndarray:  # (n,) r
         if bad:
             raise ValueError(
                 f"{pack.path} {what} {len(bad)} of the {len(wanted)} images that the phrases are about "
-                f"({', '.join(bad[:5])}{', …' if len(bad) > 5 else ''}); it has {len(pack)}, such as {next(iter(rows))}. "
+                f"({', '.join(bad[:5])}{', …' if len(bad) > 5 else ''}); "
+                f"it has {len(pack)}, such as {next(iter(rows))}. "
                 "Take another Pack, or only the phrases whose image_id is in image_names(pack)"
             )
     table = pack.image_table
@@ -252,8 +251,9 @@ def find_phrases(phrases: Sequence[Phrase], pack: Pack) -> np.ndarray:  # (n,) r
         scale = max(width / phrase.width, height / phrase.height)
         if abs(phrase.width * scale - width) > 1 or abs(phrase.height * scale - height) > 1:
             raise ValueError(
-                f"image {phrase.image_id}: its boxes were drawn on {phrase.width} x {phrase.height} pixels, but {pack.path} has it "
-                f"from {width} x {height}: not the same image, or cropped, turned or padded since"
+                f"image {phrase.image_id}: its boxes were drawn on {phrase.width} x {phrase.height} pixels, "
+                f"but {pack.path} has it from {width} x {height}: "
+                "not the same image, or cropped, turned or padded since"
             )
     return np.array([rows[phrase.image_id][0] for phrase in phrases], dtype=np.int64)
 
@@ -261,7 +261,7 @@ def find_phrases(phrases: Sequence[Phrase], pack: Pack) -> np.ndarray:  # (n,) r
 def phrase_mask(
     phrase: Phrase,
     size: int,  # of the Pack
-    fit: str | None,  # how the Pack's images were made square, as its manifest tells
+    fit: str | None,  # how the Pack's images were made square, from its manifest
 ) -> np.ndarray:  # (size, size) bool
     """The union of a phrase's boxes in the square that a Pack made of the image; every box has at least one pixel.
 
@@ -271,7 +271,7 @@ def phrase_mask(
     size : int
         of the Pack
     fit : str | None
-        how the Pack's images were made square, as its manifest tells
+        how the Pack's images were made square, from its manifest
 
     Returns
     -------
@@ -280,8 +280,8 @@ def phrase_mask(
     """
     if fit is None and phrase.width != phrase.height:
         raise ValueError(
-            f"image {phrase.image_id} was {phrase.width} x {phrase.height} and the Pack does not tell how it was made square; "
-            "prepare it again with this medvis"
+            f"image {phrase.image_id} was {phrase.width} x {phrase.height} and the Pack does not tell how it was made "
+            "square; prepare it again with this medvis"
         )
     boxes = boxes_to_square(np.array(phrase.boxes), phrase.height, phrase.width, size, fit or "pad")
     start = np.ceil(boxes[:, :2] - 0.5).astype(int).clip(0, size - 1)

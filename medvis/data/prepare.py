@@ -35,7 +35,7 @@ class PhantomConfig:
 
 # %% ../../nbs/data/12_prepare.ipynb #cb33f5b4
 def _read_phantom_study(index: int, phantom: Phantom) -> StudyRecord:
-    "Study `index` of the phantom; its id, phantom-<index>, is how its masks are found again"
+    "Study `index` of the phantom; its masks are found again by its id, phantom-<index>"
     study, name = phantom[index], f"phantom-{index:07d}"
     split = str(patient_splits([study.patient_id])[0])
     return StudyRecord(
@@ -72,7 +72,7 @@ def redraw_study(
     pack: Pack,  # of a phantom
     row: int,  # of its studies
 ) -> PhantomStudy:
-    """A study of a phantom's Pack with all that is known of it. ValueError if another version of the phantom wrote the Pack.
+    """A study of a phantom's Pack with its whole truth. ValueError if another version of the phantom wrote the Pack.
 
     Parameters
     ----------

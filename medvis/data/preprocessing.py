@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 from torchvision.transforms import InterpolationMode, v2
 
+from ..core.choices import check_choice
 from .images import FITS
 
 # %% ../../nbs/data/04_preprocessing.ipynb #292c8e64
@@ -76,7 +77,9 @@ def _values(of: float | tuple[float, ...]) -> list[float]:
 # %% ../../nbs/data/04_preprocessing.ipynb #1e8fcc86
 @dataclass(frozen=True)
 class Preprocessing:
-    """The geometry and intensities that an encoder expects: from a (1, H, W) uint8 square to (channels, size, size) float32."""
+    """The geometry and intensities that an encoder expects.
+
+    From a (1, H, W) uint8 square to (channels, size, size) float32."""
 
     size: int = 224
     """Side of the encoder's input, in pixels."""
@@ -91,9 +94,9 @@ class Preprocessing:
     scale: Literal["unit", "max"] = "unit"
     """What becomes 1 before that: grey level 255 (unit), or the image's own maximum (max; local-mi)."""
     fit: Literal["pad", "pad-first", "crop", "stretch"] | None = None
-    """How the squares came about that the encoder was trained on (see `to_square`); None = not known, or all the same."""
+    """How the squares were made that the encoder was trained on (see `to_square`); None = unknown, or of no matter."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not (
             self.size >= 1
             and 0 < self.crop <= 1
@@ -104,8 +107,8 @@ class Preprocessing:
             and self.fit in (*FITS, None)
         ):
             raise ValueError(
-                f"expected size >= 1, 0 < crop <= 1, 1 or 3 channels, mean and std one number or one a channel, std > 0, "
-                f"scale unit or max, fit one of {FITS} or None; found {self}"
+                "expected size >= 1, 0 < crop <= 1, 1 or 3 channels, mean and std one number or one a channel, "
+                f"std > 0, scale unit or max, fit one of {FITS} or None; found {self}"
             )
 
     def _finish(self) -> list[Callable]:
@@ -117,12 +120,12 @@ class Preprocessing:
     def transform(self, augment: str = "none") -> v2.Compose:
         """(1, H, W) uint8 -> (channels, size, size) float32: resize to size / crop, centre crop, scale, normalise.
 
-        With an augmentation's name that in place of the crop; it draws from torch's global generator. ValueError for an unknown name."""
-        if augment not in AUGMENTATIONS:
-            raise ValueError(f"augment is {augment!r}; expected one of {', '.join(AUGMENTATIONS)}")
+        An augmentation takes the place of the crop, and draws from torch's global generator. ValueError for an unknown
+        name."""
+        check_choice("augmentation", augment, AUGMENTATIONS)
         return v2.Compose(AUGMENTATIONS[augment](self.size, self.crop) + self._finish())
 
     def mask(self) -> v2.Compose:
-        "(..., H, W) bool or uint8 mask -> (..., size, size), same type, through the geometry of `eval` (nearest)"
+        "(..., H, W) bool or uint8 mask -> (..., size, size), same type, through the geometry of evaluation (nearest)"
         resize = v2.Resize(round(self.size / self.crop), InterpolationMode.NEAREST_EXACT)
         return v2.Compose([partial(_on_stack, transform=v2.Compose([resize, v2.CenterCrop(self.size)]))])

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Literal
 
-# %% ../../nbs/data/02_reports.ipynb #164f3858
+# %% ../../nbs/data/02_reports.ipynb #0a3a45b7
 _SECTION_NAMES = {
     "comparison": (
         "comparison",
@@ -57,7 +57,7 @@ _SECTION_NAMES = {
     "addendum": ("addendum", "addenda"),
 }
 
-# %% ../../nbs/data/02_reports.ipynb #0a3a45b7
+
 _TITLE = re.compile(
     r"chest|portable|\b(one|two|three|single|frontal|lateral|pa|ap) views?\b|\b(pa|ap|frontal) and lat"
     r"|\blat\w* and (pa|ap|frontal)\b|frontal (upright|semi-upright)|\bribs\b"
@@ -66,7 +66,9 @@ _KNOWN_NAMES = {variant: name for name, variants in _SECTION_NAMES.items() for v
 
 
 def _section_name(heading: str) -> str:
-    "The usual name of a report heading: by table, by spelling, by a word it contains, or findings for the name of an examination"
+    """The usual name of a report heading: by table, by spelling, or by a word it contains.
+
+    The name of an examination is a heading of the findings."""
     heading = " ".join(heading.lower().split())
     if heading in _KNOWN_NAMES:
         return _KNOWN_NAMES[heading]
@@ -84,11 +86,11 @@ _MIMIC_HEADING = re.compile(r"\n ([A-Z ()/,-]+):\s")
 
 def _mimic_headings(text: str) -> list[tuple[str, int, int]]:
     "(heading, start, end) of each heading by the MIMIC-CXR rule"
-    found, heading = [], _MIMIC_HEADING.search(text)
+    headings, heading = [], _MIMIC_HEADING.search(text)
     while heading:
-        found.append((heading[1], heading.start(), heading.end()))
+        headings.append((heading[1], heading.start(), heading.end()))
         heading = _MIMIC_HEADING.search(text, max(heading.end(), text.find("\n", heading.end())))
-    return found
+    return headings
 
 # %% ../../nbs/data/02_reports.ipynb #53a63b75
 _NAMES = "|".join(re.escape(name) for name in sorted(_KNOWN_NAMES, key=len, reverse=True))
@@ -99,9 +101,9 @@ _PLAIN_HEADING = re.compile(
 
 def _plain_headings(text: str) -> list[tuple[str, int, int]]:
     "(heading, start, end) of each known heading at the start of a line, or in capitals anywhere"
-    return [(found["line"] or found["capitals"], found.start(), found.end()) for found in _PLAIN_HEADING.finditer(text)]
+    return [(match["line"] or match["capitals"], match.start(), match.end()) for match in _PLAIN_HEADING.finditer(text)]
 
-# %% ../../nbs/data/02_reports.ipynb #4d1c70a2
+# %% ../../nbs/data/02_reports.ipynb #e810d17f
 def _with_last_paragraph(parts: list[tuple[str, str]]) -> list[tuple[str, str]]:
     "The sections; where neither findings nor impression says anything, the last one is cut after its first paragraph"
     if {"impression", "findings"} & {name for name, body in parts if body.strip()}:
@@ -111,16 +113,17 @@ def _with_last_paragraph(parts: list[tuple[str, str]]) -> list[tuple[str, str]]:
     first, _, rest = body.partition("\n \n")
     return [*parts, (name, first), ("last_paragraph", rest)]
 
-# %% ../../nbs/data/02_reports.ipynb #e810d17f
-def parse_mimic_sections(text: str) -> dict[str, str]:
-    """Cut a report into its sections, by the rules of MIMIC-CXR (MIT-LCP section parser; used by LoVT, MGCA and local-mi).
 
-    Returns section name -> stripped text, in the order of the report; `preamble` is what stands before the first heading, a text
-    without headings is its own `full report`. MIMIC's lists of single studies with hand-made sections are not part of this.
+def parse_mimic_sections(text: str) -> dict[str, str]:
+    """Cut a report into its sections, by the rules of MIMIC-CXR (MIT-LCP's parser; used by LoVT, MGCA and local-mi).
+
+    Returns section name -> stripped text, in the order of the report; `preamble` is the text before the first heading,
+    a text without headings is its own `full report`. MIMIC's lists of single studies with hand-made sections are not
+    part of this.
     """
     text = html.unescape(text).lstrip("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
     if headings := _mimic_headings(text):
-        text = text if text[:1].isspace() else "\n " + text  # a stripped report has lost the blank of its first heading
+        text = text if text[:1].isspace() else "\n " + text  # a stripped report lacks the blank of its first heading
         headings = _mimic_headings(text)
     else:
         headings = _plain_headings(text)
@@ -157,31 +160,34 @@ _TELLING = re.compile(
     r"\b(impression|conclusion|finding|addend(?:um|a)|indication|history|comparison|technique|recommendation)s?\b"
 )
 _JOINT = re.compile(r"\s*(?:/|&|\+|,|\band\b|\bor\b)\s*")
+_QUALIFIER = re.compile(
+    r"^(?:preliminary|final|radiolog\w+|radiographic|imaging|overall|additional|other|chest|pertinent|significant"
+    r"|clinical) "
+)
 
 
 def _known_name(heading: str) -> str:
-    'The usual name of a heading or of several joined ones, whatever the case, plural and brackets; "" = it is not known'
+    'The usual name of a heading or of several joined ones, in any case, plural, with brackets; "" = not in the table'
     heading = " ".join(re.sub(r"[(\[](?!e?s[)\]])[^()\[\]]*(?:[)\]]|$)", " ", heading.lower()).split())
     heading = re.sub(r"[(\[]e?s[)\]]", "", heading)
     heading = re.sub(r"\s*#?\s?\d{1,2}$", "", heading)  # ADDENDUM #2
     if heading in _OUR_NAMES:
         return _OUR_NAMES[heading]
-    plain = re.sub(
-        r"^(?:preliminary|final|radiolog\w+|radiographic|imaging|overall|additional|other|chest|pertinent|significant|clinical) ",
-        "",
-        heading,
-    )
-    names = [_OUR_NAMES.get(part, "") for part in _JOINT.split(plain)]
+    names = [_OUR_NAMES.get(part, "") for part in _JOINT.split(_QUALIFIER.sub("", heading))]
     if not all(names):
         return ""
     return next((name for name in ("impression", "findings") if name in names), names[0])
 
 # %% ../../nbs/data/02_reports.ipynb #92c6e5f7
-_LEAD = r"^(?P<lead>[^\S\n]*+(?:>[^\S\n]{0,9}+)?(?:[-•][^\S\n]{1,9}+)?(?:#{1,6}[^\S\n]{0,9}+)?(?:\d{1,2}[.)][^\S\n]{1,9}+)?[*_]{0,3}+\[?)(?P<name>[^\W\d_][^\n:：*_]{0,80}?)\]?"
+_LEAD = (
+    r"^(?P<lead>[^\S\n]*+(?:>[^\S\n]{0,9}+)?(?:[-•][^\S\n]{1,9}+)?(?:#{1,6}[^\S\n]{0,9}+)?(?:\d{1,2}[.)][^\S\n]{1,9}+)?"
+    r"[*_]{0,3}+\[?)(?P<name>[^\W\d_][^\n:：*_]{0,80}?)\]?"
+)
 _COLON = re.compile(_LEAD + r"(?P<end>[^\S\n]{0,20}+[*_]{0,3}+[^\S\n]{0,9}+[:：][*_]{0,3}+)", re.MULTILINE)
 _BARE = re.compile(
     _LEAD
-    + r"(?P<end>[^\S\n]{0,20}+[*_]{0,3}+(?:[^\S\n]{0,9}+[-–—]{1,2}(?=\s|\Z)|[^\S\n]*+(?=\n|\Z)(?:\n[^\S\n]{0,9}+[-=~_]{3,}+(?=\s|\Z))?+))",
+    + r"(?P<end>[^\S\n]{0,20}+[*_]{0,3}+(?:[^\S\n]{0,9}+[-–—]{1,2}(?=\s|\Z)|[^\S\n]*+(?=\n|\Z)"
+    + r"(?:\n[^\S\n]{0,9}+[-=~_]{3,}+(?=\s|\Z))?+))",
     re.MULTILINE,
 )
 _CAPITALS = re.compile(r"[A-Z][A-Z ()/,&-]+")
@@ -189,27 +195,26 @@ _REPORT = re.compile(r"(?:final|original|preliminary)(?: radiology)? report|repo
 
 
 def _name_of(heading: str, capitals: bool) -> str:
-    'The usual name of a heading, "report" for FINAL REPORT; in capitals also if one word of it tells, or if it is misspelled'
+    """The usual name of a heading, "report" for FINAL REPORT.
+
+    In capitals one word of it is enough, and it may be misspelled."""
     if heading != "report" and _REPORT.fullmatch(heading):
         return "report"
-    name, telling = _known_name(heading), _TELLING.search(heading.lower()) if capitals else None
-    return name or (
-        _known_name(telling[0])
-        if telling
-        else "impression"
-        if capitals and _section_name(heading) == "impression"
-        else ""
-    )
+    if (name := _known_name(heading)) or not capitals:
+        return name
+    if word := _TELLING.search(heading.lower()):
+        return _known_name(word[0])
+    return "impression" if _section_name(heading) == "impression" else ""
 
 # %% ../../nbs/data/02_reports.ipynb #92c6e5f9
 def _line_headings(text: str) -> list[tuple[str, str, int, int]]:
     '(heading, usual name or "", start, end) of what looks like a heading at the start of a line, in order'
-    found = {}
+    headings = {}
     for match in _COLON.finditer(text):
         heading, after = match["name"].strip(), text[match.end() : match.end() + 1]
         capitals = bool(_CAPITALS.fullmatch(heading)) and (not after or after.isspace())
         if (name := _name_of(heading, capitals)) or capitals:
-            found[match.start()] = (heading, name, match.start(), match.end())
+            headings[match.start()] = (heading, name, match.start(), match.end())
     for match in _BARE.finditer(text):
         heading = match["name"].strip()
         name = _name_of(heading, False) if heading[0].isupper() else ""
@@ -219,9 +224,9 @@ def _line_headings(text: str) -> list[tuple[str, str, int, int]]:
             or (name not in ("findings", "impression", "addendum") and heading.lower() not in _KNOWN_NAMES)
         )
         marked = heading.isupper() or {"#", "*", "["} & set(match["lead"])
-        if name and (marked or not vague) and match.start() not in found:
-            found[match.start()] = (heading, name, match.start(), match.end())
-    return [found[start] for start in sorted(found)]
+        if name and (marked or not vague) and match.start() not in headings:
+            headings[match.start()] = (heading, name, match.start(), match.end())
+    return [headings[start] for start in sorted(headings)]
 
 # %% ../../nbs/data/02_reports.ipynb #b4e80719
 _UPPER = (
@@ -233,26 +238,28 @@ _INLINE = re.compile(
 
 
 def _headings(text: str) -> list[tuple[str, str, int, int]]:
-    '(heading, usual name or "", start, end) of every heading: at the start of a line, or known capitals after the end of a sentence'
-    found = _line_headings(text)
-    sure = {name for _, name, _, _ in found}
+    """(heading, usual name or "", start, end) of every heading.
+
+    At the start of a line, or capitals of the table after the end of a sentence."""
+    headings = _line_headings(text)
+    sure = {name for _, name, _, _ in headings}
     mimic = _MIMIC_HEADING.search(text)
     for match in _INLINE.finditer(text):
         name, before = _known_name(match["name"]), text[max(0, match.start() - 20) : match.start()].rstrip()
         apart = name not in sure and before.endswith((".", "?", "!")) if mimic else True
         if name and apart:
-            found.append((match["name"], name, match.start(), match.end()))
+            headings.append((match["name"], name, match.start(), match.end()))
     kept, last = [], 0
-    for one in sorted(found, key=lambda one: (one[2], -one[3])):
-        if one[2] >= last:
-            kept.append(one)
-            last = one[3]
+    for heading, name, start, end in sorted(headings, key=lambda heading: (heading[2], -heading[3])):
+        if start >= last:
+            kept.append((heading, name, start, end))
+            last = end
     return kept
 
 # %% ../../nbs/data/02_reports.ipynb #e71b3a4c
 def _belongs(headings: list[tuple[str, str, int, int]]) -> list[tuple[str, str, int, int]]:
-    "(section, heading, start, end) of the headings that begin a section; those of an addendum and sub-headings are left out"
-    last_report = max((place for place, one in enumerate(headings) if one[1] == "report"), default=-1)
+    "(section, heading, start, end) of the headings that begin a section; not those of an addendum, nor sub-headings"
+    last_report = max((place for place, (_, name, _, _) in enumerate(headings) if name == "report"), default=-1)
     later, names = Counter(name for _, name, _, _ in headings), set()
     begun, section, fresh = [], "preamble", False  # fresh: right after the heading of a leading addendum
     for place, (heading, name, start, end) in enumerate(headings):
@@ -281,11 +288,11 @@ def _tidy(text: str) -> str:
 
 # %% ../../nbs/data/02_reports.ipynb #093d5c6e
 def parse_sections(text: str) -> dict[str, str]:
-    """Cut a report into its sections, whatever the indentation, case, Markdown, plural, remark in brackets or combination of its headings.
+    """Cut a report into its sections, whatever the indentation, case, Markdown, plural or remarks of its headings.
 
-    Returns section name -> stripped text, in the order of the report; `preamble` is what stands before the first heading, a text
-    without headings is its own `full report`. Sub-headings stay in findings and impression; sections of one name are joined; `addendum`
-    holds its own findings and impression. `parse_mimic_sections` is the rule of the papers.
+    Returns section name -> stripped text, in the order of the report; `preamble` is the text before the first heading,
+    a text without headings is its own `full report`. Sub-headings stay in findings and impression; sections of one
+    name are joined; `addendum` holds its own findings and impression. `parse_mimic_sections` is the rule of the papers.
     """
     text = _tidy(text)
     headings = _belongs(_headings(text))
@@ -298,22 +305,24 @@ def parse_sections(text: str) -> dict[str, str]:
             sections.setdefault(name, []).append(body.strip())
     return {name: "\n \n".join(bodies) for name, bodies in sections.items()}
 
-# %% ../../nbs/data/02_reports.ipynb #1a4e6d7f
+# %% ../../nbs/data/02_reports.ipynb #2b5f7e80
 def _unknown_headings(text: str) -> list[str]:
-    "What looks like a heading (up to five capital words and a colon at the start of a line, 40 characters at most) and is not known, each once"
-    found = {
+    """What looks like a heading but is not in the table, each once.
+
+    Up to five capital words of 40 characters in all, and a colon, at the start of a line."""
+    headings = {
         " ".join(heading.split())
         for heading, name, _, _ in _line_headings(_tidy(text))
         if not name and _section_name(heading) == " ".join(heading.lower().split())
     }
-    return sorted(heading for heading in found if len(heading) <= 40 and len(heading.split()) <= 5)
+    return sorted(heading for heading in headings if len(heading) <= 40 and len(heading.split()) <= 5)
 
-# %% ../../nbs/data/02_reports.ipynb #2b5f7e80
+
 def count_headings(
     texts: Iterable[str | None],
     least: int = 5,  # a heading of fewer reports is not named: it could be a name
 ) -> dict[str, int]:  # heading -> reports, the most frequent first; "(seldom)" for all the others
-    """Headings that were not understood, and in how many reports they are.
+    """Headings that were not understood, and the number of reports that have them.
 
     Parameters
     ----------
@@ -328,15 +337,15 @@ def count_headings(
     """
     counts = Counter(heading for text in texts for heading in _unknown_headings(text or ""))
     seldom = sum(count for count in counts.values() if count < least)
-    told = {
-        heading: count for heading, count in sorted(counts.items(), key=lambda one: (-one[1], one[0])) if count >= least
-    }
-    return told | ({"(seldom)": seldom} if seldom else {})
+    named = {heading: counts[heading] for heading in sorted(counts, key=lambda heading: (-counts[heading], heading))}
+    frequent = {heading: count for heading, count in named.items() if count >= least}
+    return frequent | ({"(seldom)": seldom} if seldom else {})
 
 # %% ../../nbs/data/02_reports.ipynb #06a7e561
 _BULLET = r"[•‣⁃▪▫●○■□◆◇◦∙·★➢➤►▶❖✓✔]+|[-–—*+](?=\s|[^\W\d_])|\(?[a-h]\)(?=\s)"
 _MARKER = re.compile(
-    rf"(?:(?<=\s)|(?<=[.:;?!])|^)\(?(?P<number>\d{{1,2}})[.)](?=\s*[^\W\d]|\s+\S)|^[^\S\n]*+(?:{_BULLET})|[•‣▪●■◆◦➢➤►▶❖]+",
+    rf"(?:(?<=\s)|(?<=[.:;?!])|^)\(?(?P<number>\d{{1,2}})[.)](?=\s*[^\W\d]|\s+\S)|^[^\S\n]*+(?:{_BULLET})"
+    r"|[•‣▪●■◆◦➢➤►▶❖]+",
     re.MULTILINE,
 )
 _BLANKS = re.compile(r"\s*")
@@ -392,13 +401,12 @@ def _ends_sentence(before: str, mark: str, after: str) -> bool:
     if word in _NEVER_LAST or (word in _NUMBERED and rest[0].isdigit()):
         return False
     small, letters = rest[0].islower(), word.replace(".", "")
+    short = letters.isalpha() and letters.isascii() and 1 < len(letters) < 6
     if len(word) == 1 and word.isalpha() and words[-1].isupper():  # J. Smith, R. lower lobe; but "hepatitis C. Lungs"
         return not small and len(words) > 1 and not words[-2].endswith(".") and words[-2].lower() not in _SMALL_WORDS
     if re.fullmatch(r"[^\W\d_](?:\.[^\W\d_])+", word) and (small or len(words) == 1):  # P.A. and, z.n. links
         return False
-    if (
-        small and letters.isalpha() and letters.isascii() and 1 < len(letters) < 6 and not set(letters) & set("aeiouy")
-    ):  # rt. base
+    if small and short and not set(letters) & set("aeiouy"):  # rt. base
         return False
     return not (small and (word in _SELDOM_LAST or word.endswith("_") or len(mark.rstrip("\"')]”’")) > 1))
 
@@ -406,17 +414,16 @@ def _ends_sentence(before: str, mark: str, after: str) -> bool:
 def split_sentences(text: str) -> list[str]:
     """Cut text into sentences with single blanks between words; no character but white space is lost.
 
-    Knows the ways of radiology reports: decimals, units, numbered lists (the number stays with its sentence), titles and
-    abbreviations, de-identification blanks, wrapped lines, a missing blank after a full stop.
+    Handles what radiology reports hold: decimals, units, numbered lists (the number stays with its sentence), titles
+    and abbreviations, de-identification blanks, wrapped lines, a missing blank after a full stop.
     """
     sentences = []
     breaks = {0, len(text), *_list_items(text), *(gap.end() for gap in re.finditer(r"\n[^\S\n]*\n", text))}
     for start, end in zip(sorted(breaks), sorted(breaks)[1:], strict=False):
         piece, begin = " ".join(text[start:end].split()), 0
         for stop in _STOP.finditer(piece):
-            near = piece[
-                max(begin, stop.start() - 50) : stop.start()
-            ]  # a bounded view: the time grows as the text does
+            first = max(begin, stop.start() - 50)  # a bounded view: the time grows as the text does
+            near = piece[first : stop.start()]
             if _ends_sentence(near, stop[0], piece[stop.end() : stop.end() + 9]):
                 sentences.append(piece[begin : stop.end()].strip())
                 begin = stop.end()
@@ -438,10 +445,12 @@ _COMPATIBLE = re.compile(
 
 
 def normalise(text: str) -> str:
-    "The text in NFC, without format characters (soft hyphens, zero-width and direction marks); ligatures, wide letters and odd blanks as plain ones"
+    """The text in NFC, without format characters (soft hyphens, zero-width and direction marks).
+
+    Ligatures, wide letters and odd blanks become plain ones."""
     if text.isascii():
         return text
-    text = _COMPATIBLE.sub(lambda one: unicodedata.normalize("NFKC", one[0]), _FORMATS.sub("", text))
+    text = _COMPATIBLE.sub(lambda match: unicodedata.normalize("NFKC", match[0]), _FORMATS.sub("", text))
     return unicodedata.normalize("NFC", text)
 
 # %% ../../nbs/data/02_reports.ipynb #5e82a0b3
@@ -449,17 +458,21 @@ _WORD = re.compile(rf"\w[\w{_MARKS}{_FORMAT}]*+|[^\w\s{_FORMAT}]")
 
 
 def find_words(sentence: str, punctuation: bool = False) -> list[tuple[int, int]]:
-    r"(start, end) of each word (`\w+` with its marks and format characters, without the blanks `___` and `XXXX`); `punctuation=True` adds blanks and punctuation marks"
-    found = ((word.start(), word.start() + len(word[0].rstrip(_KINDS["Cf",]))) for word in _WORD.finditer(sentence))
+    r"""(start, end) of each word: `\w+` with its marks and format characters, without the blanks `___` and `XXXX`.
+
+    `punctuation=True` adds blanks and punctuation marks."""
+    spans = ((word.start(), word.start() + len(word[0].rstrip(_KINDS["Cf",]))) for word in _WORD.finditer(sentence))
     return [
         (start, end)
-        for start, end in found
+        for start, end in spans
         if punctuation or re.fullmatch(r"(?!(?:_+|X{4,})$)\w.*", sentence[start:end])
     ]
 
 # %% ../../nbs/data/02_reports.ipynb #ee0aee27
 def _split_full_stops(text: str) -> list[str]:
-    r"MGCA's released splitter: cut at list numbers (`[0-9]+\.`, which also eats the whole part of decimals), then at every full stop"
+    r"""MGCA's released splitter: cut at list numbers (`[0-9]+\.`), then at every full stop.
+
+    The first cut also removes the whole part of decimals."""
     pieces = [sentence for piece in re.split(r"[0-9]+\.", text) for sentence in piece.split(".")]
     return [" ".join(piece.split()) for piece in pieces if piece.strip()]
 
@@ -474,7 +487,7 @@ class ReportRules:
     sections: tuple[str, ...] = ("findings", "impression")
     """Sections to use, in this order; those that a report has are joined."""
     fallback: tuple[str, ...] = ("last_paragraph", "full report")
-    """Where none of the sections is there: the first of these that is."""
+    """If the report has none of the sections: the first of these that it has."""
     min_words: int = 3
     """A report with fewer words is dropped."""
     min_sentence_words: int = 1
@@ -488,7 +501,8 @@ class ReportRules:
     splitter: str = "medvis"
     """How sentences are found: "medvis" (the rules of this module) or "full stop" (MGCA's release)."""
     headings: str = "medvis"
-    """How sections are found: "medvis" (any usual heading; sub-headings stay in findings) or "mit-lcp" (as published for MIMIC-CXR)."""
+    """How sections are found: "medvis" (any usual heading; sub-headings stay in findings) or "mit-lcp" (as published
+    for MIMIC-CXR)."""
 
 
 _PARSERS = {"medvis": parse_sections, "mit-lcp": parse_mimic_sections}
@@ -526,10 +540,9 @@ def drop_reasons(rules: ReportRules) -> dict[Literal["empty", "section", "short"
 # %% ../../nbs/data/02_reports.ipynb #fe8364a8
 def check_report(text: str | None, rules: ReportRules) -> tuple[list[str], str]:
     'The sentences of a report by the rules, and the reason why the report is to be dropped ("" = keep it)'
-    if rules.splitter not in _SPLITTERS:
-        raise ValueError(f"splitter is {rules.splitter!r}; expected one of {', '.join(map(repr, _SPLITTERS))}")
-    if rules.headings not in _PARSERS:
-        raise ValueError(f"headings is {rules.headings!r}; expected one of {', '.join(map(repr, _PARSERS))}")
+    for kind, choices in (("splitter", _SPLITTERS), ("headings", _PARSERS)):
+        if (name := getattr(rules, kind)) not in choices:
+            raise ValueError(f"unknown {kind} {name!r}; choose from {', '.join(choices)}")
     sections, reasons = _PARSERS[rules.headings](normalise(text or "")), drop_reasons(rules)
     chosen = [sections[name] for name in rules.sections if name in sections]
     chosen = chosen or [sections[name] for name in rules.fallback if name in sections][:1]
@@ -543,9 +556,8 @@ def check_report(text: str | None, rules: ReportRules) -> tuple[list[str], str]:
         for sentence, count in zip(sentences, counts, strict=True)
         if count >= max(1, rules.min_sentence_words)
     ]
-    return [sentence for sentence, _ in kept], reasons["short"] if sum(
-        count for _, count in kept
-    ) < rules.min_words else ""
+    words = sum(count for _, count in kept)
+    return [sentence for sentence, _ in kept], reasons["short"] if words < rules.min_words else ""
 
 # %% ../../nbs/data/02_reports.ipynb #e95aba7b
 def report_sentences(text: str, rules: ReportRules = ReportRules()) -> list[str]:
@@ -556,9 +568,7 @@ def report_sentences(text: str, rules: ReportRules = ReportRules()) -> list[str]
 def _filter_reports(
     texts: list[str | None],  # report texts; None or "" = no report
     rules: ReportRules = ReportRules(),
-) -> tuple[
-    list[list[str] | None], dict[str, int]
-]:  # sentences per report, None where dropped; reason -> count, with "kept"
+) -> tuple[list[list[str] | None], dict[str, int]]:  # sentences of each report, None = dropped; reason -> count
     "Sentences of many reports, and how many reports were dropped for which reason"
     checked = [check_report(text, rules) for text in texts]
     counts = Counter(reason or "kept" for _, reason in checked)

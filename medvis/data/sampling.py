@@ -12,13 +12,15 @@ from typing import Literal
 
 import numpy as np
 
+from ..core.choices import check_choice
+
 # %% ../../nbs/data/13_sampling.ipynb #db75c171
 def tokens_kept(
     lengths: Sequence[int],  # tokens of every sentence
     room: int,  # tokens that fit
     overflow: str = "cut",  # "cut" mid-sentence, or "drop" the first sentence that does not fit and all later ones
 ) -> int:
-    """How many tokens of a report stay. Raises ValueError for an unknown rule.
+    """How many tokens of a report stay. ValueError for an unknown rule.
 
     Parameters
     ----------
@@ -29,8 +31,7 @@ def tokens_kept(
     overflow : str, default: 'cut'
         "cut" mid-sentence, or "drop" the first sentence that does not fit and all later ones
     """
-    if overflow not in ("cut", "drop"):
-        raise ValueError(f"overflow is {overflow!r}, expected 'cut' or 'drop'")
+    check_choice("overflow", overflow, ("cut", "drop"))
     ends = np.cumsum(lengths, dtype=int)
     fitting = ends[ends <= room]
     return int(fitting[-1]) if overflow == "drop" and len(fitting) else min(sum(lengths), room)
@@ -38,7 +39,7 @@ def tokens_kept(
 # %% ../../nbs/data/13_sampling.ipynb #490d1922
 @dataclass(frozen=True)
 class Sampling:
-    "What of a study a method sees."
+    "How training samples are drawn from a study."
 
     per: Literal["study", "image"] = "study"
     "One sample a study, with a random frontal view (LoVT), or one sample an image (MGCA)."
@@ -53,9 +54,9 @@ class Sampling:
     max_tokens: int = 256
     "Longest report in tokens, [CLS] and [SEP] included."
     overflow: Literal["cut", "drop"] = "cut"
-    "A longer report is cut where the room ends, or loses the first sentence that does not fit and all later ones (LoVT)."
+    "A longer report is cut where the room ends, or loses the first sentence that does not fit and all later (LoVT)."
     punctuation: bool = False
     "Keep punctuation marks as words."
 
-    def __post_init__(self):
-        tokens_kept((), 0, self.overflow)  # ValueError for a rule that it does not know
+    def __post_init__(self) -> None:
+        tokens_kept((), 0, self.overflow)  # ValueError for an unknown rule

@@ -44,9 +44,11 @@ from .reports import ReportRules, drop_reasons
 
 # %% ../../nbs/data/11_source.ipynb #0fa80845
 class SplitRule(StrEnum):
-    "Which images are for training, validation and test. The value is the sentence for people: in manifests and in the table of recipes."
+    """Which images are for training, validation and test.
 
-    PATIENTS = "patients"  # 80/10/10 % of the patients, by a hash of their ids; below in other shares, see sets.plans.draw_splits
+    The value is the sentence for people: in manifests and in the table of recipes."""
+
+    PATIENTS = "patients"  # 80/10/10 % of the patients, by a hash of their ids (sets.plans.draw_splits)
     PATIENTS_90_10 = "patients 90/10"
     PATIENTS_80_20 = "patients 80/20"
     PATIENTS_60_20_20 = "patients 60/20/20"
@@ -83,7 +85,7 @@ class Recipe:
     views : tuple[str, ...], default: ()
         () = all
     rules : ReportRules | None, default: None
-        for reports; None = there are none
+        for reports; None = without reports
     require_report : bool, default: True
         leave studies without a usable report out, if there are rules
     splits : StrEnum, default: SplitRule.PATIENTS
@@ -104,7 +106,7 @@ class Recipe:
     fit: str = "pad"  # how they are made square, of images.FITS
     equalise: bool = False  # equalise the histogram first
     views: tuple[str, ...] = ()  # () = all
-    rules: ReportRules | None = None  # for reports; None = there are none
+    rules: ReportRules | None = None  # for reports; None = without reports
     require_report: bool = True  # leave studies without a usable report out, if there are rules
     splits: StrEnum = SplitRule.PATIENTS  # of SplitRule, or of an enum of your own
     classes: tuple[str, ...] = ()  # the labels that its task asks for; () = all
@@ -113,7 +115,7 @@ class Recipe:
     subset: str = "patients"  # small shares of labels: of "patients", nested, or the "first" rows (LoVT)
     notes: tuple[str, ...] = ()  # what else differs
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not isinstance(self.splits, StrEnum):
             raise DataError(f"splits is {self.splits!r}; expected a member of SplitRule, or of a StrEnum of your own")
         policies = set(self.uncertain.values() if isinstance(self.uncertain, dict) else [self.uncertain])
@@ -123,7 +125,8 @@ class Recipe:
             or policies - {"ignore", "positive", "negative"}
         ):
             raise DataError(
-                f"fit is {self.fit!r}, uncertain {self.uncertain!r}, subset {self.subset!r}; expected fit one of {', '.join(FITS)}, "
+                f"fit is {self.fit!r}, uncertain {self.uncertain!r}, subset {self.subset!r}; "
+                f"expected fit one of {', '.join(FITS)}, "
                 "uncertain ignore, positive or negative (for all labels or each), subset patients or first"
             )
 
@@ -135,15 +138,17 @@ class ReadConfig:
     root: Path
     """Folder of the data set, as it was downloaded."""
     recipe: str = "medvis"
-    """Whose rules: medvis, or lovt, mgca, local-mi where that paper used the data set (see nbs/data/sets/13_registry)."""
+    """Whose rules: medvis, or lovt, mgca, local-mi if that paper used the data set (see nbs/data/sets/13_registry)."""
     split_seed: int = 0
     """Seed of the splits that are drawn by patient, where the recipe draws any."""
 
     def choose(self, recipes: dict[str, Recipe]) -> Recipe:
-        "The recipe, with what this config sets otherwise (a field of the same name that is not None). DataError lists the recipes."
+        """The recipe, with the changes of this config (fields of the same name that are not None).
+
+        DataError lists the recipes."""
         if self.recipe not in recipes:
             raise DataError(f"there is no recipe {self.recipe!r} for this data set; it has {', '.join(recipes)}")
-        changes = {one.name: getattr(self, one.name, None) for one in fields(Recipe)}
+        changes = {field.name: getattr(self, field.name, None) for field in fields(Recipe)}
         return replace(recipes[self.recipe], **{name: value for name, value in changes.items() if value is not None})
 
 # %% ../../nbs/data/11_source.ipynb #fed560bb
@@ -154,23 +159,24 @@ class BuildConfig:
     out: Path
     """Folder of the Pack."""
     size: int | None = None
-    """Side of the stored images in pixels; by default that of the recipe."""
+    """Side of the stored images in pixels (default: that of the recipe)."""
     fit: Literal["pad", "pad-first", "crop", "stretch"] | None = None
-    """How images become square; by default as the recipe says."""
+    """How images become square (default: as the recipe says)."""
     workers: int = 0
     """Processes that read images in parallel; 0 = this one."""
     max_rejects: float = 0.2
     """Stop if more than this share of the images cannot be used."""
     against: tuple[Path, ...] = ()
-    """Packs that are trained on before: none of their training images or patients may be in this one's validation or test split."""
+    """Packs used for pre-training: none of their training images or patients may be in this one's validation or test
+    split."""
     allow_leaks: bool = False
     """Build the Pack although images or patients leak between splits; the manifest lists them."""
     fresh: bool = False
-    """Start afresh if there is an unfinished build with other settings: what was read for it is thrown away."""
+    """Start afresh if an unfinished build has other settings: what was read for it is thrown away."""
     progress: bool = True
     """Show a progress bar."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not ((self.size is None or self.size >= 1) and self.workers >= 0 and 0 <= self.max_rejects <= 1):
             raise DataError(
                 f"size is {self.size}, workers {self.workers}, max_rejects {self.max_rejects}; "
@@ -200,7 +206,7 @@ class ImageItem(TypedDict):
     boxes : NotRequired[list[list] | None]
         name, x0, y0, x1, y1 in the frame; None = not annotated
     masks : NotRequired[dict[str, dict | None] | None]
-        name -> as annotations.decode_mask takes it; None = not annotated
+        name -> spec for annotations.decode_mask; None = not annotated
     frame : NotRequired[list[float] | None]
         width and height that boxes and masks were drawn in; None = the picture's
     clip : NotRequired[bool]
@@ -211,15 +217,13 @@ class ImageItem(TypedDict):
     path: str  # relative to the root
     view: NotRequired[str]  # such as PA, AP or LATERAL
     boxes: NotRequired[list[list] | None]  # name, x0, y0, x1, y1 in the frame; None = not annotated
-    masks: NotRequired[
-        dict[str, dict | None] | None
-    ]  # name -> as annotations.decode_mask takes it; None = not annotated
+    masks: NotRequired[dict[str, dict | None] | None]  # name -> spec for annotations.decode_mask; None = not annotated
     frame: NotRequired[list[float] | None]  # width and height that boxes and masks were drawn in; None = the picture's
     clip: NotRequired[bool]  # boxes may stand out of the frame, and are cut
 
 # %% ../../nbs/data/11_source.ipynb #c1d9f167
 class StudyItem(TypedDict):
-    """A study that can be read: whose it is, its split, its images, and what is known of it.
+    """A study that can be read: its patient, split, images, report, labels and grades.
 
     Parameters
     ----------
@@ -244,7 +248,7 @@ class StudyItem(TypedDict):
 
 # %% ../../nbs/data/11_source.ipynb #8f3011c6
 class RejectItem(TypedDict):
-    """What stands in the place of a study that cannot be read.
+    """What takes the place of a study that cannot be read.
 
     Parameters
     ----------
@@ -262,7 +266,7 @@ class RejectItem(TypedDict):
 # %% ../../nbs/data/11_source.ipynb #3c5932ec
 @dataclass(frozen=True)
 class Source:
-    """A data set, planned: items (one per study, in the order of its table), the names of what they tell, and what a rule left out.
+    """A data set, planned: items (one per study, in the order of its table), their names, and what a rule left out.
 
     Parameters
     ----------
@@ -285,7 +289,7 @@ class Source:
     dropped: dict[str, int] = field(default_factory=dict)  # rule -> images, or studies without any
     settings: dict = field(default_factory=dict)  # further facts for the manifest
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not self.items:
             rules = ", ".join(f"{rule}: {count}" for rule, count in self.dropped.items() if count)
             raise DataError("no study is left" + (f" (dropped: {rules})" if rules else ""))
@@ -293,7 +297,7 @@ class Source:
 # %% ../../nbs/data/11_source.ipynb #4d6f8285
 @dataclass(frozen=True)
 class DataSet:
-    """A public data set: how to get, check, read and imitate it.
+    """A public data set: how to get, check, read and simulate it.
 
     Parameters
     ----------
@@ -305,12 +309,12 @@ class DataSet:
     plan : Callable[[Any], Source]
     recipes : dict[str, Recipe]
     tables : Callable[[Any], list[tuple[str, Callable[[], Any]]]]
-        config -> (what, function that reads it), for the check
+        config -> (what, its reader), for the check
     simulate : Callable[[Path, Sequence[PhantomStudy]], None]
         writes phantom studies in the true format
     config : type[ReadConfig], default: ReadConfig
     follow_ups : bool, default: True
-        do patients come back, under an id that tells it?
+        do patients come back, under the same id?
     wanted : tuple[str, ...], default: ()
         findings that it is about: phantoms in its format show them often enough
     """
@@ -320,12 +324,10 @@ class DataSet:
     get: str  # what to download, from where, and where to put it
     plan: Callable[[Any], Source]
     recipes: dict[str, Recipe]
-    tables: Callable[
-        [Any], list[tuple[str, Callable[[], Any]]]
-    ]  # config -> (what, function that reads it), for the check
+    tables: Callable[[Any], list[tuple[str, Callable[[], Any]]]]  # config -> (what, its reader), for the check
     simulate: Callable[[Path, Sequence[PhantomStudy]], None]  # writes phantom studies in the true format
     config: type[ReadConfig] = ReadConfig
-    follow_ups: bool = True  # do patients come back, under an id that tells it?
+    follow_ups: bool = True  # do patients come back, under the same id?
     wanted: tuple[str, ...] = ()  # findings that it is about: phantoms in its format show them often enough
 
 # %% ../../nbs/data/11_source.ipynb #fce11fcd
@@ -337,11 +339,17 @@ def _open_zip(path: Path) -> zipfile.ZipFile:
         raise DataError(f"{path} cannot be opened as a zip archive: {error}") from error
 
 # %% ../../nbs/data/11_source.ipynb #bfee521e
+_ZIP_ERRORS = (  # damaged, encrypted, unknown compression
+    *(zipfile.BadZipFile, zlib.error, RuntimeError, NotImplementedError),
+    *(OSError, EOFError, ValueError),
+)
+
+
 def _read_report(
-    report: ReportItem | None,  # None = there is none
+    report: ReportItem | None,  # None = without report
     root: Path,
 ) -> str:
-    "The text of a report. DataError if its file is missing, empty, damaged or not UTF-8; the text itself is never in it."
+    "The text of a report. DataError, never with the text, if its file is missing, empty, damaged or not UTF-8."
     if not report:
         return ""
     if "text" in report:
@@ -352,15 +360,7 @@ def _read_report(
         data = _open_zip(root / report["zip"]).read(report["member"])
     except KeyError as error:
         raise DataError(f"{report['zip']} has no member {report['member']}") from error
-    except (
-        zipfile.BadZipFile,
-        RuntimeError,
-        OSError,
-        EOFError,
-        NotImplementedError,
-        ValueError,
-        zlib.error,
-    ) as error:  # damaged, encrypted, unknown compression
+    except _ZIP_ERRORS as error:
         raise DataError(f"{report['member']} in {report['zip']} cannot be read: {error}") from error
     if not data.strip():
         raise DataError(f"{report['member']} in {report['zip']} is blank")
@@ -409,12 +409,12 @@ def check_boxes(
 
 # %% ../../nbs/data/11_source.ipynb #725a1698
 def _frame(planned: ImageItem, width: int, height: int) -> tuple[float, float]:
-    "Width and height of the frame of an image's boxes and masks. DataError if it has not the proportions of the image."
+    "Width and height of the frame of an image's boxes and masks. DataError if its proportions are not the image's."
     frame_width, frame_height = planned.get("frame") or (width, height)
     if abs(frame_width * height - frame_height * width) > max(frame_width, frame_height):
         raise DataError(
-            f"the image has {width} x {height} pixels, but its boxes and masks were drawn on {frame_width:g} x {frame_height:g}: "
-            "cropped, turned or padded since"
+            f"the image has {width} x {height} pixels, "
+            f"but its boxes and masks were drawn on {frame_width:g} x {frame_height:g}: cropped, turned or padded since"
         )
     return frame_width, frame_height
 
@@ -426,7 +426,9 @@ def _read_item_image(
     fit: str,
     even: bool = False,  # equalise the histogram first
 ) -> ImageRecord:
-    "Read an image and bring it, with its masks, to the square; boxes stay in pixels of the upright picture. ImageError or DataError if anything of it is damaged."
+    """Read an image and bring it, with its masks, to the square; boxes stay in pixels of the upright picture.
+
+    ImageError or DataError if anything of it is damaged."""
     path = safe_path(planned["path"])
     data = read_bytes(root / path, path)
     image = decode_image(data, path)
@@ -479,18 +481,15 @@ def read_study(
         equalise histograms first
     """
     if "rejects" in item:
-        rejects = [tuple(one) for one in item["rejects"]]
-        return StudyRecord(
-            study_id=item["study"], patient_id="", split="", images=[], rejects=rejects, planned=item.get("planned")
-        )
+        rejects = [tuple(reject) for reject in item["rejects"]]
+        return StudyRecord(item["study"], "", "", images=[], rejects=rejects, planned=item.get("planned"))
     images, rejects = [], []
     for planned in item["images"]:
         try:
             images.append(_read_item_image(planned, root, size, fit, even))
         except ImageError as error:
-            rejects.append(
-                (planned["id"], error.reason if error.name == planned["path"] else str(error))
-            )  # of the image, or of a mask
+            of_image = error.name == planned["path"]  # else of a mask
+            rejects.append((planned["id"], error.reason if of_image else str(error)))
         except DataError as error:
             rejects.append((planned["id"], str(error)))
     try:
@@ -513,16 +512,12 @@ def read_study(
 # %% ../../nbs/data/11_source.ipynb #fabc27fc
 def _find_shared_patients(source: Source) -> pd.DataFrame:  # columns leaks.LEAK_COLUMNS
     "Patients whose studies are planned for more than one split"
-    return patients_within(
-        pd.DataFrame(
-            [(item["patient"], item["split"]) for item in source.items if "images" in item],
-            columns=["patient_id", "split"],
-        )
-    )
+    owners = [(item["patient"], item["split"]) for item in source.items if "images" in item]
+    return patients_within(pd.DataFrame(owners, columns=["patient_id", "split"]))
 
 # %% ../../nbs/data/11_source.ipynb #0a8057f6
 def _options(read: ReadConfig) -> dict:  # JSON-like
-    "What was asked for, but for the root: for the manifest"
+    "The options of reading without the root: for the manifest"
     values = {name: value for name, value in vars(read).items() if name != "root"}
     return {
         name: str(value) if isinstance(value, Path) else asdict(value) if is_dataclass(value) else value
@@ -531,8 +526,9 @@ def _options(read: ReadConfig) -> dict:  # JSON-like
 
 # %% ../../nbs/data/11_source.ipynb #5b887a26
 def prepare_source(data_set: DataSet, read: ReadConfig, build: BuildConfig) -> Pack:
-    """Plan and build a Pack. DataError names the file, row or column that is wrong; damaged rows and files are in `Pack.rejects`; what a rule
-    dropped is in the manifest's source."""
+    """Plan and build a Pack. DataError names the file, row or column that is wrong.
+
+    Damaged rows and files are in `Pack.rejects`; what a rule dropped is in the manifest's source."""
     if not Path(read.root).is_dir():
         raise DataError(f"{read.root}: no such folder. {data_set.get}")
     recipe, source, root = read.choose(data_set.recipes), data_set.plan(read), Path(read.root).absolute()
@@ -570,75 +566,92 @@ def prepare_source(data_set: DataSet, read: ReadConfig, build: BuildConfig) -> P
     )
 
 # %% ../../nbs/data/11_source.ipynb #678f0947
-def _marks_told(pack: Pack) -> list[str]:
-    "How many boxes and masks a Pack holds, on how many images, and on how many somebody looked"
+def _describe_marks(pack: Pack) -> list[str]:
+    "How many boxes and masks a Pack holds, on how many images, and how many were annotated"
     lines, table = [], pack.image_table
     if pack.manifest.get("boxes"):
+        marked, annotated = pack.boxes["image"].nunique(), int(table["boxed"].sum())
         lines.append(
-            f"  {len(pack.boxes):>8} boxes on {pack.boxes['image'].nunique()} of {int(table['boxed'].sum())} images on which somebody looked for boxes"
+            f"  {len(pack.boxes):>8} boxes on {marked} of {annotated} images on which somebody looked for boxes"
         )
     if pack.manifest.get("masks"):
         masks = [mask.any((1, 2)) for mask in map(pack.mask, range(len(pack))) if mask is not None]
+        marked, annotated = int(np.any(masks, 1).sum()) if masks else 0, len(masks)
         lines.append(
-            f"  {int(np.sum(masks)):>8} masks on {int(np.any(masks, 1).sum()) if masks else 0} of {len(masks)} images on which somebody looked for masks"
+            f"  {int(np.sum(masks)):>8} masks on {marked} of {annotated} images on which somebody looked for masks"
         )
     return lines
 
-# %% ../../nbs/data/11_source.ipynb #fa858136
-def describe_pack(pack: Pack) -> str:
-    "What went in, what did not and why, and what is there now: sentences of a methods section, as lines of text"
-    told, source = pack.manifest, pack.manifest["source"]
-    counts, dropped, rejected = told["counts"], source.get("dropped", {}), told.get("rejected", {})
-    reasons = drop_reasons(ReportRules(min_words=told.get("rules", {}).get("min_words", ReportRules.min_words)))
+
+def _describe_images(manifest: dict) -> list[str]:
+    "How many images were seen, which of them were left out and why, and how many are in the Pack"
+    counts, source, rejected = manifest["counts"], manifest["source"], manifest.get("rejected", {})
+    dropped = source.get("dropped", {})
+    words = manifest.get("rules", {}).get("min_words", ReportRules.min_words)
+    reasons = drop_reasons(ReportRules(min_words=words))
     ruled = {f"report: {reasons[code]}" for code in ("section", "short")}  # by a rule of the recipe, not by damage
-    seen = counts["images"] + sum(rejected.values()) + sum(dropped.values())
-    lines = [f"{source['kind']}, recipe {source.get('read', {}).get('recipe', '-')}: {seen} images seen"]
-    lines += [f"  {count:>8} dropped by rule: {rule}" for rule, count in dropped.items() if count]
-    lines += [
-        f"  {count:>8} {'dropped by rule' if reason in ruled else 'rejected'}: {reason}"
-        for reason, count in rejected.items()
+    images = counts["images"] + sum(rejected.values()) + sum(dropped.values())
+    patients = "patients who are not known (each study counts as one)"
+    if source.get("patients_known", True):
+        patients = f"{counts['patients']} patients"
+    return [
+        f"{source['kind']}, recipe {source.get('read', {}).get('recipe', '-')}: {images} images seen",
+        *(f"  {count:>8} dropped by rule: {rule}" for rule, count in dropped.items() if count),
+        *(
+            f"  {count:>8} {'dropped by rule' if reason in ruled else 'rejected'}: {reason}"
+            for reason, count in rejected.items()
+        ),
+        f"  {counts['images']:>8} images of {counts['studies']} studies of {patients} are in the Pack",
+        *(f"  {count:>8} beside them: {what}" for what, count in source.get("beside", {}).items() if count),
     ]
-    patients = (
-        f"{counts['patients']} patients"
-        if source.get("patients_known", True)
-        else "patients who are not known (each study counts as one)"
-    )
-    lines += [f"  {counts['images']:>8} images of {counts['studies']} studies of {patients} are in the Pack"]
-    lines += [f"  {count:>8} beside them: {what}" for what, count in source.get("beside", {}).items() if count]
-    for split in {**dict.fromkeys(("train", "validate", "test")), **told.get("lists", {})}:
-        if split != "all" and (lists := told.get("lists", {}).get(split)) is None:
-            lines.append(f"  {split:>8}: no images")
-        elif split != "all":
-            lines.append(
-                f"  {split:>8}: "
-                + ", ".join(f"{lists[what]['count']} {what}" for what in ("images", "studies", "patients"))
-            )
+
+
+def _describe_splits(lists: dict) -> list[str]:
+    "How many images, studies and patients each split has"
+    lines = []
+    for split in dict.fromkeys(("train", "validate", "test", *lists)):
+        counts = [
+            f"{lists[split][what]['count']} {what}" for what in ("images", "studies", "patients") if split in lists
+        ]
+        if split != "all":
+            lines.append(f"  {split:>8}: {', '.join(counts) or 'no images'}")
+    return lines
+
+
+def _describe_reports(manifest: dict) -> list[str]:
+    "How many sentences the reports have, and which headings were not understood"
+    lines, counts, headings = [], manifest["counts"], manifest.get("headings", {})
     if counts["sentences"]:
-        lines.append(
-            f"  {counts['sentences'] / counts['studies']:8.2f} sentences per report, {counts['sentences']} in all"
-        )
-    if headings := told.get("headings"):
+        mean = counts["sentences"] / counts["studies"]
+        lines.append(f"  {mean:8.2f} sentences per report, {counts['sentences']} in all")
+    if headings:
         named = [f"{name} {count}" for name, count in headings.items()]
-        lines.append(
-            "  headings not understood, and in how many reports: "
-            + ", ".join(named[:12])
-            + (f", and {len(named) - 12} more" if len(named) > 12 else "")
-        )
-    lines += _marks_told(pack)
-    if pixels := told.get("pixels", {}).get("train"):
-        lines.append(
-            f"  pixels of the training split / 255: mean {pixels['mean']:.4f}, standard deviation {pixels['std']:.4f}"
-        )
-    if few := told.get("grey_levels", {}).get("few"):
-        lines.append(
-            f"  {few:>8} images have fewer than {told['grey_levels']['fewer_than']} grey levels, the poorest {told['grey_levels']['fewest']}"
-        )
-    if leaks := told.get("guard", {}).get("leaks"):
-        lines.append(
-            "  leaks between splits were allowed: "
-            + ", ".join(f"{leaks[kind]} x {kind}" for kind in leaks if kind != "offenders" and leaks[kind])
-        )
-    return "\n".join([*lines, f"  hash {told['hash']}"])
+        more = f", and {len(named) - 12} more" if len(named) > 12 else ""
+        lines.append(f"  headings not understood, and in how many reports: {', '.join(named[:12])}{more}")
+    return lines
+
+
+def _describe_pixels(manifest: dict) -> list[str]:
+    "Mean and deviation of the training images, few grey levels, and the leaks that were allowed"
+    lines = []
+    if pixels := manifest.get("pixels", {}).get("train"):
+        mean, deviation = f"{pixels['mean']:.4f}", f"{pixels['std']:.4f}"
+        lines.append(f"  pixels of the training split / 255: mean {mean}, standard deviation {deviation}")
+    levels = manifest.get("grey_levels", {})
+    if few := levels.get("few"):
+        limits = f"{levels['fewer_than']} grey levels, the poorest {levels['fewest']}"
+        lines.append(f"  {few:>8} images have fewer than {limits}")
+    if leaks := manifest.get("guard", {}).get("leaks"):
+        kinds = ", ".join(f"{leaks[kind]} x {kind}" for kind in leaks if kind != "offenders" and leaks[kind])
+        lines.append(f"  leaks between splits were allowed: {kinds}")
+    return lines
+
+
+def describe_pack(pack: Pack) -> str:
+    "What went in, what did not and why, and what is in it now: sentences of a methods section, as lines of text"
+    manifest = pack.manifest
+    lines = [*_describe_images(manifest), *_describe_splits(manifest.get("lists", {})), *_describe_reports(manifest)]
+    return "\n".join([*lines, *_describe_marks(pack), *_describe_pixels(manifest), f"  hash {manifest['hash']}"])
 
 # %% ../../nbs/data/11_source.ipynb #2338dca9
 def _files_of(item: StudyItem | RejectItem) -> list[str]:
@@ -661,8 +674,23 @@ def _bad_report(item: StudyItem | RejectItem, root: Path) -> list[tuple[str, str
     return []
 
 # %% ../../nbs/data/11_source.ipynb #57a99043
+def _bad_items(source: Source, root: Path) -> list[str]:
+    "What is wrong with rows and reports: one line for each kind of reason, with the first example"
+    bad = [
+        (name, reason) for item in source.items for name, reason in (*item.get("rejects", ()), *_bad_report(item, root))
+    ]
+    example = {kind: f"{name}: {reason}" for name, reason in reversed(bad) for kind in by_reason({reason: 1})}
+    kinds = by_reason(Counter(reason for _, reason in bad))
+    return [
+        f"{count} x {kind}; the first is {example[kind]}" if count > 1 else example[kind]
+        for kind, count in kinds.items()
+    ]
+
+
 def check_source(data_set: DataSet, read: ReadConfig) -> tuple[dict[str, int], list[str]]:
-    "What is there (studies, images, files), and all that is wrong with it, one line each; reports are read, but no pixel is"
+    """How many studies, images and files a data set has, and everything that is wrong with it, one line each.
+
+    Reports are read, but no pixel is."""
     try:
         read.choose(data_set.recipes)
     except DataError as error:
@@ -677,20 +705,11 @@ def check_source(data_set: DataSet, read: ReadConfig) -> tuple[dict[str, int], l
         source = data_set.plan(read)
     except DataError as error:
         return {}, problems or [str(error)]
-    bad = [
-        (name, reason)
-        for item in source.items
-        for name, reason in (*item.get("rejects", ()), *_bad_report(item, Path(read.root)))
-    ]
-    example = {kind: f"{name}: {reason}" for name, reason in reversed(bad) for kind in by_reason({reason: 1})}
-    kinds = by_reason(Counter(reason for _, reason in bad))
-    problems += [
-        f"{count} x {kind}; the first is {example[kind]}" if count > 1 else example[kind]
-        for kind, count in kinds.items()
-    ]
+    problems += _bad_items(source, Path(read.root))
     if len(shared := _find_shared_patients(source)):
         problems.append(
-            f"{len(shared)} x patient in two splits, such as {shared.item_a[0]} ({shared.split_a[0]}, {shared.split_b[0]}); "
+            f"{len(shared)} x patient in two splits, "
+            f"such as {shared.item_a[0]} ({shared.split_a[0]}, {shared.split_b[0]}); "
             "--allow-leaks of medvis prepare takes them as they are"
         )
     named = list(dict.fromkeys(name for item in source.items for name in _files_of(item)))

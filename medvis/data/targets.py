@@ -20,27 +20,35 @@ from .pack import Pack
 
 # %% ../../nbs/data/18_targets.ipynb #bca28f38
 TERMS = {  # finding -> how reports name it
-    "Support Devices": r"(?:endotracheal|et|ng|nasogastric|orogastric|enteric|feeding|dobbhoff|chest|thoracostomy|tracheostomy) tubes?|tubes? and lines?"
-    r"|support devices?|intubated|picc|(?:central|venous|jugular|subclavian|ij) lines?|catheters?|drains?|port-?a-?cath\w*|\w*mediport|chest port"
-    r"|pacemakers?|pacers?|a?icd|defibrillators?|generators?|(?:pacer|ecg|ekg|monitor|monitoring|telemetry|pacemaker) (?:leads?|wires?)"
+    "Support Devices": r"(?:endotracheal|et|ng|nasogastric|orogastric|enteric|feeding|dobbhoff|chest|thoracostomy"
+    r"|tracheostomy) tubes?|tubes? and lines?"
+    r"|support devices?|intubated|picc|(?:central|venous|jugular|subclavian|ij) lines?|catheters?|drains?"
+    r"|port-?a-?cath\w*|\w*mediport|chest port|pacemakers?|pacers?|a?icd|defibrillators?|generators?"
+    r"|(?:pacer|ecg|ekg|monitor|monitoring|telemetry|pacemaker) (?:leads?|wires?)"
     r"|external wires?|stents?|shunts?|tracheostomy|prosthe\w+ valves?|valve (?:replacement|prosthes\w+)",
-    "Cardiomegaly": r"cardiomegaly|cardiac enlargement|enlargement of the (?:heart|cardi\w+)|enlarged (?:heart|cardi\w+)"
-    r"|(?:heart|cardiac|cardiomediastinal)\b[^.;]{0,40}?\b(?:enlarged|large|prominent|borderline|upper limits?)|(?:borderline|prominent) (?:heart|cardi\w+)",
+    "Cardiomegaly": r"cardiomegaly|cardiac enlargement|enlargement of the (?:heart|cardi\w+)"
+    r"|enlarged (?:heart|cardi\w+)"
+    r"|(?:heart|cardiac|cardiomediastinal)\b[^.;]{0,40}?\b(?:enlarged|large|prominent|borderline|upper limits?)"
+    r"|(?:borderline|prominent) (?:heart|cardi\w+)",
     "Consolidation": r"consolidat\w+",
-    "Edema": r"(?<!tissue )edema|(?:vascular|venous|pulmonary|interstitial) (?:congestion|engorgement|redistribution)|(?:heart|cardiac) failure|fluid overload|chf",
-    "Lung Opacity": r"opaci(?:ty|ties|fication|fications|fied)|infiltrat(?:e|es|ion|ions)|air ?-?space (?:disease|process)|increased density|ground-glass",
+    "Edema": r"(?<!tissue )edema|(?:vascular|venous|pulmonary|interstitial) (?:congestion|engorgement|redistribution)"
+    r"|(?:heart|cardiac) failure|fluid overload|chf",
+    "Lung Opacity": r"opaci(?:ty|ties|fication|fications|fied)|infiltrat(?:e|es|ion|ions)"
+    r"|air ?-?space (?:disease|process)|increased density|ground-glass",
     "Pleural Effusion": r"(?<!pericardial )(?<!joint )effusions?|pleural fluid|hydropneumothorax",
     "Pneumonia": r"(?:broncho)?pneumonias?|infectious (?:process|infiltrates?|etiology)|(?<!granulomatous )infection",
     "Pneumothorax": r"(?:hydro|hemo)?pneumothora(?:x|ces)",
     "Atelectasis": r"atelecta\w+|collapse",
     "Nodule": r"(?:micro)?nodules?|nodular (?:densit|opacit)(?:y|ies)",
-    "Foreign Object": r"foreign (?:body|bodies|objects?)|bullets?|clips?|buttons?|snaps?|coins?|metallic (?:\w+ )?(?:object|disc|fragment|density)s?|necklace|pendant|jewelry",
+    "Foreign Object": r"foreign (?:body|bodies|objects?)|bullets?|clips?|buttons?|snaps?|coins?"
+    r"|metallic (?:\w+ )?(?:object|disc|fragment|density)s?|necklace|pendant|jewelry",
     "Mass": r"mass(?:es)?(?! effect)",
     "Infiltration": r"infiltrat(?:e|es|ion|ions)",
     "Fibrosis": r"fibro(?:sis|tic)",
     "Emphysema": r"(?<!subcutaneous )emphysema\w*|copd|chronic obstructive",
     "Hyperinflation": r"hyper ?-?(?:inflat|expan|disten|aerat)\w+",
-    "Pleural Thickening": r"pleural(?: \w+)? thickening|thickening of the pleura|thickened pleura|(?:apical|pleural) cap(?:s|ping)?",
+    "Pleural Thickening": r"pleural(?: \w+)? thickening|thickening of the pleura|thickened pleura"
+    r"|(?:apical|pleural) cap(?:s|ping)?",
     "Granuloma": r"granulomas?",
     "Scar": r"scar(?:s|ring|red)?|cicatri\w+",
     "Hernia": r"hernias?|hiatal",
@@ -48,7 +56,7 @@ TERMS = {  # finding -> how reports name it
 }
 
 # %% ../../nbs/data/18_targets.ipynb #a3eadce9
-NORMAL = {  # finding -> what says that it is not there, without naming it
+NORMAL = {  # finding -> what denies it without naming it
     "Cardiomegaly": r"(?:heart|cardiac|cardiomediastinal)\b[^.;]{0,60}?\b(?:normal|unremarkable|within limits)",
     "Lung Opacity": r"lungs?(?: \w+){0,6} clear",
     "Pleural Effusion": r"costophrenic \w+(?: \w+){0,2} (?:sharp|clear)",
@@ -62,8 +70,10 @@ CUES = (  # status, which of its sides a cue governs, how far (characters), the 
         "none",
         "both",
         0,
-        r"no(?: \w+){0,2} (?:change|changes|increase|worsening|comparison|prior|previous)|without(?: \w+){0,2} (?:change|worsening|lateral)|not(?: \w+)? changed"
-        r"|(?:compar\w+ (?:to|with)|since|from|similar to|than|on|in|to|with) (?:the |a |an )?(?:prior|previous)|previously (?:seen|noted|described|identified)",
+        r"no(?: \w+){0,2} (?:change|changes|increase|worsening|comparison|prior|previous)"
+        r"|without(?: \w+){0,2} (?:change|worsening|lateral)|not(?: \w+)? changed"
+        r"|(?:compar\w+ (?:to|with)|since|from|similar to|than|on|in|to|with) (?:the |a |an )?(?:prior|previous)"
+        r"|previously (?:seen|noted|described|identified)",
     ),
     (
         "uncertain",
@@ -75,35 +85,39 @@ CUES = (  # status, which of its sides a cue governs, how far (characters), the 
         "uncertain",
         "before",
         _LONGEST,
-        r"(?:is|are|be|was|were) (?:\w+ )?(?:suspected|questioned|considered|(?:possible|likely|probable)(?=[.,;]|$))|(?:may|might|could) be (?:present|there|artifact\w*)",
+        r"(?:is|are|be|was|were) (?:\w+ )?(?:suspected|questioned|considered|(?:possible|likely|probable)(?=[.,;]|$))"
+        r"|(?:may|might|could) be (?:present|there|artifact\w*)",
     ),
     (
         "negated",
         "before",
         _LONGEST,
-        r"(?:not|no longer)(?: \w+)? (?:seen|identified|present|visible|visuali[sz]ed|evident|apparent|detected|noted|demonstrated|appreciated)"
-        r"|(?:has|have|had)(?: \w+)? (?:resolved|cleared)(?! only| partial)|(?:is|are) (?:now )?(?:absent|unlikely|resolved|negative)|removed",
+        r"(?:not|no longer)(?: \w+)? (?:seen|identified|present|visible|visuali[sz]ed|evident|apparent|detected|noted"
+        r"|demonstrated|appreciated)|(?:has|have|had)(?: \w+)? (?:resolved|cleared)(?! only| partial)"
+        r"|(?:is|are) (?:now )?(?:absent|unlikely|resolved|negative)|removed",
     ),
     ("negated", "before", 12, r"within (?:normal limits|limits of normal)"),
     (
         "uncertain",
         "after",
         _LONGEST,
-        r"possib(?:le|ly|ility)|probabl[ey]|likely|may|might|could|suspicio\w+|suspect(?:ed)?|concern(?:ing)?|question(?:able|ed)?|perhaps|suggest\w*"
-        r"|borderline|upper limits?|equivocal|evaluat\w+ (?:for|of)|correlat\w+ for|detect(?:ing)?|to identify|consider(?:ed)?|favou?r\w*|potential(?:ly)?|presum\w+|rule out",
+        r"possib(?:le|ly|ility)|probabl[ey]|likely|may|might|could|suspicio\w+|suspect(?:ed)?|concern(?:ing)?"
+        r"|question(?:able|ed)?|perhaps|suggest\w*|borderline|upper limits?|equivocal|evaluat\w+ (?:for|of)"
+        r"|correlat\w+ for|detect(?:ing)?|to identify|consider(?:ed)?|favou?r\w*|potential(?:ly)?|presum\w+|rule out",
     ),
     (
         "negated",
         "after",
         _LONGEST,
-        r"no|without|free of|clear of|clear(?= air)|negative for|absence of|absent|neither|nor|not|resolution of|removal of|rather than|instead of",
+        r"no|without|free of|clear of|clear(?= air)|negative for|absence of|absent|neither|nor|not|resolution of"
+        r"|removal of|rather than|instead of",
     ),
     ("historical", "after", _LONGEST, r"history of|h/o|status post|s/p"),
     ("historical", "after", 15, r"prior|previous|former"),
     ("historical", "before", _LONGEST, r"by history|in the past"),
 )
 
-# %% ../../nbs/data/18_targets.ipynb #28bef3b8
+# %% ../../nbs/data/18_targets.ipynb #206779b5
 _PLACE_PATTERNS = (  # kind, value, words; a plural counts where no side is named
     ("side", "left", r"left|lingula\w*"),
     ("side", "right", r"right(?! clinical)"),
@@ -112,7 +126,8 @@ _PLACE_PATTERNS = (  # kind, value, words; a plural counts where no side is name
     (
         "zone",
         "upper",
-        r"upper (?:lobes?|lungs?|zones?|fields?|(?:and|or|to) (?:mid\w*|lower))|ape(?:x|xes)|apices|(?:bi-?)?apical|suprahilar",
+        r"upper (?:lobes?|lungs?|zones?|fields?|(?:and|or|to) (?:mid\w*|lower))|ape(?:x|xes)|apices|(?:bi-?)?apical"
+        r"|suprahilar",
     ),
     (
         "zone",
@@ -122,20 +137,24 @@ _PLACE_PATTERNS = (  # kind, value, words; a plural counts where no side is name
     (
         "zone",
         "lower",
-        r"lower (?:lobes?|lungs?|zones?|fields?)|bases?|(?:bi-?)?(?:basilar|basal)|costophrenic|retrocardiac|infrahilar",
+        r"lower (?:lobes?|lungs?|zones?|fields?)|bases?|(?:bi-?)?(?:basilar|basal)|costophrenic|retrocardiac"
+        r"|infrahilar",
     ),
 )
 NOT_A_PLACE = r"(?:left|right)(?= (?:atri|ventric|hemidiaphragm|heart|cardiac))|cardiac apex|apex of the heart"
 ENDS = r";|:|\.\s|\b(?:but|however|although|though|except|otherwise|while|whereas|which|there (?:is|are))\b"
 OPENS = (
-    r",(?= (?:and )?(?:an?|the|small|mild|moderate|large|minimal|trace|tiny|stable|unchanged|patchy|left|right|bilateral|bibasilar|persistent|increased|new|with|"
-    r"consistent|compatible|likely|possibl[ey]|probabl[ey])\b)"
+    r",(?= (?:and )?(?:an?|the|small|mild|moderate|large|minimal|trace|tiny|stable|unchanged|patchy|left|right"
+    r"|bilateral|bibasilar|persistent|increased|new|with|consistent|compatible|likely|possibl[ey]|probabl[ey])\b)"
 )
-PARTS = r"[,;:.]|\b(?:with|without|and|or|nor|but|no|versus|vs|consistent|compatible|due|represent\w*|reflect\w*|likely|may|could)\b"
+PARTS = (
+    r"[,;:.]|\b(?:with|without|and|or|nor|but|no|versus|vs|consistent|compatible|due|represent\w*|reflect\w*|likely"
+    r"|may|could)\b"
+)
 _MIDLINE = ("Cardiomegaly", "Edema")  # take no place from their neighbours
 STATUSES = ("asserted", "uncertain", "historical", "negated")  # the first that a sentence gives wins
 
-# %% ../../nbs/data/18_targets.ipynb #206779b5
+
 def _words(pattern: str) -> re.Pattern:
     return re.compile(rf"(?<!\w)(?:{pattern})(?!\w)")
 
@@ -154,10 +173,12 @@ _NOT_A_PLACE, _ENDS, _OPENS, _PARTS = (
 def _clause_starts(
     sentence: str,  # in small letters
 ) -> list[int]:  # ascending, the first is 0
-    "Where the parts of a sentence begin that no cue reaches out of. A comma begins one only before words that may, and not in a list that ends in `or`."
-    last_or = max((found.start() for found in re.finditer(r"\b(?:or|nor)\b|/", sentence)), default=-1)
-    ends = {found.start() for found in _ENDS.finditer(sentence)}
-    opens = {found.start() for found in _OPENS.finditer(sentence) if found.start() > last_or}
+    """Where the clauses of a sentence begin; no cue reaches out of its clause.
+
+    A comma begins one only before words that may, and not in a list that ends in `or`."""
+    last_or = max((match.start() for match in re.finditer(r"\b(?:or|nor)\b|/", sentence)), default=-1)
+    ends = {match.start() for match in _ENDS.finditer(sentence)}
+    opens = {match.start() for match in _OPENS.finditer(sentence) if match.start() > last_or}
     return sorted({0} | ends | opens | {*range(0, len(sentence), _LONGEST)})
 
 # %% ../../nbs/data/18_targets.ipynb #ea195ecf
@@ -166,15 +187,15 @@ def _status_of(
     end: int,
     cues: list[tuple[int, int, int]],  # of its clause: number in CUES, start, end
 ) -> str:  # of STATUSES
-    "What cues make of a finding: negated before historical before uncertain; asserted without a cue."
-    found = {"asserted"}
+    "The status of a finding by its cues: negated before historical before uncertain; asserted without a cue."
+    given = {"asserted"}
     for number, first, last in cues:
         status, governs, reach, _ = CUES[number]
         ahead = governs in ("after", "both") and first < end and start - last <= reach
         behind = governs in ("before", "both") and end <= first and first - end <= reach
         if ahead or behind:
-            found.add(status)
-    return max(found - {"none"}, key=STATUSES.index)
+            given.add(status)
+    return max(given - {"none"}, key=STATUSES.index)
 
 # %% ../../nbs/data/18_targets.ipynb #2f598b7d
 def _place_of(
@@ -182,25 +203,27 @@ def _place_of(
     start: int = 0,
     end: int | None = None,
 ) -> tuple[str | None, str | None]:  # side, zone
-    "The side and the zone that a stretch of a sentence names. Both sides are bilateral, so is a plural (the bases) without a side; two zones are none."
-    veiled = _NOT_A_PLACE.sub(lambda found: " " * len(found[0]), sentence[start:end])
-    said = {
-        kind: {value for also, value, words in _PLACES if also == kind and words.search(veiled)}
-        for kind in ("side", "plural", "zone")
-    }
-    sides = said["side"] or said["plural"]
-    side = None if not sides else sides.copy().pop() if len(sides) == 1 else "bilateral"
-    return side, said["zone"].pop() if len(said["zone"]) == 1 else None
+    """The side and the zone that a stretch of a sentence names.
 
-# %% ../../nbs/data/18_targets.ipynb #3ce6fcdb
+    Both sides are bilateral, so is a plural (the bases) without a side; two zones give None."""
+    text = _NOT_A_PLACE.sub(lambda match: " " * len(match[0]), sentence[start:end])
+    named = {"side": set(), "plural": set(), "zone": set()}
+    for kind, value, words in _PLACES:
+        if words.search(text):
+            named[kind].add(value)
+    sides = named["side"] or named["plural"]
+    side = "bilateral" if len(sides) > 1 else next(iter(sides), None)
+    return side, named["zone"].pop() if len(named["zone"]) == 1 else None
+
+# %% ../../nbs/data/18_targets.ipynb #3529ed8f
 def _named(
     sentence: str,  # in small letters
 ) -> list[tuple[str, int, int]]:  # finding, start, end, in order
     "The findings that a sentence names, and where. A name within a longer one of the same finding counts once."
-    found = {(name, hit.start(), hit.end()) for name, words in _TERMS.items() for hit in words.finditer(sentence)}
-    return sorted(found, key=lambda one: one[1:])
+    named = {(name, match.start(), match.end()) for name, words in _TERMS.items() for match in words.finditer(sentence)}
+    return sorted(named, key=lambda term: term[1:])
 
-# %% ../../nbs/data/18_targets.ipynb #3529ed8f
+
 def _stretches(
     sentence: str,  # in small letters
     spans: list[tuple[int, int]],  # start, end of what is named, in order
@@ -209,13 +232,13 @@ def _stretches(
     cuts, groups = [0], [0]
     for (_, end), (start, _) in zip(spans, spans[1:]):
         if start >= end:
-            joints = [found.start() for found in _PARTS.finditer(sentence, end, start)]
+            joints = [match.start() for match in _PARTS.finditer(sentence, end, start)]
             cuts.append(joints[-1] if joints else end)
         groups.append(len(cuts) - 1)
     cuts.append(len(sentence))
     return [(cuts[group], cuts[group + 1]) for group in groups][: len(spans)]
 
-# %% ../../nbs/data/18_targets.ipynb #de6d306e
+# %% ../../nbs/data/18_targets.ipynb #3ff8ab53
 @dataclass(frozen=True)
 class _Mention:
     "A finding that a sentence names, or whose absence it states."
@@ -227,51 +250,55 @@ class _Mention:
     side: str | None = None  # left, right or bilateral, of the patient
     zone: str | None = None  # upper, middle or lower
 
-# %% ../../nbs/data/18_targets.ipynb #681d0a06
+
 def _placed(sentence: str, mentions: list[_Mention]) -> list[_Mention]:
-    "Mentions in order, with side and zone. One without takes those of the mention before it, or those that stand behind the next one."
-    parts = _stretches(sentence, [(one.start, one.end) for one in mentions])
-    placed, done = (
-        [replace(one, **dict(zip(("side", "zone"), _place_of(sentence, *part)))) for one, part in zip(mentions, parts)],
-        [],
-    )
-    for k, one in enumerate(placed):
-        near = [(done[k - 1], (done[k - 1].side, done[k - 1].zone))] if k else []
-        near += [(two, _place_of(sentence, two.end, parts[k + 1][1])) for two in placed[k + 1 : k + 2]]
+    """Mentions in order, with side and zone.
+
+    One without takes those of the mention before it, or those behind the next one."""
+    parts = _stretches(sentence, [(mention.start, mention.end) for mention in mentions])
+    places = [_place_of(sentence, *part) for part in parts]
+    placed = []
+    for k, (mention, place) in enumerate(zip(mentions, places)):
+        near = [(placed[k - 1], (placed[k - 1].side, placed[k - 1].zone))] if k else []
+        near += [(other, _place_of(sentence, other.end, parts[k + 1][1])) for other in mentions[k + 1 : k + 2]]
+        denied = mention.status == "negated"
         lent = [
             place
             for other, place in near
-            if any(place) and other.finding not in _MIDLINE and (other.status == "negated") == (one.status == "negated")
+            if any(place) and other.finding not in _MIDLINE and (other.status == "negated") == denied
         ]
-        if lent and not (one.side or one.zone or one.finding in _MIDLINE):
-            one = replace(one, side=lent[0][0], zone=lent[0][1])
-        done.append(one)
-    return done
+        if lent and not (any(place) or mention.finding in _MIDLINE):
+            place = lent[0]
+        placed.append(replace(mention, side=place[0], zone=place[1]))
+    return placed
 
-# %% ../../nbs/data/18_targets.ipynb #3ff8ab53
+
 @lru_cache(maxsize=100_000)
 def _find_mentions(sentence: str) -> tuple[_Mention, ...]:  # in order
     "The findings that a sentence names or denies, each with status, side and zone."
     text = " ".join(sentence.lower().split())
     starts, cues = _clause_starts(text), defaultdict(list)
-    for found in _CUES.finditer(text):
-        cues[bisect(starts, found.start())].append((int(found.lastgroup[1:]), found.start(), found.end()))
-    found = [
+    for cue in _CUES.finditer(text):
+        cues[bisect(starts, cue.start())].append((int(cue.lastgroup[1:]), cue.start(), cue.end()))
+    mentions = [
         _Mention(name, start, end, _status_of(start, end, cues[bisect(starts, start)]))
         for name, start, end in _named(text)
     ]
-    found += [
-        _Mention(name, hit.start(), hit.end(), "negated")
+    mentions += [
+        _Mention(name, match.start(), match.end(), "negated")
         for name, words in _NORMAL.items()
-        for hit in words.finditer(text)
+        for match in words.finditer(text)
     ]
-    return tuple(_placed(text, sorted(found, key=lambda one: (one.start, one.end, one.finding))))
+    mentions.sort(key=lambda mention: (mention.start, mention.end, mention.finding))
+    return tuple(_placed(text, mentions))
 
 # %% ../../nbs/data/18_targets.ipynb #1d790028
 def merge_targets(
     sentences: Iterable[dict[str, tuple[str, str | None, str | None]]],  # of each sentence, see `sentence_targets`
 ) -> dict[str, tuple[str, str | None, str | None]]:  # finding -> status, side, zone
-    """What several sentences say together. Of each finding the first of STATUSES counts; two sides are bilateral, two zones are none.
+    """What several sentences say together.
+
+    Of each finding the first of STATUSES counts; two sides are bilateral, two zones give None.
 
     Parameters
     ----------
@@ -283,20 +310,18 @@ def merge_targets(
     dict[str, tuple[str, str | None, str | None]]
         finding -> status, side, zone
     """
-    heard = defaultdict(list)
-    for one in sentences:
-        for finding, (status, side, zone) in one.items():
-            heard[finding].append((STATUSES.index(status), side, zone))
-    found = {}
-    for finding, said in heard.items():
+    statements = defaultdict(list)
+    for targets in sentences:
+        for finding, (status, side, zone) in targets.items():
+            statements[finding].append((STATUSES.index(status), side, zone))
+    merged = {}
+    for finding, said in statements.items():
         first = min(status for status, _, _ in said)
-        sides, zones = ({one[kind] for one in said if one[0] == first} - {None} for kind in (1, 2))
-        found[finding] = (
-            STATUSES[first],
-            "bilateral" if len(sides) > 1 else next(iter(sides), None),
-            zones.pop() if len(zones) == 1 else None,
-        )
-    return found
+        sides = {side for status, side, _ in said if status == first} - {None}
+        zones = {zone for status, _, zone in said if status == first} - {None}
+        side = "bilateral" if len(sides) > 1 else next(iter(sides), None)
+        merged[finding] = (STATUSES[first], side, zones.pop() if len(zones) == 1 else None)
+    return merged
 
 # %% ../../nbs/data/18_targets.ipynb #ce96ff33
 def sentence_targets(sentence: str) -> dict[str, tuple[str, str | None, str | None]]:  # finding -> status, side, zone
@@ -307,7 +332,8 @@ def sentence_targets(sentence: str) -> dict[str, tuple[str, str | None, str | No
     dict[str, tuple[str, str | None, str | None]]
         finding -> status, side, zone
     """
-    return merge_targets({one.finding: (one.status, one.side, one.zone)} for one in _find_mentions(sentence))
+    mentions = _find_mentions(sentence)
+    return merge_targets({mention.finding: (mention.status, mention.side, mention.zone)} for mention in mentions)
 
 # %% ../../nbs/data/18_targets.ipynb #e95bb17b
 _MENTION_COLUMNS = ("study", "sentence", "finding", "status", "side", "zone")
@@ -315,13 +341,13 @@ _MENTION_COLUMNS = ("study", "sentence", "finding", "status", "side", "zone")
 
 def report_targets(
     pack: Pack,
-) -> pd.DataFrame:  # COLUMNS: study id, number of the sentence in it, ...; one row a sentence and finding
-    """What the reports of a Pack say of where. Rows follow the Pack's studies; no text is in the table.
+) -> pd.DataFrame:  # study, sentence (its number), finding, status, side, zone; one row a sentence and finding
+    """What the reports of a Pack say of findings and places. Rows follow the Pack's studies; the table holds no text.
 
     Returns
     -------
     pd.DataFrame
-        COLUMNS: study id, number of the sentence in it, ...; one row a sentence and finding
+        study, sentence (its number), finding, status, side, zone; one row a sentence and finding
     """
     rows = [
         (study, number, finding, *said)
@@ -337,7 +363,7 @@ def agreement(
     truth: pd.Series,  # (n,) in the same words
     groups: pd.Series,  # (n,) one line for each value, the largest first
 ) -> pd.DataFrame:  # found, true, both, precision, recall; and a line for all
-    """How often the rules say what is true (precision: of what they say, recall: of what is true).
+    """How often the rules are right (precision: of what they say, recall: of what is true).
 
     Parameters
     ----------
@@ -360,23 +386,25 @@ def agreement(
     table.loc["all"] = counts.sum()
     return table.assign(precision=table["both"] / table["found"], recall=table["both"] / table["true"])
 
-# %% ../../nbs/data/18_targets.ipynb #901b9898
+# %% ../../nbs/data/18_targets.ipynb #53650f7f
 _OPPOSITES = {"left": "right", "upper": "lower", "apex": "base", "apices": "bases", "apical": "basilar"}
 _OPPOSITES |= {two: one for one, two in _OPPOSITES.items()} | {"basal": "apical"}
 _SIDE = re.compile(r"\b(?:left|right)\b(?! clinical| atri| ventric)", re.IGNORECASE)
 _ZONE = re.compile(r"\b(?:upper|lower|apex|base|apices|bases|apical|basilar|basal)\b(?! limit)", re.IGNORECASE)
 
-# %% ../../nbs/data/18_targets.ipynb #da5ed32f
+
 def _exchanged(sentence: str, words: re.Pattern) -> str | None:
-    def opposite(found: re.Match) -> str:
-        new = _OPPOSITES[found[0].lower()]
-        return new.upper() if found[0].isupper() else new.capitalize() if found[0][0].isupper() else new
+    def opposite(match: re.Match) -> str:
+        new = _OPPOSITES[match[0].lower()]
+        return new.upper() if match[0].isupper() else new.capitalize() if match[0][0].isupper() else new
 
     return words.sub(opposite, sentence) if words.search(sentence) else None
 
-# %% ../../nbs/data/18_targets.ipynb #53650f7f
+
 def exchange_side(sentence: str) -> str | None:
-    "The same sentence with left and right exchanged; Chambers of the heart keep theirs. None if it names neither, or the lingula, which the right lung has not."
+    """The same sentence with left and right exchanged; chambers of the heart keep theirs.
+
+    None if it names neither, or the lingula, which the right lung does not have."""
     return None if re.search(r"lingula", sentence, re.IGNORECASE) else _exchanged(sentence, _SIDE)
 
 # %% ../../nbs/data/18_targets.ipynb #569fd62a
@@ -384,13 +412,13 @@ def exchange_zone(sentence: str) -> str | None:
     "The same sentence with upper and lower (apex and base ...) exchanged; None if it names neither."
     return _exchanged(sentence, _ZONE)
 
-# %% ../../nbs/data/18_targets.ipynb #a619a167
+# %% ../../nbs/data/18_targets.ipynb #e8893703
 _THERE = re.compile(r"\b(there (?:is|are)) (?:an? )?", re.IGNORECASE)
 _VERB = re.compile(r"\b(is|are|was|were|has|have)\b")
 
 
 def _negate_sentence(sentence: str) -> str | None:
-    "A sentence that denies what this one asserts. None if it asserts nothing, or if that takes more than a `no` or a `not`."
+    "A sentence that denies what this one asserts. None if it asserts nothing, or if a `no` or `not` is not enough."
     if _THERE.search(sentence):
         new = _THERE.sub(r"\1 no ", sentence, count=1)
     elif _VERB.search(sentence):
@@ -405,15 +433,15 @@ def _negate_sentence(sentence: str) -> str | None:
     )
     return new if turned and before.keys() == after.keys() else None
 
-# %% ../../nbs/data/18_targets.ipynb #e8893703
+
 def _other_finding_sentence(
     sentence: str,
     other: str,  # a finding of TERMS
 ) -> str | None:
     "The same sentence about another finding, at the same place. None unless it asserts one finding, and once."
-    found = _find_mentions(sentence)
-    if len(found) != 1 or found[0].status != "asserted" or found[0].finding == other:
+    mentions = _find_mentions(sentence)
+    if len(mentions) != 1 or mentions[0].status != "asserted" or mentions[0].finding == other:
         return None
     text = " ".join(sentence.split())
-    new = text[: found[0].start] + other.lower() + text[found[0].end :]
+    new = text[: mentions[0].start] + other.lower() + text[mentions[0].end :]
     return new[:1].upper() + new[1:] if sentence_targets(new).keys() == {other} else None

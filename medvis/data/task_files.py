@@ -26,9 +26,9 @@ from medvis.data.tasks import (
     paint_boxes,
 )
 
-# %% ../../nbs/data/16_task_files.ipynb #46d7eb2c
+# %% ../../nbs/data/16_task_files.ipynb #e68af098
 def _read_targets(path: Path) -> pd.DataFrame:
-    "A .csv or .parquet table. ValueError names a file that cannot be read as one."
+    "A .csv or .parquet table. ValueError names a file that cannot be read as a table."
     try:
         return pd.read_parquet(path) if path.suffix == ".parquet" else read_csv(path, (0, "image_id", "class"))
     except FileNotFoundError:
@@ -36,11 +36,11 @@ def _read_targets(path: Path) -> pd.DataFrame:
     except Exception as error:  # parsers have many
         raise ValueError(f"{path} cannot be read as a table ({error}); expected .csv or .parquet") from error
 
-# %% ../../nbs/data/16_task_files.ipynb #85664255
+
 def _read_masks(
     folder: Path, pack: Pack, classes: Sequence[str]
 ) -> dict[str, np.ndarray]:  # image id -> (C, S, S) bool
-    "Mask pictures of a folder, squared as the Pack's images were; white = there. FileNotFoundError if it holds none."
+    "Mask pictures of a folder, squared as the Pack's images were; white = finding. FileNotFoundError if it holds none."
     named = {str(Path(name).with_suffix("")): str(name) for name in pack.image_table["image_id"].astype(str)}
     fit, masks = pack.manifest["source"].get("fit", "pad"), {}
     for place, within in enumerate([folder] if len(classes) == 1 else [folder / name for name in classes]):
@@ -55,46 +55,41 @@ def _read_masks(
         )
     return masks
 
-# %% ../../nbs/data/16_task_files.ipynb #a4f0a3f0
+
 def _read_boxes(path: Path, pack: Pack, classes: Sequence[str]) -> Task:
     "The task of a table of boxes in pixels of the original images."
     table, images = _read_targets(path), pack.image_table.set_index(pack.image_table["image_id"].astype(str))
     if {"image_id", *BOX_COORDINATES} <= set(table.columns):
         table = table.astype(dict.fromkeys(BOX_COORDINATES, float))
         for row, box in table[table["image_id"].astype(str).isin(images.index)].iterrows():
-            of = images.loc[str(box["image_id"])]
-            moved = boxes_to_square(
-                box[list(BOX_COORDINATES)].to_numpy(float),
-                of["height"],
-                of["width"],
-                pack.size,
-                pack.manifest["source"].get("fit", "pad"),
-            )
+            image, corners = images.loc[str(box["image_id"])], box[list(BOX_COORDINATES)].to_numpy(float)
+            fit = pack.manifest["source"].get("fit", "pad")
+            moved = boxes_to_square(corners, image["height"], image["width"], pack.size, fit)
             table.loc[row, list(BOX_COORDINATES)] = moved[0]
     return box_task(pack, table, classes or None, name=path.stem)
 
-# %% ../../nbs/data/16_task_files.ipynb #e68af098
+
 def read_task(
-    path: str
-    | Path,  # table (.csv, .parquet) of labels or grades (first column: image or study id) or of boxes, or folder of mask pictures
+    path: str | Path,  # table (.csv, .parquet), or folder of mask pictures
     pack: Pack,
-    kind: str,  # of tasks.KINDS
-    classes: Sequence[str] = (),  # columns, or classes of masks or boxes; without, all
+    kind: str,  # labels, classes, ordinal, masks or boxes
+    classes: Sequence[str] = (),  # columns, or classes of masks or boxes; () = all
     uncertain: str | Mapping[str, str] | None = None,  # of labels, see tasks.label_targets; None: ignore
     blank: str | None = None,  # None: negative
 ) -> Task:
-    """A task from a file. FileNotFoundError if it is not there, ValueError if it does not fit the Pack, or has no uncertain or blank answers.
+    """A task from a file. The first column of a table of labels or grades holds image or study ids.
+
+    FileNotFoundError if it is missing, ValueError if it does not fit the Pack, or has no uncertain or blank answers.
 
     Parameters
     ----------
     path : str | Path
-        table (.csv, .parquet) of labels or grades (first column: image or study id) or of boxes, or folder of mask
-        pictures
+        table (.csv, .parquet), or folder of mask pictures
     pack : Pack
     kind : str
-        of tasks.KINDS
+        labels, classes, ordinal, masks or boxes
     classes : Sequence[str], default: ()
-        columns, or classes of masks or boxes; without, all
+        columns, or classes of masks or boxes; () = all
     uncertain : str | Mapping[str, str] | None, default: None
         of labels, see tasks.label_targets; None: ignore
     blank : str | None, default: None
@@ -102,7 +97,7 @@ def read_task(
     """
     path, classes = Path(path), list(classes)
     if kind != "labels" and (uncertain or blank):
-        raise ValueError(f"uncertain and blank are said of labels; {path} is asked for {kind}")
+        raise ValueError(f"uncertain and blank are for labels only; {path} is asked for {kind}")
     if kind == "boxes":
         return _read_boxes(path, pack, classes)
     if kind == "masks" and path.is_dir():

@@ -10,23 +10,26 @@ __all__ = ['BOX_COORDINATES', 'pack_images', 'Task', 'label_targets', 'held_kind
 # %% ../../nbs/data/15_tasks.ipynb #25c9da47
 import contextlib
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import product
 
 import numpy as np
 import pandas as pd
 from tqdm.auto import tqdm
 
+from ..core.choices import check_choice
 from .images import boxes_to_square
 from .pack import Pack, list_hash, note_files
 from .phantom import FINDINGS, PhantomStudy
 from .prepare import pack_phantom
+from .preprocessing import Preprocessing
 from .splits import check_leaks, nested_subsets
 
-# %% ../../nbs/data/15_tasks.ipynb #523a6e67
+# %% ../../nbs/data/15_tasks.ipynb #1e0f3983
 def pack_images(pack: Pack) -> pd.DataFrame:  # image (row in the pack), image_id, study_id, patient_id, split
-    """All images of a Pack with what is known of their study.
+    """All images of a Pack with the ids and the split of their study.
 
     Returns
     -------
@@ -37,24 +40,24 @@ def pack_images(pack: Pack) -> pd.DataFrame:  # image (row in the pack), image_i
     studies = pack.studies[["study_id", "patient_id", "split"]].iloc[table["study"]].reset_index(drop=True)
     return pd.concat([pd.DataFrame({"image": np.arange(len(table)), "image_id": table["image_id"]}), studies], axis=1)
 
-# %% ../../nbs/data/15_tasks.ipynb #dfda2c65
+
 def _find_images(
     pack: Pack,
     ids: Iterable,  # K image ids, or study ids for all images of a study
     what: str = "labels",  # for the errors
 ) -> tuple[np.ndarray, np.ndarray]:  # rows of images in the pack, rising; for each, its place in ids
-    "Which images are meant. ValueError names ids that the Pack does not have, and images that are meant twice."
-    table, ids = pack_images(pack), [str(one) for one in ids]
+    "The images of some ids. ValueError names ids that the Pack does not have, and images with two answers."
+    table, ids = pack_images(pack), list(map(str, ids))
     images, studies = (table.groupby(table[name].astype(str)).indices for name in ("image_id", "study_id"))
-    if unknown := [one for one in ids if one not in images and one not in studies]:
+    if unknown := [name for name in ids if name not in images and name not in studies]:
         raise ValueError(
             f"{len(unknown)} of {len(ids)} {what} are for images that {pack.path} does not hold ({_some(unknown)}). "
             f"Its {len(table)} image ids look like {table['image_id'].iloc[0]!r}, its study ids like "
             f"{table['study_id'].iloc[0]!r}: take the ids from there, or leave these {what} out"
         )
-    meant = [images.get(one, studies.get(one)) for one in ids]
+    meant = [images.get(name, studies.get(name)) for name in ids]
     rows = np.concatenate([np.zeros(0, np.int64), *meant])
-    places = np.repeat(np.arange(len(ids)), [len(one) for one in meant])
+    places = np.repeat(np.arange(len(ids)), list(map(len, meant)))
     if len(twice := np.flatnonzero(np.bincount(rows) > 1)):
         raise ValueError(
             f"{len(twice)} images have more than one row of {what} ({_some(table['image_id'][twice])}); expected one"
@@ -62,28 +65,28 @@ def _find_images(
     order = np.argsort(rows)
     return rows[order], places[order]
 
-# %% ../../nbs/data/15_tasks.ipynb #1e0f3983
+
 def _some(names: Iterable) -> str:
     names = [str(name) for name in names]
     return ", ".join(names[:5]) + (", …" if len(names) > 5 else "")
 
-# %% ../../nbs/data/15_tasks.ipynb #6896f676
+# %% ../../nbs/data/15_tasks.ipynb #5c26c8bc
 class _EmptyTask(ValueError):
     "No image has an answer."
 
-# %% ../../nbs/data/15_tasks.ipynb #5feda38a
+
 _TASK_KINDS = ("labels", "classes", "ordinal", "masks", "boxes")
 
 
 @dataclass(frozen=True, eq=False)
 class Task:
-    """What is to be predicted for which images of a Pack. ValueError if a patient is in two splits or a count does not fit.
+    """What is to be predicted for which images of a Pack. ValueError for a patient in two splits or a wrong count.
 
     Parameters
     ----------
     name : str
     kind : str
-        of KINDS
+        labels, classes, ordinal, masks or boxes
     classes : tuple[str, ...]
         C; of an ordinal task the grades
     pack : Pack
@@ -94,22 +97,19 @@ class Task:
     """
 
     name: str
-    kind: str  # of KINDS
+    kind: str  # labels, classes, ordinal, masks or boxes
     classes: tuple[str, ...]  # C; of an ordinal task the grades
     pack: Pack
     images: pd.DataFrame  # n rows: image (row in the pack), image_id, study_id, patient_id, split
     targets: np.ndarray | list[np.ndarray]  # n, as the kind says
 
-    def __post_init__(self):
-        if self.kind not in _TASK_KINDS:
-            raise ValueError(
-                f"the task {self.name!r} is of kind {self.kind!r}; expected one of {', '.join(_TASK_KINDS)}"
-            )
+    def __post_init__(self) -> None:
+        check_choice(f"kind of the task {self.name!r}", self.kind, _TASK_KINDS)
         if not 0 < len(self.images) == len(self.targets):
             wrong = ValueError if len(self.images) or len(self.targets) else _EmptyTask
             raise wrong(
-                f"the task {self.name!r} has {len(self.images)} images and {len(self.targets)} targets; expected as many, "
-                "and at least one"
+                f"the task {self.name!r} has {len(self.images)} images and {len(self.targets)} targets; "
+                "expected as many, and at least one"
             )
         if not self.pack.manifest.get("guard", {}).get("leaks"):  # else they were allowed when the Pack was built
             check_leaks(self.images)
@@ -119,16 +119,15 @@ class Task:
 
     def __repr__(self) -> str:
         splits = ", ".join(f"{name} {count}" for name, count in self.images["split"].value_counts().items())
-        return f"Task({self.name!r}: {self.kind} of {', '.join(self.classes)}; {len(self)} images, {splits}; {self.hash[:12]})"
+        what = f"{self.kind} of {', '.join(self.classes)}"
+        return f"Task({self.name!r}: {what}; {len(self)} images, {splits}; {self.hash[:12]})"
 
     def rows(self, split: str, fraction: float = 1.0, seed: int = 0, how: str = "patients") -> np.ndarray:
         'Rows of a split, or of a share of its patients; how="first" takes the first rows instead (LoVT).'
         rows = np.flatnonzero(self.images["split"] == split)
-        return (
-            rows[nested_subsets(self.images["patient_id"].iloc[rows], (fraction,), seed, how)[fraction]]
-            if len(rows)
-            else rows
-        )
+        if not len(rows):
+            return rows
+        return rows[nested_subsets(self.images["patient_id"].iloc[rows], (fraction,), seed, how)[fraction]]
 
     @cached_property
     def hash(self) -> str:
@@ -139,14 +138,14 @@ class Task:
             digest.update(f"{np.shape(target)}".encode() + np.ascontiguousarray(target).tobytes())
         return digest.hexdigest()
 
-# %% ../../nbs/data/15_tasks.ipynb #5c26c8bc
+
 def _make_task(
     name: str,
     kind: str,
     classes: Iterable[str],
     pack: Pack,
-    rows,  # (n,) images in the pack
-    targets,  # n
+    rows: Sequence[int] | np.ndarray | pd.Series,  # (n,) images in the pack
+    targets: np.ndarray | list[np.ndarray],  # n
 ) -> Task:
     "A task for some images of a Pack."
     return Task(
@@ -160,18 +159,17 @@ _BLANK = {"ignore": np.nan, "negative": 0.0}
 
 def label_targets(
     labels: pd.DataFrame,  # 1, 0, -1 uncertain, NaN blank
-    uncertain: str
-    | Mapping[str, str] = "ignore",  # or "positive" (CheXpert's U-Ones), "negative" (U-Zeros); or column by column
+    uncertain: str | Mapping[str, str] = "ignore",  # or "positive" (U-Ones), "negative" (U-Zeros); or one per column
     blank: str = "negative",  # as with CheXpert labels; or "ignore"
 ) -> pd.DataFrame:  # 1, 0 and NaN = not used
-    """Turn CheXpert-style labels into targets. Raises ValueError for another policy or value, naming the column.
+    """Turn CheXpert-style labels into targets. ValueError for another policy or value, naming the column.
 
     Parameters
     ----------
     labels : pd.DataFrame
         1, 0, -1 uncertain, NaN blank
     uncertain : str | Mapping[str, str], default: 'ignore'
-        or "positive" (CheXpert's U-Ones), "negative" (U-Zeros); or column by column
+        or "positive" (U-Ones), "negative" (U-Zeros); or one per column
     blank : str, default: 'negative'
         as with CheXpert labels; or "ignore"
 
@@ -183,24 +181,23 @@ def label_targets(
     policies = uncertain if isinstance(uncertain, Mapping) else dict.fromkeys(labels, uncertain)
     if not {*policies.values()} <= {*_UNCERTAIN} or blank not in _BLANK or not {*labels} <= {*policies}:
         raise ValueError(
-            f"uncertain must be one of {list(_UNCERTAIN)}, for all columns or for each of {list(labels)}, and blank one of {list(_BLANK)}; "
-            f"got {uncertain!r} and {blank!r}"
+            f"uncertain must be one of {list(_UNCERTAIN)}, for all columns or for each of {list(labels)}, "
+            f"and blank one of {list(_BLANK)}; got {uncertain!r} and {blank!r}"
         )
     labels = labels.astype(float)
-    strange = labels.notna() & ~labels.isin([1.0, 0.0, -1.0])
-    if strange.to_numpy().any():
-        column = strange.columns[strange.any()][0]
+    wrong = labels.notna() & ~labels.isin([1.0, 0.0, -1.0])
+    if wrong.to_numpy().any():
+        column = wrong.columns[wrong.any()][0]
         raise ValueError(
-            f"label column {column!r} has the value {labels[column][strange[column]].iloc[0]}; "
+            f"label column {column!r} has the value {labels[column][wrong[column]].iloc[0]}; "
             "expected 1, 0, -1 (uncertain) or blank"
         )
-    return labels.fillna(_BLANK[blank]).mask(
-        labels == -1, pd.Series({name: _UNCERTAIN[one] for name, one in policies.items()}), axis=1
-    )
+    values = pd.Series({name: _UNCERTAIN[policy] for name, policy in policies.items()})
+    return labels.fillna(_BLANK[blank]).mask(labels == -1, values, axis=1)
 
-# %% ../../nbs/data/15_tasks.ipynb #2e2ff25f
+# %% ../../nbs/data/15_tasks.ipynb #64d14c8c
 def held_kinds(pack: Pack) -> dict[str, list[str]]:  # kind of task -> names of labels, grades, masks or boxes
-    """What a Pack can be asked about. Without masks, its boxes can be painted as such.
+    """Which tasks a Pack has answers for. Without masks, its boxes can be painted as such.
 
     Returns
     -------
@@ -216,19 +213,20 @@ def held_kinds(pack: Pack) -> dict[str, list[str]]:  # kind of task -> names of 
     }
     return {kind: list(pack.manifest[name]) for kind, name in given.items() if pack.manifest.get(name)}
 
-# %% ../../nbs/data/15_tasks.ipynb #64d14c8c
+
 def _asked_names(
     pack: Pack,
-    kind: str,  # of KINDS
+    kind: str,  # labels, classes, ordinal, masks or boxes
     classes: Iterable[str] | None = None,
 ) -> list[str]:
-    "What a task of a Pack asks for: the classes that are given, else those of the recipe, else all. ValueError says what the Pack holds instead."
+    """The classes of a task of a Pack: those that are given, else those of the recipe, else all.
+
+    ValueError says what the Pack holds instead."""
     held, recipe = held_kinds(pack), list(pack.recipe.get("classes", []))
     if kind not in held:
-        told = "; ".join(f"{', '.join(names)} (kind {other})" for other, names in held.items() if other != "classes")
-        raise ValueError(
-            f"{pack.path} holds nothing for a task of kind {kind}; it holds {told or 'no labels, grades, masks or boxes'}"
-        )
+        kinds = [f"{', '.join(names)} (kind {other})" for other, names in held.items() if other != "classes"]
+        held_names = "; ".join(kinds) or "no labels, grades, masks or boxes"
+        raise ValueError(f"{pack.path} holds nothing for a task of kind {kind}; it holds {held_names}")
     if kind not in ("labels", "classes"):
         recipe = [name for name in recipe if name in held[kind]]
     names = list(recipe or held[kind]) if classes is None else list(classes)
@@ -286,17 +284,14 @@ def _chosen_labels(
     pack: Pack,
     columns: Iterable[str] | None = None,  # None: all
     table: pd.DataFrame | None = None,  # index: image or study ids; None: the Pack's own labels
-) -> tuple[pd.DataFrame, np.ndarray]:  # one row an image of which there is a row; the images' rows in the pack
-    "Label columns image by image. ValueError names columns that are not there, and ids that the Pack does not have."
+) -> tuple[pd.DataFrame, np.ndarray]:  # one row for each image that has labels; the images' rows in the pack
+    "Label columns image by image. ValueError names columns that are missing, and ids that the Pack does not have."
     table = pack.labels.set_axis(pack.studies["study_id"]) if table is None else table
     columns = list(table.columns if columns is None else columns)
     missing = [name for name in columns if name not in table.columns]
     if missing or not columns:
-        raise ValueError(
-            f"there are no labels {missing}; the columns are {list(table.columns)}"
-            if missing
-            else f"no label is asked for; the columns are {list(table.columns)}"
-        )
+        fault = f"there are no labels {missing}" if missing else "no label is asked for"
+        raise ValueError(f"{fault}; the columns are {list(table.columns)}")
     rows, places = _find_images(pack, table.index)
     return table[columns].iloc[places].reset_index(drop=True), rows
 
@@ -307,7 +302,9 @@ def study_targets(
     uncertain: str | Mapping[str, str] | None = None,
     blank: str | None = None,
 ) -> pd.DataFrame:  # one row a study; 1, 0, NaN
-    """Targets study by study. A study of which nothing at all is known was not labelled: its blanks do not mean that a finding is absent.
+    """Targets study by study.
+
+    A study without any label was not labelled: its blanks do not mean that a finding is absent.
 
     Parameters
     ----------
@@ -335,7 +332,7 @@ def label_task(
     blank: str | None = None,  # None: see label_policy; of a table "negative"
     name: str = "labels",
 ) -> Task:
-    """Binary or multi-label: which findings are there? Images without any known label are left out.
+    """Binary or multi-label: which findings are present? Images without any known label are left out.
 
     Parameters
     ----------
@@ -355,10 +352,10 @@ def label_task(
         columns, uncertain, blank = policy.findings, policy.uncertain, policy.blank
     labels, rows = _chosen_labels(pack, columns, table)
     targets = label_targets(labels, uncertain or "ignore", blank or "negative").to_numpy(np.float32)
-    known = ~np.isnan(targets).all(1)
-    if table is None:  # a study of which nothing at all is known was not labelled: its blanks do not mean "absent"
-        known &= pack.labels.notna().any(axis=1).to_numpy()[pack.image_table["study"].to_numpy()[rows]]
-    return _make_task(name, "labels", labels.columns, pack, rows[known], targets[known])
+    labelled = ~np.isnan(targets).all(1)
+    if table is None:  # a study without any label was not labelled: its blanks do not mean "absent"
+        labelled &= pack.labels.notna().any(axis=1).to_numpy()[pack.image_table["study"].to_numpy()[rows]]
+    return _make_task(name, "labels", labels.columns, pack, rows[labelled], targets[labelled])
 
 # %% ../../nbs/data/15_tasks.ipynb #87b00972
 def class_task(
@@ -367,7 +364,9 @@ def class_task(
     table: pd.DataFrame | None = None,  # exactly one 1 a row; of a column of names: pd.get_dummies(column)
     name: str = "classes",
 ) -> Task:
-    """Multi-class: which one is it? Images without any label are left out; ValueError names those with none or several classes.
+    """Multi-class: which one is it? Images without any label are left out.
+
+    ValueError names those with none or several classes.
 
     Parameters
     ----------
@@ -380,14 +379,15 @@ def class_task(
     """
     columns = _asked_names(pack, "classes", columns) if table is None else columns
     labels, rows = _chosen_labels(pack, columns, table)
-    known = labels.notna().any(axis=1).to_numpy()
-    hit = labels.to_numpy(float)[known] == 1
-    if len(bad := rows[known][hit.sum(1) != 1]):
+    labelled = labels.notna().any(axis=1).to_numpy()
+    hit = labels.to_numpy(float)[labelled] == 1
+    if len(bad := rows[labelled][hit.sum(1) != 1]):
         raise ValueError(
-            f"{len(bad)} of {known.sum()} images do not have exactly one of the classes {list(labels.columns)} "
-            f"({_some(pack.image_table['image_id'].iloc[bad])}); choose columns that exclude each other, or use label_task"
+            f"{len(bad)} of {labelled.sum()} images do not have exactly one of the classes {list(labels.columns)} "
+            f"({_some(pack.image_table['image_id'].iloc[bad])}); "
+            "choose columns that exclude each other, or use label_task"
         )
-    return _make_task(name, "classes", labels.columns, pack, rows[known], hit.argmax(1))
+    return _make_task(name, "classes", labels.columns, pack, rows[labelled], hit.argmax(1))
 
 # %% ../../nbs/data/15_tasks.ipynb #747416ac
 def ordinal_task(
@@ -396,7 +396,7 @@ def ordinal_task(
     classes: Iterable[str] | None = None,  # names of the grades; None: 0, 1, ... to the highest that occurs
     name: str = "grades",
 ) -> Task:
-    """Ordinal: how much of it? ValueError for a grade that is none of them.
+    """Ordinal: how much of it? ValueError for a grade that does not exist.
 
     Parameters
     ----------
@@ -414,24 +414,27 @@ def ordinal_task(
     if not np.isin(values, range(len(classes))).all():
         wrong = values[~np.isin(values, range(len(classes)))][0]
         raise ValueError(
-            f"a grade is {wrong:g}; expected whole numbers from 0 to {len(classes) - 1} ({', '.join(map(str, classes))})"
+            f"a grade is {wrong:g}; "
+            f"expected whole numbers from 0 to {len(classes) - 1} ({', '.join(map(str, classes))})"
         )
     return _make_task(name, "ordinal", classes, pack, rows, values.astype(np.int64))
 
 # %% ../../nbs/data/15_tasks.ipynb #55b7713e
 def mask_task(
     pack: Pack,
-    masks: Mapping,  # image id -> (S, S) or (C, S, S), 0 or 1; empty = nothing there
+    masks: Mapping,  # image id -> (S, S) or (C, S, S), 0 or 1; empty = no finding
     classes: Iterable[str] = ("finding",),
     name: str = "masks",
 ) -> Task:
-    """Segmentation: which pixels? ValueError names masks of unknown images, of another size, or with other values than 0 and 1.
+    """Segmentation: which pixels?
+
+    ValueError names masks of unknown images, of another size, or with other values than 0 and 1.
 
     Parameters
     ----------
     pack : Pack
     masks : Mapping
-        image id -> (S, S) or (C, S, S), 0 or 1; empty = nothing there
+        image id -> (S, S) or (C, S, S), 0 or 1; empty = no finding
     classes : Iterable[str], default: ('finding',)
     name : str, default: 'masks'
     """
@@ -444,7 +447,8 @@ def mask_task(
         if mask.shape != target.shape:
             raise ValueError(
                 f"the mask of {key} has shape {mask.shape}; expected {target.shape}: {len(classes)} classes "
-                f"({', '.join(classes)}) at the size of {pack.path}. Bring it there as its image was (see data.images.to_square)"
+                f"({', '.join(classes)}) at the size of {pack.path}. "
+                "Resize it as its image was (see data.images.mask_to_square)"
             )
         if not np.isin(mask, (0, 1)).all():
             raise ValueError(f"the mask of {key} has values from {mask.min()} to {mask.max()}; expected 0 and 1")
@@ -455,11 +459,25 @@ def mask_task(
 BOX_COORDINATES = ("x0", "y0", "x1", "y1")
 
 
+def _check_corners(table: pd.DataFrame, pack: Pack) -> np.ndarray:  # (boxes, 4) float32
+    "The corners of boxes. ValueError names the first box that does not lie in its image."
+    corners = table[list(BOX_COORDINATES)].to_numpy(np.float32)
+    inside = (corners >= 0).all(1) & (corners <= pack.size).all(1) & (corners[:, :2] < corners[:, 2:]).all(1)
+    if not inside.all():
+        row = np.flatnonzero(~inside)[0]
+        raise ValueError(
+            f"{(~inside).sum()} of {len(table)} boxes do not lie in their image, "
+            f"the first {corners[row].tolist()} of {table['image_id'].iloc[row]}; "
+            f"expected 0 <= x0 < x1 <= {pack.size}, and so for y, in pixels of {pack.path}"
+        )
+    return corners
+
+
 def box_task(
     pack: Pack,
-    table: pd.DataFrame,  # one row a box: image_id, x0, y0, x1, y1 in pixels of the Pack, and class if there are several
+    table: pd.DataFrame,  # one row a box: image_id, x0, y0, x1, y1 in pixels of the Pack, and class if several
     classes: Iterable[str] | None = None,  # None: those that occur
-    images: Iterable | None = None,  # ids of the images that were looked at; None: all of the Pack
+    images: Iterable | None = None,  # ids of the annotated images; None: all of the Pack
     name: str = "boxes",
 ) -> Task:
     """Detection: where are they? ValueError names boxes of unknown images or classes, and boxes outside of their image.
@@ -468,11 +486,11 @@ def box_task(
     ----------
     pack : Pack
     table : pd.DataFrame
-        one row a box: image_id, x0, y0, x1, y1 in pixels of the Pack, and class if there are several
+        one row a box: image_id, x0, y0, x1, y1 in pixels of the Pack, and class if several
     classes : Iterable[str] | None, default: None
         None: those that occur
     images : Iterable | None, default: None
-        ids of the images that were looked at; None: all of the Pack
+        ids of the annotated images; None: all of the Pack
     name : str, default: 'boxes'
     """
     if missing := [column for column in ("image_id", *BOX_COORDINATES) if column not in table.columns]:
@@ -480,32 +498,26 @@ def box_task(
     kinds = table["class"].astype(str) if "class" in table else pd.Series("finding", index=table.index)
     classes = tuple(sorted(set(kinds))) if classes is None else tuple(classes)
     numbers = dict(zip(classes, range(len(classes))))
-    if strange := sorted(set(kinds) - set(classes)):
-        raise ValueError(f"boxes have the classes {_some(strange)}; expected {', '.join(classes)}")
-    corners = table[list(BOX_COORDINATES)].to_numpy(np.float32)
-    inside = (corners >= 0).all(1) & (corners <= pack.size).all(1) & (corners[:, :2] < corners[:, 2:]).all(1)
-    if not inside.all():
-        row = np.flatnonzero(~inside)[0]
-        raise ValueError(
-            f"{(~inside).sum()} of {len(table)} boxes do not lie in their image, the first {corners[row].tolist()} of "
-            f"{table['image_id'].iloc[row]}; expected 0 <= x0 < x1 <= {pack.size}, and so for y, in pixels of {pack.path}"
-        )
+    if unknown := sorted(set(kinds) - set(classes)):
+        raise ValueError(f"boxes have the classes {_some(unknown)}; expected {', '.join(classes)}")
+    corners = _check_corners(table, pack)
     rows, _ = _find_images(pack, pack.image_table["image_id"] if images is None else images, "boxes")
     of = pack.image_table["image_id"].iloc[rows].astype(str).tolist()
     if unknown := sorted(set(table["image_id"].astype(str)) - set(of)):
         raise ValueError(
-            f"boxes of {len(unknown)} images that the task does not hold ({_some(unknown)}); its {len(rows)} images are "
-            f"those of {pack.path}" + ("" if images is None else " that were given")
+            f"boxes of {len(unknown)} images that the task does not hold ({_some(unknown)}); "
+            f"its {len(rows)} images are those of {pack.path}" + ("" if images is None else " that were given")
         )
-    found = np.column_stack([corners, kinds.map(numbers)]).astype(np.float32)
+    boxes = np.column_stack([corners, kinds.map(numbers)]).astype(np.float32)
     groups = table.groupby(table["image_id"].astype(str)).indices
-    return _make_task(
-        name, "boxes", classes, pack, rows, [found[groups[one]] if one in groups else found[:0] for one in of]
-    )
+    targets = [boxes[groups[image]] if image in groups else boxes[:0] for image in of]
+    return _make_task(name, "boxes", classes, pack, rows, targets)
 
 # %% ../../nbs/data/15_tasks.ipynb #d91edf59
 def paint_boxes(task: Task) -> Task:
-    "The segmentation task of a detection task: the union of an image's boxes of each class (LoVT); a box has at least a pixel."
+    """The segmentation task of a detection task: the union of an image's boxes of each class (LoVT).
+
+    A box has at least a pixel."""
     masks = np.zeros((len(task), len(task.classes), task.pack.size, task.pack.size), np.uint8)
     for mask, boxes in zip(masks, task.targets, strict=True):
         for x0, y0, x1, y1, kind in boxes.round().astype(int):
@@ -515,16 +527,16 @@ def paint_boxes(task: Task) -> Task:
 # %% ../../nbs/data/15_tasks.ipynb #7aef4ae3
 def _phantom_target(study: PhantomStudy, kind: str, findings: tuple[str, ...]) -> np.ndarray:
     "What a task of this kind asks about one study."
-    shown = [(findings.index(found.name), found) for found in study.findings if found.name in findings]
+    shown = [(findings.index(finding.name), finding) for finding in study.findings if finding.name in findings]
     if kind == "masks":
         masks = np.zeros((len(findings), *study.image.shape), np.uint8)
-        for place, found in shown:
-            masks[place] |= found.mask
+        for place, finding in shown:
+            masks[place] |= finding.mask
         return masks
     if kind == "boxes":
-        return np.array([[*found.box, place] for place, found in shown], np.float32).reshape(-1, 5)
+        return np.array([[*finding.box, place] for place, finding in shown], np.float32).reshape(-1, 5)
     if kind == "ordinal":
-        return np.int64(max([found.severity for _, found in shown], default=0))
+        return np.int64(max([finding.severity for _, finding in shown], default=0))
     return np.array([study.truth[name] for name in findings], np.float32)
 
 # %% ../../nbs/data/15_tasks.ipynb #97ecd1d9
@@ -535,8 +547,9 @@ def phantom_task(
     name: str | None = None,  # None: phantom-<kind>
     progress: bool = True,
 ) -> Task:
-    """What a phantom's pictures show, image by image. ValueError for another Pack, an unknown finding, or a Pack
-    that another version of the phantom drew.
+    """What a phantom's pictures show, image by image.
+
+    ValueError for another Pack, an unknown finding, or a Pack that another version of the phantom drew.
 
     Parameters
     ----------
@@ -552,23 +565,21 @@ def phantom_task(
     phantom, findings = pack_phantom(pack), tuple(findings)
     if phantom is None:
         raise ValueError(
-            f"{pack.path} holds {pack.manifest['source'].get('kind', 'other')} data, not a phantom: give its targets yourself (label_task, mask_task, …)"
+            f"{pack.path} holds {pack.manifest['source'].get('kind', 'other')} data, not a phantom: "
+            "give its targets yourself (label_task, mask_task, …)"
         )
-    if (strange := set(findings) - set(FINDINGS)) or not findings or (kind == "ordinal" and len(findings) > 1):
+    check_choice("kind of a phantom's task", kind, ("labels", "ordinal", "masks", "boxes"))
+    if (unknown := set(findings) - set(FINDINGS)) or not findings or (kind == "ordinal" and len(findings) > 1):
         raise ValueError(
-            f"a phantom task of kind {kind} cannot ask for {_some(strange or findings) or 'no finding'}; the findings are "
-            f"{', '.join(FINDINGS)}" + ("; name one of them" if kind == "ordinal" else "")
+            f"a phantom task of kind {kind} cannot ask for {_some(unknown or findings) or 'no finding'}; "
+            f"the findings are {', '.join(FINDINGS)}" + ("; name one of them" if kind == "ordinal" else "")
         )
-    if kind not in ("labels", "ordinal", "masks", "boxes"):
-        raise ValueError(f"a phantom has no task of kind {kind!r}; expected labels, ordinal, masks or boxes")
     targets, images = [], pack_images(pack)
-    for row, study_id in tqdm(
-        zip(images["image"], images["study_id"]), total=len(images), desc=f"draw {kind}", delay=2, disable=not progress
-    ):
-        study = phantom.study(study_id)
-        if not np.array_equal(study.image, pack.image(row)):
+    for image in tqdm(images.itertuples(), f"draw {kind}", len(images), delay=2, disable=not progress):
+        study = phantom.study(image.study_id)
+        if not np.array_equal(study.image, pack.image(image.image)):
             raise ValueError(
-                f"{study_id} in {pack.path} is another picture than this phantom draws; prepare the pack again"
+                f"{image.study_id} in {pack.path} is another picture than this phantom draws; prepare the pack again"
             )
         targets.append(_phantom_target(study, kind, findings))
     classes = ("0", "1", "2", "3") if kind == "ordinal" else findings
@@ -577,7 +588,7 @@ def phantom_task(
 
 # %% ../../nbs/data/15_tasks.ipynb #e3fdb6bc
 def pack_boxes(pack: Pack) -> pd.DataFrame:  # image_id, class, x0, y0, x1, y1 in pixels of the Pack
-    """The boxes of a Pack in its squares; what a cropped square leaves out is cut off, and gone if nothing of it is left.
+    """The boxes of a Pack in its squares; they are cut where a cropped square ends, and dropped if nothing is left.
 
     Returns
     -------
@@ -594,36 +605,38 @@ def pack_boxes(pack: Pack) -> pd.DataFrame:  # image_id, class, x0, y0, x1, y1 i
     ]
     order = [row for _, group in boxes.groupby("image", sort=False) for row in group.index]
     corners = np.concatenate([np.zeros((0, 4)), *moved]).clip(0, pack.size)
-    found = pd.DataFrame(corners, columns=list(BOX_COORDINATES), index=order).assign(
-        image_id=table["image_id"][boxes["image"][order]].to_numpy(), **{"class": boxes["name"][order]}
-    )
-    return found[(found["x1"] > found["x0"]) & (found["y1"] > found["y0"])].sort_index()
+    squared = pd.DataFrame(corners, columns=list(BOX_COORDINATES), index=order)
+    squared["image_id"] = table["image_id"][boxes["image"][order]].to_numpy()
+    squared["class"] = boxes["name"][order]
+    return squared[(squared["x1"] > squared["x0"]) & (squared["y1"] > squared["y0"])].sort_index()
 
 # %% ../../nbs/data/15_tasks.ipynb #2aeea03e
 def _mask_rows(pack: Pack, names: Iterable[str]) -> np.ndarray:
-    "Images on which somebody looked for all of these masks"
+    "Images that are annotated for all of these masks"
     masked = pack.image_table["masked"] if "masked" in pack.image_table else [[]] * len(pack)
-    return np.flatnonzero([bool(looked) and set(names) <= set(looked) for looked in masked])
+    return np.flatnonzero([bool(annotated) and set(names) <= set(annotated) for annotated in masked])
 
 # %% ../../nbs/data/15_tasks.ipynb #db54a4d4
 def pack_task(
     pack: Pack,
-    kind: str = "labels",  # of KINDS
+    kind: str = "labels",  # labels, classes, ordinal, masks or boxes
     classes: Iterable[str]
-    | None = None,  # None: those that the recipe asks for or has an uncertainty policy for, else all; ordinal: the one grade
+    | None = None,  # of ordinal: the one grade; None: those of the recipe or its policy, else all
     name: str | None = None,
     uncertain: str | Mapping[str, str] | None = None,  # of labels, see label_policy
     blank: str | None = None,
 ) -> Task:
-    """A task from what a Pack holds, by the rules of its recipe. ValueError if it holds nothing of that kind, or if that has no uncertain or blank answers.
+    """A task from what a Pack holds, by the rules of its recipe.
+
+    ValueError if it holds nothing of that kind, or if that has no uncertain or blank answers.
 
     Parameters
     ----------
     pack : Pack
     kind : str, default: 'labels'
-        of KINDS
+        labels, classes, ordinal, masks or boxes
     classes : Iterable[str] | None, default: None
-        None: those that the recipe asks for or has an uncertainty policy for, else all; ordinal: the one grade
+        of ordinal: the one grade; None: those of the recipe or its policy, else all
     name : str | None, default: None
     uncertain : str | Mapping[str, str] | None, default: None
         of labels, see label_policy
@@ -634,7 +647,7 @@ def pack_task(
     if kind == "labels":
         return label_task(pack, classes, None, uncertain, blank, name)
     if uncertain or blank:
-        raise ValueError(f"uncertain and blank are said of labels; the task {name!r} asks for {kind}")
+        raise ValueError(f"uncertain and blank are for labels only; the task {name!r} asks for {kind}")
     names = _asked_names(pack, kind, classes)
     if kind == "masks" and not pack.manifest.get("masks"):
         return paint_boxes(pack_task(pack, "boxes", names, name))
@@ -642,61 +655,54 @@ def pack_task(
         return class_task(pack, names, name=name)
     if kind == "ordinal":
         levels = source.get("levels", {}).get(names[0])
-        return ordinal_task(
-            pack, pack.grades[names[0]].set_axis(pack.studies["study_id"]), levels and range(levels), name
-        )
+        grades = pack.grades[names[0]].set_axis(pack.studies["study_id"])
+        return ordinal_task(pack, grades, levels and range(levels), name)
     if kind == "boxes":
-        boxes = pack_boxes(pack)
-        return box_task(
-            pack,
-            boxes[boxes["class"].isin(names)],
-            names,
-            pack.image_table["image_id"][pack.image_table["boxed"]],
-            name,
-        )
-    rows, places = _mask_rows(pack, names), [pack.manifest["masks"].index(one) for one in names]
+        boxes, annotated = pack_boxes(pack), pack.image_table["image_id"][pack.image_table["boxed"]]
+        return box_task(pack, boxes[boxes["class"].isin(names)], names, annotated, name)
+    rows, places = _mask_rows(pack, names), [pack.manifest["masks"].index(mask) for mask in names]
     targets = np.stack([pack.mask(row)[places] for row in rows]).astype(np.uint8) if len(rows) else []
     return _make_task(name, "masks", names, pack, rows, targets)
 
 # %% ../../nbs/data/15_tasks.ipynb #73064915
 def _task_images(pack: Pack) -> dict[str, pd.DataFrame]:
-    "The images of each task that a Pack has something for; masks are not read for it"
+    "The images of each task that a Pack has answers for; masks are not read"
     held, tasks = held_kinds(pack), {}
-    asked = {kind: (kind, None) for kind in ("labels", "boxes") if kind in held} | {
-        f"ordinal {grade}": ("ordinal", [grade]) for grade in held.get("ordinal", [])
-    }
+    asked = {kind: (kind, None) for kind in ("labels", "boxes") if kind in held}
+    asked |= {f"ordinal {grade}": ("ordinal", [grade]) for grade in held.get("ordinal", [])}
     for name, (kind, classes) in asked.items():
-        with contextlib.suppress(_EmptyTask):  # a table that is not there, such as the boxes of NIH
+        with contextlib.suppress(_EmptyTask):  # a table that is missing, such as the boxes of NIH
             tasks[name] = pack_task(pack, kind, classes).images
     rows = _mask_rows(pack, _asked_names(pack, "masks")) if pack.manifest.get("masks") else []
     return tasks | ({"masks": pack_images(pack).iloc[rows]} if len(rows) else {})
 
 # %% ../../nbs/data/15_tasks.ipynb #17c29e5c
 def store_subsets(pack: Pack, fractions: tuple[float, ...] = (0.01, 0.1, 1.0)) -> pd.DataFrame:
-    """Write subsets.csv (task, how, fraction, patients, images, hash) and subsets.parquet (the ids of those below 100 %) into a Pack, and their hashes into its manifest.
+    """Write the small shares of every task's training images into a Pack, and their hashes into its manifest.
 
-    "patients" are nested shares of the training patients, "first" the first training rows (LoVT). The hash is pack.list_hash of the image ids."""
+    subsets.csv has task, how, fraction, patients, images, hash; subsets.parquet the ids of shares below 100 %. The rule
+    "patients" gives nested shares of the training patients, "first" the first training rows (LoVT). The hash is
+    pack.list_hash of the image ids."""
     table, listed = [], []
     for task, images in _task_images(pack).items():
         train = images[images["split"] == "train"]
-        for how, fraction in ((how, fraction) for how in ("patients", "first") for fraction in fractions if len(train)):
+        for how, fraction in product(("patients", "first"), fractions if len(train) else ()):
             part = train.iloc[nested_subsets(train["patient_id"], (fraction,), how=how)[fraction]]
             table.append((task, how, fraction, part["patient_id"].nunique(), len(part), list_hash(part["image_id"])))
             listed += [(task, how, fraction, name) for name in part["image_id"]] if fraction < 1 else []
     table = pd.DataFrame(table, columns=["task", "how", "fraction", "patients", "images", "hash"])
     names = pd.DataFrame(listed, columns=["task", "how", "fraction", "image_id"])
-    note_files(
-        pack, {"subsets.parquet": names.to_parquet(index=False), "subsets.csv": table.to_csv(index=False).encode()}
-    )
+    files = {"subsets.parquet": names.to_parquet(index=False), "subsets.csv": table.to_csv(index=False).encode()}
+    note_files(pack, files)
     return table
 
 # %% ../../nbs/data/15_tasks.ipynb #c2c7b3b4
 def boxes_in_view(
     boxes: np.ndarray,  # (k, 5) x0, y0, x1, y1, class
     size: int,  # of the image they lie in, pixels
-    preprocessing,  # Preprocessing
+    preprocessing: Preprocessing,
 ) -> np.ndarray:  # (k', 5) in pixels of the view
-    """Boxes through the geometry of `Preprocessing.eval`.
+    """Boxes through the geometry of evaluation (`Preprocessing.transform`).
 
     Parameters
     ----------
@@ -704,8 +710,7 @@ def boxes_in_view(
         (k, 5) x0, y0, x1, y1, class
     size : int
         of the image they lie in, pixels
-    preprocessing
-        Preprocessing
+    preprocessing : Preprocessing
 
     Returns
     -------

@@ -137,7 +137,7 @@ class Pose:
         burned-in letter, "" = none
     marker_x : float, default: 0.8
     marker_y : float, default: -0.85
-    border : tuple[float, float, float, float], default: (0.0, 0.0, 0.0, 0.0)
+    border : tuple[float, ...], default: (0.0, 0.0, 0.0, 0.0)
         black left, top, right, bottom, share of the side
     noise_key : int, default: 0
     """
@@ -159,12 +159,7 @@ class Pose:
     marker: str = "L"  # burned-in letter, "" = none
     marker_x: float = 0.8
     marker_y: float = -0.85
-    border: tuple[float, float, float, float] = (
-        0.0,
-        0.0,
-        0.0,
-        0.0,
-    )  # black left, top, right, bottom, share of the side
+    border: tuple[float, ...] = (0.0, 0.0, 0.0, 0.0)  # black left, top, right, bottom, share of the side
     noise_key: int = 0
 
 # %% ../../../nbs/data/phantom/01_anatomy.ipynb #eb977db9
@@ -181,9 +176,9 @@ def sample_pose(
         True: AP, in bed
     """
     z, u = np.clip(rng.standard_normal(16), -2.2, 2.2).tolist(), rng.random(14).tolist()
-    border = (
-        tuple(float(b) for b in np.where(rng.random(4) < 0.3, rng.random(4) * 0.09, 0)) if u[0] < 0.25 else (0.0,) * 4
-    )
+    border = (0.0,) * 4
+    if u[0] < 0.25:
+        border = tuple(float(b) for b in np.where(rng.random(4) < 0.3, rng.random(4) * 0.09, 0))
     side = "L" if u[1] < 0.7 else "R"
     return Pose(
         "AP" if portable else "PA",
@@ -363,11 +358,8 @@ def lungs(
     wall = 1 - qx * qx - qy * qy
     q = (ax - 0.42 * half) / (0.58 * half)
     q2 = q * q
-    below = (
-        y
-        - np.where(x < 0, np.float32(geo.dome[0]), np.float32(geo.dome[1]))
-        - np.where(q > 0, 0.13 * q2 + 0.10 * q2 * q2, 0.10 * q2)
-    )
+    dome = np.where(x < 0, np.float32(geo.dome[0]), np.float32(geo.dome[1]))
+    below = y - dome - np.where(q > 0, 0.13 * q2 + 0.10 * q2 * q2, 0.10 * q2)
     edge = chord(np.square(1 - np.clip(wall * 1.6, 0, 1)))
     behind = np.exp(np.minimum(-below / 0.10, 0))
     return wall, below, edge * (0.17 * behind + 0.83 * ramp(-below, max(0.014, soft)))
@@ -443,14 +435,9 @@ def _ribs(
     posterior = _hollow((back - np.rint(back)) / 0.26, soft=smooth)
     anterior = _hollow((front - np.rint(front)) / 0.30, soft=smooth)
     end = np.clip(10 * (1.03 - out) + 0.5, 0, 1) * np.clip(1.3 * back + 0.5, 0, 1) * np.clip((0.80 - y) / 0.4, 0, 1)
-    return (
-        patient.bone
-        * end
-        * (
-            posterior * (0.095 + 0.10 * out2 * out2) * np.clip((xp - 0.04) / 0.05, 0, 1)
-            + anterior * 0.05 * np.clip((out - 0.34) / 0.3, 0, 1) * np.clip((y + 0.70) / 0.2, 0, 1)
-        )
-    )
+    posterior = posterior * (0.095 + 0.10 * out2 * out2) * np.clip((xp - 0.04) / 0.05, 0, 1)
+    anterior = anterior * 0.05 * np.clip((out - 0.34) / 0.3, 0, 1) * np.clip((y + 0.70) / 0.2, 0, 1)
+    return patient.bone * end * (posterior + anterior)
 
 # %% ../../../nbs/data/phantom/01_anatomy.ipynb #78c75fb6
 def _clavicles(patient: Patient, geo: Geometry, x: np.ndarray, y: np.ndarray, soft: float) -> np.ndarray:

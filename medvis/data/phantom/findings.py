@@ -110,9 +110,8 @@ def _paint_consolidation(chest: Chest, spec: Planted) -> np.ndarray:
     x, y = lung_point(chest.geo, spec.side, spec.down, spec.out)
     r = (0.13 + 0.05 * spec.severity) * spec.extent
     r2 = _patch(chest, x, y, 1.15 * r, r, spec.angle) * (1 + 0.22 * _waves(chest, spec.key, 0.3))
-    fissure = ramp(
-        (chest.y - y) * (1 if spec.zone != "upper" else -1) + 0.62 * r + 0.3 * spec.angle * (chest.x - x), 0.02
-    )
+    up = -1 if spec.zone == "upper" else 1
+    fissure = ramp((chest.y - y) * up + 0.62 * r + 0.3 * spec.angle * (chest.x - x), 0.02)
     water = (0.62 + 0.10 * spec.severity) * ramp(1 - r2, 0.55) * fissure * (1 - np.minimum(2.5 * chest.vessel, 0.45))
     return _cloud(chest, water, 0.45)
 
@@ -190,9 +189,8 @@ def _paint_pneumothorax(chest: Chest, spec: Planted) -> np.ndarray:
     here = (sign * chest.x > 0.02) & (chest.below < 0.02)
     outside = ramp(-wall, 0.03) * here
     chest.vessel = chest.vessel * (1 - outside)
-    chest.water = np.where(
-        here, 1 - (1 - chest.water) * (1 - (1 - outside) * (0.05 + 0.08 * spec.severity) * (wall > 0)), chest.water
-    )
+    dense = 1 - (1 - chest.water) * (1 - (1 - outside) * (0.05 + 0.08 * spec.severity) * (wall > 0))
+    chest.water = np.where(here, dense, chest.water)
     chest.extra -= 0.15 * chest.air * outside
     width = max(0.030, 2.2 * chest.pixel)
     chest.extra += 0.10 * np.exp(-np.square(wall / width)) * here * (chest.air > 0.2)
@@ -207,14 +205,9 @@ def _paint_atelectasis(chest: Chest, spec: Planted) -> np.ndarray:
         x, y = lung_point(chest.geo, side, spec.down, spec.out)
         ink = 0.0
         for k in range(spec.severity):
-            r2 = _patch(
-                chest,
-                x - 0.04 * sign * k,
-                y - 0.075 * k,
-                (0.17 - 0.03 * k) * spec.extent,
-                max(0.020, 0.8 * chest.pixel),
-                sign * (0.6 * spec.angle - 0.1 * k),
-            )
+            long, thin = (0.17 - 0.03 * k) * spec.extent, max(0.020, 0.8 * chest.pixel)
+            tilt = sign * (0.6 * spec.angle - 0.1 * k)
+            r2 = _patch(chest, x - 0.04 * sign * k, y - 0.075 * k, long, thin, tilt)
             ink = np.maximum(ink, np.exp(-np.square(r2) - r2))
         if spec.kind == "collapse":
             r2 = _patch(chest, x - 0.05 * sign, y + 0.03, 0.22 * spec.extent, 0.085 + 0.02 * spec.severity, 0.45 * sign)
@@ -238,11 +231,10 @@ def _paint_cardiomegaly(chest: Chest, spec: Planted) -> np.ndarray:
     "The heart was drawn large already (`enlargement`); its silhouette is the mask."
     cx, cy, a, b = chest.geo.heart
     x = cx + chest.geo.turn
-    heart = _patch(chest, x, cy, a, b, math.atan2(0.6, 0.8)) < 1
-    atrium = (
-        np.square((chest.x - chest.geo.turn + 0.055) / (0.46 * a)) + np.square((chest.y - cy + 0.01) / (0.98 * b)) < 1
-    )
-    return (heart | atrium) & (chest.below < 0.06)
+    heart = _patch(chest, x, cy, a, b, math.atan2(0.6, 0.8))
+    across, down = (chest.x - chest.geo.turn + 0.055) / (0.46 * a), (chest.y - cy + 0.01) / (0.98 * b)
+    atrium = np.square(across) + np.square(down)
+    return ((heart < 1) | (atrium < 1)) & (chest.below < 0.06)
 
 # %% ../../../nbs/data/phantom/02_findings.ipynb #0b97dae3
 def enlargement(
@@ -338,38 +330,23 @@ def _paint_device(chest: Chest, spec: Planted) -> np.ndarray:
 
 # %% ../../../nbs/data/phantom/02_findings.ipynb #b27c45f8
 def _paint_foreign(chest: Chest, spec: Planted) -> np.ndarray:
-    "Something of metal or plastic which nobody implanted."
+    "Something of metal or plastic that was not implanted."
     x, y = lung_point(chest.geo, spec.side if spec.side != "none" else "right", spec.down, spec.out)
     ink = np.zeros((chest.size, chest.size), np.float32)
     if spec.kind == "necklace":
         hang = -0.45 + 0.12 * spec.severity
-        draw(
-            ink,
-            chest.pose,
-            *_curve(
-                [(-0.30, -1.05), (-0.22, -0.75), (0, hang), (0.22, -0.75), (0.30, -1.05)], max(160, 2 * chest.size)
-            ),
-            0.016,
-            0.55,
-        )
+        points = [(-0.30, -1.05), (-0.22, -0.75), (0, hang), (0.22, -0.75), (0.30, -1.05)]
+        draw(ink, chest.pose, *_curve(points, max(160, 2 * chest.size)), 0.016, 0.55)
         ink += 0.6 * ramp(1 - _patch(chest, 0.0, hang + 0.03, 0.03, 0.04), 0.4)
     elif spec.kind == "clip":
         t = 0.035 * spec.extent
         c, s = t * math.cos(spec.angle), t * math.sin(spec.angle)
-        draw(
-            ink,
-            chest.pose,
-            np.array([[x - c, x + c]]) + np.linspace(0, 0.02, 2)[:, None],
-            np.array([[y - s, y + s]]) * np.ones((2, 1)),
-            0.014,
-            0.9,
-        )
+        across = np.array([[x - c, x + c]]) + np.linspace(0, 0.02, 2)[:, None]
+        draw(ink, chest.pose, across, np.array([[y - s, y + s]]) * np.ones((2, 1)), 0.014, 0.9)
     else:
         r = {"coin": 0.060, "button": 0.036, "bullet": 0.036}[spec.kind] * spec.extent
-        disc = ramp(
-            1 - _patch(chest, x, y, r, r * (0.55 if spec.kind == "bullet" else 1.0), spec.angle),
-            0.15 + 2.5 * chest.pixel,
-        )
+        height = r * (0.55 if spec.kind == "bullet" else 1.0)
+        disc = ramp(1 - _patch(chest, x, y, r, height, spec.angle), 0.15 + 2.5 * chest.pixel)
         if spec.kind == "button":
             disc = disc * (1 - 0.7 * ramp(1 - _patch(chest, x, y, 0.4 * r, 0.4 * r), 0.4))
         ink += (0.45 if spec.kind == "button" else 0.9) * disc
@@ -486,7 +463,7 @@ def place(
     rng: np.random.Generator,
     name: str,
     state: str,
-    taken: set,  # (side, zone) of lung findings already there; added to
+    taken: set,  # (side, zone) of the lung findings so far; added to
 ) -> Planted:
     """Draw side, zone, severity and the rest of one finding.
 
@@ -496,7 +473,7 @@ def place(
     name : str
     state : str
     taken : set
-        (side, zone) of lung findings already there; added to
+        (side, zone) of the lung findings so far; added to
     """
     u = rng.random(8).tolist()
     side = "right" if u[0] < 0.53 else "left"
@@ -563,12 +540,11 @@ def sample_findings(rng: np.random.Generator, state: str) -> list[Planted]:  # 0
     if state == "intensive care" and rng.random() < 0.5:
         chosen.insert(1, "Support Devices")
     taken: set = set()
-    found = [place(rng, name, state, taken) for name in chosen[:5]]
-    return [
-        f
-        for k, f in enumerate(found)
-        if (f.name, f.kind) not in [(g.name, g.kind) for g in found[:k]] or f.name != "Support Devices"
-    ]
+    kept = []
+    for finding in [place(rng, name, state, taken) for name in chosen[:5]]:
+        if finding.name != "Support Devices" or finding.kind not in [other.kind for other in kept]:
+            kept.append(finding)
+    return kept
 
 # %% ../../../nbs/data/phantom/02_findings.ipynb #16cd55bb
 def paint(chest: Chest, spec: Planted) -> np.ndarray:  # (H, W) bool

@@ -16,7 +16,7 @@ from .findings import FINDINGS, LUNG_FINDINGS, Planted
 # %% ../../../nbs/data/phantom/03_report.ipynb #70457028
 @dataclass(frozen=True)
 class Sentence:
-    """One sentence of FINDINGS or IMPRESSION and what it speaks of.
+    """One sentence of FINDINGS or IMPRESSION and the findings that it describes.
 
     Parameters
     ----------
@@ -500,7 +500,7 @@ _CHOICE = re.compile(r"\(([^()]*\|[^()]*)\)")
 
 def expand(rng: np.random.Generator, template: str) -> str:
     "Settle every `(a|b|c)` of a template."
-    return _CHOICE.sub(lambda found: _pick(rng, found[1].split("|")), template) if "(" in template else template
+    return _CHOICE.sub(lambda match: _pick(rng, match[1].split("|")), template) if "(" in template else template
 
 # %% ../../../nbs/data/phantom/03_report.ipynb #aa7bb340
 def _place_words(rng: np.random.Generator, spec: Planted, form: str) -> str:
@@ -567,13 +567,14 @@ def write(
         states = (*states, *((name, 1) for name in also.split(", ")))
     text = _SLOT.sub(lambda s: _slot_word(rng, specs[len(s[1])], s[2]), expand(rng, text))
     text = _ARTICLE.sub(r"\1n", " ".join(text.replace(" .", ".").split()))
-    words, out, at, now = [], "", 0, None
-    for found in [*_MARK.finditer(text), None]:
-        piece = text[at : found.start() if found else len(text)]
+    words, out = [], ""
+    at, now = 0, None  # behind the last bracket; which finding the words point at
+    for mark in [*_MARK.finditer(text), None]:
+        piece = text[at : mark.start() if mark else len(text)]
         words += [(len(out) + w.start(), len(out) + w.end(), now) for w in _WORD.finditer(piece) if w[0].strip("_")]
         out += piece
-        if found:
-            at, now = found.end(), indices["[<".index(found[0])] if found[0] in "[<" else None
+        if mark:
+            at, now = mark.end(), indices["[<".index(mark[0])] if mark[0] in "[<" else None
     return Sentence(out[0].upper() + out[1:], indices[0] if indices else None, words, section, states)
 
 # %% ../../../nbs/data/phantom/03_report.ipynb #6a204bae
@@ -599,7 +600,7 @@ def _mention(
     index: int,
     section: str,
 ) -> Sentence:
-    "A sentence which says that a finding is there, or may be."
+    "A sentence that asserts a finding, or hedges."
     spec = specs[index]
     if spec.name == "Support Devices":
         options = DEVICES[spec.kind]
@@ -612,11 +613,11 @@ def _mention_pair(
     rng: np.random.Generator,
     specs: list[Planted],
     certain: list[int],
-    told: list[int],  # findings that are to be mentioned
+    mentioned: list[int],  # findings that are to be mentioned
     section: str,
 ) -> tuple[Sentence, set[int]] | None:
     "A sentence about two findings which go together, and their indices; None if no two do."
-    at = {specs[i].name: i for i in told if certain[i] == 1}
+    at = {specs[i].name: i for i in mentioned if certain[i] == 1}
     for (first, second), options in _PAIRS.items():
         if first in at and second in at and rng.random() < 0.4:
             i, j = at[first], at[second]
@@ -639,7 +640,7 @@ def _negations(
     count: int,
     section: str,
 ) -> list[Sentence]:
-    "Up to `count` sentences that deny what is not there, no name twice."
+    "Up to `count` sentences that deny absent findings, no name twice."
     denied, out = set(), []
     weight = np.array([3, 1.5, 1.5, 1.5, 2, 4, 1.8, 0.8, 0.6, 0.3, 0.3, 0.1, 0.1, 0.5])
     for k in np.argsort(rng.random(len(_ABSENT)) ** (1 / weight))[::-1]:
@@ -671,16 +672,16 @@ def _findings_section(
     rng: np.random.Generator,
     specs: list[Planted],
     certain: list[int],
-    told: list[int],
-    doubt: tuple[str, str] | None,  # (name, sentence) about something that is not there
+    mentioned: list[int],
+    doubt: tuple[str, str] | None,  # (name, sentence) about an absent finding
     view: str,
     length: int,  # 0 terse, 1 plain, 2 verbose
 ) -> list[Sentence]:
     "The sentences of FINDINGS."
     section, names = "findings", {spec.name for spec in specs} | ({doubt[0]} if doubt else set())
-    pair = _mention_pair(rng, specs, certain, told, section)
+    pair = _mention_pair(rng, specs, certain, mentioned, section)
     body = [pair[0]] if pair else []
-    body += [_mention(rng, specs, certain, i, section) for i in told if not pair or i not in pair[1]]
+    body += [_mention(rng, specs, certain, i, section) for i in mentioned if not pair or i not in pair[1]]
     body += _negations(rng, names, (1, 3, 4)[length] + int(rng.random() < 0.5), section)
     if (
         not names.intersection(LUNG_FINDINGS)
@@ -706,13 +707,13 @@ def _impression_section(
     rng: np.random.Generator,
     specs: list[Planted],
     certain: list[int],
-    told: list[int],
+    mentioned: list[int],
     doubt: tuple[str, str] | None,
-    alone: bool,  # True: there is no FINDINGS section, so everything is said here
+    alone: bool,  # True: no FINDINGS section, so everything is said here
 ) -> list[Sentence]:
     "The sentences of IMPRESSION: what matters, worst first."
     section, names = "impression", {spec.name for spec in specs} | ({doubt[0]} if doubt else set())
-    chief = [i for i in told if alone or rng.random() < (0.35 if specs[i].name == "Support Devices" else 0.8)]
+    chief = [i for i in mentioned if alone or rng.random() < (0.35 if specs[i].name == "Support Devices" else 0.8)]
     chief.sort(key=lambda i: -specs[i].severity)
     pair = _mention_pair(rng, specs, certain, chief, section)
     body = [pair[0]] if pair else []
@@ -725,7 +726,7 @@ def _impression_section(
         body.insert(0, say(rng, _NORMAL[: 3 if specs else None], section))
     if not body or rng.random() < 0.12:
         body.append(say(rng, _PRIORS, section))
-    if told and rng.random() < 0.15:
+    if mentioned and rng.random() < 0.15:
         body.append(say(rng, _ADVICE, section))
     return _distinct(body)
 
@@ -815,16 +816,15 @@ def write_report(
 ) -> tuple[str, list[Sentence]]:
     "The report of a study, and its sentences in order with what they point at."
     certain = [-1 if rng.random() < _DOUBTFUL[spec.name] else 1 for spec in specs]
-    told = [i for i in range(len(specs)) if rng.random() < 0.93]
+    mentioned = [i for i in range(len(specs)) if rng.random() < 0.93]
     names = {spec.name for spec in specs}
-    doubts = [
-        d for d in _DOUBT if d[0] not in names and not (d[0] in LUNG_FINDINGS and names.intersection(LUNG_FINDINGS))
-    ]
+    taken = names.union(LUNG_FINDINGS) if names.intersection(LUNG_FINDINGS) else names
+    doubts = [doubt for doubt in _DOUBT if doubt[0] not in taken]
     doubt = doubts[int(rng.random() * len(doubts))] if doubts and rng.random() < 0.08 else None
     length, form = int(rng.integers(3)), rng.random()
-    sentences = [] if form < 0.16 else _findings_section(rng, specs, certain, told, doubt, view, length)
+    sentences = [] if form < 0.16 else _findings_section(rng, specs, certain, mentioned, doubt, view, length)
     if not sentences or form < 0.90:
-        sentences += _impression_section(rng, specs, certain, told, doubt, not sentences)
+        sentences += _impression_section(rng, specs, certain, mentioned, doubt, not sentences)
     several = sum(s.section == "impression" for s in sentences) > 1
     return layout(rng, sentences, view, female, several and rng.random() < 0.45), sentences
 

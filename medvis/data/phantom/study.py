@@ -147,7 +147,7 @@ _BLOCK = 10
 
 
 def patient_number(seed: int, index: int) -> int:  # the first study index of the patient
-    """Which patient a study belongs to: each ten neighbouring studies are shared out to patients of one to four studies.
+    """Which patient a study belongs to: each ten neighbouring studies are divided among patients of one to four.
 
     Returns
     -------
@@ -189,14 +189,13 @@ def stated_severities(
     dict[str, int | None]
         0 absent, 1 to 3, None not mentioned or without a degree
     """
-    told = {index for s in sentences for _, _, index in s.words if index is not None}
-    out: dict[str, int | None] = {name: 0 if state == 0 else None for name, state in labels.items()}
-    for index in told:
-        f = findings[index]
-        out[f.name] = max(out[f.name] or 0, f.severity)
-    return out
+    mentioned = {index for sentence in sentences for _, _, index in sentence.words if index is not None}
+    severities: dict[str, int | None] = {name: 0 if state == 0 else None for name, state in labels.items()}
+    for finding in (findings[index] for index in mentioned):
+        severities[finding.name] = max(severities[finding.name] or 0, finding.severity)
+    return severities
 
-# %% ../../../nbs/data/phantom/04_study.ipynb #bbff3477
+# %% ../../../nbs/data/phantom/04_study.ipynb #abdd31b5
 def _study_number(study_id: str) -> int:  # 12 of "phantom-0000012"
     "The index of a phantom's study. ValueError for another name."
     prefix, _, number = study_id.rpartition("-")
@@ -204,12 +203,12 @@ def _study_number(study_id: str) -> int:  # 12 of "phantom-0000012"
         raise ValueError(f"{study_id!r} is no study of a phantom; expected an id such as phantom-0000012")
     return int(number)
 
-# %% ../../../nbs/data/phantom/04_study.ipynb #abdd31b5
+
 class Phantom:
     """Endless synthetic studies: `Phantom(size, seed)[index]` depends on nothing but these three numbers.
 
-    Index from 0 to 2**60, without making the others. Raises ValueError for a size or a seed out of range,
-    IndexError for an index out of range.
+    Index from 0 to 2**60, without making the others. ValueError for a size or a seed out of range, IndexError for an
+    index out of range.
 
     Parameters
     ----------
@@ -254,7 +253,7 @@ class Phantom:
         return self[_study_number(study_id)]
 
     def lungs(self, study_id: str) -> np.ndarray:  # (size, size) bool
-        """Where there is air in the lungs of a study. ValueError for another name.
+        """The air of the lungs of a study. ValueError for another name.
 
         Returns
         -------
