@@ -23,6 +23,7 @@ from ..core.files import lock_folder, naming, write_json
 from ..core.randomness import seeded
 from ..data.pack import Pack
 from ..data.pairs import tokenise
+from ..data.preprocessing import Preprocessing
 from .text import TextEncoder, encode_sentences
 
 # %% ../../nbs/encoders/08_frozen.ipynb #f51375f5
@@ -40,7 +41,9 @@ def _written(partial: Path, widths: dict[str, int]) -> int:
 
 # %% ../../nbs/encoders/08_frozen.ipynb #788691a2
 def _append(file: Path, values: np.ndarray) -> None:
-    "Add rows in half precision, and see them on the disk. OSError names the file when that is full, ValueError when they do not fit."
+    """Append rows in half precision and flush them to the disk.
+
+    OSError names the file when the disk is full, ValueError when they do not fit half precision."""
     with np.errstate(over="ignore"):
         half = values.astype(np.float16)
     if not np.isfinite(half).all():
@@ -58,7 +61,9 @@ def fill_store(
     about: dict | None = None,  # JSON-like, kept with it
     progress: bool = False,
 ) -> None:
-    """Compute all rows of a store and keep them in half precision, or go on where it was killed; nothing if it is there. BlockingIOError if another process is at it.
+    """Compute all rows of a store in half precision, or go on where it was killed; does nothing for a complete store.
+
+    BlockingIOError if another process is writing it.
 
     Parameters
     ----------
@@ -86,13 +91,13 @@ def fill_store(
 # %% ../../nbs/encoders/08_frozen.ipynb #acc6b789
 def open_store(
     folder: Path,
-) -> tuple[dict[str, np.ndarray], dict]:  # name -> memory map (rows, ...) float16; what is told about it
+) -> tuple[dict[str, np.ndarray], dict]:  # name -> memory map (rows, ...) float16; and its description
     """A store that `fill_store` wrote. ValueError names a file of another size.
 
     Returns
     -------
     tuple[dict[str, np.ndarray], dict]
-        name -> memory map (rows, ...) float16; what is told about it
+        name -> memory map (rows, ...) float16; and its description
     """
     about = json.loads((folder / "about.json").read_text())
     arrays = {}
@@ -100,20 +105,21 @@ def open_store(
         file, shape = folder / f"{name}.f16", (about["rows"], *shape)
         if file.stat().st_size != 2 * math.prod(shape):
             raise ValueError(
-                f"{file} holds {file.stat().st_size} bytes, expected {2 * math.prod(shape)}: delete {folder}, it will be computed anew"
+                f"{file} holds {file.stat().st_size} bytes, expected {2 * math.prod(shape)}: "
+                f"delete {folder}, it will be computed anew"
             )
         arrays[name] = np.memmap(file, np.float16, "r", shape=shape)
     return arrays, about
 
 # %% ../../nbs/encoders/08_frozen.ipynb #fc5fb338
-def network_hash(network: nn.Module, *told: object) -> str:
-    "Hash of a network's architecture as printed, its plain settings, its parameters and buffers, and whatever else its features depend on."
+def network_hash(network: nn.Module, *settings: object) -> str:
+    "Hash of a network's architecture, plain settings, parameters and buffers, and of all else its features depend on."
     plain = {
         name: value
         for name, value in sorted(vars(network).items())
         if isinstance(value, int | float | str | tuple | None) and name[0] != "_"
     }
-    digest = hashlib.sha256(f"{type(network)} {network!r} {plain} {told}".encode())
+    digest = hashlib.sha256(f"{type(network)} {network!r} {plain} {settings}".encode())
     for name, value in sorted(network.state_dict().items()):
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
         digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
@@ -121,7 +127,7 @@ def network_hash(network: nn.Module, *told: object) -> str:
 
 # %% ../../nbs/encoders/08_frozen.ipynb #994b5c5a
 class FrozenImages:
-    "What a frozen image encoder sees of the images of a Pack: regions (views * n, N, D) and whole (views * n, D'), float16."
+    "Features of a Pack's images by a frozen encoder: regions (views * n, N, D) and whole (views * n, D'), float16."
 
     def __init__(self, folder: Path) -> None:
         arrays, about = open_store(folder)
@@ -144,7 +150,7 @@ class FrozenImages:
 # %% ../../nbs/encoders/08_frozen.ipynb #ac28daf0
 def read_view(
     pack: Pack,
-    preprocessing,  # of the encoder
+    preprocessing: Preprocessing,  # of the encoder
     image: int,
     view: int = 0,  # 0 = as in evaluation
     augment: str = "mgca",  # of the others
@@ -154,7 +160,7 @@ def read_view(
     Parameters
     ----------
     pack : Pack
-    preprocessing
+    preprocessing : Preprocessing
         of the encoder
     image : int
     view : int, default: 0
@@ -182,7 +188,7 @@ def cache_images(
     root: Path | None = None,  # None = <pack>.features, beside the Pack
     progress: bool = False,
 ) -> FrozenImages:
-    """The features of all images of a Pack, computed where they are not there yet. ValueError if the encoder is in training mode.
+    """The features of all images of a Pack, computed where missing. ValueError if the encoder is in training mode.
 
     Parameters
     ----------
@@ -201,11 +207,11 @@ def cache_images(
         raise ValueError(
             "the encoder is in training mode, and would see an image differently each time: call .eval() first"
         )
-    told = encoder.preprocessing, pack.manifest["hash"], views, augment if views > 1 else None
-    folder, count = Path(root or f"{pack.path}.features") / network_hash(encoder, *told), len(pack)
+    settings = encoder.preprocessing, pack.manifest["hash"], views, augment if views > 1 else None
+    folder, count = Path(root or f"{pack.path}.features") / network_hash(encoder, *settings), len(pack)
 
     @torch.no_grad()
-    def look(rows: np.ndarray):
+    def encode(rows: np.ndarray) -> tuple[dict[str, np.ndarray], tuple[int, int]]:
         padded = np.resize(rows, CHUNK)  # always as many: the last bit of a sum may depend on it
         images = torch.stack(
             [read_view(pack, encoder.preprocessing, row % count, row // count, augment) for row in padded.tolist()]
@@ -219,9 +225,9 @@ def cache_images(
         "pack": pack.manifest["hash"],
         "encoder": type(encoder).__name__,
         "views": views,
-        "grid": look(np.arange(1))[1],
+        "grid": encode(np.arange(1))[1],
     }
-    fill_store(folder, views * count, lambda rows: look(rows)[0], about, progress)
+    fill_store(folder, views * count, lambda rows: encode(rows)[0], about, progress)
     return FrozenImages(folder)
 
 # %% ../../nbs/encoders/08_frozen.ipynb #d10a8a6e
@@ -251,7 +257,9 @@ def cache_sentences(
     root: Path | None = None,  # None = <pack>.features, beside the Pack
     progress: bool = False,
 ) -> FrozenSentences:
-    """The vectors of all different sentences of a Pack that have words, computed where they are not there yet. ValueError if there are none, or the encoder is in training mode.
+    """The vectors of all different sentences of a Pack that have words, computed where missing.
+
+    ValueError if there are none, or if the encoder is in training mode.
 
     Parameters
     ----------
@@ -283,8 +291,8 @@ def cache_sentences(
         return {"vectors": np.stack(vectors)}
 
     vocabulary = encoder.tokenizer.backend_tokenizer.to_str()
-    told = hashlib.sha256(vocabulary.encode()).hexdigest(), pack.manifest["hash"]
-    folder = Path(root or f"{pack.path}.features") / network_hash(encoder, *told)
+    settings = hashlib.sha256(vocabulary.encode()).hexdigest(), pack.manifest["hash"]
+    folder = Path(root or f"{pack.path}.features") / network_hash(encoder, *settings)
     fill_store(
         folder, len(reports), read, {"pack": pack.manifest["hash"], "encoder": type(encoder.body).__name__}, progress
     )

@@ -119,21 +119,21 @@ class ProjectionHead(nn.Module):
 
 # %% ../../nbs/encoders/05_heads.ipynb #a891fa79
 class AttentionPool(nn.Module):
-    """One vector from many: multi-head attention that their mean asks, computed in single precision at least (LoVT 2.1).
+    """One vector from many: multi-head attention with their mean as query, at least in single precision (LoVT 2.1).
 
     Parameters
     ----------
     dim : int
     heads : int, default: 8
     query_mean : str, default: 'masked'
-        mean over the valid positions, or "padded": their sum over the padded length (released)
+        mean over valid positions; "padded": their sum over the padded length (released)
     """
 
     def __init__(
         self,
         dim: int,
         heads: int = 8,
-        query_mean: str = "masked",  # mean over the valid positions, or "padded": their sum over the padded length (released)
+        query_mean: str = "masked",  # mean over valid positions; "padded": their sum over the padded length (released)
     ) -> None:
         super().__init__()
         if query_mean not in ("masked", "padded"):

@@ -212,7 +212,7 @@ def cls_attention(
 
 # %% ../../nbs/encoders/03_image.ipynb #c067d8ca
 class ViTEncoder(nn.Module):
-    "A timm VisionTransformer that returns its patch tokens as regions, CLS as the whole, and the CLS attention as weights."
+    "A timm VisionTransformer: patch tokens are the regions, CLS the whole, and the attention of CLS the weights."
 
     def __init__(self, body: nn.Module, preprocessing: Preprocessing) -> None:
         super().__init__()
@@ -330,7 +330,7 @@ def register_encoder(
 
 # %% ../../nbs/encoders/03_image.ipynb #fa18b532
 def _pretrained_state(name: str, weights: str) -> dict[str, Tensor]:
-    "The published ImageNet weights of an encoder: its own, from where it knows; else needs the network or a filled cache."
+    "The published ImageNet weights of an encoder: its own source, or else the network or a filled cache."
     own = getattr(IMAGE_ENCODERS.find(name), "published", {})
     if weights in own:
         return own[weights]()
@@ -342,14 +342,15 @@ def _pretrained_state(name: str, weights: str) -> dict[str, Tensor]:
             return timm.create_model("deit_base_patch16_224.fb_in1k", pretrained=True, num_classes=0).state_dict()
     except Exception as error:
         raise OSError(
-            f"the {weights!r} weights of {name!r} could not be downloaded ({type(error).__name__}). Pass image_weights= the "
+            f"the {weights!r} weights of {name!r} could not be downloaded ({type(error).__name__}). "
+            f"Pass image_weights= the "
             f"path of a state-dict file (.safetensors, .pt, .pth) or folder that you have, or None for random weights."
         ) from error
     raise ValueError(f"there are no {weights!r} weights for {name!r}; pass a path, or None for random weights")
 
 # %% ../../nbs/encoders/03_image.ipynb #7f256050
 def load_weights(body: nn.Module, state: dict[str, Tensor], origin: str = "the state dict") -> None:
-    """Load a backbone's state dict, classifier left out, from under the one prefix that holds it all (`module.`, `image_model.`).
+    """Load a backbone's state dict without classifier, from under the one prefix of it all (`module.`, `image_model.`).
 
     ValueError names what is missing, of another shape, or no number."""
     wanted = {key: value for key, value in body.state_dict().items() if not key.startswith(("fc.", "head."))}

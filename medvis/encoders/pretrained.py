@@ -15,7 +15,9 @@ from pathlib import Path
 import torch
 import transformers
 from torch import Tensor, nn
+from transformers import PretrainedConfig
 from transformers.image_processing_base import ImageProcessingMixin
+from transformers.utils import ModelOutput
 
 from ..data.preprocessing import Preprocessing
 from .features import ImageFeatures
@@ -70,7 +72,7 @@ def read_preprocessing(
 def token_grid(
     count: int,  # of tokens
     side: int,  # of the image, in pixels
-    config,  # patch_size; for hierarchical models depths; num_register_tokens
+    config: PretrainedConfig,  # patch_size; for hierarchical models depths; num_register_tokens
 ) -> tuple[int, int]:  # how many tokens at the front are no regions, and the side of the grid
     """Tell regions from other tokens. ValueError if the tokens are not a square grid with a few others before it.
 
@@ -80,7 +82,7 @@ def token_grid(
         of tokens
     side : int
         of the image, in pixels
-    config
+    config : PretrainedConfig
         patch_size; for hierarchical models depths; num_register_tokens
 
     Returns
@@ -154,7 +156,7 @@ class PretrainedEncoder(nn.Module):
         """
         return self._features(self.body(pixel_values=image, **self._options), image.shape[-1])
 
-    def _features(self, out, side: int) -> ImageFeatures:
+    def _features(self, out: ModelOutput, side: int) -> ImageFeatures:
         hidden, pooled, first = out.last_hidden_state, out.get("pooler_output"), 0
         if hidden.ndim == 4:
             grid, hidden = tuple(hidden.shape[2:]), hidden.flatten(2).mT
@@ -201,7 +203,8 @@ def _fetch(name: str) -> tuple[nn.Module, dict, dict]:
         if Path(name).is_dir() and [*Path(name).glob("*.safetensors"), *Path(name).glob("*.bin")]:
             read_state(name)  # names the file, if it is the weights that cannot be read
         raise OSError(
-            f"the vision model {name!r} could not be loaded ({type(error).__name__}): no such folder, no weights in it, "
+            f"the vision model {name!r} could not be loaded ({type(error).__name__}): no such folder, "
+            f"no weights in it, "
             "or no network. Pass the path of a folder with config.json and model.safetensors, of a run, or of a "
             "state-dict file (.safetensors, .pt, .pth), or 'random'."
         ) from error
@@ -259,7 +262,7 @@ def is_pretrained(name_or_path: str | Path) -> bool:
 
 # %% ../../nbs/encoders/06_pretrained.ipynb #e4b76bac
 def architecture_of(state: dict[str, Tensor], origin: str = "the state dict") -> str:  # a key of IMAGE_ENCODERS
-    """Which of our architectures a backbone's state dict fits; one that somebody registered is not tried. ValueError if none.
+    """Which architecture of medvis fits a state dict; registered ones are not tried. ValueError if none fits.
 
     Returns
     -------

@@ -26,7 +26,7 @@ LAYERS = {
 
 
 class EfficientNetEncoder(nn.Module):
-    """A timm EfficientNet that returns some of its maps, laid on the finest of them, as regions, and what its classifier sees as the whole image.
+    """A timm EfficientNet: some of its maps, resized to the finest, are the regions; the classifier's input the whole.
 
     Parameters
     ----------

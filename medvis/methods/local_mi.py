@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from ..core.choices import check_choice
 from ..data.pairs import Batch
@@ -45,14 +46,14 @@ class MutualInformation(Method):
     shared_space = False
     learned: tuple[str, ...] = ()  # grains, as in `Correspondence`
 
-    def __init__(self, config: MutualInformationConfig, tokenizer=None) -> None:
+    def __init__(self, config: MutualInformationConfig, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
         check_choice("bound", config.bound, BOUNDS)
         super().__init__(config, tokenizer, words="mean", whole=config.text_feature)
         self.discriminator = Discriminator(self.image_dim, self.text_encoder.dim, config.hidden)
 
     @property
     def image_dim(self) -> int:
-        "Width of what the discriminator sees of an image."
+        "Width of the discriminator's image input."
         raise NotImplementedError
 
     def pair_scores(self, image: ImageFeatures, text: Tensor, valid: Tensor | None) -> Tensor:  # (B, B)
@@ -66,7 +67,7 @@ class MutualInformation(Method):
         raise NotImplementedError
 
     def region_inputs(self, image: ImageFeatures) -> Tensor:  # (B, N, Di)
-        """What the discriminator is shown of each region.
+        """The input of the discriminator for each region.
 
         Returns
         -------
@@ -86,14 +87,10 @@ class MutualInformation(Method):
         "The discriminator's scores of every region with every sentence and every word, each encoded on its own."
         image, text = self.image_encoder(batch.image), self.read_sentences(batch)
         words = self.read_sentences(replace(batch, sentence_index=batch.word_index)).sentences
+        regions, chunk = self.region_inputs(image), self.config.chunk
         scores = [
-            torch.stack(
-                [
-                    self.discriminator.scores(*one, self.config.chunk)
-                    for one in zip(self.region_inputs(image), of, strict=True)
-                ]
-            )
-            for of in (words, text.sentences)
+            torch.stack([self.discriminator.scores(*pair, chunk) for pair in zip(regions, texts, strict=True)])
+            for texts in (words, text.sentences)
         ]
         return Correspondence(*scores, text.word_mask, text.sentence_mask, image.grid, learned=self.learned)
 
@@ -132,11 +129,11 @@ class GlobalMI(MutualInformation):
         return self.discriminator.scores(image, text, self.config.chunk)
 
     def region_inputs(self, image: ImageFeatures) -> Tensor:
-        "An image that looks like the region everywhere. NoCorrespondence when the whole is not pooled from the regions."
+        "Images that look like one region everywhere. NoCorrespondence if the whole is not pooled from the regions."
         region, whole = self.image_encoder.region_dim, self.image_encoder.whole_dim
         if whole not in (region, 4 * region):
             raise NoCorrespondence(
-                f"global-mi judges whole images, {whole} wide; regions {region} wide are not what they are pooled from: "
+                f"global-mi judges whole images, {whole} wide, which are not pooled from regions {region} wide: "
                 f"take them from the last layer (layer or local_grid of {self.config.image})"
             )
         return image.regions.repeat_interleave(whole // region, -1)
@@ -149,7 +146,7 @@ class LocalMI(MutualInformation):
     presets = LOCAL_MI_PRESETS
     learned = ("sentences",)
 
-    def __init__(self, config: LocalMIConfig, tokenizer=None) -> None:
+    def __init__(self, config: LocalMIConfig, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
         check_choice("rule to select regions", config.region_select, ("score", "bound"))
         check_choice("rule for the regions of negatives", config.negatives_regions, ("selected", "max"))
         super().__init__(config, tokenizer)
@@ -176,7 +173,7 @@ class LocalMI(MutualInformation):
         return self.image_encoder(image).regions
 
     def pair_vectors(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        "The mean region and the text, as the discriminator is shown them."
+        "The mean region and the text, as the discriminator gets them."
         return self.embed_image(batch.image).mean(1), self.embed_text(batch)
 
     def similarity(self, image: Tensor, text: Tensor) -> Tensor:

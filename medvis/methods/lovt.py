@@ -7,6 +7,7 @@ __all__ = ['LoVT']
 
 # %% ../../nbs/methods/05_lovt.ipynb #efa3091b
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from ..core.choices import check_choice
 from ..data.pairs import Batch
@@ -30,7 +31,7 @@ def _global_vectors(
 
 # %% ../../nbs/methods/05_lovt.ipynb #fedd14a2
 def _local_vectors(method: "LoVT", image: ImageFeatures, text: TextFeatures) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    "Projected regions (B, N, d) and what each gathered from the report; sentences (B, M, d) and what each gathered from the image."
+    "Projected regions (B, N, d), what they gathered from the report; sentences (B, M, d), and from the image."
     regions = method.local_image(image.regions)
     sentences = method.local_text(text.sentences, None if method.config.padded else text.sentence_mask)
     to_region, to_sentence, *_ = method.attention(regions, sentences, text.sentence_mask)
@@ -52,9 +53,8 @@ def _local_losses(
         p = positiveness(image.grid, c.beta, c.threshold, c.smooth, regions.device)
         weights = regions.new_ones(regions.shape[:2]) if region_weights is None else region_weights
         weights = weights * mask.any(-1, keepdim=True)
-        parts["local_image"] = c.local_image_weight * local_image_loss(
-            regions, to_region, p, c.local_temperature, weights
-        )
+        loss = local_image_loss(regions, to_region, p, c.local_temperature, weights)
+        parts["local_image"] = c.local_image_weight * loss
     if c.local_report_weight:
         loss = local_report_loss(sentences, to_sentence, mask, c.local_temperature, sentence_weights)
         parts["local_report"] = c.local_report_weight * loss
@@ -62,7 +62,7 @@ def _local_losses(
 
 # %% ../../nbs/methods/05_lovt.ipynb #b4a9dc81
 def _global_correspondence(method: "LoVT", image: ImageFeatures, text: TextFeatures) -> Correspondence:
-    "Cosines of what each region, word and sentence would be pooled and projected to if it stood alone."
+    "Cosines of what each region, word and sentence would be pooled and projected to if it were alone."
     regions, words, sentences = image.regions, text.words, text.sentences
     if method.image_pool is not None:
         regions = method.image_pool.pool_each(regions)
@@ -78,19 +78,17 @@ def _global_head(method: "LoVT", side: str) -> ProjectionHead:
 
 # %% ../../nbs/methods/05_lovt.ipynb #617a8e9e
 class LoVT(Method):
-    "Localized representation learning from Vision and Text (ECCV 2022): losses `global`, `local_image`, `local_report`."
+    "Localized representation learning from Vision and Text (ECCV 2022): `global`, `local_image`, `local_report`."
 
     Config = LoVTConfig
     presets = PRESETS
 
-    def __init__(self, config: LoVTConfig, tokenizer=None) -> None:
+    def __init__(self, config: LoVTConfig, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
         super().__init__(config, tokenizer, words="max", sentences="max", whole="max")
         c, image, text = config, self.image_encoder, self.text_encoder
         check_choice("pooling of LoVT", c.pool, ("attention", "avg-max"))
-        attends, self.local = (
-            c.pool == "attention" and c.global_weight > 0,
-            c.local_image_weight > 0 or c.local_report_weight > 0,
-        )
+        attends = c.pool == "attention" and c.global_weight > 0
+        self.local = c.local_image_weight > 0 or c.local_report_weight > 0
         if c.local_weights and self.local and not attends:
             raise ValueError(
                 "local_weights come from attention pooling, which the global loss trains: "
@@ -100,19 +98,14 @@ class LoVT(Method):
         size = dict(hidden=c.hidden, out_dim=c.dim, norm="hidden", init="kaiming")
         self.image_pool = self.text_pool = None
         if attends:
-            mean = "padded" if c.padded else "masked"
-            self.image_pool, self.text_pool = (
-                AttentionPool(image.region_dim, c.heads),
-                AttentionPool(text.dim, c.heads, mean),
-            )
+            self.image_pool = AttentionPool(image.region_dim, c.heads)
+            self.text_pool = AttentionPool(text.dim, c.heads, "padded" if c.padded else "masked")
         if c.global_weight:
             self.global_image = ProjectionHead(image.region_dim if attends else image.whole_dim, **size)
             self.global_text = ProjectionHead(text.dim, **size)
         if self.local:
-            self.local_image, self.local_text = (
-                ProjectionHead(image.region_dim, **size),
-                ProjectionHead(text.dim, **size),
-            )
+            self.local_image = ProjectionHead(image.region_dim, **size)
+            self.local_text = ProjectionHead(text.dim, **size)
             self.attention = CrossModalAttention(c.dim, c.padded)
 
     def forward(self, batch: Batch) -> Losses:
@@ -120,16 +113,14 @@ class LoVT(Method):
         c, (image, text), parts = self.config, self.encode(batch), {}
         v, t, *weights = _global_vectors(self, image, text)
         if c.global_weight:
-            v, t = self.global_image(v), self.global_text(t)
-            parts["global"] = c.global_weight * clip_loss(
-                v, t, c.temperature, c.direction_weight, negatives(batch, c.negatives)
-            )
+            v, t, valid = self.global_image(v), self.global_text(t), negatives(batch, c.negatives)
+            parts["global"] = c.global_weight * clip_loss(v, t, c.temperature, c.direction_weight, valid)
         if self.local:
             parts |= _local_losses(self, image, text, *(weights if c.local_weights else (None, None)))
         return add_up(**parts)
 
     def correspondence(self, batch: Batch) -> Correspondence:
-        "Scores of words and sentences against regions: the alignment model's own, or cosines of wholes without local losses."
+        "Scores of words and sentences against regions: the alignment model's, or global cosines without local losses."
         image, text = self.encode(batch)
         if not self.local:
             return _global_correspondence(self, image, text)
@@ -171,7 +162,5 @@ class LoVT(Method):
         Tensor
             (B, d); ValueError without the global loss
         """
-        text = self.read(batch)
-        return _global_head(self, "text")(
-            text.whole if self.text_pool is None else self.text_pool(text.sentences, text.sentence_mask)[0]
-        )
+        head, text = _global_head(self, "text"), self.read(batch)
+        return head(text.whole if self.text_pool is None else self.text_pool(text.sentences, text.sentence_mask)[0])

@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..core.choices import check_choice
 from ..data.pairs import Batch, Sampling
+from ..data.preprocessing import Preprocessing
 from ..data.phantom import Phantom
 from ..encoders.features import ImageFeatures, TextFeatures
 from ..encoders.image import image_encoder
@@ -48,7 +49,7 @@ def add_up(
 # %% ../../nbs/methods/02_method.ipynb #24a38365
 @dataclass
 class Correspondence:
-    """How well each region fits each word and each sentence of its own report; padding is masked, regions are row-major.
+    """How well each region fits each word and sentence of its own report; padding is masked, regions are row-major.
 
     Parameters
     ----------
@@ -83,7 +84,7 @@ class Correspondence:
 
 # %% ../../nbs/methods/02_method.ipynb #96132b62
 class NoCorrespondence(NotImplementedError, ValueError):
-    "A method that, as it is configured, has no scores of regions with words and sentences. Diagnostics and pages leave them out."
+    "This method, as it is configured, has no scores of regions with words and sentences: nothing is drawn of them."
 
 # %% ../../nbs/methods/02_method.ipynb #625bae1f
 def cosine_correspondence(
@@ -126,7 +127,7 @@ def cosine_correspondence(
 # %% ../../nbs/methods/02_method.ipynb #b84b08f1
 @dataclass
 class Aligned:
-    """Unit vectors of regions and texts in the space where they are compared, and of what each gathered from the other side.
+    """Unit vectors of regions and texts where they are compared, and of what each gathered from the other side.
 
     Parameters
     ----------
@@ -153,7 +154,7 @@ class Aligned:
     grid: tuple[int, int]
     grain: str = "sentence"  # of the texts: sentence or word
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self.regions, self.from_text, self.texts, self.from_image = map(
             l2_normalize, (self.regions, self.from_text, self.texts, self.from_image)
         )
@@ -183,11 +184,9 @@ def cross_attend(
     """
     regions, texts = l2_normalize(regions), l2_normalize(texts)
     everywhere = mask.new_ones(regions.shape[:2])
-    from_text, from_image = (
-        gather_context(regions, texts, mask, temperature),
-        gather_context(texts, regions, everywhere, temperature),
-    )
-    return Aligned(regions, from_text[0], texts, from_image[0], mask, grid, grain)
+    from_text, _ = gather_context(regions, texts, mask, temperature)
+    from_image, _ = gather_context(texts, regions, everywhere, temperature)
+    return Aligned(regions, from_text, texts, from_image, mask, grid, grain)
 
 # %% ../../nbs/methods/02_method.ipynb #dfd9a3f9
 def phantom_tokenizer(reports: int = 300) -> PreTrainedTokenizerBase:
@@ -207,26 +206,21 @@ NEGATIVES = ("all", "other-study", "other-patient")
 
 
 class Method(nn.Module):
-    "Base of all methods: encoders from a configuration, presets, and the calls `forward`, `correspondence`, `similarity`."
+    "Base of all methods: encoders from a configuration, presets, `forward`, `correspondence` and `similarity`."
 
     Config = MethodConfig
-    presets: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {}  # name -> (configuration, training recipe)
+    presets: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {}  # name -> (configuration, training settings)
     least_batch = 2  # samples of one batch, so that there is something to contrast with
     shared_space = True  # whether the vectors of `pair_vectors` live in one space, so that their distance has a meaning
     provenance: Any = None  # the run and data that the weights come from, noted by `fit` and `load_method`
-    vocabulary_of: str | None = (
-        None  # hash of the Pack that `create_method` took the words from; None = they were given
-    )
+    vocabulary_of: str | None = None  # hash of the Pack that gave `create_method` the words; None = they were given
 
     def __init__(self, config: MethodConfig, tokenizer: PreTrainedTokenizerBase | None = None, **pooling) -> None:
         super().__init__()
         check_choice("rule for negatives", config.negatives, NEGATIVES)
-        self.config, self.training_settings, self.preset, self.prototypes = (
-            config,
-            {},
-            None,
-            None,
-        )  # prototypes (K, D): in the space of `pair_vectors`
+        self.config, self.preset = config, None
+        self.training_settings: dict[str, Any] = {}
+        self.prototypes = None  # (K, D) in the space of `pair_vectors`
         self.image_encoder = image_encoder(config.image, config.image_weights, **config.image_options)
         self.text_encoder = text_encoder(
             config.text, tokenizer, config.text_layers, config.freeze_text, config.text_weights, **pooling
@@ -238,9 +232,9 @@ class Method(nn.Module):
         check_choice(f"preset of {cls.__name__}", preset, cls.presets)
         for name in changes:
             check_choice(f"setting of {cls.__name__}", name, cls.Config.__dataclass_fields__)
-        config, recipe = cls.presets[preset]
+        config, training = cls.presets[preset]
         method = cls(cls.Config(**{**config, **changes}), tokenizer)
-        method.training_settings, method.preset = dict(recipe), preset
+        method.training_settings, method.preset = dict(training), preset
         return method
 
     @property
@@ -248,23 +242,18 @@ class Method(nn.Module):
         return self.text_encoder.tokenizer
 
     @property
-    def preprocessing(self):
+    def preprocessing(self) -> Preprocessing:
         return self.image_encoder.preprocessing
 
     @property
     def sampling(self) -> Sampling:
-        "What of a study this method sees, by its recipe."
-        return Sampling(
-            **{
-                key: self.training_settings[key]
-                for key in Sampling.__dataclass_fields__
-                if key in self.training_settings
-            }
-        )
+        "How training samples are drawn from a study, by the training settings."
+        settings = self.training_settings
+        return Sampling(**{name: settings[name] for name in Sampling.__dataclass_fields__ if name in settings})
 
     @property
     def text_unit(self) -> str:
-        "What one text is to this method: a whole report, or a sentence when it is trained on one at a time."
+        "What one text is to this method: a whole report, or a sentence if it is trained on single sentences."
         return "sentence" if self.sampling.sentences == "one" else "report"
 
     def read(self, batch: Batch) -> TextFeatures:
@@ -311,21 +300,21 @@ class Method(nn.Module):
         "Regions and texts in the space where they are compared; None for a method without one."
         return None
 
-    def embed_image(self, image: Tensor) -> Any:  # (B, C, H, W) -> what `similarity` wants of B images
+    def embed_image(self, image: Tensor) -> Any:  # (B, C, H, W) -> B images in the form that `similarity` expects
         """Returns
         -------
         Any
-            (B, C, H, W) -> what `similarity` wants of B images
+            (B, C, H, W) -> B images in the form that `similarity` expects
         """
         raise NotImplementedError(f"{type(self).__name__} does not embed images")
 
     def embed_text(
         self, batch: Batch
-    ) -> Any:  # what `similarity` wants of B texts; the batch's images are not looked at
+    ) -> Any:  # B texts in the form that `similarity` expects; the batch's images are not used
         """Returns
         -------
         Any
-            what `similarity` wants of B texts; the batch's images are not looked at
+            B texts in the form that `similarity` expects; the batch's images are not used
         """
         raise NotImplementedError(f"{type(self).__name__} does not embed texts")
 
@@ -340,7 +329,7 @@ class Method(nn.Module):
         return l2_normalize(image) @ l2_normalize(text).mT
 
     def pair_vectors(self, batch: Batch) -> tuple[Tensor, Tensor] | None:  # (B, D), (B, D')
-        """One vector an image and one a text, as they are compared: their embeddings. None where these are no vectors.
+        """One vector per image and per text, as they are compared: their embeddings. None where these are not vectors.
 
         Returns
         -------

@@ -8,6 +8,7 @@ __all__ = ['MGCA']
 # %% ../../nbs/methods/04_mgca.ipynb #17ec5851
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from ..data.pairs import Batch
 from ..encoders.features import ImageFeatures, TextFeatures, pool_tokens
@@ -43,7 +44,7 @@ def _token_loss(method: "MGCA", image: ImageFeatures, text: TextFeatures) -> Ten
 
 # %% ../../nbs/methods/04_mgca.ipynb #b5f6129b
 def _token_heads(method: "MGCA") -> tuple[ProjectionHead, ProjectionHead] | None:
-    "The heads of regions and words: their own, or without CTA those of the wholes; None when these do not fit."
+    "The heads of regions and words: their own, or the global ones without CTA; None when these do not fit."
     if method.local_image is not None:
         return method.local_image, method.local_text
     fits = method.image_encoder.region_dim == method.image_encoder.whole_dim
@@ -51,7 +52,7 @@ def _token_heads(method: "MGCA") -> tuple[ProjectionHead, ProjectionHead] | None
 
 # %% ../../nbs/methods/04_mgca.ipynb #807e0260
 def _token_temperature(method: "MGCA") -> float:
-    "Of the scores of words and regions: that of CTA, or without it of ITA; 1 where a learned attention makes logits of them."
+    "Temperature of word-region scores: that of CTA, or of ITA without CTA; 1 where a learned attention gives logits."
     c = method.config
     if method.word_attention is not None:
         return 1.0
@@ -62,13 +63,12 @@ def _attentions(config: MGCAConfig) -> tuple[nn.Module | None, nn.Module | None]
     "The learned attention of words over regions, and of regions over words; None without it."
     if not (config.weight_token and config.learned_attention):
         return None, None
-    return nn.MultiheadAttention(config.dim, 1, batch_first=True), nn.MultiheadAttention(
-        config.dim, 1, batch_first=True
-    )
+    words, regions = (nn.MultiheadAttention(config.dim, 1, batch_first=True) for _ in range(2))
+    return words, regions
 
 # %% ../../nbs/methods/04_mgca.ipynb #3e4a56b0
 def _prototype_scores(method: "MGCA", image: ImageFeatures) -> Tensor | None:  # (B, N, K)
-    "Cosine of every region, seen as an image of its own, with every prototype; None without prototypes or where widths differ."
+    "Cosine of every region, taken as an image, with every prototype; None without prototypes or where widths differ."
     if method.prototypes is None or method.image_encoder.region_dim != method.image_encoder.whole_dim:
         return None
     return l2_normalize(method.global_image(image.regions)) @ l2_normalize(method.prototypes).T
@@ -80,7 +80,7 @@ class MGCA(Method):
     Config = MGCAConfig
     presets = PRESETS
 
-    def __init__(self, config: MGCAConfig, tokenizer=None) -> None:
+    def __init__(self, config: MGCAConfig, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
         read = dict(whole=config.whole_text, word_weights=config.weight_token > 0, released_words=config.released_words)
         super().__init__(config, tokenizer, sentences="mean", **read)
         image, text, size = self.image_encoder, self.text_encoder, (config.hidden, config.dim)
@@ -117,30 +117,21 @@ class MGCA(Method):
         return add_up(**parts)
 
     def correspondence(self, batch: Batch) -> Correspondence:
-        "Scores of words and sentences against regions: cosines, or the learned attention's logits. By the global heads without CTA."
+        "Scores of words and sentences against regions: cosines, or logits of a learned attention; global without CTA."
         if (heads := _token_heads(self)) is None:
             raise NoCorrespondence(
                 "without CTA only the pooled layer can be shown: build the method with layer='layer4'"
             )
         (image, text), (see, read) = self.encode(batch), heads
-        words, word_mask = pool_tokens(
-            text.tokens, batch.word_index
-        )  # of the report; the released [SEP] is none of them
+        words, word_mask = pool_tokens(text.tokens, batch.word_index)  # of the report, without the released [SEP]
         regions = l2_normalize(see(image.regions))
         scores = [
             matching_scores(l2_normalize(read(x, mask)), regions, self.word_attention).mT
             for x, mask in ((words, word_mask), (text.sentences, text.sentence_mask))
         ]
+        masks, prototypes = (word_mask, text.sentence_mask), _prototype_scores(self, image)
         learned = ("words",) if self.config.weight_token else ()
-        return Correspondence(
-            *scores,
-            word_mask,
-            text.sentence_mask,
-            image.grid,
-            _prototype_scores(self, image),
-            _token_temperature(self),
-            learned,
-        )
+        return Correspondence(*scores, *masks, image.grid, prototypes, _token_temperature(self), learned)
 
     def align(self, batch: Batch) -> Aligned | None:
         "Regions and words, which gather each other as in CTA; None where no head fits the regions."

@@ -7,8 +7,10 @@ __all__ = ['MixtureMI']
 
 # %% ../../nbs/methods/09_mixture_mi.ipynb #aa89e294
 import math
+
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from ..data.pairs import Batch
 from medvis.methods.method import (
@@ -43,7 +45,7 @@ class MixtureMI(Method):
     Config = MixtureMIConfig
     presets = MIXTURE_MI_PRESETS
 
-    def __init__(self, config: MixtureMIConfig, tokenizer=None) -> None:
+    def __init__(self, config: MixtureMIConfig, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
         super().__init__(config, tokenizer, words="mean", whole="mean")
         self.critic = CosineCritic(
             self.image_encoder.region_dim, self.text_encoder.dim, config.hidden, config.dim, config.temperature

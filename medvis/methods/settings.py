@@ -44,7 +44,7 @@ class MethodConfig:
 
     @property
     def image_options(self) -> dict[str, Any]:
-        "What the image encoder is given beside its name and weights: those of these settings that are not None."
+        "The options of the image encoder: those of these settings that are not None."
         options = {"layer": self.layer, "upsample": self.upsample}
         return {name: value for name, value in options.items() if value is not None}
 
@@ -177,7 +177,7 @@ class MGCAConfig(MethodConfig):
     released_words: int | None = None
     "Words and their weights with the released slips, reports padded to this many tokens (112); None = without slips."
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_choice("way to add directions", self.directions, ("mean", "sum"))
 
 # %% ../../nbs/methods/01_settings.ipynb #960ad157
@@ -345,13 +345,13 @@ class MutualInformationConfig(MethodConfig):
     image_weights: str | None = None
     "Initial weights: a state-dict file or folder (a released checkpoint too), or None for random."
     text_feature: Literal["pooler", "cls", "mean"] = "pooler"
-    "Text vector: pooler (with its dropout), cls, or mean over tokens, which a text encoder without pre-training learns faster."
+    "Text vector: pooler (with its dropout), cls, or mean over tokens (learned faster without pre-training)."
     hidden: tuple[int, int] = (1024, 512)
     "Hidden widths of the discriminator."
     dim: None = None
     "There is no shared space."
     bound: Literal["cpc", "mine", "cpc-released"] = "cpc"
-    "Bound on the mutual information: cpc (at most log of the batch size), mine, or cpc-released (mine less a constant)."
+    "Bound on the mutual information: cpc (at most log of the batch size), mine, cpc-released (mine minus a constant)."
     negatives: Literal["all", "other-study", "other-patient"] = "other-study"
     "Which mismatched pairs are contrasted: all, other-study, other-patient."
     chunk: int = 65_536
@@ -595,9 +595,8 @@ MIXTURE_MI_PRESETS = {
 }
 
 # %% ../../nbs/methods/01_settings.ipynb #685f7276
-SETTINGS: dict[
-    str, tuple[type[MethodConfig], dict[str, tuple[dict, dict]]]
-] = {  # method -> dataclass, presets: what is built, how it is trained
+# method -> dataclass, presets: what is built, how it is trained
+SETTINGS: dict[str, tuple[type[MethodConfig], dict[str, tuple[dict, dict]]]] = {
     "convirt": (ConVIRTConfig, CONVIRT_PRESETS),
     "clip": (CLIPConfig, CLIP_PRESETS),
     "gloria": (GLoRIAConfig, GLORIA_PRESETS),

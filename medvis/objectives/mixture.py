@@ -81,7 +81,7 @@ def mixture_scores(
     sentence: Tensor,  # (C, Dt)
     chunk: int | None = None,  # most pairs judged at a time
 ) -> Tensor:  # (B, C) F; between the highest region score less log N and the highest region score
-    """Scores of all images with all sentences, the region that a sentence means being hidden (log of a mean of exponentials).
+    """Scores of all images with all sentences, with the region of a sentence hidden (log of a mean of exponentials).
 
     Parameters
     ----------

@@ -16,7 +16,7 @@ from .contrastive import at_least_float32
 
 # %% ../../nbs/objectives/04_mutual_information.ipynb #e727e590
 class Discriminator(nn.Module):
-    "How well an image feature and a text feature fit: a perceptron on the two side by side, in single precision at least."
+    "How well an image and a text feature fit: a perceptron on both, concatenated, at least in single precision."
 
     def __init__(self, image_dim: int, text_dim: int, hidden: tuple[int, ...] = (1024, 512)) -> None:
         super().__init__()

@@ -65,7 +65,7 @@ class CrossModalAttention(nn.Module):
         sentences: Tensor,  # (B, M, d) projected sentences
         sentence_mask: Tensor,  # (B, M) True = valid
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """What every region gathered (B, N, d) and every sentence gathered (B, M, d), and where: (B, N, M) and (B, M, N).
+        """What every region (B, N, d) and every sentence (B, M, d) gathered, and where: (B, N, M) and (B, M, N).
 
         The maps are zero at padded sentences. Regions of a report without sentences gather nothing.
 
@@ -232,7 +232,7 @@ def local_image_loss(
     weights: Tensor
     | None = None,  # (B, N) of the regions, need not sum to 1; None = even. No gradient flows into them.
 ) -> Tensor:  # scalar
-    """Recognise each region, or a neighbour of it, by what it gathered, and back (LoVT 2.4). Samples of weight 0 add nothing.
+    """Recognise each region, or a neighbour, by what it gathered, and back (LoVT 2.4). Samples of weight 0 add nothing.
 
     Parameters
     ----------

@@ -8,13 +8,10 @@ __all__ = ['Schedule', 'TrainConfig', 'Diverged']
 # %% ../../nbs/train/01_config.ipynb #4c81c377
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Any, Literal
 
 from ..core.choices import check_choice
 from ..data.sampling import Sampling
-
-if TYPE_CHECKING:
-    from medvis.methods.method import Method
 
 # %% ../../nbs/train/01_config.ipynb #51fec0cb
 Schedule = Literal["warmup-cosine", "warmup-linear", "cyclic-cosine", "plateau", "constant"]
@@ -83,7 +80,7 @@ class TrainConfig(Sampling):
     @classmethod
     def of(
         cls,
-        method: "Method",
+        method: Any,  # a Method: it has `training_settings`
         run: "str | Path | TrainConfig",  # folder of the run; or all settings, instead of those of the method
         **changes,  # of single settings
     ) -> "TrainConfig":
@@ -91,7 +88,8 @@ class TrainConfig(Sampling):
 
         Parameters
         ----------
-        method : 'Method'
+        method : Any
+            a Method: it has `training_settings`
         run : 'str | Path | TrainConfig'
             folder of the run; or all settings, instead of those of the method
         **changes
