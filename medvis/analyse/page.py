@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from functools import singledispatch
 from html import escape
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
@@ -24,6 +25,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
+from numpy.typing import ArrayLike
 
 from .maps import common_limits, draw_map, pick_words
 from ..data.pairs import Report
@@ -37,7 +39,7 @@ class Html(str):
 
 # %% ../../nbs/analyse/02_page.ipynb #494ecf2e
 @singledispatch
-def to_html(part) -> Html:
+def to_html(part: Any) -> Html:
     """Markup of a part: text, DataFrame, Figure, dict or list of parts. TypeError for anything else."""
     raise TypeError(
         f"a page cannot show a {type(part).__name__}; give text, a DataFrame, a Figure, a dict or a list of these"
@@ -58,8 +60,8 @@ def _table(part: pd.DataFrame) -> Html:
     table = part.to_html(
         index=False, escape=True, border=0, na_rep="–", float_format=lambda value: f"{value:.3f}", justify="unset"
     )
-    told = part.iloc[:, -1].map(lambda value: len(value) if isinstance(value, str) else 0) if len(part.columns) else []
-    prose = " prose" if max(told, default=0) > 30 else ""  # the last column is sentences
+    lengths = [len(value) for value in part.iloc[:, -1] if isinstance(value, str)] if len(part.columns) else []
+    prose = " prose" if max(lengths, default=0) > 30 else ""  # the last column is sentences
     return Html(f'<div class="wide{prose}">{table}</div>')
 
 # %% ../../nbs/analyse/02_page.ipynb #d58dc47e
@@ -157,18 +159,18 @@ def _curve_names(metrics: pd.DataFrame) -> list[str]:
     """The losses in a run's metrics: `loss` first, then its parts in their order, without those that repeat another."""
     left_out = ("step", "epoch", "lr", "loss")
     parts = [name for name in metrics if name not in left_out and pd.api.types.is_numeric_dtype(metrics[name])]
-    found: list[str] = []
+    names: list[str] = []
     for name in ("loss", *parts):
         if name in metrics and metrics[name].notna().any():
-            same = any(np.allclose(metrics[name], metrics[other], rtol=1e-6, equal_nan=True) for other in found)
-            found += [] if same else [name]
-    return found
+            same = any(np.allclose(metrics[name], metrics[other], rtol=1e-6, equal_nan=True) for other in names)
+            names += [] if same else [name]
+    return names
 
 # %% ../../nbs/analyse/02_page.ipynb #ebdd43f6
 @matplotlib.rc_context(STYLE)
 def curves_figure(
     metrics: pd.DataFrame,  # step, epoch, split, loss, parts by name
-    names: Sequence[str] | None = None,  # None: the loss and its parts
+    names: Sequence[str] | None = None,  # None = the loss and its parts
 ) -> Figure:
     """Losses by name over the steps, side by side.
 
@@ -177,7 +179,7 @@ def curves_figure(
     metrics : pd.DataFrame
         step, epoch, split, loss, parts by name
     names : Sequence[str] | None, default: None
-        None: the loss and its parts
+        None = the loss and its parts
     """
     names = _curve_names(metrics) if names is None else list(names)
     figure = Figure(figsize=(2.65 * max(len(names), 1), 2.2), dpi=80)
@@ -194,7 +196,7 @@ def _colours(names: Sequence[str], baseline: str = "random") -> dict[str, tuple[
 
 # %% ../../nbs/analyse/02_page.ipynb #d6c12f8c
 def _finding_order(
-    table: pd.DataFrame,  # of linear_probe
+    table: pd.DataFrame,  # as returned by linear_probe
 ) -> list[str]:
     """Macro first, then the findings by the first encoder's mean AUROC: the order of figure and table alike."""
     first = table[(table["encoder"] == table["encoder"].iloc[0]) & (table["finding"] != "macro")]
@@ -203,7 +205,7 @@ def _finding_order(
 # %% ../../nbs/analyse/02_page.ipynb #7fb72bb1
 def _draw_forest(
     ax: Axes,
-    table: pd.DataFrame,  # of linear_probe, one fraction
+    table: pd.DataFrame,  # as returned by linear_probe, one fraction
     order: Sequence[str],  # findings from top to bottom
 ) -> None:
     """Draw the AUROC of each finding and encoder with its interval."""
@@ -227,17 +229,17 @@ def _draw_forest(
 # %% ../../nbs/analyse/02_page.ipynb #46f2f7de
 @matplotlib.rc_context(STYLE)
 def probe_figure(
-    table: pd.DataFrame,  # of linear_probe
-    fractions: Sequence[float] | None = None,  # None: all, side by side
+    table: pd.DataFrame,  # as returned by linear_probe
+    fractions: Sequence[float] | None = None,  # None = all, side by side
 ) -> Figure:
     """Forest plots of a linear probe; findings in the order of the first encoder's mean AUROC.
 
     Parameters
     ----------
     table : pd.DataFrame
-        of linear_probe
+        as returned by linear_probe
     fractions : Sequence[float] | None, default: None
-        None: all, side by side
+        None = all, side by side
     """
     fractions = list(dict.fromkeys(table["fraction"])) if fractions is None else list(fractions)
     order = _finding_order(table)
@@ -251,11 +253,11 @@ def probe_figure(
 
 # %% ../../nbs/analyse/02_page.ipynb #518c3cb3
 def _probe_summary(
-    table: pd.DataFrame,  # of linear_probe
+    table: pd.DataFrame,  # as returned by linear_probe
 ) -> pd.DataFrame:  # finding, then "share · encoder" columns of text
     """The probe's table as one reads it: a row a finding, AUROC with interval for each share of labels and encoder."""
 
-    def cell(row) -> str:
+    def cell(row: NamedTuple) -> str:
         return "–" if np.isnan(row.auroc) else f"{row.auroc:.3f} ({row.low:.2f}–{row.high:.2f})"
 
     columns = {}
@@ -266,7 +268,7 @@ def _probe_summary(
 
 # %% ../../nbs/analyse/02_page.ipynb #7c3e90ab
 def _pointing_order(
-    table: pd.DataFrame,  # of PhantomPointing.by_finding
+    table: pd.DataFrame,  # as returned by PhantomPointing.by_finding
 ) -> pd.DataFrame:
     """The same rows: all findings together first, then the highest rate first."""
     return table.sort_values(
@@ -275,7 +277,7 @@ def _pointing_order(
 
 # %% ../../nbs/analyse/02_page.ipynb #41d8b7e2
 def _pointing_summary(
-    table: pd.DataFrame,  # of PhantomPointing.by_finding
+    table: pd.DataFrame,  # as returned by PhantomPointing.by_finding
 ) -> pd.DataFrame:  # text
     """The table of the pointing game as one reads it, in the order of the figure."""
     rates = [f"{row.hit_rate:.3f} ({row.low:.2f}–{row.high:.2f})" for row in table.itertuples()]
@@ -290,14 +292,14 @@ def _pointing_summary(
 # %% ../../nbs/analyse/02_page.ipynb #a2a7d6c2
 @matplotlib.rc_context(STYLE)
 def pointing_figure(
-    table: pd.DataFrame,  # of PhantomPointing.by_finding: finding, hit_rate, low, high, chance, targets
+    table: pd.DataFrame,  # as returned by PhantomPointing.by_finding: finding, hit_rate, low, high, chance, targets
 ) -> Figure:
     """Pointing-game hit rate of each finding against chance.
 
     Parameters
     ----------
     table : pd.DataFrame
-        of PhantomPointing.by_finding: finding, hit_rate, low, high, chance, targets
+        as returned by PhantomPointing.by_finding: finding, hit_rate, low, high, chance, targets
     """
     figure = Figure(figsize=(4.6, 1.0 + 0.27 * len(table)), dpi=80)
     ax, y = figure.subplots(), np.arange(len(table))
@@ -338,51 +340,53 @@ def _colour_bar(
     """The colours of `heat` from one end to the other, with the scores there."""
     colours = ",".join(to_hex(matplotlib.colormaps["inferno"](0.25 + 0.7 * share)) for share in np.linspace(0, 1, 7))
     return Html(
-        f'<span class="bar">{limits[0]:.2f}<i style="background:linear-gradient(90deg,{colours})"></i>{limits[1]:.2f}</span>'
+        f'<span class="bar">{limits[0]:.2f}<i style="background:linear-gradient(90deg,{colours})"></i>'
+        f"{limits[1]:.2f}</span>"
     )
 
 # %% ../../nbs/analyse/02_page.ipynb #f2bf575e
 def tile(
-    image,  # (H, W) or (C, H, W), as the encoder saw it
-    scores=None,  # (N,)
+    image: ArrayLike,  # (H, W) or (C, H, W), as the encoder saw it
+    scores: ArrayLike | None = None,  # (N,)
     grid: tuple[int, int] | None = None,
-    mask=None,
+    mask: ArrayLike | None = None,  # (H, W) bool, true extent
     caption: str = "",
     note: str = "",
-    limits: tuple[float, float] | None = None,  # of the colours; None: of this map alone
+    limits: tuple[float, float] | None = None,  # of the colours; None = of this map alone
 ) -> Html:
     """A radiograph with one map, as a captioned JPEG of 340 pixels.
 
     Parameters
     ----------
-    image
+    image : ArrayLike
         (H, W) or (C, H, W), as the encoder saw it
-    scores : default: None
+    scores : ArrayLike | None, default: None
         (N,)
     grid : tuple[int, int] | None, default: None
-    mask : default: None
+    mask : ArrayLike | None, default: None
+        (H, W) bool, true extent
     caption : str, default: ''
     note : str, default: ''
     limits : tuple[float, float] | None, default: None
-        of the colours; None: of this map alone
+        of the colours; None = of this map alone
     """
     figure, out = Figure(figsize=(2, 2), dpi=170), io.BytesIO()
     draw_map(figure.add_axes((0, 0, 1, 1)), image, scores, grid, mask, limits=limits)
     figure.savefig(out, format="jpeg", pil_kwargs={"quality": 85})
     data = base64.b64encode(out.getvalue()).decode()
-    caption = f"{escape(caption)} <small>{escape(note)}</small>{'' if scores is None else _colour_bar(limits or common_limits(scores))}"
+    bar = "" if scores is None else _colour_bar(limits or common_limits(scores))
     return Html(
         f'<figure><img alt="map over a radiograph" src="data:image/jpeg;base64,{data}">'
-        f"<figcaption>{caption}</figcaption></figure>"
+        f"<figcaption>{escape(caption)} <small>{escape(note)}</small>{bar}</figcaption></figure>"
     )
 
 # %% ../../nbs/analyse/02_page.ipynb #b13b4c68
 def correspondence_card(
-    image,  # (H, W) or (C, H, W) of this row, as the encoder saw it
+    image: ArrayLike,  # (H, W) or (C, H, W) of this row, as the encoder saw it
     correspondence: Correspondence,
     index: int,  # row of the batch
     report: Report,
-    pick: Sequence[int] | None = None,  # words; None: those with a mask, else those that stand out
+    pick: Sequence[int] | None = None,  # words; None = those with a mask, else those that stand out
     masks: dict | None = None,  # word -> (H, W) bool
     title: str = "",  # e.g. the study's id
     show_text: bool = True,  # False: words become numbers and the report is left out
@@ -391,14 +395,14 @@ def correspondence_card(
 
     Parameters
     ----------
-    image
+    image : ArrayLike
         (H, W) or (C, H, W) of this row, as the encoder saw it
     correspondence : Correspondence
     index : int
         row of the batch
     report : Report
     pick : Sequence[int] | None, default: None
-        words; None: those with a mask, else those that stand out
+        words; None = those with a mask, else those that stand out
     masks : dict | None, default: None
         word -> (H, W) bool
     title : str, default: ''
@@ -475,7 +479,8 @@ body{margin:0;overflow-wrap:anywhere;background:var(--ground);color:var(--ink);
   font:16px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif}
 main{max-width:1180px;margin:auto;padding:2rem 1.25rem 4rem}
 h1{font-size:clamp(1.5rem,4vw,2.2rem);line-height:1.2;margin:.5rem 0 .25rem;letter-spacing:-.015em}
-h2{font-size:1.25rem;margin:0 0 .35rem;letter-spacing:-.01em}h3{font-size:.95rem;margin:0 0 .25rem;color:var(--soft);font-weight:600}
+h2{font-size:1.25rem;margin:0 0 .35rem;letter-spacing:-.01em}
+h3{font-size:.95rem;margin:0 0 .25rem;color:var(--soft);font-weight:600}
 p{margin:.4rem 0;max-width:78ch}header p{color:var(--soft)}
 main>section,main>details{background:var(--card);border:1px solid var(--line);border-radius:12px;padding:1.1rem 1.25rem;
   margin:1rem 0}
@@ -504,7 +509,8 @@ tbody tr:last-child td{border-bottom:0}
 section.live #widget{margin:.75rem 0 0}
 @media(max-width:520px){main{padding:1rem .6rem 2rem}main>section,main>details{padding:.9rem .8rem}}
 @media print{:root{color-scheme:light;--ground:#fff;--card:#fff;--ink:#1b2733;--soft:#5b6775;--line:#dde2e8;
-  --accent:#0072b2;--mark:#ffe39a}main{padding:0;max-width:none}article,figure,.headlines div,.chart,tr{break-inside:avoid}
+  --accent:#0072b2;--mark:#ffe39a}main{padding:0;max-width:none}
+  article,figure,.headlines div,.chart,tr{break-inside:avoid}
   h2,h3{break-after:avoid}.wide{overflow:visible}th,td{white-space:normal}
   .correspondence .browser,.correspondence .controls,.correspondence .keys{display:none}}
 """
@@ -589,15 +595,15 @@ _ABOUT = {
     "patients.",
     "Pointing game": "Does the highest region of a word's map lie in the finding that the word names? Chance is the "
     "share of the image that the finding covers. Number of words in brackets.",
-    "Training": "Mean loss of each step (pale), its running mean (strong), and the loss on validation patients after each epoch "
-    "(points). Lower is better; validation that rises while training falls is overfitting.",
-    "Words and regions": "Brighter is a better fit of region and word. The maps of a study share one scale, given below "
-    "each: a pale one says little. The ring is the highest region, the outline the true extent.",
+    "Training": "Mean loss of each step (pale), its running mean (strong), and the loss on validation patients after "
+    "each epoch (points). Lower is better; validation that rises while training falls is overfitting.",
+    "Words and regions": "Brighter is a better fit of region and word. The maps of a study share one scale, given "
+    "below each: a pale one says little. The ring is the highest region, the outline the true extent.",
 }
 
 # %% ../../nbs/analyse/02_page.ipynb #e705d418
 def exact_for(
-    machine: Mapping,  # of describe_machine, or a manifest that holds it
+    machine: Mapping,  # as returned by describe_machine, or a manifest that holds it
     seeds: int = 1,
 ) -> str:
     """The sentence that says for which machine numbers are exact, and how far one seed may be trusted.
@@ -605,38 +611,38 @@ def exact_for(
     Parameters
     ----------
     machine : Mapping
-        of describe_machine, or a manifest that holds it
+        as returned by describe_machine, or a manifest that holds it
     seeds : int, default: 1
     """
     parts = [machine.get(key) for key in ("processor", "cpu_capability")]
     kind = ", ".join(str(part) for part in parts if part) or machine.get("platform", "not recorded")
     threads = machine.get("threads", "an unknown number of")
-    told = f"Exact for one kind of processor ({kind}) and {threads} thread{'' if threads == 1 else 's'}"
+    sentence = f"Exact for one kind of processor ({kind}) and {threads} thread{'' if threads == 1 else 's'}"
     if machine.get("gpu"):
-        told += f", on {machine['gpu']}"
-    told += "; another machine's numbers differ somewhat. Intervals are over patients, not over machines or seeds."
-    return told + (" One seed is an anecdote: train several before you compare methods." if seeds == 1 else "")
+        sentence += f", on {machine['gpu']}"
+    sentence += "; another machine's numbers differ somewhat. Intervals are over patients, not over machines or seeds."
+    return sentence + (" One seed is an anecdote: train several before you compare methods." if seeds == 1 else "")
 
 # %% ../../nbs/analyse/02_page.ipynb #93693d70
 def run_sections(
-    metrics: pd.DataFrame | None = None,  # of Run.metrics
-    probe: pd.DataFrame | None = None,  # of linear_probe
-    pointing: pd.DataFrame | None = None,  # of PhantomPointing.by_finding
-    cards: Sequence[Html] = (),  # of correspondence_card
+    metrics: pd.DataFrame | None = None,  # Run.metrics
+    probe: pd.DataFrame | None = None,  # as returned by linear_probe
+    pointing: pd.DataFrame | None = None,  # as returned by PhantomPointing.by_finding
+    cards: Sequence[Html] = (),  # as returned by correspondence_card
     details: dict[str, dict] | None = None,  # title -> settings, folded
 ) -> list[Section]:
-    """The sections of a run's page; what is not given is left out.
+    """The sections of a run's page; parts that are not given are left out.
 
     Parameters
     ----------
     metrics : pd.DataFrame | None, default: None
-        of Run.metrics
+        Run.metrics
     probe : pd.DataFrame | None, default: None
-        of linear_probe
+        as returned by linear_probe
     pointing : pd.DataFrame | None, default: None
-        of PhantomPointing.by_finding
+        as returned by PhantomPointing.by_finding
     cards : Sequence[Html], default: ()
-        of correspondence_card
+        as returned by correspondence_card
     details : dict[str, dict] | None, default: None
         title -> settings, folded
     """

@@ -17,7 +17,7 @@ from .correspondence import CorrespondenceWidget
 def beside_untrained(
     run: Method | str | Path,  # or a run folder
     data: Pack,
-    split: str | None = "test",  # None: all
+    split: str | None = "test",  # None = all
     name: str = "trained",
     **display,  # e.g. grain="sentences"
 ) -> CorrespondenceWidget:
@@ -29,7 +29,7 @@ def beside_untrained(
         or a run folder
     data : Pack
     split : str | None, default: 'test'
-        None: all
+        None = all
     name : str, default: 'trained'
     **display
         e.g. grain="sentences"
