@@ -32,7 +32,7 @@ def test_the_tower_looks_once_and_stays_as_it_is(pack, tmp_path, monkeypatch):
     kept = list(Path(f"{pack.path}.features").iterdir())
     assert len(kept) == 1 and {file.name for file in kept[0].iterdir()} == {"regions.f16", "whole.f16", "about.json"}
     assert all(torch.equal(value, before[name]) for name, value in method.image_encoder.tower.state_dict().items())
-    monkeypatch.setattr("medvis.encoders.tower.FrozenEncoder.look", lambda *_: pytest.fail("the tower looked again"))
+    monkeypatch.setattr("medvis.encoders.tower.FrozenEncoder.tower_features", lambda *_: pytest.fail("the tower looked again"))
     train(pack, tmp_path / "again", seed=1)
     assert list(Path(f"{pack.path}.features").iterdir()) == kept
     assert run.metrics.loss.notna().all()
@@ -41,7 +41,7 @@ def test_the_tower_looks_once_and_stays_as_it_is(pack, tmp_path, monkeypatch):
 def test_what_is_loaded_sees_images_as_it_saw_their_maps(pack, tmp_path):
     train(pack, tmp_path / "run", epochs=1)
     method = load_method(tmp_path / "run")
-    settings = dict(tokenizer=method.tokenizer, preprocessing=method.preprocessing, view=method.sampling)
+    settings = dict(tokenizer=method.tokenizer, preprocessing=method.preprocessing, sampling=method.sampling)
     maps = cache_images(method.image_encoder.tower, pack)
     looked, kept = (read_batch(Pairs(pack, **settings, maps=one), range(3)) for one in (None, maps))
     assert looked.image.shape == (3, 3, 256, 256) and kept.image.shape == (3, 432, 16, 16)

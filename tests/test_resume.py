@@ -1,4 +1,5 @@
 """A run that is killed (SIGKILL, a real process) and started again ends with the very weights of one never killed."""
+import json
 import multiprocessing
 import os
 import signal
@@ -11,7 +12,7 @@ import torch
 
 from medvis.data.pack import Pack
 from medvis.data.prepare import PhantomConfig, prepare_phantom
-from medvis.methods import MGCA
+from medvis.methods import MGCA, LoVT
 from medvis.methods.method import phantom_tokenizer
 from medvis.train import Run, TrainConfig, checkpoint, loop
 
@@ -28,11 +29,11 @@ def tokenizer():
     return phantom_tokenizer(60)
 
 
-def train(pack: Path, tokenizer, run: Path, sabotage=None, **changes) -> None:
-    "Three epochs of 6 batches of a small MGCA with every kind of randomness: crops, swapped sentences, dropout."
+def train(pack: Path, tokenizer, run: Path, sabotage=None, kind=MGCA, **changes) -> None:
+    "Three epochs of 6 batches of a small method with every kind of randomness: crops, swapped sentences, dropout."
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    method = MGCA.from_preset("tiny", tokenizer, hidden=32, dim=16)
+    method = kind.from_preset("tiny", tokenizer, hidden=32, dim=16)
     settings = dict(epochs=3, batch_size=16, save_every=4, augment="lovt", swap=0.4, progress=False, device="cpu")
     if sabotage:
         sabotage()
@@ -144,3 +145,31 @@ def test_killed_from_outside_and_again(pack, tokenizer, tmp_path, undisturbed):
             break
     assert process.exitcode == 0 and kills >= 1
     same_run(run, undisturbed())
+
+
+FORMER = {"direction_weight": "image_weight", "local_image_weight": "weight_image", "local_report_weight": "weight_report", "global_weight": "weight_global"}
+
+
+def test_a_run_of_an_older_version_is_read_and_goes_on(pack, tokenizer, tmp_path, undisturbed):
+    "Its config.json has the names of that version, and is not rewritten."
+    wanted, run = undisturbed(kind=LoVT), tmp_path / "run"
+    assert in_process(pack, tokenizer, run, die_at_call(loop._Trainer, "take_step", 9), kind=LoVT) == -signal.SIGKILL
+    settings = checkpoint.read_settings(run / "config.json")
+    config = {FORMER.get(name, name): value for name, value in settings["config"].items()}
+    assert set(FORMER.values()) < set(config)
+    checkpoint.write_settings(run / "config.json", settings | {"config": config})
+    before = (run / "config.json").read_bytes()
+    assert in_process(pack, tokenizer, run, kind=LoVT) == 0
+    same_run(run, wanted)
+    assert (run / "config.json").read_bytes() == before and Run(run).config == settings
+    method, other = Run(run).method(), Run(wanted).method()
+    assert method.config == other.config
+    assert all(torch.equal(value, other.state_dict()[name]) for name, value in method.state_dict().items())
+    assert in_process(pack, tokenizer, run, kind=LoVT, lr=1.0) == 1, "other settings are still refused"
+
+
+def test_the_committed_run_is_read():
+    run = Run(Path(__file__).parents[1] / "nbs/widgets/run")
+    method, written = run.method(), json.loads((run.path / "config.json").read_text())
+    assert {name: getattr(method.config, name) for name in written["config"]} == written["config"] == run.config["config"]
+    assert sum(value.numel() for value in method.state_dict().values()) > 100_000

@@ -33,18 +33,71 @@ from .config import TrainConfig
 
 # %% ../../nbs/train/05_run.ipynb #85336133
 def _name_method(method: Method) -> dict[str, Any]:  # method, and defined_in where that is not medvis
-    "Under which name a method goes, and module:attribute of it and of its image encoder, if they are not of medvis: so that a run can be loaded."
+    "The name of a method; module:attribute of it and of its image encoder if they are not of medvis, for loading."
     kind = type(method)
     name = next((name for name, other in METHODS.items() if other is kind), None)
-    found = {
+    origins = {
         "method": METHODS.origins.get(name) if name else f"{kind.__module__}:{kind.__qualname__}",
         "image": IMAGE_ENCODERS.origins.get(method.config.image),
     }
-    defined = {part: origin for part, origin in found.items() if origin}
+    defined = {part: origin for part, origin in origins.items() if origin}
     return {"method": name or kind.__name__} | ({"defined_in": defined} if defined else {})
+
+# %% ../../nbs/train/05_run.ipynb #622dbb39
+_RENAMED = {  # setting of a method in older runs -> its name today
+    "image_weight": "direction_weight",
+    "weight_image": "local_image_weight",
+    "weight_report": "local_report_weight",
+    "weight_global": "global_weight",
+}
+_ADDED = {"local_grid": None}  # settings that older runs do not have, and the value that means what those runs did
+
+
+def _update_settings(
+    settings: dict[str, Any],  # of config.json
+    kind: type[Method] | None,  # None = not known: they stay as they are
+) -> dict[str, Any]:
+    "The settings of a run under today's names. A name that the method itself has is kept."
+    if kind is None:
+        return settings
+    fields = kind.Config.__dataclass_fields__
+    added = {name: value for name, value in _ADDED.items() if name in fields}
+    renamed = {
+        name if name in fields else _RENAMED.get(name, name): value for name, value in settings["config"].items()
+    }
+    return settings | {"config": added | renamed}
 
 # %% ../../nbs/train/05_run.ipynb #89b802b1
 _FREE = ("run", "workers", "progress", "save_every", "device")  # may differ when a run goes on
+
+
+def _check_same_run(method: Method, data: Pack, run: Path, settings: dict[str, Any], processes: int) -> None:
+    "ValueError names what differs between these settings and those of the run in the folder."
+    manifest = read_settings(run / "manifest.json", "data")
+    old = _update_settings(read_settings(run / "config.json", "method", "config", "train"), type(method))
+    old["train"] |= {"data": manifest["data"]["hash"], "processes": manifest.get("processes", 1)}
+    new = settings | {"train": settings["train"] | {"data": data.manifest["hash"], "processes": processes}}
+    for key in _FREE:
+        old["train"].pop(key, None)
+        new["train"].pop(key, None)
+    for part in ("method", "config", "train"):
+        if old[part] != new[part]:
+            values = new[part] if isinstance(new[part], dict) else {}
+            names = [name for name in values if old[part].get(name) != values[name]] if values else [part]
+            raise ValueError(
+                f"{run} holds another run: {part} differs in {', '.join(names) or 'its settings'}. "
+                f"Choose another run folder, or the same settings to go on."
+            )
+
+
+def _describe_data(data: Pack) -> dict[str, Any]:
+    "What a run's manifest says of its Pack."
+    return {
+        "hash": data.manifest["hash"],
+        "path": str(data.path),
+        "absolute": str(data.path.resolve()),
+        "fit": data.manifest["source"].get("fit"),
+    }
 
 
 def open_run(
@@ -53,7 +106,7 @@ def open_run(
     config: TrainConfig,
     processes: int = 1,  # that train together, each with batches of its own
 ) -> None:
-    """Make the run folder, or check that the one that stands there is of the same run. ValueError names the difference.
+    """Make the run folder, or check that the existing one is of the same run. ValueError names the difference.
 
     Parameters
     ----------
@@ -64,38 +117,10 @@ def open_run(
         that train together, each with batches of its own
     """
     train = {key: value for key, value in asdict(config).items() if key != "run"}
-    told = {**_name_method(method), "preset": method.preset, "config": asdict(method.config), "train": train}
-    told = json.loads(json.dumps(told, default=str))
-    told_data = {
-        "hash": data.manifest["hash"],
-        "path": str(data.path),
-        "absolute": str(data.path.resolve()),
-        "fit": data.manifest["source"].get("fit"),
-    }
-    manifest = {"data": told_data, "seed": config.seed, "processes": processes, **describe_machine()}
-    if method.provenance is not None:
-        manifest["init"] = [method.provenance.data, *method.provenance.init]
-    there = config.run / "config.json"
-    if there.exists():
-        old, old_manifest = (
-            read_settings(there, "method", "config", "train"),
-            read_settings(config.run / "manifest.json", "data"),
-        )
-        for key in _FREE:
-            old["train"].pop(key, None), told["train"].pop(key, None)
-        old["train"]["data"], told["train"]["data"] = old_manifest["data"]["hash"], data.manifest["hash"]
-        old["train"]["processes"], told["train"]["processes"] = old_manifest.get("processes", 1), processes
-        for part in ("method", "config", "train"):
-            if old[part] != told[part]:
-                keys = (
-                    [k for k in told[part] if old[part].get(k) != told[part][k]]
-                    if isinstance(told[part], dict)
-                    else [part]
-                )
-                raise ValueError(
-                    f"{config.run} holds another run: {part} differs in {', '.join(keys) or 'its settings'}. "
-                    f"Choose another run folder, or the same settings to go on."
-                )
+    settings = {**_name_method(method), "preset": method.preset, "config": asdict(method.config), "train": train}
+    settings = json.loads(json.dumps(settings, default=str))
+    if (config.run / "config.json").exists():
+        _check_same_run(method, data, config.run, settings, processes)
         return
     try:
         method.tokenizer.save_pretrained(config.run / "text")
@@ -103,14 +128,18 @@ def open_run(
     except Exception as error:  # tokenizers has no exception of its own for a full disk
         shutil.rmtree(config.run / "text", ignore_errors=True)
         raise OSError(f"could not write {config.run / 'text'}: {error}. Free some space, then run again.") from error
-    write_settings(
-        config.run / "manifest.json", {"started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), **manifest}
-    )
-    write_settings(there, told)
+    manifest = {"started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "data": _describe_data(data)}
+    manifest |= {"seed": config.seed, "processes": processes, **describe_machine()}
+    if method.provenance is not None:
+        manifest["init"] = [method.provenance.data, *method.provenance.init]
+    write_settings(config.run / "manifest.json", manifest)
+    write_settings(config.run / "config.json", settings)
 
 # %% ../../nbs/train/05_run.ipynb #a593de62
 def hold_run(stack: ExitStack, run: Path, finished: bool) -> None:
-    "Be the only one that writes into a run folder until the stack ends. A finished one is not written: only a lock that a killed process left goes."
+    """Hold the lock of a run folder until the stack ends, so that no other process writes into it.
+
+    A finished run is not written: there, only a lock that a killed process left behind is removed."""
     if not finished:
         stack.enter_context(lock_folder(run, "run"))
     elif Path(f"{run}.lock").exists():
@@ -125,14 +154,14 @@ def append_log(path: Path, lines: list[dict[str, Any]]) -> None:
 
 # %% ../../nbs/train/05_run.ipynb #c875809c
 def cut_log(path: Path, step: int) -> None:
-    "Drop the lines behind a step; a line that was half-written, or is none of a log, is dropped too."
+    "Drop the lines after a step, and lines that are half-written or not of a log."
 
     def wanted(line: bytes) -> bool:
         try:
-            told = json.loads(line)
+            entry = json.loads(line)
         except (ValueError, RecursionError):
             return False
-        return isinstance(told, dict) and isinstance(told.get("step"), int) and told["step"] <= step
+        return isinstance(entry, dict) and isinstance(entry.get("step"), int) and entry["step"] <= step
 
     if path.exists():
         lines = [line for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n") and wanted(line)]
@@ -154,7 +183,9 @@ def _find_kind(
     path: Path,  # config.json, for messages
     config: dict[str, Any],  # what it says
 ) -> type[Method]:
-    "The class of a run's method. What is not of medvis is imported from where it was defined, if it is installed; ValueError names what is missing."
+    """The class of a run's method. One that is not of medvis is imported from the module that defined it.
+
+    ValueError names the module that is missing."""
     defined = config.get("defined_in", {})
     try:
         if "image" in defined:
@@ -166,7 +197,7 @@ def _find_kind(
 # %% ../../nbs/train/05_run.ipynb #3d41348f
 @dataclass(frozen=True)
 class Provenance:
-    """Which run made some weights, and on which Pack: what must be known to measure them on something else.
+    """Which run made some weights, and on which Pack: what a later measurement has to check.
 
     Parameters
     ----------
@@ -174,16 +205,16 @@ class Provenance:
     data : dict[str, Any]
         `data` of the run's manifest: hash, path and absolute path of the Pack
     init : tuple[dict[str, Any], ...], default: ()
-        the same of the runs that it started from: their Packs were seen too
+        the same of the runs that it started from, which were trained on Packs too
     """
 
     run: Path
     data: dict[str, Any]  # `data` of the run's manifest: hash, path and absolute path of the Pack
-    init: tuple[dict[str, Any], ...] = ()  # the same of the runs that it started from: their Packs were seen too
+    init: tuple[dict[str, Any], ...] = ()  # the same of the runs that it started from, which were trained on Packs too
 
 # %% ../../nbs/train/05_run.ipynb #73130143
 def note_provenance(method: Method, provenance: Provenance) -> None:
-    "Write on a method, and on its image encoder, where its weights come from; copies keep it."
+    "Note on a method and on its image encoder where the weights come from; copies keep the note."
     method.provenance = method.image_encoder.provenance = provenance
 
 # %% ../../nbs/train/05_run.ipynb #43e353ff
@@ -209,38 +240,36 @@ def load_method(
     for needed in (path / "config.json", path / "manifest.json", weights):
         if not needed.exists():
             raise FileNotFoundError(f"{path} is not a run with {which} weights: {needed.name} is missing")
-    told, noted = (
-        read_settings(path / "config.json", "method", "config", "train"),
-        read_settings(path / "manifest.json", "data"),
-    )
-    kind, state = _find_kind(path / "config.json", told), read_weights(weights)
+    manifest = read_settings(path / "manifest.json", "data")
+    settings = read_settings(path / "config.json", "method", "config", "train")
+    kind, state = _find_kind(path / "config.json", settings), read_weights(weights)
+    settings = _update_settings(settings, kind)
+    own_text = {"image_weights": None, "text": str(path / "text"), "text_weights": False}
     try:
-        config = kind.Config(
-            **{**told["config"], "image_weights": None, "text": str(path / "text"), "text_weights": False}
-        )
-        method = kind(config)
+        method = kind(kind.Config(**settings["config"] | own_text))
         method.load_state_dict(state)
     except (TypeError, RuntimeError, AttributeError, KeyError) as error:
+        reason = str(error).splitlines()[0][:160]
         raise ValueError(
-            f"{path / 'config.json'} does not fit {weights.name}, or is of another version ({str(error).splitlines()[0][:160]})"
+            f"{path / 'config.json'} does not fit {weights.name}, or is of another version ({reason})"
         ) from error
-    method.config, method.preset = kind.Config(**told["config"]), told.get("preset")
+    method.config, method.preset = kind.Config(**settings["config"]), settings.get("preset")
     method.training_settings = {
-        key: value for key, value in told["train"].items() if key in Sampling.__dataclass_fields__
+        key: value for key, value in settings["train"].items() if key in Sampling.__dataclass_fields__
     }
-    method.image_encoder.preprocessing = replace(method.preprocessing, fit=noted["data"].get("fit"))
-    note_provenance(method, Provenance(path, noted["data"], tuple(noted.get("init", ()))))
+    method.image_encoder.preprocessing = replace(method.preprocessing, fit=manifest["data"].get("fit"))
+    note_provenance(method, Provenance(path, manifest["data"], tuple(manifest.get("init", ()))))
     return method.eval()
 
 # %% ../../nbs/train/05_run.ipynb #308b2f1b
 def _is_run(path: str | os.PathLike) -> bool:
-    "Is this a run folder (and not a state dict, or a folder of Hugging Face's)?"
+    "Whether this is a run folder, and not a state dict or a Hugging Face folder."
     return (Path(path) / "config.json").exists() and (Path(path) / "text").is_dir()
 
 # %% ../../nbs/train/05_run.ipynb #58dcdfb1
 @dataclass(frozen=True)
 class Run:
-    "A run folder; it may stand wherever its path may."
+    "A run folder. It can be passed wherever a path to one can."
 
     path: Path
 
@@ -249,7 +278,9 @@ class Run:
 
     @property
     def config(self) -> dict[str, Any]:
-        return read_settings(self.path / "config.json", "method", "config", "train")
+        "Method, preset and settings, under today's names also where the run is of an older version."
+        settings = read_settings(self.path / "config.json", "method", "config", "train")
+        return _update_settings(settings, METHODS.get(settings["method"]))
 
     @property
     def manifest(self) -> dict[str, Any]:
@@ -261,12 +292,12 @@ class Run:
 
     @property
     def metrics(self) -> pd.DataFrame:
-        "One row a step, epoch or reject; columns step, epoch, split, loss, lr and the parts by name."
+        "One row per step, epoch or rejected sample; columns step, epoch, split, loss, lr and the parts by name."
         return _read_log(self.path / "metrics.jsonl")
 
     @property
     def diagnostics(self) -> pd.DataFrame:
-        "One row an epoch; columns step, epoch, and the names of `diagnostics.MEANING`."
+        "One row per epoch; columns step, epoch, and the names of `diagnostics.MEANING`."
         return _read_log(self.path / "diagnostics.jsonl")
 
     def method(self, which: Literal["best", "last"] = "best") -> Method:
@@ -280,7 +311,9 @@ class Run:
 def load_run(
     path: str | os.PathLike,  # a run folder
 ) -> Run:
-    """The run of a folder: its numbers (`.metrics`, `.diagnostics`), its settings, its trained method. FileNotFoundError when it is not one.
+    """The run of a folder: its numbers (`.metrics`, `.diagnostics`), its settings, its trained method.
+
+    FileNotFoundError when the folder is not a run.
 
     Parameters
     ----------
@@ -293,7 +326,7 @@ def load_run(
 
 # %% ../../nbs/train/05_run.ipynb #e7b49a26
 def training_pack(provenance: Provenance) -> Pack:
-    "The Pack that weights were trained on. ValueError says where it was looked for, if it is not there."
+    "The Pack that weights were trained on. ValueError says where it was looked for."
     run, data = provenance.run, provenance.data
     path = Path(data["path"])
     for folder in dict.fromkeys(
@@ -306,16 +339,14 @@ def training_pack(provenance: Provenance) -> Pack:
         if pack.manifest["hash"] == data["hash"]:
             return pack
     raise ValueError(
-        f"{run} was trained on the Pack at {data.get('absolute', path)}, which is not there (nor at {path} from here or from a folder above the run's): "
-        f"say with --data (data= in Python) where it stands now"
+        f"{run} was trained on the Pack at {data.get('absolute', path)}, which is not there (nor at {path} from here "
+        f"or from a folder above the run's): pass its place with --data (data= in Python)"
     )
 
 # %% ../../nbs/train/05_run.ipynb #a442f8b5
 def load_encoder(
-    name_or_path: str
-    | os.PathLike,  # a run or its folder, "random", "imagenet", a state-dict file or folder, or a Hugging Face folder or name
-    image: str
-    | None = None,  # architecture of "random" and "imagenet" (None: resnet50) and of a state dict (None: that it fits)
+    name_or_path: str | os.PathLike,  # a run, "random", "imagenet", weights (file or folder) or a Hugging Face model
+    image: str | None = None,  # architecture for "random" and "imagenet" (resnet50) or a state dict (the one that fits)
     **options,  # of the architecture: layer, size, ...; of a Hugging Face model: size
 ) -> torch.nn.Module:  # image encoder with its preprocessing, in evaluation mode
     """An image encoder with its preprocessing, wherever it comes from. Only a name goes to the network.
@@ -325,9 +356,9 @@ def load_encoder(
     Parameters
     ----------
     name_or_path : str | os.PathLike
-        a run or its folder, "random", "imagenet", a state-dict file or folder, or a Hugging Face folder or name
+        a run, "random", "imagenet", weights (file or folder) or a Hugging Face model
     image : str | None, default: None
-        architecture of "random" and "imagenet" (None: resnet50) and of a state dict (None: that it fits)
+        architecture for "random" and "imagenet" (resnet50) or a state dict (the one that fits)
     **options
         of the architecture: layer, size, ...; of a Hugging Face model: size
 
