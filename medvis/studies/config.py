@@ -38,8 +38,8 @@ class GroundingConfig:
 
     out: Path = Path("grounding")
     "Folder of pack, runs and results."
-    subjects: tuple[str, ...] = ("untrained", *SETTINGS)
-    "Methods, each with its tiny preset or that after a colon; untrained = before the first step."
+    subjects: tuple[str, ...] = ("random-init", *SETTINGS)
+    "Methods, each with its tiny preset or that after a colon; random-init = before the first step."
     seeds: tuple[int, ...] = (0, 1, 2)
     "Seeds of networks and training. The data stay the same."
     studies: int = 6000
@@ -51,12 +51,12 @@ class GroundingConfig:
 
     def __post_init__(self):
         for one in self.subjects:
-            check_choice("method", one.partition(":")[0], ("untrained", *SETTINGS))
+            check_choice("method", one.partition(":")[0], ("random-init", *SETTINGS))
 
 # %% ../../nbs/studies/00_config.ipynb #f50bfbad
 @dataclass
 class DownstreamConfig:
-    "Compare pre-trained runs with their untaught selves in every family of tasks, on a phantom."
+    "Compare pre-trained runs with randomly initialised copies in every family of tasks, on a phantom."
 
     runs: tuple[Path, ...]
     "Run folders of one method and preset, one for each seed."

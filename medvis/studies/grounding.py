@@ -23,6 +23,8 @@ from ..data.phantom import Phantom
 from ..data.prepare import PhantomConfig, prepare_phantom
 from ..evaluate import linear_probe, phantom_pointing
 from ..evaluate.ground import phantom_targets
+from ..evaluate.models import rename_old_baselines
+from ..train.run import RANDOM_INIT
 from ..methods import METHODS, Correspondence, Method
 from .config import GroundingConfig
 from .show import held_out_pairs, pick_targets
@@ -32,12 +34,12 @@ from ..core.machine import describe_machine
 
 # %% ../../nbs/studies/03_grounding.ipynb #56b47a3c
 def _make_subject(
-    subject: str,  # "method", "method:preset" or "untrained"
+    subject: str,  # "method", "method:preset" or "random-init"
     data: Pack,  # its training reports give the vocabulary
     seed: int,
 ) -> Method:
     "The method of a subject, not yet trained. ValueError for a name that does not exist."
-    name, _, preset = (subject if subject != "untrained" else next(iter(METHODS))).partition(":")
+    name, _, preset = (subject if subject != "random-init" else next(iter(METHODS))).partition(":")
     return create_method(name, preset or "tiny", data, seed)
 
 # %% ../../nbs/studies/03_grounding.ipynb #e06e11ef
@@ -107,7 +109,7 @@ def _run_subject(subject: str, seed: int, data: Pack, config: GroundingConfig) -
     if (results / "probe.csv").exists():
         return results
     method = _make_subject(subject, data, seed)
-    if subject != "untrained":
+    if subject != "random-init":
         fit(method, data, TrainConfig.of(method, run, seed=seed, progress=config.progress))
     pairs = held_out_pairs(method.eval(), data)
     seen = Pairs(data, method.tokenizer, method.preprocessing, method.sampling, "test")
@@ -116,7 +118,7 @@ def _run_subject(subject: str, seed: int, data: Pack, config: GroundingConfig) -
         "maps": _example_maps(method, pairs),
         "loss": _loss_rows(method, seen),
     }
-    probe = linear_probe({subject: method.image_encoder}, data, (0.01, 0.1, 1.0), (0, 1, 2))
+    probe = linear_probe({name: method.image_encoder}, data, (0.01, 0.1, 1.0), (0, 1, 2))
     for kind, table in {**tables, "probe": probe[probe.finding == "macro"]}.items():
         table = table.assign(subject=subject, seed=seed)
         suffix, write = ("parquet", table.to_parquet) if kind == "maps" else ("csv", table.to_csv)
@@ -136,7 +138,7 @@ def gather(
     """
     read = {"maps": pd.read_parquet}.get(kind, read_csv)
     found = sorted(results.glob(f"*/{kind}.*"))
-    return pd.concat([read(path) for path in found], ignore_index=True)
+    return rename_old_baselines(pd.concat([read(path) for path in found], ignore_index=True))
 
 # %% ../../nbs/studies/03_grounding.ipynb #c5a1f542
 def run_grounding(config: GroundingConfig) -> pd.DataFrame:  # the table of `_subject_table`
@@ -187,14 +189,15 @@ def _subject_table(pointing: pd.DataFrame, probe: pd.DataFrame) -> pd.DataFrame:
     "Probe (10 % of labels) and pointing of every subject: means over seeds, with the lowest and the highest seed."
     tenth = probe[probe.fraction == 0.1]
     own, random = (
-        tenth[chosen].groupby("subject").auroc for chosen in (tenth.encoder != "random", tenth.encoder == "random")
+        tenth[chosen].groupby("subject").auroc
+        for chosen in (tenth.encoder != RANDOM_INIT, tenth.encoder == RANDOM_INIT)
     )
     told = pd.DataFrame(
         {
             "auroc": own.mean(),
             "auroc_low": own.min(),
             "auroc_high": own.max(),
-            "random": random.mean(),
+            RANDOM_INIT: random.mean(),
             "seeds": own.size(),
         }
     )

@@ -173,7 +173,7 @@ def _open_pairs(method: Method, data: Pack, config: TrainConfig, accelerator: Ac
     settings = dict(
         preprocessing=method.preprocessing,
         tokenizer=method.tokenizer,
-        view=config,
+        sampling=config,
         seed=config.seed,
         maps=_frozen_maps(method, data, config, accelerator),
     )

@@ -121,7 +121,7 @@ def _scale_ends(
     run: RunScores, scores: np.ndarray, selection: Mapping[str, Sequence], scale: str
 ) -> tuple[float, float]:
     """Scores at the ends of the colours: of the map (normalised), of all maps of its grains (raw), or (common) from the map's mean, which is chance,
-    to where one region weighs N times as much in the softmax over regions: an untrained net is flat there."""
+    to where one region weighs N times as much in the softmax over regions: a randomly initialised net is flat there."""
     if scale == "common":
         mean = float(scores.mean())
         return mean, mean + run.temperature * float(np.log(max(len(scores), 2)))
