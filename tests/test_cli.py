@@ -100,12 +100,12 @@ def test_phantom_way(home, capsys):
     assert f"Run: {home / 'run'}" in out
     assert tree(home / "run") == before, "a finished run is left as it is"
 
-    probe = ["probe", "--data", home / "pack", "--encoders", home / "run", "random", *PROBE]
+    probe = ["probe", "--data", home / "pack", "--encoders", home / "run", "random-init", *PROBE]
     assert main([*map(str, probe)]) == 1, "a ResNet-50's 256 pixels cannot be had of 64"
     assert "would be enlarged" in capsys.readouterr().err
     out = succeeds(capsys, *probe, "--size", "56")
     table = pd.read_csv(home / "run" / "probe" / "probe.csv")
-    assert set(table.encoder) == {"run", "random"} and set(table.finding) == {*FINDINGS, "macro"}
+    assert set(table.encoder) == {"run", "random-init"} and set(table.finding) == {*FINDINGS, "macro"}
     for row in table[table.finding == "macro"].itertuples():
         assert f"{row.auroc:.3f}" in out
     assert str(home / "run" / "probe" / "probe.csv") in out
@@ -160,7 +160,7 @@ def test_folder_way(folder, tmp_path, capsys):
     out = succeeds(capsys, "probe", "--data", data.path, "--encoders", tmp_path / "run", "--names", "mine", *PROBE,
                    "--out", tmp_path / "probe", "--findings", "Cardiomegaly")
     table = pd.read_csv(tmp_path / "probe" / "probe.csv")
-    assert "mine" in out and set(table.encoder) == {"mine", "random"} and set(table.finding) == {"Cardiomegaly", "macro"}
+    assert "mine" in out and set(table.encoder) == {"mine", "random-init"} and set(table.finding) == {"Cardiomegaly", "macro"}
     out = succeeds(capsys, "show", tmp_path / "run")
     page = (tmp_path / "run" / "page.html").read_text()
     held_out = data.studies[data.studies["split"] == "test"]
@@ -286,8 +286,8 @@ def test_probe_of_what_is_not_there(home, tmp_path, capsys, monkeypatch):
     assert "no-such-encoder" in fails(capsys, *here, "--encoders", "no-such-encoder")
     (tmp_path / "text.pt").write_text("not weights")
     assert "text.pt" in fails(capsys, *here, "--encoders", "text.pt")
-    assert "nonsense" in fails(capsys, *here, "--encoders", "random", "--image", "nonsense")
-    assert "nonsense" in fails(capsys, *here, "--encoders", "random", "--image", "tiny_resnet", "--findings", "nonsense")
+    assert "nonsense" in fails(capsys, *here, "--encoders", "random-init", "--image", "nonsense")
+    assert "nonsense" in fails(capsys, *here, "--encoders", "random-init", "--image", "tiny_resnet", "--findings", "nonsense")
     assert "--names" in fails(capsys, *here, "--encoders", home / "run", home / "run")
     assert [path.name for path in tmp_path.iterdir()] == ["text.pt"]
 
@@ -459,7 +459,7 @@ def test_installed_command():
 
 
 def test_installed_command_fails_in_a_line(tmp_path):
-    told = installed("probe", "--data", str(tmp_path / "nowhere"), "--encoders", "random")
+    told = installed("probe", "--data", str(tmp_path / "nowhere"), "--encoders", "random-init")
     assert told.returncode == 1 and not told.stdout
     assert re.fullmatch(r"medvis: .*nowhere is not a Pack.*\n", told.stderr)
 

@@ -202,7 +202,7 @@ class Films:
                                      "image_rows": [list(row) for row in rows], "sentences": [["Clear lungs."] if i != 3 else [] for i in range(studies)]})
         self.image_table = pd.DataFrame({"image_id": [f"i{i}" for i in range(sum(counts))], "study": np.repeat(np.arange(studies), counts)})
         self.path, self.size, self.manifest = "films", 8, {"source": {}, "hash": "films", "labels": ["Edema", "Nodule"]}
-        self.training_settings = {}
+        self.recipe = {}
         self.labels = pd.DataFrame({"Edema": [1.0, 0, 1, 0, 1, 0, 0, -1, 0], "Nodule": [0.0, 1, 0, 1, 0, 1, 0, 1, np.nan]}).iloc[:studies]
 
     def __len__(self):

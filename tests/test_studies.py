@@ -23,7 +23,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def method(data):
-    return grounding._make_subject("untrained", data, 3).eval()
+    return grounding._make_subject("random-init", data, 3).eval()
 
 
 @pytest.fixture(scope="module")
@@ -36,8 +36,8 @@ def weights(method) -> torch.Tensor:
 
 
 def test_a_subject_is_its_method_preset_and_seed(data, method):
-    assert type(method) is next(iter(METHODS.values())) and torch.equal(weights(method), weights(grounding._make_subject("untrained", data, 3)))
-    assert not torch.equal(weights(method), weights(grounding._make_subject("untrained", data, 4)))
+    assert type(method) is next(iter(METHODS.values())) and torch.equal(weights(method), weights(grounding._make_subject("random-init", data, 3)))
+    assert not torch.equal(weights(method), weights(grounding._make_subject("random-init", data, 4)))
     assert type(grounding._make_subject("lovt", data, 0)) is METHODS["lovt"]
     with pytest.raises(ValueError, match="preset"):
         grounding._make_subject("lovt:none", data, 0)
@@ -90,22 +90,22 @@ def test_a_subject_is_trained_and_measured_once(data, tmp_path, monkeypatch):
 
     def probe(encoders, pack, fractions, seeds):
         asked.append((list(encoders), fractions, seeds))
-        return pd.DataFrame({"encoder": ["clip", "clip", "random"], "finding": ["macro", "Edema", "macro"], "fraction": 0.1, "auroc": [0.7, 0.6, 0.5]})
+        return pd.DataFrame({"encoder": ["clip", "clip", "random-init"], "finding": ["macro", "Edema", "macro"], "fraction": 0.1, "auroc": [0.7, 0.6, 0.5]})
 
     def fit(method, pack, config):
         asked.append((type(method).__name__, str(config.run), config.seed, config.progress))
 
     monkeypatch.setattr(grounding, "linear_probe", probe)
     monkeypatch.setattr(grounding, "fit", fit)
-    config = GroundingConfig(out=tmp_path, subjects=("untrained", "convirt"), seeds=(5,), studies=120, progress=False)
+    config = GroundingConfig(out=tmp_path, subjects=("random-init", "convirt"), seeds=(5,), studies=120, progress=False)
     monkeypatch.setattr(grounding, "prepare_phantom", lambda settings: asked.append((settings.out, settings.studies, settings.size, settings.seed, settings.progress)) or data)
     told = grounding.run_grounding(config)
-    assert asked == [(tmp_path / "pack", 120, 64, 0, False), (["untrained"], (0.01, 0.1, 1.0), (0, 1, 2)),
-                     ("ConVIRT", str(tmp_path / "runs" / "convirt-5"), 5, False), (["convirt"], (0.01, 0.1, 1.0), (0, 1, 2))]
-    assert set(told.index) == {"untrained", "convirt"} and told.auroc.tolist() == [0.7, 0.7] and told.random.tolist() == [0.5, 0.5]
+    assert asked == [(tmp_path / "pack", 120, 64, 0, False), (["random-init-5"], (0.01, 0.1, 1.0), (0, 1, 2)),
+                     ("ConVIRT", str(tmp_path / "runs" / "convirt-5"), 5, False), (["convirt-5"], (0.01, 0.1, 1.0), (0, 1, 2))]
+    assert set(told.index) == {"random-init", "convirt"} and told.auroc.tolist() == [0.7, 0.7] and told["random-init"].tolist() == [0.5, 0.5]
     probes = pd.read_csv(tmp_path / "probe.csv")
     assert probes.columns.tolist() == ["encoder", "finding", "fraction", "auroc", "subject", "seed"] and set(probes.finding) == {"macro"} and set(probes.seed) == {5}
-    assert pd.read_csv(tmp_path / "pointing.csv").columns[0] == "finding" and set(pd.read_parquet(tmp_path / "maps.parquet").subject) == {"untrained", "convirt"}
+    assert pd.read_csv(tmp_path / "pointing.csv").columns[0] == "finding" and set(pd.read_parquet(tmp_path / "maps.parquet").subject) == {"random-init", "convirt"}
     assert pd.read_csv(tmp_path / "loss.csv").columns.tolist() == ["part", "own", "other_image", "subject", "seed"] and (tmp_path / "manifest.json").exists()
     grounding._run_subject("convirt", 5, data, config)
     assert len(asked) == 4, "done already"

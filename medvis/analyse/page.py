@@ -188,7 +188,7 @@ def curves_figure(
     return figure
 
 # %% ../../nbs/analyse/02_page.ipynb #54332d62
-def _colours(names: Sequence[str], baseline: str = "random") -> dict[str, tuple[str, str]]:  # name -> colour, mark
+def _colours(names: Sequence[str], baseline: str = "random-init") -> dict[str, tuple[str, str]]:  # name -> colour, mark
     """A colour and a mark for each encoder, grey for the baseline."""
     others = [name for name in names if name != baseline]
     looks = {name: (SERIES[k % len(SERIES)], MARKS[k % len(MARKS)]) for k, name in enumerate(others)}

@@ -22,7 +22,7 @@ from ..train import TrainConfig, create_method, fit
 # %% ../../nbs/studies/02_demo.ipynb #6ac5c5b4
 def probe_lines(table: pd.DataFrame, gains: pd.DataFrame) -> list[str]:
     "The macro rows of a probe as lines of text, with the gain over random initialisation."
-    lines = [f"{'labels':>8} {'studies':>8}  {'encoder':<12} {'macro AUROC (95 %)':<24} gain over random (95 %)"]
+    lines = [f"{'labels':>8} {'studies':>8}  {'encoder':<12} {'macro AUROC (95 %)':<24} gain over random-init (95 %)"]
     for row in table[table.finding == "macro"].itertuples():
         gain = gains[(gains.encoder == row.encoder) & (gains.fraction == row.fraction)]
         gained = "".join(f"{g.gain:+.3f} ({g.low:+.3f} to {g.high:+.3f})" for g in gain.itertuples())
