@@ -111,6 +111,42 @@ def test_a_subject_is_trained_and_measured_once(data, tmp_path, monkeypatch):
     assert len(asked) == 4, "done already"
 
 
+def test_on_equal_footing_only_the_objective_differs(tmp_path, data, monkeypatch):
+    "Every method gets the same encoder, sentences, epochs and learning rates to try; the rate that points best is used for all seeds."
+    for name in METHODS:
+        method = grounding._make_subject(name, data, 0, "equal")
+        assert method.config.image == "tiny_resnet_fine" and method.image_encoder.region_dim == 64
+        assert (method.sampling.sentences, method.sampling.most_sentences, method.sampling.max_tokens) == ("all", 4, 256)
+        assert {method.training_settings[key] for key in ("epochs", "batch_size")} == {8, 64}
+        assert {name: method.training_settings[name] for name in ("weight_decay", "schedule", "warmup", "augment")} == {
+            "weight_decay": 0.05, "schedule": "warmup-cosine", "warmup": 0.1, "augment": "mgca"}
+    assert grounding._make_subject("untrained", data, 0, "equal").config.image == "tiny_resnet_fine"
+
+    trained, points = [], {0.0005: 0.1, 0.0015: 0.3, 0.0045: 0.2}
+
+    def fit(method, pack, config):
+        trained.append((config.run.name, config.lr, config.seed, config.epochs))
+        method.tried = config.lr
+
+    class Pointing:
+        def __init__(self, method, pairs):
+            self.hit = points[method.tried]
+            assert {pack_split for pack_split in data.studies["split"].iloc[[row for row, *_ in pairs.items]]} == {"validate"}
+
+        def rate(self, grain):
+            return SimpleNamespace(hit_rate=SimpleNamespace(value=self.hit))
+
+    monkeypatch.setattr(grounding, "fit", fit)
+    monkeypatch.setattr(grounding, "phantom_pointing", Pointing)
+    config = GroundingConfig(out=tmp_path, seeds=(3, 4), footing="equal", progress=False)
+    assert grounding._choose_rate("clip", data, config) == 0.0015 and grounding._choose_rate("untrained", data, config) is None
+    assert trained == [(f"clip-3-lr{rate:g}", rate, 3, 8) for rate in points]
+    assert pd.read_csv(tmp_path / "tuning" / "clip.csv").columns.tolist() == ["subject", "lr", "word", "sentence"]
+    assert grounding._choose_rate("clip", data, config) == 0.0015 and len(trained) == 3, "tried once"
+    grounding._train_subject("clip", 4, data, config, 0.0015)
+    assert trained[-1] == ("clip-4-lr0.0015", 0.0015, 4, 8)
+
+
 def test_the_demo_goes_the_whole_way(tmp_path, data, monkeypatch, capsys):
     asked = {}
     gains = pd.DataFrame({"encoder": ["lovt"], "fraction": [1.0], "gain": [0.1], "low": [0.0], "high": [0.2]})

@@ -2,6 +2,7 @@
 argument, help() and an editor show below the sentence. Errors and sources stay in the sentence. Runs after nbdev_export; twice is as once."""
 import ast
 import io
+import re
 import sys
 import textwrap
 import tokenize
@@ -60,6 +61,15 @@ def documented(body: list[ast.stmt]) -> Iterator[tuple[ast.stmt, ast.stmt]]:
             yield from documented(node.body) if isinstance(node, ast.ClassDef) else ()
 
 
+def wrap_names(source: str) -> str:
+    "The module with the list of its public names, which nbdev makes wider, cut at the width of all lines."
+    found = re.search(r"^__all__ = \[(.*?)\]$", source, re.MULTILINE | re.DOTALL)
+    if not found or not found[1].strip():
+        return source
+    names = textwrap.fill(" ".join(found[1].split()), WIDTH - 1, initial_indent="__all__ = [", subsequent_indent=" " * 11)
+    return f"{source[:found.start()]}{names}]{source[found.end():]}"
+
+
 def fold(source: str) -> str:
     "The module with sections in its docstrings; nothing else of it is changed."
     (comments, ends), lines = read_tokens(source), source.splitlines(keepends=True)
@@ -79,5 +89,5 @@ def fold(source: str) -> str:
 if __name__ == "__main__":
     for path in sorted(Path(sys.argv[1]).rglob("*.py")):
         source = path.read_text(encoding="utf-8")
-        if (folded := fold(source)) != source:
+        if (folded := wrap_names(fold(source))) != source:
             path.write_text(folded, encoding="utf-8")

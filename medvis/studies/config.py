@@ -38,25 +38,27 @@ class GroundingConfig:
 
     out: Path = Path("grounding")
     "Folder of Pack, runs and results."
-    subjects: tuple[str, ...] = ("untrained", *SETTINGS)
-    "Methods, each with its tiny preset or that after a colon; untrained = before the first step."
+    subjects: tuple[str, ...] = ("random-init", *SETTINGS)
+    "Methods, each with its tiny preset or that after a colon; random-init = before the first step."
     seeds: tuple[int, ...] = (0, 1, 2)
     "Seeds of networks and training; the data stay the same."
     studies: int = 6000
     "Number of phantom studies; 80 % of the patients are for training, 10 % for the test."
     size: int = 64
     "Side of the phantom's images in pixels."
+    footing: Literal["own", "equal"] = "own"
+    "own: each method as its preset is; equal: the same image encoder, sentences, epochs and tuning for all."
     progress: bool = True
     "Show progress bars."
 
     def __post_init__(self) -> None:
         for subject in self.subjects:
-            check_choice("method", subject.partition(":")[0], ("untrained", *SETTINGS))
+            check_choice("method", subject.partition(":")[0], ("random-init", *SETTINGS))
 
 # %% ../../nbs/studies/00_config.ipynb #f50bfbad
 @dataclass
 class DownstreamConfig:
-    "Compare pre-trained runs with their untaught selves in every family of tasks, on a phantom."
+    "Compare pre-trained runs with randomly initialised copies in every family of tasks, on a phantom."
 
     runs: tuple[Path, ...]
     "Run folders of one method and preset, one for each seed."

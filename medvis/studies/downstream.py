@@ -20,6 +20,7 @@ from ..evaluate import phantom_pointing
 from ..evaluate.encoder import describe_inputs
 from ..evaluate.protocol import HEADLINE, over_patients, run_protocol
 from ..evaluate.retrieve import retrieve
+from ..train.run import RANDOM_INIT
 from ..evaluate.stats import compare
 from ..methods import Method
 from .config import DownstreamConfig
@@ -114,18 +115,18 @@ def run_downstream(
     pd.DataFrame
         family, metric, encoder, mean, low, high, gain, ...: see stats.compare
     """
-    data, taught = Pack(config.data), [load_method(run).eval() for run in config.runs]
-    methods = {"pre-trained": taught, "untaught": [_random_init(method, seed) for seed, method in enumerate(taught)]}
+    data, trained = Pack(config.data), [load_method(run).eval() for run in config.runs]
+    methods = {"pre-trained": trained, RANDOM_INIT: [_random_init(method, seed) for seed, method in enumerate(trained)]}
     networks = {f"{name}-{seed}": method for name, each in methods.items() for seed, method in enumerate(each)}
     rules = dict(
         runs=[run.name for run in config.runs], findings=config.findings, fractions=config.fractions, tasks=_TASKS
     )
     write_json(config.out / "manifest.json", describe_inputs(networks, data, **rules))
     tables = [
-        _rows_without_head("grounding", _pointing_numbers, methods, data, config.out / "untrained").assign(
+        _rows_without_head("grounding", _pointing_numbers, methods, data, config.out / "without-head").assign(
             family="grounding"
         ),
-        _rows_without_head("retrieval", _retrieval_numbers, methods, data, config.out / "untrained").assign(
+        _rows_without_head("retrieval", _retrieval_numbers, methods, data, config.out / "without-head").assign(
             family="retrieval"
         ),
     ]
@@ -135,22 +136,22 @@ def run_downstream(
         write_atomic(config.out / "results.csv", lambda file: table.to_csv(file, index=False))
     heads = pd.concat([part for part in tables if part["family"].iloc[0] in _TASKS])
     most = heads[heads["fraction"] == max(config.fractions)]
-    patients = over_patients(most, config.out / "protocols", "untaught", config.resamples)
+    patients = over_patients(most, config.out / "protocols", RANDOM_INIT, config.resamples)
     write_atomic(config.out / "patients.csv", lambda file: patients.to_csv(file, index=False))
     comparison = compare_families(table)
-    print(comparison.to_string(), exact_for(describe_machine(), len(taught)), sep="\n")
+    print(comparison.to_string(), exact_for(describe_machine(), len(trained)), sep="\n")
     return comparison
 
 # %% ../../nbs/studies/04_downstream.ipynb #977da748
 def compare_families(results: pd.DataFrame) -> pd.DataFrame:
-    "Pre-trained against untaught by family and metric, over seeds."
-    return compare(results, "untaught", keys=("family", "protocol", "fraction", "metric"))
+    "Pre-trained against random-init by family and metric, over seeds."
+    return compare(results, RANDOM_INIT, keys=("family", "protocol", "fraction", "metric"))
 
 # %% ../../nbs/studies/04_downstream.ipynb #8ca14c0e
 def draw_families(
     comparison: pd.DataFrame,  # as returned by compare_families
 ) -> Figure:
-    """Pre-trained and untaught in every family, with intervals over seeds.
+    """Pre-trained and random-init in every family, with intervals over seeds.
 
     Parameters
     ----------
@@ -160,7 +161,7 @@ def draw_families(
     keys = list(dict.fromkeys(zip(comparison.family, comparison.metric, comparison.fraction)))
     figure = Figure(figsize=(7.5, 0.8 + 0.42 * len(keys)), dpi=90, layout="constrained")
     ax = figure.subplots()
-    for name, color, shift in (("pre-trained", "#0072b2", 0.12), ("untaught", "#d55e00", -0.12)):
+    for name, color, shift in (("pre-trained", "#0072b2", 0.12), (RANDOM_INIT, "#d55e00", -0.12)):
         own = comparison[comparison.encoder == name].set_index(["family", "metric", "fraction"]).loc[keys]
         y = [len(keys) - 1 - place + shift for place in range(len(keys))]
         ax.errorbar(

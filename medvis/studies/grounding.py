@@ -23,6 +23,8 @@ from ..data.phantom import Phantom
 from ..data.prepare import PhantomConfig, prepare_phantom
 from ..evaluate import linear_probe, phantom_pointing
 from ..evaluate.ground import phantom_targets
+from ..evaluate.models import rename_old_baselines
+from ..train.run import RANDOM_INIT
 from ..methods import METHODS, Correspondence, Method
 from .config import GroundingConfig
 from .show import held_out_pairs, pick_targets
@@ -30,15 +32,26 @@ from ..train import TrainConfig, create_method, fit
 from ..core.files import write_atomic, write_json
 from ..core.machine import describe_machine
 
+# %% ../../nbs/studies/03_grounding.ipynb #c32359ba
+_EQUAL = {"image": "tiny_resnet_fine", "layer": None}  # fields of a method's configuration, where it has them
+_EQUAL_TRAINING = {"sentences": "all", "most_sentences": 4, "max_tokens": 256, "epochs": 8, "batch_size": 64}
+_EQUAL_RATES = (0.0005, 0.0015, 0.0045)  # learning rates that every method tries
+
 # %% ../../nbs/studies/03_grounding.ipynb #56b47a3c
 def _make_subject(
-    subject: str,  # "method", "method:preset" or "untrained"
+    subject: str,  # "method", "method:preset" or "random-init"
     data: Pack,  # its training reports give the vocabulary
     seed: int,
+    footing: str = "own",  # or "equal", see _EQUAL
 ) -> Method:
     "The method of a subject, not yet trained. ValueError for a name that does not exist."
-    name, _, preset = (subject if subject != "untrained" else next(iter(METHODS))).partition(":")
-    return create_method(name, preset or "tiny", data, seed)
+    name, _, preset = (subject if subject != "random-init" else next(iter(METHODS))).partition(":")
+    settings = METHODS[name].Config.__dataclass_fields__
+    changes = {key: value for key, value in _EQUAL.items() if key in settings} if footing == "equal" else {}
+    method = create_method(name, preset or "tiny", data, seed, **changes)
+    if footing == "equal":
+        method.training_settings |= _EQUAL_TRAINING
+    return method
 
 # %% ../../nbs/studies/03_grounding.ipynb #e06e11ef
 class _OtherImages(torch.nn.Module):
@@ -100,15 +113,43 @@ def _loss_rows(method: Method, pairs: Pairs, batch_size: int = 64) -> pd.DataFra
     return pd.DataFrame(rows).groupby("part", sort=False).mean().reset_index()
 
 # %% ../../nbs/studies/03_grounding.ipynb #bd659307
+def _train_subject(subject: str, seed: int, data: Pack, config: GroundingConfig, rate: float | None) -> Method:
+    "The method of a subject, trained at a learning rate (None: the preset's) or taken up where it was left."
+    method = _make_subject(subject, data, seed, config.footing)
+    if subject != "random-init":
+        name = f"{subject.replace(':', '-')}-{seed}" + ("" if rate is None else f"-lr{rate:g}")
+        changes = {} if rate is None else {"lr": rate}
+        run = TrainConfig.of(method, config.out / "runs" / name, seed=seed, progress=config.progress, **changes)
+        fit(method, data, run)
+    return method.eval()
+
+
+def _choose_rate(subject: str, data: Pack, config: GroundingConfig) -> float | None:  # None: the preset's
+    "The learning rate whose run of the first seed points best on the validation studies; tried rates are in a table."
+    if config.footing == "own" or subject == "random-init":
+        return None
+    path = config.out / "tuning" / f"{subject.replace(':', '-')}.csv"
+    if not path.exists():
+        rows = []
+        for rate in _EQUAL_RATES:
+            method = _train_subject(subject, config.seeds[0], data, config, rate)
+            reports = replace(method.sampling, sentences="all", most_sentences=None)
+            pairs = Pairs(data, method.tokenizer, method.preprocessing, reports, "validate")
+            pointing = phantom_pointing(method, pairs)
+            hits = {grain: pointing.rate(grain=grain).hit_rate.value for grain in ("word", "sentence")}
+            rows.append({"subject": subject, "lr": rate, **hits})
+        write_atomic(path, lambda file: pd.DataFrame(rows).to_csv(file, index=False))
+    tried = read_csv(path)
+    return float(tried.lr[(tried.word + tried.sentence).idxmax()])
+
+
 def _run_subject(subject: str, seed: int, data: Pack, config: GroundingConfig) -> Path:  # of the results
     "Train and measure one subject with one seed; a subject with results is left as it is."
     name = f"{subject.replace(':', '-')}-{seed}"
-    run, results = config.out / "runs" / name, config.out / "results" / name
+    results = config.out / "results" / name
     if (results / "probe.csv").exists():
         return results
-    method = _make_subject(subject, data, seed)
-    if subject != "untrained":
-        fit(method, data, TrainConfig.of(method, run, seed=seed, progress=config.progress))
+    method = _train_subject(subject, seed, data, config, _choose_rate(subject, data, config))
     pairs = held_out_pairs(method.eval(), data)
     sampled = Pairs(data, method.tokenizer, method.preprocessing, method.sampling, "test")
     tables = {
@@ -116,7 +157,7 @@ def _run_subject(subject: str, seed: int, data: Pack, config: GroundingConfig) -
         "maps": _example_maps(method, pairs),
         "loss": _loss_rows(method, sampled),
     }
-    probe = linear_probe({subject: method.image_encoder}, data, (0.01, 0.1, 1.0), (0, 1, 2))
+    probe = linear_probe({name: method.image_encoder}, data, (0.01, 0.1, 1.0), (0, 1, 2))
     for kind, table in {**tables, "probe": probe[probe.finding == "macro"]}.items():
         table = table.assign(subject=subject, seed=seed)
         suffix, write = ("parquet", table.to_parquet) if kind == "maps" else ("csv", table.to_csv)
@@ -136,7 +177,7 @@ def gather(
     """
     read = {"maps": pd.read_parquet}.get(kind, read_csv)
     paths = sorted(results.glob(f"*/{kind}.*"))
-    return pd.concat([read(path) for path in paths], ignore_index=True)
+    return rename_old_baselines(pd.concat([read(path) for path in paths], ignore_index=True))
 
 # %% ../../nbs/studies/03_grounding.ipynb #c5a1f542
 def run_grounding(config: GroundingConfig) -> pd.DataFrame:  # the table of `_subject_table`
@@ -157,7 +198,7 @@ def run_grounding(config: GroundingConfig) -> pd.DataFrame:  # the table of `_su
     for seed in config.seeds:
         for subject in config.subjects:
             _run_subject(subject, seed, data, config)
-            for kind in ("pointing", "probe", "loss", "maps"):
+            for kind in ("pointing", "probe", "loss", "maps"):  # after every run, so that one sees how far it is
                 table = gather(out / "results", kind)
                 suffix, write = ("parquet", table.to_parquet) if kind == "maps" else ("csv", table.to_csv)
                 write_atomic(out / f"{kind}.{suffix}", lambda file: write(file, index=False))
@@ -187,14 +228,15 @@ def _subject_table(pointing: pd.DataFrame, probe: pd.DataFrame) -> pd.DataFrame:
     "Probe (10 % of labels) and pointing of every subject: means over seeds, with the lowest and the highest seed."
     tenth = probe[probe.fraction == 0.1]
     own, random = (
-        tenth[chosen].groupby("subject").auroc for chosen in (tenth.encoder != "random", tenth.encoder == "random")
+        tenth[chosen].groupby("subject").auroc
+        for chosen in (tenth.encoder != RANDOM_INIT, tenth.encoder == RANDOM_INIT)
     )
     table = pd.DataFrame(
         {
             "auroc": own.mean(),
             "auroc_low": own.min(),
             "auroc_high": own.max(),
-            "random": random.mean(),
+            RANDOM_INIT: random.mean(),
             "seeds": own.size(),
         }
     )

@@ -69,7 +69,7 @@ def _word_numbers(rows: pd.DataFrame) -> dict[str, float]:
 
 # %% ../../nbs/studies/06_mgca_figures.ipynb #6626aa10
 def _draw_word_maps(rows: pd.DataFrame, phantom: Phantom, width: float = 1.45) -> Figure:
-    "A row for each study: the radiograph and maps of the words that name its findings, with their extent (MGCA Fig. 3)."
+    "A row for each study: the radiograph and maps of the words that name its findings, with their extent (Fig. 3)."
     studies = list(dict.fromkeys(rows.study))
     columns = min(rows.groupby("study").finding.nunique().max(), 4)
     figure = Figure(figsize=(width * (columns + 1), 1.14 * width * len(studies)), dpi=100, layout="constrained")

@@ -32,10 +32,11 @@ from ..data.pairs import Pairs, collate
 from ..data.prepare import pack_phantom
 from ..evaluate import paired_gain, phantom_pointing, phantom_targets
 from ..evaluate.ground import PhantomPointing, Target
+from ..evaluate.models import rename_old_baselines
 from ..methods import Method
 from ..train import Run, load_method
 from ..train.diagnostics import collapse
-from ..train.run import training_pack
+from ..train.run import RANDOM_INIT, training_pack
 from ..widgets.correspondence import CorrespondenceWidget, Display, pack_study, page_state
 from ..widgets.shell import state_json, static
 
@@ -125,9 +126,9 @@ def _top_numbers(
     probe: pd.DataFrame | None,
     gains: pd.DataFrame | None,
     pointing: PhantomPointing | None,
-    control: PhantomPointing | None = None,  # of the untrained network
+    control: PhantomPointing | None = None,  # of the randomly initialised network
 ) -> Html:
-    "The run in a few large numbers, each with its interval and what an untrained network gets."
+    "The run in a few large numbers, each with its interval and what a randomly initialised network gets."
     numbers = []
     if probe is not None and gains is not None:
         macro = probe[probe.finding == "macro"].set_index(["encoder", "fraction"])
@@ -138,13 +139,13 @@ def _top_numbers(
                 (
                     f"{score.auroc:.3f}",
                     f"macro AUROC of a linear probe, {share} ({score.low:.3f} to {score.high:.3f})",
-                    f"untrained: {macro.loc[('random', row.fraction)].auroc:.3f}; {gain}",
+                    f"random-init: {macro.loc[('random-init', row.fraction)].auroc:.3f}; {gain}",
                 )
             )
     for grain in ("sentence", "word") if pointing is not None else ():
         rate = pointing.rate(grain=grain)
         own = None if control is None else control.rate(grain=grain).hit_rate
-        blind = "" if own is None else f"untrained: {own.value:.3f} ({own.low:.3f} to {own.high:.3f}); "
+        blind = "" if own is None else f"random-init: {own.value:.3f} ({own.low:.3f} to {own.high:.3f}); "
         numbers.append(
             (
                 f"{rate.hit_rate.value:.3f}",
@@ -219,11 +220,11 @@ def _how_to_repeat(run: Run, command: str | None = None) -> Section:
 
 # %% ../../nbs/studies/01_show.ipynb #cf4e59ec
 def _known_gains(predictions: Path) -> pd.DataFrame | None:
-    "Gains over random initialisation from a probe's predictions; None without predictions or without a random encoder."
+    "Gains over random initialisation from a probe's predictions; None without the file, or without random-init in it."
     if not predictions.exists():
         return None
-    table = pd.read_parquet(predictions)
-    return paired_gain(table) if "random" in set(table["encoder"]) else None
+    table = rename_old_baselines(pd.read_parquet(predictions))
+    return paired_gain(table) if RANDOM_INIT in set(table["encoder"]) else None
 
 # %% ../../nbs/studies/01_show.ipynb #d6c2c5b0
 def show_run(
@@ -271,7 +272,7 @@ def show_run(
         rows = {pairs.items[item][0]: targets for item, targets in chosen.items()}
         live = _live_card(run.config["method"], method, data, rows, shown) if rows else None
     if (run.path / "probe" / "probe.csv").exists():
-        probe = read_csv(run.path / "probe" / "probe.csv", ("finding",))
+        probe = rename_old_baselines(read_csv(run.path / "probe" / "probe.csv", ("finding",)))
         gains = _known_gains(run.path / "probe" / "predictions.parquet")
     sections = run_sections(
         run.metrics,

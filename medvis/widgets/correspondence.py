@@ -123,7 +123,7 @@ def _scale_ends(
     """Scores at the ends of the colours.
 
     Normalised: of the map. Raw: of all maps of its grains. Common: from the map's mean, which is chance, to where one
-    region weighs N times as much in the softmax over regions, so that the map of a network without training is flat."""
+    region weighs N times as much in the softmax over regions: a randomly initialised network is flat there."""
     if scale == "common":
         mean = float(scores.mean())
         return mean, mean + run.temperature * float(np.log(max(len(scores), 2)))

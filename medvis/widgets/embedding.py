@@ -374,7 +374,7 @@ def study_points(
     aligned = aligned_studies(method, pairs, items)
     grain, rows, vectors = f"{aligned.grain}s", [], []
     for k, view in enumerate(studies.make(items)):
-        words, sentences = places_in(pairs.report(k), view.sentences, view.spans, pairs.view.punctuation)
+        words, sentences = places_in(pairs.report(k), view.sentences, view.spans, pairs.sampling.punctuation)
         texts = {ours: its for ours, its in (words if grain == "words" else sentences).items() if aligned.mask[k, its]}
         lot = np.sort(rng.permutation(aligned.regions.shape[1])[:regions])
         every = _region_rows(view, "run")

@@ -298,9 +298,9 @@ def _batch_scores(
     out = []
     for row, (position, sentences) in enumerate(zip(positions, reports)):
         spans = word_spans(sentences)
-        places = places_in(pairs.report(position), sentences, spans, pairs.view.punctuation)
+        places = places_in(pairs.report(position), sentences, spans, pairs.sampling.punctuation)
         scores = _run_scores(correspondence, row, places, (len(spans), len(sentences)), method.preprocessing)
-        out.append(replace(scores, tokens=pairs.view.max_tokens))
+        out.append(replace(scores, tokens=pairs.sampling.max_tokens))
     return out
 
 # %% ../../nbs/widgets/02_study.ipynb #41e608c4
