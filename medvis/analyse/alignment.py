@@ -18,10 +18,10 @@ from torch import Tensor
 from .page import FAINT, INK, SERIES, STYLE
 from ..methods.method import Aligned
 
-# %% ../../nbs/analyse/05_alignment.ipynb #24993399
+# %% ../../nbs/analyse/05_alignment.ipynb #9b3f6c26
 _ALIGNMENT_SERIES = {"report to image": SERIES[0], "image to report": SERIES[1]}
 
-# %% ../../nbs/analyse/05_alignment.ipynb #e84b568f
+
 def _other_samples(
     gathered: Tensor,  # (B, K, d)
     mask: Tensor,  # (B, K) True = valid
@@ -34,7 +34,7 @@ def _other_samples(
         )
     return gathered[mask].roll(int(counts.max()), 0)
 
-# %% ../../nbs/analyse/05_alignment.ipynb #9b3f6c26
+
 def alignment_distances(
     aligned: Aligned,
 ) -> pd.DataFrame:  # sample, direction, distance, stranger (distance to another sample's)

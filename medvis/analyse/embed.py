@@ -209,7 +209,7 @@ def write_embedding(path: str | Path, table: pd.DataFrame) -> None:
     "Write points of an embedding as parquet."
     write_atomic(Path(path), lambda file: table.to_parquet(file, index=False))
 
-# %% ../../nbs/analyse/06_embed.ipynb #a2a38e25
+# %% ../../nbs/analyse/06_embed.ipynb #d48dbb6d
 def _check_places(table: pd.DataFrame) -> None:
     "ValueError if there is nothing to draw, or places are no numbers."
     finite = np.isfinite(table[["x", "y"]].to_numpy(float)).all(1)
@@ -218,7 +218,15 @@ def _check_places(table: pd.DataFrame) -> None:
             f"{(~finite).sum()} of {len(finite)} points have no place (x, y); expected numbers, for at least one point"
         )
 
-# %% ../../nbs/analyse/06_embed.ipynb #d48dbb6d
+
+def _plain(ax: Axes) -> None:
+    ax.set(xticks=[], yticks=[])
+    ax.grid(visible=False)
+    for spine in ax.spines.values():
+        spine.set(visible=True, color=FAINT)
+    ax.set_box_aspect(1)
+
+
 def draw_kinds(
     ax: Axes,
     table: pd.DataFrame,  # x, y and the column `by`
@@ -282,11 +290,3 @@ def draw_values(
     shown = ax.scatter(some.x, some.y, s=size, c=some[by], **look)
     _plain(ax)
     return shown
-
-# %% ../../nbs/analyse/06_embed.ipynb #a7367590
-def _plain(ax: Axes) -> None:
-    ax.set(xticks=[], yticks=[])
-    ax.grid(visible=False)
-    for spine in ax.spines.values():
-        spine.set(visible=True, color=FAINT)
-    ax.set_box_aspect(1)

@@ -18,7 +18,7 @@ from .page import GREY, INK, MARKS, SERIES, STYLE
 from ..train.diagnostics import MEANING, collapse
 from ..train.run import Run
 
-# %% ../../nbs/analyse/10_live.ipynb #2a277ae4
+# %% ../../nbs/analyse/10_live.ipynb #2809fa58
 _PANELS = {
     "spread (1 = over the sphere)": {"image_std": "images", "text_std": "reports"},
     "regions": {
@@ -33,7 +33,7 @@ _PANELS = {
     "dead prototypes": {"dead_prototypes": "share", "dead_by_chance": "by chance"},
 }
 
-# %% ../../nbs/analyse/10_live.ipynb #68e45fb5
+
 def _draw_panel(
     ax: Axes,
     diagnostics: pd.DataFrame,  # Run.diagnostics
@@ -50,7 +50,7 @@ def _draw_panel(
         ax.legend(loc="best", fontsize=7)
     ax.xaxis.get_major_locator().set_params(integer=True)
 
-# %% ../../nbs/analyse/10_live.ipynb #2809fa58
+
 @matplotlib.rc_context(STYLE)
 def draw_diagnostics(
     diagnostics: pd.DataFrame,  # Run.diagnostics
@@ -83,7 +83,7 @@ def draw_diagnostics(
     figure.supxlabel("epoch", fontsize=8)
     return figure
 
-# %% ../../nbs/analyse/10_live.ipynb #b2d41e08
+# %% ../../nbs/analyse/10_live.ipynb #c94a6f15
 _HEALTHY = {
     "image_std": (0.02, 1.1),
     "text_std": (0.02, 1.1),
@@ -96,7 +96,7 @@ _HEALTHY = {
     "dead_prototypes": (0.0, 0.9),
 }
 
-# %% ../../nbs/analyse/10_live.ipynb #c94a6f15
+
 @matplotlib.rc_context(STYLE)
 def diagnostic_figures(
     diagnostics: pd.DataFrame,  # Run.diagnostics

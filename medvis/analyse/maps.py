@@ -46,25 +46,6 @@ def upsample(
         )
     return interpolate(scores.view(1, 1, *grid), size=size, mode="bilinear", align_corners=False)[0, 0].numpy()
 
-# %% ../../nbs/analyse/01_maps.ipynb #acf70473
-OUTLINE = "#35d6ed"
-_SIDE = 256
-
-# %% ../../nbs/analyse/01_maps.ipynb #2aa34d99
-def _heat_colours(
-    scores: ArrayLike,  # (N,)
-    grid: tuple[int, int],
-    limits: tuple[float, float] | None = None,  # scores at the ends of the colours; None = lowest and highest here
-    opacity: float = 0.75,  # of the highest score
-) -> np.ndarray:  # (SIDE, SIDE, 4) RGBA in 0..1
-    """Colour and transparency of a map; where the limits are one number it is transparent."""
-    smooth = upsample(scores, grid, (_SIDE, _SIDE))
-    low, high = (smooth.min(), smooth.max()) if limits is None else limits
-    share = ((smooth - low) / (high - low)).clip(0, 1) if high > low else np.zeros_like(smooth)
-    rgba = matplotlib.colormaps["inferno"](0.25 + 0.7 * share)
-    rgba[..., 3] = opacity * share**2
-    return rgba
-
 # %% ../../nbs/analyse/01_maps.ipynb #2df2c0c4
 def common_limits(
     maps: ArrayLike,  # (..., N) scores of maps that are drawn side by side
@@ -99,6 +80,25 @@ def as_picture(
     return image[0] if image.ndim == 3 else image
 
 # %% ../../nbs/analyse/01_maps.ipynb #8e747a5c
+OUTLINE = "#35d6ed"
+_SIDE = 256
+
+
+def _heat_colours(
+    scores: ArrayLike,  # (N,)
+    grid: tuple[int, int],
+    limits: tuple[float, float] | None = None,  # scores at the ends of the colours; None = lowest and highest here
+    opacity: float = 0.75,  # of the highest score
+) -> np.ndarray:  # (SIDE, SIDE, 4) RGBA in 0..1
+    """Colour and transparency of a map; where the limits are one number it is transparent."""
+    smooth = upsample(scores, grid, (_SIDE, _SIDE))
+    low, high = (smooth.min(), smooth.max()) if limits is None else limits
+    share = ((smooth - low) / (high - low)).clip(0, 1) if high > low else np.zeros_like(smooth)
+    rgba = matplotlib.colormaps["inferno"](0.25 + 0.7 * share)
+    rgba[..., 3] = opacity * share**2
+    return rgba
+
+
 def draw_map(
     ax: Axes,
     image: ArrayLike,  # (H, W) or (C, H, W), as the encoder saw it

@@ -37,7 +37,7 @@ from ..core.files import write_atomic
 class Html(str):
     """Markup that goes into a page as it is; any other string is escaped."""
 
-# %% ../../nbs/analyse/02_page.ipynb #494ecf2e
+# %% ../../nbs/analyse/02_page.ipynb #df3b9aca
 @singledispatch
 def to_html(part: Any) -> Html:
     """Markup of a part: text, DataFrame, Figure, dict or list of parts. TypeError for anything else."""
@@ -45,7 +45,7 @@ def to_html(part: Any) -> Html:
         f"a page cannot show a {type(part).__name__}; give text, a DataFrame, a Figure, a dict or a list of these"
     )
 
-# %% ../../nbs/analyse/02_page.ipynb #14517bf8
+
 @to_html.register
 def _text(part: str) -> Html:
     return (
@@ -54,7 +54,7 @@ def _text(part: str) -> Html:
         else Html("".join(f"<p>{escape(line)}</p>" for line in part.split("\n\n") if line.strip()))
     )
 
-# %% ../../nbs/analyse/02_page.ipynb #97890586
+
 @to_html.register
 def _table(part: pd.DataFrame) -> Html:
     table = part.to_html(
@@ -64,12 +64,12 @@ def _table(part: pd.DataFrame) -> Html:
     prose = " prose" if max(lengths, default=0) > 30 else ""  # the last column is sentences
     return Html(f'<div class="wide{prose}">{table}</div>')
 
-# %% ../../nbs/analyse/02_page.ipynb #d58dc47e
+
 @to_html.register
 def _settings(part: dict) -> Html:
     return Html(f"<pre>{escape(json.dumps(part, indent=2, ensure_ascii=False, default=str))}</pre>")
 
-# %% ../../nbs/analyse/02_page.ipynb #df3b9aca
+
 @to_html.register
 def _list(part: list) -> Html:
     return Html(f'<div class="row">{"".join(map(to_html, part))}</div>')
@@ -110,7 +110,7 @@ def short(name: str, length: int = 22) -> str:
     """A name that fits beside an axis."""
     return name if len(name) <= length else name[: length - 1] + "…"
 
-# %% ../../nbs/analyse/02_page.ipynb #10fcc001
+# %% ../../nbs/analyse/02_page.ipynb #7c1d9382
 def _themed_svg(figure: Figure) -> str:
     """The figure as an SVG document with a transparent ground, whose colours follow the reader's theme."""
     out = io.StringIO()
@@ -126,14 +126,14 @@ def _themed_svg(figure: Figure) -> str:
     style = f"<style>svg{{{light}}}@media(prefers-color-scheme:dark){{svg{{{dark}}}}}</style>"
     return svg.replace("<defs>", style + "<defs>", 1)
 
-# %% ../../nbs/analyse/02_page.ipynb #7c1d9382
+
 @to_html.register
 def _figure(part: Figure) -> Html:
     data = base64.b64encode(_themed_svg(part).encode()).decode()
     label = " · ".join(ax.get_title(loc) for ax in part.axes for loc in ("left", "center") if ax.get_title(loc))
     return Html(f'<img class="chart" alt="{escape(label or "chart")}" src="data:image/svg+xml;base64,{data}">')
 
-# %% ../../nbs/analyse/02_page.ipynb #42102ee8
+# %% ../../nbs/analyse/02_page.ipynb #ebdd43f6
 def _draw_curve(
     ax: Axes,
     metrics: pd.DataFrame,  # step, split ("train", "validate"), and the column named
@@ -154,7 +154,7 @@ def _draw_curve(
     if ax.lines:
         ax.legend(loc="upper right")
 
-# %% ../../nbs/analyse/02_page.ipynb #d2b1254a
+
 def _curve_names(metrics: pd.DataFrame) -> list[str]:
     """The losses in a run's metrics: `loss` first, then its parts in their order, without those that repeat another."""
     left_out = ("step", "epoch", "lr", "loss")
@@ -166,7 +166,7 @@ def _curve_names(metrics: pd.DataFrame) -> list[str]:
             names += [] if same else [name]
     return names
 
-# %% ../../nbs/analyse/02_page.ipynb #ebdd43f6
+
 @matplotlib.rc_context(STYLE)
 def curves_figure(
     metrics: pd.DataFrame,  # step, epoch, split, loss, parts by name
@@ -187,14 +187,14 @@ def curves_figure(
         _draw_curve(ax, metrics, name)
     return figure
 
-# %% ../../nbs/analyse/02_page.ipynb #54332d62
+# %% ../../nbs/analyse/02_page.ipynb #46f2f7de
 def _colours(names: Sequence[str], baseline: str = "random-init") -> dict[str, tuple[str, str]]:  # name -> colour, mark
     """A colour and a mark for each encoder, grey for the baseline."""
     others = [name for name in names if name != baseline]
     looks = {name: (SERIES[k % len(SERIES)], MARKS[k % len(MARKS)]) for k, name in enumerate(others)}
     return {name: looks.get(name, (GREY, "X")) for name in names}
 
-# %% ../../nbs/analyse/02_page.ipynb #d6c12f8c
+
 def _finding_order(
     table: pd.DataFrame,  # as returned by linear_probe
 ) -> list[str]:
@@ -202,7 +202,7 @@ def _finding_order(
     first = table[(table["encoder"] == table["encoder"].iloc[0]) & (table["finding"] != "macro")]
     return ["macro", *first.groupby("finding", sort=False)["auroc"].mean().sort_values(ascending=False).index]
 
-# %% ../../nbs/analyse/02_page.ipynb #7fb72bb1
+
 def _draw_forest(
     ax: Axes,
     table: pd.DataFrame,  # as returned by linear_probe, one fraction
@@ -226,7 +226,7 @@ def _draw_forest(
     )
     ax.grid(axis="y", visible=False)
 
-# %% ../../nbs/analyse/02_page.ipynb #46f2f7de
+
 @matplotlib.rc_context(STYLE)
 def probe_figure(
     table: pd.DataFrame,  # as returned by linear_probe
@@ -266,7 +266,7 @@ def _probe_summary(
     out = pd.DataFrame(columns)
     return out.reindex(_finding_order(table)).dropna(how="all").rename_axis("finding").reset_index()
 
-# %% ../../nbs/analyse/02_page.ipynb #7c3e90ab
+# %% ../../nbs/analyse/02_page.ipynb #a2a7d6c2
 def _pointing_order(
     table: pd.DataFrame,  # as returned by PhantomPointing.by_finding
 ) -> pd.DataFrame:
@@ -275,7 +275,7 @@ def _pointing_order(
         "hit_rate", ascending=False, key=lambda rate: rate.where(table["finding"] != "all", np.inf)
     )
 
-# %% ../../nbs/analyse/02_page.ipynb #41d8b7e2
+
 def _pointing_summary(
     table: pd.DataFrame,  # as returned by PhantomPointing.by_finding
 ) -> pd.DataFrame:  # text
@@ -289,7 +289,7 @@ def _pointing_summary(
     }
     return pd.DataFrame(shown)
 
-# %% ../../nbs/analyse/02_page.ipynb #a2a7d6c2
+
 @matplotlib.rc_context(STYLE)
 def pointing_figure(
     table: pd.DataFrame,  # as returned by PhantomPointing.by_finding: finding, hit_rate, low, high, chance, targets
@@ -316,24 +316,7 @@ def pointing_figure(
     figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=2)
     return figure
 
-# %% ../../nbs/analyse/02_page.ipynb #bc3a0f06
-def _marked_text(
-    report: Report,
-    pick: Sequence[int],  # words to mark
-) -> Html:
-    """The sentences of a report with some words marked."""
-    out = []
-    for s, sentence in enumerate(report.sentences):
-        at, pieces = 0, []
-        for word in sorted(pick):
-            where, start, end = report.word_spans[word]
-            if where == s:
-                pieces += [escape(sentence[at:start]), "<mark>", escape(sentence[start:end]), "</mark>"]
-                at = end
-        out.append("".join(pieces) + escape(sentence[at:]))
-    return Html(f'<p class="report">{" ".join(out)}</p>')
-
-# %% ../../nbs/analyse/02_page.ipynb #5be1d260
+# %% ../../nbs/analyse/02_page.ipynb #f2bf575e
 def _colour_bar(
     limits: tuple[float, float],  # scores at its ends
 ) -> Html:
@@ -344,7 +327,7 @@ def _colour_bar(
         f"{limits[1]:.2f}</span>"
     )
 
-# %% ../../nbs/analyse/02_page.ipynb #f2bf575e
+
 def tile(
     image: ArrayLike,  # (H, W) or (C, H, W), as the encoder saw it
     scores: ArrayLike | None = None,  # (N,)
@@ -381,6 +364,23 @@ def tile(
     )
 
 # %% ../../nbs/analyse/02_page.ipynb #b13b4c68
+def _marked_text(
+    report: Report,
+    pick: Sequence[int],  # words to mark
+) -> Html:
+    """The sentences of a report with some words marked."""
+    out = []
+    for s, sentence in enumerate(report.sentences):
+        at, pieces = 0, []
+        for word in sorted(pick):
+            where, start, end = report.word_spans[word]
+            if where == s:
+                pieces += [escape(sentence[at:start]), "<mark>", escape(sentence[start:end]), "</mark>"]
+                at = end
+        out.append("".join(pieces) + escape(sentence[at:]))
+    return Html(f'<p class="report">{" ".join(out)}</p>')
+
+
 def correspondence_card(
     image: ArrayLike,  # (H, W) or (C, H, W) of this row, as the encoder saw it
     correspondence: Correspondence,
@@ -468,7 +468,35 @@ class Section:
             return Html(f"<details><summary>{escape(self.title)}</summary>{body}</details>")
         return Html(f"<section><h2>{escape(self.title)}</h2>{body}</section>")
 
-# %% ../../nbs/analyse/02_page.ipynb #67fa7f8e
+# %% ../../nbs/analyse/02_page.ipynb #e2907c15
+@dataclass
+class Live:
+    """A part that answers the pointer: markup (with its style and state), and the module that moves it.
+
+    Parameters
+    ----------
+    title : str
+    about : str
+    markup : Html
+    script : str
+        the body of an ES module; it is ours, nothing of it comes from data
+    """
+
+    title: str
+    about: str
+    markup: Html
+    script: str  # the body of an ES module; it is ours, nothing of it comes from data
+
+    @property
+    def source(self) -> str:
+        """What the page's policy must say for this script, and no other, to run."""
+        return f"'sha256-{base64.b64encode(hashlib.sha256(self.script.encode()).digest()).decode()}'"
+
+    def html(self) -> Html:
+        head = f"<h2>{escape(self.title)}</h2>{to_html(self.about)}"
+        return Html(f'<section class="live">{head}{self.markup}<script type="module">{self.script}</script></section>')
+
+# %% ../../nbs/analyse/02_page.ipynb #3f9beffb
 _CSS = """
 :root{color-scheme:light dark;--ground:#f6f7f9;--card:#fff;--ink:#1b2733;--soft:#5b6775;--line:#dde2e8;
   --accent:#0072b2;--mark:#ffe39a}
@@ -515,35 +543,7 @@ section.live #widget{margin:.75rem 0 0}
   .correspondence .browser,.correspondence .controls,.correspondence .keys{display:none}}
 """
 
-# %% ../../nbs/analyse/02_page.ipynb #e2907c15
-@dataclass
-class Live:
-    """A part that answers the pointer: markup (with its style and state), and the module that moves it.
 
-    Parameters
-    ----------
-    title : str
-    about : str
-    markup : Html
-    script : str
-        the body of an ES module; it is ours, nothing of it comes from data
-    """
-
-    title: str
-    about: str
-    markup: Html
-    script: str  # the body of an ES module; it is ours, nothing of it comes from data
-
-    @property
-    def source(self) -> str:
-        """What the page's policy must say for this script, and no other, to run."""
-        return f"'sha256-{base64.b64encode(hashlib.sha256(self.script.encode()).digest()).decode()}'"
-
-    def html(self) -> Html:
-        head = f"<h2>{escape(self.title)}</h2>{to_html(self.about)}"
-        return Html(f'<section class="live">{head}{self.markup}<script type="module">{self.script}</script></section>')
-
-# %% ../../nbs/analyse/02_page.ipynb #e883d7b0
 def _page(
     title: str,
     sections: Sequence[Section],
@@ -563,7 +563,7 @@ def _page(
         f"{live.html() if live else ''}{top}{''.join(section.html() for section in sections)}</main></body></html>\n"
     )
 
-# %% ../../nbs/analyse/02_page.ipynb #3f9beffb
+
 def write_page(
     path: str | Path,  # of the .html file
     title: str,
@@ -588,19 +588,6 @@ def write_page(
     write_atomic(path, lambda file: file.write(html.encode()))
     return Path(path)
 
-# %% ../../nbs/analyse/02_page.ipynb #5fb695ed
-_ABOUT = {
-    "Linear probe": "The encoder is frozen; a logistic regression reads each finding off its features, from a share of "
-    "the training patients' labels. AUROC on test patients, mean over seeds; bars are 95 % intervals from drawing "
-    "patients.",
-    "Pointing game": "Does the highest region of a word's map lie in the finding that the word names? Chance is the "
-    "share of the image that the finding covers. Number of words in brackets.",
-    "Training": "Mean loss of each step (pale), its running mean (strong), and the loss on validation patients after "
-    "each epoch (points). Lower is better; validation that rises while training falls is overfitting.",
-    "Words and regions": "Brighter is a better fit of region and word. The maps of a study share one scale, given "
-    "below each: a pale one says little. The ring is the highest region, the outline the true extent.",
-}
-
 # %% ../../nbs/analyse/02_page.ipynb #e705d418
 def exact_for(
     machine: Mapping,  # as returned by describe_machine, or a manifest that holds it
@@ -624,6 +611,19 @@ def exact_for(
     return sentence + (" One seed is an anecdote: train several before you compare methods." if seeds == 1 else "")
 
 # %% ../../nbs/analyse/02_page.ipynb #93693d70
+_ABOUT = {
+    "Linear probe": "The encoder is frozen; a logistic regression reads each finding off its features, from a share of "
+    "the training patients' labels. AUROC on test patients, mean over seeds; bars are 95 % intervals from drawing "
+    "patients.",
+    "Pointing game": "Does the highest region of a word's map lie in the finding that the word names? Chance is the "
+    "share of the image that the finding covers. Number of words in brackets.",
+    "Training": "Mean loss of each step (pale), its running mean (strong), and the loss on validation patients after "
+    "each epoch (points). Lower is better; validation that rises while training falls is overfitting.",
+    "Words and regions": "Brighter is a better fit of region and word. The maps of a study share one scale, given "
+    "below each: a pale one says little. The ring is the highest region, the outline the true extent.",
+}
+
+
 def run_sections(
     metrics: pd.DataFrame | None = None,  # Run.metrics
     probe: pd.DataFrame | None = None,  # as returned by linear_probe

@@ -13,6 +13,7 @@ import matplotlib
 import numpy as np
 import pandas as pd
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
@@ -260,6 +261,24 @@ def choice_numbers(
     return numbers
 
 # %% ../../nbs/analyse/07_regions.ipynb #1d23e043
+def _draw_numbers(
+    ax: Axes, corner: tuple[float, float], width: float, height: float, numbers: str, colour: str
+) -> None:
+    "A region's frame with the numbers of the sentences that chose it."
+    ax.add_patch(Rectangle(corner, width, height, fill=False, edgecolor=colour, linewidth=2))
+    ax.text(
+        corner[0] + 0.5 * width,
+        corner[1] + 0.5 * height,
+        numbers,
+        color="white",
+        fontsize=8,
+        ha="center",
+        va="center",
+        bbox=dict(boxstyle="round,pad=0.15", facecolor=colour, edgecolor="none"),
+        wrap=True,
+    )
+
+
 @matplotlib.rc_context(STYLE)
 def draw_choice(
     image: ArrayLike,  # (H, W) or (C, H, W)
@@ -296,21 +315,10 @@ def draw_choice(
             linewidths=1.4,
         )
     regions = choice.groupby("region").sentence.apply(lambda s: " ".join(str(m + 1) for m in s))
-    for k, (region, names) in enumerate(regions.items()):
-        (row, column), colour = divmod(region, w), SERIES[k % len(SERIES)]
+    for k, (region, numbers) in enumerate(regions.items()):
+        row, column = divmod(region, w)
         corner = (column * width / w, row * height / h)
-        ax.add_patch(Rectangle(corner, width / w, height / h, fill=False, edgecolor=colour, linewidth=2))
-        ax.text(
-            corner[0] + 0.5 * width / w,
-            corner[1] + 0.5 * height / h,
-            names,
-            color="white",
-            fontsize=8,
-            ha="center",
-            va="center",
-            bbox=dict(boxstyle="round,pad=0.15", facecolor=colour, edgecolor="none"),
-            wrap=True,
-        )
+        _draw_numbers(ax, corner, width / w, height / h, numbers, SERIES[k % len(SERIES)])
     colours = {m: SERIES[list(regions.index).index(r) % len(SERIES)] for m, r in zip(choice.sentence, choice.region)}
     for line, m in enumerate(sorted(colours)):
         y = 0.98 - line / max(len(colours), 10)

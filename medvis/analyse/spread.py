@@ -16,7 +16,7 @@ from .page import INK, SERIES, STYLE
 from ..encoders.features import ImageFeatures
 from ..train.diagnostics import spread
 
-# %% ../../nbs/analyse/04_spread.ipynb #5c206664
+# %% ../../nbs/analyse/04_spread.ipynb #f4fc8992
 _SPREADS = {
     "total": "regions, total",
     "per_sample": "regions, within a sample",
@@ -24,7 +24,7 @@ _SPREADS = {
     "whole": "whole images",
 }
 
-# %% ../../nbs/analyse/04_spread.ipynb #f4fc8992
+
 def spread_table(
     features: Mapping[str, ImageFeatures],  # by the method's name
 ) -> pd.DataFrame:  # one row a method; columns of SPREADS: 1 = over the sphere, 0 = constant

@@ -32,7 +32,7 @@ def probe_lines(table: pd.DataFrame, gains: pd.DataFrame) -> list[str]:
         lines.append(f"{row.fraction:>8.0%} {row.n:>8}  {row.encoder:<12} {score:<24} {gained}".rstrip())
     return lines
 
-# %% ../../nbs/studies/02_demo.ipynb #3fa1c009
+# %% ../../nbs/studies/02_demo.ipynb #abc02f12
 def _demo_command(config: DemoConfig) -> str:
     "The command line that makes this demo."
     words = [
@@ -49,7 +49,7 @@ def _demo_command(config: DemoConfig) -> str:
     ]
     return shlex.join(words + ([] if config.epochs is None else ["--epochs", str(config.epochs)]))
 
-# %% ../../nbs/studies/02_demo.ipynb #abc02f12
+
 def run_demo(config: DemoConfig) -> Path:  # of the page
     """Make a phantom Pack, pre-train, probe, point, and write a page; finished steps are not repeated.
 

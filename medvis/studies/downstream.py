@@ -43,7 +43,7 @@ def _random_init(method: Method, seed: int) -> Method:
     torch.manual_seed(seed)
     return type(method)(method.config, method.tokenizer).eval()
 
-# %% ../../nbs/studies/04_downstream.ipynb #fdfd5143
+# %% ../../nbs/studies/04_downstream.ipynb #75b4d3c5
 def _pointing_numbers(method: Method, data: Pack, out: Path) -> dict[str, float]:
     "Hit rates of the pointing game."
     pointing = phantom_pointing(method, held_out_pairs(method, data))
@@ -53,14 +53,14 @@ def _pointing_numbers(method: Method, data: Pack, out: Path) -> dict[str, float]
         for grain in ("sentence", "word")
     }
 
-# %% ../../nbs/studies/04_downstream.ipynb #757dfe32
+
 def _retrieval_numbers(method: Method, data: Pack, out: Path) -> dict[str, float]:
     "Recall of a report among those of the test split by its image, and back."
     table = retrieve(method, data, resamples=1, out=out)
     table = table[(table.relevant == "same study") & (table.metric == "R@10")]
     return {f"R@10, {row.direction}": row.value for row in table.itertuples()}
 
-# %% ../../nbs/studies/04_downstream.ipynb #75b4d3c5
+
 def _rows_without_head(
     family: str,
     measure: Callable[[Method, Pack, Path], dict[str, float]],
@@ -148,6 +148,10 @@ def compare_families(results: pd.DataFrame) -> pd.DataFrame:
     return compare(results, RANDOM_INIT, keys=("family", "protocol", "fraction", "metric"))
 
 # %% ../../nbs/studies/04_downstream.ipynb #8ca14c0e
+def _label(family: str, metric: str, fraction: float) -> str:
+    return f"{family}: {metric}" + (f" ({fraction:.0%} of labels)" if fraction < 1 else "")
+
+
 def draw_families(
     comparison: pd.DataFrame,  # as returned by compare_families
 ) -> Figure:
@@ -177,7 +181,3 @@ def draw_families(
     ax.spines[["top", "right"]].set_visible(False)
     ax.legend(frameon=False, fontsize=8)
     return figure
-
-# %% ../../nbs/studies/04_downstream.ipynb #d198af26
-def _label(family: str, metric: str, fraction: float) -> str:
-    return f"{family}: {metric}" + (f" ({fraction:.0%} of labels)" if fraction < 1 else "")

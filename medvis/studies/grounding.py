@@ -206,10 +206,10 @@ def run_grounding(config: GroundingConfig) -> pd.DataFrame:  # the table of `_su
     print(table.to_string(), exact_for(describe_machine(), len(config.seeds)), sep="\n")
     return table
 
-# %% ../../nbs/studies/03_grounding.ipynb #eee43e21
+# %% ../../nbs/studies/03_grounding.ipynb #ad941525
 _FOCAL = ("Nodule", "Consolidation", "Pleural Effusion")
 
-# %% ../../nbs/studies/03_grounding.ipynb #e16c9e76
+
 def _pointing_means(
     pointing: pd.DataFrame,  # of all runs
     findings: tuple[str, ...] | None = None,  # None = all
@@ -223,7 +223,7 @@ def _pointing_means(
     total = values.mul(rows.targets, axis=0).groupby(keys).sum()
     return total.div(rows.targets.groupby(keys).sum(), axis=0)
 
-# %% ../../nbs/studies/03_grounding.ipynb #ad941525
+
 def _subject_table(pointing: pd.DataFrame, probe: pd.DataFrame) -> pd.DataFrame:  # one row a subject
     "Probe (10 % of labels) and pointing of every subject: means over seeds, with the lowest and the highest seed."
     tenth = probe[probe.fraction == 0.1]

@@ -24,7 +24,7 @@ from .show import held_out_pairs
 from ..train import Run, load_method
 from ..core.files import write_atomic, write_json
 
-# %% ../../nbs/studies/07_local_mi_figures.ipynb #d051584f
+# %% ../../nbs/studies/07_local_mi_figures.ipynb #864c1c25
 @torch.no_grad()
 def _choices(method: Method, pairs: Pairs, studies: int, together: int = 50) -> tuple[pd.DataFrame, tuple[int, int]]:
     "The region that every sentence of the first studies chose, and the grid."
@@ -34,7 +34,7 @@ def _choices(method: Method, pairs: Pairs, studies: int, together: int = 50) -> 
         tables.append(chosen_regions(correspondence, items[start : start + together]))
     return pd.concat(tables, ignore_index=True), correspondence.grid
 
-# %% ../../nbs/studies/07_local_mi_figures.ipynb #864c1c25
+
 def run_local_mi_figures(config: FiguresConfig, main: str = "local-mi-0", studies: int = 300) -> None:
     "Write the estimates of all runs, the regions that sentences choose, and how often rightly."
     data, out = Pack(config.pack), Path(config.out)

@@ -31,7 +31,7 @@ from ..train import Run, TrainConfig, create_method, fit, load_method
 from ..core.files import write_atomic, write_json
 from ..core.machine import describe_machine
 
-# %% ../../nbs/studies/05_lovt_figures.ipynb #b7aca8c7
+# %% ../../nbs/studies/05_lovt_figures.ipynb #7692da4e
 _VARIANTS = {
     "full": {},
     "no-local": dict(local_image_weight=0.0, local_report_weight=0.0),
@@ -39,7 +39,7 @@ _VARIANTS = {
     "avg-max": dict(local_image_weight=0.0, local_report_weight=0.0, pool="avg-max", local_weights=False),
 }
 
-# %% ../../nbs/studies/05_lovt_figures.ipynb #7692da4e
+
 def _train_variants(data: Pack, folder: Path, epochs: int = 3, seed: int = 0, progress: bool = True) -> dict[str, Path]:
     "Train LoVT and its ablations (tiny preset) on a pack; finished runs are left as they are."
     runs = {}
@@ -72,7 +72,7 @@ def figure_manifest(runs: Iterable[Path], data: Pack, command: str) -> dict:
         **describe_machine(),
     }
 
-# %% ../../nbs/studies/05_lovt_figures.ipynb #01f31ddf
+# %% ../../nbs/studies/05_lovt_figures.ipynb #c1808cea
 _OPACITIES = ("Lung Opacity", "Consolidation", "Pneumonia")  # the phantom's counterpart of RSNA's pneumonia opacities
 _POSITIVE = 0.1  # a region counts as positive when this share of it is covered
 
@@ -102,7 +102,7 @@ def _overlap_table(
     }
     return table, numbers
 
-# %% ../../nbs/studies/05_lovt_figures.ipynb #25a51b1f
+
 _KINDS = ("image regions", "report sentences", "report to image", "image to report")
 
 
@@ -124,7 +124,7 @@ def _local_table(aligned: Aligned) -> tuple[pd.DataFrame, dict[str, float]]:
         numbers[name] = float(neighbour_purity(vectors[keep], kind[keep], study[keep]).purity.mean())
     return embedding_table(tsne(vectors), kind=np.array(_KINDS)[kind], study=study.astype(np.int16)), numbers
 
-# %% ../../nbs/studies/05_lovt_figures.ipynb #c1808cea
+
 def _weights_table(
     method: Method, pairs: Pairs, studies: int | None = None
 ) -> tuple[dict[str, np.ndarray], dict[str, float]]:
@@ -200,7 +200,7 @@ def run_lovt_figures(config: FiguresConfig, main: str = "lovt-0") -> None:
         save_table(out / f"{name}.csv", rows)
     write_json(out / "manifest.json", figure_manifest(config.runs.values(), data, config.command))
 
-# %% ../../nbs/studies/05_lovt_figures.ipynb #40a29f70
+# %% ../../nbs/studies/05_lovt_figures.ipynb #c9f8cf1f
 @matplotlib.rc_context(STYLE)
 def _draw_local(
     table: pd.DataFrame,  # as returned by `_local_table`
@@ -235,7 +235,7 @@ def _draw_local(
     figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=2, markerscale=1.6)
     return figure
 
-# %% ../../nbs/studies/05_lovt_figures.ipynb #c9f8cf1f
+
 @matplotlib.rc_context(STYLE)
 def _draw_overlap(
     tables: Mapping[str, pd.DataFrame],  # title -> as returned by `_overlap_table`

@@ -27,7 +27,7 @@ from .show import held_out_pairs, pick_targets
 from ..train import load_method
 from ..core.files import write_atomic, write_json
 
-# %% ../../nbs/studies/06_mgca_figures.ipynb #8ab4542b
+# %% ../../nbs/studies/06_mgca_figures.ipynb #6626aa10
 @torch.no_grad()
 def _word_map_rows(method: Method, pairs: Pairs, items: list[int]) -> pd.DataFrame:
     "For each word that names a finding: its map (softmax of the scores), its share on the finding, the area, the hit."
@@ -56,7 +56,7 @@ def _word_map_rows(method: Method, pairs: Pairs, items: list[int]) -> pd.DataFra
             )
     return pd.DataFrame(rows)
 
-# %% ../../nbs/studies/06_mgca_figures.ipynb #a0e45925
+
 def _word_numbers(rows: pd.DataFrame) -> dict[str, float]:
     "Share of a word's map on its finding, the finding's area, and the pointing game, over all words that name one."
     return {
@@ -67,7 +67,7 @@ def _word_numbers(rows: pd.DataFrame) -> dict[str, float]:
         "hit": rows.hit.mean(),
     }
 
-# %% ../../nbs/studies/06_mgca_figures.ipynb #6626aa10
+
 def _draw_word_maps(rows: pd.DataFrame, phantom: Phantom, width: float = 1.45) -> Figure:
     "A row for each study: the radiograph and maps of the words that name its findings, with their extent (Fig. 3)."
     studies = list(dict.fromkeys(rows.study))
@@ -87,7 +87,7 @@ def _draw_word_maps(rows: pd.DataFrame, phantom: Phantom, width: float = 1.45) -
             ax.axis("off")
     return figure
 
-# %% ../../nbs/studies/06_mgca_figures.ipynb #b65b3a8d
+# %% ../../nbs/studies/06_mgca_figures.ipynb #c50c6703
 def _single_findings(
     phantom: Phantom, count: int = 1600, start: int = 6000
 ) -> list[tuple[int, str]]:  # (study, finding)
@@ -100,7 +100,7 @@ def _single_findings(
         index += 1
     return single
 
-# %% ../../nbs/studies/06_mgca_figures.ipynb #119ca195
+
 @torch.no_grad()
 def _image_vectors(method: Method, phantom: Phantom, studies: list[int], together: int = 64) -> np.ndarray:  # (n, d)
     "Projected images of phantom studies."
@@ -110,7 +110,7 @@ def _image_vectors(method: Method, phantom: Phantom, studies: list[int], togethe
         vectors.append(method.embed_image(torch.stack(images)).numpy())
     return np.concatenate(vectors)
 
-# %% ../../nbs/studies/06_mgca_figures.ipynb #c50c6703
+
 @torch.no_grad()
 def _pair_embeddings(
     method: Method, pairs: Pairs, together: int = 64

@@ -72,7 +72,7 @@ def pick_targets(
             chosen[item] = [target for target in named if target.item == item]
     return chosen
 
-# %% ../../nbs/studies/01_show.ipynb #f6943b63
+# %% ../../nbs/studies/01_show.ipynb #55fbde34
 @torch.no_grad()
 def _study_cards(
     method: Method,
@@ -91,7 +91,7 @@ def _study_cards(
         cards.append(correspondence_card(image, correspondence, 0, report, pick, masks, name, show_text))
     return cards
 
-# %% ../../nbs/studies/01_show.ipynb #55fbde34
+
 _CARD = (
     "Hover a word, or a sentence's number, to see where the trained network places it; click to keep it. Point at the "
     "image to see which words belong to that place. The studies took no part in training; the first of each of the "
@@ -181,14 +181,14 @@ def _diagnostics_section(run: Run) -> list[Section]:
     )
     return [Section("Is it well?", [about, diagnostic_figures(diagnostics), diagnostics_table(diagnostics)])]
 
-# %% ../../nbs/studies/01_show.ipynb #9d4e41b4
+# %% ../../nbs/studies/01_show.ipynb #cf4e59ec
 def _run_title(run: Run, data: Pack) -> str:
     'Method, preset and data: "mixture-mi tiny on 2 000 phantom pairs".'
     count = f"{(data.studies['split'] == 'train').sum():,}".replace(",", "\u202f")
     what = "phantom pairs" if pack_phantom(data) else f"studies of {data.path.name}"
     return f"{run.config['method']} {run.config['preset']} on {count} {what}"
 
-# %% ../../nbs/studies/01_show.ipynb #9d5e41b5
+
 def _how_to_repeat(run: Run, command: str | None = None) -> Section:
     "The command, seed and versions that make the run again, and for which machine its numbers are exact."
     manifest, config = run.manifest, run.config
@@ -218,7 +218,7 @@ def _how_to_repeat(run: Run, command: str | None = None) -> Section:
         ],
     )
 
-# %% ../../nbs/studies/01_show.ipynb #cf4e59ec
+
 def _known_gains(predictions: Path) -> pd.DataFrame | None:
     "Gains over random initialisation from a probe's predictions; None without the file, or without random-init in it."
     if not predictions.exists():

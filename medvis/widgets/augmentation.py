@@ -49,7 +49,7 @@ def _motion(
     mirrored = xx * yy < xy * yx
     return float(np.degrees(np.arctan2(-xy if mirrored else xy, yy))), mirrored
 
-# %% ../../nbs/widgets/04_augmentation.ipynb #ce7d606a
+# %% ../../nbs/widgets/04_augmentation.ipynb #b7c5aca2
 @dataclass(frozen=True)
 class _AugmentedView:
     "A film and one view of it."
@@ -59,7 +59,7 @@ class _AugmentedView:
     outline: np.ndarray  # (K, 2) of the part of the film that the view shows
     caption: str  # the same in words
 
-# %% ../../nbs/widgets/04_augmentation.ipynb #b7c5aca2
+
 def _draw_view(
     film: torch.Tensor,  # (1, H, W) uint8
     preprocessing: Preprocessing,
@@ -92,7 +92,7 @@ class _TracedPreprocessing(Preprocessing):
         "From (1, H, W) uint8 to an `_AugmentedView`."
         return partial(_draw_view, preprocessing=Preprocessing(**asdict(self)), augment=augment)
 
-# %% ../../nbs/widgets/04_augmentation.ipynb #e95f0bd1
+# %% ../../nbs/widgets/04_augmentation.ipynb #834afe68
 def _picture_tile(
     picture: np.ndarray,  # (H, W) uint8
     alt: str,  # what it shows, for those who do not see it
@@ -112,7 +112,7 @@ def _picture_tile(
         f'<figcaption style="--c:{colour or "transparent"}">{escape(caption)}</figcaption></figure>'
     )
 
-# %% ../../nbs/widgets/04_augmentation.ipynb #3b69f223
+
 def _grey_levels(
     image: torch.Tensor,  # (C, size, size) as an encoder gets it
     preprocessing: Preprocessing,
@@ -121,7 +121,7 @@ def _grey_levels(
     mean, std = (np.ravel(value)[0] for value in (preprocessing.mean, preprocessing.std))
     return (255 * (image[0].numpy() * std + mean)).round().clip(0, 255).astype(np.uint8)
 
-# %% ../../nbs/widgets/04_augmentation.ipynb #834afe68
+
 def _draw_film(
     ax: Axes,
     picture: np.ndarray,  # (H, W) uint8

@@ -27,7 +27,7 @@ from ..core.files import write_atomic
 from .shell import Pictured, standalone, static
 from .study import Outline, RunScores, Studies, StudyView
 
-# %% ../../nbs/widgets/03_correspondence.ipynb #26fc6d6d
+# %% ../../nbs/widgets/03_correspondence.ipynb #9a856c89
 _MASK = "•••"
 
 
@@ -35,7 +35,7 @@ def _masked_text(text: str) -> str:
     "The text with every word replaced; punctuation stays."
     return re.sub(r"\w+", _MASK, text)
 
-# %% ../../nbs/widgets/03_correspondence.ipynb #8596bd70
+
 def _pieces(
     view: StudyView, masked: bool
 ) -> list[list[tuple[str, int]]]:  # for each sentence: text, number of the word or -1
@@ -50,7 +50,7 @@ def _pieces(
     shown = _masked_text if masked else str
     return [[(shown(text), word) for text, word in line if text] for line in out]
 
-# %% ../../nbs/widgets/03_correspondence.ipynb #9a856c89
+
 def pack_study(
     view: StudyView,
     masked: bool = False,  # leave the report's words out
@@ -98,7 +98,7 @@ def pack_study(
     bodies = [np.ascontiguousarray(rows, "<f4").tobytes() for run in view.runs.values() for rows in run.scores.values()]
     return head, [view.picture.tobytes(), *bodies]
 
-# %% ../../nbs/widgets/03_correspondence.ipynb #6b80c77b
+# %% ../../nbs/widgets/03_correspondence.ipynb #a5ed9340
 _PINNABLE = ("words", "sentences", "prototypes")
 
 
@@ -116,7 +116,7 @@ def _combined(
     maps = [scores for scores in maps if not np.isnan(scores).any()]
     return np.mean(maps, axis=0) if maps else None
 
-# %% ../../nbs/widgets/03_correspondence.ipynb #a5ed9340
+
 def _scale_ends(
     run: RunScores, scores: np.ndarray, selection: Mapping[str, Sequence], scale: str
 ) -> tuple[float, float]:
@@ -150,7 +150,7 @@ def _heat_picture(
     rgba[..., 3] = np.where(share < threshold, 0, opacity * share**2 * (3 - 2 * share))
     return rgba
 
-# %% ../../nbs/widgets/03_correspondence.ipynb #5c0a1b02
+# %% ../../nbs/widgets/03_correspondence.ipynb #28e46e29
 _RENDERERS = [RendererAgg(8, 8, dpi) for dpi in (50, 80, 100, 150, 300)]
 
 
@@ -175,7 +175,7 @@ def _shorten_text(
         needed = width(text)
     return text, needed
 
-# %% ../../nbs/widgets/03_correspondence.ipynb #28e46e29
+
 def _draw_report(
     ax: Axes,
     lines: Sequence[Sequence[tuple[str, int]]],  # as returned by `_pieces`
@@ -221,7 +221,7 @@ def _draw_report(
         y += 0.25 * step
     return True
 
-# %% ../../nbs/widgets/03_correspondence.ipynb #2deab9f9
+# %% ../../nbs/widgets/03_correspondence.ipynb #42d2a063
 def _draw_scale(ax: Axes, ends: tuple[float, float], colours: str, threshold: float) -> None:
     "A colour bar under a picture, with the scores at its ends and a stroke at the threshold."
     bar = ax.inset_axes((0.14, -0.075, 0.72, 0.03))
@@ -233,7 +233,7 @@ def _draw_scale(ax: Axes, ends: tuple[float, float], colours: str, threshold: fl
     for x, align, value in ((-0.03, "right", ends[0]), (1.03, "left", ends[1])):
         bar.text(x, 0.5, f"{value:.2f}", ha=align, va="center", size=8, transform=bar.transAxes)
 
-# %% ../../nbs/widgets/03_correspondence.ipynb #42d2a063
+
 def _draw_heat(ax: Axes, run: RunScores, scores: np.ndarray, state: Mapping) -> None:
     "Draw a run's map in its place over the picture, a ring around its highest region, and its colour bar."
     (x0, y0, x1, y1), ends = run.frame, _scale_ends(run, scores, state["selection"], state["scale"])
@@ -245,7 +245,7 @@ def _draw_heat(ax: Axes, run: RunScores, scores: np.ndarray, state: Mapping) -> 
         ax.plot(*at, "o", ms=9, mfc="none", mec=colour, mew=line)
     _draw_scale(ax, ends, state["colours"], state["threshold"])
 
-# %% ../../nbs/widgets/03_correspondence.ipynb #5c0a1b04
+# %% ../../nbs/widgets/03_correspondence.ipynb #85afec5a
 def _beyond(view: StudyView, shown: Sequence[str]) -> str:
     "In words, which runs did not read all of a report."
     cut = [name for name in shown if np.isnan(view.runs[name].scores["words"]).any()]
@@ -253,7 +253,7 @@ def _beyond(view: StudyView, shown: Sequence[str]) -> str:
     many = " or ".join(map(str, sorted(limits))) + " " if limits else ""
     return f"beyond the {many}tokens that {'the model' if cut == list(shown) else ', '.join(cut)} reads"
 
-# %% ../../nbs/widgets/03_correspondence.ipynb #85afec5a
+
 def _draw_run(
     ax: Axes,
     view: StudyView,

@@ -31,7 +31,7 @@ from ..methods import Method
 from .shell import COLOURS, Browser, static
 from .study import Studies, StudyView, places_in
 
-# %% ../../nbs/widgets/06_embedding.ipynb #61916247
+# %% ../../nbs/widgets/06_embedding.ipynb #a1f3bb41
 *_BRIGHT, GREY = COLOURS
 _QUIET = ("others", "none", "–")  # grey, and drawn below the rest
 
@@ -57,7 +57,7 @@ def _name_column(values: pd.Series) -> dict:
         "offered": offered,
     }
 
-# %% ../../nbs/widgets/06_embedding.ipynb #a1f3bb41
+
 def _number_column(values: pd.Series) -> dict:
     "Numbers with a scale from their lowest to their highest; what is not finite stays grey."
     numbers = values.to_numpy(np.float32, na_value=np.nan)
@@ -122,7 +122,7 @@ def _point_data(points: pd.DataFrame, pictures: Sequence[np.ndarray] = (), show_
         ],
     }
 
-# %% ../../nbs/widgets/06_embedding.ipynb #8068da29
+# %% ../../nbs/widgets/06_embedding.ipynb #6066e3ca
 def _spread_examples(points: pd.DataFrame, by: str | None, most: int = 6) -> list[int]:  # rows
     "One point for each of the most frequent kinds: the one with a tenth of its kind closest around it."
     examples = []
@@ -135,7 +135,7 @@ def _spread_examples(points: pd.DataFrame, by: str | None, most: int = 6) -> lis
         examples.append(int(asked[np.sort(far, 1)[:, len(rows) // 10].argmin()]))
     return examples
 
-# %% ../../nbs/widgets/06_embedding.ipynb #313690b6
+
 def _draw_example(
     ax: Axes,
     picture: np.ndarray | None,
@@ -157,7 +157,7 @@ def _draw_example(
         "\n".join(textwrap.wrap(text, 24, max_lines=3, placeholder=" …")), fontsize=8, loc="left", parse_math=False
     )
 
-# %% ../../nbs/widgets/06_embedding.ipynb #6066e3ca
+
 def _draw_points(
     ax: Axes,
     points: pd.DataFrame,
@@ -299,7 +299,7 @@ class EmbeddingView(Browser):
             ax.axis("off")
         return figure
 
-# %% ../../nbs/widgets/06_embedding.ipynb #19dfeda9
+# %% ../../nbs/widgets/06_embedding.ipynb #5e1625fb
 def _region_rows(view: StudyView, run: str) -> list[dict]:
     "The regions of a study, row by row: the finding there, the sentence that fits best."
     own = view.runs[run]
@@ -322,7 +322,7 @@ def _region_rows(view: StudyView, run: str) -> list[dict]:
         )
     return rows
 
-# %% ../../nbs/widgets/06_embedding.ipynb #b8cf0786
+
 def _text_rows(
     view: StudyView,
     run: str,
@@ -341,7 +341,7 @@ def _text_rows(
         rows.append(regions[int(scores.argmax())] | own)
     return rows
 
-# %% ../../nbs/widgets/06_embedding.ipynb #5e1625fb
+
 def study_points(
     method: Method,
     data: Pack,

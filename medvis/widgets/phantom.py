@@ -24,13 +24,13 @@ from ..data.phantom.report import Sentence, read_labels, write_report
 from .shell import COLOURS, Pictured, Slider, picture_url, themed
 from .study import Outline
 
-# %% ../../nbs/widgets/05_phantom.ipynb #5de2c07e
+# %% ../../nbs/widgets/05_phantom.ipynb #c224584d
 def _draws(name: str, key: int = 0) -> Iterator[Planted]:
     "What the phantom's generator draws of a finding, without end; the states that a patient may be in take turns."
     states = list(STATES)
     return (place(stream(key, 5, k), name, states[k % len(states)], set()) for k in count())
 
-# %% ../../nbs/widgets/05_phantom.ipynb #c224584d
+
 @lru_cache
 def _placements(
     name: str,  # one of FINDINGS
@@ -118,7 +118,7 @@ def marked(
             at = end
     return [(text, finding) for text, finding in [*out, (sentence.text[at:], None)] if text]
 
-# %% ../../nbs/widgets/05_phantom.ipynb #bbee9f1c
+# %% ../../nbs/widgets/05_phantom.ipynb #b2c2d24c
 def _film_markup(study: PhantomStudy, outlines: bool = True) -> str:
     "A radiograph, the findings outlined and numbered."
     lines = []
@@ -136,14 +136,14 @@ def _film_markup(study: PhantomStudy, outlines: bool = True) -> str:
         f'<svg viewBox="0 0 100 100" aria-hidden="true">{"".join(lines) if outlines else ""}</svg></div>'
     )
 
-# %% ../../nbs/widgets/05_phantom.ipynb #dad979be
+
 def _describe_finding(finding: Finding) -> str:
     "A finding in words: how much of it, what kind, and where."
     degree = ("mild", "moderate", "severe")[finding.severity - 1]
     place = " ".join(part for part in (finding.kind, finding.side, finding.zone) if part not in ("", "none"))
     return f"{finding.name}, {degree}" + f", {place}" * bool(place)
 
-# %% ../../nbs/widgets/05_phantom.ipynb #b2c2d24c
+
 def _report_markup(study: PhantomStudy) -> str:
     "The report, with the words of each finding marked, and the findings as a list."
     said = {finding for sentence in study.sentences for *_, finding in sentence.words}
@@ -164,7 +164,7 @@ def _report_markup(study: PhantomStudy) -> str:
         parts.append(f'<h4>{section.title()}</h4><p class="report">{text}</p>')
     return f"<div>{''.join(parts)}</div>"
 
-# %% ../../nbs/widgets/05_phantom.ipynb #a4fff8ab
+# %% ../../nbs/widgets/05_phantom.ipynb #70c17f7d
 def _draw_report(
     ax: Axes,
     study: PhantomStudy,
@@ -197,7 +197,7 @@ def _draw_report(
             ax.text(column, row + 0.8, word, family="monospace", fontsize=size, parse_math=False, **style)
             column += len(word) + 1
 
-# %% ../../nbs/widgets/05_phantom.ipynb #70c17f7d
+
 def _draw_study(study: PhantomStudy) -> Figure:
     "A study of the phantom as a figure: outlines at the left, words at the right."
     figure = Figure(figsize=(8.6, 3.8), dpi=80)
@@ -219,7 +219,7 @@ def _draw_study(study: PhantomStudy) -> Figure:
     _draw_report(text, study)
     return figure
 
-# %% ../../nbs/widgets/05_phantom.ipynb #d9060c03
+# %% ../../nbs/widgets/05_phantom.ipynb #afd68bc2
 class _FindingRow(ipywidgets.HBox):
     "The controls of one finding: `severity` from absent to severe, and `where` unless it is absent."
 
@@ -242,7 +242,7 @@ class _FindingRow(ipywidgets.HBox):
         "The finding as set, or nothing."
         return [plant(self.name, self.where.value, self.severity.value, key)] if self.severity.value else []
 
-# %% ../../nbs/widgets/05_phantom.ipynb #afd68bc2
+
 class PhantomExplorer(Pictured, ipywidgets.HBox):
     """A radiograph of the phantom whose findings have sliders. `rows[name]` holds a finding's controls (`severity`,
     `where`), `index` the study's number, `key` another draw of spots and words; `study` is the study shown."""

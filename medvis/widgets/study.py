@@ -92,7 +92,7 @@ class RunScores:
     temperature: float = 1.0  # what scores are divided by before a softmax over regions
     tokens: int | None = None  # the most that the run reads; None = unknown
 
-# %% ../../nbs/widgets/02_study.ipynb #e3ce7088
+# %% ../../nbs/widgets/02_study.ipynb #0259fbf2
 def _visible_frame(
     preprocessing: Preprocessing,
 ) -> tuple[float, float, float, float]:  # x0, y0, x1, y1 in shares of the picture
@@ -101,7 +101,7 @@ def _visible_frame(
     start = int(round((side - preprocessing.size) / 2))
     return start / side, start / side, (start + preprocessing.size) / side, (start + preprocessing.size) / side
 
-# %% ../../nbs/widgets/02_study.ipynb #0539ab0c
+
 def _picked_rows(
     scores: torch.Tensor,  # (N, items of the run)
     places: Mapping[int, int],  # our item -> its item
@@ -113,7 +113,7 @@ def _picked_rows(
     rows[list(held)] = scores.float().cpu().numpy().T[list(held.values())]
     return rows
 
-# %% ../../nbs/widgets/02_study.ipynb #0259fbf2
+
 _PROTOTYPES = 12
 
 
@@ -262,7 +262,7 @@ class StudyView:
         read = best[np.isfinite(best)]
         return float(read.mean()) if len(read) else 0.0
 
-# %% ../../nbs/widgets/02_study.ipynb #0dbf7d5e
+# %% ../../nbs/widgets/02_study.ipynb #41e608c4
 def _as_methods(
     runs: Mapping[str, Method | str | PathLike] | Method | str | PathLike,  # methods, runs, or their folders
 ) -> dict[str, Method]:
@@ -273,7 +273,7 @@ def _as_methods(
         raise ValueError("no run is given; give at least one, as {name: method or run folder}")
     return {str(name): as_method(run) for name, run in runs.items()}
 
-# %% ../../nbs/widgets/02_study.ipynb #2b092273
+
 def _visible_cells(
     outlines: Sequence[Outline], grid: tuple[int, int], preprocessing: Preprocessing
 ) -> np.ndarray:  # (outlines, N) bool
@@ -282,7 +282,7 @@ def _visible_cells(
     masks = [view(torch.from_numpy(np.ascontiguousarray(outline.mask))).numpy() for outline in outlines]
     return on_target(np.stack(masks), grid) if masks else np.zeros((0, grid[0] * grid[1]), bool)
 
-# %% ../../nbs/widgets/02_study.ipynb #6f6f4345
+
 def _batch_scores(
     method: Method,
     pairs: Pairs,
@@ -303,7 +303,7 @@ def _batch_scores(
         out.append(replace(scores, tokens=pairs.sampling.max_tokens))
     return out
 
-# %% ../../nbs/widgets/02_study.ipynb #41e608c4
+
 def _fitting_rows(
     studies: pd.DataFrame,  # study_id, sentences
     labels: pd.DataFrame,  # the same rows
