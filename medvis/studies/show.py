@@ -227,6 +227,15 @@ def _known_gains(predictions: Path) -> pd.DataFrame | None:
     return paired_gain(table) if RANDOM_INIT in set(table["encoder"]) else None
 
 # %% ../../nbs/studies/01_show.ipynb #d6c2c5b0
+def _ordered_sections(sections: list[Section], run: Run, command: str | None) -> list[Section]:
+    "The sections with the diagnostics before the word maps, and how to repeat the run before what is folded."
+    titles = [section.title for section in sections]
+    last = next((k for k, title in enumerate(titles) if title in ("Words and regions", "Configuration")), len(titles))
+    sections = [*sections[:last], *_diagnostics_section(run), *sections[last:]]
+    folded = next(k for k, section in enumerate(sections) if section.folded)
+    return [*sections[:folded], _how_to_repeat(run, command), *sections[folded:]]
+
+
 def show_run(
     run: Run,
     data: Pack | None = None,  # None = the Pack it was trained on
@@ -281,14 +290,7 @@ def show_run(
         cards,
         {"Configuration": run.config, "Machine and data": run.manifest},
     )
-    last = next(
-        k
-        for k, section in enumerate([*sections, None])
-        if section is None or section.title in ("Words and regions", "Configuration")
-    )
-    sections[last:last] = _diagnostics_section(run)
-    folded = next(k for k, section in enumerate(sections) if section.folded)
-    sections.insert(folded, _how_to_repeat(run, command))
+    sections = _ordered_sections(sections, run, command)
     subtitle = f"{len(data.studies)} studies in {data.path.name}. {exact_for(run.manifest)}"
     top = _top_numbers(probe, gains, pointing, control)
     return write_page(out or run.path / "page.html", _run_title(run, data), sections, subtitle, top, live)

@@ -176,6 +176,9 @@ def _shorten_text(
     return text, needed
 
 
+_PINNED = dict(facecolor="#ffd97a", edgecolor="none", boxstyle="square,pad=0.12")
+
+
 def _draw_report(
     ax: Axes,
     lines: Sequence[Sequence[tuple[str, int]]],  # as returned by `_pieces`
@@ -193,9 +196,7 @@ def _draw_report(
         x, y = 0.0, y + step
         for text, word in line:
             on = word in selection.get("words", ()) or s in selection.get("sentences", ())
-            ground = (
-                dict(facecolor="#ffd97a", edgecolor="none", boxstyle="square,pad=0.12") if on and text.strip() else None
-            )
+            ground = _PINNED if on and text.strip() else None
             for token in re.findall(r"\S+\s*|\s+", text):
                 shown, width = _shorten_text(token.rstrip(), size, wide)
                 if x and x + width > wide:
@@ -206,17 +207,9 @@ def _draw_report(
                         last.set_text(_shorten_text(last.get_text() + " …", size, room)[0])
                     return False
                 if shown:
-                    last = ax.text(
-                        x / wide,
-                        1 - y / high,
-                        shown,
-                        size=size,
-                        family="serif",
-                        parse_math=False,
-                        bbox=ground,
-                        color="#8a94a0" if word in unread else "black",
-                        transform=ax.transAxes,
-                    )
+                    look = dict(bbox=ground, color="#8a94a0" if word in unread else "black")
+                    place = dict(transform=ax.transAxes, parse_math=False)
+                    last = ax.text(x / wide, 1 - y / high, shown, size=size, family="serif", **look, **place)
                 x += width + gap * token[-1:].isspace()
         y += 0.25 * step
     return True

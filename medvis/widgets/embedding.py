@@ -158,6 +158,14 @@ def _draw_example(
     )
 
 
+def _draw_number(ax: Axes, number: int, place: tuple[float, float]) -> None:
+    "A ring around an example, and its number."
+    ax.plot(*place, "o", ms=9, mfc="none", mec="black", mew=1.2)
+    box = dict(boxstyle="round,pad=0.15", fc="white", ec="none", alpha=0.8)
+    look = dict(weight="bold", fontsize=10, bbox=box)
+    ax.annotate(str(number), place, xytext=(6, 5), textcoords="offset points", **look)
+
+
 def _draw_points(
     ax: Axes,
     points: pd.DataFrame,
@@ -181,17 +189,7 @@ def _draw_points(
             rasterized=True,
         )
     for number, row in enumerate(examples, 1):
-        place = points["x"].iloc[row], points["y"].iloc[row]
-        ax.plot(*place, "o", ms=9, mfc="none", mec="black", mew=1.2)
-        ax.annotate(
-            str(number),
-            place,
-            xytext=(6, 5),
-            textcoords="offset points",
-            weight="bold",
-            fontsize=10,
-            bbox=dict(boxstyle="round,pad=0.15", fc="white", ec="none", alpha=0.8),
-        )
+        _draw_number(ax, number, (points["x"].iloc[row], points["y"].iloc[row]))
     ax.set(xticks=[], yticks=[])
     ax.set_aspect("equal", adjustable="datalim")
     for spine in ax.spines.values():
