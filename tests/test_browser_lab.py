@@ -20,9 +20,9 @@ from notebooks import ROOT
 from medvis.data.build import ImageRecord, StudyRecord, write_pack
 
 KERNEL = "jupyterapp.shell.currentWidget?.sessionContext?.session?.kernel"
-EXECUTE = f"""async code => {{ let told = ''; const future = {KERNEL}.requestExecute({{ code }});
-    future.onIOPub = message => {{ if (message.header.msg_type === 'stream') told += message.content.text }};
-    await future.done; return told }}"""
+EXECUTE = f"""async code => {{ let printed = ''; const future = {KERNEL}.requestExecute({{ code }});
+    future.onIOPub = message => {{ if (message.header.msg_type === 'stream') printed += message.content.text }};
+    await future.done; return printed }}"""
 
 
 @contextmanager

@@ -256,9 +256,9 @@ PICTURES = [IMAGE, IMAGE[:20]]
 
 def unpacked(data: dict) -> dict:
     "The browser's data with its buffers as numbers."
-    told = {name: np.frombuffer(data[name], kind) for name, kind in (("x", "f4"), ("y", "f4"), ("picture", "i4"), ("box", "f4"))}
+    arrays = {name: np.frombuffer(data[name], kind) for name, kind in (("x", "f4"), ("y", "f4"), ("picture", "i4"), ("box", "f4"))}
     columns = [{**one, "of": np.frombuffer(one["of"], "i4" if "names" in one else "f4")} for one in data["columns"]]
-    return {**told, "texts": data["texts"], "columns": columns, "pictures": len(data["ends"]) // 4}
+    return {**arrays, "texts": data["texts"], "columns": columns, "pictures": len(data["ends"]) // 4}
 
 
 def packed(masked: bool = False) -> list:
@@ -340,20 +340,20 @@ def test_nothing_else_is_kept(kept):
     assert list(kept) == list(CASES)
 
 
-def test_diagnostics_are_told_when_they_are_there(tmp_path):
+def test_diagnostics_are_shown_if_recorded(tmp_path):
     title, ill, charts, table, fine, nothing = well(tmp_path)
     assert title == "Is it well?" and charts == 7 and len(table) == 9 and nothing == []
     assert "images look alike" in ill and "No sign of collapse." in fine and "look alike" not in fine
 
 
 def test_maps_of_one_drawing_share_a_scale():
-    "A flat map beside one that points is pale, in a figure and in a page; the same scale is told below both."
+    "A flat map beside one that points is pale, in a figure and in a page; the same scale stands below both."
     scores = torch.zeros(1, 16, 2)
     scores[0, 5] = torch.tensor([1.0, 0.1])
-    told = Correspondence(scores, scores, torch.ones(1, 2, dtype=torch.bool), torch.ones(1, 2, dtype=torch.bool), (4, 4))
-    heats = [ax.images[1].get_array()[..., 3].max() for ax in draw_correspondence(IMAGE, told, 0, ["sure", "unsure"], [0, 1]).axes[1:]]
+    correspondence = Correspondence(scores, scores, torch.ones(1, 2, dtype=torch.bool), torch.ones(1, 2, dtype=torch.bool), (4, 4))
+    heats = [ax.images[1].get_array()[..., 3].max() for ax in draw_correspondence(IMAGE, correspondence, 0, ["sure", "unsure"], [0, 1]).axes[1:]]
     assert heats[0] > 0.6 and heats[1] < 0.02
-    card = page.correspondence_card(IMAGE, told, 0, REPORT, [0, 1])
+    card = page.correspondence_card(IMAGE, correspondence, 0, REPORT, [0, 1])
     assert card.count(">0.00<i ") == 2 and card.count("</i>1.00<") == 2
     assert page.tile(IMAGE, scores[0, :, 1], (4, 4), None, "nodule", "", (0.0, 1.0)) in card
 

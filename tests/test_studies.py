@@ -1,4 +1,4 @@
-"""The studies' parts with an untrained network and planted trainings: what is asked of whom, and what is written."""
+"""The studies' parts with a randomly initialised network and planted trainings: what is asked of whom, and what is written."""
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -49,7 +49,7 @@ def test_test_studies_are_held_out_with_whole_reports(method, data, pairs):
     assert [len(pairs.report(item).sentences) for item in range(3)] == [len(data.studies["sentences"].iloc[row]) for row in rows[:3]]
 
 
-def test_pointing_is_told_beside_that_on_the_next_image(method, pairs):
+def test_pointing_is_compared_with_that_on_the_next_image(method, pairs):
     rows = grounding._pointing_rows(method, pairs)
     own, other = phantom_pointing(method, pairs), phantom_pointing(grounding._OtherImages(method), pairs)
     for grain in ("word", "sentence"):
@@ -99,10 +99,10 @@ def test_a_subject_is_trained_and_measured_once(data, tmp_path, monkeypatch):
     monkeypatch.setattr(grounding, "fit", fit)
     config = GroundingConfig(out=tmp_path, subjects=("random-init", "convirt"), seeds=(5,), studies=120, progress=False)
     monkeypatch.setattr(grounding, "prepare_phantom", lambda settings: asked.append((settings.out, settings.studies, settings.size, settings.seed, settings.progress)) or data)
-    told = grounding.run_grounding(config)
+    table = grounding.run_grounding(config)
     assert asked == [(tmp_path / "pack", 120, 64, 0, False), (["random-init-5"], (0.01, 0.1, 1.0), (0, 1, 2)),
                      ("ConVIRT", str(tmp_path / "runs" / "convirt-5"), 5, False), (["convirt-5"], (0.01, 0.1, 1.0), (0, 1, 2))]
-    assert set(told.index) == {"random-init", "convirt"} and told.auroc.tolist() == [0.7, 0.7] and told["random-init"].tolist() == [0.5, 0.5]
+    assert set(table.index) == {"random-init", "convirt"} and table.auroc.tolist() == [0.7, 0.7] and table["random-init"].tolist() == [0.5, 0.5]
     probes = pd.read_csv(tmp_path / "probe.csv")
     assert probes.columns.tolist() == ["encoder", "finding", "fraction", "auroc", "subject", "seed"] and set(probes.finding) == {"macro"} and set(probes.seed) == {5}
     assert pd.read_csv(tmp_path / "pointing.csv").columns[0] == "finding" and set(pd.read_parquet(tmp_path / "maps.parquet").subject) == {"random-init", "convirt"}
@@ -120,7 +120,7 @@ def test_on_equal_footing_only_the_objective_differs(tmp_path, data, monkeypatch
         assert {method.training_settings[key] for key in ("epochs", "batch_size")} == {8, 64}
         assert {name: method.training_settings[name] for name in ("weight_decay", "schedule", "warmup", "augment")} == {
             "weight_decay": 0.05, "schedule": "warmup-cosine", "warmup": 0.1, "augment": "mgca"}
-    assert grounding._make_subject("untrained", data, 0, "equal").config.image == "tiny_resnet_fine"
+    assert grounding._make_subject("random-init", data, 0, "equal").config.image == "tiny_resnet_fine"
 
     trained, points = [], {0.0005: 0.1, 0.0015: 0.3, 0.0045: 0.2}
 
@@ -139,7 +139,7 @@ def test_on_equal_footing_only_the_objective_differs(tmp_path, data, monkeypatch
     monkeypatch.setattr(grounding, "fit", fit)
     monkeypatch.setattr(grounding, "phantom_pointing", Pointing)
     config = GroundingConfig(out=tmp_path, seeds=(3, 4), footing="equal", progress=False)
-    assert grounding._choose_rate("clip", data, config) == 0.0015 and grounding._choose_rate("untrained", data, config) is None
+    assert grounding._choose_rate("clip", data, config) == 0.0015 and grounding._choose_rate("random-init", data, config) is None
     assert trained == [(f"clip-3-lr{rate:g}", rate, 3, 8) for rate in points]
     assert pd.read_csv(tmp_path / "tuning" / "clip.csv").columns.tolist() == ["subject", "lr", "word", "sentence"]
     assert grounding._choose_rate("clip", data, config) == 0.0015 and len(trained) == 3, "tried once"
