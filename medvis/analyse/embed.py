@@ -153,7 +153,7 @@ def separability(
     positive: Sequence,  # (n,) bool
     groups: Sequence,  # (n,) e.g. study: one group is never in both the fitted and the tested part
     folds: int = 5,
-) -> float:  # AUROC; NaN when all positive vectors are in one fold, or there are none
+) -> float:  # AUROC; NaN when all positive vectors are in one fold, or without any
     """How well a linear cut separates positive vectors from the others, on groups it has not seen.
 
     Parameters
@@ -169,7 +169,7 @@ def separability(
     Returns
     -------
     float
-        AUROC; NaN when all positive vectors are in one fold, or there are none
+        AUROC; NaN when all positive vectors are in one fold, or without any
     """
     positive, groups = np.asarray(positive, dtype=bool), np.asarray(groups)
     parts = list(GroupKFold(folds).split(positive, groups=groups))

@@ -107,7 +107,7 @@ STYLE = {
 
 # %% ../../nbs/analyse/02_page.ipynb #6f1ed2a2
 def short(name: str, length: int = 22) -> str:
-    """A name that fits beside an axis."""
+    """A name short enough for an axis."""
     return name if len(name) <= length else name[: length - 1] + "…"
 
 # %% ../../nbs/analyse/02_page.ipynb #7c1d9382
@@ -507,7 +507,7 @@ body{margin:0;overflow-wrap:anywhere;background:var(--ground);color:var(--ink);
   font:16px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif}
 main{max-width:1180px;margin:auto;padding:2rem 1.25rem 4rem}
 h1{font-size:clamp(1.5rem,4vw,2.2rem);line-height:1.2;margin:.5rem 0 .25rem;letter-spacing:-.015em}
-h2{font-size:1.25rem;margin:0 0 .35rem;letter-spacing:-.01em}
+h2{font-size:1.25rem;margin:0 0 .35rem;letter-spacing:-.01em}\
 h3{font-size:.95rem;margin:0 0 .25rem;color:var(--soft);font-weight:600}
 p{margin:.4rem 0;max-width:78ch}header p{color:var(--soft)}
 main>section,main>details{background:var(--card);border:1px solid var(--line);border-radius:12px;padding:1.1rem 1.25rem;
@@ -537,8 +537,8 @@ tbody tr:last-child td{border-bottom:0}
 section.live #widget{margin:.75rem 0 0}
 @media(max-width:520px){main{padding:1rem .6rem 2rem}main>section,main>details{padding:.9rem .8rem}}
 @media print{:root{color-scheme:light;--ground:#fff;--card:#fff;--ink:#1b2733;--soft:#5b6775;--line:#dde2e8;
-  --accent:#0072b2;--mark:#ffe39a}main{padding:0;max-width:none}
-  article,figure,.headlines div,.chart,tr{break-inside:avoid}
+  --accent:#0072b2;--mark:#ffe39a}main{padding:0;max-width:none}\
+article,figure,.headlines div,.chart,tr{break-inside:avoid}
   h2,h3{break-after:avoid}.wide{overflow:visible}th,td{white-space:normal}
   .correspondence .browser,.correspondence .controls,.correspondence .keys{display:none}}
 """

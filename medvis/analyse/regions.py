@@ -287,7 +287,7 @@ def draw_choice(
     sentences: Sequence[str],  # of its report
     mask: ArrayLike | None = None,  # (H, W) bool, outlined
 ) -> Figure:
-    """A radiograph with the region that each sentence chose, numbered as the sentences beside it.
+    """A radiograph with the region that each sentence chose, numbered as the sentences at its side.
 
     Parameters
     ----------

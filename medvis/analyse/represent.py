@@ -104,7 +104,7 @@ def aligned_studies(
     """
     aligned = [method.align(batch) for batch in batches(method, pairs, items, batch_size)]
     if None in aligned:
-        raise TypeError(f"{type(method).__name__}, as it is configured, has no common space of regions and texts")
+        raise TypeError(f"{type(method).__name__}, as it is configured, has no space common to regions and texts")
     longest = max(part.mask.shape[1] for part in aligned)
 
     def concatenated(name: str) -> Tensor:

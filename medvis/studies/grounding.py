@@ -29,6 +29,7 @@ from ..methods import METHODS, Correspondence, Method
 from .config import GroundingConfig
 from .show import held_out_pairs, pick_targets
 from ..train import TrainConfig, create_method, fit
+from ..core.choices import check_choice
 from ..core.files import write_atomic, write_json
 from ..core.machine import describe_machine
 
@@ -46,6 +47,7 @@ def _make_subject(
 ) -> Method:
     "The method of a subject, not yet trained. ValueError for a name that does not exist."
     name, _, preset = (subject if subject != "random-init" else next(iter(METHODS))).partition(":")
+    check_choice("method", name, METHODS)
     settings = METHODS[name].Config.__dataclass_fields__
     changes = {key: value for key, value in _EQUAL.items() if key in settings} if footing == "equal" else {}
     method = create_method(name, preset or "tiny", data, seed, **changes)

@@ -208,7 +208,7 @@ def _how_to_repeat(run: Run, command: str | None = None) -> Section:
         ]
     )
     versions = ", ".join(f"{name} {version}" for name, version in manifest["packages"].items() if version)
-    note = "Settings that differ from the preset's are listed under Configuration."
+    note = "Settings that differ from the preset's stand under Configuration."
     return Section(
         "How to repeat it",
         [

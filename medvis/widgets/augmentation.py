@@ -97,7 +97,7 @@ def _picture_tile(
     picture: np.ndarray,  # (H, W) uint8
     alt: str,  # what it shows, for those who do not see it
     caption: str,
-    colour: str = "",  # of the bar beside the caption
+    colour: str = "",  # of the bar next to the caption
     outlines: dict[str, np.ndarray] = {},  # colour -> (K, 2)
 ) -> str:  # HTML
     "A captioned picture, with outlines drawn over it."
@@ -138,7 +138,7 @@ def _draw_film(
 
 # %% ../../nbs/widgets/04_augmentation.ipynb #3ef199de
 class AugmentationExplorer(Pictured, ipywidgets.VBox):
-    """A study beside the views of it that training will draw. Its controls are attributes (`study`, `augment`, `epoch`,
+    """A study and the views of it that training will draw. Its controls are attributes (`study`, `augment`, `epoch`,
     `seed`, `views`: set their `.value`), and so are the `name` of the study and its `looks`.
 
     Parameters

@@ -293,7 +293,7 @@ def _correspondence_figure(
     state: Mapping,  # setting -> value, see SETTINGS
     masked: bool = False,
 ) -> Figure:
-    "One picture a run, and the report beside them with what is pinned."
+    "One picture a run, and the report next to them with what is pinned."
     figure = Figure(figsize=(3.1 * len(shown) + 4.4, 3.5), dpi=80)
     FigureCanvasAgg(figure)  # which can measure text
     left, total = 0.1, 3.1 * len(shown) + 4.4

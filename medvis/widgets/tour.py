@@ -22,7 +22,7 @@ def beside_random_init(
     name: str = "trained",
     **display,  # e.g. grain="sentences"
 ) -> CorrespondenceWidget:
-    """The widget for a run, beside the same network with newly drawn weights.
+    """The widget for a run and the same network with newly drawn weights.
 
     Parameters
     ----------
