@@ -1,4 +1,4 @@
-"""Calibrate and time the leak guard: how many copies in other clothes are found, and how alike different radiographs get.
+"""Calibrate and time the leak guard: how many altered copies are found, and how alike different radiographs get.
 
 `python benchmarks/leaks.py --images images.csv [--share 0.3]`: a table with columns image_path (relative to it), patient_id, split_group and width; without it, phantoms of 256 pixels.
 `python benchmarks/leaks.py --images images.csv --time 217000 27000`: what each stage takes on one core, and what that comes to for Packs of these sizes.
@@ -127,7 +127,7 @@ def different(rows: pd.DataFrame, pixels: np.ndarray) -> None:
 
 
 def changed(images: list[np.ndarray], pixels: np.ndarray, chosen: np.ndarray, what: str) -> None:
-    "The share of images that are found again in each change of clothes, and how often another image is named."
+    "The share of images that are found again after each change, and how often another image is named."
     base = leaks.take_prints(pixels, np.arange(len(pixels)))
     twins = without_threshold(base, base)
     twins = set(zip(twins.row_a[twins.distance < 1 - leaks.SAME], twins.row_b[twins.distance < 1 - leaks.SAME], strict=True))

@@ -125,11 +125,11 @@ def test_every_method_can_be_diagnosed_and_drawn(name, words, data):
     method = METHODS[name].from_preset("tiny", words).train()
     kept = {key: value.clone() for key, value in method.state_dict().items()}
     pairs, random = pairs_of(method, data), torch.random.get_rng_state()
-    told = diagnose(method, [read_batch(pairs, range(8)), read_batch(pairs, range(8, 16))])
-    assert set(told) <= set(MEANING) and all(math.isfinite(value) for value in told.values()) and method.training
+    numbers = diagnose(method, [read_batch(pairs, range(8)), read_batch(pairs, range(8, 16))])
+    assert set(numbers) <= set(MEANING) and all(math.isfinite(value) for value in numbers.values()) and method.training
     assert torch.equal(torch.random.get_rng_state(), random)
     assert all(torch.equal(value, kept[key]) for key, value in method.state_dict().items())
-    assert isinstance(draw_diagnostics(pd.DataFrame([{"step": 1, "epoch": 0, **told}])), Figure)
+    assert isinstance(draw_diagnostics(pd.DataFrame([{"step": 1, "epoch": 0, **numbers}])), Figure)
     if "mi" in name and name != "mixture-mi":
         with pytest.raises(TypeError, match="no space"):
             aligned_studies(method, pairs, range(4))
@@ -196,10 +196,10 @@ def test_prototypes_by_loops():
     def nearest(v):
         return max(range(12), key=lambda k: v @ points[k] / np.linalg.norm(points[k]))
     assert nearest_prototype(images, points).tolist() == [nearest(v) for v in images]
-    table, told = prototype_usage(images, texts, points)
+    table, numbers = prototype_usage(images, texts, points)
     used = {nearest(v) for v in [*images, *texts]}
-    assert told["dead"] == pytest.approx(1 - len(used) / 12) and table.images.sum() == table.reports.sum() == 30
-    assert told["same"] == pytest.approx(np.mean([nearest(a) == nearest(b) for a, b in zip(images, texts)]))
+    assert numbers["dead"] == pytest.approx(1 - len(used) / 12) and table.images.sum() == table.reports.sum() == 30
+    assert numbers["same"] == pytest.approx(np.mean([nearest(a) == nearest(b) for a, b in zip(images, texts)]))
 
 
 def test_shares_by_pixels():
@@ -216,9 +216,9 @@ def test_shares_by_pixels():
 def test_choices_by_counting():
     masks = np.zeros((4, 8, 8), bool)
     masks[:, :4, :4] = True
-    told = choice_numbers([0, 0, 1, 3], (2, 2), masks)
-    assert told["hit"] == 0.5 and told["fixed"] == 1 and told["chance"] == 0.25
-    assert told["in_use"] == pytest.approx(math.exp(0.5 * math.log(2) + 2 * 0.25 * math.log(4)))
+    numbers = choice_numbers([0, 0, 1, 3], (2, 2), masks)
+    assert numbers["hit"] == 0.5 and numbers["fixed"] == 1 and numbers["chance"] == 0.25
+    assert numbers["in_use"] == pytest.approx(math.exp(0.5 * math.log(2) + 2 * 0.25 * math.log(4)))
 
 
 # t-SNE is the same for the same seed, and comes back from its file.

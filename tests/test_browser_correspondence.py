@@ -100,14 +100,14 @@ def test_selection_set_from_outside_is_shown(page):
 def test_hits_are_those_of_the_pointing_game(page, views):
     for run in GRIDS:
         badge = page.locator(f'figure:has(canvas[data-run="{run}"]) .badge')
-        told = {item: hit for item, _, hit in views[0].hits(run)}
-        assert set(told) == set(NODULE.words)
+        hits = {item: hit for item, _, hit in views[0].hits(run)}
+        assert set(hits) == set(NODULE.words)
         for item in range(len(views[0].words)):
             page.hover(word(item))
-            assert badge.is_visible() == (item in told)
-            if item in told:
-                assert badge.get_attribute("data-hit") == str(told[item]).lower() and "Nodule" in badge.text_content()
-    assert dict((item, hit) for item, _, hit in views[0].hits("fine"))[0] is True and not all(told.values())
+            assert badge.is_visible() == (item in hits)
+            if item in hits:
+                assert badge.get_attribute("data-hit") == str(hits[item]).lower() and "Nodule" in badge.text_content()
+    assert dict((item, hit) for item, _, hit in views[0].hits("fine"))[0] is True and not all(hits.values())
 
 
 def test_prototypes_are_a_grain_of_their_own(browser, tmp_path):  # noqa: F811
@@ -145,7 +145,7 @@ def test_display_settings(page):
     assert (strict[corner] == plain[corner]).all() and np.abs(strict[at] - plain[at]).sum() <= np.abs(heat[at] - plain[at]).sum()
     assert (np.abs(strict - plain).sum(2) > 10).mean() < (np.abs(heat - plain).sum(2) > 10).mean()
     page.get_by_label("Threshold").fill("0")
-    page.get_by_role("button", name="Truth").or_(page.get_by_role("button", name="Outlines of what is known")).first.click()
+    page.get_by_role("button", name="Truth").or_(page.get_by_role("button", name="Outlines of the findings")).first.click()
     assert np.abs(pixels(page) - heat).max() > 50, "the outline must go"
 
 
@@ -386,8 +386,8 @@ def test_hostile_text_is_text(browser, tmp_path):  # noqa: F811
     view = make_view(0, HOSTILE, {"<b>Nodule</b>": 1.0})
     path = write_views(tmp_path / "hostile.html", [view], findings=[["<b>Nodule</b>", 1]])
     with opened(browser, path) as page:
-        told = page.eval_on_selector_all("p[data-sentence]", "all => all.map(e => e.textContent)")
-        assert told == HOSTILE and page.title() == "test"
+        texts = page.eval_on_selector_all("p[data-sentence]", "all => all.map(e => e.textContent)")
+        assert texts == HOSTILE and page.title() == "test"
         assert page.eval_on_selector_all(".report *", "all => all.filter(e => !['DIV', 'P', 'SPAN'].includes(e.tagName)).length") == 0
         assert page.locator("[data-grain=words]").count() == len(word_spans(HOSTILE)) + 1    # the report's own data-grain
         emoji = next(item for item, text in enumerate(view.words) if text == "lungs")

@@ -20,9 +20,9 @@ from notebooks import ROOT
 from medvis.data.build import ImageRecord, StudyRecord, write_pack
 
 KERNEL = "jupyterapp.shell.currentWidget?.sessionContext?.session?.kernel"
-EXECUTE = f"""async code => {{ let told = ''; const future = {KERNEL}.requestExecute({{ code }});
-    future.onIOPub = message => {{ if (message.header.msg_type === 'stream') told += message.content.text }};
-    await future.done; return told }}"""
+EXECUTE = f"""async code => {{ let printed = ''; const future = {KERNEL}.requestExecute({{ code }});
+    future.onIOPub = message => {{ if (message.header.msg_type === 'stream') printed += message.content.text }};
+    await future.done; return printed }}"""
 
 
 @contextmanager
@@ -135,14 +135,14 @@ def hover_changes_the_right_place(page, grain: str) -> tuple[float, float]:
     item, peak, lowest, (h, w), (x0, y0, x1, y1), hit = json.loads(page.evaluate(EXECUTE, TOLD.format(grain=grain)))
     page.mouse.move(5, 5)
     page.wait_for_timeout(200)
-    before = {run: pixels(page, run) for run in ("mixture-mi", "untrained")}
+    before = {run: pixels(page, run) for run in ("mixture-mi", "random-init")}
     page.hover(word(item, grain))
     page.wait_for_timeout(300)
     change = np.abs(pixels(page, "mixture-mi") - before["mixture-mi"]).sum(2)
     places = [(y0 + (region // w + 0.5) / h * (y1 - y0), x0 + (region % w + 0.5) / w * (x1 - x0)) for region in (peak, lowest)]
     high, low = (np.median(change[int(y * 160) - 3:int(y * 160) + 4, int(x * 160) - 3:int(x * 160) + 4]) for y, x in places)
     assert high > 60 and low < 0.2 * high, f"{grain}: {high} at the highest score, {low} at the lowest"
-    assert np.abs(pixels(page, "untrained") - before["untrained"]).max() > 20, "the other run answers too"
+    assert np.abs(pixels(page, "random-init") - before["random-init"]).max() > 20, "the other run answers too"
     assert page.locator('figure:has(canvas[data-run="mixture-mi"]) .badge').get_attribute("data-hit") == str(hit).lower()
     return places[0]
 

@@ -46,8 +46,8 @@ def run(capsys, *argv) -> tuple[int, str, str]:
         code = main([str(word) for word in argv])
     except SystemExit as stop:      # tyro's own: help, and words that it does not know
         code = stop.code
-    told = capsys.readouterr()
-    return code or 0, told.out, told.err
+    printed = capsys.readouterr()
+    return code or 0, printed.out, printed.err
 
 
 def succeeds(capsys, *argv) -> str:
@@ -100,12 +100,12 @@ def test_phantom_way(home, capsys):
     assert f"Run: {home / 'run'}" in out
     assert tree(home / "run") == before, "a finished run is left as it is"
 
-    probe = ["probe", "--data", home / "pack", "--encoders", home / "run", "random", *PROBE]
+    probe = ["probe", "--data", home / "pack", "--encoders", home / "run", "random-init", *PROBE]
     assert main([*map(str, probe)]) == 1, "a ResNet-50's 256 pixels cannot be had of 64"
     assert "would be enlarged" in capsys.readouterr().err
     out = succeeds(capsys, *probe, "--size", "56")
     table = pd.read_csv(home / "run" / "probe" / "probe.csv")
-    assert set(table.encoder) == {"run", "random"} and set(table.finding) == {*FINDINGS, "macro"}
+    assert set(table.encoder) == {"run", "random-init"} and set(table.finding) == {*FINDINGS, "macro"}
     for row in table[table.finding == "macro"].itertuples():
         assert f"{row.auroc:.3f}" in out
     assert str(home / "run" / "probe" / "probe.csv") in out
@@ -125,8 +125,8 @@ def test_init_from_a_run(home, tmp_path, capsys):
     for (name, value), (_, other) in zip(old.named_parameters(), new.named_parameters(), strict=True):
         torch.testing.assert_close(value, other, rtol=0, atol=1e-6, msg=name)     # a rate of 0 changes nothing
     assert old.tokenizer.get_vocab() == new.tokenizer.get_vocab()
-    told = fails(capsys, "pretrain", "mgca", *more[:2], "--run", tmp_path / "new", "--init", home / "run", "--epochs", "1")
-    assert f"{home / 'run'} does not fit" in told and not (tmp_path / "new").exists()
+    message = fails(capsys, "pretrain", "mgca", *more[:2], "--run", tmp_path / "new", "--init", home / "run", "--epochs", "1")
+    assert f"{home / 'run'} does not fit" in message and not (tmp_path / "new").exists()
 
 
 # ---- the real way: a folder of pictures and a table
@@ -160,7 +160,7 @@ def test_folder_way(folder, tmp_path, capsys):
     out = succeeds(capsys, "probe", "--data", data.path, "--encoders", tmp_path / "run", "--names", "mine", *PROBE,
                    "--out", tmp_path / "probe", "--findings", "Cardiomegaly")
     table = pd.read_csv(tmp_path / "probe" / "probe.csv")
-    assert "mine" in out and set(table.encoder) == {"mine", "random"} and set(table.finding) == {"Cardiomegaly", "macro"}
+    assert "mine" in out and set(table.encoder) == {"mine", "random-init"} and set(table.finding) == {"Cardiomegaly", "macro"}
     out = succeeds(capsys, "show", tmp_path / "run")
     page = (tmp_path / "run" / "page.html").read_text()
     held_out = data.studies[data.studies["split"] == "test"]
@@ -180,17 +180,17 @@ def test_rejects_are_told(folder, tmp_path, capsys):
     assert "png/missing.png" in set(Pack(tmp_path / "pack").rejects["item"])
 
 
-# ---- what is wrong is told in a line
+# ---- errors in one line
 
 def test_missing_pack(home, tmp_path, capsys):
     nowhere = tmp_path / "nowhere"
     for argv in (["pretrain", "mgca", "--run", tmp_path / "run"], ["probe", "--encoders", home / "run"], ["show", home / "run"]):
-        told = fails(capsys, *argv, "--data", nowhere)
-        assert str(nowhere) in told and "Pack" in told
+        message = fails(capsys, *argv, "--data", nowhere)
+        assert str(nowhere) in message and "Pack" in message
     assert not any(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("changes, told", [
+@pytest.mark.parametrize("changes, words", [
     (["--image-column", "nope"], ["table.csv", "'nope'", "file, text, who"]),
     (["--report-column", "nope"], ["table.csv", "'nope'", "file, text, who"]),
     (["--label-columns", "nope"], ["table.csv", "'nope'", "file, text, who"]),
@@ -198,9 +198,9 @@ def test_missing_pack(home, tmp_path, capsys):
     (["--table", "/nowhere/table.csv"], ["/nowhere/table.csv"]),
     (["--where", "nope == 1"], ["table.csv", "nope"]),
 ])
-def test_bad_tables(changes, told, folder, tmp_path, capsys):
+def test_bad_tables(changes, words, folder, tmp_path, capsys):
     line = fails(capsys, *PREPARE, "--root", folder, "--out", tmp_path / "pack", *changes)
-    assert all(word in line for word in told), line
+    assert all(word in line for word in words), line
     assert not any(tmp_path.iterdir())
 
 
@@ -219,25 +219,25 @@ def test_all_images_missing(folder, tmp_path, capsys):
 
 
 def test_place_is_taken(home, tmp_path, capsys):
-    told = fails(capsys, "prepare", "phantom", "--out", home / "pack", "--studies", "30", "--no-progress")
-    assert str(home / "pack") in told and len(Pack(home / "pack").studies) == 150
+    message = fails(capsys, "prepare", "phantom", "--out", home / "pack", "--studies", "30", "--no-progress")
+    assert str(home / "pack") in message and len(Pack(home / "pack").studies) == 150
 
 
 def test_run_of_another(home, capsys):
     before = tree(home / "run")
     here = ["--data", home / "pack", "--run", home / "run", *SMALL]
     for name, argv in {"lr": ["mgca", *here, "--lr", "0.5"], "dim": ["mgca", *here, "--dim", "8"], "method": ["convirt", *here]}.items():
-        told = fails(capsys, "pretrain", *argv)
-        assert str(home / "run") in told and "another run" in told and name in told
+        message = fails(capsys, "pretrain", *argv)
+        assert str(home / "run") in message and "another run" in message and name in message
     assert tree(home / "run") == before
 
 
 def test_unknown_words(home, tmp_path, capsys):
     here = ["--data", home / "pack", "--run", tmp_path / "run"]
     assert "nonsense" in misused(capsys, "nonsense")
-    assert "nonsense" in (told := misused(capsys, "pretrain", "nonsense", *here)) and all(name in told for name in METHODS)
-    assert "nonsense" in (told := fails(capsys, "pretrain", "mgca", "--preset", "nonsense", *here)) and "released-resnet50" in told
-    assert "nonsense" in (told := fails(capsys, "pretrain", "mgca", "--preset=nonsense", *here)) and "released-resnet50" in told
+    assert "nonsense" in (message := misused(capsys, "pretrain", "nonsense", *here)) and all(name in message for name in METHODS)
+    assert "nonsense" in (message := fails(capsys, "pretrain", "mgca", "--preset", "nonsense", *here)) and "released-resnet50" in message
+    assert "nonsense" in (message := fails(capsys, "pretrain", "mgca", "--preset=nonsense", *here)) and "released-resnet50" in message
     assert "--nonsense" in misused(capsys, "pretrain", "mgca", *here, "--nonsense", "1")
     assert "--schedule" in misused(capsys, "pretrain", "mgca", *here, "--schedule", "nonsense")
     assert "--epochs" in misused(capsys, "pretrain", "mgca", *here, "--epochs", "many")
@@ -269,8 +269,8 @@ def test_numbers_out_of_range(setting, value, home, tmp_path, capsys):
 def test_option_of_another_encoder(home, tmp_path, capsys):
     "A vision transformer has no layer3: the default of the ResNets is in the way, and the line says how to take it away."
     argv = ["pretrain", "convirt", "--data", home / "pack", "--run", tmp_path / "run", *SMALL, "--image", "tiny_vit"]
-    told = fails(capsys, *argv)
-    assert "tiny_vit has no layer" in told and "None" in told and not (tmp_path / "run").exists()
+    message = fails(capsys, *argv)
+    assert "tiny_vit has no layer" in message and "None" in message and not (tmp_path / "run").exists()
     succeeds(capsys, *argv, "--layer", "None")
 
 
@@ -286,16 +286,16 @@ def test_probe_of_what_is_not_there(home, tmp_path, capsys, monkeypatch):
     assert "no-such-encoder" in fails(capsys, *here, "--encoders", "no-such-encoder")
     (tmp_path / "text.pt").write_text("not weights")
     assert "text.pt" in fails(capsys, *here, "--encoders", "text.pt")
-    assert "nonsense" in fails(capsys, *here, "--encoders", "random", "--image", "nonsense")
-    assert "nonsense" in fails(capsys, *here, "--encoders", "random", "--image", "tiny_resnet", "--findings", "nonsense")
+    assert "nonsense" in fails(capsys, *here, "--encoders", "random-init", "--image", "nonsense")
+    assert "nonsense" in fails(capsys, *here, "--encoders", "random-init", "--image", "tiny_resnet", "--findings", "nonsense")
     assert "--names" in fails(capsys, *here, "--encoders", home / "run", home / "run")
     assert [path.name for path in tmp_path.iterdir()] == ["text.pt"]
 
 
 def test_probe_without_labels(folder, home, tmp_path, capsys):
     succeeds(capsys, *PREPARE, "--root", folder, "--out", tmp_path / "pack", "--size", "64")
-    told = fails(capsys, "probe", "--data", tmp_path / "pack", "--encoders", home / "run", *PROBE, "--out", tmp_path / "probe")
-    assert "label" in told and not (tmp_path / "probe").exists()
+    message = fails(capsys, "probe", "--data", tmp_path / "pack", "--encoders", home / "run", *PROBE, "--out", tmp_path / "probe")
+    assert "label" in message and not (tmp_path / "probe").exists()
 
 
 def test_nobody_is_measured_on_what_was_trained_on(folder, tmp_path, capsys):
@@ -318,10 +318,10 @@ def test_nobody_is_measured_on_what_was_trained_on(folder, tmp_path, capsys):
 
 
 def test_show_of_what_is_not_a_run(home, tmp_path, capsys):
-    told = fails(capsys, "show", tmp_path / "nowhere")
-    assert f"{tmp_path / 'nowhere'} is not a run" in told
-    told = fails(capsys, "show", home / "pack")
-    assert f"{home / 'pack'} is not a run" in told
+    message = fails(capsys, "show", tmp_path / "nowhere")
+    assert f"{tmp_path / 'nowhere'} is not a run" in message
+    message = fails(capsys, "show", home / "pack")
+    assert f"{home / 'pack'} is not a run" in message
     assert not any(tmp_path.iterdir())
 
 
@@ -385,8 +385,8 @@ def test_help_and_typos_do_not_wait_for_torch(tmp_path):
         "        except SystemExit: pass\n"
         f"    heavy = [name for name in {HEAVY!r} if name in sys.modules]\n"
         "    assert not heavy, (argv, heavy)\n")
-    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
-    assert told.returncode == 0, told.stderr[-600:]
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr[-600:]
     assert not any(tmp_path.iterdir())
 
 
@@ -406,15 +406,15 @@ def test_methods_hold_their_settings():
 
 def test_version_and_module(capsys):
     assert succeeds(capsys, "--version") == f"medvis {medvis.__version__}\n"
-    told = subprocess.run([sys.executable, "-m", "medvis", "shwo"], capture_output=True, text=True)
-    assert told.returncode == 2 and "shwo" in told.stderr and "medvis" in told.stderr
+    result = subprocess.run([sys.executable, "-m", "medvis", "shwo"], capture_output=True, text=True)
+    assert result.returncode == 2 and "shwo" in result.stderr and "medvis" in result.stderr
 
 
 def test_launchers_hand_over_the_words(capsys):
     "The lines in the help of pretrain, as torchrun and accelerate read them; without its dashes torchrun refuses --run."
-    told = " ".join(succeeds(capsys, "pretrain", "convirt", "--help").split())
+    message = " ".join(succeeds(capsys, "pretrain", "convirt", "--help").split())
     for line in ("torchrun --nproc_per_node 2 -m -- medvis pretrain", "accelerate launch --multi_gpu --num_processes 2 -m medvis pretrain"):
-        assert line in told
+        assert line in message
     rest = ["pretrain", "convirt", "--data", "p", "--run", "r"]
     asked = torch.distributed.run.parse_args(["--nproc_per_node", "2", "-m", "--", "medvis", *rest])
     assert (asked.module, asked.training_script, asked.training_script_args) == (True, "medvis", rest)
@@ -423,13 +423,13 @@ def test_launchers_hand_over_the_words(capsys):
 
 
 def test_two_processes_by_torchrun(home, tmp_path):
-    "The line of the help, with two processes on the CPU: one run, a step of both, told once."
+    "The line of the help, with two processes on the CPU: one run, a step of both, printed once."
     words = ["pretrain", "convirt", "--data", str(home / "pack"), "--run", str(tmp_path / "run"), *SMALL, "--batch-size", "8", "--device", "cpu"]
-    told = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "--", "medvis", *words],
         capture_output=True, text=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
-    assert told.returncode == 0, [line for line in told.stderr.splitlines() if "rror" in line or "medvis:" in line]
-    assert told.stdout.count("Run: ") == 1
+    assert result.returncode == 0, [line for line in result.stderr.splitlines() if "rror" in line or "medvis:" in line]
+    assert result.stdout.count("Run: ") == 1
     metrics, train = Run(tmp_path / "run").metrics, (Pack(home / "pack").studies["split"] == "train").sum()
     assert (metrics["split"] == "train").sum() == train // 16       # batches of 8 for each of two
 
@@ -443,10 +443,10 @@ def test_a_run_is_looked_at_from_another_folder(home, tmp_path, capsys, monkeypa
     del manifest["sha256"]      # changed on purpose
     (run / "manifest.json").write_text(json.dumps(manifest))
     for command in ("show", "retrieve", "phrases"):
-        told = fails(capsys, command, run)
-        assert "--data" in told and str(run) in told and str(tmp_path / "gone" / "packs" / "mine") in told, told
+        message = fails(capsys, command, run)
+        assert "--data" in message and str(run) in message and str(tmp_path / "gone" / "packs" / "mine") in message, message
     succeeds(capsys, "show", run, "--data", home / "pack", "--studies", "1")
-    shutil.copytree(home / "pack", tmp_path / "above" / "packs" / "mine")      # a folder above the run's holds it under the told name
+    shutil.copytree(home / "pack", tmp_path / "above" / "packs" / "mine")      # a folder above the run's holds it under the recorded name
     succeeds(capsys, "show", run, "--studies", "1")
     other = tmp_path / "above" / "packs" / "mine" / "manifest.json"
     other.write_text(json.dumps({**json.loads(other.read_text()), "hash": "another"}))
@@ -454,14 +454,14 @@ def test_a_run_is_looked_at_from_another_folder(home, tmp_path, capsys, monkeypa
 
 
 def test_installed_command():
-    told = installed("--help")
-    assert told.returncode == 0 and not told.stderr and all(name in told.stdout for name in _COMMANDS)
+    result = installed("--help")
+    assert result.returncode == 0 and not result.stderr and all(name in result.stdout for name in _COMMANDS)
 
 
 def test_installed_command_fails_in_a_line(tmp_path):
-    told = installed("probe", "--data", str(tmp_path / "nowhere"), "--encoders", "random")
-    assert told.returncode == 1 and not told.stdout
-    assert re.fullmatch(r"medvis: .*nowhere is not a Pack.*\n", told.stderr)
+    result = installed("probe", "--data", str(tmp_path / "nowhere"), "--encoders", "random-init")
+    assert result.returncode == 1 and not result.stdout
+    assert re.fullmatch(r"medvis: .*nowhere is not a Pack.*\n", result.stderr)
 
 
 def test_demo(tmp_path, capsys):
@@ -494,5 +494,5 @@ def test_nothing_is_measured_on_changed_pixels(command, home, tmp_path, capsys):
         "phrases": [home / "run", "--data", tmp_path / "pack"],
         "show": [home / "run", "--data", tmp_path / "pack", "--out", tmp_path / "page.html"],
     }[command]
-    told = fails(capsys, command, *words)
-    assert "images.u8" in told and not (tmp_path / "page.html").exists(), told
+    message = fails(capsys, command, *words)
+    assert "images.u8" in message and not (tmp_path / "page.html").exists(), message

@@ -108,7 +108,7 @@ def test_probe_of_the_phantom(pack, tmp_path):
     encoder = small().train()
     table = classify.linear_probe(encoder, pack, fractions=(1.0, 0.1), seeds=(0, 1), resamples=50, out=tmp_path / "out", cache=tmp_path / "kept")
     assert encoder.training and list(table.columns[:7]) == ["encoder", "finding", "fraction", "auroc", "low", "high", "n"]
-    assert len(table) == 2 * 2 * 12 and set(table["encoder"]) == {"encoder", "random"}
+    assert len(table) == 2 * 2 * 12 and set(table["encoder"]) == {"encoder", "random-init"}
     scored = table.dropna(subset="auroc")
     assert ((scored["low"] <= scored["auroc"]) & (scored["auroc"] <= scored["high"])).all()
     macro = table[table["finding"] == "macro"].set_index(["encoder", "fraction"])
@@ -187,7 +187,7 @@ class Columns:
 
 def test_one_hot_classes_are_findings():
     table = classify.linear_probe({"a": small(), "b": small("tiny_vit")}, Columns(), fractions=(1.0,), seeds=(0,), resamples=20)
-    assert set(table["encoder"]) == {"a", "b", "random"} and set(table["finding"]) == {"normal", "bacterial", "viral", "macro"}
+    assert set(table["encoder"]) == {"a", "b", "random-init"} and set(table["finding"]) == {"normal", "bacterial", "viral", "macro"}
     assert table.set_index(["encoder", "finding"]).loc[("a", "normal"), "auroc"] > 0.95
 
 

@@ -47,8 +47,8 @@ def test_every_control_changes_the_views(augmentation, control, value):
 def test_views_are_those_of_training(augmentation, pack, augment):
     augmentation.augment.value, augmentation.epoch.value, augmentation.study.value = augment, 3, 2
     true = Pairs(pack, None, Preprocessing(size=64, channels=1), Sampling(augment=augment), train=True)
-    for epoch, one in enumerate(augmentation.looks, 3):
-        assert torch.equal(one.seen, true.image(2, epoch))
+    for epoch, look in enumerate(augmentation.looks, 3):
+        assert torch.equal(look.image, true.image(2, epoch))
 
 
 def test_looking_leaves_the_dice_alone(augmentation):
@@ -91,10 +91,10 @@ def test_marks_name_the_findings(phantom):
     phantom.own.click()
     phantom.rows["Pleural Effusion"].severity.value = 3
     numbers = [finding.name for finding in phantom.study.findings]
-    told = [s.text[start:end] for s in phantom.study.sentences for start, end, k in s.words if k is not None and numbers[k] == "Pleural Effusion"]
+    words = [s.text[start:end] for s in phantom.study.sentences for start, end, k in s.words if k is not None and numbers[k] == "Pleural Effusion"]
     marks = re.findall(r"<mark[^>]*>(.*?)<sup>(\d+)</sup></mark>", phantom.picture.value)
     marked = " ".join(text for text, number in marks if numbers[int(number) - 1] == "Pleural Effusion")
-    assert told and all(word in marked for word in told)
+    assert words and all(word in marked for word in words)
 
 
 def test_a_draw_moves_spot_and_words():

@@ -80,7 +80,7 @@ METRICS = pd.DataFrame({"step": [1, 2, 3, 3, 5, 4, 6, 6], "split": ["train"] * 3
 PROBE = pd.DataFrame([
     {"encoder": encoder, "finding": finding, "fraction": fraction, "auroc": rate + shift - (0.05 if fraction < 1 else 0), "low": rate + shift - 0.1, "high": rate + shift + 0.08,
      "n": 30 if fraction < 1 else 300}
-    for encoder, shift in (("mine", 0.1), ("random", 0.0), ("other", 0.05)) for fraction in (1.0, 0.01)
+    for encoder, shift in (("mine", 0.1), ("random-init", 0.0), ("other", 0.05)) for fraction in (1.0, 0.01)
     for finding, rate in (("Edema", 0.6), ("Pneumonia & its very long name", 0.7), ("macro", 0.65))])
 GAINS = pd.DataFrame({"encoder": ["mine", "mine"], "fraction": [0.01, 1.0], "gain": [0.1, 0.08], "low": [0.05, -0.02], "high": [0.15, 0.12]})
 POINTING = pd.DataFrame({"finding": ["Nodule", "all", "Edema"], "hit_rate": [0.2, 0.4, 0.6], "low": [0.1, 0.3, 0.45], "high": [0.3, 0.5, 0.75], "chance": [0.02, 0.1, 0.2],
@@ -173,16 +173,16 @@ WORD_MAPS = pd.DataFrame([
      "map": (waves(16, phase=word + study) * 0.1 * (word + 1)).astype(np.float16)}
     for study, word, text, finding in ((3, 0, "nodule", "Nodule"), (3, 1, "effusion", "Pleural Effusion"), (3, 2, "nodule", "Nodule"), (5, 3, "nodule", "Nodule"))])
 EXAMPLES = pd.DataFrame([{"study": "phantom-0000003", "text": finding.lower(), "finding": finding, "scores": (scale * waves(16, phase=seed + scale)).tolist(), "side": 4, "subject": subject, "seed": seed}
-                         for seed in (1, 0) for subject, scale in (("mine", 1.0), ("untrained", 0.1)) for finding in ("Nodule", "Pleural Effusion")])
+                         for seed in (1, 0) for subject, scale in (("mine", 1.0), ("random-init", 0.1)) for finding in ("Nodule", "Pleural Effusion")])
 HITS = pd.DataFrame([
     {"subject": subject, "seed": seed, "grain": grain, "finding": finding, "hit_rate": rate + 0.05 * seed + shift, "chance": 0.1 + 0.3 * rate, "other_image": rate - 0.1 * seed,
      "best_fixed_point": rate, "cnr": 2 * rate, "targets": 10 + 5 * place}
-    for subject, shift in (("clip", 0.1), ("untrained", -0.1), ("lovt", 0.4)) for seed in (0, 1) for grain in ("word", "sentence")
+    for subject, shift in (("clip", 0.1), ("random-init", -0.1), ("lovt", 0.4)) for seed in (0, 1) for grain in ("word", "sentence")
     for place, (finding, rate) in enumerate((("Nodule", 0.2), ("Edema", 0.3), ("Pleural Effusion", 0.4), ("all", 0.3)))])
-PROBES = pd.DataFrame([{"subject": subject, "seed": seed, "fraction": fraction, "encoder": encoder, "finding": "macro", "auroc": 0.5 + 0.1 * seed + 0.1 * fraction + 0.05 * (encoder != "random")}
-                       for subject in ("clip", "untrained", "lovt") for seed in (0, 1) for fraction in (0.1, 1.0) for encoder in (subject, "random")])
+PROBES = pd.DataFrame([{"subject": subject, "seed": seed, "fraction": fraction, "encoder": encoder, "finding": "macro", "auroc": 0.5 + 0.1 * seed + 0.1 * fraction + 0.05 * (encoder != "random-init")}
+                       for subject in ("clip", "random-init", "lovt") for seed in (0, 1) for fraction in (0.1, 1.0) for encoder in (f"{subject}-{seed}", "random-init")])
 RESULTS = pd.DataFrame([{"family": family, "protocol": family, "fraction": fraction, "metric": "Dice", "encoder": encoder, "seed": seed, "value": 0.3 + shift + 0.01 * seed + 0.1 * fraction}
-                        for family in ("detection", "grounding") for fraction in (0.02, 1.0) for encoder, shift in (("pre-trained", 0.2), ("untaught", 0.0)) for seed in range(4)])
+                        for family in ("detection", "grounding") for fraction in (0.02, 1.0) for encoder, shift in (("pre-trained", 0.2), ("random-init", 0.0)) for seed in range(4)])
 LOCAL = pd.DataFrame({"x": waves(8), "y": waves(8, phase=2), "kind": np.repeat(_KINDS, 2)})
 RUN = SimpleNamespace(path=Path("runs/a b"), config={"method": "lovt", "preset": "tiny"}, diagnostics=DIAGNOSTICS,
                       manifest={"data": {"path": "pack"}, "seed": 3, "packages": {"torch": "2", "timm": None, "numpy": "1"}, "python": "3.11", "processor": "Zen", "threads": 1})
@@ -223,7 +223,7 @@ STUDIES = {
     "local": lambda: _draw_local(LOCAL, {"regions_purity": 0.5, "sentences_purity": 0.75}),
     "overlap": lambda: _draw_overlap({"a": POINTS, "b": POINTS.assign(overlap=POINTS.overlap / 2)}, {name: {"auroc": 0.9, "purity": 0.5, "purity_by_chance": 0.1} for name in "ab"}),
     "grounding": lambda: [_pointing_means(HITS), _pointing_means(HITS, ("Nodule", "Edema"), "sentence"), _subject_table(HITS, PROBES)],
-    "grounding, drawn": lambda: [draw_summary(HITS), draw_findings(HITS, "sentence"), draw_examples(EXAMPLES, ["mine", "untrained"], ("Nodule", "Pleural Effusion"), PLANTED)],
+    "grounding, drawn": lambda: [draw_summary(HITS), draw_findings(HITS, "sentence"), draw_examples(EXAMPLES, ["mine", "random-init"], ("Nodule", "Pleural Effusion"), PLANTED)],
     "families": lambda: [compare_families(RESULTS), draw_families(compare_families(RESULTS))],
     "demo": lambda: [probe_lines(PROBE.assign(constant=np.where(PROBE.encoder == "other", 2, 0), probes=6), GAINS), _demo_command(DemoConfig()), _demo_command(DemoConfig(out=Path("a b"), epochs=2))],
     "show": lambda: [rare_first(), _top_numbers(PROBE, GAINS, Rates(0.1), Rates(0)), _top_numbers(None, GAINS, Rates(0)), _top_numbers(PROBE, None, None), _run_title(RUN, DATA["phantom"]),
@@ -256,9 +256,9 @@ PICTURES = [IMAGE, IMAGE[:20]]
 
 def unpacked(data: dict) -> dict:
     "The browser's data with its buffers as numbers."
-    told = {name: np.frombuffer(data[name], kind) for name, kind in (("x", "f4"), ("y", "f4"), ("picture", "i4"), ("box", "f4"))}
+    arrays = {name: np.frombuffer(data[name], kind) for name, kind in (("x", "f4"), ("y", "f4"), ("picture", "i4"), ("box", "f4"))}
     columns = [{**one, "of": np.frombuffer(one["of"], "i4" if "names" in one else "f4")} for one in data["columns"]]
-    return {**told, "texts": data["texts"], "columns": columns, "pictures": len(data["ends"]) // 4}
+    return {**arrays, "texts": data["texts"], "columns": columns, "pictures": len(data["ends"]) // 4}
 
 
 def packed(masked: bool = False) -> list:
@@ -340,20 +340,20 @@ def test_nothing_else_is_kept(kept):
     assert list(kept) == list(CASES)
 
 
-def test_diagnostics_are_told_when_they_are_there(tmp_path):
+def test_diagnostics_are_shown_if_recorded(tmp_path):
     title, ill, charts, table, fine, nothing = well(tmp_path)
     assert title == "Is it well?" and charts == 7 and len(table) == 9 and nothing == []
     assert "images look alike" in ill and "No sign of collapse." in fine and "look alike" not in fine
 
 
 def test_maps_of_one_drawing_share_a_scale():
-    "A flat map beside one that points is pale, in a figure and in a page; the same scale is told below both."
+    "A flat map beside one that points is pale, in a figure and in a page; the same scale stands below both."
     scores = torch.zeros(1, 16, 2)
     scores[0, 5] = torch.tensor([1.0, 0.1])
-    told = Correspondence(scores, scores, torch.ones(1, 2, dtype=torch.bool), torch.ones(1, 2, dtype=torch.bool), (4, 4))
-    heats = [ax.images[1].get_array()[..., 3].max() for ax in draw_correspondence(IMAGE, told, 0, ["sure", "unsure"], [0, 1]).axes[1:]]
+    correspondence = Correspondence(scores, scores, torch.ones(1, 2, dtype=torch.bool), torch.ones(1, 2, dtype=torch.bool), (4, 4))
+    heats = [ax.images[1].get_array()[..., 3].max() for ax in draw_correspondence(IMAGE, correspondence, 0, ["sure", "unsure"], [0, 1]).axes[1:]]
     assert heats[0] > 0.6 and heats[1] < 0.02
-    card = page.correspondence_card(IMAGE, told, 0, REPORT, [0, 1])
+    card = page.correspondence_card(IMAGE, correspondence, 0, REPORT, [0, 1])
     assert card.count(">0.00<i ") == 2 and card.count("</i>1.00<") == 2
     assert page.tile(IMAGE, scores[0, :, 1], (4, 4), None, "nodule", "", (0.0, 1.0)) in card
 

@@ -210,14 +210,14 @@ def test_nothing_is_unpickled(tmp_path, monkeypatch):
 # ---------------------------------------------------------------- names, runs, refusals
 
 def test_names_and_paths(shelf, tmp_path, monkeypatch, no_network):
-    assert load_encoder("random", "tiny_vit").region_dim == 128
+    assert load_encoder("random-init", "tiny_vit").region_dim == 128
     monkeypatch.chdir(tmp_path)
     os.mkdir("runs")
     for path in ("runs/mgca", "nothing.pt", "some/thing.safetensors", str(tmp_path / "a" / "b"), shelf / "nothing"):
         assert not is_pretrained(path)
         with pytest.raises(FileNotFoundError, match="no weights at"):
             load_encoder(path)
-    with pytest.raises(OSError, match="'nobody/nothing' could not be loaded.*Pass the path of a folder.*'random'") as told:
+    with pytest.raises(OSError, match="'nobody/nothing' could not be loaded.*Pass the path of a folder.*'random-init'") as told:
         load_encoder("nobody/nothing")             # offline: conftest
     assert "\n" not in str(told.value)
 
@@ -253,4 +253,4 @@ def test_a_run_remembers_how_its_images_were_made_square(tmp_path):
     with pytest.raises(ValueError, match="made square by fit='stretch', but .*pad has them by 'pad'; prepare the data set again"):
         check_preprocessing(encoder, packs["pad"])
     with pytest.raises(ValueError, match="resizes images to 256 x 256, but those of .* have 64 x 64 pixels and would be enlarged"):
-        check_preprocessing(load_encoder("random"), packs["pad"])
+        check_preprocessing(load_encoder("random-init"), packs["pad"])

@@ -69,11 +69,11 @@ def test_the_recipes_are_not_the_default(chexpert, data):
 def test_probe(which, request, home, tmp_path):
     pack = request.getfixturevalue(which)
     given = [] if which == "data" else ["--image", "tiny_resnet"]
-    name = home / "run" if which == "data" else "random"
+    name = home / "run" if which == "data" else "random-init"
     command("probe", "--data", pack.path, "--encoders", name, *given, *OPTIONS, "--out", tmp_path / "cli")
     encoder = load_encoder(name, "tiny_resnet")
     if which == "chexpert":         # drawn anew at each door: the numbers of features differ, the answers asked for do not
-        tables = [linear_probe({"random": encoder}, pack, **PROBE)]
+        tables = [linear_probe({"random-init": encoder}, pack, **PROBE)]
     else:
         tables = [linear_probe(one, pack, **PROBE) for one in ({"run": encoder}, name, Run(name), {"run": as_method(name)}, {"run": str(name)})]
     cli = pd.read_csv(tmp_path / "cli" / "probe.csv")
@@ -94,7 +94,7 @@ def test_probe(which, request, home, tmp_path):
 
 def test_evaluate(chexpert, tmp_path):
     torch.manual_seed(0)
-    encoder = load_encoder("random", "tiny_resnet")
+    encoder = load_encoder("random-init", "tiny_resnet")
     torch.save(encoder.body.state_dict(), tmp_path / "it.pt")
     words = "--seeds 0 1 --fractions 0.2 --lrs 0.03 --epochs 2 --resamples 20 --device cpu --no-progress --image tiny_resnet"
     command("evaluate", "tiny-linear", "--data", chexpert.path, "--encoder", tmp_path / "it.pt", "--out", tmp_path / "cli", *words.split())
@@ -106,7 +106,7 @@ def test_evaluate(chexpert, tmp_path):
             assert (tmp_path / str(number) / file).read_bytes() == (tmp_path / "cli" / file).read_bytes(), file
     results = pd.read_csv(tmp_path / "cli" / "results.csv")
     train = pack_task(chexpert).rows("train", 0.2, how="first")
-    assert set(results["encoder"]) == {"it.pt", "untaught"} and len(train) == round(0.2 * len(pack_task(chexpert).rows("train")))
+    assert set(results["encoder"]) == {"it.pt", "random-init"} and len(train) == round(0.2 * len(pack_task(chexpert).rows("train")))
 
 
 def test_retrieve_and_zero_shot(home, data, tmp_path):
@@ -174,4 +174,4 @@ def test_leaks_are_refused_at_every_door(home, data, tmp_path):
         for name, door in doors.items():
             with pytest.raises(ValueError, match="--allow-leaks"):
                 door()
-    check_unseen(other, [load_encoder("random", "tiny_resnet")])
+    check_unseen(other, [load_encoder("random-init", "tiny_resnet")])

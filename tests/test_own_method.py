@@ -154,7 +154,7 @@ def test_the_command_line_knows_it(home):
     assert config["method"] == "mine" and config["config"]["power"] == 3
     assert config["defined_in"] == {"method": "their_package.own:Mine", "image": "their_package.own:Patches"}
     assert (home / "runs" / "siglip" / "page.html").exists() and (home / "runs" / "mine" / "phrases" / "phrases.csv").exists()
-    assert {"mine", "mgca", "random"} <= {row.split(",")[0] for row in (home / "runs" / "mine" / "probe" / "probe.csv").read_text().splitlines()}
+    assert {"mine", "mgca", "random-init"} <= {row.split(",")[0] for row in (home / "runs" / "mine" / "probe" / "probe.csv").read_text().splitlines()}
     assert Pack(home / "packs" / "ward").manifest["source"]["kind"] == "ward"
 
 
@@ -181,8 +181,8 @@ def test_a_run_of_medvis_with_their_encoder(home, own):
     assert config["method"] == "mgca" and config["defined_in"] == {"image": "their_package.own:Patches"}
     forget()
     with pytest.raises(ValueError, match="unknown image encoder 'patches'; choose from resnet50, "):
-        load_encoder("random", image="patches")
-    assert _find_kind(home / "config.json", config) is METHODS["mgca"] and type(load_encoder("random", image="patches")).__name__ == "Patches"
+        load_encoder("random-init", image="patches")
+    assert _find_kind(home / "config.json", config) is METHODS["mgca"] and type(load_encoder("random-init", image="patches")).__name__ == "Patches"
 
 
 def test_in_the_library(home, own, tmp_path):
@@ -196,7 +196,7 @@ def test_in_the_library(home, own, tmp_path):
     assert any(not torch.equal(same[name], start[name]) for name in weights)
     again = create_method("their_package.own:Mine", init=run.path)
     assert all(torch.equal(value, run.method().state_dict()[name]) for name, value in again.state_dict().items())
-    assert load_encoder("random", image="patches", width=4).whole_dim == 4
+    assert load_encoder("random-init", image="patches", width=4).whole_dim == 4
     run.export_encoder(tmp_path / "encoder.safetensors")
     exported = load_encoder(tmp_path / "encoder.safetensors", image="patches")
     assert torch.equal(exported.body.weight, run.method().image_encoder.body.weight)

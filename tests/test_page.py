@@ -32,7 +32,7 @@ def correspondence(words=3, grid=(4, 4)):
 
 def probe_rows(name=HOSTILE):
     rows = [{"encoder": encoder, "finding": finding, "fraction": fraction, "auroc": 0.7, "low": 0.6, "high": 0.8, "n": 30}
-            for encoder in (name, "random") for fraction in (0.01, 1.0) for finding in (HOSTILE, "Edema", "macro")]
+            for encoder in (name, "random-init") for fraction in (0.01, 1.0) for finding in (HOSTILE, "Edema", "macro")]
     return pd.DataFrame(rows)
 
 
@@ -152,7 +152,7 @@ def test_the_page_in_a_browser(hostile_page, tmp_path):
 
 def probe_of(rates: dict) -> pd.DataFrame:
     rows = [{"encoder": encoder, "finding": finding, "fraction": 1.0, "auroc": rate, "low": rate, "high": rate, "n": 30}
-            for encoder in ("mine", "random") for finding, rate in rates.items()]
+            for encoder in ("mine", "random-init") for finding, rate in rates.items()]
     return pd.DataFrame(rows)
 
 

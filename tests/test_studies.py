@@ -1,4 +1,4 @@
-"""The studies' parts with an untrained network and planted trainings: what is asked of whom, and what is written."""
+"""The studies' parts with a randomly initialised network and planted trainings: what is asked of whom, and what is written."""
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -23,7 +23,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def method(data):
-    return grounding._make_subject("untrained", data, 3).eval()
+    return grounding._make_subject("random-init", data, 3).eval()
 
 
 @pytest.fixture(scope="module")
@@ -36,8 +36,8 @@ def weights(method) -> torch.Tensor:
 
 
 def test_a_subject_is_its_method_preset_and_seed(data, method):
-    assert type(method) is next(iter(METHODS.values())) and torch.equal(weights(method), weights(grounding._make_subject("untrained", data, 3)))
-    assert not torch.equal(weights(method), weights(grounding._make_subject("untrained", data, 4)))
+    assert type(method) is next(iter(METHODS.values())) and torch.equal(weights(method), weights(grounding._make_subject("random-init", data, 3)))
+    assert not torch.equal(weights(method), weights(grounding._make_subject("random-init", data, 4)))
     assert type(grounding._make_subject("lovt", data, 0)) is METHODS["lovt"]
     with pytest.raises(ValueError, match="preset"):
         grounding._make_subject("lovt:none", data, 0)
@@ -49,7 +49,7 @@ def test_test_studies_are_held_out_with_whole_reports(method, data, pairs):
     assert [len(pairs.report(item).sentences) for item in range(3)] == [len(data.studies["sentences"].iloc[row]) for row in rows[:3]]
 
 
-def test_pointing_is_told_beside_that_on_the_next_image(method, pairs):
+def test_pointing_is_compared_with_that_on_the_next_image(method, pairs):
     rows = grounding._pointing_rows(method, pairs)
     own, other = phantom_pointing(method, pairs), phantom_pointing(grounding._OtherImages(method), pairs)
     for grain in ("word", "sentence"):
@@ -90,22 +90,22 @@ def test_a_subject_is_trained_and_measured_once(data, tmp_path, monkeypatch):
 
     def probe(encoders, pack, fractions, seeds):
         asked.append((list(encoders), fractions, seeds))
-        return pd.DataFrame({"encoder": ["clip", "clip", "random"], "finding": ["macro", "Edema", "macro"], "fraction": 0.1, "auroc": [0.7, 0.6, 0.5]})
+        return pd.DataFrame({"encoder": ["clip", "clip", "random-init"], "finding": ["macro", "Edema", "macro"], "fraction": 0.1, "auroc": [0.7, 0.6, 0.5]})
 
     def fit(method, pack, config):
         asked.append((type(method).__name__, str(config.run), config.seed, config.progress))
 
     monkeypatch.setattr(grounding, "linear_probe", probe)
     monkeypatch.setattr(grounding, "fit", fit)
-    config = GroundingConfig(out=tmp_path, subjects=("untrained", "convirt"), seeds=(5,), studies=120, progress=False)
+    config = GroundingConfig(out=tmp_path, subjects=("random-init", "convirt"), seeds=(5,), studies=120, progress=False)
     monkeypatch.setattr(grounding, "prepare_phantom", lambda settings: asked.append((settings.out, settings.studies, settings.size, settings.seed, settings.progress)) or data)
-    told = grounding.run_grounding(config)
-    assert asked == [(tmp_path / "pack", 120, 64, 0, False), (["untrained"], (0.01, 0.1, 1.0), (0, 1, 2)),
-                     ("ConVIRT", str(tmp_path / "runs" / "convirt-5"), 5, False), (["convirt"], (0.01, 0.1, 1.0), (0, 1, 2))]
-    assert set(told.index) == {"untrained", "convirt"} and told.auroc.tolist() == [0.7, 0.7] and told.random.tolist() == [0.5, 0.5]
+    table = grounding.run_grounding(config)
+    assert asked == [(tmp_path / "pack", 120, 64, 0, False), (["random-init-5"], (0.01, 0.1, 1.0), (0, 1, 2)),
+                     ("ConVIRT", str(tmp_path / "runs" / "convirt-5"), 5, False), (["convirt-5"], (0.01, 0.1, 1.0), (0, 1, 2))]
+    assert set(table.index) == {"random-init", "convirt"} and table.auroc.tolist() == [0.7, 0.7] and table["random-init"].tolist() == [0.5, 0.5]
     probes = pd.read_csv(tmp_path / "probe.csv")
     assert probes.columns.tolist() == ["encoder", "finding", "fraction", "auroc", "subject", "seed"] and set(probes.finding) == {"macro"} and set(probes.seed) == {5}
-    assert pd.read_csv(tmp_path / "pointing.csv").columns[0] == "finding" and set(pd.read_parquet(tmp_path / "maps.parquet").subject) == {"untrained", "convirt"}
+    assert pd.read_csv(tmp_path / "pointing.csv").columns[0] == "finding" and set(pd.read_parquet(tmp_path / "maps.parquet").subject) == {"random-init", "convirt"}
     assert pd.read_csv(tmp_path / "loss.csv").columns.tolist() == ["part", "own", "other_image", "subject", "seed"] and (tmp_path / "manifest.json").exists()
     grounding._run_subject("convirt", 5, data, config)
     assert len(asked) == 4, "done already"
@@ -120,7 +120,7 @@ def test_on_equal_footing_only_the_objective_differs(tmp_path, data, monkeypatch
         assert {method.training_settings[key] for key in ("epochs", "batch_size")} == {8, 64}
         assert {name: method.training_settings[name] for name in ("weight_decay", "schedule", "warmup", "augment")} == {
             "weight_decay": 0.05, "schedule": "warmup-cosine", "warmup": 0.1, "augment": "mgca"}
-    assert grounding._make_subject("untrained", data, 0, "equal").config.image == "tiny_resnet_fine"
+    assert grounding._make_subject("random-init", data, 0, "equal").config.image == "tiny_resnet_fine"
 
     trained, points = [], {0.0005: 0.1, 0.0015: 0.3, 0.0045: 0.2}
 
@@ -139,7 +139,7 @@ def test_on_equal_footing_only_the_objective_differs(tmp_path, data, monkeypatch
     monkeypatch.setattr(grounding, "fit", fit)
     monkeypatch.setattr(grounding, "phantom_pointing", Pointing)
     config = GroundingConfig(out=tmp_path, seeds=(3, 4), footing="equal", progress=False)
-    assert grounding._choose_rate("clip", data, config) == 0.0015 and grounding._choose_rate("untrained", data, config) is None
+    assert grounding._choose_rate("clip", data, config) == 0.0015 and grounding._choose_rate("random-init", data, config) is None
     assert trained == [(f"clip-3-lr{rate:g}", rate, 3, 8) for rate in points]
     assert pd.read_csv(tmp_path / "tuning" / "clip.csv").columns.tolist() == ["subject", "lr", "word", "sentence"]
     assert grounding._choose_rate("clip", data, config) == 0.0015 and len(trained) == 3, "tried once"

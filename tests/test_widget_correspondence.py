@@ -12,7 +12,7 @@ from notebooks import ROOT
 from medvis.data.phantom import Phantom
 from medvis.data.prepare import PhantomConfig, prepare_phantom
 from medvis.evaluate.ground import pointing_hits
-from medvis.widgets import beside_untrained
+from medvis.widgets import beside_random_init
 
 NAMED = ("Nodule", "Consolidation", "Pleural Effusion")
 
@@ -20,7 +20,7 @@ NAMED = ("Nodule", "Consolidation", "Pleural Effusion")
 @pytest.fixture(scope="module")
 def widget(tmp_path_factory):
     pack = prepare_phantom(PhantomConfig(tmp_path_factory.mktemp("phantom") / "pack", studies=60, size=64, seed=3, progress=False))
-    return beside_untrained(ROOT / "nbs/widgets/run", pack, split=None, name="trained", grain="sentences")
+    return beside_random_init(ROOT / "nbs/widgets/run", pack, split=None, name="trained", grain="sentences")
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,7 @@ def page_path(widget, tmp_path_factory):
 
 def test_pointing_game_from_the_scores_in_the_page(page_path):
     state = json.loads(re.search(r'<script type="application/json" id="state">(.*?)</script>', page_path.read_text(), re.S)[1])
-    phantom, throws = Phantom(64, seed=3), {"trained": [], "untrained": []}
+    phantom, throws = Phantom(64, seed=3), {"trained": [], "random-init": []}
     for study in state["held"]["studies"]:
         head, (_, *bodies) = study["head"], (base64.b64decode(body["base64"]) for body in study["buffers"])
         truth = phantom[int(head["id"].rpartition("-")[2])].findings

@@ -15,6 +15,8 @@ import numpy as np
 import openTSNE
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.collections import PathCollection
+from numpy.typing import ArrayLike
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import GroupKFold, cross_val_predict
@@ -25,29 +27,37 @@ from .page import FAINT, MARKS, SERIES
 from ..core.files import write_atomic
 
 # %% ../../nbs/analyse/06_embed.ipynb #358aabd0
-def as_units(vectors) -> np.ndarray:  # (n, D) array or tensor -> (n, D) float64 of length 1
-    """Vectors scaled to length 1, as all contrastive losses see them; zero vectors stay zero. ValueError for what are no vectors, or hold NaN.
+def as_units(
+    vectors: ArrayLike,  # (n, D) array or tensor
+) -> np.ndarray:  # (n, D) float64
+    """Vectors scaled to length 1; zero vectors stay zero. ValueError for another shape, NaN or infinity.
+
+    Parameters
+    ----------
+    vectors : ArrayLike
+        (n, D) array or tensor
 
     Returns
     -------
     np.ndarray
-        (n, D) array or tensor -> (n, D) float64 of length 1
+        (n, D) float64
     """
     vectors = np.asarray(vectors, dtype=np.float64)
     if vectors.ndim != 2:
-        raise ValueError(f"vectors have shape {vectors.shape}; expected a row of numbers each, (n, D)")
+        raise ValueError(f"vectors have shape {vectors.shape}; expected (n, D)")
     if len(bad := np.flatnonzero(~np.isfinite(vectors).all(1))):
+        rows = ", ".join(map(str, bad[:5])) + ", ..." * (len(bad) > 5)
         raise ValueError(
-            f"{len(bad)} of {len(vectors)} vectors hold NaN or infinity (rows {', '.join(map(str, bad[:5]))}{', ...' if len(bad) > 5 else ''}): "
+            f"{len(bad)} of {len(vectors)} vectors hold NaN or infinity (rows {rows}): "
             "did the run diverge? Leave them out, or take another run"
         )
     return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
 
 # %% ../../nbs/analyse/06_embed.ipynb #1fcaf4a5
 def tsne(
-    vectors,  # (n, D) array or tensor, any length: directions are compared
+    vectors: ArrayLike,  # (n, D) array or tensor; only directions count
     seed: int = 0,
-    perplexity: float = 30.0,  # about how many neighbours a point has; lowered, with a warning, when there are few vectors
+    perplexity: float = 30.0,  # about how many neighbours a point has; lowered, with a warning, for few vectors
 ) -> np.ndarray:  # (n, 2)
     """Places of vectors in the plane by t-SNE, started from their principal components. The same for the same seed.
 
@@ -55,11 +65,11 @@ def tsne(
 
     Parameters
     ----------
-    vectors
-        (n, D) array or tensor, any length: directions are compared
+    vectors : ArrayLike
+        (n, D) array or tensor; only directions count
     seed : int, default: 0
     perplexity : float, default: 30.0
-        about how many neighbours a point has; lowered, with a warning, when there are few vectors
+        about how many neighbours a point has; lowered, with a warning, for few vectors
 
     Returns
     -------
@@ -69,7 +79,8 @@ def tsne(
     vectors = as_units(vectors)
     if len(vectors) < 8 or vectors.shape[1] < 2:
         raise ValueError(
-            f"t-SNE of {len(vectors)} vectors of {vectors.shape[1]} numbers says nothing; give at least 8, of at least 2 numbers"
+            f"t-SNE of {len(vectors)} vectors of {vectors.shape[1]} numbers says nothing; "
+            "give at least 8, of at least 2 numbers"
         )
     if np.ptp(vectors, axis=0).max() < 1e-6:  # what is left is rounding, and t-SNE would blow it up
         raise ValueError(
@@ -80,7 +91,8 @@ def tsne(
         raise ValueError(f"perplexity is {perplexity}; expected at least 1")
     if (most := (len(vectors) - 1) / 3) < perplexity:
         warnings.warn(
-            f"t-SNE of {len(vectors)} vectors: perplexity {perplexity:g} is lowered to {most:.3g}; give 3 * perplexity + 1 vectors, or read little into it",
+            f"t-SNE of {len(vectors)} vectors: perplexity {perplexity:g} is lowered to {most:.3g}; "
+            "give at least 3 * perplexity + 1 vectors, or read little into it",
             stacklevel=2,
         )
     how = openTSNE.TSNE(
@@ -95,22 +107,21 @@ def tsne(
 
 # %% ../../nbs/analyse/06_embed.ipynb #5d350e8f
 def neighbour_purity(
-    vectors,  # (n, D)
+    vectors: ArrayLike,  # (n, D)
     kinds: Sequence,  # (n,) the kind of each vector
-    groups: Sequence
-    | None = None,  # (n,) e.g. study: neighbours of the same group are not asked; None: only oneself is not
+    groups: Sequence | None = None,  # (n,) e.g. study: neighbours of the same group do not count; None = all do
     k: int = 10,
 ) -> pd.DataFrame:  # one row a kind: kind, purity, chance, vectors
     """Share of the k nearest neighbours that are of the same kind. ValueError when fewer than k can be asked.
 
     Parameters
     ----------
-    vectors
+    vectors : ArrayLike
         (n, D)
     kinds : Sequence
         (n,) the kind of each vector
     groups : Sequence | None, default: None
-        (n,) e.g. study: neighbours of the same group are not asked; None: only oneself is not
+        (n,) e.g. study: neighbours of the same group do not count; None = all do
     k : int, default: 10
 
     Returns
@@ -138,16 +149,16 @@ def neighbour_purity(
 
 # %% ../../nbs/analyse/06_embed.ipynb #12236fb1
 def separability(
-    vectors,  # (n, D)
+    vectors: ArrayLike,  # (n, D)
     positive: Sequence,  # (n,) bool
     groups: Sequence,  # (n,) e.g. study: one group is never in both the fitted and the tested part
     folds: int = 5,
-) -> float:  # AUROC; NaN when all positive vectors are in one fold, or there are none
+) -> float:  # AUROC; NaN when all positive vectors are in one fold, or without any
     """How well a linear cut separates positive vectors from the others, on groups it has not seen.
 
     Parameters
     ----------
-    vectors
+    vectors : ArrayLike
         (n, D)
     positive : Sequence
         (n,) bool
@@ -158,7 +169,7 @@ def separability(
     Returns
     -------
     float
-        AUROC; NaN when all positive vectors are in one fold, or there are none
+        AUROC; NaN when all positive vectors are in one fold, or without any
     """
     positive, groups = np.asarray(positive, dtype=bool), np.asarray(groups)
     parts = list(GroupKFold(folds).split(positive, groups=groups))
@@ -170,18 +181,18 @@ def separability(
 
 # %% ../../nbs/analyse/06_embed.ipynb #71f3d7a0
 def embedding_table(
-    places: np.ndarray,  # (n, 2) of `tsne`
-    vectors=None,  # (n, D) kept as a column of lists in half precision; None: left out
+    places: np.ndarray,  # (n, 2) as returned by `tsne`
+    vectors: ArrayLike | None = None,  # (n, D) kept as a column of lists in half precision; None = left out
     **columns: Sequence,  # (n,) each: study, region, label, ...
 ) -> pd.DataFrame:  # x, y, the columns, vector
-    """Points of an embedding with all that is known of them.
+    """Points of an embedding with their labels and other columns.
 
     Parameters
     ----------
     places : np.ndarray
-        (n, 2) of `tsne`
-    vectors : default: None
-        (n, D) kept as a column of lists in half precision; None: left out
+        (n, 2) as returned by `tsne`
+    vectors : ArrayLike | None, default: None
+        (n, D) kept as a column of lists in half precision; None = left out
     **columns : Sequence
         (n,) each: study, region, label, ...
 
@@ -198,24 +209,32 @@ def write_embedding(path: str | Path, table: pd.DataFrame) -> None:
     "Write points of an embedding as parquet."
     write_atomic(Path(path), lambda file: table.to_parquet(file, index=False))
 
-# %% ../../nbs/analyse/06_embed.ipynb #a2a38e25
+# %% ../../nbs/analyse/06_embed.ipynb #d48dbb6d
 def _check_places(table: pd.DataFrame) -> None:
     "ValueError if there is nothing to draw, or places are no numbers."
-    known = np.isfinite(table[["x", "y"]].to_numpy(float)).all(1)
-    if not len(known) or not known.all():
+    finite = np.isfinite(table[["x", "y"]].to_numpy(float)).all(1)
+    if not len(finite) or not finite.all():
         raise ValueError(
-            f"{(~known).sum()} of {len(known)} points have no place (x, y); expected numbers for all of at least one"
+            f"{(~finite).sum()} of {len(finite)} points have no place (x, y); expected numbers, for at least one point"
         )
 
-# %% ../../nbs/analyse/06_embed.ipynb #d48dbb6d
+
+def _plain(ax: Axes) -> None:
+    ax.set(xticks=[], yticks=[])
+    ax.grid(visible=False)
+    for spine in ax.spines.values():
+        spine.set(visible=True, color=FAINT)
+    ax.set_box_aspect(1)
+
+
 def draw_kinds(
     ax: Axes,
     table: pd.DataFrame,  # x, y and the column `by`
     by: str,
-    kinds: Sequence | None = None,  # which are coloured, in this order; the others are grey. None: the most frequent
+    kinds: Sequence | None = None,  # which are coloured, in this order; the others are grey. None = the most frequent
     size: float = 9.0,
 ) -> None:
-    """Draw points coloured by what they are; colours repeat with another mark. No ticks: the axes of t-SNE have no meaning.
+    """Draw points coloured by kind; colours repeat with another mark. No ticks: the axes of t-SNE have no meaning.
 
     Parameters
     ----------
@@ -224,7 +243,7 @@ def draw_kinds(
         x, y and the column `by`
     by : str
     kinds : Sequence | None, default: None
-        which are coloured, in this order; the others are grey. None: the most frequent
+        which are coloured, in this order; the others are grey. None = the most frequent
     size : float, default: 9.0
     """
     _check_places(table)
@@ -246,7 +265,7 @@ def draw_values(
     by: str,
     highest: float = 1.0,  # end of the colour scale
     size: float = 9.0,
-):  # what a colour bar is made for
+) -> PathCollection:  # for a colour bar
     """Draw points coloured by a number, highest on top; zero is grey.
 
     Parameters
@@ -261,7 +280,8 @@ def draw_values(
 
     Returns
     -------
-    what a colour bar is made for
+    PathCollection
+        for a colour bar
     """
     _check_places(table)
     none, some = table[table[by] == 0], table[table[by] > 0].sort_values(by, kind="stable")
@@ -270,11 +290,3 @@ def draw_values(
     shown = ax.scatter(some.x, some.y, s=size, c=some[by], **look)
     _plain(ax)
     return shown
-
-# %% ../../nbs/analyse/06_embed.ipynb #a7367590
-def _plain(ax: Axes) -> None:
-    ax.set(xticks=[], yticks=[])
-    ax.grid(visible=False)
-    for spine in ax.spines.values():
-        spine.set(visible=True, color=FAINT)
-    ax.set_box_aspect(1)

@@ -18,7 +18,7 @@ from ..train.run import Run
 
 # %% ../../nbs/analyse/09_information.ipynb #b8a0a8f2
 def information_curve(run: Run) -> pd.DataFrame:  # step, split ("train", "validate"), nats
-    """Estimates of mutual information during training. ValueError for a run whose loss is no such estimate.
+    """Estimates of mutual information during training. ValueError for a run that logged none.
 
     Returns
     -------
@@ -36,17 +36,17 @@ def information_curve(run: Run) -> pd.DataFrame:  # step, split ("train", "valid
 # %% ../../nbs/analyse/09_information.ipynb #59974872
 @matplotlib.rc_context(STYLE)
 def draw_information(
-    curves: Mapping[str, pd.DataFrame],  # by name, of `information_curve`
-    batch_size: int | None = None,  # draws the ceiling of CPC, log of it
+    curves: Mapping[str, pd.DataFrame],  # name -> as returned by `information_curve`
+    batch_size: int | None = None,  # draws the ceiling of CPC, its logarithm
 ) -> Figure:
     """Estimates of mutual information during training: faint and smoothed for training batches, marked for validation.
 
     Parameters
     ----------
     curves : Mapping[str, pd.DataFrame]
-        by name, of `information_curve`
+        name -> as returned by `information_curve`
     batch_size : int | None, default: None
-        draws the ceiling of CPC, log of it
+        draws the ceiling of CPC, its logarithm
     """
     figure = Figure(figsize=(4.6, 2.7), dpi=110)
     ax = figure.subplots()

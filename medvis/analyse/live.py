@@ -18,7 +18,7 @@ from .page import GREY, INK, MARKS, SERIES, STYLE
 from ..train.diagnostics import MEANING, collapse
 from ..train.run import Run
 
-# %% ../../nbs/analyse/10_live.ipynb #2a277ae4
+# %% ../../nbs/analyse/10_live.ipynb #2809fa58
 _PANELS = {
     "spread (1 = over the sphere)": {"image_std": "images", "text_std": "reports"},
     "regions": {
@@ -33,11 +33,11 @@ _PANELS = {
     "dead prototypes": {"dead_prototypes": "share", "dead_by_chance": "by chance"},
 }
 
-# %% ../../nbs/analyse/10_live.ipynb #68e45fb5
+
 def _draw_panel(
     ax: Axes,
-    diagnostics: pd.DataFrame,  # of Run.diagnostics
-    names: dict[str, str],  # column -> label; those that are not there are left out
+    diagnostics: pd.DataFrame,  # Run.diagnostics
+    names: dict[str, str],  # column -> label; missing columns are left out
 ) -> None:
     "Some diagnostics over the epochs."
     for k, (name, label) in enumerate(names.items()):
@@ -50,17 +50,17 @@ def _draw_panel(
         ax.legend(loc="best", fontsize=7)
     ax.xaxis.get_major_locator().set_params(integer=True)
 
-# %% ../../nbs/analyse/10_live.ipynb #2809fa58
+
 @matplotlib.rc_context(STYLE)
 def draw_diagnostics(
-    diagnostics: pd.DataFrame,  # of Run.diagnostics
+    diagnostics: pd.DataFrame,  # Run.diagnostics
 ) -> Figure:
     """All diagnostics of a run over its epochs, and in words what is wrong after the last one.
 
     Parameters
     ----------
     diagnostics : pd.DataFrame
-        of Run.diagnostics
+        Run.diagnostics
     """
     panels = {title: names for title, names in _PANELS.items() if any(name in diagnostics for name in names)}
     rows = -(-len(panels) // 4)
@@ -83,7 +83,7 @@ def draw_diagnostics(
     figure.supxlabel("epoch", fontsize=8)
     return figure
 
-# %% ../../nbs/analyse/10_live.ipynb #b2d41e08
+# %% ../../nbs/analyse/10_live.ipynb #c94a6f15
 _HEALTHY = {
     "image_std": (0.02, 1.1),
     "text_std": (0.02, 1.1),
@@ -96,17 +96,17 @@ _HEALTHY = {
     "dead_prototypes": (0.0, 0.9),
 }
 
-# %% ../../nbs/analyse/10_live.ipynb #c94a6f15
+
 @matplotlib.rc_context(STYLE)
 def diagnostic_figures(
-    diagnostics: pd.DataFrame,  # of Run.diagnostics
+    diagnostics: pd.DataFrame,  # Run.diagnostics
 ) -> list[Figure]:
     """One small chart a panel, over the epochs, with its healthy range shaded.
 
     Parameters
     ----------
     diagnostics : pd.DataFrame
-        of Run.diagnostics
+        Run.diagnostics
     """
     out = []
     for title, names in _PANELS.items():
@@ -124,14 +124,14 @@ def diagnostic_figures(
 
 # %% ../../nbs/analyse/10_live.ipynb #d07b8e26
 def diagnostics_table(
-    diagnostics: pd.DataFrame,  # of Run.diagnostics
+    diagnostics: pd.DataFrame,  # Run.diagnostics
 ) -> pd.DataFrame:  # diagnostic, first, last (after the first and the last epoch), healthy, what it means
     """What each diagnostic was, should be, and means, in words.
 
     Parameters
     ----------
     diagnostics : pd.DataFrame
-        of Run.diagnostics
+        Run.diagnostics
 
     Returns
     -------
@@ -139,7 +139,7 @@ def diagnostics_table(
         diagnostic, first, last (after the first and the last epoch), healthy, what it means
     """
 
-    def tell(name: str) -> str:
+    def healthy(name: str) -> str:
         low, high = _HEALTHY.get(name, (float("-inf"), float("inf")))
         return {(False, False): "–", (True, False): f"above {low:g}", (False, True): f"below {high:g}"}.get(
             (low > float("-inf"), high < float("inf")), f"{low:g} to {high:g}"
@@ -152,14 +152,14 @@ def diagnostics_table(
             "diagnostic": [name.replace("_", " ") for name in names],
             "first": [first for first, _ in ends],
             "last": [last for _, last in ends],
-            "healthy": [tell(name) for name in names],
+            "healthy": [healthy(name) for name in names],
             "what it means": [MEANING[name] for name in names],
         }
     )
 
 # %% ../../nbs/analyse/10_live.ipynb #f84837c7
 class LiveDiagnostics(Image):
-    "A picture that shows a run's diagnostics: display it, then `fit(method, data, config, each_epoch=live)` keeps it up to date."
+    "A picture of a run's diagnostics: display it, and `fit(..., each_epoch=live)` keeps it up to date."
 
     def __init__(self) -> None:
         super().__init__(format="png", layout={"max_width": "100%"})

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from functools import singledispatch
 from html import escape
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
@@ -24,6 +25,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
+from numpy.typing import ArrayLike
 
 from .maps import common_limits, draw_map, pick_words
 from ..data.pairs import Report
@@ -35,15 +37,15 @@ from ..core.files import write_atomic
 class Html(str):
     """Markup that goes into a page as it is; any other string is escaped."""
 
-# %% ../../nbs/analyse/02_page.ipynb #494ecf2e
+# %% ../../nbs/analyse/02_page.ipynb #df3b9aca
 @singledispatch
-def to_html(part) -> Html:
+def to_html(part: Any) -> Html:
     """Markup of a part: text, DataFrame, Figure, dict or list of parts. TypeError for anything else."""
     raise TypeError(
         f"a page cannot show a {type(part).__name__}; give text, a DataFrame, a Figure, a dict or a list of these"
     )
 
-# %% ../../nbs/analyse/02_page.ipynb #14517bf8
+
 @to_html.register
 def _text(part: str) -> Html:
     return (
@@ -52,22 +54,22 @@ def _text(part: str) -> Html:
         else Html("".join(f"<p>{escape(line)}</p>" for line in part.split("\n\n") if line.strip()))
     )
 
-# %% ../../nbs/analyse/02_page.ipynb #97890586
+
 @to_html.register
 def _table(part: pd.DataFrame) -> Html:
     table = part.to_html(
         index=False, escape=True, border=0, na_rep="–", float_format=lambda value: f"{value:.3f}", justify="unset"
     )
-    told = part.iloc[:, -1].map(lambda value: len(value) if isinstance(value, str) else 0) if len(part.columns) else []
-    prose = " prose" if max(told, default=0) > 30 else ""  # the last column is sentences
+    lengths = [len(value) for value in part.iloc[:, -1] if isinstance(value, str)] if len(part.columns) else []
+    prose = " prose" if max(lengths, default=0) > 30 else ""  # the last column is sentences
     return Html(f'<div class="wide{prose}">{table}</div>')
 
-# %% ../../nbs/analyse/02_page.ipynb #d58dc47e
+
 @to_html.register
 def _settings(part: dict) -> Html:
     return Html(f"<pre>{escape(json.dumps(part, indent=2, ensure_ascii=False, default=str))}</pre>")
 
-# %% ../../nbs/analyse/02_page.ipynb #df3b9aca
+
 @to_html.register
 def _list(part: list) -> Html:
     return Html(f'<div class="row">{"".join(map(to_html, part))}</div>')
@@ -105,10 +107,10 @@ STYLE = {
 
 # %% ../../nbs/analyse/02_page.ipynb #6f1ed2a2
 def short(name: str, length: int = 22) -> str:
-    """A name that fits beside an axis."""
+    """A name short enough for an axis."""
     return name if len(name) <= length else name[: length - 1] + "…"
 
-# %% ../../nbs/analyse/02_page.ipynb #10fcc001
+# %% ../../nbs/analyse/02_page.ipynb #7c1d9382
 def _themed_svg(figure: Figure) -> str:
     """The figure as an SVG document with a transparent ground, whose colours follow the reader's theme."""
     out = io.StringIO()
@@ -124,14 +126,14 @@ def _themed_svg(figure: Figure) -> str:
     style = f"<style>svg{{{light}}}@media(prefers-color-scheme:dark){{svg{{{dark}}}}}</style>"
     return svg.replace("<defs>", style + "<defs>", 1)
 
-# %% ../../nbs/analyse/02_page.ipynb #7c1d9382
+
 @to_html.register
 def _figure(part: Figure) -> Html:
     data = base64.b64encode(_themed_svg(part).encode()).decode()
     label = " · ".join(ax.get_title(loc) for ax in part.axes for loc in ("left", "center") if ax.get_title(loc))
     return Html(f'<img class="chart" alt="{escape(label or "chart")}" src="data:image/svg+xml;base64,{data}">')
 
-# %% ../../nbs/analyse/02_page.ipynb #42102ee8
+# %% ../../nbs/analyse/02_page.ipynb #ebdd43f6
 def _draw_curve(
     ax: Axes,
     metrics: pd.DataFrame,  # step, split ("train", "validate"), and the column named
@@ -152,23 +154,23 @@ def _draw_curve(
     if ax.lines:
         ax.legend(loc="upper right")
 
-# %% ../../nbs/analyse/02_page.ipynb #d2b1254a
+
 def _curve_names(metrics: pd.DataFrame) -> list[str]:
     """The losses in a run's metrics: `loss` first, then its parts in their order, without those that repeat another."""
     left_out = ("step", "epoch", "lr", "loss")
     parts = [name for name in metrics if name not in left_out and pd.api.types.is_numeric_dtype(metrics[name])]
-    found: list[str] = []
+    names: list[str] = []
     for name in ("loss", *parts):
         if name in metrics and metrics[name].notna().any():
-            same = any(np.allclose(metrics[name], metrics[other], rtol=1e-6, equal_nan=True) for other in found)
-            found += [] if same else [name]
-    return found
+            same = any(np.allclose(metrics[name], metrics[other], rtol=1e-6, equal_nan=True) for other in names)
+            names += [] if same else [name]
+    return names
 
-# %% ../../nbs/analyse/02_page.ipynb #ebdd43f6
+
 @matplotlib.rc_context(STYLE)
 def curves_figure(
     metrics: pd.DataFrame,  # step, epoch, split, loss, parts by name
-    names: Sequence[str] | None = None,  # None: the loss and its parts
+    names: Sequence[str] | None = None,  # None = the loss and its parts
 ) -> Figure:
     """Losses by name over the steps, side by side.
 
@@ -177,7 +179,7 @@ def curves_figure(
     metrics : pd.DataFrame
         step, epoch, split, loss, parts by name
     names : Sequence[str] | None, default: None
-        None: the loss and its parts
+        None = the loss and its parts
     """
     names = _curve_names(metrics) if names is None else list(names)
     figure = Figure(figsize=(2.65 * max(len(names), 1), 2.2), dpi=80)
@@ -185,25 +187,25 @@ def curves_figure(
         _draw_curve(ax, metrics, name)
     return figure
 
-# %% ../../nbs/analyse/02_page.ipynb #54332d62
-def _colours(names: Sequence[str], baseline: str = "random") -> dict[str, tuple[str, str]]:  # name -> colour, mark
+# %% ../../nbs/analyse/02_page.ipynb #46f2f7de
+def _colours(names: Sequence[str], baseline: str = "random-init") -> dict[str, tuple[str, str]]:  # name -> colour, mark
     """A colour and a mark for each encoder, grey for the baseline."""
     others = [name for name in names if name != baseline]
     looks = {name: (SERIES[k % len(SERIES)], MARKS[k % len(MARKS)]) for k, name in enumerate(others)}
     return {name: looks.get(name, (GREY, "X")) for name in names}
 
-# %% ../../nbs/analyse/02_page.ipynb #d6c12f8c
+
 def _finding_order(
-    table: pd.DataFrame,  # of linear_probe
+    table: pd.DataFrame,  # as returned by linear_probe
 ) -> list[str]:
     """Macro first, then the findings by the first encoder's mean AUROC: the order of figure and table alike."""
     first = table[(table["encoder"] == table["encoder"].iloc[0]) & (table["finding"] != "macro")]
     return ["macro", *first.groupby("finding", sort=False)["auroc"].mean().sort_values(ascending=False).index]
 
-# %% ../../nbs/analyse/02_page.ipynb #7fb72bb1
+
 def _draw_forest(
     ax: Axes,
-    table: pd.DataFrame,  # of linear_probe, one fraction
+    table: pd.DataFrame,  # as returned by linear_probe, one fraction
     order: Sequence[str],  # findings from top to bottom
 ) -> None:
     """Draw the AUROC of each finding and encoder with its interval."""
@@ -224,20 +226,20 @@ def _draw_forest(
     )
     ax.grid(axis="y", visible=False)
 
-# %% ../../nbs/analyse/02_page.ipynb #46f2f7de
+
 @matplotlib.rc_context(STYLE)
 def probe_figure(
-    table: pd.DataFrame,  # of linear_probe
-    fractions: Sequence[float] | None = None,  # None: all, side by side
+    table: pd.DataFrame,  # as returned by linear_probe
+    fractions: Sequence[float] | None = None,  # None = all, side by side
 ) -> Figure:
     """Forest plots of a linear probe; findings in the order of the first encoder's mean AUROC.
 
     Parameters
     ----------
     table : pd.DataFrame
-        of linear_probe
+        as returned by linear_probe
     fractions : Sequence[float] | None, default: None
-        None: all, side by side
+        None = all, side by side
     """
     fractions = list(dict.fromkeys(table["fraction"])) if fractions is None else list(fractions)
     order = _finding_order(table)
@@ -251,11 +253,11 @@ def probe_figure(
 
 # %% ../../nbs/analyse/02_page.ipynb #518c3cb3
 def _probe_summary(
-    table: pd.DataFrame,  # of linear_probe
+    table: pd.DataFrame,  # as returned by linear_probe
 ) -> pd.DataFrame:  # finding, then "share · encoder" columns of text
     """The probe's table as one reads it: a row a finding, AUROC with interval for each share of labels and encoder."""
 
-    def cell(row) -> str:
+    def cell(row: NamedTuple) -> str:
         return "–" if np.isnan(row.auroc) else f"{row.auroc:.3f} ({row.low:.2f}–{row.high:.2f})"
 
     columns = {}
@@ -264,18 +266,18 @@ def _probe_summary(
     out = pd.DataFrame(columns)
     return out.reindex(_finding_order(table)).dropna(how="all").rename_axis("finding").reset_index()
 
-# %% ../../nbs/analyse/02_page.ipynb #7c3e90ab
+# %% ../../nbs/analyse/02_page.ipynb #a2a7d6c2
 def _pointing_order(
-    table: pd.DataFrame,  # of PhantomPointing.by_finding
+    table: pd.DataFrame,  # as returned by PhantomPointing.by_finding
 ) -> pd.DataFrame:
     """The same rows: all findings together first, then the highest rate first."""
     return table.sort_values(
         "hit_rate", ascending=False, key=lambda rate: rate.where(table["finding"] != "all", np.inf)
     )
 
-# %% ../../nbs/analyse/02_page.ipynb #41d8b7e2
+
 def _pointing_summary(
-    table: pd.DataFrame,  # of PhantomPointing.by_finding
+    table: pd.DataFrame,  # as returned by PhantomPointing.by_finding
 ) -> pd.DataFrame:  # text
     """The table of the pointing game as one reads it, in the order of the figure."""
     rates = [f"{row.hit_rate:.3f} ({row.low:.2f}–{row.high:.2f})" for row in table.itertuples()]
@@ -287,17 +289,17 @@ def _pointing_summary(
     }
     return pd.DataFrame(shown)
 
-# %% ../../nbs/analyse/02_page.ipynb #a2a7d6c2
+
 @matplotlib.rc_context(STYLE)
 def pointing_figure(
-    table: pd.DataFrame,  # of PhantomPointing.by_finding: finding, hit_rate, low, high, chance, targets
+    table: pd.DataFrame,  # as returned by PhantomPointing.by_finding: finding, hit_rate, low, high, chance, targets
 ) -> Figure:
     """Pointing-game hit rate of each finding against chance.
 
     Parameters
     ----------
     table : pd.DataFrame
-        of PhantomPointing.by_finding: finding, hit_rate, low, high, chance, targets
+        as returned by PhantomPointing.by_finding: finding, hit_rate, low, high, chance, targets
     """
     figure = Figure(figsize=(4.6, 1.0 + 0.27 * len(table)), dpi=80)
     ax, y = figure.subplots(), np.arange(len(table))
@@ -314,7 +316,54 @@ def pointing_figure(
     figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=2)
     return figure
 
-# %% ../../nbs/analyse/02_page.ipynb #bc3a0f06
+# %% ../../nbs/analyse/02_page.ipynb #f2bf575e
+def _colour_bar(
+    limits: tuple[float, float],  # scores at its ends
+) -> Html:
+    """The colours of `heat` from one end to the other, with the scores there."""
+    colours = ",".join(to_hex(matplotlib.colormaps["inferno"](0.25 + 0.7 * share)) for share in np.linspace(0, 1, 7))
+    return Html(
+        f'<span class="bar">{limits[0]:.2f}<i style="background:linear-gradient(90deg,{colours})"></i>'
+        f"{limits[1]:.2f}</span>"
+    )
+
+
+def tile(
+    image: ArrayLike,  # (H, W) or (C, H, W), as the encoder saw it
+    scores: ArrayLike | None = None,  # (N,)
+    grid: tuple[int, int] | None = None,
+    mask: ArrayLike | None = None,  # (H, W) bool, true extent
+    caption: str = "",
+    note: str = "",
+    limits: tuple[float, float] | None = None,  # of the colours; None = of this map alone
+) -> Html:
+    """A radiograph with one map, as a captioned JPEG of 340 pixels.
+
+    Parameters
+    ----------
+    image : ArrayLike
+        (H, W) or (C, H, W), as the encoder saw it
+    scores : ArrayLike | None, default: None
+        (N,)
+    grid : tuple[int, int] | None, default: None
+    mask : ArrayLike | None, default: None
+        (H, W) bool, true extent
+    caption : str, default: ''
+    note : str, default: ''
+    limits : tuple[float, float] | None, default: None
+        of the colours; None = of this map alone
+    """
+    figure, out = Figure(figsize=(2, 2), dpi=170), io.BytesIO()
+    draw_map(figure.add_axes((0, 0, 1, 1)), image, scores, grid, mask, limits=limits)
+    figure.savefig(out, format="jpeg", pil_kwargs={"quality": 85})
+    data = base64.b64encode(out.getvalue()).decode()
+    bar = "" if scores is None else _colour_bar(limits or common_limits(scores))
+    return Html(
+        f'<figure><img alt="map over a radiograph" src="data:image/jpeg;base64,{data}">'
+        f"<figcaption>{escape(caption)} <small>{escape(note)}</small>{bar}</figcaption></figure>"
+    )
+
+# %% ../../nbs/analyse/02_page.ipynb #b13b4c68
 def _marked_text(
     report: Report,
     pick: Sequence[int],  # words to mark
@@ -331,58 +380,13 @@ def _marked_text(
         out.append("".join(pieces) + escape(sentence[at:]))
     return Html(f'<p class="report">{" ".join(out)}</p>')
 
-# %% ../../nbs/analyse/02_page.ipynb #5be1d260
-def _colour_bar(
-    limits: tuple[float, float],  # scores at its ends
-) -> Html:
-    """The colours of `heat` from one end to the other, with the scores there."""
-    colours = ",".join(to_hex(matplotlib.colormaps["inferno"](0.25 + 0.7 * share)) for share in np.linspace(0, 1, 7))
-    return Html(
-        f'<span class="bar">{limits[0]:.2f}<i style="background:linear-gradient(90deg,{colours})"></i>{limits[1]:.2f}</span>'
-    )
 
-# %% ../../nbs/analyse/02_page.ipynb #f2bf575e
-def tile(
-    image,  # (H, W) or (C, H, W), as the encoder saw it
-    scores=None,  # (N,)
-    grid: tuple[int, int] | None = None,
-    mask=None,
-    caption: str = "",
-    note: str = "",
-    limits: tuple[float, float] | None = None,  # of the colours; None: of this map alone
-) -> Html:
-    """A radiograph with one map, as a captioned JPEG of 340 pixels.
-
-    Parameters
-    ----------
-    image
-        (H, W) or (C, H, W), as the encoder saw it
-    scores : default: None
-        (N,)
-    grid : tuple[int, int] | None, default: None
-    mask : default: None
-    caption : str, default: ''
-    note : str, default: ''
-    limits : tuple[float, float] | None, default: None
-        of the colours; None: of this map alone
-    """
-    figure, out = Figure(figsize=(2, 2), dpi=170), io.BytesIO()
-    draw_map(figure.add_axes((0, 0, 1, 1)), image, scores, grid, mask, limits=limits)
-    figure.savefig(out, format="jpeg", pil_kwargs={"quality": 85})
-    data = base64.b64encode(out.getvalue()).decode()
-    caption = f"{escape(caption)} <small>{escape(note)}</small>{'' if scores is None else _colour_bar(limits or common_limits(scores))}"
-    return Html(
-        f'<figure><img alt="map over a radiograph" src="data:image/jpeg;base64,{data}">'
-        f"<figcaption>{caption}</figcaption></figure>"
-    )
-
-# %% ../../nbs/analyse/02_page.ipynb #b13b4c68
 def correspondence_card(
-    image,  # (H, W) or (C, H, W) of this row, as the encoder saw it
+    image: ArrayLike,  # (H, W) or (C, H, W) of this row, as the encoder saw it
     correspondence: Correspondence,
     index: int,  # row of the batch
     report: Report,
-    pick: Sequence[int] | None = None,  # words; None: those with a mask, else those that stand out
+    pick: Sequence[int] | None = None,  # words; None = those with a mask, else those that stand out
     masks: dict | None = None,  # word -> (H, W) bool
     title: str = "",  # e.g. the study's id
     show_text: bool = True,  # False: words become numbers and the report is left out
@@ -391,14 +395,14 @@ def correspondence_card(
 
     Parameters
     ----------
-    image
+    image : ArrayLike
         (H, W) or (C, H, W) of this row, as the encoder saw it
     correspondence : Correspondence
     index : int
         row of the batch
     report : Report
     pick : Sequence[int] | None, default: None
-        words; None: those with a mask, else those that stand out
+        words; None = those with a mask, else those that stand out
     masks : dict | None, default: None
         word -> (H, W) bool
     title : str, default: ''
@@ -464,51 +468,6 @@ class Section:
             return Html(f"<details><summary>{escape(self.title)}</summary>{body}</details>")
         return Html(f"<section><h2>{escape(self.title)}</h2>{body}</section>")
 
-# %% ../../nbs/analyse/02_page.ipynb #67fa7f8e
-_CSS = """
-:root{color-scheme:light dark;--ground:#f6f7f9;--card:#fff;--ink:#1b2733;--soft:#5b6775;--line:#dde2e8;
-  --accent:#0072b2;--mark:#ffe39a}
-@media(prefers-color-scheme:dark){:root{--ground:#12161c;--card:#1b2129;--ink:#e8ecf1;--soft:#9aa6b4;--line:#303945;
-  --accent:#5ab4ec;--mark:#6b5310}}
-*{box-sizing:border-box}
-body{margin:0;overflow-wrap:anywhere;background:var(--ground);color:var(--ink);
-  font:16px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif}
-main{max-width:1180px;margin:auto;padding:2rem 1.25rem 4rem}
-h1{font-size:clamp(1.5rem,4vw,2.2rem);line-height:1.2;margin:.5rem 0 .25rem;letter-spacing:-.015em}
-h2{font-size:1.25rem;margin:0 0 .35rem;letter-spacing:-.01em}h3{font-size:.95rem;margin:0 0 .25rem;color:var(--soft);font-weight:600}
-p{margin:.4rem 0;max-width:78ch}header p{color:var(--soft)}
-main>section,main>details{background:var(--card);border:1px solid var(--line);border-radius:12px;padding:1.1rem 1.25rem;
-  margin:1rem 0}
-section>p{color:var(--soft)}main>details>summary{cursor:pointer;font-weight:600}pre{overflow:auto;font-size:.8rem;line-height:1.4}
-.headlines{display:grid;grid-template-columns:repeat(auto-fit,minmax(190px,1fr));gap:1rem;margin:1.25rem 0}
-.headlines div{background:var(--card);border:1px solid var(--line);border-radius:12px;padding:1rem 1.25rem;
-  display:flex;flex-direction:column;min-width:0}
-.headlines b{font-size:2rem;line-height:1.15;color:var(--accent);font-variant-numeric:tabular-nums}
-.headlines small,figcaption small{color:var(--soft)}
-.row{display:flex;flex-wrap:wrap;gap:.75rem 1.5rem;align-items:flex-start}.chart{max-width:100%;height:auto}
-.wide{overflow-x:auto;margin:.75rem 0 0}table{border-collapse:collapse;font-size:.85rem;
-  font-variant-numeric:tabular-nums}
-th,td{padding:.3rem .8rem;text-align:right;border-bottom:1px solid var(--line);white-space:nowrap}
-th{color:var(--soft);font-weight:600}th:first-child,td:first-child{text-align:left;position:sticky;left:0;
-  background:var(--card)}
-article{padding:.9rem 0;border-top:1px solid var(--line)}article:first-of-type{border-top:0}
-.report{font-family:Georgia,"Times New Roman",serif}mark{background:var(--mark);color:inherit;border-radius:3px;
-  padding:0 .15em}
-.tiles{display:grid;grid-template-columns:repeat(auto-fill,minmax(130px,1fr));gap:.75rem;margin-top:.6rem}
-figure{margin:0;min-width:0}figure img{width:100%;display:block;border-radius:8px;background:#000}
-figcaption{font-size:.85rem;margin-top:.25rem}
-.bar{display:flex;align-items:center;gap:.4rem;font-size:.7rem;color:var(--soft);font-variant-numeric:tabular-nums}
-.bar i{flex:1;height:6px;border-radius:3px;min-width:1.5rem;print-color-adjust:exact;-webkit-print-color-adjust:exact}
-tbody tr:last-child td{border-bottom:0}
-.prose td:last-child,.prose th:last-child{text-align:left;white-space:normal;min-width:15rem}
-section.live #widget{margin:.75rem 0 0}
-@media(max-width:520px){main{padding:1rem .6rem 2rem}main>section,main>details{padding:.9rem .8rem}}
-@media print{:root{color-scheme:light;--ground:#fff;--card:#fff;--ink:#1b2733;--soft:#5b6775;--line:#dde2e8;
-  --accent:#0072b2;--mark:#ffe39a}main{padding:0;max-width:none}article,figure,.headlines div,.chart,tr{break-inside:avoid}
-  h2,h3{break-after:avoid}.wide{overflow:visible}th,td{white-space:normal}
-  .correspondence .browser,.correspondence .controls,.correspondence .keys{display:none}}
-"""
-
 # %% ../../nbs/analyse/02_page.ipynb #e2907c15
 @dataclass
 class Live:
@@ -537,7 +496,54 @@ class Live:
         head = f"<h2>{escape(self.title)}</h2>{to_html(self.about)}"
         return Html(f'<section class="live">{head}{self.markup}<script type="module">{self.script}</script></section>')
 
-# %% ../../nbs/analyse/02_page.ipynb #e883d7b0
+# %% ../../nbs/analyse/02_page.ipynb #3f9beffb
+_CSS = """
+:root{color-scheme:light dark;--ground:#f6f7f9;--card:#fff;--ink:#1b2733;--soft:#5b6775;--line:#dde2e8;
+  --accent:#0072b2;--mark:#ffe39a}
+@media(prefers-color-scheme:dark){:root{--ground:#12161c;--card:#1b2129;--ink:#e8ecf1;--soft:#9aa6b4;--line:#303945;
+  --accent:#5ab4ec;--mark:#6b5310}}
+*{box-sizing:border-box}
+body{margin:0;overflow-wrap:anywhere;background:var(--ground);color:var(--ink);
+  font:16px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif}
+main{max-width:1180px;margin:auto;padding:2rem 1.25rem 4rem}
+h1{font-size:clamp(1.5rem,4vw,2.2rem);line-height:1.2;margin:.5rem 0 .25rem;letter-spacing:-.015em}
+h2{font-size:1.25rem;margin:0 0 .35rem;letter-spacing:-.01em}\
+h3{font-size:.95rem;margin:0 0 .25rem;color:var(--soft);font-weight:600}
+p{margin:.4rem 0;max-width:78ch}header p{color:var(--soft)}
+main>section,main>details{background:var(--card);border:1px solid var(--line);border-radius:12px;padding:1.1rem 1.25rem;
+  margin:1rem 0}
+section>p{color:var(--soft)}main>details>summary{cursor:pointer;font-weight:600}pre{overflow:auto;font-size:.8rem;line-height:1.4}
+.headlines{display:grid;grid-template-columns:repeat(auto-fit,minmax(190px,1fr));gap:1rem;margin:1.25rem 0}
+.headlines div{background:var(--card);border:1px solid var(--line);border-radius:12px;padding:1rem 1.25rem;
+  display:flex;flex-direction:column;min-width:0}
+.headlines b{font-size:2rem;line-height:1.15;color:var(--accent);font-variant-numeric:tabular-nums}
+.headlines small,figcaption small{color:var(--soft)}
+.row{display:flex;flex-wrap:wrap;gap:.75rem 1.5rem;align-items:flex-start}.chart{max-width:100%;height:auto}
+.wide{overflow-x:auto;margin:.75rem 0 0}table{border-collapse:collapse;font-size:.85rem;
+  font-variant-numeric:tabular-nums}
+th,td{padding:.3rem .8rem;text-align:right;border-bottom:1px solid var(--line);white-space:nowrap}
+th{color:var(--soft);font-weight:600}th:first-child,td:first-child{text-align:left;position:sticky;left:0;
+  background:var(--card)}
+article{padding:.9rem 0;border-top:1px solid var(--line)}article:first-of-type{border-top:0}
+.report{font-family:Georgia,"Times New Roman",serif}mark{background:var(--mark);color:inherit;border-radius:3px;
+  padding:0 .15em}
+.tiles{display:grid;grid-template-columns:repeat(auto-fill,minmax(130px,1fr));gap:.75rem;margin-top:.6rem}
+figure{margin:0;min-width:0}figure img{width:100%;display:block;border-radius:8px;background:#000}
+figcaption{font-size:.85rem;margin-top:.25rem}
+.bar{display:flex;align-items:center;gap:.4rem;font-size:.7rem;color:var(--soft);font-variant-numeric:tabular-nums}
+.bar i{flex:1;height:6px;border-radius:3px;min-width:1.5rem;print-color-adjust:exact;-webkit-print-color-adjust:exact}
+tbody tr:last-child td{border-bottom:0}
+.prose td:last-child,.prose th:last-child{text-align:left;white-space:normal;min-width:15rem}
+section.live #widget{margin:.75rem 0 0}
+@media(max-width:520px){main{padding:1rem .6rem 2rem}main>section,main>details{padding:.9rem .8rem}}
+@media print{:root{color-scheme:light;--ground:#fff;--card:#fff;--ink:#1b2733;--soft:#5b6775;--line:#dde2e8;
+  --accent:#0072b2;--mark:#ffe39a}main{padding:0;max-width:none}\
+article,figure,.headlines div,.chart,tr{break-inside:avoid}
+  h2,h3{break-after:avoid}.wide{overflow:visible}th,td{white-space:normal}
+  .correspondence .browser,.correspondence .controls,.correspondence .keys{display:none}}
+"""
+
+
 def _page(
     title: str,
     sections: Sequence[Section],
@@ -557,7 +563,7 @@ def _page(
         f"{live.html() if live else ''}{top}{''.join(section.html() for section in sections)}</main></body></html>\n"
     )
 
-# %% ../../nbs/analyse/02_page.ipynb #3f9beffb
+
 def write_page(
     path: str | Path,  # of the .html file
     title: str,
@@ -582,22 +588,9 @@ def write_page(
     write_atomic(path, lambda file: file.write(html.encode()))
     return Path(path)
 
-# %% ../../nbs/analyse/02_page.ipynb #5fb695ed
-_ABOUT = {
-    "Linear probe": "The encoder is frozen; a logistic regression reads each finding off its features, from a share of "
-    "the training patients' labels. AUROC on test patients, mean over seeds; bars are 95 % intervals from drawing "
-    "patients.",
-    "Pointing game": "Does the highest region of a word's map lie in the finding that the word names? Chance is the "
-    "share of the image that the finding covers. Number of words in brackets.",
-    "Training": "Mean loss of each step (pale), its running mean (strong), and the loss on validation patients after each epoch "
-    "(points). Lower is better; validation that rises while training falls is overfitting.",
-    "Words and regions": "Brighter is a better fit of region and word. The maps of a study share one scale, given below "
-    "each: a pale one says little. The ring is the highest region, the outline the true extent.",
-}
-
 # %% ../../nbs/analyse/02_page.ipynb #e705d418
 def exact_for(
-    machine: Mapping,  # of describe_machine, or a manifest that holds it
+    machine: Mapping,  # as returned by describe_machine, or a manifest that holds it
     seeds: int = 1,
 ) -> str:
     """The sentence that says for which machine numbers are exact, and how far one seed may be trusted.
@@ -605,38 +598,51 @@ def exact_for(
     Parameters
     ----------
     machine : Mapping
-        of describe_machine, or a manifest that holds it
+        as returned by describe_machine, or a manifest that holds it
     seeds : int, default: 1
     """
     parts = [machine.get(key) for key in ("processor", "cpu_capability")]
     kind = ", ".join(str(part) for part in parts if part) or machine.get("platform", "not recorded")
     threads = machine.get("threads", "an unknown number of")
-    told = f"Exact for one kind of processor ({kind}) and {threads} thread{'' if threads == 1 else 's'}"
+    sentence = f"Exact for one kind of processor ({kind}) and {threads} thread{'' if threads == 1 else 's'}"
     if machine.get("gpu"):
-        told += f", on {machine['gpu']}"
-    told += "; another machine's numbers differ somewhat. Intervals are over patients, not over machines or seeds."
-    return told + (" One seed is an anecdote: train several before you compare methods." if seeds == 1 else "")
+        sentence += f", on {machine['gpu']}"
+    sentence += "; another machine's numbers differ somewhat. Intervals are over patients, not over machines or seeds."
+    return sentence + (" One seed is an anecdote: train several before you compare methods." if seeds == 1 else "")
 
 # %% ../../nbs/analyse/02_page.ipynb #93693d70
+_ABOUT = {
+    "Linear probe": "The encoder is frozen; a logistic regression reads each finding off its features, from a share of "
+    "the training patients' labels. AUROC on test patients, mean over seeds; bars are 95 % intervals from drawing "
+    "patients.",
+    "Pointing game": "Does the highest region of a word's map lie in the finding that the word names? Chance is the "
+    "share of the image that the finding covers. Number of words in brackets.",
+    "Training": "Mean loss of each step (pale), its running mean (strong), and the loss on validation patients after "
+    "each epoch (points). Lower is better; validation that rises while training falls is overfitting.",
+    "Words and regions": "Brighter is a better fit of region and word. The maps of a study share one scale, given "
+    "below each: a pale one says little. The ring is the highest region, the outline the true extent.",
+}
+
+
 def run_sections(
-    metrics: pd.DataFrame | None = None,  # of Run.metrics
-    probe: pd.DataFrame | None = None,  # of linear_probe
-    pointing: pd.DataFrame | None = None,  # of PhantomPointing.by_finding
-    cards: Sequence[Html] = (),  # of correspondence_card
+    metrics: pd.DataFrame | None = None,  # Run.metrics
+    probe: pd.DataFrame | None = None,  # as returned by linear_probe
+    pointing: pd.DataFrame | None = None,  # as returned by PhantomPointing.by_finding
+    cards: Sequence[Html] = (),  # as returned by correspondence_card
     details: dict[str, dict] | None = None,  # title -> settings, folded
 ) -> list[Section]:
-    """The sections of a run's page; what is not given is left out.
+    """The sections of a run's page; parts that are not given are left out.
 
     Parameters
     ----------
     metrics : pd.DataFrame | None, default: None
-        of Run.metrics
+        Run.metrics
     probe : pd.DataFrame | None, default: None
-        of linear_probe
+        as returned by linear_probe
     pointing : pd.DataFrame | None, default: None
-        of PhantomPointing.by_finding
+        as returned by PhantomPointing.by_finding
     cards : Sequence[Html], default: ()
-        of correspondence_card
+        as returned by correspondence_card
     details : dict[str, dict] | None, default: None
         title -> settings, folded
     """

@@ -12,6 +12,7 @@ import matplotlib
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
+from numpy.typing import ArrayLike
 from sklearn.metrics import adjusted_mutual_info_score, normalized_mutual_info_score
 
 from .embed import as_units, draw_kinds
@@ -19,16 +20,16 @@ from .page import GREY, INK, SERIES, STYLE
 
 # %% ../../nbs/analyse/08_prototypes.ipynb #0bd40eb8
 def nearest_prototype(
-    vectors,  # (n, d) projected images or reports
-    prototypes,  # (K, d)
+    vectors: ArrayLike,  # (n, d) projected images or reports
+    prototypes: ArrayLike,  # (K, d)
 ) -> np.ndarray:  # (n,) int
     """The prototype that each vector is assigned to: the one with the highest cosine.
 
     Parameters
     ----------
-    vectors
+    vectors : ArrayLike
         (n, d) projected images or reports
-    prototypes
+    prototypes : ArrayLike
         (K, d)
 
     Returns
@@ -45,7 +46,7 @@ def cluster_agreement(
     shuffles: int = 20,
     seed: int = 0,
 ) -> dict[str, float]:
-    """Mutual information of two groupings: nmi (arithmetic mean), ami (adjusted for chance), nmi_shuffled (mean over shuffled labels).
+    """Mutual information of two groupings: nmi (arithmetic mean), ami (adjusted for chance), nmi_shuffled (by chance).
 
     Parameters
     ----------
@@ -66,19 +67,19 @@ def cluster_agreement(
 
 # %% ../../nbs/analyse/08_prototypes.ipynb #4bc58b8b
 def prototype_usage(
-    images,  # (n, d) projected images
-    texts,  # (n, d) their reports
-    prototypes,  # (K, d)
+    images: ArrayLike,  # (n, d) projected images
+    texts: ArrayLike,  # (n, d) their reports
+    prototypes: ArrayLike,  # (K, d)
 ) -> tuple[pd.DataFrame, dict[str, float]]:
-    """Images and reports of every prototype; and: dead (by chance), effective number in use, how often both choose the same (by chance).
+    """Images and reports of every prototype, and: share dead, effective number in use, how often both choose the same.
 
     Parameters
     ----------
-    images
+    images : ArrayLike
         (n, d) projected images
-    texts
+    texts : ArrayLike
         (n, d) their reports
-    prototypes
+    prototypes : ArrayLike
         (K, d)
     """
     image, text = nearest_prototype(images, prototypes), nearest_prototype(texts, prototypes)
@@ -98,16 +99,17 @@ def prototype_usage(
 # %% ../../nbs/analyse/08_prototypes.ipynb #c6bae8cf
 @matplotlib.rc_context(STYLE)
 def draw_usage(
-    table: pd.DataFrame,  # of `prototype_usage`
-    numbers: dict[str, float],
+    table: pd.DataFrame,  # as returned by `prototype_usage`
+    numbers: dict[str, float],  # likewise
 ) -> Figure:
     """How many images and reports are nearest to each prototype, most used first.
 
     Parameters
     ----------
     table : pd.DataFrame
-        of `prototype_usage`
+        as returned by `prototype_usage`
     numbers : dict[str, float]
+        likewise
     """
     order = (table.images + table.reports).sort_values(ascending=False, kind="stable").index
     figure = Figure(figsize=(6.0, 2.1), dpi=110)
@@ -132,7 +134,7 @@ def draw_usage(
 @matplotlib.rc_context(STYLE)
 def draw_diseases_and_prototypes(
     points: pd.DataFrame,  # x, y, disease, prototype
-    numbers: dict[str, float],  # of `cluster_agreement`
+    numbers: dict[str, float],  # as returned by `cluster_agreement`
 ) -> Figure:
     """The same t-SNE of images twice: coloured by disease, and by the most used prototypes (MGCA Fig. 4).
 
@@ -141,7 +143,7 @@ def draw_diseases_and_prototypes(
     points : pd.DataFrame
         x, y, disease, prototype
     numbers : dict[str, float]
-        of `cluster_agreement`
+        as returned by `cluster_agreement`
     """
     figure = Figure(figsize=(7.0, 3.9), dpi=110)
     for ax, by, title in zip(

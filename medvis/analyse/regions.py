@@ -13,9 +13,11 @@ import matplotlib
 import numpy as np
 import pandas as pd
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
+from numpy.typing import ArrayLike
 from torch.nn.functional import adaptive_avg_pool2d
 
 from .maps import OUTLINE, as_picture
@@ -27,14 +29,14 @@ from ..methods.method import Correspondence
 
 # %% ../../nbs/analyse/07_regions.ipynb #d09236de
 def region_overlap(
-    masks,  # (S, H, W) bool
+    masks: ArrayLike,  # (S, H, W) bool
     grid: tuple[int, int],  # (h, w)
 ) -> np.ndarray:  # (S, h*w) in 0..1, row-major
     """Share of each region's area that lies in the mask.
 
     Parameters
     ----------
-    masks
+    masks : ArrayLike
         (S, H, W) bool
     grid : tuple[int, int]
         (h, w)
@@ -49,17 +51,17 @@ def region_overlap(
 
 # %% ../../nbs/analyse/07_regions.ipynb #489e93c4
 def share_inside(
-    weights,  # (S, N) not negative
-    masks,  # (S, H, W) bool
+    weights: ArrayLike,  # (S, N) not negative
+    masks: ArrayLike,  # (S, H, W) bool
     grid: tuple[int, int],  # (h, w), N = h*w
 ) -> tuple[np.ndarray, np.ndarray]:  # (S,) share of the weight that lies in the mask, (S,) share of the area
-    """How much of each map lies in its mask, a region's weight being spread evenly over its area; the area is the share of an even map.
+    """How much of each map lies in its mask, a region's weight being spread evenly over it; an even map has the area.
 
     Parameters
     ----------
-    weights
+    weights : ArrayLike
         (S, N) not negative
-    masks
+    masks : ArrayLike
         (S, H, W) bool
     grid : tuple[int, int]
         (h, w), N = h*w
@@ -74,14 +76,14 @@ def share_inside(
 
 # %% ../../nbs/analyse/07_regions.ipynb #8e0da249
 def mirror_symmetry(
-    weights,  # (N,) not negative
+    weights: ArrayLike,  # (N,) not negative
     grid: tuple[int, int],
 ) -> float:  # 1 = the same as its mirror image, 0 = all on one side
     """Share of a map that remains when it is laid over its mirror image, left and right exchanged.
 
     Parameters
     ----------
-    weights
+    weights : ArrayLike
         (N,) not negative
     grid : tuple[int, int]
 
@@ -98,7 +100,7 @@ def mirror_symmetry(
 def phantom_masks(
     pairs: Pairs,  # of a phantom Pack, not augmented
     items: Sequence[int],
-    findings: Sequence[str] | None = None,  # which; None: the lungs instead
+    findings: Sequence[str] | None = None,  # which; None = the lungs instead
 ) -> np.ndarray:  # (items, size, size) bool, in the encoder's view
     """Where the lungs or some findings of phantom studies are. ValueError for pairs of anything else.
 
@@ -108,7 +110,7 @@ def phantom_masks(
         of a phantom Pack, not augmented
     items : Sequence[int]
     findings : Sequence[str] | None, default: None
-        which; None: the lungs instead
+        which; None = the lungs instead
 
     Returns
     -------
@@ -118,31 +120,32 @@ def phantom_masks(
     phantom, view, masks = pack_phantom(pairs.pack), pairs.preprocessing.mask(), []
     if phantom is None or pairs.train:
         raise ValueError(
-            f"masks are known only for a phantom's pairs with train=False; these have source {pairs.pack.manifest['source'].get('kind')!r}"
+            "masks are known only for a phantom's pairs with train=False; "
+            f"these have source {pairs.pack.manifest['source'].get('kind')!r}"
         )
     for item in items:
         study = redraw_study(pairs.pack, pairs.items[item][0])
         if findings is None:
             mask = phantom.lungs(study.study_id)
         else:
-            found = [f.mask for f in study.findings if f.name in findings]
-            mask = np.any(found, axis=0) if found else np.zeros((phantom.size,) * 2, bool)
+            extents = [finding.mask for finding in study.findings if finding.name in findings]
+            mask = np.any(extents, axis=0) if extents else np.zeros((phantom.size,) * 2, bool)
         masks.append(view(torch.from_numpy(mask)).numpy())
     return np.stack(masks)
 
 # %% ../../nbs/analyse/07_regions.ipynb #32f35bd0
 def weight_numbers(
-    weights,  # (S, N) of the regions of each study
-    lungs,  # (S, H, W) bool
+    weights: ArrayLike,  # (S, N) of the regions of each study
+    lungs: ArrayLike,  # (S, H, W) bool
     grid: tuple[int, int],
 ) -> dict[str, float]:
-    """What LoVT's supplement reads off its Fig. 5: weight inside the lungs beside their area, and symmetry of the mean map.
+    """What LoVT's supplement reads off its Fig. 5: weight inside the lungs, their area, and symmetry of the mean map.
 
     Parameters
     ----------
-    weights
+    weights : ArrayLike
         (S, N) of the regions of each study
-    lungs
+    lungs : ArrayLike
         (S, H, W) bool
     grid : tuple[int, int]
     """
@@ -158,22 +161,22 @@ def weight_numbers(
 # %% ../../nbs/analyse/07_regions.ipynb #293f7a3d
 @matplotlib.rc_context(STYLE)
 def draw_mean_weights(
-    weights,  # (N,) mean weights
+    weights: ArrayLike,  # (N,) mean weights
     grid: tuple[int, int],
-    image,  # (H, W) mean image
-    lungs=None,  # (H, W) share of studies whose lung is there: outlined at one half
+    image: ArrayLike,  # (H, W) mean image
+    lungs: ArrayLike | None = None,  # (H, W) share of studies whose lung is there: outlined at one half
     label: str = "weight of a region, as a multiple of an even share",
 ) -> Figure:
-    """Mean weights of regions laid over the mean image, each region with its number where there is room (LoVT supplement, Fig. 5).
+    """Mean weights of regions over the mean image, with numbers up to 64 regions (LoVT supplement, Fig. 5).
 
     Parameters
     ----------
-    weights
+    weights : ArrayLike
         (N,) mean weights
     grid : tuple[int, int]
-    image
+    image : ArrayLike
         (H, W) mean image
-    lungs : default: None
+    lungs : ArrayLike | None, default: None
         (H, W) share of studies whose lung is there: outlined at one half
     label : str, default: 'weight of a region, as a multiple of an even share'
     """
@@ -199,20 +202,21 @@ def draw_mean_weights(
                 path_effects=[withStroke(linewidth=1.6, foreground="black")],
             )
     ax.set(xticks=[], yticks=[])
-    ax.spines[:].set_visible(False), ax.grid(visible=False)
+    ax.spines[:].set_visible(False)
+    ax.grid(visible=False)
     figure.colorbar(shown, ax=ax, label=label, shrink=0.9).ax.yaxis.label.set_size(7.5)
     return figure
 
 # %% ../../nbs/analyse/07_regions.ipynb #ddd947a6
 def chosen_regions(
-    found: Correspondence,
+    correspondence: Correspondence,
     items: Sequence[int],  # (B,) names of the rows
 ) -> pd.DataFrame:  # item, sentence, region, margin (over the second-best, in standard deviations of the map)
     """The region with the highest score for every sentence (local-mi Eq. 5).
 
     Parameters
     ----------
-    found : Correspondence
+    correspondence : Correspondence
     items : Sequence[int]
         (B,) names of the rows
 
@@ -222,8 +226,8 @@ def chosen_regions(
         item, sentence, region, margin (over the second-best, in standard deviations of the map)
     """
     rows = []
-    for b, m in found.sentence_mask.nonzero().tolist():
-        scores = found.sentences[b, :, m].detach().double().cpu()
+    for b, m in correspondence.sentence_mask.nonzero().tolist():
+        scores = correspondence.sentences[b, :, m].detach().double().cpu()
         (best, second), (region, _) = scores.topk(2)
         rows.append((items[b], m, int(region), float((best - second) / scores.std().clamp_min(1e-12))))
     return pd.DataFrame(rows, columns=["item", "sentence", "region", "margin"])
@@ -232,50 +236,69 @@ def chosen_regions(
 def choice_numbers(
     regions: Sequence[int],  # (K,) chosen by sentences
     grid: tuple[int, int],
-    masks=None,  # (K, H, W) bool: where what they speak of is
+    masks: ArrayLike | None = None,  # (K, H, W) bool: where the named findings are
 ) -> dict[str, float]:
-    """How many regions are ever chosen, as the exponential of their entropy, and how often rightly; `fixed` = always the best single one.
+    """Number of regions in use (exponential of their entropy) and how often rightly; `fixed` = the best one always.
 
     Parameters
     ----------
     regions : Sequence[int]
         (K,) chosen by sentences
     grid : tuple[int, int]
-    masks : default: None
-        (K, H, W) bool: where what they speak of is
+    masks : ArrayLike | None, default: None
+        (K, H, W) bool: where the named findings are
     """
     share = np.bincount(regions, minlength=grid[0] * grid[1]) / max(len(regions), 1)
-    told = {"sentences": len(regions), "in_use": float(np.exp(-(share[share > 0] * np.log(share[share > 0])).sum()))}
+    entropy = -(share[share > 0] * np.log(share[share > 0])).sum()
+    numbers = {"sentences": len(regions), "in_use": float(np.exp(entropy))}
     if masks is not None and len(masks):
         cells = on_target(masks, grid)
-        told |= {
+        numbers |= {
             "hit": float(cells[np.arange(len(cells)), regions].mean()),
             "chance": float(np.mean(masks)),
             "fixed": float(cells.mean(0).max()),
         }
-    return told
+    return numbers
 
 # %% ../../nbs/analyse/07_regions.ipynb #1d23e043
+def _draw_numbers(
+    ax: Axes, corner: tuple[float, float], width: float, height: float, numbers: str, colour: str
+) -> None:
+    "A region's frame with the numbers of the sentences that chose it."
+    ax.add_patch(Rectangle(corner, width, height, fill=False, edgecolor=colour, linewidth=2))
+    ax.text(
+        corner[0] + 0.5 * width,
+        corner[1] + 0.5 * height,
+        numbers,
+        color="white",
+        fontsize=8,
+        ha="center",
+        va="center",
+        bbox=dict(boxstyle="round,pad=0.15", facecolor=colour, edgecolor="none"),
+        wrap=True,
+    )
+
+
 @matplotlib.rc_context(STYLE)
 def draw_choice(
-    image,  # (H, W) or (C, H, W)
+    image: ArrayLike,  # (H, W) or (C, H, W)
     grid: tuple[int, int],
-    choice: pd.DataFrame,  # rows of one study, of `chosen_regions`
+    choice: pd.DataFrame,  # as returned by `chosen_regions`, rows of one study
     sentences: Sequence[str],  # of its report
-    mask=None,  # (H, W) bool, outlined
+    mask: ArrayLike | None = None,  # (H, W) bool, outlined
 ) -> Figure:
-    """A radiograph with the region that each sentence chose, numbered as the sentences beside it.
+    """A radiograph with the region that each sentence chose, numbered as the sentences at its side.
 
     Parameters
     ----------
-    image
+    image : ArrayLike
         (H, W) or (C, H, W)
     grid : tuple[int, int]
     choice : pd.DataFrame
-        rows of one study, of `chosen_regions`
+        as returned by `chosen_regions`, rows of one study
     sentences : Sequence[str]
         of its report
-    mask : default: None
+    mask : ArrayLike | None, default: None
         (H, W) bool, outlined
     """
     image, figure = as_picture(image), Figure(figsize=(7.0, 2.6), dpi=110)
@@ -292,26 +315,17 @@ def draw_choice(
             linewidths=1.4,
         )
     regions = choice.groupby("region").sentence.apply(lambda s: " ".join(str(m + 1) for m in s))
-    for k, (region, told) in enumerate(regions.items()):
-        (row, column), colour = divmod(region, w), SERIES[k % len(SERIES)]
+    for k, (region, numbers) in enumerate(regions.items()):
+        row, column = divmod(region, w)
         corner = (column * width / w, row * height / h)
-        ax.add_patch(Rectangle(corner, width / w, height / h, fill=False, edgecolor=colour, linewidth=2))
-        ax.text(
-            corner[0] + 0.5 * width / w,
-            corner[1] + 0.5 * height / h,
-            told,
-            color="white",
-            fontsize=8,
-            ha="center",
-            va="center",
-            bbox=dict(boxstyle="round,pad=0.15", facecolor=colour, edgecolor="none"),
-            wrap=True,
-        )
+        _draw_numbers(ax, corner, width / w, height / h, numbers, SERIES[k % len(SERIES)])
     colours = {m: SERIES[list(regions.index).index(r) % len(SERIES)] for m, r in zip(choice.sentence, choice.region)}
     for line, m in enumerate(sorted(colours)):
         y = 0.98 - line / max(len(colours), 10)
         text.text(0, y, f"{m + 1}", color=colours[m], weight="bold", va="top", fontsize=7.5, transform=text.transAxes)
         text.text(0.05, y, sentences[m], color=INK, va="top", fontsize=7.5, transform=text.transAxes)
     ax.set(xticks=[], yticks=[])
-    text.axis("off"), ax.spines[:].set_visible(False), ax.grid(visible=False)
+    text.axis("off")
+    ax.spines[:].set_visible(False)
+    ax.grid(visible=False)
     return figure

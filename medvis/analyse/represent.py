@@ -21,7 +21,7 @@ from ..methods.method import Aligned, Method
 def batches(
     method: Method,
     pairs: Pairs,
-    items: Sequence[int] | None = None,  # None: all
+    items: Sequence[int] | None = None,  # None = all
     batch_size: int = 64,
 ) -> Iterator[Batch]:  # on the method's device
     """The pairs of a study, batch by batch; puts the method in evaluation mode.
@@ -31,7 +31,7 @@ def batches(
     method : Method
     pairs : Pairs
     items : Sequence[int] | None, default: None
-        None: all
+        None = all
     batch_size : int, default: 64
 
     Returns
@@ -51,7 +51,7 @@ def batches(
 def image_features(
     method: Method,
     pairs: Pairs,
-    items: Sequence[int] | None = None,  # None: all
+    items: Sequence[int] | None = None,  # None = all
     batch_size: int = 64,
 ) -> ImageFeatures:  # on the CPU; weights sum to 1, or are None
     """What the image encoder returns for some studies, and the whole as the method pools it, before any projection.
@@ -61,7 +61,7 @@ def image_features(
     method : Method
     pairs : Pairs
     items : Sequence[int] | None, default: None
-        None: all
+        None = all
     batch_size : int, default: 64
 
     Returns
@@ -69,13 +69,14 @@ def image_features(
     ImageFeatures
         on the CPU; weights sum to 1, or are None
     """
-    found = []
+    parts = []
     for batch in batches(method, pairs, items, batch_size):
-        seen = method.image_encoder(batch.image)
-        found.append((seen.regions.cpu(), *(None if x is None else x.cpu() for x in method.pool_image(seen))))
-    regions, whole, weights = zip(*found)
+        features = method.image_encoder(batch.image)
+        pooled = (None if part is None else part.cpu() for part in method.pool_image(features))
+        parts.append((features.regions.cpu(), *pooled))
+    regions, whole, weights = zip(*parts)
     return ImageFeatures(
-        torch.cat(regions), torch.cat(whole), seen.grid, None if weights[0] is None else torch.cat(weights)
+        torch.cat(regions), torch.cat(whole), features.grid, None if weights[0] is None else torch.cat(weights)
     )
 
 # %% ../../nbs/analyse/03_represent.ipynb #9f33314b
@@ -83,7 +84,7 @@ def image_features(
 def aligned_studies(
     method: Method,
     pairs: Pairs,
-    items: Sequence[int] | None = None,  # None: all
+    items: Sequence[int] | None = None,  # None = all
     batch_size: int = 64,
 ) -> Aligned:  # on the CPU, reports padded to the longest
     """Regions and texts of some studies as a method compares them. TypeError for a method without a space for both.
@@ -93,7 +94,7 @@ def aligned_studies(
     method : Method
     pairs : Pairs
     items : Sequence[int] | None, default: None
-        None: all
+        None = all
     batch_size : int, default: 64
 
     Returns
@@ -101,18 +102,16 @@ def aligned_studies(
     Aligned
         on the CPU, reports padded to the longest
     """
-    found = [method.align(batch) for batch in batches(method, pairs, items, batch_size)]
-    if None in found:
-        raise TypeError(
-            f"{type(method).__name__}, as it is configured, has no space in which regions and texts are compared"
-        )
-    longest = max(one.mask.shape[1] for one in found)
+    aligned = [method.align(batch) for batch in batches(method, pairs, items, batch_size)]
+    if None in aligned:
+        raise TypeError(f"{type(method).__name__}, as it is configured, has no space common to regions and texts")
+    longest = max(part.mask.shape[1] for part in aligned)
 
-    def together(name: str) -> Tensor:
-        parts = [getattr(one, name).cpu() for one in found]
+    def concatenated(name: str) -> Tensor:
+        parts = [getattr(part, name).cpu() for part in aligned]
         if name in ("texts", "from_image", "mask"):
             parts = [pad(part, [0, 0] * (part.ndim - 2) + [0, longest - part.shape[1]]) for part in parts]
         return torch.cat(parts)
 
-    vectors = [together(field.name) for field in fields(Aligned)[:5]]
-    return Aligned(*vectors, found[0].grid, found[0].grain)
+    vectors = [concatenated(field.name) for field in fields(Aligned)[:5]]
+    return Aligned(*vectors, aligned[0].grid, aligned[0].grain)

@@ -16,7 +16,7 @@ from .page import INK, SERIES, STYLE
 from ..encoders.features import ImageFeatures
 from ..train.diagnostics import spread
 
-# %% ../../nbs/analyse/04_spread.ipynb #5c206664
+# %% ../../nbs/analyse/04_spread.ipynb #f4fc8992
 _SPREADS = {
     "total": "regions, total",
     "per_sample": "regions, within a sample",
@@ -24,29 +24,29 @@ _SPREADS = {
     "whole": "whole images",
 }
 
-# %% ../../nbs/analyse/04_spread.ipynb #f4fc8992
+
 def spread_table(
-    features: Mapping[str, ImageFeatures],  # by name of the method
+    features: Mapping[str, ImageFeatures],  # by the method's name
 ) -> pd.DataFrame:  # one row a method; columns of SPREADS: 1 = over the sphere, 0 = constant
     """Standard deviations of regions and wholes (LoVT supplement, Fig. 1).
 
     Parameters
     ----------
     features : Mapping[str, ImageFeatures]
-        by name of the method
+        by the method's name
 
     Returns
     -------
     pd.DataFrame
         one row a method; columns of SPREADS: 1 = over the sphere, 0 = constant
     """
-    rows = {name: {**spread(seen.regions), "whole": spread(seen.whole)["total"]} for name, seen in features.items()}
+    rows = {name: {**spread(part.regions), "whole": spread(part.whole)["total"]} for name, part in features.items()}
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("method").reset_index()
 
 # %% ../../nbs/analyse/04_spread.ipynb #c247004f
 @matplotlib.rc_context(STYLE)
 def draw_spread(
-    table: pd.DataFrame,  # of `spread_table`
+    table: pd.DataFrame,  # as returned by `spread_table`
     names: Mapping[str, str] | None = None,  # how methods are called in the figure
 ) -> Figure:
     """Bars of the four standard deviations for each method, each with its number.
@@ -54,7 +54,7 @@ def draw_spread(
     Parameters
     ----------
     table : pd.DataFrame
-        of `spread_table`
+        as returned by `spread_table`
     names : Mapping[str, str] | None, default: None
         how methods are called in the figure
     """

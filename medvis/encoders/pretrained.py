@@ -206,7 +206,7 @@ def _fetch(name: str) -> tuple[nn.Module, dict, dict]:
             f"the vision model {name!r} could not be loaded ({type(error).__name__}): no such folder, "
             f"no weights in it, "
             "or no network. Pass the path of a folder with config.json and model.safetensors, of a run, or of a "
-            "state-dict file (.safetensors, .pt, .pth), or 'random'."
+            "state-dict file (.safetensors, .pt, .pth), or 'random-init'."
         ) from error
 
 # %% ../../nbs/encoders/06_pretrained.ipynb #5bf6b2f3

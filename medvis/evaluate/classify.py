@@ -83,7 +83,8 @@ def probe_predictions(
     seeds: tuple[int, ...] = (0, 1, 2),  # each draws other subsets, and another random baseline
     findings: list[str]
     | None = None,  # label columns; this and the next three: None = as the Pack's recipe says, see label_policy
-    baseline: str | None = "random",  # name of the untaught copy of the first encoder; None: without it
+    baseline: str
+    | None = "random-init",  # name of the randomly initialised copy of the first encoder; None: without it
     uncertain: str | Mapping[str, str] | None = None,
     blank: str | None = None,
     subset: str | None = None,  # "patients": shares are drawn by patient; "first": they are the first rows
@@ -108,8 +109,8 @@ def probe_predictions(
         each draws other subsets, and another random baseline
     findings : list[str] | None, default: None
         label columns; this and the next three: None = as the Pack's recipe says, see label_policy
-    baseline : str | None, default: 'random'
-        name of the untaught copy of the first encoder; None: without it
+    baseline : str | None, default: 'random-init'
+        name of the randomly initialised copy of the first encoder; None: without it
     uncertain : str | Mapping[str, str] | None, default: None
     blank : str | None, default: None
     subset : str | None, default: None
@@ -246,7 +247,7 @@ def probe_table(
 # %% ../../nbs/evaluate/05_classify.ipynb #bbd153c6
 def paired_gain(
     predictions: pd.DataFrame,  # of probe_predictions
-    baseline: str = "random",
+    baseline: str = "random-init",
     resamples: int = 500,
     level: float = 0.95,
 ) -> pd.DataFrame:  # encoder, fraction, gain, low, high
@@ -256,7 +257,7 @@ def paired_gain(
     ----------
     predictions : pd.DataFrame
         of probe_predictions
-    baseline : str, default: 'random'
+    baseline : str, default: 'random-init'
     resamples : int, default: 500
     level : float, default: 0.95
 
@@ -282,7 +283,7 @@ def linear_probe(
     fractions: tuple[float, ...] = (0.01, 0.1, 1.0),  # shares of the training patients
     seeds: tuple[int, ...] = (0, 1, 2),
     findings: list[str] | None = None,  # label columns; this and the three below: None = as the Pack's recipe says
-    baseline: str | None = "random",
+    baseline: str | None = "random-init",
     uncertain: str | Mapping[str, str] | None = None,  # see label_policy
     blank: str | None = None,
     subset: str | None = None,  # see probe_predictions
@@ -308,7 +309,7 @@ def linear_probe(
     seeds : tuple[int, ...], default: (0, 1, 2)
     findings : list[str] | None, default: None
         label columns; this and the three below: None = as the Pack's recipe says
-    baseline : str | None, default: 'random'
+    baseline : str | None, default: 'random-init'
     uncertain : str | Mapping[str, str] | None, default: None
         see label_policy
     blank : str | None, default: None

@@ -34,7 +34,7 @@ from .detect import YoloV3
 from .encoder import check_fit, encoder_hash, fill_cache, random_like
 from .finetune import Learner, LinearClassifier, fit_head, predict
 from .metrics import Boxes
-from .models import as_encoders, check_unseen
+from .models import as_encoders, check_unseen, rename_old_baselines
 from medvis.evaluate.predictions import (
     METRICS,
     Predictions,
@@ -48,6 +48,7 @@ from .segment import LinearSegmenter, SetrDecoder, SmpUNet, UNet
 from .stats import compare, compare_predictions, fingerprint
 from ..core.files import write_atomic, write_json
 from ..train.config import Diverged
+from ..train.run import RANDOM_INIT
 from ..core.machine import describe_machine
 
 # %% ../../nbs/evaluate/12_protocol.ipynb #fecc2254
@@ -283,7 +284,7 @@ def _add_results(path: Path, table: pd.DataFrame) -> None:
     "Put rows into a table of results; those of the same encoder, protocol and run are replaced."
     keys = ["encoder", "protocol", "run"]
     if path.exists():
-        old = read_csv(path, [*keys, "task"])
+        old = rename_old_baselines(read_csv(path, [*keys, "task"]))
         stay = ~pd.MultiIndex.from_frame(old[keys].astype(str)).isin(pd.MultiIndex.from_frame(table[keys].astype(str)))
         table = pd.concat([old[stay], table], ignore_index=True)
     write_atomic(path, lambda file: table.to_csv(file, index=False))
@@ -550,20 +551,17 @@ def protocol_task(
     return pack_task(pack, kind, classes or None, Path(pack.path).name, uncertain, blank)
 
 # %% ../../nbs/evaluate/12_protocol.ipynb #4421753c
-_RANDOM_INIT = "untaught"
-
-
 def _with_random_init(
     encoders: Mapping[str, nn.Module],
-    random: Sequence[str],  # names of those that nothing was ever taught
+    random: Sequence[str],  # names of those that are randomly initialised
     seeds: Sequence[int],
-    baseline: bool = True,  # add untaught copies of the first encoder, unless one is random anyway
+    baseline: bool = True,  # add random-init, copies of the first encoder, unless one is given
 ) -> tuple[dict[str, nn.Module | list[nn.Module]], str | None]:  # and the name of the baseline
-    "Encoders for `run_protocol`: of random weights, others for every seed. ValueError if one has the name of the untaught copies."
-    added = {_RANDOM_INIT: next(iter(encoders.values()))} if baseline and not random else {}
+    "Encoders for `run_protocol`: those of random weights with other weights for every seed. ValueError if another has the name of the baseline."
+    added = {RANDOM_INIT: next(iter(encoders.values()))} if baseline and not random else {}
     if set(added) & set(encoders):
         raise ValueError(
-            f"an encoder is named {_RANDOM_INIT!r}, as its untaught copies are: give it another name with --names (names= in Python)"
+            f"an encoder is named {RANDOM_INIT!r}, the name of the randomly initialised copies: give it another name with --names (names= in Python)"
         )
     drawn = {
         name: [random_like(one, seed) for seed in seeds]
@@ -573,28 +571,28 @@ def _with_random_init(
 
 # %% ../../nbs/evaluate/12_protocol.ipynb #a21da7ff
 def evaluate(
-    encoders,  # run folders, methods, encoders, "random", ...: see models.as_encoders
+    encoders,  # run folders, methods, encoders, "random-init", ...: see models.as_encoders
     task: Task | Pack | str | Path,  # of a Pack: what the protocol asks of it, see protocol_task
     protocol: str | Protocol,  # a key of PROTOCOLS
     out: str | Path,  # folder of the runs, results.csv and patients.csv; finished runs there are not repeated
     names: Sequence[str] = (),  # of encoders in a list; without, the names of their folders
-    baseline: bool = True,  # add untaught copies of the first encoder, one for each seed, unless one is random anyway
+    baseline: bool = True,  # add random-init: copies of the first encoder, one for each seed, unless one is given
     released: bool = False,  # as the authors' code ran it, where that differs from the paper
     resamples: int = 500,  # draws of test patients; 0: without patients.csv
     allow_leaks: bool = False,  # measure although a run was trained on patients or images that are for validation or test here
-    image: str | None = None,  # architecture of state-dict files, of "random" and of "imagenet"
+    image: str | None = None,  # architecture of state-dict files, of "random-init" and of "imagenet"
     size: int | None = None,  # side in pixels of what encoders other than runs are shown; None: their own
     device: str = "auto",  # or "cpu"
     cache: float = 50.0,  # GB of a frozen encoder's features that may be kept
     progress: bool = True,
     **changes,  # of the protocol: lrs, fractions, subset, seeds, epochs, ...
 ) -> pd.DataFrame:  # see summary; all metrics of all runs stand in results.csv
-    """Measure encoders by a protocol of the papers or a tiny one, against untaught copies. ValueError for what does not fit together, and for leaks.
+    """Measure encoders by a protocol of the papers or a tiny one, against randomly initialised copies. ValueError for what does not fit together, and for leaks.
 
     Parameters
     ----------
     encoders
-        run folders, methods, encoders, "random", ...: see models.as_encoders
+        run folders, methods, encoders, "random-init", ...: see models.as_encoders
     task : Task | Pack | str | Path
         of a Pack: what the protocol asks of it, see protocol_task
     protocol : str | Protocol
@@ -604,7 +602,7 @@ def evaluate(
     names : Sequence[str], default: ()
         of encoders in a list; without, the names of their folders
     baseline : bool, default: True
-        add untaught copies of the first encoder, one for each seed, unless one is random anyway
+        add random-init: copies of the first encoder, one for each seed, unless one is given
     released : bool, default: False
         as the authors' code ran it, where that differs from the paper
     resamples : int, default: 500
@@ -612,7 +610,7 @@ def evaluate(
     allow_leaks : bool, default: False
         measure although a run was trained on patients or images that are for validation or test here
     image : str | None, default: None
-        architecture of state-dict files, of "random" and of "imagenet"
+        architecture of state-dict files, of "random-init" and of "imagenet"
     size : int | None, default: None
         side in pixels of what encoders other than runs are shown; None: their own
     device : str, default: 'auto'
@@ -642,7 +640,7 @@ def evaluate(
         if isinstance(encoders, list | tuple)
         else [encoders]
     )
-    random = [name for name, one in zip(given, asked) if isinstance(one, str) and one == "random"]
+    random = [name for name, one in zip(given, asked) if isinstance(one, str) and one in (RANDOM_INIT, "random")]
     every, reference = _with_random_init(given, random, rules.seeds, baseline)
     table = run_protocol(every, task, rules, out, cache=cache, progress=progress)
     if resamples and reference is not None:

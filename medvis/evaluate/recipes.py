@@ -206,7 +206,7 @@ class EvaluateConfig:
     data: Path
     "Folder of the Pack."
     encoder: tuple[str, ...]
-    "Run folders, state-dict files, Hugging Face models, random or imagenet."
+    "Run folders, state-dict files, Hugging Face models, random-init or imagenet."
     out: Path
     "Folder of the runs and results.csv. Finished runs that stand there are not repeated."
     targets: Annotated[Path | None, default_text("what the Pack holds, or what a phantom's pictures show")] = None
@@ -229,11 +229,11 @@ class EvaluateConfig:
     names: Annotated[tuple[str, ...], default_text("the names of their folders")] = ()
     "Names of the encoders in the table."
     image: str | None = None
-    "Architecture of state-dict files, of random and of imagenet."
+    "Architecture of state-dict files, of random-init and of imagenet."
     size: Annotated[int | None, default_text("their own")] = None
     "Side in pixels of the images that encoders other than runs are shown."
     baseline: bool = True
-    "Add untaught copies of the first encoder, one for each seed, unless one is random anyway."
+    "Add random-init: copies of the first encoder, one for each seed, unless one is given."
     released: bool = False
     "As the authors' code ran it, where that differs from the paper."
     fractions: Annotated[tuple[float, ...], default_text("as the protocol says")] = ()

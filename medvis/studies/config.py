@@ -8,9 +8,9 @@ __all__ = ['DemoConfig', 'GroundingConfig', 'DownstreamConfig']
 # %% ../../nbs/studies/00_config.ipynb #febf0cba
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from ..core.choices import check_choice
+from ..core.choices import check_choice, default_text
 from ..methods.settings import SETTINGS
 
 # %% ../../nbs/studies/00_config.ipynb #9d370a65
@@ -19,13 +19,13 @@ class DemoConfig:
     "From nothing to a trained, measured model of phantom radiographs."
 
     out: Path = Path("demo")
-    "Folder of the pack, the run and the page."
+    "Folder of the Pack, the run and the page."
     method: Literal[tuple(SETTINGS)] = "mixture-mi"
     "Method to pre-train, at its tiny preset."
     studies: int = 6000
-    "Phantom studies; 80 % of their patients are trained on, 10 % test."
-    epochs: int | None = None
-    "Passes over them; None = the preset's."
+    "Number of phantom studies; 80 % of the patients are for training, 10 % for the test."
+    epochs: Annotated[int | None, default_text("the preset's")] = None
+    "Passes over them."
     seed: int = 0
     "Seed of the phantom, the networks and the training."
     progress: bool = True
@@ -34,16 +34,16 @@ class DemoConfig:
 # %% ../../nbs/studies/00_config.ipynb #006a42f3
 @dataclass
 class GroundingConfig:
-    "Train methods on the phantom, and measure what each knows and where it points."
+    "Train methods on the phantom, and measure what each has learned and where it points."
 
     out: Path = Path("grounding")
-    "Folder of pack, runs and results."
-    subjects: tuple[str, ...] = ("untrained", *SETTINGS)
-    "Methods, each with its tiny preset or that after a colon; untrained = before the first step."
+    "Folder of Pack, runs and results."
+    subjects: tuple[str, ...] = ("random-init", *SETTINGS)
+    "Methods, each with its tiny preset or that after a colon; random-init = before the first step."
     seeds: tuple[int, ...] = (0, 1, 2)
-    "Seeds of networks and training. The data stay the same."
+    "Seeds of networks and training; the data stay the same."
     studies: int = 6000
-    "Phantom studies; 80 % of their patients are trained on, 10 % test."
+    "Number of phantom studies; 80 % of the patients are for training, 10 % for the test."
     size: int = 64
     "Side of the phantom's images in pixels."
     footing: Literal["own", "equal"] = "own"
@@ -51,26 +51,26 @@ class GroundingConfig:
     progress: bool = True
     "Show progress bars."
 
-    def __post_init__(self):
-        for one in self.subjects:
-            check_choice("method", one.partition(":")[0], ("untrained", *SETTINGS))
+    def __post_init__(self) -> None:
+        for subject in self.subjects:
+            check_choice("method", subject.partition(":")[0], ("random-init", *SETTINGS))
 
 # %% ../../nbs/studies/00_config.ipynb #f50bfbad
 @dataclass
 class DownstreamConfig:
-    "Compare pre-trained runs with their untaught selves in every family of tasks, on a phantom."
+    "Compare pre-trained runs with randomly initialised copies in every family of tasks, on a phantom."
 
     runs: tuple[Path, ...]
     "Run folders of one method and preset, one for each seed."
     data: Path
-    "Folder of a phantom's pack."
+    "Folder of a phantom's Pack."
     out: Path = Path("downstream")
     "Folder of results."
     findings: tuple[str, ...] = ("Consolidation", "Pleural Effusion", "Cardiomegaly", "Atelectasis")
-    "What masks and boxes are of."
+    "Findings whose masks and boxes are predicted."
     fractions: tuple[float, ...] = (0.02, 0.05)
     "Shares of the training patients whose labels, masks or boxes are used."
     resamples: int = 200
-    "Draws of test patients, for intervals over them, at the largest share."
+    "Bootstrap draws of test patients, for intervals at the largest share."
     progress: bool = True
     "Show progress bars."

@@ -22,17 +22,17 @@ from ..train import TrainConfig, create_method, fit
 # %% ../../nbs/studies/02_demo.ipynb #6ac5c5b4
 def probe_lines(table: pd.DataFrame, gains: pd.DataFrame) -> list[str]:
     "The macro rows of a probe as lines of text, with the gain over random initialisation."
-    lines = [f"{'labels':>8} {'studies':>8}  {'encoder':<12} {'macro AUROC (95 %)':<24} gain over random (95 %)"]
+    lines = [f"{'labels':>8} {'studies':>8}  {'encoder':<12} {'macro AUROC (95 %)':<24} gain over random-init (95 %)"]
     for row in table[table.finding == "macro"].itertuples():
         gain = gains[(gains.encoder == row.encoder) & (gains.fraction == row.fraction)]
-        told = "".join(f"{g.gain:+.3f} ({g.low:+.3f} to {g.high:+.3f})" for g in gain.itertuples())
+        gained = "".join(f"{g.gain:+.3f} ({g.low:+.3f} to {g.high:+.3f})" for g in gain.itertuples())
         score = f"{row.auroc:.3f} ({row.low:.3f} to {row.high:.3f})"
         if blind := getattr(row, "constant", 0):
-            told += f"  ({blind} of {row.probes} probes saw one class only in training and count as 0.500)"
-        lines.append(f"{row.fraction:>8.0%} {row.n:>8}  {row.encoder:<12} {score:<24} {told}".rstrip())
+            gained += f"  ({blind} of {row.probes} probes saw one class only in training and count as 0.500)"
+        lines.append(f"{row.fraction:>8.0%} {row.n:>8}  {row.encoder:<12} {score:<24} {gained}".rstrip())
     return lines
 
-# %% ../../nbs/studies/02_demo.ipynb #3fa1c009
+# %% ../../nbs/studies/02_demo.ipynb #abc02f12
 def _demo_command(config: DemoConfig) -> str:
     "The command line that makes this demo."
     words = [
@@ -49,9 +49,9 @@ def _demo_command(config: DemoConfig) -> str:
     ]
     return shlex.join(words + ([] if config.epochs is None else ["--epochs", str(config.epochs)]))
 
-# %% ../../nbs/studies/02_demo.ipynb #abc02f12
+
 def run_demo(config: DemoConfig) -> Path:  # of the page
-    """Make a phantom pack, pre-train, probe, point, and write a page; what is done already is not done again.
+    """Make a phantom Pack, pre-train, probe, point, and write a page; finished steps are not repeated.
 
     Returns
     -------

@@ -23,10 +23,13 @@ from ..data.phantom import Phantom
 from ..data.prepare import PhantomConfig, prepare_phantom
 from ..evaluate import linear_probe, phantom_pointing
 from ..evaluate.ground import phantom_targets
+from ..evaluate.models import rename_old_baselines
+from ..train.run import RANDOM_INIT
 from ..methods import METHODS, Correspondence, Method
 from .config import GroundingConfig
 from .show import held_out_pairs, pick_targets
 from ..train import TrainConfig, create_method, fit
+from ..core.choices import check_choice
 from ..core.files import write_atomic, write_json
 from ..core.machine import describe_machine
 
@@ -37,13 +40,14 @@ _EQUAL_RATES = (0.0005, 0.0015, 0.0045)  # learning rates that every method trie
 
 # %% ../../nbs/studies/03_grounding.ipynb #56b47a3c
 def _make_subject(
-    subject: str,  # "method", "method:preset" or "untrained"
+    subject: str,  # "method", "method:preset" or "random-init"
     data: Pack,  # its training reports give the vocabulary
     seed: int,
     footing: str = "own",  # or "equal", see _EQUAL
 ) -> Method:
     "The method of a subject, not yet trained. ValueError for a name that does not exist."
-    name, _, preset = (subject if subject != "untrained" else next(iter(METHODS))).partition(":")
+    name, _, preset = (subject if subject != "random-init" else next(iter(METHODS))).partition(":")
+    check_choice("method", name, METHODS)
     settings = METHODS[name].Config.__dataclass_fields__
     changes = {key: value for key, value in _EQUAL.items() if key in settings} if footing == "equal" else {}
     method = create_method(name, preset or "tiny", data, seed, **changes)
@@ -60,7 +64,7 @@ class _OtherImages(torch.nn.Module):
         self.method = method
 
     def correspondence(self, batch: Batch) -> Correspondence:
-        "What the method says of these reports and images of others."
+        "The correspondence of these reports with images of others."
         return self.method.correspondence(replace(batch, image=batch.image.roll(1, 0)))
 
 # %% ../../nbs/studies/03_grounding.ipynb #a4c56ba3
@@ -68,11 +72,11 @@ def _pointing_rows(
     method: Method, pairs: Pairs
 ) -> pd.DataFrame:  # grain, other_image, and the columns of evaluate.ground.finding_row
     "The pointing game by finding at both grains, and the hit rate on another patient's image."
-    found, blind = phantom_pointing(method, pairs), phantom_pointing(_OtherImages(method), pairs)
+    own, blind = phantom_pointing(method, pairs), phantom_pointing(_OtherImages(method), pairs)
     tables = []
     for grain in ("word", "sentence"):
         control = blind.by_finding(grain=grain).set_index("finding").hit_rate.rename("other_image")
-        tables.append(found.by_finding(grain=grain).join(control, on="finding").assign(grain=grain))
+        tables.append(own.by_finding(grain=grain).join(control, on="finding").assign(grain=grain))
     return pd.concat(tables, ignore_index=True)
 
 # %% ../../nbs/studies/03_grounding.ipynb #52aa1ec0
@@ -83,18 +87,18 @@ def _example_maps(
     "Score maps of the words that name a finding, one row a word, for a few studies."
     rows = []
     for item, targets in pick_targets(phantom_targets(pairs), studies).items():
-        found = method.eval().correspondence(collate([pairs[item]]).to(next(method.parameters()).device))
+        correspondence = method.eval().correspondence(collate([pairs[item]]).to(next(method.parameters()).device))
         study = pairs.pack.studies["study_id"].iloc[pairs.items[item][0]]
         for target in targets:
-            if target.word < found.words.shape[2]:
-                scores = found.words[0, :, target.word].float().cpu().tolist()
+            if target.word < correspondence.words.shape[2]:
+                scores = correspondence.words[0, :, target.word].float().cpu().tolist()
                 rows.append(
                     {
                         "study": study,
                         "text": target.text,
                         "finding": target.finding,
                         "scores": scores,
-                        "side": found.grid[0],
+                        "side": correspondence.grid[0],
                     }
                 )
     return pd.DataFrame(rows)
@@ -114,7 +118,7 @@ def _loss_rows(method: Method, pairs: Pairs, batch_size: int = 64) -> pd.DataFra
 def _train_subject(subject: str, seed: int, data: Pack, config: GroundingConfig, rate: float | None) -> Method:
     "The method of a subject, trained at a learning rate (None: the preset's) or taken up where it was left."
     method = _make_subject(subject, data, seed, config.footing)
-    if subject != "untrained":
+    if subject != "random-init":
         name = f"{subject.replace(':', '-')}-{seed}" + ("" if rate is None else f"-lr{rate:g}")
         changes = {} if rate is None else {"lr": rate}
         run = TrainConfig.of(method, config.out / "runs" / name, seed=seed, progress=config.progress, **changes)
@@ -124,7 +128,7 @@ def _train_subject(subject: str, seed: int, data: Pack, config: GroundingConfig,
 
 def _choose_rate(subject: str, data: Pack, config: GroundingConfig) -> float | None:  # None: the preset's
     "The learning rate whose run of the first seed points best on the validation studies; tried rates are in a table."
-    if config.footing == "own" or subject == "untrained":
+    if config.footing == "own" or subject == "random-init":
         return None
     path = config.out / "tuning" / f"{subject.replace(':', '-')}.csv"
     if not path.exists():
@@ -142,19 +146,20 @@ def _choose_rate(subject: str, data: Pack, config: GroundingConfig) -> float | N
 
 
 def _run_subject(subject: str, seed: int, data: Pack, config: GroundingConfig) -> Path:  # of the results
-    "Train and measure one subject with one seed; done already, it is left as it is."
-    results = config.out / "results" / f"{subject.replace(':', '-')}-{seed}"
+    "Train and measure one subject with one seed; a subject with results is left as it is."
+    name = f"{subject.replace(':', '-')}-{seed}"
+    results = config.out / "results" / name
     if (results / "probe.csv").exists():
         return results
     method = _train_subject(subject, seed, data, config, _choose_rate(subject, data, config))
     pairs = held_out_pairs(method.eval(), data)
-    seen = Pairs(data, method.tokenizer, method.preprocessing, method.sampling, "test")
+    sampled = Pairs(data, method.tokenizer, method.preprocessing, method.sampling, "test")
     tables = {
         "pointing": _pointing_rows(method, pairs),
         "maps": _example_maps(method, pairs),
-        "loss": _loss_rows(method, seen),
+        "loss": _loss_rows(method, sampled),
     }
-    probe = linear_probe({subject: method.image_encoder}, data, (0.01, 0.1, 1.0), (0, 1, 2))
+    probe = linear_probe({name: method.image_encoder}, data, (0.01, 0.1, 1.0), (0, 1, 2))
     for kind, table in {**tables, "probe": probe[probe.finding == "macro"]}.items():
         table = table.assign(subject=subject, seed=seed)
         suffix, write = ("parquet", table.to_parquet) if kind == "maps" else ("csv", table.to_csv)
@@ -165,7 +170,7 @@ def _run_subject(subject: str, seed: int, data: Pack, config: GroundingConfig) -
 def gather(
     results: Path, kind: str
 ) -> pd.DataFrame:  # one table of all runs; kind is "pointing", "probe", "loss" or "maps"
-    """The results of a kind that are there, of all subjects and seeds.
+    """The results of a kind that exist, of all subjects and seeds.
 
     Returns
     -------
@@ -173,8 +178,8 @@ def gather(
         one table of all runs; kind is "pointing", "probe", "loss" or "maps"
     """
     read = {"maps": pd.read_parquet}.get(kind, read_csv)
-    found = sorted(results.glob(f"*/{kind}.*"))
-    return pd.concat([read(path) for path in found], ignore_index=True)
+    paths = sorted(results.glob(f"*/{kind}.*"))
+    return rename_old_baselines(pd.concat([read(path) for path in paths], ignore_index=True))
 
 # %% ../../nbs/studies/03_grounding.ipynb #c5a1f542
 def run_grounding(config: GroundingConfig) -> pd.DataFrame:  # the table of `_subject_table`
@@ -199,17 +204,17 @@ def run_grounding(config: GroundingConfig) -> pd.DataFrame:  # the table of `_su
                 table = gather(out / "results", kind)
                 suffix, write = ("parquet", table.to_parquet) if kind == "maps" else ("csv", table.to_csv)
                 write_atomic(out / f"{kind}.{suffix}", lambda file: write(file, index=False))
-    told = _subject_table(gather(out / "results", "pointing"), gather(out / "results", "probe"))
-    print(told.to_string(), exact_for(describe_machine(), len(config.seeds)), sep="\n")
-    return told
+    table = _subject_table(gather(out / "results", "pointing"), gather(out / "results", "probe"))
+    print(table.to_string(), exact_for(describe_machine(), len(config.seeds)), sep="\n")
+    return table
 
-# %% ../../nbs/studies/03_grounding.ipynb #eee43e21
+# %% ../../nbs/studies/03_grounding.ipynb #ad941525
 _FOCAL = ("Nodule", "Consolidation", "Pleural Effusion")
 
-# %% ../../nbs/studies/03_grounding.ipynb #e16c9e76
+
 def _pointing_means(
     pointing: pd.DataFrame,  # of all runs
-    findings: tuple[str, ...] | None = None,  # None: all
+    findings: tuple[str, ...] | None = None,  # None = all
     grain: str = "word",
 ) -> pd.DataFrame:  # subject, seed -> hit_rate, chance, other_image, best_fixed_point, cnr
     "Each run's pointing over some findings, every target counted once."
@@ -220,31 +225,34 @@ def _pointing_means(
     total = values.mul(rows.targets, axis=0).groupby(keys).sum()
     return total.div(rows.targets.groupby(keys).sum(), axis=0)
 
-# %% ../../nbs/studies/03_grounding.ipynb #ad941525
+
 def _subject_table(pointing: pd.DataFrame, probe: pd.DataFrame) -> pd.DataFrame:  # one row a subject
     "Probe (10 % of labels) and pointing of every subject: means over seeds, with the lowest and the highest seed."
     tenth = probe[probe.fraction == 0.1]
     own, random = (
-        tenth[chosen].groupby("subject").auroc for chosen in (tenth.encoder != "random", tenth.encoder == "random")
+        tenth[chosen].groupby("subject").auroc
+        for chosen in (tenth.encoder != RANDOM_INIT, tenth.encoder == RANDOM_INIT)
     )
-    told = pd.DataFrame(
+    table = pd.DataFrame(
         {
             "auroc": own.mean(),
             "auroc_low": own.min(),
             "auroc_high": own.max(),
-            "random": random.mean(),
+            RANDOM_INIT: random.mean(),
             "seeds": own.size(),
         }
     )
     for grain in ("word", "sentence"):
         for name, findings in (("", None), ("focal_", _FOCAL)):
             runs = _pointing_means(pointing, findings, grain)
-            of = runs.groupby("subject")
-            told[f"{grain}_{name}hit"], told[f"{grain}_{name}low"] = of.hit_rate.mean(), of.hit_rate.min()
-            told[f"{grain}_{name}high"] = of.hit_rate.max()
-            told[f"{grain}_{name}times_chance"] = of.hit_rate.mean() / of.chance.mean()
-            told[f"{grain}_{name}other"], told[f"{grain}_{name}cnr"] = of.other_image.mean(), of.cnr.mean()
-    return told.sort_values("word_focal_hit", ascending=False)
+            groups = runs.groupby("subject")
+            table[f"{grain}_{name}hit"] = groups.hit_rate.mean()
+            table[f"{grain}_{name}low"] = groups.hit_rate.min()
+            table[f"{grain}_{name}high"] = groups.hit_rate.max()
+            table[f"{grain}_{name}times_chance"] = groups.hit_rate.mean() / groups.chance.mean()
+            table[f"{grain}_{name}other"] = groups.other_image.mean()
+            table[f"{grain}_{name}cnr"] = groups.cnr.mean()
+    return table.sort_values("word_focal_hit", ascending=False)
 
 # %% ../../nbs/studies/03_grounding.ipynb #7a30778d
 def draw_summary(pointing: pd.DataFrame, grain: str = "word") -> Figure:
@@ -304,7 +312,7 @@ def draw_findings(pointing: pd.DataFrame, grain: str = "word") -> Figure:
 
 # %% ../../nbs/studies/03_grounding.ipynb #011972a4
 def draw_examples(maps: pd.DataFrame, subjects: list[str], findings: tuple[str, ...], phantom: Phantom) -> Figure:
-    "One word of each finding (columns) as each method (rows) sees it, on one scale a method, with the true extent; the first such word of the table."
+    "The first word of each finding (columns) as each method (rows) sees it, one scale a method, with the true extent."
     figure = Figure(figsize=(1.5 * len(findings) + 0.6, 1.62 * len(subjects)), dpi=80, layout="constrained")
     axes = figure.subplots(len(subjects), len(findings), squeeze=False)
     for row, subject in zip(axes, subjects):
@@ -313,7 +321,7 @@ def draw_examples(maps: pd.DataFrame, subjects: list[str], findings: tuple[str, 
         limits = common_limits(np.concatenate([list(word.scores) for word in words]))
         for ax, word in zip(row, words):
             study = phantom.study(word.study)
-            mask = np.any([found.mask for found in study.findings if found.name == word.finding], axis=0)
+            mask = np.any([finding.mask for finding in study.findings if finding.name == word.finding], axis=0)
             draw_map(
                 ax,
                 study.image,

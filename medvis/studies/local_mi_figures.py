@@ -24,21 +24,21 @@ from .show import held_out_pairs
 from ..train import Run, load_method
 from ..core.files import write_atomic, write_json
 
-# %% ../../nbs/studies/07_local_mi_figures.ipynb #d051584f
+# %% ../../nbs/studies/07_local_mi_figures.ipynb #864c1c25
 @torch.no_grad()
 def _choices(method: Method, pairs: Pairs, studies: int, together: int = 50) -> tuple[pd.DataFrame, tuple[int, int]]:
     "The region that every sentence of the first studies chose, and the grid."
     items, tables = list(range(min(studies, len(pairs)))), []
     for start, batch in zip(range(0, len(items), together), batches(method, pairs, items, together)):
-        found = method.correspondence(batch)
-        tables.append(chosen_regions(found, items[start : start + together]))
-    return pd.concat(tables, ignore_index=True), found.grid
+        correspondence = method.correspondence(batch)
+        tables.append(chosen_regions(correspondence, items[start : start + together]))
+    return pd.concat(tables, ignore_index=True), correspondence.grid
 
-# %% ../../nbs/studies/07_local_mi_figures.ipynb #864c1c25
+
 def run_local_mi_figures(config: FiguresConfig, main: str = "local-mi-0", studies: int = 300) -> None:
     "Write the estimates of all runs, the regions that sentences choose, and how often rightly."
     data, out = Pack(config.pack), Path(config.out)
-    curves, numbers, told = [], {}, {}
+    curves, numbers, facts = [], {}, {}
     for name, path in config.runs.items():
         curves.append(information_curve(Run(Path(path))).assign(run=name))
         method = load_method(path)
@@ -58,9 +58,9 @@ def run_local_mi_figures(config: FiguresConfig, main: str = "local-mi-0", studie
         }
         if name == main:
             table["study"] = [str(pairs.pack.studies["study_id"].iloc[pairs.items[item][0]]) for item in table["item"]]
-            told = {"main": main, "grid": grid}
+            facts = {"main": main, "grid": grid}
             write_atomic(out / "choices.parquet", lambda file: table.to_parquet(file, index=False))
     curve = pd.concat(curves).astype({"nats": np.float32})
     write_atomic(out / "information.parquet", lambda file: curve.to_parquet(file, index=False))
     save_table(out / "choices.csv", numbers)
-    write_json(out / "manifest.json", figure_manifest(config.runs.values(), data, config.command) | told)
+    write_json(out / "manifest.json", figure_manifest(config.runs.values(), data, config.command) | facts)

@@ -31,7 +31,7 @@ from ..train import Run, TrainConfig, create_method, fit, load_method
 from ..core.files import write_atomic, write_json
 from ..core.machine import describe_machine
 
-# %% ../../nbs/studies/05_lovt_figures.ipynb #b7aca8c7
+# %% ../../nbs/studies/05_lovt_figures.ipynb #7692da4e
 _VARIANTS = {
     "full": {},
     "no-local": dict(local_image_weight=0.0, local_report_weight=0.0),
@@ -39,9 +39,9 @@ _VARIANTS = {
     "avg-max": dict(local_image_weight=0.0, local_report_weight=0.0, pool="avg-max", local_weights=False),
 }
 
-# %% ../../nbs/studies/05_lovt_figures.ipynb #7692da4e
+
 def _train_variants(data: Pack, folder: Path, epochs: int = 3, seed: int = 0, progress: bool = True) -> dict[str, Path]:
-    "Train LoVT and its ablations (tiny preset) on a pack; runs that are done are left as they are."
+    "Train LoVT and its ablations (tiny preset) on a pack; finished runs are left as they are."
     runs = {}
     for name, changes in _VARIANTS.items():
         method = create_method("lovt", "tiny", data, seed, **changes)
@@ -53,11 +53,11 @@ def _train_variants(data: Pack, folder: Path, epochs: int = 3, seed: int = 0, pr
 
 # %% ../../nbs/studies/05_lovt_figures.ipynb #c6e5a9e5
 def figure_manifest(runs: Iterable[Path], data: Pack, command: str) -> dict:
-    "Where the numbers of a figure come from: runs with their seeds, data and code, and the call that made it. No paths of one machine."
-    told = {}
+    "Where a figure's numbers come from: runs with seeds, data and code, and the command; no paths of one machine."
+    facts = {}
     for path in map(Path, runs):
         run = Run(path)
-        told[path.name] = {
+        facts[path.name] = {
             "method": run.config["method"],
             "seed": run.manifest["seed"],
             "epochs": run.config["train"]["epochs"],
@@ -66,13 +66,13 @@ def figure_manifest(runs: Iterable[Path], data: Pack, command: str) -> dict:
         }
     return {
         "command": command,
-        "runs": told,
+        "runs": facts,
         "data": data.manifest["hash"],
         "source": data.manifest["source"],
         **describe_machine(),
     }
 
-# %% ../../nbs/studies/05_lovt_figures.ipynb #01f31ddf
+# %% ../../nbs/studies/05_lovt_figures.ipynb #c1808cea
 _OPACITIES = ("Lung Opacity", "Consolidation", "Pneumonia")  # the phantom's counterpart of RSNA's pneumonia opacities
 _POSITIVE = 0.1  # a region counts as positive when this share of it is covered
 
@@ -83,30 +83,31 @@ def _overlap_table(
     studies: int = 100,  # in the picture
     measured: int = 300,  # for the numbers
 ) -> tuple[pd.DataFrame, dict[str, float]]:
-    "t-SNE of the regions of the first studies with their overlap with an opacity (Fig. 4), and how well vectors tell it."
+    "t-SNE of the first studies' regions with their overlap with an opacity (Fig. 4), and how well vectors predict it."
     items = range(min(measured, len(pairs)))
-    seen = image_features(method, pairs, items)
-    overlap = region_overlap(phantom_masks(pairs, items, _OPACITIES), seen.grid).ravel().astype(np.float32)
-    vectors, study = seen.regions.flatten(0, 1).numpy(), np.repeat(items, seen.regions.shape[1]).astype(np.int16)
+    features = image_features(method, pairs, items)
+    overlap = region_overlap(phantom_masks(pairs, items, _OPACITIES), features.grid).ravel().astype(np.float32)
+    vectors = features.regions.flatten(0, 1).numpy()
+    study = np.repeat(items, features.regions.shape[1]).astype(np.int16)
     drawn = study < studies
     table = embedding_table(tsne(vectors[drawn]), study=study[drawn], overlap=overlap[drawn])
     covered = overlap >= _POSITIVE
     pure = neighbour_purity(vectors, covered, study).set_index("kind").reindex([True]).iloc[0]
-    told = {
+    numbers = {
         "purity": pure.purity,
         "purity_by_chance": pure.chance,
         "auroc": separability(vectors, covered, study),
         "regions": len(vectors),
         "positive": int(covered.sum()),
     }
-    return table, told
+    return table, numbers
 
-# %% ../../nbs/studies/05_lovt_figures.ipynb #25a51b1f
+
 _KINDS = ("image regions", "report sentences", "report to image", "image to report")
 
 
 def _local_table(aligned: Aligned) -> tuple[pd.DataFrame, dict[str, float]]:
-    "t-SNE of regions, texts and what each gathered (Fig. 3), and how pure neighbourhoods are: 0.5 = both sides are mixed."
+    "t-SNE of regions, texts and what each gathered (Fig. 3), and purity of neighbourhoods: 0.5 = both sides are mixed."
     everywhere = torch.ones_like(aligned.regions[..., 0], dtype=torch.bool)
     parts = [
         (aligned.regions, everywhere),
@@ -117,26 +118,26 @@ def _local_table(aligned: Aligned) -> tuple[pd.DataFrame, dict[str, float]]:
     vectors = np.concatenate([part[mask].numpy() for part, mask in parts])
     study = np.concatenate([mask.nonzero()[:, 0].numpy() for _, mask in parts])
     kind = np.repeat(np.arange(4), [int(mask.sum()) for _, mask in parts])
-    told = {}
-    for one, other, name in ((0, 2, "regions_purity"), (1, 3, "sentences_purity")):
-        keep = np.isin(kind, (one, other))
-        told[name] = float(neighbour_purity(vectors[keep], kind[keep], study[keep]).purity.mean())
-    return embedding_table(tsne(vectors), kind=np.array(_KINDS)[kind], study=study.astype(np.int16)), told
+    numbers = {}
+    for first, second, name in ((0, 2, "regions_purity"), (1, 3, "sentences_purity")):
+        keep = np.isin(kind, (first, second))
+        numbers[name] = float(neighbour_purity(vectors[keep], kind[keep], study[keep]).purity.mean())
+    return embedding_table(tsne(vectors), kind=np.array(_KINDS)[kind], study=study.astype(np.int16)), numbers
 
-# %% ../../nbs/studies/05_lovt_figures.ipynb #c1808cea
+
 def _weights_table(
     method: Method, pairs: Pairs, studies: int | None = None
 ) -> tuple[dict[str, np.ndarray], dict[str, float]]:
-    "Mean region weights, mean image and where the lungs are (Fig. 5), and its numbers. ValueError for a method without weights."
+    "Mean region weights, mean image and lungs (Fig. 5), and its numbers. ValueError for a method without weights."
     items = range(min(studies or len(pairs), len(pairs)))
-    seen, lungs = image_features(method, pairs, items), phantom_masks(pairs, items)
-    if seen.weights is None:
+    features, lungs = image_features(method, pairs, items), phantom_masks(pairs, items)
+    if features.weights is None:
         raise ValueError(f"{type(method).__name__} does not weigh regions")
-    weights, images = seen.weights.numpy(), np.stack([pairs.image(i)[0].numpy() for i in items])
-    overlap, told = region_overlap(lungs, seen.grid), weight_numbers(weights, lungs, seen.grid)
-    told["lung_symmetry"] = mirror_symmetry(overlap.mean(0), seen.grid)
-    found = {"weights": weights.mean(0), "grid": np.array(seen.grid), "image": images.mean(0), "lungs": lungs.mean(0)}
-    return {name: np.asarray(value, dtype=np.float32) for name, value in found.items()}, told
+    weights, images = features.weights.numpy(), np.stack([pairs.image(i)[0].numpy() for i in items])
+    grid, numbers = features.grid, weight_numbers(weights, lungs, features.grid)
+    numbers["lung_symmetry"] = mirror_symmetry(region_overlap(lungs, grid).mean(0), grid)
+    arrays = {"weights": weights.mean(0), "grid": np.array(grid), "image": images.mean(0), "lungs": lungs.mean(0)}
+    return {name: np.asarray(value, dtype=np.float32) for name, value in arrays.items()}, numbers
 
 # %% ../../nbs/studies/05_lovt_figures.ipynb #cc25b366
 @dataclass
@@ -146,13 +147,13 @@ class FiguresConfig:
     out: Path
     "Folder of the results."
     pack: Path
-    "Pack of the phantom that the runs were trained on; its test split is looked at."
+    "Pack of the phantom that the runs were trained on; its test split is used."
     runs: dict[str, Path] = field(default_factory=dict)
     "Run folders by name."
     studies: int = 100
     "Studies in a t-SNE picture."
     command: str = ""
-    "How this was called, for the manifest."
+    "The command, for the manifest."
 
 # %% ../../nbs/studies/05_lovt_figures.ipynb #dea12feb
 def save_table(path: Path, rows: Mapping[str, Mapping[str, float]]) -> pd.DataFrame:
@@ -163,18 +164,18 @@ def save_table(path: Path, rows: Mapping[str, Mapping[str, float]]) -> pd.DataFr
 
 # %% ../../nbs/studies/05_lovt_figures.ipynb #1aca3b30
 def run_lovt_figures(config: FiguresConfig, main: str = "lovt-0") -> None:
-    "Result files of Fig. 1 and 2 for all runs (2: those that align), of Fig. 3 for the main one, of Fig. 4 and 5 for all of its method."
+    "Write Fig. 1 and 2 of all runs (2: those that align), Fig. 3 of the main one, Fig. 4 and 5 of its method's runs."
     data, out, kind = Pack(config.pack), Path(config.out), Run(Path(config.runs[main])).config["method"]
     spreads, aligned, overlaps, weights, local = [], {}, {}, {}, {}
     for name, path in config.runs.items():
         method = load_method(path)
         pairs = held_out_pairs(method, data)
-        seen = image_features(method, pairs)
-        spreads.append(spread_table({name: seen}))
+        features = image_features(method, pairs)
+        spreads.append(spread_table({name: features}))
         if Run(Path(path)).config["method"] == kind:
             table, overlaps[name] = _overlap_table(method, pairs, config.studies)
             write_embedding(out / f"regions-{name}.parquet", table)
-            if seen.weights is not None:
+            if features.weights is not None:
                 arrays, weights[name] = _weights_table(method, pairs)
                 if name == main:
                     write_atomic(out / "weights.npz", lambda file: np.savez_compressed(file, **arrays))
@@ -199,10 +200,10 @@ def run_lovt_figures(config: FiguresConfig, main: str = "lovt-0") -> None:
         save_table(out / f"{name}.csv", rows)
     write_json(out / "manifest.json", figure_manifest(config.runs.values(), data, config.command))
 
-# %% ../../nbs/studies/05_lovt_figures.ipynb #40a29f70
+# %% ../../nbs/studies/05_lovt_figures.ipynb #c9f8cf1f
 @matplotlib.rc_context(STYLE)
 def _draw_local(
-    table: pd.DataFrame,  # of `_local_table`
+    table: pd.DataFrame,  # as returned by `_local_table`
     numbers: Mapping[str, float],
 ) -> Figure:
     "t-SNE of local vectors (points) and of what they gathered (crosses): LoVT supplement, Fig. 3."
@@ -222,34 +223,34 @@ def _draw_local(
             linewidths=0 if mark == "o" else 0.7,
         )
     ax.set(xticks=[], yticks=[])
-    ax.grid(visible=False), ax.spines[:].set_visible(True), ax.set_box_aspect(1)
+    ax.grid(visible=False)
+    ax.spines[:].set_visible(True)
+    ax.set_box_aspect(1)
     ax.set_title(
-        f"neighbours of the own kind: regions {numbers['regions_purity']:.2f}, sentences {numbers['sentences_purity']:.2f} (mixed: 0.50)",
+        f"neighbours of the own kind: regions {numbers['regions_purity']:.2f}, "
+        f"sentences {numbers['sentences_purity']:.2f} (mixed: 0.50)",
         fontsize=7.5,
         weight="normal",
     )
     figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=2, markerscale=1.6)
     return figure
 
-# %% ../../nbs/studies/05_lovt_figures.ipynb #c9f8cf1f
+
 @matplotlib.rc_context(STYLE)
 def _draw_overlap(
-    tables: Mapping[str, pd.DataFrame],  # title -> of `_overlap_table`
+    tables: Mapping[str, pd.DataFrame],  # title -> as returned by `_overlap_table`
     numbers: Mapping[str, Mapping[str, float]],
 ) -> Figure:
     "t-SNE of regions coloured by their overlap with an opacity, side by side: LoVT supplement, Fig. 4."
     figure = Figure(figsize=(2.35 * len(tables) + 0.6, 2.9), dpi=110)
-    axes, highest = (
-        figure.subplots(1, len(tables), squeeze=False)[0],
-        max(table.overlap.max() for table in tables.values()),
-    )
+    axes = figure.subplots(1, len(tables), squeeze=False)[0]
+    highest = max(table.overlap.max() for table in tables.values())
     for ax, (title, table) in zip(axes, tables.items()):
         shown = draw_values(ax, table, "overlap", highest, size=9)
-        told = numbers[title]
+        own = numbers[title]
         ax.set_title(title, fontsize=9)
         ax.set_xlabel(
-            f"AUROC {told['auroc']:.2f}; purity {told['purity']:.2f} (chance {told['purity_by_chance']:.2f})",
-            fontsize=7.5,
+            f"AUROC {own['auroc']:.2f}; purity {own['purity']:.2f} (chance {own['purity_by_chance']:.2f})", fontsize=7.5
         )
     figure.colorbar(shown, ax=axes, label="covered by an opacity", shrink=0.8)
     return figure

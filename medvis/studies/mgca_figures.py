@@ -27,27 +27,27 @@ from .show import held_out_pairs, pick_targets
 from ..train import load_method
 from ..core.files import write_atomic, write_json
 
-# %% ../../nbs/studies/06_mgca_figures.ipynb #8ab4542b
+# %% ../../nbs/studies/06_mgca_figures.ipynb #6626aa10
 @torch.no_grad()
 def _word_map_rows(method: Method, pairs: Pairs, items: list[int]) -> pd.DataFrame:
-    "For each word that names a finding: its map as shares (softmax of the scores), the share on the finding, its area, and the hit."
+    "For each word that names a finding: its map (softmax of the scores), its share on the finding, the area, the hit."
     rows, method = [], method.eval()
     targets = [target for target in phantom_targets(pairs, items) if target.role == "name"]
     for item in items:
         own = [target for target in targets if target.item == item]
-        found = method.correspondence(collate([pairs[item]])) if own else None
-        for target in (target for target in own if target.word < found.words.shape[2]):
-            scores = found.words[0, :, target.word].float()
-            share, mask = (scores / found.temperature).softmax(0).numpy()[None], target.mask[None]
-            inside, area = share_inside(share, mask, found.grid)
-            hit = pointing_hits(scores.numpy()[None], mask, found.grid)[0]
+        maps = method.correspondence(collate([pairs[item]])) if own else None
+        for target in (target for target in own if target.word < maps.words.shape[2]):
+            scores = maps.words[0, :, target.word].float()
+            share, mask = (scores / maps.temperature).softmax(0).numpy()[None], target.mask[None]
+            inside, area = share_inside(share, mask, maps.grid)
+            hit = pointing_hits(scores.numpy()[None], mask, maps.grid)[0]
             rows.append(
                 {
                     "study": str(pairs.pack.studies["study_id"].iloc[pairs.items[item][0]]),
                     "word": target.word,
                     "text": target.text,
                     "finding": target.finding,
-                    "side": found.grid[0],
+                    "side": maps.grid[0],
                     "inside": inside[0],
                     "area": area[0],
                     "hit": hit[0],
@@ -56,9 +56,9 @@ def _word_map_rows(method: Method, pairs: Pairs, items: list[int]) -> pd.DataFra
             )
     return pd.DataFrame(rows)
 
-# %% ../../nbs/studies/06_mgca_figures.ipynb #a0e45925
+
 def _word_numbers(rows: pd.DataFrame) -> dict[str, float]:
-    "Share of a word's map on its finding beside the finding's area, and the pointing game, over all words that name one."
+    "Share of a word's map on its finding, the finding's area, and the pointing game, over all words that name one."
     return {
         "words": len(rows),
         "inside": rows.inside.mean(),
@@ -67,16 +67,14 @@ def _word_numbers(rows: pd.DataFrame) -> dict[str, float]:
         "hit": rows.hit.mean(),
     }
 
-# %% ../../nbs/studies/06_mgca_figures.ipynb #6626aa10
+
 def _draw_word_maps(rows: pd.DataFrame, phantom: Phantom, width: float = 1.45) -> Figure:
-    "A row a study: the radiograph and the maps of the words that name its findings, with their true extent (MGCA Fig. 3)."
+    "A row for each study: the radiograph and maps of the words that name its findings, with their extent (Fig. 3)."
     studies = list(dict.fromkeys(rows.study))
     columns = min(rows.groupby("study").finding.nunique().max(), 4)
     figure = Figure(figsize=(width * (columns + 1), 1.14 * width * len(studies)), dpi=100, layout="constrained")
-    axes, limits = (
-        figure.subplots(len(studies), columns + 1, squeeze=False),
-        common_limits(np.concatenate(rows["map"].tolist())),
-    )
+    axes = figure.subplots(len(studies), columns + 1, squeeze=False)
+    limits = common_limits(np.concatenate(rows["map"].tolist()))
     for line, name in zip(axes, studies):
         study = phantom.study(name)
         draw_map(line[0], study.image, title="image" if name == studies[0] else "")
@@ -89,20 +87,20 @@ def _draw_word_maps(rows: pd.DataFrame, phantom: Phantom, width: float = 1.45) -
             ax.axis("off")
     return figure
 
-# %% ../../nbs/studies/06_mgca_figures.ipynb #b65b3a8d
+# %% ../../nbs/studies/06_mgca_figures.ipynb #c50c6703
 def _single_findings(
     phantom: Phantom, count: int = 1600, start: int = 6000
 ) -> list[tuple[int, str]]:  # (study, finding)
     "The first studies from `start` on that show exactly one finding."
-    found, index = [], start
-    while len(found) < count:
+    single, index = [], start
+    while len(single) < count:
         shown = phantom.scene(index).findings
         if len(shown) == 1:
-            found.append((index, shown[0].name))
+            single.append((index, shown[0].name))
         index += 1
-    return found
+    return single
 
-# %% ../../nbs/studies/06_mgca_figures.ipynb #119ca195
+
 @torch.no_grad()
 def _image_vectors(method: Method, phantom: Phantom, studies: list[int], together: int = 64) -> np.ndarray:  # (n, d)
     "Projected images of phantom studies."
@@ -112,7 +110,7 @@ def _image_vectors(method: Method, phantom: Phantom, studies: list[int], togethe
         vectors.append(method.embed_image(torch.stack(images)).numpy())
     return np.concatenate(vectors)
 
-# %% ../../nbs/studies/06_mgca_figures.ipynb #c50c6703
+
 @torch.no_grad()
 def _pair_embeddings(
     method: Method, pairs: Pairs, together: int = 64
@@ -122,7 +120,8 @@ def _pair_embeddings(
     for start in range(0, len(pairs), together):
         batch = collate([pairs[i] for i in range(start, min(start + together, len(pairs)))])
         image, text = method.pair_vectors(batch)
-        images.append(image.numpy()), texts.append(text.numpy())
+        images.append(image.numpy())
+        texts.append(text.numpy())
     return np.concatenate(images), np.concatenate(texts)
 
 # %% ../../nbs/studies/06_mgca_figures.ipynb #d9333af7
@@ -132,13 +131,13 @@ def run_mgca_figures(config: FiguresConfig, main: str = "mgca-0", images: int = 
     source = data.manifest["source"]
     phantom = Phantom(source["size"], source["seed"])
     single = _single_findings(phantom, images, source["studies"])
-    index, disease = [one for one, _ in single], np.array([name for _, name in single])
-    looked, clusters, usage = {}, {}, {}
+    index, disease = [study for study, _ in single], np.array([name for _, name in single])
+    word_numbers, clusters, usage = {}, {}, {}
     for name, path in config.runs.items():
         method = load_method(path)
         pairs = held_out_pairs(method, data)
         rows = _word_map_rows(method, pairs, list(range(min(words, len(pairs)))))
-        looked[name] = _word_numbers(rows)
+        word_numbers[name] = _word_numbers(rows)
         if method.prototypes is not None:
             vectors, prototypes = _image_vectors(method, phantom, index), method.prototypes.detach().numpy()
             nearest = nearest_prototype(vectors, prototypes)
@@ -158,6 +157,6 @@ def run_mgca_figures(config: FiguresConfig, main: str = "mgca-0", images: int = 
             write_embedding(
                 out / "words.parquet", _word_map_rows(method, pairs, list(pick_targets(phantom_targets(pairs), 4)))
             )
-    for name, rows in (("words", looked), ("clusters", clusters), ("usage", usage)):
+    for name, rows in (("words", word_numbers), ("clusters", clusters), ("usage", usage)):
         save_table(out / f"{name}.csv", rows)
     write_json(out / "manifest.json", figure_manifest(config.runs.values(), data, config.command))

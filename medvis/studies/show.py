@@ -32,10 +32,11 @@ from ..data.pairs import Pairs, collate
 from ..data.prepare import pack_phantom
 from ..evaluate import paired_gain, phantom_pointing, phantom_targets
 from ..evaluate.ground import PhantomPointing, Target
+from ..evaluate.models import rename_old_baselines
 from ..methods import Method
 from ..train import Run, load_method
 from ..train.diagnostics import collapse
-from ..train.run import training_pack
+from ..train.run import RANDOM_INIT, training_pack
 from ..widgets.correspondence import CorrespondenceWidget, Display, pack_study, page_state
 from ..widgets.shell import state_json, static
 
@@ -49,7 +50,7 @@ def pick_targets(
     targets: Sequence[Target],
     count: int = 4,  # studies
 ) -> dict[int, list[Target]]:  # item -> its targets whose word names a finding
-    """The first study for each of the rarest findings, rarest first: a rule, so that nothing is picked by its looks.
+    """The first study for each of the rarest findings, rarest first: a rule, so that no study is picked by its looks.
 
     Parameters
     ----------
@@ -71,7 +72,7 @@ def pick_targets(
             chosen[item] = [target for target in named if target.item == item]
     return chosen
 
-# %% ../../nbs/studies/01_show.ipynb #f6943b63
+# %% ../../nbs/studies/01_show.ipynb #55fbde34
 @torch.no_grad()
 def _study_cards(
     method: Method,
@@ -83,20 +84,18 @@ def _study_cards(
     cards = []
     for item, targets in chosen.items():
         batch = collate([pairs[item]]).to(next(method.parameters()).device)
-        found = method.correspondence(batch)
-        masks = {t.word: t.mask for t in targets if t.word < found.words.shape[2]}
-        name = pairs.pack.studies["study_id"].iloc[pairs.items[item][0]]
-        cards.append(
-            correspondence_card(
-                batch.image[0].cpu(), found, 0, pairs.report(item), list(masks)[:6] or None, masks, str(name), show_text
-            )
-        )
+        correspondence = method.correspondence(batch)
+        masks = {t.word: t.mask for t in targets if t.word < correspondence.words.shape[2]}
+        name = str(pairs.pack.studies["study_id"].iloc[pairs.items[item][0]])
+        image, report, pick = batch.image[0].cpu(), pairs.report(item), list(masks)[:6] or None
+        cards.append(correspondence_card(image, correspondence, 0, report, pick, masks, name, show_text))
     return cards
 
-# %% ../../nbs/studies/01_show.ipynb #55fbde34
+
 _CARD = (
-    "Hover a word, or a sentence's number, to see where the trained network places it; click to keep it. Point at the image to see "
-    "which words speak of that place. The studies take no part in training; the first of each of the rarest findings is shown."
+    "Hover a word, or a sentence's number, to see where the trained network places it; click to keep it. Point at the "
+    "image to see which words belong to that place. The studies took no part in training; the first of each of the "
+    "rarest findings is shown."
 )
 
 
@@ -127,25 +126,26 @@ def _top_numbers(
     probe: pd.DataFrame | None,
     gains: pd.DataFrame | None,
     pointing: PhantomPointing | None,
-    control: PhantomPointing | None = None,  # of the untrained network
+    control: PhantomPointing | None = None,  # of the randomly initialised network
 ) -> Html:
-    "The run in a few large numbers, each with its interval and what an untrained network gets."
+    "The run in a few large numbers, each with its interval and what a randomly initialised network gets."
     numbers = []
     if probe is not None and gains is not None:
         macro = probe[probe.finding == "macro"].set_index(["encoder", "fraction"])
         for row in gains.itertuples():
-            told = macro.loc[(row.encoder, row.fraction)]
+            score, share = macro.loc[(row.encoder, row.fraction)], f"{row.fraction:.0%} of labels"
+            gain = f"gain {row.gain:+.3f} ({row.low:+.3f} to {row.high:+.3f})"
             numbers.append(
                 (
-                    f"{told.auroc:.3f}",
-                    f"macro AUROC of a linear probe, {row.fraction:.0%} of labels ({told.low:.3f} to {told.high:.3f})",
-                    f"untrained: {macro.loc[('random', row.fraction)].auroc:.3f}; gain {row.gain:+.3f} ({row.low:+.3f} to {row.high:+.3f})",
+                    f"{score.auroc:.3f}",
+                    f"macro AUROC of a linear probe, {share} ({score.low:.3f} to {score.high:.3f})",
+                    f"random-init: {macro.loc[('random-init', row.fraction)].auroc:.3f}; {gain}",
                 )
             )
     for grain in ("sentence", "word") if pointing is not None else ():
         rate = pointing.rate(grain=grain)
-        known = None if control is None else control.rate(grain=grain).hit_rate
-        blind = "" if known is None else f"untrained: {known.value:.3f} ({known.low:.3f} to {known.high:.3f}); "
+        own = None if control is None else control.rate(grain=grain).hit_rate
+        blind = "" if own is None else f"random-init: {own.value:.3f} ({own.low:.3f} to {own.high:.3f}); "
         numbers.append(
             (
                 f"{rate.hit_rate.value:.3f}",
@@ -173,21 +173,22 @@ def _diagnostics_section(run: Run) -> list[Section]:
     if diagnostics.empty:
         return []
     last = {name: value for name, value in diagnostics.iloc[-1].dropna().items() if isinstance(value, float)}
-    told = "; ".join(collapse(last)) or "No sign of collapse"
+    warning = "; ".join(collapse(last)) or "No sign of collapse"
     about = (
-        f"What the vectors look like on validation patients after each epoch. {told}. The healthy range is shaded: outside it "
-        "training warns (spread, rank, prototypes), or, as a rule of thumb, next to nothing has been learned (the others)."
+        f"What the vectors look like on validation patients after each epoch. {warning}. The healthy range is shaded: "
+        "outside it training warns (spread, rank, prototypes), or, as a rule of thumb, next to nothing has been "
+        "learned (the others)."
     )
     return [Section("Is it well?", [about, diagnostic_figures(diagnostics), diagnostics_table(diagnostics)])]
 
-# %% ../../nbs/studies/01_show.ipynb #9d4e41b4
+# %% ../../nbs/studies/01_show.ipynb #cf4e59ec
 def _run_title(run: Run, data: Pack) -> str:
     'Method, preset and data: "mixture-mi tiny on 2 000 phantom pairs".'
     count = f"{(data.studies['split'] == 'train').sum():,}".replace(",", "\u202f")
     what = "phantom pairs" if pack_phantom(data) else f"studies of {data.path.name}"
     return f"{run.config['method']} {run.config['preset']} on {count} {what}"
 
-# %% ../../nbs/studies/01_show.ipynb #9d5e41b5
+
 def _how_to_repeat(run: Run, command: str | None = None) -> Section:
     "The command, seed and versions that make the run again, and for which machine its numbers are exact."
     manifest, config = run.manifest, run.config
@@ -217,43 +218,53 @@ def _how_to_repeat(run: Run, command: str | None = None) -> Section:
         ],
     )
 
-# %% ../../nbs/studies/01_show.ipynb #cf4e59ec
+
 def _known_gains(predictions: Path) -> pd.DataFrame | None:
-    "Gains over random initialisation from a probe's predictions; None when they are not there, or nothing random is in them."
+    "Gains over random initialisation from a probe's predictions; None without the file, or without random-init in it."
     if not predictions.exists():
         return None
-    table = pd.read_parquet(predictions)
-    return paired_gain(table) if "random" in set(table["encoder"]) else None
+    table = rename_old_baselines(pd.read_parquet(predictions))
+    return paired_gain(table) if RANDOM_INIT in set(table["encoder"]) else None
 
 # %% ../../nbs/studies/01_show.ipynb #d6c2c5b0
+def _ordered_sections(sections: list[Section], run: Run, command: str | None) -> list[Section]:
+    "The sections with the diagnostics before the word maps, and how to repeat the run before what is folded."
+    titles = [section.title for section in sections]
+    last = next((k for k, title in enumerate(titles) if title in ("Words and regions", "Configuration")), len(titles))
+    sections = [*sections[:last], *_diagnostics_section(run), *sections[last:]]
+    folded = next(k for k, section in enumerate(sections) if section.folded)
+    return [*sections[:folded], _how_to_repeat(run, command), *sections[folded:]]
+
+
 def show_run(
     run: Run,
-    data: Pack | None = None,  # None: the pack it was trained on
-    out: str | Path | None = None,  # None: page.html in the run folder
+    data: Pack | None = None,  # None = the Pack it was trained on
+    out: str | Path | None = None,  # None = page.html in the run folder
     studies: int = 4,  # shown with their word maps
-    show_text: bool | None = None,  # None: only the phantom's reports
-    pointing: PhantomPointing | None = None,  # None: play the game now, if it is a phantom
-    command: str | None = None,  # what made the run; None: `medvis pretrain`
+    show_text: bool | None = None,  # None = only the phantom's reports
+    pointing: PhantomPointing | None = None,  # None = measured now, if it is a phantom
+    command: str | None = None,  # what made the run; None = `medvis pretrain`
 ) -> Path:
-    """Write the page of a run. FileNotFoundError when the run or its pack is not there.
+    """Write the page of a run. FileNotFoundError when the run or its Pack is missing.
 
     Parameters
     ----------
     run : Run
     data : Pack | None, default: None
-        None: the pack it was trained on
+        None = the Pack it was trained on
     out : str | Path | None, default: None
-        None: page.html in the run folder
+        None = page.html in the run folder
     studies : int, default: 4
         shown with their word maps
     show_text : bool | None, default: None
-        None: only the phantom's reports
+        None = only the phantom's reports
     pointing : PhantomPointing | None, default: None
-        None: play the game now, if it is a phantom
+        None = measured now, if it is a phantom
     command : str | None, default: None
-        what made the run; None: `medvis pretrain`
+        what made the run; None = `medvis pretrain`
     """
-    method, probe, gains, control = load_method(run.path), None, None, None
+    method = load_method(run.path)
+    probe = gains = control = None
     data = training_pack(run.provenance) if data is None else data
     phantom = pack_phantom(data) is not None
     pairs = held_out_pairs(method, data)
@@ -267,10 +278,10 @@ def show_run(
             )
             control = phantom_pointing(_initial_network(run), pairs)
         cards = _study_cards(method, pairs, chosen, shown)
-        rows = {pairs.items[item][0]: found for item, found in chosen.items()}
+        rows = {pairs.items[item][0]: targets for item, targets in chosen.items()}
         live = _live_card(run.config["method"], method, data, rows, shown) if rows else None
     if (run.path / "probe" / "probe.csv").exists():
-        probe = read_csv(run.path / "probe" / "probe.csv", ("finding",))
+        probe = rename_old_baselines(read_csv(run.path / "probe" / "probe.csv", ("finding",)))
         gains = _known_gains(run.path / "probe" / "predictions.parquet")
     sections = run_sections(
         run.metrics,
@@ -279,14 +290,7 @@ def show_run(
         cards,
         {"Configuration": run.config, "Machine and data": run.manifest},
     )
-    last = next(
-        k
-        for k, section in enumerate([*sections, None])
-        if section is None or section.title in ("Words and regions", "Configuration")
-    )
-    sections[last:last] = _diagnostics_section(run)
-    folded = next(k for k, section in enumerate(sections) if section.folded)
-    sections.insert(folded, _how_to_repeat(run, command))
-    told = f"{len(data.studies)} studies in {data.path.name}. {exact_for(run.manifest)}"
+    sections = _ordered_sections(sections, run, command)
+    subtitle = f"{len(data.studies)} studies in {data.path.name}. {exact_for(run.manifest)}"
     top = _top_numbers(probe, gains, pointing, control)
-    return write_page(out or run.path / "page.html", _run_title(run, data), sections, told, top, live)
+    return write_page(out or run.path / "page.html", _run_title(run, data), sections, subtitle, top, live)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['AugmentationExplorer', 'CorrespondenceWidget', 'EmbeddingView', 'study_points', 'PhantomExplorer', 'plant',
-           'study_with', 'Outline', 'Studies', 'StudyView', 'beside_untrained']
+           'study_with', 'Outline', 'Studies', 'StudyView', 'beside_random_init']
 
 # %% ../../nbs/widgets/00_doors.ipynb #90917138
 from .augmentation import AugmentationExplorer
@@ -12,7 +12,7 @@ from .correspondence import CorrespondenceWidget
 from .embedding import EmbeddingView, study_points
 from .phantom import PhantomExplorer, plant, study_with
 from .study import Outline, Studies, StudyView
-from .tour import beside_untrained
+from .tour import beside_random_init
 
 # %% ../../nbs/widgets/00_doors.ipynb #2588bde1
 _all_ = [
@@ -26,5 +26,5 @@ _all_ = [
     "Outline",
     "Studies",
     "StudyView",
-    "beside_untrained",
+    "beside_random_init",
 ]

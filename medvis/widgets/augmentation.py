@@ -6,6 +6,7 @@
 __all__ = ['AugmentationExplorer']
 
 # %% ../../nbs/widgets/04_augmentation.ipynb #27caec1d
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from html import escape
@@ -27,7 +28,7 @@ from .shell import COLOURS, Pictured, Slider, picture_url, themed
 
 # %% ../../nbs/widgets/04_augmentation.ipynb #5f4d4b99
 def _outline(
-    places: torch.Tensor,  # (3, h, w) of every pixel of a view: its column and row on the film, and 1; or zeros, without film
+    places: torch.Tensor,  # (3, h, w) column and row on the film of every pixel of a view, and 1; zeros = no film
 ) -> np.ndarray:  # (K, 2) x, y of the corners on the film, in order; K = 0 if there is no film
     "The convex outline of what a view shows of the film."
     column, row = places[:2, places[2] > 0].numpy()
@@ -42,23 +43,23 @@ def _motion(
 ) -> tuple[float, bool]:  # degrees, mirrored
     "Whether a view shows the film mirrored, and by how many degrees it is then turned clockwise."
     y, x = torch.nonzero(places[2] > 0).double().T
-    there = places[:2, places[2] > 0].T.double()
-    here = torch.stack([x, y, torch.ones_like(x)], 1)
-    (xx, yx), (xy, yy) = torch.linalg.lstsq(here, there).solution[:2].tolist()
+    on_film = places[:2, places[2] > 0].T.double()
+    on_view = torch.stack([x, y, torch.ones_like(x)], 1)
+    (xx, yx), (xy, yy) = torch.linalg.lstsq(on_view, on_film).solution[:2].tolist()
     mirrored = xx * yy < xy * yx
     return float(np.degrees(np.arctan2(-xy if mirrored else xy, yy))), mirrored
 
-# %% ../../nbs/widgets/04_augmentation.ipynb #ce7d606a
+# %% ../../nbs/widgets/04_augmentation.ipynb #b7c5aca2
 @dataclass(frozen=True)
 class _AugmentedView:
     "A film and one view of it."
 
     film: np.ndarray  # (H, W) uint8
-    seen: torch.Tensor  # (C, size, size) float32, as the encoder gets it
-    outline: np.ndarray  # (K, 2) of the part of the film that is seen
-    told: str  # the same in words
+    image: torch.Tensor  # (C, size, size) float32, as the encoder gets it
+    outline: np.ndarray  # (K, 2) of the part of the film that the view shows
+    caption: str  # the same in words
 
-# %% ../../nbs/widgets/04_augmentation.ipynb #b7c5aca2
+
 def _draw_view(
     film: torch.Tensor,  # (1, H, W) uint8
     preprocessing: Preprocessing,
@@ -66,7 +67,7 @@ def _draw_view(
 ) -> _AugmentedView:
     "One view of a film; draws from torch's generator exactly what `preprocessing.transform(augment)` draws."
     before = torch.get_rng_state()
-    seen = preprocessing.transform(augment)(film)
+    image = preprocessing.transform(augment)(film)
     after = torch.get_rng_state()
     rows, columns = torch.meshgrid(*map(torch.arange, film.shape[1:]), indexing="ij")
     places = tv_tensors.Mask(torch.stack([columns, rows, torch.ones_like(rows)]))
@@ -77,26 +78,26 @@ def _draw_view(
     torch.set_rng_state(after)
     part = _outline(places)
     if not len(part):
-        return _AugmentedView(film[0].numpy(), seen, part, "nothing of the film")
+        return _AugmentedView(film[0].numpy(), image, part, "nothing of the film")
     turn, mirrored = _motion(places)
-    told = [f"{ConvexHull(part).volume / film[0].numel():.0%} of the film"]
-    told += [f"turned {turn:+.0f}°"] * (abs(turn) >= 0.5) + ["mirrored"] * mirrored
-    return _AugmentedView(film[0].numpy(), seen, part, ", ".join(told))
+    words = [f"{ConvexHull(part).volume / film[0].numel():.0%} of the film"]
+    words += [f"turned {turn:+.0f}°"] * (abs(turn) >= 0.5) + ["mirrored"] * mirrored
+    return _AugmentedView(film[0].numpy(), image, part, ", ".join(words))
 
 # %% ../../nbs/widgets/04_augmentation.ipynb #2909e508
 class _TracedPreprocessing(Preprocessing):
-    "A preprocessing whose views tell where they were cut from."
+    "A preprocessing whose views know the part of the film that they show."
 
-    def transform(self, augment: str = "none"):
-        "(1, H, W) uint8 -> Look"
+    def transform(self, augment: str = "none") -> Callable[[torch.Tensor], _AugmentedView]:
+        "From (1, H, W) uint8 to an `_AugmentedView`."
         return partial(_draw_view, preprocessing=Preprocessing(**asdict(self)), augment=augment)
 
-# %% ../../nbs/widgets/04_augmentation.ipynb #e95f0bd1
+# %% ../../nbs/widgets/04_augmentation.ipynb #834afe68
 def _picture_tile(
     picture: np.ndarray,  # (H, W) uint8
     alt: str,  # what it shows, for those who do not see it
     caption: str,
-    colour: str = "",  # of the bar beside the caption
+    colour: str = "",  # of the bar next to the caption
     outlines: dict[str, np.ndarray] = {},  # colour -> (K, 2)
 ) -> str:  # HTML
     "A captioned picture, with outlines drawn over it."
@@ -111,16 +112,16 @@ def _picture_tile(
         f'<figcaption style="--c:{colour or "transparent"}">{escape(caption)}</figcaption></figure>'
     )
 
-# %% ../../nbs/widgets/04_augmentation.ipynb #3b69f223
+
 def _grey_levels(
-    seen: torch.Tensor,  # (C, size, size) as an encoder gets it
+    image: torch.Tensor,  # (C, size, size) as an encoder gets it
     preprocessing: Preprocessing,
 ) -> np.ndarray:  # (size, size) uint8
-    "What an encoder gets as grey levels again: its first channel without the normalisation."
+    "An encoder's input as grey levels: its first channel without the normalisation."
     mean, std = (np.ravel(value)[0] for value in (preprocessing.mean, preprocessing.std))
-    return (255 * (seen[0].numpy() * std + mean)).round().clip(0, 255).astype(np.uint8)
+    return (255 * (image[0].numpy() * std + mean)).round().clip(0, 255).astype(np.uint8)
 
-# %% ../../nbs/widgets/04_augmentation.ipynb #834afe68
+
 def _draw_film(
     ax: Axes,
     picture: np.ndarray,  # (H, W) uint8
@@ -137,14 +138,14 @@ def _draw_film(
 
 # %% ../../nbs/widgets/04_augmentation.ipynb #3ef199de
 class AugmentationExplorer(Pictured, ipywidgets.VBox):
-    """A study beside the views of it that training will draw. Its controls are attributes (`study`, `augment`, `epoch`,
-    `seed`, `views`: set their `.value`), and so is what they show: `name` of the study, `looks`.
+    """A study and the views of it that training will draw. Its controls are attributes (`study`, `augment`, `epoch`,
+    `seed`, `views`: set their `.value`), and so are the `name` of the study and its `looks`.
 
     Parameters
     ----------
     data : Pack
     preprocessing : Preprocessing | None, default: None
-        None: the pack's size, one channel
+        None = the Pack's size, one channel
     view : Sampling, default: Sampling()
         of a method
     split : str | None, default: 'train'
@@ -155,7 +156,7 @@ class AugmentationExplorer(Pictured, ipywidgets.VBox):
     def __init__(
         self,
         data: Pack,
-        preprocessing: Preprocessing | None = None,  # None: the pack's size, one channel
+        preprocessing: Preprocessing | None = None,  # None = the Pack's size, one channel
         view: Sampling = Sampling(),  # of a method
         split: str | None = "train",
         seed: int = 0,
@@ -179,28 +180,25 @@ class AugmentationExplorer(Pictured, ipywidgets.VBox):
             control.observe(self._show, "value")
         self._show()
 
-    def _show(self, _=None) -> None:
-        looking, view = (
-            _TracedPreprocessing(**asdict(self.preprocessing)),
-            replace(self.view, augment=self.augment.value),
-        )
-        pairs = Pairs(self.data, None, looking, view, self.split, True, self.seed.value, need_text=False)
+    def _show(self, _: dict | None = None) -> None:
+        traced = _TracedPreprocessing(**asdict(self.preprocessing))
+        view = replace(self.view, augment=self.augment.value)
+        pairs = Pairs(self.data, None, traced, view, self.split, True, self.seed.value, need_text=False)
         item, first = self.study.value, self.epoch.value
         self.name = str(self.data.studies["study_id"].iloc[pairs.items[item][0]])
         self.looks = [pairs.image(item, epoch) for epoch in range(first, first + self.views.value)]
-        self.captions = [f"epoch {epoch}: {one.told}" for epoch, one in enumerate(self.looks, first)]
+        self.captions = [f"epoch {epoch}: {look.caption}" for epoch, look in enumerate(self.looks, first)]
         tiles = [_picture_tile(film, f"film of {self.name}", self.name, outlines=parts) for film, parts in self.films()]
-        for one, caption, colour in zip(self.looks, self.captions, COLOURS):
-            tiles.append(
-                _picture_tile(_grey_levels(one.seen, self.preprocessing), f"view in {caption}", caption, colour)
-            )
+        for look, caption, colour in zip(self.looks, self.captions, COLOURS):
+            levels = _grey_levels(look.image, self.preprocessing)
+            tiles.append(_picture_tile(levels, f"view in {caption}", caption, colour))
         self.picture.value = themed(f'<div class="tiles">{"".join(tiles)}</div>', "explorers")
 
     def films(self) -> list[tuple[np.ndarray, dict[str, np.ndarray]]]:
-        "The films that the views were cut from, mostly one, each with the outlines on it by colour."
+        "The films that the views show, mostly one, each with its outlines by colour."
         films = {}
-        for one, colour in zip(self.looks, COLOURS):
-            films.setdefault(one.film.tobytes(), (one.film, {}))[1][colour] = one.outline
+        for look, colour in zip(self.looks, COLOURS):
+            films.setdefault(look.film.tobytes(), (look.film, {}))[1][colour] = look.outline
         return list(films.values())
 
     def to_figure(self) -> Figure:
@@ -212,6 +210,6 @@ class AugmentationExplorer(Pictured, ipywidgets.VBox):
             _draw_film(ax, film, self.name)
             for colour, corners in parts.items():
                 ax.add_patch(Polygon(corners - 0.5, fill=False, color=colour, lw=1.6))
-        for one, caption, colour, ax in zip(self.looks, self.captions, COLOURS, axes):
-            _draw_film(ax, _grey_levels(one.seen, self.preprocessing), caption.replace(": ", "\n"), colour)
+        for look, caption, colour, ax in zip(self.looks, self.captions, COLOURS, axes):
+            _draw_film(ax, _grey_levels(look.image, self.preprocessing), caption.replace(": ", "\n"), colour)
         return figure

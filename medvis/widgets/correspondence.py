@@ -27,7 +27,7 @@ from ..core.files import write_atomic
 from .shell import Pictured, standalone, static
 from .study import Outline, RunScores, Studies, StudyView
 
-# %% ../../nbs/widgets/03_correspondence.ipynb #26fc6d6d
+# %% ../../nbs/widgets/03_correspondence.ipynb #9a856c89
 _MASK = "•••"
 
 
@@ -35,11 +35,11 @@ def _masked_text(text: str) -> str:
     "The text with every word replaced; punctuation stays."
     return re.sub(r"\w+", _MASK, text)
 
-# %% ../../nbs/widgets/03_correspondence.ipynb #8596bd70
+
 def _pieces(
     view: StudyView, masked: bool
-) -> list[list[tuple[str, int]]]:  # per sentence: text, number of the word or -1
-    "The sentences of a report, cut into words and what stands between them."
+) -> list[list[tuple[str, int]]]:  # for each sentence: text, number of the word or -1
+    "The sentences of a report, cut into words and the text between them."
     out = [[] for _ in view.sentences]
     ends = [0] * len(out)
     for word, (s, start, end) in enumerate(view.spans):
@@ -47,15 +47,15 @@ def _pieces(
         ends[s] = end
     for s, sentence in enumerate(view.sentences):
         out[s].append((sentence[ends[s] :], -1))
-    tell = _masked_text if masked else str
-    return [[(tell(text), word) for text, word in line if text] for line in out]
+    shown = _masked_text if masked else str
+    return [[(shown(text), word) for text, word in line if text] for line in out]
 
-# %% ../../nbs/widgets/03_correspondence.ipynb #9a856c89
+
 def pack_study(
     view: StudyView,
     masked: bool = False,  # leave the report's words out
 ) -> tuple[dict, list[bytes]]:  # the head; the picture and the scores of each run, grain by grain
-    """A study as it goes to the browser.
+    """A study as it is sent to the browser.
 
     Parameters
     ----------
@@ -98,7 +98,7 @@ def pack_study(
     bodies = [np.ascontiguousarray(rows, "<f4").tobytes() for run in view.runs.values() for rows in run.scores.values()]
     return head, [view.picture.tobytes(), *bodies]
 
-# %% ../../nbs/widgets/03_correspondence.ipynb #6b80c77b
+# %% ../../nbs/widgets/03_correspondence.ipynb #a5ed9340
 _PINNABLE = ("words", "sentences", "prototypes")
 
 
@@ -106,7 +106,7 @@ def _combined(
     run: RunScores,
     selection: Mapping[str, Sequence],  # words, sentences, prototypes
 ) -> np.ndarray | None:  # (N,)
-    "The mean map of the pinned items that the run knows; None when it knows none."
+    "The mean map of the pinned items that the run has read; None when it has read none."
     maps = [
         run.scores[grain][item]
         for grain in _PINNABLE
@@ -116,12 +116,14 @@ def _combined(
     maps = [scores for scores in maps if not np.isnan(scores).any()]
     return np.mean(maps, axis=0) if maps else None
 
-# %% ../../nbs/widgets/03_correspondence.ipynb #a5ed9340
+
 def _scale_ends(
     run: RunScores, scores: np.ndarray, selection: Mapping[str, Sequence], scale: str
 ) -> tuple[float, float]:
-    """Scores at the ends of the colours: of the map (normalised), of all maps of its grains (raw), or (common) from the map's mean, which is chance,
-    to where one region weighs N times as much in the softmax over regions: an untrained net is flat there."""
+    """Scores at the ends of the colours.
+
+    Normalised: of the map. Raw: of all maps of its grains. Common: from the map's mean, which is chance, to where one
+    region weighs N times as much in the softmax over regions: a randomly initialised network is flat there."""
     if scale == "common":
         mean = float(scores.mean())
         return mean, mean + run.temperature * float(np.log(max(len(scores), 2)))
@@ -148,7 +150,7 @@ def _heat_picture(
     rgba[..., 3] = np.where(share < threshold, 0, opacity * share**2 * (3 - 2 * share))
     return rgba
 
-# %% ../../nbs/widgets/03_correspondence.ipynb #5c0a1b02
+# %% ../../nbs/widgets/03_correspondence.ipynb #28e46e29
 _RENDERERS = [RendererAgg(8, 8, dpi) for dpi in (50, 80, 100, 150, 300)]
 
 
@@ -157,69 +159,62 @@ def _shorten_text(
     size: float,
     wide: float,  # inches
 ) -> tuple[str, float]:  # the text, and its width in inches at the worst of the usual resolutions
-    "A text that is not wider than it may be: what is left out is an ellipsis."
+    "A text cut to a width, with an ellipsis where it is cut."
     font = FontProperties(family="serif", size=size)
 
     def width(shown: str) -> float:
         return (
-            max(one.get_text_width_height_descent(shown, font, False)[0] / one.dpi for one in _RENDERERS)
+            max(renderer.get_text_width_height_descent(shown, font, False)[0] / renderer.dpi for renderer in _RENDERERS)
             if shown
             else 0.0
         )
 
-    found = width(text)
-    while found > wide and len(text) > 2:
-        text = text[: min(int(len(text) * wide / found), len(text) - 1) - 1] + "…"
-        found = width(text)
-    return text, found
+    needed = width(text)
+    while needed > wide and len(text) > 2:
+        text = text[: min(int(len(text) * wide / needed), len(text) - 1) - 1] + "…"
+        needed = width(text)
+    return text, needed
 
-# %% ../../nbs/widgets/03_correspondence.ipynb #28e46e29
+
+_PINNED = dict(facecolor="#ffd97a", edgecolor="none", boxstyle="square,pad=0.12")
+
+
 def _draw_report(
     ax: Axes,
-    lines: Sequence[Sequence[tuple[str, int]]],  # of `_pieces`
+    lines: Sequence[Sequence[tuple[str, int]]],  # as returned by `_pieces`
     selection: Mapping[str, Sequence],
     size: float = 10,
     unread: Sequence[int] = (),  # words that a run did not read: grey
-) -> bool:  # whether all of it is there
-    "Write a report from the top of the axes, pinned words and sentences on a coloured ground; where it is cut stands an ellipsis."
+) -> bool:  # whether all of it fits
+    "Write a report from the top of the axes, with pinned words and sentences marked, and an ellipsis where it is cut."
     ax.axis("off")
     box = ax.get_window_extent()
     wide, high = box.width / ax.figure.dpi, box.height / ax.figure.dpi
-    step, gap, y, told = 1.65 * size / 72, 0.36 * size / 72, 0.0, None
+    step, gap = 1.65 * size / 72, 0.36 * size / 72
+    y, last = 0.0, None
     for s, line in enumerate(lines):
         x, y = 0.0, y + step
         for text, word in line:
             on = word in selection.get("words", ()) or s in selection.get("sentences", ())
-            ground = (
-                dict(facecolor="#ffd97a", edgecolor="none", boxstyle="square,pad=0.12") if on and text.strip() else None
-            )
+            ground = _PINNED if on and text.strip() else None
             for token in re.findall(r"\S+\s*|\s+", text):
                 shown, width = _shorten_text(token.rstrip(), size, wide)
                 if x and x + width > wide:
                     x, y = 0.0, y + step
                 if y > high:
-                    if told is not None:
-                        told.set_text(
-                            _shorten_text(told.get_text() + " …", size, (1 - told.get_position()[0]) * wide)[0]
-                        )
+                    if last is not None:
+                        room = (1 - last.get_position()[0]) * wide
+                        last.set_text(_shorten_text(last.get_text() + " …", size, room)[0])
                     return False
                 if shown:
-                    told = ax.text(
-                        x / wide,
-                        1 - y / high,
-                        shown,
-                        size=size,
-                        family="serif",
-                        parse_math=False,
-                        bbox=ground,
-                        color="#8a94a0" if word in unread else "black",
-                        transform=ax.transAxes,
-                    )
+                    look = dict(bbox=ground, color="#8a94a0" if word in unread else "black")
+                    place = dict(transform=ax.transAxes, parse_math=False)
+                    last = ax.text(x / wide, 1 - y / high, shown, size=size, family="serif", **look, **place)
                 x += width + gap * token[-1:].isspace()
         y += 0.25 * step
     return True
 
-# %% ../../nbs/widgets/03_correspondence.ipynb #2deab9f9
+# %% ../../nbs/widgets/03_correspondence.ipynb #42d2a063
 def _draw_scale(ax: Axes, ends: tuple[float, float], colours: str, threshold: float) -> None:
     "A colour bar under a picture, with the scores at its ends and a stroke at the threshold."
     bar = ax.inset_axes((0.14, -0.075, 0.72, 0.03))
@@ -231,7 +226,7 @@ def _draw_scale(ax: Axes, ends: tuple[float, float], colours: str, threshold: fl
     for x, align, value in ((-0.03, "right", ends[0]), (1.03, "left", ends[1])):
         bar.text(x, 0.5, f"{value:.2f}", ha=align, va="center", size=8, transform=bar.transAxes)
 
-# %% ../../nbs/widgets/03_correspondence.ipynb #42d2a063
+
 def _draw_heat(ax: Axes, run: RunScores, scores: np.ndarray, state: Mapping) -> None:
     "Draw a run's map in its place over the picture, a ring around its highest region, and its colour bar."
     (x0, y0, x1, y1), ends = run.frame, _scale_ends(run, scores, state["selection"], state["scale"])
@@ -243,7 +238,7 @@ def _draw_heat(ax: Axes, run: RunScores, scores: np.ndarray, state: Mapping) -> 
         ax.plot(*at, "o", ms=9, mfc="none", mec=colour, mew=line)
     _draw_scale(ax, ends, state["colours"], state["threshold"])
 
-# %% ../../nbs/widgets/03_correspondence.ipynb #5c0a1b04
+# %% ../../nbs/widgets/03_correspondence.ipynb #85afec5a
 def _beyond(view: StudyView, shown: Sequence[str]) -> str:
     "In words, which runs did not read all of a report."
     cut = [name for name in shown if np.isnan(view.runs[name].scores["words"]).any()]
@@ -251,12 +246,12 @@ def _beyond(view: StudyView, shown: Sequence[str]) -> str:
     many = " or ".join(map(str, sorted(limits))) + " " if limits else ""
     return f"beyond the {many}tokens that {'the model' if cut == list(shown) else ', '.join(cut)} reads"
 
-# %% ../../nbs/widgets/03_correspondence.ipynb #85afec5a
+
 def _draw_run(
     ax: Axes,
     view: StudyView,
     name: str,  # of the run
-    state: Mapping,  # the SETTINGS
+    state: Mapping,  # setting -> value, see SETTINGS
 ) -> None:
     "Draw one run's picture: radiograph, map of what is pinned, outlines, boxes, and whether it hits."
     (level, width), run, selection = state["window"], view.runs[name], state["selection"]
@@ -274,9 +269,9 @@ def _draw_run(
         _draw_heat(ax, run, scores, state)
         linked = [
             o
-            for o, one in enumerate(view.outlines)
+            for o, outline in enumerate(view.outlines)
             for grain in ("words", "sentences")
-            if set(getattr(one, grain)) & set(selection[grain])
+            if set(getattr(outline, grain)) & set(selection[grain])
         ]
         hit = any(view.cells[name][o, scores.argmax()] for o in linked)
         if linked:
@@ -295,10 +290,10 @@ SETTINGS = ("window", "selection", "scale", "colours", "opacity", "threshold", "
 def _correspondence_figure(
     view: StudyView,
     shown: Sequence[str],  # runs
-    state: Mapping,  # the SETTINGS
+    state: Mapping,  # setting -> value, see SETTINGS
     masked: bool = False,
 ) -> Figure:
-    "One picture a run, and the report beside them with what is pinned."
+    "One picture a run, and the report next to them with what is pinned."
     figure = Figure(figsize=(3.1 * len(shown) + 4.4, 3.5), dpi=80)
     FigureCanvasAgg(figure)  # which can measure text
     left, total = 0.1, 3.1 * len(shown) + 4.4
@@ -327,7 +322,7 @@ def _correspondence_figure(
 # %% ../../nbs/widgets/03_correspondence.ipynb #057fb0a5
 def page_state(
     state: Mapping,  # trait -> value
-    studies: Sequence[tuple[dict, list[bytes]]],  # of `pack_study`
+    studies: Sequence[tuple[dict, list[bytes]]],  # as returned by `pack_study`
 ) -> dict:
     """The state of a page that holds these studies and shows the first.
 
@@ -336,7 +331,7 @@ def page_state(
     state : Mapping
         trait -> value
     studies : Sequence[tuple[dict, list[bytes]]]
-        of `pack_study`
+        as returned by `pack_study`
     """
     heads = [{**head, "position": position} for position, (head, _) in enumerate(studies)]
     counts = [(name, sum(head["labels"].get(name) == 1 for head in heads)) for name, _ in state["findings"]]
@@ -361,7 +356,7 @@ class Display(anywidget.AnyWidget):
     position = traitlets.Int(0, help="number of the study that is shown").tag(sync=True)
     selection = traitlets.Dict(help="what is pinned").tag(sync=True)
     shown = traitlets.List(traitlets.Unicode(), help="names of the runs that are shown").tag(sync=True)
-    grain = traitlets.Enum(_PINNABLE, "words", help="what the pointer and the keys go by").tag(sync=True)
+    grain = traitlets.Enum(_PINNABLE, "words", help="what the pointer and the keys select").tag(sync=True)
     scale = traitlets.Enum(
         ("common", "normalised", "raw"),
         "common",
@@ -373,7 +368,7 @@ class Display(anywidget.AnyWidget):
         sync=True
     )
     smooth = traitlets.Bool(True, help="blend from region to region").tag(sync=True)
-    outlines = traitlets.Bool(True, help="show what is known of places").tag(sync=True)
+    outlines = traitlets.Bool(True, help="show the outlines").tag(sync=True)
     masked = traitlets.Bool(False, help="leave the words of the report out").tag(sync=True)
     window = traitlets.List([128, 255], help="level and width, in grey levels").tag(sync=True)
     query = traitlets.Unicode("", help="words to search for in ids and reports").tag(sync=True)
@@ -381,24 +376,24 @@ class Display(anywidget.AnyWidget):
     order = traitlets.Enum(("data", "alignment", "misses"), "data", help="of the studies").tag(sync=True)
     runs = traitlets.List(traitlets.Unicode(), help="names of all runs").tag(sync=True)
     findings = traitlets.List(help="name and number of studies").tag(sync=True)
-    grains = traitlets.List(traitlets.Unicode(), help="those that some run knows").tag(sync=True)
+    grains = traitlets.List(traitlets.Unicode(), help="those that some run has").tag(sync=True)
     held = traitlets.Dict(help="in a page of its own: the studies that it holds").tag(sync=True)
 
 # %% ../../nbs/widgets/03_correspondence.ipynb #7b00ebfa
 def answer(
     studies: Studies,
-    message: Mapping,  # ask: "study", of a position; or "list", of those that fit query and finding, by order and run (a number)
-    masked: bool,  # or asked for so in the message
+    message: Mapping,  # ask = "study": position; ask = "list": query, finding, order, run (its number)
+    masked: bool,  # leave the report's words out; the message may ask for it too
 ) -> tuple[dict, list[bytes]]:
-    """What goes back to the browser. An order that needs numbers measures some studies at a time: the browser asks again.
+    """The answer to a message. An order that needs numbers measures some studies at a time; the browser asks again.
 
     Parameters
     ----------
     studies : Studies
     message : Mapping
-        ask: "study", of a position; or "list", of those that fit query and finding, by order and run (a number)
+        ask = "study": position; ask = "list": query, finding, order, run (its number)
     masked : bool
-        or asked for so in the message
+        leave the report's words out; the message may ask for it too
     """
     try:
         if message["ask"] == "study":
@@ -424,9 +419,9 @@ class CorrespondenceWidget(Pictured, Display):
         by name: methods, or run folders
     data : Pack | str | Path
     split : str | None, default: 'test'
-        None: all
+        None = all
     outlines : Callable[[str], Sequence[Outline]] | None, default: None
-        study id -> what is known; None: of a phantom all, else the Pack's boxes and masks
+        of a study id; None = the phantom's or the Pack's
     **display
         traits of Display, e.g. grain="sentences"
     """
@@ -438,20 +433,19 @@ class CorrespondenceWidget(Pictured, Display):
         self,
         runs: Mapping[str, Method | str | PathLike] | Method | str | PathLike,  # by name: methods, or run folders
         data: Pack | str | Path,
-        split: str | None = "test",  # None: all
-        outlines: Callable[[str], Sequence[Outline]]
-        | None = None,  # study id -> what is known; None: of a phantom all, else the Pack's boxes and masks
+        split: str | None = "test",  # None = all
+        outlines: Callable[[str], Sequence[Outline]] | None = None,  # of a study id; None = the phantom's or the Pack's
         **display,  # traits of Display, e.g. grain="sentences"
     ) -> None:
         self.studies = Studies(runs, data if isinstance(data, Pack) else Pack(data), split, outlines)
         present = (self.studies.data.labels.iloc[self.studies.rows] == 1).sum()
-        known = {grain for run in self.studies[0].runs.values() for grain in run.scores}
-        told = {
+        grains = {grain for run in self.studies[0].runs.values() for grain in run.scores}
+        facts = {
             "runs": list(self.studies.runs),
-            "grains": [grain for grain in _PINNABLE if grain in known],
+            "grains": [grain for grain in _PINNABLE if grain in grains],
             "findings": [[name, int(count)] for name, count in present.items() if count],
         }
-        super().__init__(**{"shown": told["runs"], "selection": {}, **display, **told})
+        super().__init__(**{"shown": facts["runs"], "selection": {}, **display, **facts})
         self.on_msg(self._answer)
 
     @property
@@ -460,37 +454,36 @@ class CorrespondenceWidget(Pictured, Display):
         return self.studies[self.position]
 
     @traitlets.validate("selection")
-    def _whole_selection(self, proposal) -> dict:
+    def _whole_selection(self, proposal: dict) -> dict:
         given = proposal["value"]
         return {name: given.get(name, default) for name, default in {**_NOTHING, "study": self.study.id}.items()}
 
     @traitlets.validate("position")
-    def _known_position(self, proposal) -> int:
+    def _existing_position(self, proposal: dict) -> int:
         if not 0 <= proposal["value"] < len(self.studies):
-            raise traitlets.TraitError(f"study {proposal['value']}: there are {len(self.studies)}, counted from 0")
+            raise traitlets.TraitError(f"no study {proposal['value']}; expected 0 to {len(self.studies) - 1}")
         return proposal["value"]
 
     def show(self, study: str) -> None:
-        "Go to a study by its id, with nothing pinned. KeyError when it is not there."
+        "Go to a study by its id, with nothing pinned. KeyError for an id that is not in the split."
         ids = self.studies.table["study_id"].astype(str).tolist()
         if study not in ids:
-            raise KeyError(f"there is no study {study!r} among the {len(ids)} of this split")
+            raise KeyError(f"no study {study!r} among the {len(ids)} of this split")
         self.position, self.selection = ids.index(study), {"study": study}
 
     def pin(self, *words: str) -> None:
-        "Pin all places of these words in the report, whatever their case, beside what is pinned."
+        "Pin these words wherever they stand in the report, in any case, in addition to what is pinned."
         wanted = {word.lower() for word in words}
-        found = {w for w, word in enumerate(self.study.words) if word.lower() in wanted}
-        self.selection = {**self.selection, "words": sorted(found | set(self.selection["words"]))}
+        new = {w for w, word in enumerate(self.study.words) if word.lower() in wanted}
+        self.selection = {**self.selection, "words": sorted(new | set(self.selection["words"]))}
 
-    def _answer(self, _, message: dict, buffers: list) -> None:
+    def _answer(self, _: anywidget.AnyWidget, message: dict, buffers: list) -> None:
         self.send(*answer(self.studies, message, self.masked))
 
     def to_html(
         self,
         path: str | Path,
-        studies: Sequence[int]
-        | None = None,  # positions; None: the one that is shown and the next eleven of the search
+        studies: Sequence[int] | None = None,  # positions; None = the shown study and the next eleven of the search
         title: str = "Words and regions",
     ) -> Path:
         """Write one self-contained file with the present state and some studies: no server, no kernel, no network.
@@ -499,7 +492,7 @@ class CorrespondenceWidget(Pictured, Display):
         ----------
         path : str | Path
         studies : Sequence[int] | None, default: None
-            positions; None: the one that is shown and the next eleven of the search
+            positions; None = the shown study and the next eleven of the search
         title : str, default: 'Words and regions'
         """
         if studies is None:
@@ -514,15 +507,15 @@ class CorrespondenceWidget(Pictured, Display):
         self,
         **changes,  # e.g. scale="raw": for the figure alone
     ) -> Figure:
-        """The pictures of the runs that are shown with the map of what is pinned, and the report. TypeError for a setting that does not exist.
+        """The shown runs' pictures with the map of what is pinned, and the report. TypeError for an unknown setting.
 
         Parameters
         ----------
         **changes
             e.g. scale="raw": for the figure alone
         """
-        if strange := set(changes) - set(SETTINGS):
-            raise TypeError(f"no setting of a figure: {', '.join(sorted(strange))}; there are {', '.join(SETTINGS)}")
+        if unknown := set(changes) - set(SETTINGS):
+            raise TypeError(f"unknown setting {', '.join(sorted(unknown))}; choose from {', '.join(SETTINGS)}")
         return _correspondence_figure(
             self.study, self.shown, {name: getattr(self, name) for name in SETTINGS} | changes, self.masked
         )

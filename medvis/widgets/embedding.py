@@ -31,17 +31,17 @@ from ..methods import Method
 from .shell import COLOURS, Browser, static
 from .study import Studies, StudyView, places_in
 
-# %% ../../nbs/widgets/06_embedding.ipynb #61916247
+# %% ../../nbs/widgets/06_embedding.ipynb #a1f3bb41
 *_BRIGHT, GREY = COLOURS
 _QUIET = ("others", "none", "–")  # grey, and drawn below the rest
 
 
 def _name_column(values: pd.Series) -> dict:
-    "Names as codes: the most frequent with a colour each; grey for more of them than colours, for none and for unknown."
+    "Names as codes: the most frequent with a colour each; grey for the rest, for none and for missing."
     names = values.astype("string").fillna("–")
-    known = names.value_counts()
-    offered = 1 < len(known) <= 40
-    loud = sorted((name for name in known.index if name not in _QUIET), key=lambda name: (-known[name], name))
+    counts = names.value_counts()
+    offered = 1 < len(counts) <= 40
+    loud = sorted((name for name in counts.index if name not in _QUIET), key=lambda name: (-counts[name], name))
     if offered and len(loud) > len(_BRIGHT):
         names = names.where(~names.isin(loud[len(_BRIGHT) :]), _QUIET[0])
         loud = loud[: len(_BRIGHT)]
@@ -57,13 +57,13 @@ def _name_column(values: pd.Series) -> dict:
         "offered": offered,
     }
 
-# %% ../../nbs/widgets/06_embedding.ipynb #a1f3bb41
+
 def _number_column(values: pd.Series) -> dict:
     "Numbers with a scale from their lowest to their highest; what is not finite stays grey."
     numbers = values.to_numpy(np.float32, na_value=np.nan)
     numbers = np.where(np.isfinite(numbers), numbers, np.float32(np.nan))
-    known = numbers[~np.isnan(numbers)]
-    low, high = (float(known.min()), float(known.max())) if len(known) else (0.0, 0.0)
+    finite = numbers[~np.isnan(numbers)]
+    low, high = (float(finite.min()), float(finite.max())) if len(finite) else (0.0, 0.0)
     colours = [to_hex(colormaps["viridis"](share)) for share in np.linspace(0.05, 0.95, 24)]
     return {
         "name": str(values.name),
@@ -93,7 +93,7 @@ BOX = ["x0", "y0", "x1", "y1"]
 
 
 def _point_data(points: pd.DataFrame, pictures: Sequence[np.ndarray] = (), show_text: bool = True) -> dict:
-    "A table of points as the browser wants it. ValueError says what the table lacks."
+    "A table of points in the form the browser needs. ValueError says what the table lacks."
     if missing := [name for name in ("x", "y") if name not in points]:
         raise ValueError(
             f"the points have no column {' and '.join(missing)}; found {', '.join(map(str, points.columns))}"
@@ -103,9 +103,7 @@ def _point_data(points: pd.DataFrame, pictures: Sequence[np.ndarray] = (), show_
         raise ValueError(f"{len(bad)} points have no place, the first in row {bad[0]}; leave them out")
     picture = points["picture"].to_numpy(np.int32) if "picture" in points else np.full(len(points), -1, np.int32)
     if picture.max(initial=-1) >= len(pictures):
-        raise ValueError(
-            f"a point asks for picture {picture.max()}, and there are {len(pictures)}; count from 0, -1 is none"
-        )
+        raise ValueError(f"a point asks for picture {picture.max()}; expected 0 to {len(pictures) - 1}, or -1 for none")
     whole = np.tile(np.array([0, 0, 1, 1], np.float32), (len(points), 1))
     box = points[BOX].to_numpy(np.float32) if set(BOX) <= set(points) else whole
     texts = points["text"].fillna("").astype(str).tolist() if show_text and "text" in points else [""] * len(points)
@@ -124,20 +122,20 @@ def _point_data(points: pd.DataFrame, pictures: Sequence[np.ndarray] = (), show_
         ],
     }
 
-# %% ../../nbs/widgets/06_embedding.ipynb #8068da29
+# %% ../../nbs/widgets/06_embedding.ipynb #6066e3ca
 def _spread_examples(points: pd.DataFrame, by: str | None, most: int = 6) -> list[int]:  # rows
-    "One point for each of the most frequent kinds: the one whose tenth part of its kind lies nearest around it."
-    found = []
+    "One point for each of the most frequent kinds: the one with a tenth of its kind closest around it."
+    examples = []
     kinds = points[by].astype("string").fillna("–") if by else pd.Series("", index=points.index)
     for kind in sorted(kinds.value_counts().index, key=lambda kind: kind in _QUIET)[:most]:
         rows = np.flatnonzero(kinds == kind)
         asked = rows[:: max(1, len(rows) // 300)]
         places = points[["x", "y"]].to_numpy(float)
         far = np.linalg.norm(places[asked, None] - places[None, rows], axis=2)
-        found.append(int(asked[np.sort(far, 1)[:, len(rows) // 10].argmin()]))
-    return found
+        examples.append(int(asked[np.sort(far, 1)[:, len(rows) // 10].argmin()]))
+    return examples
 
-# %% ../../nbs/widgets/06_embedding.ipynb #313690b6
+
 def _draw_example(
     ax: Axes,
     picture: np.ndarray | None,
@@ -159,7 +157,15 @@ def _draw_example(
         "\n".join(textwrap.wrap(text, 24, max_lines=3, placeholder=" …")), fontsize=8, loc="left", parse_math=False
     )
 
-# %% ../../nbs/widgets/06_embedding.ipynb #6066e3ca
+
+def _draw_number(ax: Axes, number: int, place: tuple[float, float]) -> None:
+    "A ring around an example, and its number."
+    ax.plot(*place, "o", ms=9, mfc="none", mec="black", mew=1.2)
+    box = dict(boxstyle="round,pad=0.15", fc="white", ec="none", alpha=0.8)
+    look = dict(weight="bold", fontsize=10, bbox=box)
+    ax.annotate(str(number), place, xytext=(6, 5), textcoords="offset points", **look)
+
+
 def _draw_points(
     ax: Axes,
     points: pd.DataFrame,
@@ -183,17 +189,7 @@ def _draw_points(
             rasterized=True,
         )
     for number, row in enumerate(examples, 1):
-        place = points["x"].iloc[row], points["y"].iloc[row]
-        ax.plot(*place, "o", ms=9, mfc="none", mec="black", mew=1.2)
-        ax.annotate(
-            str(number),
-            place,
-            xytext=(6, 5),
-            textcoords="offset points",
-            weight="bold",
-            fontsize=10,
-            bbox=dict(boxstyle="round,pad=0.15", fc="white", ec="none", alpha=0.8),
-        )
+        _draw_number(ax, number, (points["x"].iloc[row], points["y"].iloc[row]))
     ax.set(xticks=[], yticks=[])
     ax.set_aspect("equal", adjustable="datalim")
     for spine in ax.spines.values():
@@ -221,9 +217,9 @@ class EmbeddingView(Browser):
     pictures : Sequence[np.ndarray], default: ()
         (H, W) uint8 each
     colour : str | None, default: None
-        a column; None: the first that offers colours
+        a column; None = the first that offers colours
     show_text : bool, default: True
-        False: no sentence leaves the kernel
+        False = no sentence leaves the kernel
     """
 
     _esm = static("embedding.js")
@@ -239,8 +235,8 @@ class EmbeddingView(Browser):
         self,
         points: pd.DataFrame,  # x, y; perhaps text, picture, x0, y0, x1, y1; more columns
         pictures: Sequence[np.ndarray] = (),  # (H, W) uint8 each
-        colour: str | None = None,  # a column; None: the first that offers colours
-        show_text: bool = True,  # False: no sentence leaves the kernel
+        colour: str | None = None,  # a column; None = the first that offers colours
+        show_text: bool = True,  # False = no sentence leaves the kernel
     ) -> None:
         self.points, self.pictures, self.show_text = points.reset_index(drop=True), pictures, show_text
         data = _point_data(self.points, pictures, show_text)
@@ -258,7 +254,7 @@ class EmbeddingView(Browser):
 
     def column(self) -> dict | None:
         "The column that gives the colours."
-        return next((one for one in self.data["columns"] if one["name"] == self.colour), None)
+        return next((column for column in self.data["columns"] if column["name"] == self.colour), None)
 
     def shades(self) -> tuple[np.ndarray, np.ndarray]:  # (n,) colours, (n,) bool
         """The colour of every point, and whether it is shown.
@@ -291,26 +287,27 @@ class EmbeddingView(Browser):
         _draw_points(left.subplots(), visible, colours[shown], chosen[shown], column, visible.index.get_indexer(rows))
         for number, (row, ax) in enumerate(zip(rows, right.subplots(2, 3).flat), 1):
             point = self.points.iloc[row]
-            known = int(point.get("picture", -1))
+            which = int(point.get("picture", -1))
             text = str(point.get("text", "")) if self.show_text else ""
             box = point[BOX] if set(BOX) <= set(point.index) else (0, 0, 1, 1)
             label = f"{number} {point[by]}" if by else f"{number}"
-            _draw_example(ax, self.pictures[known] if known >= 0 else None, box, label, text, colours[row])
+            picture = self.pictures[which] if which >= 0 else None
+            _draw_example(ax, picture, box, label, text, colours[row])
         for ax in right.axes[len(rows) :]:
             ax.axis("off")
         return figure
 
-# %% ../../nbs/widgets/06_embedding.ipynb #19dfeda9
+# %% ../../nbs/widgets/06_embedding.ipynb #5e1625fb
 def _region_rows(view: StudyView, run: str) -> list[dict]:
-    "The regions of a study, row by row: what is planted there, which sentence fits best."
-    told = view.runs[run]
-    (h, w), (x0, y0, x1, y1), scores = told.grid, told.frame, told.scores["sentences"]
+    "The regions of a study, row by row: the finding there, the sentence that fits best."
+    own = view.runs[run]
+    (h, w), (x0, y0, x1, y1), scores = own.grid, own.frame, own.scores["sentences"]
     across, down = (x1 - x0) / w, (y1 - y0) / h
     rows = []
     for n in range(h * w):
         y, x = divmod(n, w)
         box = x0 + x * across, y0 + y * down, x0 + (x + 1) * across, y0 + (y + 1) * down
-        planted = [o.name for o, there in zip(view.outlines, view.cells[run][:, n]) if there]
+        planted = [outline.name for outline, covered in zip(view.outlines, view.cells[run][:, n]) if covered]
         best = int(np.nanargmax(scores[:, n]))
         rows.append(
             {
@@ -323,34 +320,34 @@ def _region_rows(view: StudyView, run: str) -> list[dict]:
         )
     return rows
 
-# %% ../../nbs/widgets/06_embedding.ipynb #b8cf0786
+
 def _text_rows(
     view: StudyView,
     run: str,
     grain: str,  # "words" or "sentences"
     items: Sequence[int],  # of the view's words or sentences
 ) -> list[dict]:
-    "Words or sentences of a study: what each speaks of, which region fits it best."
+    "Words or sentences of a study: the finding each names, the region that fits it best."
     regions, rows = _region_rows(view, run), []
     for item in items:
-        about = [outline.name for outline in view.outlines if item in getattr(outline, grain)]
+        named = [outline.name for outline in view.outlines if item in getattr(outline, grain)]
         scores = view.runs[run].scores[grain][item]
         text = (
             f"{view.words[item]}: {view.sentences[view.spans[item][0]]}" if grain == "words" else view.sentences[item]
         )
-        told = {"point": grain[:-1], "finding": about[0] if about else "none", "fit": float(scores.max()), "text": text}
-        rows.append(regions[int(scores.argmax())] | told)
+        own = {"point": grain[:-1], "finding": named[0] if named else "none", "fit": float(scores.max()), "text": text}
+        rows.append(regions[int(scores.argmax())] | own)
     return rows
 
-# %% ../../nbs/widgets/06_embedding.ipynb #5e1625fb
+
 def study_points(
     method: Method,
     data: Pack,
     split: str | None = "test",
     count: int = 60,  # studies
-    regions: int = 24,  # of each study, by lot
-    seed: int = 0,  # of the lot and of t-SNE
-) -> tuple[pd.DataFrame, list[np.ndarray]]:  # of `EmbeddingView`, with the vectors; one picture a study
+    regions: int = 24,  # of each study, drawn at random
+    seed: int = 0,  # of the draw and of t-SNE
+) -> tuple[pd.DataFrame, list[np.ndarray]]:  # points for `EmbeddingView`, with the vectors; a picture for each study
     """Regions and texts of some studies as a run embeds them. TypeError for a method without a space for both.
 
     Parameters
@@ -361,27 +358,27 @@ def study_points(
     count : int, default: 60
         studies
     regions : int, default: 24
-        of each study, by lot
+        of each study, drawn at random
     seed : int, default: 0
-        of the lot and of t-SNE
+        of the draw and of t-SNE
 
     Returns
     -------
     tuple[pd.DataFrame, list[np.ndarray]]
-        of `EmbeddingView`, with the vectors; one picture a study
+        points for `EmbeddingView`, with the vectors; a picture for each study
     """
     studies, rng = Studies({"run": method}, data, split), np.random.default_rng(seed)
     items, pairs = range(min(count, len(studies))), studies.pairs["run"]
-    found = aligned_studies(method, pairs, items)
-    grain, rows, vectors = f"{found.grain}s", [], []
+    aligned = aligned_studies(method, pairs, items)
+    grain, rows, vectors = f"{aligned.grain}s", [], []
     for k, view in enumerate(studies.make(items)):
         words, sentences = places_in(pairs.report(k), view.sentences, view.spans, pairs.sampling.punctuation)
-        texts = {ours: its for ours, its in (words if grain == "words" else sentences).items() if found.mask[k, its]}
-        lot = np.sort(rng.permutation(found.regions.shape[1])[:regions])
+        texts = {ours: its for ours, its in (words if grain == "words" else sentences).items() if aligned.mask[k, its]}
+        lot = np.sort(rng.permutation(aligned.regions.shape[1])[:regions])
         every = _region_rows(view, "run")
-        told = [every[n] for n in lot] + _text_rows(view, "run", grain, list(texts))
-        rows += [{"study": view.id, "picture": k, **row} for row in told]
-        vectors += [found.regions[k, lot], found.texts[k, list(texts.values())]]
+        own = [every[n] for n in lot] + _text_rows(view, "run", grain, list(texts))
+        rows += [{"study": view.id, "picture": k, **row} for row in own]
+        vectors += [aligned.regions[k, lot], aligned.texts[k, list(texts.values())]]
     together = torch.cat(vectors).numpy()
     points = embedding_table(tsne(together, seed), together, **pd.DataFrame(rows))
     return points, [studies[k].picture for k in items]

@@ -24,54 +24,54 @@ from ..data.phantom.report import Sentence, read_labels, write_report
 from .shell import COLOURS, Pictured, Slider, picture_url, themed
 from .study import Outline
 
-# %% ../../nbs/widgets/05_phantom.ipynb #5de2c07e
+# %% ../../nbs/widgets/05_phantom.ipynb #c224584d
 def _draws(name: str, key: int = 0) -> Iterator[Planted]:
     "What the phantom's generator draws of a finding, without end; the states that a patient may be in take turns."
     states = list(STATES)
     return (place(stream(key, 5, k), name, states[k % len(states)], set()) for k in count())
 
-# %% ../../nbs/widgets/05_phantom.ipynb #c224584d
+
 @lru_cache
 def _placements(
     name: str,  # one of FINDINGS
 ) -> dict[str, tuple[str, str, str]]:  # in words -> kind, side, zone
-    "As what, and where, the phantom shows a finding."
-    seen = {(found.kind, found.side, found.zone) for found in islice(_draws(name), 600)}
-    return {" ".join(part for part in spot if part not in ("", "none")) or "present": spot for spot in sorted(seen)}
+    "The kinds and places in which the phantom shows a finding."
+    spots = {(drawn.kind, drawn.side, drawn.zone) for drawn in islice(_draws(name), 600)}
+    return {" ".join(part for part in spot if part not in ("", "none")) or "present": spot for spot in sorted(spots)}
 
 # %% ../../nbs/widgets/05_phantom.ipynb #2027b091
 def plant(
     name: str,  # one of FINDINGS
-    where: str = "",  # one of `_placements(name)`; "": the first
+    where: str = "",  # one of `_placements(name)`; "" = the first
     severity: int = 2,  # 1 mild or small, 2 moderate, 3 severe or large
     key: int = 0,  # another key, another spot there, another shape
 ) -> Planted:
-    """A finding as the phantom draws it, in a place that one chooses. ValueError when it is never drawn there.
+    """A finding as the phantom draws it, in a chosen place. ValueError when it is never drawn there.
 
     Parameters
     ----------
     name : str
         one of FINDINGS
     where : str, default: ''
-        one of `_placements(name)`; "": the first
+        one of `_placements(name)`; "" = the first
     severity : int, default: 2
         1 mild or small, 2 moderate, 3 severe or large
     key : int, default: 0
         another key, another spot there, another shape
     """
     if name not in FINDINGS or severity not in (1, 2, 3) or where and where not in _placements(name):
-        known = "; ".join(_placements(name)) if name in FINDINGS else ", ".join(FINDINGS)
-        raise ValueError(f"no {name!r} at {where!r} with severity {severity}; expected 1 to 3, and one of: {known}")
+        choices = "; ".join(_placements(name)) if name in FINDINGS else ", ".join(FINDINGS)
+        raise ValueError(f"no {name!r} at {where!r} with severity {severity}; expected 1 to 3, and one of: {choices}")
     spot = _placements(name)[where] if where else next(iter(_placements(name).values()))
-    found = next(found for found in _draws(name, key) if (found.kind, found.side, found.zone) == spot)
-    return replace(found, severity=severity)
+    finding = next(drawn for drawn in _draws(name, key) if (drawn.kind, drawn.side, drawn.zone) == spot)
+    return replace(finding, severity=severity)
 
 # %% ../../nbs/widgets/05_phantom.ipynb #67707935
 def study_with(
     findings: Sequence[Planted],
     phantom: Phantom = Phantom(256),
     index: int = 0,  # whose body and pose
-    wording: int | None = None,  # another number, other words; None: those of the study
+    wording: int | None = None,  # another number, other words; None = those of the study
 ) -> PhantomStudy:
     """A study of the phantom with other findings than its own.
 
@@ -82,7 +82,7 @@ def study_with(
     index : int, default: 0
         whose body and pose
     wording : int | None, default: None
-        another number, other words; None: those of the study
+        another number, other words; None = those of the study
     """
     scene = phantom.scene(index)
     rng = stream(phantom.seed, 4, index if wording is None else wording)
@@ -118,7 +118,7 @@ def marked(
             at = end
     return [(text, finding) for text, finding in [*out, (sentence.text[at:], None)] if text]
 
-# %% ../../nbs/widgets/05_phantom.ipynb #bbee9f1c
+# %% ../../nbs/widgets/05_phantom.ipynb #b2c2d24c
 def _film_markup(study: PhantomStudy, outlines: bool = True) -> str:
     "A radiograph, the findings outlined and numbered."
     lines = []
@@ -127,7 +127,8 @@ def _film_markup(study: PhantomStudy, outlines: bool = True) -> str:
         d = " ".join("M" + "L".join(f"{100 * x:.1f} {100 * y:.1f}" for x, y in path) + "Z" for path in paths)
         x, y = (100 * edge / len(finding.mask) for edge in finding.box[:2])
         lines.append(
-            f'<g style="--c:{colour}"><path d="{d}"/><text x="{max(x, 2):.1f}" y="{max(y - 1, 5):.1f}">{number}</text></g>'
+            f'<g style="--c:{colour}"><path d="{d}"/>'
+            f'<text x="{max(x, 2):.1f}" y="{max(y - 1, 5):.1f}">{number}</text></g>'
         )
     names = ", ".join(finding.name for finding in study.findings) or "no finding"
     return (
@@ -135,19 +136,20 @@ def _film_markup(study: PhantomStudy, outlines: bool = True) -> str:
         f'<svg viewBox="0 0 100 100" aria-hidden="true">{"".join(lines) if outlines else ""}</svg></div>'
     )
 
-# %% ../../nbs/widgets/05_phantom.ipynb #dad979be
+
 def _describe_finding(finding: Finding) -> str:
     "A finding in words: how much of it, what kind, and where."
     degree = ("mild", "moderate", "severe")[finding.severity - 1]
     place = " ".join(part for part in (finding.kind, finding.side, finding.zone) if part not in ("", "none"))
     return f"{finding.name}, {degree}" + f", {place}" * bool(place)
 
-# %% ../../nbs/widgets/05_phantom.ipynb #b2c2d24c
+
 def _report_markup(study: PhantomStudy) -> str:
     "The report, with the words of each finding marked, and the findings as a list."
     said = {finding for sentence in study.sentences for *_, finding in sentence.words}
     items = "".join(
-        f'<li style="--c:{colour}">{escape(_describe_finding(finding))}{"" if k in said else " <i>(not mentioned)</i>"}</li>'
+        f'<li style="--c:{colour}">{escape(_describe_finding(finding))}'
+        f"{'' if k in said else ' <i>(not mentioned)</i>'}</li>"
         for k, (finding, colour) in enumerate(zip(study.findings, COLOURS))
     )
     parts = [f'<ol class="findings">{items}</ol>' if items else '<p class="soft">No finding.</p>']
@@ -162,7 +164,7 @@ def _report_markup(study: PhantomStudy) -> str:
         parts.append(f'<h4>{section.title()}</h4><p class="report">{text}</p>')
     return f"<div>{''.join(parts)}</div>"
 
-# %% ../../nbs/widgets/05_phantom.ipynb #a4fff8ab
+# %% ../../nbs/widgets/05_phantom.ipynb #70c17f7d
 def _draw_report(
     ax: Axes,
     study: PhantomStudy,
@@ -184,10 +186,10 @@ def _draw_report(
                 else:
                     lines[-1].append((word, finding))
         lines.append([])
-    ax.set(xlim=(0, columns), ylim=(max(len(lines), 20), 0)), ax.axis("off")
-    size = (
-        ax.get_window_extent().width * 72 / ax.figure.dpi / columns / 0.602
-    )  # DejaVu Sans Mono is 0.602 of its size wide
+    ax.set(xlim=(0, columns), ylim=(max(len(lines), 20), 0))
+    ax.axis("off")
+    width = ax.get_window_extent().width * 72 / ax.figure.dpi
+    size = width / columns / 0.602  # DejaVu Sans Mono is 0.602 of its size wide
     for row, line in enumerate(lines):
         column = 0
         for word, finding in line:
@@ -195,12 +197,13 @@ def _draw_report(
             ax.text(column, row + 0.8, word, family="monospace", fontsize=size, parse_math=False, **style)
             column += len(word) + 1
 
-# %% ../../nbs/widgets/05_phantom.ipynb #70c17f7d
+
 def _draw_study(study: PhantomStudy) -> Figure:
     "A study of the phantom as a figure: outlines at the left, words at the right."
     figure = Figure(figsize=(8.6, 3.8), dpi=80)
     film, text = figure.add_axes((0, 0, 3.8 / 8.6, 1)), figure.add_axes((4 / 8.6, 0.02, 4.55 / 8.6, 0.96))
-    film.imshow(study.image, cmap="gray", vmin=0, vmax=255), film.axis("off")
+    film.imshow(study.image, cmap="gray", vmin=0, vmax=255)
+    film.axis("off")
     for number, (finding, colour) in enumerate(zip(study.findings, COLOURS), 1):
         for path in Outline(finding.name, finding.mask).paths:
             film.plot(*(np.array(path) * len(finding.mask) - 0.5).T, color=colour, lw=1.5)
@@ -216,9 +219,9 @@ def _draw_study(study: PhantomStudy) -> Figure:
     _draw_report(text, study)
     return figure
 
-# %% ../../nbs/widgets/05_phantom.ipynb #d9060c03
+# %% ../../nbs/widgets/05_phantom.ipynb #afd68bc2
 class _FindingRow(ipywidgets.HBox):
-    "The controls of one finding: `severity` from absent to severe, and `where` once it is there."
+    "The controls of one finding: `severity` from absent to severe, and `where` unless it is absent."
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -231,18 +234,18 @@ class _FindingRow(ipywidgets.HBox):
         self.severity.observe(self._reveal, "value")
         super().__init__([self.severity, self.where])
 
-    def _reveal(self, _=None) -> None:
-        there = self.severity.value and len(self.where.options) > 1
-        self.where.layout.visibility = "visible" if there else "hidden"
+    def _reveal(self, _: dict | None = None) -> None:
+        movable = self.severity.value and len(self.where.options) > 1
+        self.where.layout.visibility = "visible" if movable else "hidden"
 
     def planted(self, key: int) -> list[Planted]:
         "The finding as set, or nothing."
         return [plant(self.name, self.where.value, self.severity.value, key)] if self.severity.value else []
 
-# %% ../../nbs/widgets/05_phantom.ipynb #afd68bc2
+
 class PhantomExplorer(Pictured, ipywidgets.HBox):
-    """A radiograph of the phantom whose findings hang on sliders. `rows[name]` holds a finding's controls (`severity`,
-    `where`), `index` the study's number, `key` another draw of spots and words; `study` is what they show."""
+    """A radiograph of the phantom whose findings have sliders. `rows[name]` holds a finding's controls (`severity`,
+    `where`), `index` the study's number, `key` another draw of spots and words; `study` is the study shown."""
 
     def __init__(self, phantom: Phantom = Phantom(256), index: int = 0) -> None:
         self.phantom = phantom
@@ -270,8 +273,8 @@ class PhantomExplorer(Pictured, ipywidgets.HBox):
     def take_own(self) -> None:
         "Set the sliders to the findings of the study itself."
         self.study, own = None, {}
-        for found in self.phantom.scene(self.index.value).findings:
-            own.setdefault(found.name, found)
+        for finding in self.phantom.scene(self.index.value).findings:
+            own.setdefault(finding.name, finding)
         for name, row in self.rows.items():
             row.severity.value = own[name].severity if name in own else 0
             if name in own:
@@ -279,10 +282,10 @@ class PhantomExplorer(Pictured, ipywidgets.HBox):
                 row.where.value = spots[own[name].kind, own[name].side, own[name].zone]
         self._show(fresh=True)
 
-    def _show(self, _=None, fresh: bool = False) -> None:
+    def _show(self, _: dict | None = None, fresh: bool = False) -> None:
         if self.study is None and not fresh:  # the sliders are being set together
             return
-        chosen = [found for row in self.rows.values() for found in row.planted(self.key.value)]
+        chosen = [finding for row in self.rows.values() for finding in row.planted(self.key.value)]
         self.study = study_with(chosen, self.phantom, self.index.value, self.index.value + self.key.value)
         film = _film_markup(self.study, self.outlines.value)
         self.picture.value = themed(f'<div class="study">{film}{_report_markup(self.study)}</div>', "explorers")

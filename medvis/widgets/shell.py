@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from html import escape
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import anywidget
 import numpy as np
@@ -75,17 +76,17 @@ def themed(
 
 # %% ../../nbs/widgets/01_shell.ipynb #b925cbfa
 def state_json(
-    state,  # str, numbers, bytes, lists and dicts of these
+    state: Any,  # text, numbers, bytes, lists and dicts of these
 ) -> str:
     """A widget's state as JSON that may stand in a page; bytes become `{"base64": ...}`.
 
     Parameters
     ----------
-    state
-        str, numbers, bytes, lists and dicts of these
+    state : Any
+        text, numbers, bytes, lists and dicts of these
     """
 
-    def plain(value):
+    def plain(value: Any) -> dict[str, str]:
         if isinstance(value, (bytes, bytearray, memoryview)):
             return {"base64": base64.b64encode(value).decode()}
         raise TypeError(
@@ -134,13 +135,13 @@ def standalone(
 
 # %% ../../nbs/widgets/01_shell.ipynb #a71b3b4a
 class Pictured:
-    "A widget with a figure of its state, shown where widgets are not: mix in before the widget's class, and give `to_figure`."
+    "A widget with a figure of its state, for where no widget runs: mix in before the widget's class, give `to_figure`."
 
     def to_figure(self) -> Figure:
         "The present state as a matplotlib figure."
         raise NotImplementedError
 
-    def _repr_mimebundle_(self, **options):
+    def _repr_mimebundle_(self, **options) -> dict | tuple:
         bundle, picture = super()._repr_mimebundle_(**options), io.BytesIO()
         self.to_figure().savefig(picture, format="png")
         data, *metadata = bundle if isinstance(bundle, tuple) else (bundle,)
@@ -172,7 +173,7 @@ class Slider(anywidget.AnyWidget):
     description = traitlets.Unicode("").tag(sync=True)
 
     @traitlets.validate("value")
-    def _in_range(self, proposal) -> int:
+    def _in_range(self, proposal: dict) -> int:
         if not self.low <= proposal["value"] <= self.high:
             raise traitlets.TraitError(f"{self.description} is {proposal['value']}; expected {self.low} to {self.high}")
         return proposal["value"]

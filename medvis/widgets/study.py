@@ -34,7 +34,7 @@ Span = tuple[int, int, int]  # sentence, start, end
 
 
 def word_spans(sentences: Sequence[str]) -> list[Span]:
-    "Where the words of a report stand, as `Report.word_spans` tells it."
+    "Where the words of a report are, in the form of `Report.word_spans`."
     return [(s, start, end) for s, sentence in enumerate(sentences) for start, end in find_words(sentence)]
 
 # %% ../../nbs/widgets/02_study.ipynb #911e0797
@@ -67,7 +67,7 @@ def places_in(
 # %% ../../nbs/widgets/02_study.ipynb #cdf13612
 @dataclass(frozen=True)
 class RunScores:
-    """What one run says of one study.
+    """The scores of one run for one study.
 
     Parameters
     ----------
@@ -82,7 +82,7 @@ class RunScores:
     temperature : float, default: 1.0
         what scores are divided by before a softmax over regions
     tokens : int | None, default: None
-        the most that the run reads; None: unknown
+        the most that the run reads; None = unknown
     """
 
     grid: tuple[int, int]  # (h, w), N = h*w
@@ -90,9 +90,9 @@ class RunScores:
     scores: dict[str, np.ndarray]  # words (W, N), sentences (M, N), perhaps prototypes (K, N); NaN: not read
     prototypes: list[int] = field(default_factory=list)  # numbers of the K prototypes
     temperature: float = 1.0  # what scores are divided by before a softmax over regions
-    tokens: int | None = None  # the most that the run reads; None: unknown
+    tokens: int | None = None  # the most that the run reads; None = unknown
 
-# %% ../../nbs/widgets/02_study.ipynb #e3ce7088
+# %% ../../nbs/widgets/02_study.ipynb #0259fbf2
 def _visible_frame(
     preprocessing: Preprocessing,
 ) -> tuple[float, float, float, float]:  # x0, y0, x1, y1 in shares of the picture
@@ -101,26 +101,26 @@ def _visible_frame(
     start = int(round((side - preprocessing.size) / 2))
     return start / side, start / side, (start + preprocessing.size) / side, (start + preprocessing.size) / side
 
-# %% ../../nbs/widgets/02_study.ipynb #0539ab0c
+
 def _picked_rows(
     scores: torch.Tensor,  # (N, items of the run)
     places: Mapping[int, int],  # our item -> its item
     count: int,  # our items
 ) -> np.ndarray:  # (count, N) float32, NaN where the run has nothing
-    "The scores of one grain, in our numbering."
+    "The scores of words or of sentences, in our numbering."
     held = {ours: its for ours, its in places.items() if its < scores.shape[1]}
     rows = np.full((count, scores.shape[0]), np.nan, np.float32)
     rows[list(held)] = scores.float().cpu().numpy().T[list(held.values())]
     return rows
 
-# %% ../../nbs/widgets/02_study.ipynb #0259fbf2
+
 _PROTOTYPES = 12
 
 
 def _run_scores(
     correspondence: Correspondence,
     row: int,  # of the batch
-    places: tuple[dict[int, int], dict[int, int]],  # of `places_in`
+    places: tuple[dict[int, int], dict[int, int]],  # as returned by `places_in`
     counts: tuple[int, int],  # our words and sentences
     preprocessing: Preprocessing,
 ) -> RunScores:
@@ -139,7 +139,7 @@ def _run_scores(
 # %% ../../nbs/widgets/02_study.ipynb #5bc8445e
 @dataclass(frozen=True)
 class Outline:
-    """A known place in the picture, and what of the report speaks of it.
+    """An annotated place in the picture, and the words and sentences that name it.
 
     Parameters
     ----------
@@ -148,13 +148,13 @@ class Outline:
     mask : np.ndarray
         (H, W) bool, of the picture as the Pack holds it
     words : tuple[int, ...], default: ()
-        of `word_spans`
+        numbers as in `word_spans`
     sentences : tuple[int, ...], default: ()
     """
 
     name: str  # e.g. of the finding
     mask: np.ndarray  # (H, W) bool, of the picture as the Pack holds it
-    words: tuple[int, ...] = ()  # of `word_spans`
+    words: tuple[int, ...] = ()  # numbers as in `word_spans`
     sentences: tuple[int, ...] = ()
 
     @property
@@ -173,8 +173,8 @@ def _phantom_outlines(
     "Every finding of a phantom's study, mentioned or not."
     study = phantom.study(study_id)
     spans = word_spans(sentences)
-    about = phantom_words(Report([], [], [], list(sentences), spans), study)
-    words = {index: tuple(w for w, i in about.items() if i == index) for index in range(len(study.findings))}
+    named = phantom_words(Report([], [], [], list(sentences), spans), study)
+    words = {index: tuple(w for w, i in named.items() if i == index) for index in range(len(study.findings))}
     return [
         Outline(finding.name, finding.mask, words[index], tuple(sorted({spans[w][0] for w in words[index]})))
         for index, finding in enumerate(study.findings)
@@ -185,15 +185,15 @@ def _pack_outlines(
     pack: Pack,
     image: int,  # row of the image table
 ) -> list[Outline]:
-    "The boxes and masks that a Pack holds of an image; nothing says which words speak of them."
-    masks = zip(pack.manifest.get("masks", ()), found) if (found := pack.mask(image)) is not None else ()
-    out = [Outline(name, mask) for name, mask in masks if mask.any()]
+    "The boxes and masks that a Pack holds of an image; which words name them is not recorded."
+    masks = pack.mask(image)
+    named = () if masks is None else zip(pack.manifest.get("masks", ()), masks)
+    out = [Outline(name, mask) for name, mask in named if mask.any()]
     if not (pack.boxes["image"] == image).any():
         return out
     boxes = pack_boxes(pack)
-    for name, *box in boxes.loc[
-        boxes["image_id"] == pack.image_table["image_id"][image], ["class", "x0", "y0", "x1", "y1"]
-    ].itertuples(index=False):
+    own = boxes[boxes["image_id"] == pack.image_table["image_id"][image]]
+    for name, *box in own[["class", "x0", "y0", "x1", "y1"]].itertuples(index=False):
         x0, y0, x1, y1 = (int(round(value)) for value in box)
         mask = np.zeros((pack.size, pack.size), bool)
         mask[min(y0, pack.size - 1) : max(y1, y0 + 1), min(x0, pack.size - 1) : max(x1, x0 + 1)] = True
@@ -242,7 +242,7 @@ class StudyView:
         return [self.sentences[s][start:end] for s, start, end in self.spans]
 
     def hits(self, run: str, grain: str = "words") -> list[tuple[int, int, bool]]:
-        "Each word (or sentence) with a place, the outline it speaks of, and whether its highest region lies there."
+        "Each word (or sentence) with an outline, the outline, and whether its highest region lies there."
         scores = self.runs[run].scores[grain]
         linked = [(item, o) for o, outline in enumerate(self.outlines) for item in getattr(outline, grain)]
         return [
@@ -252,17 +252,17 @@ class StudyView:
         ]
 
     def misses(self, run: str) -> float:
-        "Share of the words with a place that point elsewhere; 0 without such words."
+        "Share of the words with an outline that point elsewhere; 0 without such words."
         hits = self.hits(run)
         return 1 - sum(hit for *_, hit in hits) / len(hits) if hits else 0.0
 
     def alignment(self, run: str) -> float:
         "Mean over sentences of the highest score; 0 when the run read none."
         best = self.runs[run].scores["sentences"].max(1, initial=-np.inf)
-        known = best[np.isfinite(best)]
-        return float(known.mean()) if len(known) else 0.0
+        read = best[np.isfinite(best)]
+        return float(read.mean()) if len(read) else 0.0
 
-# %% ../../nbs/widgets/02_study.ipynb #0dbf7d5e
+# %% ../../nbs/widgets/02_study.ipynb #41e608c4
 def _as_methods(
     runs: Mapping[str, Method | str | PathLike] | Method | str | PathLike,  # methods, runs, or their folders
 ) -> dict[str, Method]:
@@ -270,10 +270,10 @@ def _as_methods(
     if not isinstance(runs, Mapping):
         runs = {Path(runs).resolve().name if isinstance(runs, str | PathLike) else type(runs).__name__: runs}
     if not runs:
-        raise ValueError("there is no run to look at; give at least one, as {name: method or run folder}")
+        raise ValueError("no run is given; give at least one, as {name: method or run folder}")
     return {str(name): as_method(run) for name, run in runs.items()}
 
-# %% ../../nbs/widgets/02_study.ipynb #2b092273
+
 def _visible_cells(
     outlines: Sequence[Outline], grid: tuple[int, int], preprocessing: Preprocessing
 ) -> np.ndarray:  # (outlines, N) bool
@@ -282,28 +282,28 @@ def _visible_cells(
     masks = [view(torch.from_numpy(np.ascontiguousarray(outline.mask))).numpy() for outline in outlines]
     return on_target(np.stack(masks), grid) if masks else np.zeros((0, grid[0] * grid[1]), bool)
 
-# %% ../../nbs/widgets/02_study.ipynb #6f6f4345
+
 def _batch_scores(
     method: Method,
     pairs: Pairs,
     positions: Sequence[int],
     reports: Sequence[Sequence[str]],  # sentences of each
 ) -> list[RunScores]:
-    "What a method says of some studies, in one batch. ValueError names a study whose image cannot be read."
+    "A method's scores for some studies, in one batch. ValueError names a study whose image cannot be read."
     batch = collate([pairs[position] for position in positions])
     for study, reason in batch.rejects:
         raise ValueError(f"study {study}: {reason}")
     with frozen(method):
-        told = method.correspondence(batch.to(next(method.parameters()).device))
+        correspondence = method.correspondence(batch.to(next(method.parameters()).device))
     out = []
     for row, (position, sentences) in enumerate(zip(positions, reports)):
         spans = word_spans(sentences)
         places = places_in(pairs.report(position), sentences, spans, pairs.sampling.punctuation)
-        scores = _run_scores(told, row, places, (len(spans), len(sentences)), method.preprocessing)
+        scores = _run_scores(correspondence, row, places, (len(spans), len(sentences)), method.preprocessing)
         out.append(replace(scores, tokens=pairs.sampling.max_tokens))
     return out
 
-# %% ../../nbs/widgets/02_study.ipynb #41e608c4
+
 def _fitting_rows(
     studies: pd.DataFrame,  # study_id, sentences
     labels: pd.DataFrame,  # the same rows
@@ -323,23 +323,22 @@ class Studies:
     Parameters
     ----------
     runs : Mapping[str, Method | str | PathLike] | Method | str | PathLike
-        see as_methods
+        by name, or one alone
     data : Pack
     split : str | None, default: 'test'
-        None: all
+        None = all
     outlines : Callable[[str], Sequence[Outline]] | None, default: None
-        study id -> what is known; None: of a phantom all, else the Pack's boxes and masks
+        of a study id; None = the phantom's or the Pack's
     keep : int, default: 64
         views in memory
     """
 
     def __init__(
         self,
-        runs: Mapping[str, Method | str | PathLike] | Method | str | PathLike,  # see as_methods
+        runs: Mapping[str, Method | str | PathLike] | Method | str | PathLike,  # by name, or one alone
         data: Pack,
-        split: str | None = "test",  # None: all
-        outlines: Callable[[str], Sequence[Outline]]
-        | None = None,  # study id -> what is known; None: of a phantom all, else the Pack's boxes and masks
+        split: str | None = "test",  # None = all
+        outlines: Callable[[str], Sequence[Outline]] | None = None,  # of a study id; None = the phantom's or the Pack's
         keep: int = 64,  # views in memory
     ) -> None:
         self.runs, self.data = _as_methods(runs), data
@@ -366,16 +365,16 @@ class Studies:
 
     def __getitem__(self, position: int) -> StudyView:
         if not 0 <= position < len(self):
-            raise IndexError(f"study {position}: there are {len(self)}, counted from 0")
+            raise IndexError(f"no study {position}; expected 0 to {len(self) - 1}")
         return self._kept(position)
 
     @property
-    def table(self):
+    def table(self) -> pd.DataFrame:
         "The Pack's rows of these studies, in their order."
         return self.data.studies.iloc[self.rows]
 
     def outlines(self, position: int) -> list[Outline]:
-        "What is known of a study's places."
+        "The outlines of a study."
         study, phantom = self.table.iloc[position], pack_phantom(self.data)
         if self._outlines is not None:
             return list(self._outlines(str(study["study_id"])))
@@ -386,11 +385,11 @@ class Studies:
     def make(self, positions: Sequence[int]) -> list[StudyView]:
         "The views of some studies, in one batch. ValueError names a study whose image cannot be read."
         reports = [self.table.iloc[position]["sentences"] for position in positions]
-        found = {
+        scores = {
             name: _batch_scores(method, self.pairs[name], positions, reports) for name, method in self.runs.items()
         }
         return [
-            self._view(position, {name: runs[k] for name, runs in found.items()})
+            self._view(position, {name: studies[k] for name, studies in scores.items()})
             for k, position in enumerate(positions)
         ]
 
@@ -413,7 +412,7 @@ class Studies:
         )
 
     def measure(self, most: int = 32) -> int:
-        "Alignment and misses of the next studies that have none; how many are left then."
+        "Measure alignment and misses of the next studies that have none; return how many are then left."
         todo = [position for position in range(len(self)) if position not in self._measured]
         for view in self.make(todo[:most]) if todo else []:
             self._measured[view.position] = {
@@ -422,12 +421,14 @@ class Studies:
         return max(len(todo) - most, 0)
 
     def find(self, query: str = "", finding: str = "", order: str = "data", run: str | None = None) -> list[int]:
-        """Positions of the studies that have all words of the query in id or report, and the finding; in the order of the data,
-        or worst `alignment` or most `misses` of a run first (of the measured ones). ValueError for another order."""
+        """Positions of the studies that have all words of the query in id or report, and the finding.
+
+        In the order of the data, or (of the measured ones) by worst `alignment` or most `misses` of a run first.
+        ValueError for another order."""
         if order not in ("data", "alignment", "misses"):
             raise ValueError(f"order is {order!r}; expected data, alignment or misses")
         positions = _fitting_rows(self.table, self.data.labels.iloc[self.rows], query, finding)
         if order == "data":
             return positions
-        known, run = [p for p in positions if p in self._measured], run or next(iter(self.runs))
-        return sorted(known, key=lambda position: self._measured[position][run][order])
+        measured, run = [p for p in positions if p in self._measured], run or next(iter(self.runs))
+        return sorted(measured, key=lambda position: self._measured[position][run][order])

@@ -162,7 +162,7 @@ function scaleOf(app, run, values, grains) {
   const scale = get(app, "scale");
   if (scale === "raw") return extent(grains.flatMap((grain) => rangeOf(run, grain)));
   if (scale === "normalised") return extent(values);
-  const known = [...values].filter((value) => !Number.isNaN(value)), mean = known.reduce((sum, value) => sum + value, 0) / (known.length || 1);
+  const read = [...values].filter((value) => !Number.isNaN(value)), mean = read.reduce((sum, value) => sum + value, 0) / (read.length || 1);
   return [mean, mean + (run.temperature ?? 1) * Math.log(Math.max(run.count, 2))];
 }
 
@@ -279,25 +279,25 @@ function drawBoxes(app, context, pixel) {
 }
 
 function drawPanel(app, panel) {
-  const context = panel.canvas.getContext("2d"), size = panel.canvas.width, { scale, x, y } = app.zoom, told = answer(app, panel.k);
+  const context = panel.canvas.getContext("2d"), size = panel.canvas.width, { scale, x, y } = app.zoom, result = answer(app, panel.k);
   const pixel = devicePixelRatio / (size * scale), [fx, fy, gx, gy] = app.study.runs[panel.k].frame;
-  panel.told = told;
+  panel.result = result;
   context.setTransform(1, 0, 0, 1, 0, 0);
   context.drawImage(background(app, size), 0, 0);
   context.setTransform(size * scale, 0, 0, size * scale, -x * size * scale, -y * size * scale);
-  if (told.map) {
-    drawHeat(app, panel.heat, told);
+  if (result.map) {
+    drawHeat(app, panel.heat, result);
     context.imageSmoothingEnabled = get(app, "smooth");
     context.drawImage(panel.heat, fx, fy, gx - fx, gy - fy);
   }
-  if (get(app, "outlines")) drawOutlines(app, context, pixel, told.linked);
+  if (get(app, "outlines")) drawOutlines(app, context, pixel, result.linked);
   drawBoxes(app, context, pixel);
-  if (told.map) {
-    const [a, b, c, d] = boxOf(told.run, Math.floor(told.peak / told.run.grid[1]), told.peak % told.run.grid[1]);
+  if (result.map) {
+    const [a, b, c, d] = boxOf(result.run, Math.floor(result.peak / result.run.grid[1]), result.peak % result.run.grid[1]);
     strokeTwice(context, pixel, "#fff", 1.8, () => context.arc((a + c) / 2, (b + d) / 2, 6 * pixel, 0, 7));
   }
   if (get(app, "outlines")) drawNames(app, context, size);
-  tellPanel(app, panel, told);
+  tellPanel(app, panel, result);
 }
 
 // Colour bar, badge and the panel's name for those who do not see it.
@@ -366,8 +366,8 @@ function buildReport(app) {
   const numbers = study.runs[app.active]?.prototypes ?? [];
   parts.prototypes.replaceChildren(...numbers.map((number, k) =>
     itemElement(app, "prototypes", k, "span", { class: "prototype" }, `prototype ${number}`)));
-  const told = Object.entries(study.labels).filter(([, value]) => value === 1 || value === -1);
-  parts.findings.replaceChildren(...told.map(([name, value]) =>
+  const labels = Object.entries(study.labels).filter(([, value]) => value === 1 || value === -1);
+  parts.findings.replaceChildren(...labels.map(([name, value]) =>
     h("span", { class: "finding", title: value === 1 ? "present" : "uncertain" }, value === 1 ? name : `${name} ?`)));
   setGrain(app);
 }
@@ -412,12 +412,12 @@ function tell(app) {
   let text = "";
   if (picks) {
     const [grain] = GRAINS.filter((one) => picks[one].length);
-    text = `${nameOf(app, grain, picks[grain][0])}: ` + app.panels.map(({ k, told: { map, peak, linked, hit } }) =>
+    text = `${nameOf(app, grain, picks[grain][0])}: ` + app.panels.map(({ k, result: { map, peak, linked, hit } }) =>
       `${names[k]} ${map ? map[peak].toFixed(2) + (linked.length ? (hit ? ", hit" : ", miss") : "") : "does not read it"}`).join(" · ");
   } else if (box) {
     const run = app.study.runs[app.active], grain = items(run, get(app, "grain")) ? get(app, "grain") : "words";
-    const scores = profile(run, grain, regionsIn(run, [box])), known = [...scores.keys()].filter((i) => !Number.isNaN(scores[i]));
-    const best = known.sort((a, b) => scores[b] - scores[a]).slice(0, 3).map((i) => `${nameOf(app, grain, i)} ${scores[i].toFixed(2)}`);
+    const scores = profile(run, grain, regionsIn(run, [box])), read = [...scores.keys()].filter((i) => !Number.isNaN(scores[i]));
+    const best = read.sort((a, b) => scores[b] - scores[a]).slice(0, 3).map((i) => `${nameOf(app, grain, i)} ${scores[i].toFixed(2)}`);
     text = `${names[app.active]}: ${best.join(", ")}`;
   }
   app.parts.status.textContent = text || app.note;
@@ -796,7 +796,7 @@ function controlRow(app) {
     choice(app, "colours", "Colours", Object.keys(STOPS).map((name) => [name, name])),
     slider(app, "opacity", "Opacity", [0, 1, 0.05]), slider(app, "threshold", "Threshold", [0, 0.95, 0.05]),
     slider(app, "window", "Level", [0, 255, 1], ...level), slider(app, "window", "Width", [2, 510, 1], ...width),
-    h("div", { class: "segments" }, toggle(app, "smooth", "Smooth", "Smooth maps"), toggle(app, "outlines", "Truth", "Outlines of what is known"),
+    h("div", { class: "segments" }, toggle(app, "smooth", "Smooth", "Smooth maps"), toggle(app, "outlines", "Truth", "Outlines of the findings"),
       toggle(app, "masked", "Mask text", "Mask the text of the report")),
     button("Unpin", "Unpin all", () => select(app, { ...NO_PICKS, boxes: [] })), button("Fit", "Show all of the picture", () => resetView(app)));
 }

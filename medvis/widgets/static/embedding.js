@@ -114,11 +114,11 @@ function skeleton(el) {
 function pictureBook(points) {
   const kept = new Map();
   return (k) => {
-    const known = kept.get(k);
+    const existing = kept.get(k);
     kept.delete(k);
     const start = k ? points.ends[k - 1] : 0, view = points.jpeg;
     const bytes = () => new Blob([new Uint8Array(view.buffer, view.byteOffset + start, points.ends[k] - start)], { type: "image/jpeg" });
-    kept.set(k, known ?? createImageBitmap(bytes()));
+    kept.set(k, existing ?? createImageBitmap(bytes()));
     if (kept.size > 100) kept.delete(kept.keys().next().value);
     return kept.get(k);
   };

@@ -3,7 +3,7 @@ const STEPS = { ArrowRight: 1, ArrowUp: 1, PageUp: 10, End: Infinity, ArrowLeft:
 
 function render({ model, el }) {
   const label = Object.assign(document.createElement("label"), { className: "medvis slider" });
-  const [name, input, told] = ["span", "input", "output"].map((tag) => label.appendChild(document.createElement(tag)));
+  const [name, input, output] = ["span", "input", "output"].map((tag) => label.appendChild(document.createElement(tag)));
   Object.assign(input, { type: "range", step: 1 });
   const show = () => {
     const value = model.get("value"), words = model.get("names")[value - model.get("low")] ?? String(value);
@@ -11,7 +11,7 @@ function render({ model, el }) {
     input.min = model.get("low");
     input.max = model.get("high");
     input.value = value;
-    told.textContent = words;
+    output.textContent = words;
     input.setAttribute("aria-label", model.get("description"));
     input.setAttribute("aria-valuetext", words);
   };
