@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['check_preprocessing', 'encode', 'linear_probe', 'paired_gain', 'probe_predictions', 'probe_table', 'random_like',
            'YoloV3', 'yolo_loss', 'Pointing', 'contrast_to_noise', 'ground_phrases', 'grounding_table',
-           'phantom_pointing', 'phantom_targets', 'pointing_game', 'Boxes', 'classification_table', 'count_pixels',
-           'detection_table', 'dice_table', 'froc', 'mean_ap', 'as_encoders', 'as_method', 'as_pack', 'check_unseen',
-           'Predictions', 'load_predictions', 'score_table', 'compare_runs', 'evaluate', 'protocol_task',
-           'run_protocol', 'summary', 'PROTOCOLS', 'Protocol', 'prompt_table', 'retrieval_table', 'zero_shot',
-           'zero_shot_table', 'LinearSegmenter', 'SetrDecoder', 'SmpUNet', 'UNet', 'dice_loss', 'mixed_loss',
-           'Interval', 'auroc', 'bootstrap', 'bootstrap_auroc', 'compare', 'compare_predictions']
+           'phantom_pointing', 'phantom_targets', 'pointing_game', 'upsample_map', 'measure_places', 'Boxes',
+           'classification_table', 'count_pixels', 'detection_table', 'dice_table', 'froc', 'mean_ap', 'as_encoders',
+           'as_method', 'as_pack', 'check_unseen', 'Predictions', 'load_predictions', 'score_table', 'compare_runs',
+           'evaluate', 'protocol_task', 'run_protocol', 'summary_table', 'PROTOCOLS', 'Protocol', 'prompt_table',
+           'retrieval_table', 'zero_shot', 'zero_shot_table', 'LinearSegmenter', 'SetrDecoder', 'SmpUNet', 'UNet',
+           'dice_loss', 'mixed_loss', 'Interval', 'auroc', 'bootstrap', 'bootstrap_auroc', 'compare',
+           'compare_predictions']
 
 # %% ../../nbs/evaluate/00_doors.ipynb #dcb44a08
 from typing import TYPE_CHECKING
@@ -30,7 +31,9 @@ if TYPE_CHECKING:
         phantom_pointing,
         phantom_targets,
         pointing_game,
+        upsample_map,
     )
+    from medvis.evaluate.laterality import measure_places
     from medvis.evaluate.metrics import (
         Boxes,
         classification_table,
@@ -69,6 +72,8 @@ _all_ = [
     "phantom_pointing",
     "phantom_targets",
     "pointing_game",
+    "upsample_map",
+    "measure_places",
     "Boxes",
     "classification_table",
     "count_pixels",
@@ -87,7 +92,7 @@ _all_ = [
     "evaluate",
     "protocol_task",
     "run_protocol",
-    "summary",
+    "summary_table",
     "PROTOCOLS",
     "Protocol",
     "prompt_table",
