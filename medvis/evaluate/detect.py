@@ -378,7 +378,7 @@ class YoloV3(nn.Module):
         an image encoder
     classes : Sequence[str]
     rules : str, default: 'corrected'
-        "corrected-mgca": with MGCA's thresholds; "lovt", "mgca": as in their released codes
+        "corrected-mgca": MGCA's thresholds; "lovt", "mgca": as in their released codes
     """
 
     needs = "pyramid"
@@ -387,7 +387,7 @@ class YoloV3(nn.Module):
         self,
         encoder: nn.Module,  # an image encoder
         classes: Sequence[str],
-        rules: str = "corrected",  # "corrected-mgca": with MGCA's thresholds; "lovt", "mgca": as in their released codes
+        rules: str = "corrected",  # "corrected-mgca": MGCA's thresholds; "lovt", "mgca": as in their released codes
     ) -> None:
         super().__init__()
         if rules not in _YOLO_RULES:
@@ -429,7 +429,9 @@ class YoloV3(nn.Module):
         return raws
 
     def loss(self, raw: Sequence[Tensor], target: Sequence | Targets) -> Losses:
-        "YOLOv3's loss, in single precision at least; target: one (k, 5) array or tensor an image, x0, y0, x1, y1 in pixels, class."
+        """YOLOv3's loss, in single precision at least.
+
+        target: a (k, 5) array or tensor for each image: x0, y0, x1, y1 in pixels, class."""
         targets = target if isinstance(target, Targets) else Targets.stack(target, raw[0].device)
         return yolo_loss(raw, targets, self.anchors, self.size, _YOLO_RULES[self.rules])
 

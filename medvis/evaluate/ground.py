@@ -9,13 +9,14 @@ __all__ = ['on_target', 'pointing_hits', 'upsample_map', 'contrast_to_noise', 'o
 
 # %% ../../nbs/evaluate/06_ground.ipynb #bad3f5a9
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
+from numpy.typing import ArrayLike
 from torch import nn
 from torch.nn.functional import interpolate
 
@@ -33,14 +34,14 @@ from ..train.run import Run
 
 # %% ../../nbs/evaluate/06_ground.ipynb #565f800c
 def on_target(
-    masks,  # (K, H, W) bool
+    masks: ArrayLike,  # (K, H, W) bool
     grid: tuple[int, int],  # (h, w), N = h*w
 ) -> np.ndarray:  # (K, N) bool
     """Which regions, row-major, have their centre in the mask.
 
     Parameters
     ----------
-    masks
+    masks : ArrayLike
         (K, H, W) bool
     grid : tuple[int, int]
         (h, w), N = h*w
@@ -57,8 +58,8 @@ def on_target(
 
 # %% ../../nbs/evaluate/06_ground.ipynb #ca5d58fe
 def pointing_hits(
-    scores,  # (K, N) one map a target, regions row-major
-    masks,  # (K, H, W) bool, the target in the same view of the image
+    scores: ArrayLike,  # (K, N) one map a target, regions row-major
+    masks: ArrayLike,  # (K, H, W) bool, the target in the same view of the image
     grid: tuple[int, int],  # (h, w), N = h*w
 ) -> tuple[np.ndarray, np.ndarray]:  # hits (K,) in 0..1, chance (K,) area share
     """Whether the highest region's centre lies in the mask, and how likely a blind throw is to do so.
@@ -67,9 +68,9 @@ def pointing_hits(
 
     Parameters
     ----------
-    scores
+    scores : ArrayLike
         (K, N) one map a target, regions row-major
-    masks
+    masks : ArrayLike
         (K, H, W) bool, the target in the same view of the image
     grid : tuple[int, int]
         (h, w), N = h*w
@@ -96,7 +97,7 @@ def _fits(scores: np.ndarray, masks: np.ndarray, grid: tuple[int, int]) -> None:
 
 # %% ../../nbs/evaluate/06_ground.ipynb #06471c99
 def upsample_map(
-    scores,  # (..., N), regions row-major
+    scores: ArrayLike,  # (..., N), regions row-major
     grid: tuple[int, int],  # (h, w), N = h*w
     size: tuple[int, int],  # (H, W)
 ) -> np.ndarray:  # (..., H, W); float64 if the scores are, else float32
@@ -104,7 +105,7 @@ def upsample_map(
 
     Parameters
     ----------
-    scores
+    scores : ArrayLike
         (..., N), regions row-major
     grid : tuple[int, int]
         (h, w), N = h*w
@@ -127,8 +128,8 @@ def upsample_map(
 
 # %% ../../nbs/evaluate/06_ground.ipynb #cbadf73d
 def contrast_to_noise(
-    scores,  # (K, N) one map a target, regions row-major
-    masks,  # (K, H, W) bool
+    scores: ArrayLike,  # (K, N) one map a target, regions row-major
+    masks: ArrayLike,  # (K, H, W) bool
     grid: tuple[int, int],  # (h, w), N = h*w
 ) -> np.ndarray:  # (K,) signed; the absolute value of each is the other convention
     """Contrast-to-noise ratio of maps drawn bilinearly over their masks; 0 for a constant map, NaN without an outside.
@@ -137,9 +138,9 @@ def contrast_to_noise(
 
     Parameters
     ----------
-    scores
+    scores : ArrayLike
         (K, N) one map a target, regions row-major
-    masks
+    masks : ArrayLike
         (K, H, W) bool
     grid : tuple[int, int]
         (h, w), N = h*w
@@ -153,7 +154,7 @@ def contrast_to_noise(
     _fits(scores, masks, grid)
     where, maps = torch.from_numpy(masks), torch.from_numpy(upsample_map(scores, grid, masks.shape[1:]))
 
-    def moments(pixels):
+    def moments(pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         count = pixels.sum((1, 2))
         mean = (maps * pixels).sum((1, 2)) / count
         return mean, ((maps - mean[:, None, None]) ** 2 * pixels).sum((1, 2)) / count
@@ -248,8 +249,8 @@ def _measure(scores: np.ndarray, masks: np.ndarray, grid: tuple[int, int]) -> pd
 
 # %% ../../nbs/evaluate/06_ground.ipynb #283aaa4f
 def measure(
-    scores,  # (K, N) one map a target, regions row-major
-    masks,  # (K, H, W) bool
+    scores: ArrayLike,  # (K, N) one map a target, regions row-major
+    masks: ArrayLike,  # (K, H, W) bool
     grid: tuple[int, int],  # (h, w), N = h*w
     together: int = 64,  # how many maps are drawn at a time
 ) -> pd.DataFrame:  # K rows, the columns of MEASURES
@@ -257,9 +258,9 @@ def measure(
 
     Parameters
     ----------
-    scores
+    scores : ArrayLike
         (K, N) one map a target, regions row-major
-    masks
+    masks : ArrayLike
         (K, H, W) bool
     grid : tuple[int, int]
         (h, w), N = h*w
@@ -281,8 +282,8 @@ def measure(
 
 # %% ../../nbs/evaluate/06_ground.ipynb #db5f567d
 def _best_fixed_point(
-    cells,  # (K, N) bool, of `on_target`
-    kinds,  # (K,) each kind may have a point of its own: the finding, or finding and side
+    cells: ArrayLike,  # (K, N) bool, of `on_target`
+    kinds: ArrayLike,  # (K,) each kind may have a point of its own: the finding, or finding and side
 ) -> float:
     """Hit rate of pointing at one region for each kind, the best one in hindsight; NaN without targets."""
     cells, kinds = np.asarray(cells, dtype=bool), np.asarray(kinds)
@@ -322,10 +323,10 @@ class Pointing:
 
 # %% ../../nbs/evaluate/06_ground.ipynb #37c385e6
 def _pointing_rate(
-    hits,  # (K,)
-    chance,  # (K,)
-    cnr,  # (K,) those that are NaN are left out
-    groups,  # (K,) patient or study of each target
+    hits: ArrayLike,  # (K,)
+    chance: ArrayLike,  # (K,)
+    cnr: ArrayLike,  # (K,) those that are NaN are left out
+    groups: ArrayLike,  # (K,) patient or study of each target
     resamples: int = 500,
     level: float = 0.95,
     grain: str = "word",
@@ -340,8 +341,9 @@ def _pointing_rate(
 # %% ../../nbs/evaluate/06_ground.ipynb #92585cec
 def pointing_game(
     correspondence: Correspondence,
-    masks,  # dict (row, word) -> (H, W) bool; or (B, W, H, W') bool, empty = no target
-    groups=None,  # (B,) patient of each row; None: every row is its own
+    masks: Mapping[tuple[int, int], np.ndarray]
+    | np.ndarray,  # dict (row, word) -> (H, W) bool; or (B, W, H, W') bool, empty = no target
+    groups: Sequence | None = None,  # (B,) patient of each row; None: every row is its own
     resamples: int = 500,
 ) -> Pointing:
     """Hit rate and chance of the words that have a mask. Words that the correspondence does not hold are no targets.
@@ -349,9 +351,9 @@ def pointing_game(
     Parameters
     ----------
     correspondence : Correspondence
-    masks
+    masks : Mapping[tuple[int, int], np.ndarray] | np.ndarray
         dict (row, word) -> (H, W) bool; or (B, W, H, W') bool, empty = no target
-    groups : default: None
+    groups : Sequence | None, default: None
         (B,) patient of each row; None: every row is its own
     resamples : int, default: 500
     """
@@ -369,7 +371,7 @@ def pointing_game(
     return _pointing_rate(*pointing_hits(scores, chosen, correspondence.grid), cnr, groups, resamples)
 
 # %% ../../nbs/evaluate/06_ground.ipynb #1b3e47a1
-def _sparse(masks) -> dict[tuple[int, int], np.ndarray]:
+def _sparse(masks: Mapping[tuple[int, int], np.ndarray] | np.ndarray) -> dict[tuple[int, int], np.ndarray]:
     if isinstance(masks, Mapping):
         return {target: np.asarray(mask, dtype=bool) for target, mask in masks.items()}
     masks = np.asarray(masks, dtype=bool)
@@ -483,7 +485,7 @@ def _phantom_report_targets(
     item: int,
     report: Report,
     study: PhantomStudy,
-    view,  # (H, W) bool tensor -> (size, size) bool tensor
+    view: Callable[[torch.Tensor], torch.Tensor],  # (H, W) bool tensor -> (size, size) bool tensor
 ) -> list[Target]:
     """The words of one report that speak of a finding the view holds, in order; then the sentences that do."""
     about, words, sentences = phantom_words(report, study), [], {}
@@ -503,7 +505,7 @@ def _phantom_report_targets(
 # %% ../../nbs/evaluate/06_ground.ipynb #d6ced683
 def phantom_targets(
     pairs: Pairs,  # of a phantom Pack, not augmented
-    items=None,  # which pairs; None: all
+    items: Iterable[int] | None = None,  # which pairs; None: all
     grains: tuple[str, ...] = ("word",),  # of GRAINS
 ) -> list[Target]:
     """All words (or sentences) that speak of a finding, with its mask as the encoder sees it, if the crop holds it.
@@ -515,7 +517,7 @@ def phantom_targets(
     ----------
     pairs : Pairs
         of a phantom Pack, not augmented
-    items : default: None
+    items : Iterable[int] | None, default: None
         which pairs; None: all
     grains : tuple[str, ...], default: ('word',)
         of GRAINS
@@ -638,7 +640,7 @@ def _target_rows(
 def phantom_pointing(
     method: nn.Module,  # .correspondence(batch)
     pairs: Pairs,  # of a phantom Pack, not augmented
-    items=None,
+    items: Iterable[int] | None = None,
     batch_size: int = 32,
     device: str | torch.device | None = None,  # None: where the method is
 ) -> PhantomPointing:
@@ -650,7 +652,7 @@ def phantom_pointing(
         .correspondence(batch)
     pairs : Pairs
         of a phantom Pack, not augmented
-    items : default: None
+    items : Iterable[int] | None, default: None
     batch_size : int, default: 32
     device : str | torch.device | None, default: None
         None: where the method is
@@ -731,13 +733,13 @@ def _means_over(draws: list[np.ndarray]) -> np.ndarray:  # of (1+R,) each
 
 # %% ../../nbs/evaluate/06_ground.ipynb #61f90e27
 def next_other_patient(
-    patients,  # (K,)
+    patients: ArrayLike,  # (K,)
 ) -> np.ndarray:  # (K,) of each the next, counted around, that is of another patient; itself where there is none
     """Whose image to show instead.
 
     Parameters
     ----------
-    patients
+    patients : ArrayLike
         (K,)
 
     Returns
@@ -787,7 +789,9 @@ def phrase_maps(
     return told.sentences[:, :, 0].double().cpu().numpy(), told.grid
 
 # %% ../../nbs/evaluate/06_ground.ipynb #f3fadc09
-def _measured(method: nn.Module, pack: Pack, phrases, images, masks, batch_size: int) -> pd.DataFrame:
+def _measured(
+    method: nn.Module, pack: Pack, phrases: Sequence[Phrase], images: Sequence[int], masks: np.ndarray, batch_size: int
+) -> pd.DataFrame:
     tables = []
     for start in range(0, len(phrases), batch_size):
         part = slice(start, start + batch_size)
@@ -859,9 +863,9 @@ def ground(
     | Path
     | None = None,  # folder for phrases.csv (one row a phrase), findings.csv (the table) and phrases.json
     resamples: int = 500,
-    allow_leaks: bool = False,  # measure although the run was trained on patients or images that are for validation or test
+    allow_leaks: bool = False,  # measure although the run was trained on patients or images that are tested here
 ) -> pd.DataFrame:  # see grounding_table
-    """Does a run find the places that phrases speak of? With the same phrases on another patient's image beside it. ValueError for leaks.
+    """Does a run find the places that phrases speak of? With another patient's image as control. ValueError for leaks.
 
     Parameters
     ----------
@@ -875,7 +879,7 @@ def ground(
         folder for phrases.csv (one row a phrase), findings.csv (the table) and phrases.json
     resamples : int, default: 500
     allow_leaks : bool, default: False
-        measure although the run was trained on patients or images that are for validation or test
+        measure although the run was trained on patients or images that are tested here
 
     Returns
     -------

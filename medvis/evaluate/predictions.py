@@ -58,7 +58,7 @@ class Predictions:
     def __len__(self) -> int:
         return len(self.image_id)
 
-    def __getitem__(self, rows) -> "Predictions":
+    def __getitem__(self, rows: np.ndarray) -> "Predictions":
         "Those of some images, which may repeat, as a bootstrap draws them."
         both = (part.draw(rows) if isinstance(part, Boxes) else part[rows] for part in (self.predicted, self.truth))
         return Predictions(self.kind, self.classes, self.image_id[rows], self.patient_id[rows], *both)
@@ -67,7 +67,7 @@ class Predictions:
 def join(
     parts: Sequence,  # arrays (b, ...), or Boxes whose images count from 0 in each batch
     sizes: Sequence[int],  # images of each batch
-):
+) -> np.ndarray | Boxes:
     """Put batches together: one array, or Boxes of all images.
 
     Parameters
@@ -183,12 +183,13 @@ METRICS = {
 
 
 def validation_score(metric: str, told: Predictions) -> float:
-    "The metric of this name. ValueError if it is not known, is for another kind of task, or is not defined on these images."
+    "The metric of this name. ValueError for an unknown one, another kind of task, or if it is not defined here."
     _check_metric(metric, told.kind)
     value = METRICS[metric].compute(METRICS[metric].reduce(told))
     if np.isnan(value):
         raise ValueError(
-            f"{metric} is not defined on these {len(told)} images of {told.kind}: there is nothing to find in them (or nothing but), "
+            f"{metric} is not defined on these {len(told)} images of {told.kind}: "
+            "there is nothing to find in them (or nothing but), "
             f"or a prediction is not a number. Give the split more images, or watch another number (loss)"
         )
     return value
