@@ -32,11 +32,11 @@ def _fit_scores(
     test: np.ndarray,  # (m, D') features
 ) -> np.ndarray:  # (m,) logits; all zero if the targets hold only one class
     """Train a logistic regression on the targets that are 1 or 0 and score the test features."""
-    known = ~np.isnan(targets)
-    if len(np.unique(targets[known])) < 2:
+    labelled = ~np.isnan(targets)
+    if len(np.unique(targets[labelled])) < 2:
         return np.zeros(len(test))
     model = LogisticRegression(C=_LOGIT_VARIANCE / train.shape[1], max_iter=1000)
-    return model.fit(train[known], targets[known]).decision_function(test)
+    return model.fit(train[labelled], targets[labelled]).decision_function(test)
 
 # %% ../../nbs/evaluate/05_classify.ipynb #080220be
 def _split_rows(studies: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
@@ -62,8 +62,8 @@ def _probe_encoder(
     for seed, fraction, rows in subsets:
         if (key := rows.tobytes()) not in fitted:
             scaler, chosen = StandardScaler().fit(train[rows]), targets[0].iloc[rows]
-            known, unseen = scaler.transform(train[rows]), scaler.transform(test)
-            fitted[key] = {finding: _fit_scores(known, chosen[finding].to_numpy(), unseen) for finding in chosen}
+            seen, unseen = scaler.transform(train[rows]), scaler.transform(test)
+            fitted[key] = {finding: _fit_scores(seen, chosen[finding].to_numpy(), unseen) for finding in chosen}
         for finding, scores in fitted[key].items():
             yield studies.assign(
                 encoder=name,
@@ -186,9 +186,9 @@ def _averages(
 # %% ../../nbs/evaluate/05_classify.ipynb #fc338284
 def _sizes(predictions: pd.DataFrame) -> pd.DataFrame:  # (encoder, fraction, finding) -> the numbers behind an AUROC
     """How many studies and positives each AUROC rests on, and how many of its probes were constant."""
-    told = predictions.assign(known=predictions["label"].notna(), hit=predictions["label"] == 1)
-    probes = told.groupby(_PROBE, sort=False, observed=True)
-    sizes = probes.agg(n=("n", "first"), positives=("positives", "first"), n_test=("known", "sum"))
+    counted = predictions.assign(labelled=predictions["label"].notna(), hit=predictions["label"] == 1)
+    probes = counted.groupby(_PROBE, sort=False, observed=True)
+    sizes = probes.agg(n=("n", "first"), positives=("positives", "first"), n_test=("labelled", "sum"))
     sizes["probes"] = 1
     sizes["positives_test"], sizes["constant"] = probes["hit"].sum(), probes["score"].nunique() == 1
     how = {

@@ -51,7 +51,7 @@ def encoder_hash(encoder: nn.Module) -> str:
 def describe_inputs(
     networks: Mapping[str, nn.Module],  # name in the table -> encoder or method
     pack: Pack,
-    **told,  # rules and definitions, as JSON knows them
+    **rules,  # rules and definitions, as JSON knows them
 ) -> dict[str, object]:
     """What numbers depend on.
 
@@ -60,12 +60,12 @@ def describe_inputs(
     networks : Mapping[str, nn.Module]
         name in the table -> encoder or method
     pack : Pack
-    **told
+    **rules
         rules and definitions, as JSON knows them
     """
     hashes = {name: encoder_hash(one) for name, one in networks.items()}
     data = {"hash": pack.manifest["hash"], "name": Path(pack.path).name}
-    return {"encoder_hashes": hashes, "data": data, **told, "machine": describe_machine()}
+    return {"encoder_hashes": hashes, "data": data, **rules, "machine": describe_machine()}
 
 # %% ../../nbs/evaluate/04_encoder.ipynb #24242fd8
 def check_preprocessing(

@@ -73,7 +73,7 @@ def _augment_batch(
     seed: int,
     epoch: int,
 ) -> tuple[Tensor, Tensor | list[np.ndarray]]:  # images (B, C, H, W), and targets as `_head_targets` gives them
-    "Training images, varied, with their answers. ValueError for boxes: they are not moved along."
+    "Augmented training images with their targets. ValueError for boxes, which are not moved along."
     if task.kind == "boxes":
         raise ValueError(
             f"augment={augment!r} would move the images away from their boxes; "
@@ -126,7 +126,7 @@ class LinearClassifier(nn.Module):
         return self.linear(whole)
 
     def loss(self, raw: Tensor, target: Tensor) -> Losses:  # (B, C) 1, 0, NaN; or (B,)
-        """Mean over the known answers.
+        """Mean over the labelled answers.
 
         Returns
         -------
@@ -137,9 +137,9 @@ class LinearClassifier(nn.Module):
             return add_up(entropy=F.cross_entropy(raw, target))
         if self.kind == "ordinal":
             return add_up(grade=F.nll_loss(_grade_log_probability(raw), target))
-        known = ~target.isnan()
+        labelled = ~target.isnan()
         each = F.binary_cross_entropy_with_logits(raw, target.nan_to_num(), reduction="none")
-        return add_up(entropy=(each * known).sum() / known.sum().clamp(min=1))
+        return add_up(entropy=(each * labelled).sum() / labelled.sum().clamp(min=1))
 
     def predict(self, raw: Tensor) -> Tensor:  # (B, C) probabilities
         """Returns
@@ -229,7 +229,7 @@ class Learner:
     def batch(
         self, rows: np.ndarray, epoch: int | None = None
     ) -> tuple[Tensor | list[Tensor], Tensor | list[np.ndarray]]:
-        "What the head reads of these images, and what is right; varied for an epoch of training, None = as they are."
+        "Features of these images and their targets; augmented for an epoch of training, None = as they are."
         if not self.live:
             return self.features[rows], _head_targets(self.task, rows, self.encoder)
         if epoch is None or self.protocol.augment == "none":
@@ -261,7 +261,7 @@ def predict(
     learner: Learner,
     rows: np.ndarray,  # of the task
 ) -> tuple[Predictions, float]:  # and the mean loss
-    """What the head says of these images, unvaried, in evaluation mode.
+    """The head's predictions for these images, not augmented, in evaluation mode.
 
     Parameters
     ----------
@@ -290,7 +290,7 @@ def predict(
 
 # %% ../../nbs/evaluate/11_finetune.ipynb #c42e6d45
 def _plain(value: Tensor | Boxes, kind: str) -> np.ndarray | Boxes:
-    "As it is kept: boxes, masks as bool, all else as it is."
+    "As it is saved: masks as bool, all else as it is."
     if kind == "boxes":
         return value
     return (value > 0.5 if kind == "masks" else value).cpu().numpy()

@@ -333,9 +333,9 @@ def _pointing_rate(
 ) -> Pointing:
     """Sum up a pointing game; all is NaN when there were no targets."""
     hits, chance, cnr = (np.asarray(values, dtype=float) for values in (hits, chance, cnr))
-    groups, known = np.asarray(groups), ~np.isnan(cnr)
+    groups, defined = np.asarray(groups), ~np.isnan(cnr)
     rates = [bootstrap_mean(values, groups, resamples, level=level) for values in (hits, chance, hits - chance)]
-    contrast = bootstrap_mean(cnr[known], groups[known], resamples, level=level)
+    contrast = bootstrap_mean(cnr[defined], groups[defined], resamples, level=level)
     return Pointing(*rates, contrast, targets=len(hits), groups=len(np.unique(groups)), grain=grain)
 
 # %% ../../nbs/evaluate/06_ground.ipynb #92585cec
@@ -413,11 +413,11 @@ def phantom_words(
     dict[int, int]
         word -> index of the finding it speaks of
     """
-    known = defaultdict(list)
+    by_text = defaultdict(list)
     for sentence in study.sentences:
-        known[_plain(sentence.text)].append(sentence)
+        by_text[_plain(sentence.text)].append(sentence)
     truth = [
-        (same.pop(0) if len(same) > 1 else same[0]) if (same := known.get(_plain(text))) else None
+        (same.pop(0) if len(same) > 1 else same[0]) if (same := by_text.get(_plain(text))) else None
         for text in report.sentences
     ]
     found = {}
@@ -493,13 +493,13 @@ def _phantom_report_targets(
     for word, index in about.items():
         if masks[index].any():
             sentence, text, finding = report.word_spans[word][0], report.words[word], study.findings[index]
-            told = (finding.name, finding.side, finding.zone)
-            words.append(Target(item, word, sentence, text, *told, _word_role(text), masks[index]))
-            roles = sentences.setdefault((sentence, index), (told, []))[1]
+            labels = (finding.name, finding.side, finding.zone)
+            words.append(Target(item, word, sentence, text, *labels, _word_role(text), masks[index]))
+            roles = sentences.setdefault((sentence, index), (labels, []))[1]
             roles.append(words[-1].role)
     return words + [
-        Target(item, None, sentence, report.sentences[sentence], *told, min(roles, key=_ROLES.index), masks[index])
-        for (sentence, index), (told, roles) in sentences.items()
+        Target(item, None, sentence, report.sentences[sentence], *labels, min(roles, key=_ROLES.index), masks[index])
+        for (sentence, index), (labels, roles) in sentences.items()
     ]
 
 # %% ../../nbs/evaluate/06_ground.ipynb #d6ced683
@@ -630,9 +630,11 @@ def _target_rows(
         return pd.DataFrame(columns=_POINTING_COLUMNS), np.zeros((0, np.prod(correspondence.grid)), bool)
     scores = np.stack([maps[t.grain][rows[t.item], :, t.position] for t in targets])
     masks = np.stack([t.mask for t in targets])
-    told = [[patients[t.item] if name == "patient" else getattr(t, name) for name in _TARGET_COLUMNS] for t in targets]
+    described = [
+        [patients[t.item] if name == "patient" else getattr(t, name) for name in _TARGET_COLUMNS] for t in targets
+    ]
     table = pd.concat(
-        [pd.DataFrame(told, columns=_TARGET_COLUMNS), measure(scores, masks, correspondence.grid)], axis=1
+        [pd.DataFrame(described, columns=_TARGET_COLUMNS), measure(scores, masks, correspondence.grid)], axis=1
     )
     return table, on_target(masks, correspondence.grid)
 
@@ -669,9 +671,9 @@ def phantom_pointing(
             patients = {item: sample.patient_id for item, sample in samples if not sample.error}
             if not patients:
                 continue
-            told = method.correspondence(collate([sample for _, sample in samples]).to(device))
+            correspondence = method.correspondence(collate([sample for _, sample in samples]).to(device))
             rows = {item: row for row, item in enumerate(patients)}
-            table, inside = _target_rows(told, phantom_targets(pairs, patients, _GRAINS), rows, patients)
+            table, inside = _target_rows(correspondence, phantom_targets(pairs, patients, _GRAINS), rows, patients)
             tables.append(table)
             cells.append(inside)
     found = [table for table in tables if len(table)] or tables[:1]
@@ -681,9 +683,9 @@ def phantom_pointing(
 # %% ../../nbs/evaluate/06_ground.ipynb #966df46e
 def _means(values: np.ndarray, weights: np.ndarray) -> np.ndarray:  # (K,), (1+R, K) -> (1+R,)
     """Weighted means of the values that are numbers; NaN where no weight is left."""
-    known = ~np.isnan(values)
-    total = weights[:, known].sum(1)
-    return np.divide(weights[:, known] @ values[known], total, out=np.full(len(total), np.nan), where=total > 0)
+    defined = ~np.isnan(values)
+    total = weights[:, defined].sum(1)
+    return np.divide(weights[:, defined] @ values[defined], total, out=np.full(len(total), np.nan), where=total > 0)
 
 # %% ../../nbs/evaluate/06_ground.ipynb #80a946f2
 _SUMMARY_COLUMNS = "finding measure value low high other gain gain_low gain_high targets patients definition".split()
@@ -720,16 +722,16 @@ def grounding_table(
         single = [draws[of] for of in own if of != "all"]
         draws["macro"] = [_means_over([one[kind] for one in single]) for kind in range(len(kinds))]
         for of, (mean, control, gain) in draws.items():
-            told, gained = interval(mean, level), interval(gain, level)
-            lines.append((of, name, *told, control[0], *gained, *sizes.get(of, sizes["all"]), definition))
+            value, gained = interval(mean, level), interval(gain, level)
+            lines.append((of, name, *value, control[0], *gained, *sizes.get(of, sizes["all"]), definition))
     return pd.DataFrame(lines, columns=_SUMMARY_COLUMNS)
 
 # %% ../../nbs/evaluate/06_ground.ipynb #fc9ac0b0
 def _means_over(draws: list[np.ndarray]) -> np.ndarray:  # of (1+R,) each
     """Mean over findings, draw by draw, of those that have a number in it."""
     draws = np.stack(draws)
-    known = ~np.isnan(draws)
-    return np.divide(np.nansum(draws, 0), known.sum(0), out=np.full(draws.shape[1], np.nan), where=known.any(0))
+    defined = ~np.isnan(draws)
+    return np.divide(np.nansum(draws, 0), defined.sum(0), out=np.full(draws.shape[1], np.nan), where=defined.any(0))
 
 # %% ../../nbs/evaluate/06_ground.ipynb #61f90e27
 def next_other_patient(
@@ -785,8 +787,8 @@ def phrase_maps(
         if not report.sentences:
             raise ValueError(f"a phrase about image {phrase.image_id} has no words; leave it out")
         samples.append(Sample(number, number, prepare(torch.from_numpy(pack.image(int(row)))[None]), report))
-    told = method.correspondence(collate(samples).to(next(method.parameters()).device))
-    return told.sentences[:, :, 0].double().cpu().numpy(), told.grid
+    correspondence = method.correspondence(collate(samples).to(next(method.parameters()).device))
+    return correspondence.sentences[:, :, 0].double().cpu().numpy(), correspondence.grid
 
 # %% ../../nbs/evaluate/06_ground.ipynb #f3fadc09
 def _measured(
@@ -839,14 +841,14 @@ def ground_phrases(
     with frozen(method):
         found, blind = (_measured(*part, batch_size) for part in inputs)
     blind[patients[whose[seen]] == patients[seen]] = np.nan
-    told = {
+    columns = {
         "phrase": seen,
         "image_id": [p.image_id for p in chosen],
         "patient": patients[seen],
         "split": studies["split"].to_numpy()[seen],
     }
-    told |= {"finding": [p.category for p in chosen], "boxes": [len(p.boxes) for p in chosen]}
-    return pd.concat([pd.DataFrame(told), found, blind.drop(columns="chance").add_prefix("other_")], axis=1)
+    columns |= {"finding": [p.category for p in chosen], "boxes": [len(p.boxes) for p in chosen]}
+    return pd.concat([pd.DataFrame(columns), found, blind.drop(columns="chance").add_prefix("other_")], axis=1)
 
 # %% ../../nbs/evaluate/06_ground.ipynb #e5b07a07
 def ground(

@@ -127,7 +127,7 @@ def _lung_extents(
     pack: Pack,
     images: Sequence[int],  # rows of the Pack
 ) -> np.ndarray:  # (K, 2) top and bottom, 0..1 of the height of what the encoder sees
-    "From where to where the lungs of each image reach; 0 and 1 where that is not known, that is for all but a phantom."
+    "From where to where the lungs of each image reach; 0 and 1 for all but a phantom, where it is unknown."
     extents, phantom, view = np.tile([0.0, 1.0], (len(images), 1)), pack_phantom(pack), method.preprocessing.mask()
     if phantom is not None:
         names = pack.studies["study_id"].iloc[pack.image_table["study"].iloc[list(images)]]
@@ -139,7 +139,7 @@ def _lung_extents(
 # %% ../../nbs/evaluate/14_laterality.ipynb #49079507
 def _place_maps(
     method: nn.Module,  # see `phrase_maps`
-    pack: Pack,  # or whatever has .image(row)
+    pack: Pack,  # or anything with .image(row)
     texts: Sequence[str],
     images: Sequence[int],  # row of the Pack for each
     batch_size: int = 32,
@@ -205,9 +205,9 @@ _TABLE = "of measure control value low high sentences patients".split()
 
 
 def _mean(values: np.ndarray, weights: np.ndarray) -> np.ndarray:  # (K,), (1 + R, K) -> (1 + R,)
-    known = ~np.isnan(values)
-    total = weights[:, known].sum(1)
-    return np.divide(weights[:, known] @ values[known], total, out=np.full(len(total), np.nan), where=total > 0)
+    defined = ~np.isnan(values)
+    total = weights[:, defined].sum(1)
+    return np.divide(weights[:, defined] @ values[defined], total, out=np.full(len(total), np.nan), where=total > 0)
 
 # %% ../../nbs/evaluate/14_laterality.ipynb #962f4cfa
 def _draws(rows: pd.DataFrame, measure: str, weights: np.ndarray) -> dict[str, np.ndarray]:  # control -> (1 + R,)
@@ -221,8 +221,10 @@ def _draws(rows: pd.DataFrame, measure: str, weights: np.ndarray) -> dict[str, n
 # %% ../../nbs/evaluate/14_laterality.ipynb #7294003c
 def _mean_over(draws: list[np.ndarray]) -> np.ndarray:  # of (1 + R,) each
     "Mean over places, draw by draw, of those that have a number in it (the middle has no opposite)."
-    known = ~np.isnan(draws)
-    return np.divide(np.nansum(draws, axis=0), known.sum(0), out=np.full(known.shape[1], np.nan), where=known.any(0))
+    defined = ~np.isnan(draws)
+    return np.divide(
+        np.nansum(draws, axis=0), defined.sum(0), out=np.full(defined.shape[1], np.nan), where=defined.any(0)
+    )
 
 # %% ../../nbs/evaluate/14_laterality.ipynb #c4c48a0d
 def _place_table(

@@ -562,8 +562,13 @@ def _metric_rows(
     """Rows of a table of metrics, each with who reports it."""
     columns = ("value", "chance", "n", "positives", "classes")
     return [
-        {"name": name, "of": of, **dict(zip(columns, told)), "reported_by": _REPORTED.get((name, kind or of), "usual")}
-        for of, told in values.items()
+        {
+            "name": name,
+            "of": of,
+            **dict(zip(columns, numbers)),
+            "reported_by": _REPORTED.get((name, kind or of), "usual"),
+        }
+        for of, numbers in values.items()
     ]
 
 # %% ../../nbs/evaluate/07_metrics.ipynb #05874ffb
@@ -632,7 +637,9 @@ def _class_metrics(
     error = _calibration_error(scores.max(1), right, bins) if probable else np.nan
     brier = ((scores - truth) ** 2).sum(1).mean() if probable else np.nan
     values = (right.mean(), share.max()), (recall.mean(), 1 / occurs.sum()), (error, 0.0), (brier, 1 - (share**2).sum())
-    return rows + [row for name, told in zip(_WHOLE, values) for row in _metric_rows(name, {"all": (*told, *sizes)})]
+    return rows + [
+        row for name, numbers in zip(_WHOLE, values) for row in _metric_rows(name, {"all": (*numbers, *sizes)})
+    ]
 
 # %% ../../nbs/evaluate/07_metrics.ipynb #a938feb9
 def _grade_metrics(

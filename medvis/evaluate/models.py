@@ -117,7 +117,7 @@ def as_pack(
     data: Pack | str | PathLike | None,  # None: the Pack that the model was trained on
     model: nn.Module,
 ) -> Pack:
-    """The Pack to measure a model on. ValueError if none is given and it is not known, or not there.
+    """The Pack to measure a model on. ValueError if none is given and it is unknown or missing.
 
     Parameters
     ----------
@@ -157,16 +157,16 @@ def check_unseen(
     progress : bool, default: True
     """
     provenances = {one.run: one for model in models if (one := getattr(model, "provenance", None))}.values()
-    for seen in (replace(one, data=data) for one in provenances for data in (one.data, *one.init)):
+    for provenance in (replace(one, data=data) for one in provenances for data in (one.data, *one.init)):
         try:
-            trained = training_pack(seen)
+            trained = training_pack(provenance)
         except ValueError:
             trained = None
         if trained is not None:
             guard_measured(pack, trained, allow_leaks, progress)
-        elif seen.data["hash"] not in (pack.manifest["hash"], *pack.manifest.get("guard", {}).get("against", ())):
+        elif provenance.data["hash"] not in (pack.manifest["hash"], *pack.manifest.get("guard", {}).get("against", ())):
             warnings.warn(
-                f"{seen.run} was trained on a Pack that is not at {seen.data['path']} any more: nobody can tell "
-                f"whether it saw images of {pack.path}",
+                f"{provenance.run} was trained on a Pack that is not at {provenance.data['path']} any more: "
+                f"it cannot be checked for images of {pack.path}",
                 stacklevel=3,
             )

@@ -66,7 +66,7 @@ class Protocol:
     warmup_lr: float = 1e-3
     "Learning rate of the head in these steps."
     augment: str = "none"
-    "How training images are varied: one of AUGMENTS."
+    "How training images are augmented: one of AUGMENTS."
     fractions: tuple[float, ...] = (1.0,)
     "Shares of the training images whose labels are used."
     subset: Literal["patients", "first"] | None = None
@@ -235,9 +235,7 @@ class EvaluateConfig:
     out: Path
     "Folder of the runs and results.csv. Finished runs that stand there are not repeated."
     targets: Annotated[Path | None, default_text("what the Pack holds, or what a phantom's pictures show")] = None
-    """Table (.csv, .parquet) of labels or grades (first column: image or study id) or of boxes (image_id, x0, y0, x1,
-    y1 in pixels of the original image, class), or folder of mask pictures, png files named by image id (several
-    classes: a folder each)."""
+    "Table (.csv, .parquet) of labels or grades (first column: image or study id) or of boxes (image_id, x0, y0, x1, y1 in pixels of the original image, class), or folder of mask pictures, png files named by image id (several classes: a folder each)."  # noqa: E501
     kind: Annotated[
         Literal["labels", "classes", "ordinal"] | None, default_text("classes for mgca_covidx, else labels")
     ] = None

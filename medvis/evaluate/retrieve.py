@@ -91,8 +91,8 @@ def _load_pairs(path: str | Path) -> PairScores:
     except FileNotFoundError:
         raise
     except Exception as error:  # zipfile, numpy and pandas each have their own
-        told = f"{path} does not hold scores of pairs ({type(error).__name__})"
-        raise ValueError(f"{told}; delete it and run again") from error
+        message = f"{path} does not hold scores of pairs ({type(error).__name__})"
+        raise ValueError(f"{message}; delete it and run again") from error
 
 # %% ../../nbs/evaluate/13_retrieve.ipynb #a9b48a0e
 def _embed_images(
@@ -177,11 +177,11 @@ def _retrieval_scores(
     images = pack_images(pack).iloc[
         np.concatenate([np.asarray(pack.studies["image_rows"].iloc[row], dtype=int) for row in rows])
     ]
-    told = pack.studies.iloc[rows]
+    studies = pack.studies.iloc[rows]
     seen = _embed_images(method, pack, images["image"].to_numpy(), batch_size)
-    scores = _similarity_table(method, seen, *_embed_texts(method, told["sentences"].tolist(), batch_size))
+    scores = _similarity_table(method, seen, *_embed_texts(method, studies["sentences"].tolist(), batch_size))
     return PairScores(
-        scores, images[_IMAGE].reset_index(drop=True), told[["study_id", "patient_id"]].reset_index(drop=True)
+        scores, images[_IMAGE].reset_index(drop=True), studies[["study_id", "patient_id"]].reset_index(drop=True)
     )
 
 

@@ -209,7 +209,7 @@ def _double_conv(width_in: int, width: int) -> nn.Sequential:
 
 # %% ../../nbs/evaluate/09_segment.ipynb #4a9a0120
 class _UpBlock(nn.Module):
-    """One step up: enlarge, put a finer map beside it, mix."""
+    """One step up: enlarge, concatenate a finer map, mix."""
 
     def __init__(self, width_in: int, skip: int, width: int, step: int = 2) -> None:
         super().__init__()

@@ -337,13 +337,13 @@ def _corrected(
     if rule not in _CORRECTIONS:
         raise ValueError(f"correction is {rule!r}; expected one of {', '.join(_CORRECTIONS)}")
     p = np.asarray(p, dtype=np.float64)
-    found, known = p.copy(), np.flatnonzero(~np.isnan(p))
-    if rule == "benjamini-hochberg" and len(known):
-        found[known] = stats.false_discovery_control(p[known])
+    corrected, tested = p.copy(), np.flatnonzero(~np.isnan(p))
+    if rule == "benjamini-hochberg" and len(tested):
+        corrected[tested] = stats.false_discovery_control(p[tested])
     if rule == "holm":
-        order = known[np.argsort(p[known], kind="stable")]
-        found[order] = np.maximum.accumulate(p[order] * np.arange(len(order), 0, -1)).clip(max=1)
-    return found
+        order = tested[np.argsort(p[tested], kind="stable")]
+        corrected[order] = np.maximum.accumulate(p[order] * np.arange(len(order), 0, -1)).clip(max=1)
+    return corrected
 
 # %% ../../nbs/evaluate/02_stats.ipynb #c5375315
 def fingerprint(
@@ -357,8 +357,8 @@ def fingerprint(
         a table, or an array
     """
     if isinstance(predictions, pd.DataFrame):
-        told = pd.util.hash_pandas_object(predictions.reset_index(drop=True)).to_numpy()
-        return hashlib.sha256(" ".join(map(str, predictions.columns)).encode() + told.tobytes()).hexdigest()
+        hashes = pd.util.hash_pandas_object(predictions.reset_index(drop=True)).to_numpy()
+        return hashlib.sha256(" ".join(map(str, predictions.columns)).encode() + hashes.tobytes()).hexdigest()
     array = np.ascontiguousarray(predictions)
     return hashlib.sha256(f"{array.dtype} {array.shape}".encode() + array.tobytes()).hexdigest()
 
@@ -373,17 +373,19 @@ def _check_runs(
     """ValueError naming a run that occurs twice, or seeds or encoders with the very same predictions."""
     rows = [name for name in (*_RUN, *keys) if name in results]
     if (twice := results.duplicated(rows, keep=False)).any():
-        told = results[twice][rows].drop_duplicates().head(3).to_dict("records")
-        raise ValueError(f"{int(twice.sum())} rows are duplicates: a run counts once. Twice or more: {_say(told)}")
+        examples = results[twice][rows].drop_duplicates().head(3).to_dict("records")
+        raise ValueError(f"{int(twice.sum())} rows are duplicates: a run counts once. Twice or more: {_say(examples)}")
     if "predictions" not in results:
         return
     runs = [name for name in _RUN if name in results]
-    known = results.dropna(subset="predictions")[[*runs, "predictions"]].drop_duplicates()
-    alike = known.duplicated([name for name in (*runs, "predictions") if name not in ("encoder", "seed")], keep=False)
+    predicted = results.dropna(subset="predictions")[[*runs, "predictions"]].drop_duplicates()
+    alike = predicted.duplicated(
+        [name for name in (*runs, "predictions") if name not in ("encoder", "seed")], keep=False
+    )
     if alike.any():
-        told = known[alike][runs].head(4).to_dict("records")
+        examples = predicted[alike][runs].head(4).to_dict("records")
         raise ValueError(
-            f"runs with different seeds or encoders have the very same predictions, so they are one run: {_say(told)}. "
+            f"runs with different seeds or encoders have the very same predictions, so they are one run: {_say(examples)}. "
             "The seed changed nothing, or two names mean one encoder; keep one of them"
         )
 
@@ -511,23 +513,24 @@ def compare_predictions(
         method, value, low, high, gain, gain_low, gain_high, p, p_corrected, n (rows), groups
     """
     groups, count = np.asarray(groups), len(np.unique(np.asarray(groups)))
-    sizes = {name: len(told) for name, told in predictions.items()}
+    sizes = {name: len(rows_of) for name, rows_of in predictions.items()}
     if baseline not in sizes or {*sizes.values()} != {len(groups)}:
         raise ValueError(
             f"methods must score the same {len(groups)} rows, one of them as the baseline {baseline!r}; "
             f"got predictions of {sizes}"
         )
     found = {
-        name: bootstrap(lambda rows: metric(told[rows]), groups, resamples, seed) for name, told in predictions.items()
+        name: bootstrap(lambda rows: metric(rows_of[rows]), groups, resamples, seed)
+        for name, rows_of in predictions.items()
     }
     rows = []
     for name, draws in found.items():
         value, gain = interval(draws, level), interval(draws - found[baseline], level)
-        told = dict(method=name, value=value.value, low=value.low, high=value.high)
+        row = dict(method=name, value=value.value, low=value.low, high=value.high)
         if name == baseline:
             gain, p = Interval(np.nan, np.nan, np.nan), np.nan
         else:
             p = _bootstrap_p(draws - found[baseline]) if count > 1 else np.nan
-        rows.append(told | dict(gain=gain.value, gain_low=gain.low, gain_high=gain.high, p=p))
+        rows.append(row | dict(gain=gain.value, gain_low=gain.low, gain_high=gain.high, p=p))
     table = pd.DataFrame(rows).assign(p_corrected=lambda table: _corrected(table["p"], correction))
     return table.assign(n=len(groups), groups=count)
