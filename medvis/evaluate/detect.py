@@ -361,7 +361,7 @@ class _YoloScale(nn.Module):
 
 # %% ../../nbs/evaluate/08_detect.ipynb #18223ee5
 def _deepest(strides: Sequence[int]) -> list[int]:
-    "Levels of the three coarsest strides (less, if there are not so many), the deepest of each."
+    "Levels of the three coarsest strides (fewer, if the encoder has fewer), the deepest of each."
     levels = {stride: level for level, stride in enumerate(strides) if stride > 1}
     return [levels[stride] for stride in sorted(levels)[-3:]]
 

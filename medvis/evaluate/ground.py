@@ -511,7 +511,7 @@ def phantom_targets(
     """All words (or sentences) that speak of a finding, with its mask as the encoder sees it, if the crop holds it.
 
     Raises ValueError if the pairs are not of a phantom, are augmented, or were drawn by another version of the phantom:
-    then nobody knows where things are.
+    then the places of findings are unknown.
 
     Parameters
     ----------
@@ -736,7 +736,7 @@ def _means_over(draws: list[np.ndarray]) -> np.ndarray:  # of (1+R,) each
 # %% ../../nbs/evaluate/06_ground.ipynb #61f90e27
 def next_other_patient(
     patients: ArrayLike,  # (K,)
-) -> np.ndarray:  # (K,) of each the next, counted around, that is of another patient; itself where there is none
+) -> np.ndarray:  # (K,) for each the next row (cyclic) of another patient; itself without one
     """Whose image to show instead.
 
     Parameters
@@ -747,7 +747,7 @@ def next_other_patient(
     Returns
     -------
     np.ndarray
-        (K,) of each the next, counted around, that is of another patient; itself where there is none
+        (K,) for each the next row (cyclic) of another patient; itself without one
     """
     patients, count = np.asarray(patients), len(patients)
     nearest, chosen = -1, np.arange(count)

@@ -198,7 +198,7 @@ _CONTROLS = {  # what is shown -> columns of the rows, and what the number says
         "mirrored_",
         "the image mirrored: a side that is seen moves (0), a side that is read stays (1); a zone stays",
     ),
-    "another image": ("other_", "another patient's image: chance for one who only sees"),
+    "another image": ("other_", "another patient's image: chance for one that only sees"),
     "exchanged sentence": ("exchanged_", "left for right, upper for lower: 0 for one who reads"),
 }
 _TABLE = "of measure control value low high sentences patients".split()

@@ -327,7 +327,7 @@ def _average_precisions(
     detections: Boxes,
     truth: Boxes,
     thresholds: tuple[float, ...] = _IOUS,
-    classes: int | None = None,  # how many there are; None: those that occur
+    classes: int | None = None,  # their number; None: those that occur
     rules: MapRules = MAP_RULES["coco"],
 ) -> pd.DataFrame:  # one row a threshold, one column a class
     """Average precision at each overlap threshold, of each class."""
@@ -510,7 +510,7 @@ def _binary_metrics(
     threshold: float = 0.5,
     bins: int = 15,
 ) -> pd.DataFrame:  # index BINARY; value, chance
-    """What can be said of one finding, and what chance would get; NaN as the table above says, never an error."""
+    """Metrics of one finding, with chance; NaN as in the table above, never an error."""
     scores, labels = np.asarray(scores, dtype=np.float64), np.asarray(labels, dtype=np.float64)
     used = (labels == 1) | (labels == 0)
     scores, labels = scores[used], labels[used]

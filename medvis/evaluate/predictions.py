@@ -32,7 +32,7 @@ from ..core.files import write_atomic
 # %% ../../nbs/evaluate/10_predictions.ipynb #2c1c694f
 @dataclass
 class Predictions:
-    """What was said of n images, and what is true.
+    """Predictions for n images, and the truth.
 
     Parameters
     ----------
@@ -127,7 +127,7 @@ def load_predictions(path: str | Path) -> Predictions:
 
 # %% ../../nbs/evaluate/10_predictions.ipynb #0920c4e4
 def _macro_auroc(predictions: Predictions) -> float:
-    "Mean AUROC over the findings (classes; cuts between grades) that have both kinds of images; NaN if there is none."
+    "Mean AUROC over the findings (classes; cuts between grades) that have both kinds of images; NaN without one."
     scores, truth = predictions.predicted, predictions.truth
     if predictions.kind == "classes":
         truth = truth[:, None] == np.arange(len(predictions.classes))

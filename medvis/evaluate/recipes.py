@@ -42,7 +42,7 @@ class Protocol:
     head: str = "linear"
     "Name of the head, see HEADS."
     kind: Literal["labels", "classes", "ordinal"] | None = None
-    "What a linear head is asked unless a task says it; None = labels."
+    "Kind of task of a linear head, unless the task says otherwise; None = labels."
     trains: Literal["head", "top", "all"] = "head"
     "What is trained: the head alone, the encoder's last stage too (local-mi's rule for frozen), or everything."
     lrs: tuple[float, ...] = (1e-3,)
@@ -233,13 +233,13 @@ class EvaluateConfig:
     encoder: tuple[str, ...]
     "Run folders, state-dict files, Hugging Face models, random-init or imagenet."
     out: Path
-    "Folder of the runs and results.csv. Finished runs that stand there are not repeated."
+    "Folder of the runs and results.csv. Finished runs there are not repeated."
     targets: Annotated[Path | None, default_text("what the Pack holds, or what a phantom's pictures show")] = None
     "Table (.csv, .parquet) of labels or grades (first column: image or study id) or of boxes (image_id, x0, y0, x1, y1 in pixels of the original image, class), or folder of mask pictures, png files named by image id (several classes: a folder each)."  # noqa: E501
     kind: Annotated[
         Literal["labels", "classes", "ordinal"] | None, default_text("classes for mgca_covidx, else labels")
     ] = None
-    "What a classifier is asked: independent findings (labels), exclusive classes, or grades (ordinal)."
+    "Task of a classifier: independent findings (labels), exclusive classes, or grades (ordinal)."
     classes: Annotated[tuple[str, ...], default_text("those of the Pack's recipe, else all")] = ()
     "Label columns, or classes of masks or boxes."
     uncertain: Annotated[

@@ -155,7 +155,7 @@ def bootstrap_mean(
     seed: int = 0,
     level: float = 0.95,
 ) -> Interval:
-    """Mean of values with an interval from drawing whole groups; NaN when there are none.
+    """Mean of values with an interval from drawing whole groups; NaN without values.
 
     Parameters
     ----------
@@ -373,8 +373,8 @@ def _check_runs(
     """ValueError naming a run that occurs twice, or seeds or encoders with the very same predictions."""
     rows = [name for name in (*_RUN, *keys) if name in results]
     if (twice := results.duplicated(rows, keep=False)).any():
-        examples = results[twice][rows].drop_duplicates().head(3).to_dict("records")
-        raise ValueError(f"{int(twice.sum())} rows are duplicates: a run counts once. Twice or more: {_say(examples)}")
+        copies = results[twice][rows].drop_duplicates().head(3).to_dict("records")
+        raise ValueError(f"{int(twice.sum())} rows are duplicates: a run counts once. Twice or more: {_say(copies)}")
     if "predictions" not in results:
         return
     runs = [name for name in _RUN if name in results]
@@ -383,9 +383,9 @@ def _check_runs(
         [name for name in (*runs, "predictions") if name not in ("encoder", "seed")], keep=False
     )
     if alike.any():
-        examples = predicted[alike][runs].head(4).to_dict("records")
+        copies = predicted[alike][runs].head(4).to_dict("records")
         raise ValueError(
-            f"runs with different seeds or encoders have the very same predictions, so they are one run: {_say(examples)}. "
+            f"runs with different seeds or encoders have the very same predictions, so they are one run: {_say(copies)}. "
             "The seed changed nothing, or two names mean one encoder; keep one of them"
         )
 
@@ -480,7 +480,7 @@ def _encoder_row(
 def compare_predictions(
     predictions: Mapping[
         str, Sequence
-    ],  # method -> what it said of n rows, and the truth; indexed by rows, as an array is
+    ],  # method -> its predictions for n rows, with the truth; indexed by rows like an array
     groups: ArrayLike,  # (n,) patient of each row; drawn together
     metric: Callable,  # predictions of some rows -> number
     baseline: str,
@@ -496,7 +496,7 @@ def compare_predictions(
     Parameters
     ----------
     predictions : Mapping[str, Sequence]
-        method -> what it said of n rows, and the truth; indexed by rows, as an array is
+        method -> its predictions for n rows, with the truth; indexed by rows like an array
     groups : ArrayLike
         (n,) patient of each row; drawn together
     metric : Callable
