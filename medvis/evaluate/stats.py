@@ -385,7 +385,7 @@ def _check_runs(
     if alike.any():
         copies = predicted[alike][runs].head(4).to_dict("records")
         raise ValueError(
-            f"runs with different seeds or encoders have the very same predictions, so they are one run: {_say(copies)}. "
+            f"runs with different seeds or encoders have the very same predictions, so they are one: {_say(copies)}. "
             "The seed changed nothing, or two names mean one encoder; keep one of them"
         )
 
