@@ -57,7 +57,7 @@ def test_measures_are_those_of_scikit_learn(target):
     scores, mask, grid = target
     told = ground.measure([scores], [mask], grid).iloc[0]
     drawn, truth = bilinear(scores, grid, mask.shape), mask.ravel()
-    np.testing.assert_allclose(ground.drawn(scores[None], mask[None], grid)[0], drawn, atol=1e-12)
+    np.testing.assert_allclose(ground.upsample_map(scores, grid, mask.shape), drawn, atol=1e-12)
     spread = np.ptp(drawn)
     unit = ((drawn - drawn.min()) / spread if spread > 1e-9 else drawn * 0).ravel().round(9)
     heights = (0.1, 0.2, 0.3, 0.4, 0.5)

@@ -11,7 +11,7 @@ from medvis.data.prepare import PhantomConfig, prepare_phantom
 from medvis.data.preprocessing import Preprocessing
 from medvis.data.targets import report_targets
 from medvis.evaluate.laterality import (
-    _CONDITIONS, _SIDES, _TABLE, _ZONES, _find_sentences, _laterality, _lung_extents, _mirrored, _place_area, _place_scores, _placed_sentences, _zone_hits)
+    _CONDITIONS, _SIDES, _TABLE, _ZONES, _find_sentences, _lung_extents, _mirrored, _place_area, _place_scores, _placed_sentences, measure_places)
 from medvis.train import create_method
 
 
@@ -48,16 +48,16 @@ def test_mirrored_images_are_mirrored(pack):
     assert np.array_equal(_mirrored(pack).image(3), pack.image(3)[:, ::-1])
 
 
-@pytest.mark.parametrize("measure, places", [(_laterality, _SIDES), (_zone_hits, _ZONES)])
-def test_an_untrained_method_is_measured(pack, method, measure, places):
-    rows, table = measure(method, pack, split=None, resamples=20)
+@pytest.mark.parametrize("what, places", [("side", _SIDES), ("zone", _ZONES)])
+def test_a_randomly_initialised_method_is_measured(pack, method, what, places):
+    rows, table = measure_places(method, pack, what, split=None, resamples=20)
     shares = rows[[f"{condition}{name}" for condition in _CONDITIONS for name in ("hit", "mass")]].to_numpy()
     assert set(rows["place"]) <= set(places) and np.nanmin(shares) >= 0 and np.nanmax(shares) <= 1
     assert rows[["hit", "mirrored_hit", "other_hit"]].notna().all(axis=None)
     assert rows.loc[rows["place"] == "middle", "exchanged_hit"].isna().all() and rows["exchanged_hit"].notna().any()
     assert tuple(table.columns) == tuple(_TABLE) and set(table["of"]) >= {"all", "balanced", *rows["place"], *rows["finding"]}
     assert rows["chance"].gt(0).all() and (table["low"].isna() | (table["low"] <= table["high"])).all()
-    kept = _find_sentences(_placed_sentences(report_targets(pack), "side" if places is _SIDES else "zone"), pack, None)
+    kept = _find_sentences(_placed_sentences(report_targets(pack), what), pack, None)
     assert rows[["study", "sentence"]].to_numpy().tolist() == kept[["study", "sentence"]].to_numpy().tolist()
 
 
@@ -69,7 +69,7 @@ def test_lungs_of_other_data_are_not_known():
 def test_a_split_without_a_sentence_is_refused(pack, method):
     empty = pd.DataFrame(columns=["study", "sentence", "finding", "status", "side", "zone"])
     with pytest.raises(ValueError, match="at one zone alone"):
-        _zone_hits(method, pack, empty)
+        measure_places(method, pack, "zone", empty)
 
 
 def test_runs_that_saw_the_images_are_refused(pack, method, monkeypatch):
@@ -78,7 +78,7 @@ def test_runs_that_saw_the_images_are_refused(pack, method, monkeypatch):
         asked.append((of, models, allow_leaks))
         raise ValueError("seen in training")
     monkeypatch.setattr("medvis.evaluate.laterality.check_unseen", refuse)
-    for measure in (_laterality, _zone_hits):
+    for what in ("side", "zone"):
         with pytest.raises(ValueError, match="seen in training"):
-            measure(method, pack)
+            measure_places(method, pack, what)
     assert asked == [(pack, [method], False)] * 2

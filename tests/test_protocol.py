@@ -373,7 +373,7 @@ def test_grades_and_classes_and_silent_detectors(tasks, encoder, tmp_path):
 def test_released_protocols_run(tasks, encoder, tmp_path):
     quick = dict(epochs=2, lrs=(1e-4,), seeds=(0,), fractions=(1.0,), batch_size=20)
     for name, kind in (("rsna_finetune_1", "boxes"), ("nih_seg_linear", "masks"), ("mgca_det", "boxes"), ("mgca_rsna", "labels")):
-        recipe, before = replace(protocol._released_protocol(name), **quick), state(encoder)
+        recipe, before = replace(protocol.find_protocol(name, released=True), **quick), state(encoder)
         recipe = replace(recipe, warmup_steps=min(recipe.warmup_steps, 1))
         table = run_protocol({"e": encoder}, tasks[kind], recipe, tmp_path, progress=False)
         manifest = json.loads((tmp_path / "runs" / table["run"].iloc[0] / "manifest.json").read_text())
@@ -427,7 +427,7 @@ def test_a_policy_of_labels_is_for_labels_alone(pack, tmp_path):
     assert (found["positive"][unsure] == 1).all() and (found["negative"][unsure] == 0).all() and len(found["ignore"]) == (~unsure).sum()
     for option in ({"uncertain": "positive"}, {"blank": "ignore"}):
         for kind, name in (("classes", "tiny-linear"), ("ordinal", "tiny-linear"), (None, "tiny-unet"), (None, "tiny-detect")):
-            with pytest.raises(ValueError, match="--uncertain and --blank are said of labels"):
+            with pytest.raises(ValueError, match="--uncertain and --blank are for labels"):
                 protocol.protocol_task(pack, name, path, kind, **option)
         with pytest.raises(ValueError, match="what a phantom shows"):
             protocol.protocol_task(pack, "tiny-linear", **option)

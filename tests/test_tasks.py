@@ -19,7 +19,7 @@ from medvis.data.phantom import FINDINGS, Phantom
 from medvis.data.prepare import PhantomConfig, prepare_phantom
 from medvis.data.source import BuildConfig, prepare_source
 from medvis.evaluate.finetune import Protocol
-from medvis.evaluate.protocol import PROTOCOLS, protocol_task, _released_protocol, share_rule, _split_rows
+from medvis.evaluate.protocol import PROTOCOLS, find_protocol, protocol_task, share_rule, _split_rows
 
 PROPERTY = settings(max_examples=25, deadline=None, derandomize=True)
 SIZE = 64
@@ -238,7 +238,7 @@ def test_the_recipe_says_how_small_shares_are_drawn(tmp_path, capsys):
     assert rows["first"] == [0, 1, 2, 3] and rows["plain"] != rows["first"]
     task = tasks.pack_task(first)
     assert _split_rows(task, Protocol(subset="patients"), 0.1, 0)["train"].tolist() == rows["plain"]         # what is said outright wins
-    assert share_rule(task, _released_protocol("rsna_frozen_10")) == "first" and share_rule(tasks.pack_task(plain), _released_protocol("rsna_frozen_10")) == "first"
+    assert share_rule(task, find_protocol("rsna_frozen_10", released=True)) == "first" and share_rule(tasks.pack_task(plain), find_protocol("rsna_frozen_10", released=True)) == "first"
     command = f"evaluate tiny-linear --data {tmp_path}/first --encoder random --image tiny_resnet --size 8 --out {tmp_path}/out --seeds 0 --fractions 0.1 --lrs 0.01 --epochs 1 --device cpu --no-progress"
     for more, sentence, rule in ([], "the first rows", "first"), (["--subset", "patients"], "drawn by patient", "patients"):
         assert main([*command.split(), *more]) == 0

@@ -6,7 +6,7 @@
 __all__ = ['probe_predictions', 'probe_table', 'paired_gain', 'linear_probe']
 
 # %% ../../nbs/evaluate/05_classify.ipynb #73b726d3
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +14,7 @@ import pandas as pd
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
+from ..data.pack import Pack
 from ..data.splits import check_leaks, nested_subsets
 from ..data.tasks import label_policy, study_targets
 from .encoder import describe_inputs, encode, random_like
@@ -26,16 +27,16 @@ _LOGIT_VARIANCE = 3.0
 
 # %% ../../nbs/evaluate/05_classify.ipynb #69c5fe76
 def _fit_scores(
-    train,  # (n, D') features
-    targets,  # (n,) 1, 0 or NaN = not used
-    test,  # (m, D') features
+    train: np.ndarray,  # (n, D') features
+    targets: np.ndarray,  # (n,) 1, 0 or NaN = not used
+    test: np.ndarray,  # (m, D') features
 ) -> np.ndarray:  # (m,) logits; all zero if the targets hold only one class
     """Train a logistic regression on the targets that are 1 or 0 and score the test features."""
-    known = ~np.isnan(targets)
-    if len(np.unique(targets[known])) < 2:
+    labelled = ~np.isnan(targets)
+    if len(np.unique(targets[labelled])) < 2:
         return np.zeros(len(test))
     model = LogisticRegression(C=_LOGIT_VARIANCE / train.shape[1], max_iter=1000)
-    return model.fit(train[known], targets[known]).decision_function(test)
+    return model.fit(train[labelled], targets[labelled]).decision_function(test)
 
 # %% ../../nbs/evaluate/05_classify.ipynb #080220be
 def _split_rows(studies: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
@@ -51,18 +52,18 @@ def _split_rows(studies: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
 # %% ../../nbs/evaluate/05_classify.ipynb #a7d10882
 def _probe_encoder(
     name: str,
-    features,  # (train (n, D'), test (m, D'))
+    features: tuple[np.ndarray, np.ndarray],  # (train (n, D'), test (m, D'))
     targets: tuple[pd.DataFrame, pd.DataFrame],  # train (n rows), test (m rows)
     studies: pd.DataFrame,  # of the test split: study_id, patient_id
-    subsets,  # (seed, fraction, rows of train) each
-):
+    subsets: Iterable[tuple[int, float, np.ndarray]],  # (seed, fraction, rows of train) each
+) -> Iterator[pd.DataFrame]:
     """Yield the predictions of one encoder, a table for each subset and finding; equal subsets are fitted once."""
     (train, test), fitted = features, {}
     for seed, fraction, rows in subsets:
         if (key := rows.tobytes()) not in fitted:
             scaler, chosen = StandardScaler().fit(train[rows]), targets[0].iloc[rows]
-            known, unseen = scaler.transform(train[rows]), scaler.transform(test)
-            fitted[key] = {finding: _fit_scores(known, chosen[finding].to_numpy(), unseen) for finding in chosen}
+            seen, unseen = scaler.transform(train[rows]), scaler.transform(test)
+            fitted[key] = {finding: _fit_scores(seen, chosen[finding].to_numpy(), unseen) for finding in chosen}
         for finding, scores in fitted[key].items():
             yield studies.assign(
                 encoder=name,
@@ -77,8 +78,8 @@ def _probe_encoder(
 
 # %% ../../nbs/evaluate/05_classify.ipynb #46134edd
 def probe_predictions(
-    encoder,  # an image encoder, method, run folder, ...; several in a list or a dict name -> encoder: see models.as_encoders
-    data,  # a Pack with the splits train and test
+    encoder: object,  # an image encoder, method, run folder, ...; several in a list or dict: see models.as_encoders
+    data: Pack,  # a Pack with the splits train and test
     fractions: tuple[float, ...] = (0.01, 0.1, 1.0),  # shares of the training patients
     seeds: tuple[int, ...] = (0, 1, 2),  # each draws other subsets, and another random baseline
     findings: list[str]
@@ -89,19 +90,18 @@ def probe_predictions(
     blank: str | None = None,
     subset: str | None = None,  # "patients": shares are drawn by patient; "first": they are the first rows
     allow_leaks: bool = False,  # measure although an encoder was trained on patients or images that are tested here
-    device=None,  # this and cache: see encode
+    device: str | None = None,  # this and cache: see encode
     cache: str | Path | None = None,
 ) -> pd.DataFrame:  # study_id, patient_id, encoder, fraction, seed, finding, label, score, n, positives
     """Scores of every test study by every probe: encoders x fractions x seeds x findings.
 
-    An encoder of the baseline's name is used as it is. Raises ValueError for unknown findings, missing splits, or leaks.
+    An encoder of the baseline's name is used as it is. ValueError for unknown findings, missing splits, or leaks.
 
     Parameters
     ----------
-    encoder
-        an image encoder, method, run folder, ...; several in a list or a dict name -> encoder: see
-        models.as_encoders
-    data
+    encoder : object
+        an image encoder, method, run folder, ...; several in a list or dict: see models.as_encoders
+    data : Pack
         a Pack with the splits train and test
     fractions : tuple[float, ...], default: (0.01, 0.1, 1.0)
         shares of the training patients
@@ -117,7 +117,7 @@ def probe_predictions(
         "patients": shares are drawn by patient; "first": they are the first rows
     allow_leaks : bool, default: False
         measure although an encoder was trained on patients or images that are tested here
-    device : default: None
+    device : str | None, default: None
         this and cache: see encode
     cache : str | Path | None, default: None
 
@@ -186,9 +186,9 @@ def _averages(
 # %% ../../nbs/evaluate/05_classify.ipynb #fc338284
 def _sizes(predictions: pd.DataFrame) -> pd.DataFrame:  # (encoder, fraction, finding) -> the numbers behind an AUROC
     """How many studies and positives each AUROC rests on, and how many of its probes were constant."""
-    told = predictions.assign(known=predictions["label"].notna(), hit=predictions["label"] == 1)
-    probes = told.groupby(_PROBE, sort=False, observed=True)
-    sizes = probes.agg(n=("n", "first"), positives=("positives", "first"), n_test=("known", "sum"))
+    counted = predictions.assign(labelled=predictions["label"].notna(), hit=predictions["label"] == 1)
+    probes = counted.groupby(_PROBE, sort=False, observed=True)
+    sizes = probes.agg(n=("n", "first"), positives=("positives", "first"), n_test=("labelled", "sum"))
     sizes["probes"] = 1
     sizes["positives_test"], sizes["constant"] = probes["hit"].sum(), probes["score"].nunique() == 1
     how = {
@@ -219,8 +219,8 @@ def probe_table(
 
     n: training studies; spread: standard deviation over seeds; positives: of n, mean over seeds; n_test: labelled test
     studies; positives_test: of these; constant: how many probes saw one class only and scored every study alike (AUROC
-    0.5, part of the mean), of how many `probes` that the AUROC is the mean of; seeds: how many. A finding without both classes in the test split has AUROC NaN and is no
-    part of macro.
+    0.5, part of the mean), of the `probes` that the AUROC is the mean of; seeds: their number. A finding without both
+    classes in the test split has AUROC NaN and is no part of macro.
 
     Parameters
     ----------
@@ -278,8 +278,8 @@ def paired_gain(
 
 # %% ../../nbs/evaluate/05_classify.ipynb #49683e44
 def linear_probe(
-    encoder,  # an image encoder, method, run folder, ...; several in a list or a dict name -> encoder: see models.as_encoders
-    data,  # a Pack with the splits train and test
+    encoder: object,  # an image encoder, method, run folder, ...; several in a list or dict: see models.as_encoders
+    data: Pack,  # a Pack with the splits train and test
     fractions: tuple[float, ...] = (0.01, 0.1, 1.0),  # shares of the training patients
     seeds: tuple[int, ...] = (0, 1, 2),
     findings: list[str] | None = None,  # label columns; this and the three below: None = as the Pack's recipe says
@@ -290,7 +290,7 @@ def linear_probe(
     resamples: int = 500,
     out: str | Path | None = None,  # folder for predictions.parquet, probe.csv and probe.json
     allow_leaks: bool = False,
-    device=None,  # this and cache: see encode
+    device: str | None = None,  # this and cache: see encode
     cache: str | Path | None = None,
 ) -> pd.DataFrame:  # encoder, finding, fraction, auroc, low, high, n, ...: see probe_table
     """Linear classification from frozen features with few and many labels, against random initialisation.
@@ -299,10 +299,9 @@ def linear_probe(
 
     Parameters
     ----------
-    encoder
-        an image encoder, method, run folder, ...; several in a list or a dict name -> encoder: see
-        models.as_encoders
-    data
+    encoder : object
+        an image encoder, method, run folder, ...; several in a list or dict: see models.as_encoders
+    data : Pack
         a Pack with the splits train and test
     fractions : tuple[float, ...], default: (0.01, 0.1, 1.0)
         shares of the training patients
@@ -319,7 +318,7 @@ def linear_probe(
     out : str | Path | None, default: None
         folder for predictions.parquet, probe.csv and probe.json
     allow_leaks : bool, default: False
-    device : default: None
+    device : str | None, default: None
         this and cache: see encode
     cache : str | Path | None, default: None
 

@@ -13,7 +13,7 @@ import math
 import os
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -24,12 +24,13 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from ..data.pack import Pack
 from ..core.files import naming, write_atomic
 from ..core.machine import describe_machine
 
 # %% ../../nbs/evaluate/04_encoder.ipynb #f0243dc3
 def encoder_hash(encoder: nn.Module) -> str:
-    """SHA-256 of what an encoder computes: architecture as printed, preprocessing, plain settings, parameters and buffers."""
+    """SHA-256 of what an encoder computes: architecture, preprocessing, plain settings, parameters and buffers."""
     plain = {
         key: value
         for key, value in sorted(vars(encoder).items())
@@ -49,8 +50,8 @@ def encoder_hash(encoder: nn.Module) -> str:
 # %% ../../nbs/evaluate/04_encoder.ipynb #2aec6109
 def describe_inputs(
     networks: Mapping[str, nn.Module],  # name in the table -> encoder or method
-    pack,
-    **told,  # rules and definitions, as JSON knows them
+    pack: Pack,
+    **rules,  # rules and definitions, as JSON knows them
 ) -> dict[str, object]:
     """What numbers depend on.
 
@@ -58,18 +59,18 @@ def describe_inputs(
     ----------
     networks : Mapping[str, nn.Module]
         name in the table -> encoder or method
-    pack
-    **told
+    pack : Pack
+    **rules
         rules and definitions, as JSON knows them
     """
     hashes = {name: encoder_hash(one) for name, one in networks.items()}
     data = {"hash": pack.manifest["hash"], "name": Path(pack.path).name}
-    return {"encoder_hashes": hashes, "data": data, **told, "machine": describe_machine()}
+    return {"encoder_hashes": hashes, "data": data, **rules, "machine": describe_machine()}
 
 # %% ../../nbs/evaluate/04_encoder.ipynb #24242fd8
 def check_preprocessing(
     encoder: nn.Module,  # or a method: whatever has .preprocessing
-    pack,  # .size, .path and .manifest["source"], as of a Pack
+    pack: Pack,  # .size, .path and .manifest["source"], as of a Pack
 ) -> None:
     """ValueError if the pack's images are not such as the encoder expects: made square otherwise, or too small.
 
@@ -77,7 +78,7 @@ def check_preprocessing(
     ----------
     encoder : nn.Module
         or a method: whatever has .preprocessing
-    pack
+    pack : Pack
         .size, .path and .manifest["source"], as of a Pack
     """
     expected, fit = getattr(encoder, "preprocessing", None), pack.manifest["source"].get("fit")
@@ -95,12 +96,13 @@ def check_preprocessing(
     if side > pack.size:
         raise ValueError(
             f"the encoder resizes images to {side} x {side}, but those of {pack.path} have {pack.size} x {pack.size} "
-            f"pixels and would be enlarged; prepare the data set again with size={side}, or load the encoder with a smaller size"
+            f"pixels and would be enlarged; prepare the data set again with size={side}, "
+            "or load the encoder with a smaller size"
         )
 
 # %% ../../nbs/evaluate/04_encoder.ipynb #e680ff08
 @contextmanager
-def frozen(encoder: nn.Module):
+def frozen(encoder: nn.Module) -> Iterator[nn.Module]:
     """Eval mode without gradients; afterwards every submodule has the mode it had before."""
     modes = [(module, module.training) for module in encoder.modules()]
     encoder.eval()
@@ -114,7 +116,7 @@ def frozen(encoder: nn.Module):
 # %% ../../nbs/evaluate/04_encoder.ipynb #c89c98b7
 def check_fit(
     encoder: nn.Module,
-    pack,  # a Pack
+    pack: Pack,
     image: int = 0,  # the row of its image that is tried
 ) -> None:
     """ValueError if the encoder cannot see the Pack's images as it expects them.
@@ -122,8 +124,7 @@ def check_fit(
     Parameters
     ----------
     encoder : nn.Module
-    pack
-        a Pack
+    pack : Pack
     image : int, default: 0
         the row of its image that is tried
     """
@@ -133,27 +134,28 @@ def check_fit(
             seen = encoder(read_images(encoder, pack, [image])).whole
     except RuntimeError as error:
         raise ValueError(
-            f"the encoder cannot read images that are prepared as it says ({encoder.preprocessing}): {str(error).splitlines()[0]}"
+            f"the encoder cannot read images that are prepared as it says ({encoder.preprocessing}): "
+            f"{str(error).splitlines()[0]}"
         ) from error
     if not seen.isfinite().all():
         raise ValueError(
-            f"the encoder's features of image {pack.image_table['image_id'].iloc[image]} are not finite: did pre-training diverge?"
+            f"the encoder's features of image {pack.image_table['image_id'].iloc[image]} are not finite: "
+            "did pre-training diverge?"
         )
 
 # %% ../../nbs/evaluate/04_encoder.ipynb #52ce16c8
 def read_images(
     encoder: nn.Module,
-    pack,  # a Pack
-    images,  # rows of its images
+    pack: Pack,
+    images: Sequence[int] | np.ndarray,  # rows of its images
 ) -> Tensor:  # (B, C, H, W), where the encoder is
     """Images as the encoder expects them, without augmentation.
 
     Parameters
     ----------
     encoder : nn.Module
-    pack
-        a Pack
-    images
+    pack : Pack
+    images : Sequence[int] | np.ndarray
         rows of its images
 
     Returns
@@ -166,7 +168,7 @@ def read_images(
 
 # %% ../../nbs/evaluate/04_encoder.ipynb #3bdd57d9
 def random_like(encoder: nn.Module, seed: int = 0) -> nn.Module:
-    """A copy of the encoder with newly drawn weights, which no run has trained; torch's random state is left as it was."""
+    """A copy of the encoder with newly drawn weights and no training run; torch's random state is not changed."""
     fresh = copy.deepcopy(encoder)
     for module in fresh.modules():
         vars(module).pop("provenance", None)
@@ -192,7 +194,7 @@ def head_inputs(
     encoder: nn.Module,
     images: Tensor,  # (B, C, H, W) prepared
     needs: str = "whole",  # or "regions", or "pyramid"
-):  # (B, D'), (B, N, D), or a list of maps: the image, then finest first
+) -> Tensor | list[Tensor]:  # (B, D'), (B, N, D), or a list of maps: the image, then finest first
     """What a head needs of the encoder. ValueError if it needs something else.
 
     Parameters
@@ -205,7 +207,8 @@ def head_inputs(
 
     Returns
     -------
-    (B, D'), (B, N, D), or a list of maps: the image, then finest first
+    Tensor | list[Tensor]
+        (B, D'), (B, N, D), or a list of maps: the image, then finest first
     """
     if needs == "pyramid":
         return encoder.pyramid(images)
@@ -218,15 +221,14 @@ _CHUNK = 16
 
 
 class FrozenFeatures:
-    """What is read of a frozen encoder, `features[rows]`; kept in a folder if one is given and they take at most `limit` GB.
+    """Features of a frozen encoder, `features[rows]`; kept in a folder if they take at most `limit` GB.
 
     With and without a folder they are the same to the last bit on a CPU in float32.
 
     Parameters
     ----------
     encoder : nn.Module
-    pack
-        a Pack
+    pack : Pack
     images : Sequence[int]
         (n,) rows of its images; `rows` are rows of this
     needs : str, default: 'whole'
@@ -241,7 +243,7 @@ class FrozenFeatures:
     def __init__(
         self,
         encoder: nn.Module,
-        pack,  # a Pack
+        pack: Pack,
         images: Sequence[int],  # (n,) rows of its images; `rows` are rows of this
         needs: str = "whole",  # see look
         levels: Sequence[int] | None = None,  # of a pyramid; None: all
@@ -257,21 +259,23 @@ class FrozenFeatures:
 
     def _open(self, folder: Path, limit: float) -> None:
         "Find the files, or make them unless they would take too much room."
-        computed = f"{encoder_hash(self.encoder)} {self.pack.manifest['hash']} {_CHUNK} {self.needs} {self.levels and [level for level in self.levels if level]}"
+        levels = self.levels and [level for level in self.levels if level]
+        computed = f"{encoder_hash(self.encoder)} {self.pack.manifest['hash']} {_CHUNK} {self.needs} {levels}"
         place = folder / hashlib.sha256(computed.encode()).hexdigest()[:32]
         shapes = [np.load(path, mmap_mode="r").shape[1:] for path in sorted(place.glob("[0-9]*.npy"))]
         shapes = shapes or [tuple(part.shape[1:]) for part in self.encode(self.images[:1])]
         size = len(self.images) * 4 * sum(map(math.prod, shapes)) / 1e9
         if size > limit:
             warnings.warn(
-                f"features of {len(self.images)} images would take {size:.0f} GB, more than {limit:.0f}: they are computed anew each time",
+                f"features of {len(self.images)} images would take {size:.0f} GB, more than {limit:.0f}: "
+                "they are computed again each time",
                 stacklevel=3,
             )
         else:
             self.folder = place
             self.stores, self.filled = _open_feature_files(place, len(self.pack), shapes)
 
-    def encode(self, images) -> list[Tensor]:
+    def encode(self, images: np.ndarray) -> list[Tensor]:
         "Compute features of images of the Pack, always `_CHUNK` at a time; of a pyramid all levels but the image."
         parts = []
         with frozen(self.encoder):
@@ -284,7 +288,7 @@ class FrozenFeatures:
                 parts.append([part[: len(chosen)] for part in found])
         return [torch.cat(part) for part in zip(*parts)]
 
-    def __getitem__(self, rows):
+    def __getitem__(self, rows: np.ndarray) -> Tensor | list[Tensor | None]:
         "Features as `head_inputs` gives them; in a pyramid, levels that are not asked for are None."
         images = self.images[rows]
         if self.folder is not None and self.filled[images].all():
@@ -306,7 +310,9 @@ def _open_feature_files(
     count: int,  # n images
     shapes: list[tuple[int, ...]],  # of one image's features
 ) -> tuple[list[np.ndarray], np.ndarray]:  # memory maps (n, *shape) float32; (n,) bool, which are filled
-    "Files that features are kept in; made if they are not there, all at once (and then take no room on most disks until they are filled)."
+    """Files that features are kept in; missing ones are made at their full size.
+
+    On most disks they take no room until they are filled."""
     if not (folder / "filled.npy").exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
         with naming(folder), TemporaryDirectory(dir=folder.parent, prefix=".") as made:
@@ -329,7 +335,9 @@ def _write_rows(
     rows: np.ndarray,  # (k,)
     values: np.ndarray,  # (k, ...) of the store's type
 ) -> None:
-    "Put rows into a store and on the disk. OSError names the file when that is full: a memory map itself would kill the process."
+    """Write rows into a store and flush it. OSError names the file when the disk is full.
+
+    A memory map itself would kill the process."""
     with naming(store.filename), open(store.filename, "r+b") as file:
         for row, value in zip(rows, values, strict=True):
             file.seek(store.offset + int(row) * value.nbytes)
@@ -340,7 +348,7 @@ def _write_rows(
 # %% ../../nbs/evaluate/04_encoder.ipynb #ab57a7f4
 def fill_cache(
     features: FrozenFeatures,
-    rows,  # of its images
+    rows: np.ndarray,  # of its images
     progress: bool = False,
 ) -> None:
     """Compute and keep what is not there yet; nothing without a folder. What is interrupted goes on where it was.
@@ -348,7 +356,7 @@ def fill_cache(
     Parameters
     ----------
     features : FrozenFeatures
-    rows
+    rows : np.ndarray
         of its images
     progress : bool, default: False
     """
@@ -366,22 +374,21 @@ def fill_cache(
 # %% ../../nbs/evaluate/04_encoder.ipynb #6ac615f1
 def encode(
     encoder: nn.Module,
-    pack,  # a Pack
-    rows=None,  # study rows; None: all
+    pack: Pack,
+    rows: Sequence[int] | np.ndarray | None = None,  # study rows; None: all
     device: str | torch.device | None = None,  # None: where the encoder is
     cache: str | Path | None = None,  # folder in which features are kept, see FrozenFeatures
 ) -> np.ndarray:  # (n, D') float32, one row a study
     """Features of studies: the mean over their images of `encoder(image).whole`, without augmentation.
 
-    Raises ValueError naming the studies that have no image or whose features are not finite, or if the pack's images are
+    ValueError naming the studies that have no image or whose features are not finite, or if the pack's images are
     not such as the encoder expects.
 
     Parameters
     ----------
     encoder : nn.Module
-    pack
-        a Pack
-    rows : default: None
+    pack : Pack
+    rows : Sequence[int] | np.ndarray | None, default: None
         study rows; None: all
     device : str | torch.device | None, default: None
         None: where the encoder is

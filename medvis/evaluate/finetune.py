@@ -6,6 +6,7 @@
 __all__ = ['LinearClassifier', 'Learner', 'predict', 'fit_head', 'SWITCHES']
 
 # %% ../../nbs/evaluate/11_finetune.ipynb #0c7d2130
+from collections.abc import Sequence
 import copy
 from dataclasses import replace
 from pathlib import Path
@@ -34,8 +35,10 @@ from ..train.schedules import plateau_factor, stopped_improving
 _all_ = ["SWITCHES"]  # made elsewhere, found here too
 
 # %% ../../nbs/evaluate/11_finetune.ipynb #25373d59
-def _head_targets(task: Task, rows, encoder: nn.Module):  # Tensor, or for boxes a list of arrays (k, 5)
-    "What is right, as the encoder sees it: labels, classes and grades as they are, masks float32 and boxes in pixels of its view."
+def _head_targets(
+    task: Task, rows: np.ndarray, encoder: nn.Module
+) -> Tensor | list[np.ndarray]:  # Tensor, or for boxes a list of arrays (k, 5)
+    """The targets as the encoder sees the images: masks float32, boxes in pixels of its view, all else as it is."""
     if task.kind == "boxes":
         return [boxes_in_view(task.targets[row], task.pack.size, encoder.preprocessing) for row in rows]
     target = torch.from_numpy(np.ascontiguousarray(task.targets[rows]))
@@ -64,19 +67,20 @@ _HEAD_AUGMENTATIONS = AUGMENTATIONS | {"moco2": _jittered, "shift-scale-rotate":
 # %% ../../nbs/evaluate/11_finetune.ipynb #389cd1d0
 def _augment_batch(
     task: Task,
-    rows,  # of the task
+    rows: np.ndarray,  # of the task
     encoder: nn.Module,
     augment: str,  # a key of VARIATIONS
     seed: int,
     epoch: int,
-):  # images (B, C, H, W), and targets as `_head_targets` gives them
-    "Training images, varied, with their answers. ValueError for boxes: they are not moved along."
+) -> tuple[Tensor, Tensor | list[np.ndarray]]:  # images (B, C, H, W), and targets as `_head_targets` gives them
+    "Augmented training images with their targets. ValueError for boxes, which are not moved along."
     if task.kind == "boxes":
         raise ValueError(
-            f"augment={augment!r} would move the images away from their boxes; neither paper varies images for detection"
+            f"augment={augment!r} would move the images away from their boxes; "
+            "neither paper augments images for detection"
         )
     view = encoder.preprocessing
-    move, finish = v2.Compose(_HEAD_AUGMENTATIONS[augment](view.size, view.crop)), replace(view, crop=1.0).eval()
+    move, finish = v2.Compose(_HEAD_AUGMENTATIONS[augment](view.size, view.crop)), replace(view, crop=1.0).transform()
     images, masks = [], []
     for row in rows:
         image = tv_tensors.Image(torch.from_numpy(task.pack.image(task.images["image"].iloc[row]))[None])
@@ -107,7 +111,7 @@ class LinearClassifier(nn.Module):
 
     needs = "whole"
 
-    def __init__(self, encoder: nn.Module, classes, kind: str = "labels") -> None:
+    def __init__(self, encoder: nn.Module, classes: Sequence[str], kind: str = "labels") -> None:
         super().__init__()
         if kind not in ("labels", "classes", "ordinal"):
             raise ValueError(f"a classifier cannot learn {kind}; expected labels, classes or ordinal")
@@ -122,7 +126,7 @@ class LinearClassifier(nn.Module):
         return self.linear(whole)
 
     def loss(self, raw: Tensor, target: Tensor) -> Losses:  # (B, C) 1, 0, NaN; or (B,)
-        """Mean over the known answers.
+        """Mean over the labelled answers.
 
         Returns
         -------
@@ -133,9 +137,9 @@ class LinearClassifier(nn.Module):
             return add_up(entropy=F.cross_entropy(raw, target))
         if self.kind == "ordinal":
             return add_up(grade=F.nll_loss(_grade_log_probability(raw), target))
-        known = ~target.isnan()
+        labelled = ~target.isnan()
         each = F.binary_cross_entropy_with_logits(raw, target.nan_to_num(), reduction="none")
-        return add_up(entropy=(each * known).sum() / known.sum().clamp(min=1))
+        return add_up(entropy=(each * labelled).sum() / labelled.sum().clamp(min=1))
 
     def predict(self, raw: Tensor) -> Tensor:  # (B, C) probabilities
         """Returns
@@ -222,8 +226,10 @@ class Learner:
                 for part in moving:
                     part.train()
 
-    def batch(self, rows, epoch: int | None = None):
-        "What the head reads of these images, and what is right; varied for an epoch of training, None = as they are."
+    def batch(
+        self, rows: np.ndarray, epoch: int | None = None
+    ) -> tuple[Tensor | list[Tensor], Tensor | list[np.ndarray]]:
+        "Features of these images and their targets; augmented for an epoch of training, None = as they are."
         if not self.live:
             return self.features[rows], _head_targets(self.task, rows, self.encoder)
         if epoch is None or self.protocol.augment == "none":
@@ -253,14 +259,14 @@ def _step_learning_rate(
 # %% ../../nbs/evaluate/11_finetune.ipynb #2c5a98ae
 def predict(
     learner: Learner,
-    rows,  # of the task
+    rows: np.ndarray,  # of the task
 ) -> tuple[Predictions, float]:  # and the mean loss
-    """What the head says of these images, unvaried, in evaluation mode.
+    """The head's predictions for these images, not augmented, in evaluation mode.
 
     Parameters
     ----------
     learner : Learner
-    rows
+    rows : np.ndarray
         of the task
 
     Returns
@@ -283,8 +289,8 @@ def predict(
     return Predictions(task.kind, task.classes, *ids, join(said, sizes), join(truth, sizes)), total / len(rows)
 
 # %% ../../nbs/evaluate/11_finetune.ipynb #c42e6d45
-def _plain(value, kind: str):
-    "As it is kept: boxes, masks as bool, all else as it is."
+def _plain(value: Tensor | Boxes, kind: str) -> np.ndarray | Boxes:
+    "As it is saved: masks as bool, all else as it is."
     if kind == "boxes":
         return value
     return (value > 0.5 if kind == "masks" else value).cpu().numpy()
@@ -320,44 +326,50 @@ def fit_head(
     pd.DataFrame
         one row an epoch: epoch, step, lr, train_loss, loss, score (larger is better)
     """
-    p, history, best, step = learner.protocol, [], None, 0
-    optimizer = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[p.optimizer](
-        learner.parameters(), lr, weight_decay=p.weight_decay
-    )
-    for epoch in range(p.epochs):
-        losses = []
-        for batch in epoch_batches(len(train), p.batch_size, learner.seed, epoch):
-            if not losses or step == p.warmup_steps:
-                learner.set_trainable(step, new_epoch=not losses)
-            for group in optimizer.param_groups:
-                group["lr"] = _step_learning_rate(p, lr, step, history)
-            features, target = learner.batch(train[batch], epoch)
-            loss = learner.head.loss(learner.head(features), target).total
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            losses.append(float(loss.detach()))
-            step += 1
-        told, loss = predict(learner, validate) if np.isfinite(losses).all() else (None, np.nan)
+    protocol, history, best = learner.protocol, [], None
+    kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[protocol.optimizer]
+    optimizer = kind(learner.parameters(), lr, weight_decay=protocol.weight_decay)
+    for epoch in range(protocol.epochs):
+        step = history[-1]["step"] if history else 0
+        losses, rate = _train_epoch(learner, optimizer, lr, train, epoch, step, history)
+        predictions, loss = predict(learner, validate) if np.isfinite(losses).all() else (None, np.nan)
         if not np.isfinite(loss):
             break
-        score = -loss if p.metric == "loss" else validation_score(p.metric, told)
-        history.append(
-            {
-                "epoch": epoch,
-                "step": step,
-                "lr": group["lr"],
-                "train_loss": np.mean(losses),
-                "loss": loss,
-                "score": score,
-            }
-        )
+        score = -loss if protocol.metric == "loss" else validation_score(protocol.metric, predictions)
+        row = {"epoch": epoch, "step": step + len(losses), "lr": rate, "train_loss": np.mean(losses)}
+        history.append(row | {"loss": loss, "score": score})
         if best is None or score > best[0]:
             best = score, [copy.deepcopy(part.state_dict()) for part in learner.parts]
-        if stopped_improving([-row["score"] for row in history], p.patience, 0.0):
+        if stopped_improving([-row["score"] for row in history], protocol.patience, 0.0):
             break
     if best is None:
         raise Diverged(f"the loss was not finite in the first epoch at a learning rate of {lr:g}: lower it")
     for part, state in zip(learner.parts, best[1]):
         part.load_state_dict(state)
     return pd.DataFrame(history)
+
+
+def _train_epoch(
+    learner: Learner,
+    optimizer: torch.optim.Optimizer,
+    lr: float,
+    train: np.ndarray,  # rows of the task
+    epoch: int,
+    step: int,  # steps done before
+    history: list[dict],
+) -> tuple[list[float], float]:  # the loss of each step, and the last learning rate
+    losses, rate, protocol = [], lr, learner.protocol
+    for batch in epoch_batches(len(train), protocol.batch_size, learner.seed, epoch):
+        if not losses or step == protocol.warmup_steps:
+            learner.set_trainable(step, new_epoch=not losses)
+        rate = _step_learning_rate(protocol, lr, step, history)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        features, target = learner.batch(train[batch], epoch)
+        loss = learner.head.loss(learner.head(features), target).total
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+        step += 1
+    return losses, rate

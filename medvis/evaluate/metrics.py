@@ -7,12 +7,14 @@ __all__ = ['MAP_RULES', 'PixelCounts', 'count_pixels', 'dice_pooled', 'dice_tabl
            'mean_ap', 'Froc', 'froc', 'detection_table', 'classification_table']
 
 # %% ../../nbs/evaluate/07_metrics.ipynb #a7012fd7
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 import torch
+from numpy.typing import ArrayLike
 from sklearn.metrics import average_precision_score, cohen_kappa_score, precision_recall_curve
 
 from .stats import auroc
@@ -45,23 +47,23 @@ class PixelCounts:
     def __len__(self) -> int:
         return len(self.both)
 
-    def __getitem__(self, rows) -> "PixelCounts":
+    def __getitem__(self, rows: np.ndarray) -> "PixelCounts":
         "The counts of some images, by index array or mask: what a bootstrap draws."
         return PixelCounts(self.both[rows], self.predicted[rows], self.true[rows], self.pixels)
 
 # %% ../../nbs/evaluate/07_metrics.ipynb #bd4adf79
 def count_pixels(
-    probability,  # (n, H, W) or (n, C, H, W) in 0..1
-    truth,  # same shape, 0..1
+    probability: ArrayLike,  # (n, H, W) or (n, C, H, W) in 0..1
+    truth: ArrayLike,  # same shape, 0..1
     threshold: float = 0.5,
 ) -> PixelCounts:
     """Count the pixels whose probability, and whose truth, exceed the threshold. ValueError if shapes differ.
 
     Parameters
     ----------
-    probability
+    probability : ArrayLike
         (n, H, W) or (n, C, H, W) in 0..1
-    truth
+    truth : ArrayLike
         same shape, 0..1
     threshold : float, default: 0.5
     """
@@ -77,7 +79,7 @@ def count_pixels(
 
 # %% ../../nbs/evaluate/07_metrics.ipynb #0f3954c1
 def dice_pooled(counts: PixelCounts) -> float:
-    """Dice over the pixels of all images; mean over the classes that are there at all; NaN if nothing is there and nothing found."""
+    """Dice over the pixels of all images; mean over the classes that occur; NaN if nothing is there or found."""
     both, total, there = counts.both.sum(0), (counts.predicted + counts.true).sum(0), counts.true.sum(0) > 0
     if not there.any():
         return 0.0 if total.any() else np.nan
@@ -92,7 +94,7 @@ def _dice_of_images(counts: PixelCounts) -> np.ndarray:  # (n,) or (n, C)
 # %% ../../nbs/evaluate/07_metrics.ipynb #d4a9a43d
 def _dice_of_batches(
     counts: PixelCounts,
-    batches,  # (n,) which batch each image was in
+    batches: ArrayLike,  # (n,) which batch each image was in
 ) -> np.ndarray:  # (batches,) in order of their number
     """Mean Dice of the images of each batch."""
     each = _dice_of_images(counts).reshape(len(counts.both), -1).mean(1)
@@ -101,14 +103,14 @@ def _dice_of_batches(
 # %% ../../nbs/evaluate/07_metrics.ipynb #7fff5063
 def dice_table(
     counts: PixelCounts,
-    batches=None,  # (n,) as MGCA would have drawn them; None: leaves out MGCA's convention
+    batches: ArrayLike | None = None,  # (n,) as MGCA would have drawn them; None: leaves out MGCA's convention
 ) -> pd.DataFrame:  # name, value, reported_by
     """Dice in all conventions.
 
     Parameters
     ----------
     counts : PixelCounts
-    batches : default: None
+    batches : ArrayLike | None, default: None
         (n,) as MGCA would have drawn them; None: leaves out MGCA's convention
 
     Returns
@@ -150,7 +152,7 @@ class Boxes:
     classes: np.ndarray | None = None  # (K,) int
     scores: np.ndarray | None = None  # (K,) confidence of detections
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self.image = np.asarray(self.image, dtype=np.int64)
         count = len(self.image)
         self.corners = np.asarray(self.corners, dtype=np.float64).reshape(-1, 4)
@@ -165,11 +167,11 @@ class Boxes:
     def __len__(self) -> int:
         return len(self.image)
 
-    def __getitem__(self, rows) -> "Boxes":
+    def __getitem__(self, rows: np.ndarray) -> "Boxes":
         "Some of the boxes, by index array or mask."
         return Boxes(self.image[rows], self.corners[rows], self.classes[rows], self.scores[rows])
 
-    def draw(self, images) -> "Boxes":
+    def draw(self, images: ArrayLike) -> "Boxes":
         "The boxes of these images, which may repeat, as a bootstrap draws them: images[i] becomes image i."
         images, order = np.asarray(images), np.argsort(self.image, kind="stable")
         first, last = (np.searchsorted(self.image[order], images, side=side) for side in ("left", "right"))
@@ -196,8 +198,8 @@ class Boxes:
 
 # %% ../../nbs/evaluate/07_metrics.ipynb #b18313d4
 def _box_iou(
-    first,  # (..., 4) corners
-    second,  # (..., 4), shapes broadcast
+    first: ArrayLike,  # (..., 4) corners
+    second: ArrayLike,  # (..., 4), shapes broadcast
     side: float = 0.0,  # added to the width and height of every box; 1 = the "+1 pixel" of old code
 ) -> np.ndarray:  # (...)
     """Intersection over union of boxes; 0 where both are empty."""
@@ -303,7 +305,7 @@ def _single_points(count: int) -> np.ndarray:  # (count,) float32
 
 # %% ../../nbs/evaluate/07_metrics.ipynb #ecb9cca6
 def _average_precision(
-    hits,  # (K, T) 1 or 0, best score first
+    hits: ArrayLike,  # (K, T) 1 or 0, best score first
     positives: int,  # ground truths
     rules: MapRules = MAP_RULES["coco"],
 ) -> np.ndarray:  # (T,)
@@ -325,7 +327,7 @@ def _average_precisions(
     detections: Boxes,
     truth: Boxes,
     thresholds: tuple[float, ...] = _IOUS,
-    classes: int | None = None,  # how many there are; None: those that occur
+    classes: int | None = None,  # their number; None: those that occur
     rules: MapRules = MAP_RULES["coco"],
 ) -> pd.DataFrame:  # one row a threshold, one column a class
     """Average precision at each overlap threshold, of each class."""
@@ -368,7 +370,7 @@ class Froc(NamedTuple):
 def _centre_hits(
     detections: Boxes, truth: Boxes
 ) -> tuple[np.ndarray, np.ndarray]:  # found (K,) boxes so far, false (K,) false positives so far
-    """Walk down the detections, best score first, and count boxes that held a centre (border included), and centres in none."""
+    """Count boxes that hold a centre (border included) and centres in none, detection by detection, best first."""
     ranked = detections[np.argsort(-detections.scores, kind="stable")]
     count, images = len(ranked), 1 + max(boxes.image.max(initial=-1) for boxes in (truth, detections))
     if not count:
@@ -410,7 +412,7 @@ def froc(
     return _recorded(sensitivity, rate, false, points, len(truth))
 
 # %% ../../nbs/evaluate/07_metrics.ipynb #404e92e3
-def _recorded(sensitivity, rate, false, points, boxes: int) -> Froc:
+def _recorded(sensitivity: np.ndarray, rate: np.ndarray, false: np.ndarray, points: np.ndarray, boxes: int) -> Froc:
     read, last = [], -1
     for point in points:
         last = max(last + 1, int(np.searchsorted(rate, point)))
@@ -466,8 +468,8 @@ def detection_table(
 
 # %% ../../nbs/evaluate/07_metrics.ipynb #3121678a
 def _calibration_error(
-    probabilities,  # (n,) in 0..1
-    outcomes,  # (n,) 1 or 0: what happened
+    probabilities: ArrayLike,  # (n,) in 0..1
+    outcomes: ArrayLike,  # (n,) 1 or 0: what happened
     bins: int = 15,
 ) -> float:
     """Expected calibration error with bins of equal width, right edges included (Guo et al. 2017); NaN without rows."""
@@ -479,8 +481,8 @@ def _calibration_error(
 
 # %% ../../nbs/evaluate/07_metrics.ipynb #66bad751
 def _best_f1(
-    scores,  # (n,)
-    labels,  # (n,) 1 or 0
+    scores: ArrayLike,  # (n,)
+    labels: ArrayLike,  # (n,) 1 or 0
 ) -> float:
     """F1 at the threshold that is best for these very labels; NaN without positives."""
     if not np.any(labels):
@@ -503,12 +505,12 @@ _BINARY = (
 
 
 def _binary_metrics(
-    scores,  # (n,) higher means more likely positive
-    labels,  # (n,) 1 or 0; rows of any other label (NaN, -1) are left out
+    scores: ArrayLike,  # (n,) higher means more likely positive
+    labels: ArrayLike,  # (n,) 1 or 0; rows of any other label (NaN, -1) are left out
     threshold: float = 0.5,
     bins: int = 15,
 ) -> pd.DataFrame:  # index BINARY; value, chance
-    """What can be said of one finding, and what chance would get; NaN as the table above says, never an error."""
+    """Metrics of one finding, with chance; NaN as in the table above, never an error."""
     scores, labels = np.asarray(scores, dtype=np.float64), np.asarray(labels, dtype=np.float64)
     used = (labels == 1) | (labels == 0)
     scores, labels = scores[used], labels[used]
@@ -560,15 +562,20 @@ def _metric_rows(
     """Rows of a table of metrics, each with who reports it."""
     columns = ("value", "chance", "n", "positives", "classes")
     return [
-        {"name": name, "of": of, **dict(zip(columns, told)), "reported_by": _REPORTED.get((name, kind or of), "usual")}
-        for of, told in values.items()
+        {
+            "name": name,
+            "of": of,
+            **dict(zip(columns, numbers)),
+            "reported_by": _REPORTED.get((name, kind or of), "usual"),
+        }
+        for of, numbers in values.items()
     ]
 
 # %% ../../nbs/evaluate/07_metrics.ipynb #05874ffb
 def _counted_classes(
     name: str,  # of BINARY
-    n,  # (C,) labelled images
-    positives,  # (C,)
+    n: np.ndarray,  # (C,) labelled images
+    positives: np.ndarray,  # (C,)
 ) -> np.ndarray:  # (C,) bool
     """Which classes a macro mean is taken over: those for which the metric exists, whatever the scores."""
     if name in ("AUROC", "balanced accuracy"):
@@ -577,9 +584,9 @@ def _counted_classes(
 
 # %% ../../nbs/evaluate/07_metrics.ipynb #49e9d1dc
 def _label_metrics(
-    scores,  # (n, C)
-    labels,  # (n, C) 1, 0, anything else = not used
-    classes,  # C names
+    scores: ArrayLike,  # (n, C)
+    labels: ArrayLike,  # (n, C) 1, 0, anything else = not used
+    classes: Sequence[str],  # C names
     threshold: float = 0.5,
     bins: int = 15,
 ) -> list[dict[str, object]]:
@@ -610,9 +617,9 @@ _WHOLE = ("accuracy", "balanced accuracy", "expected calibration error", "Brier 
 
 
 def _class_metrics(
-    scores,  # (n, C)
-    labels,  # (n,) 0 .. C-1, anything else = not used
-    classes,  # C names
+    scores: ArrayLike,  # (n, C)
+    labels: ArrayLike,  # (n,) 0 .. C-1, anything else = not used
+    classes: Sequence[str],  # C names
     bins: int = 15,
 ) -> list[dict[str, object]]:
     """Metrics of exclusive classes; NaN where a score is NaN or no image is labelled."""
@@ -630,13 +637,15 @@ def _class_metrics(
     error = _calibration_error(scores.max(1), right, bins) if probable else np.nan
     brier = ((scores - truth) ** 2).sum(1).mean() if probable else np.nan
     values = (right.mean(), share.max()), (recall.mean(), 1 / occurs.sum()), (error, 0.0), (brier, 1 - (share**2).sum())
-    return rows + [row for name, told in zip(_WHOLE, values) for row in _metric_rows(name, {"all": (*told, *sizes)})]
+    return rows + [
+        row for name, numbers in zip(_WHOLE, values) for row in _metric_rows(name, {"all": (*numbers, *sizes)})
+    ]
 
 # %% ../../nbs/evaluate/07_metrics.ipynb #a938feb9
 def _grade_metrics(
-    scores,  # (n, C) probability of each grade
-    labels,  # (n,) grade 0 .. C-1, anything else = not used
-    classes,  # C names
+    scores: ArrayLike,  # (n, C) probability of each grade
+    labels: ArrayLike,  # (n,) grade 0 .. C-1, anything else = not used
+    classes: Sequence[str],  # C names
 ) -> list[dict[str, object]]:
     """Metrics of ordered grades; NaN where a score is NaN or no image is labelled."""
     last = len(classes) - 1
@@ -669,25 +678,25 @@ _LABEL_KINDS = ("labels", "classes", "ordinal")
 
 
 def classification_table(
-    scores,  # (n, C), or (n,) for one finding; probabilities where calibration matters
-    labels,  # as a Task's: "labels" (n, C) 1/0/NaN, "classes" and "ordinal" (n,) 0 .. C-1
-    classes,  # C names
+    scores: ArrayLike,  # (n, C), or (n,) for one finding; probabilities where calibration matters
+    labels: ArrayLike,  # as a Task's: "labels" (n, C) 1/0/NaN, "classes" and "ordinal" (n,) 0 .. C-1
+    classes: Sequence[str],  # C names
     kind: str = "labels",  # of KINDS
     threshold: float = 0.5,  # of decisions, for "labels"
     bins: int = 15,  # of the calibration error
 ) -> pd.DataFrame:  # name, of, value, chance, n, positives, classes, reported_by
     """All metrics of a classifier from its saved scores, each with what chance gets and who reports it.
 
-    `of`: the class, macro, micro or all; `n` labelled images, `positives` of these, `classes` that the number speaks of.
+    `of`: the class, macro, micro or all; `n` labelled images, `positives` of these, `classes` it is taken over.
     Degenerate cases are NaN (see the notebook). ValueError for an unknown kind, and for shapes that do not fit.
 
     Parameters
     ----------
-    scores
+    scores : ArrayLike
         (n, C), or (n,) for one finding; probabilities where calibration matters
-    labels
+    labels : ArrayLike
         as a Task's: "labels" (n, C) 1/0/NaN, "classes" and "ordinal" (n,) 0 .. C-1
-    classes
+    classes : Sequence[str]
         C names
     kind : str, default: 'labels'
         of KINDS

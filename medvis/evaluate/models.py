@@ -78,7 +78,7 @@ def rename_old_baselines(
 
 # %% ../../nbs/evaluate/03_models.ipynb #2f538f9b
 def as_encoders(
-    encoders,  # one of what as_encoder takes, several in a list, or a dict name -> encoder
+    encoders: object,  # one of what as_encoder takes, several in a list, or a dict name -> encoder
     names: Sequence[str] = (),  # of those in a list; without, the names of their folders
     **loading,  # image, size: see as_encoder
 ) -> dict[str, nn.Module]:  # by name in the tables
@@ -86,7 +86,7 @@ def as_encoders(
 
     Parameters
     ----------
-    encoders
+    encoders : object
         one of what as_encoder takes, several in a list, or a dict name -> encoder
     names : Sequence[str], default: ()
         of those in a list; without, the names of their folders
@@ -107,7 +107,8 @@ def as_encoders(
     ]
     if not len(several) == len(names) == len(set(names)):
         raise ValueError(
-            f"{len(several)} encoders need as many different names, found {', '.join(names)}: pass --names (names= in Python)"
+            f"{len(several)} encoders need as many different names, found {', '.join(names)}: "
+            "pass --names (names= in Python)"
         )
     return {name: as_encoder(one, **loading) for name, one in zip(names, several)}
 
@@ -116,7 +117,7 @@ def as_pack(
     data: Pack | str | PathLike | None,  # None: the Pack that the model was trained on
     model: nn.Module,
 ) -> Pack:
-    """The Pack to measure a model on. ValueError if none is given and it is not known, or not there.
+    """The Pack to measure a model on. ValueError if none is given and it is unknown or missing.
 
     Parameters
     ----------
@@ -130,7 +131,8 @@ def as_pack(
         return data
     if (provenance := getattr(model, "provenance", None)) is None:
         raise ValueError(
-            "no run of medvis made this model, so it is not known which Pack it was trained on: name a Pack with --data (data= in Python)"
+            "no run of medvis made this model, so the Pack that it was trained on is unknown: "
+            "name a Pack with --data (data= in Python)"
         )
     return training_pack(provenance)
 
@@ -141,9 +143,9 @@ def check_unseen(
     allow_leaks: bool = False,
     progress: bool = True,
 ) -> None:
-    """ValueError if a model was trained on patients or images that a Pack has for validation or test (`data.guard.guard_measured`).
+    """ValueError if a model was trained on patients or images of the Pack's validation or test splits.
 
-    Warns if the Pack that it was trained on is not there any more.
+    See `data.guard.guard_measured`. Warns if the Pack that it was trained on is gone.
 
     Parameters
     ----------
@@ -155,16 +157,16 @@ def check_unseen(
     progress : bool, default: True
     """
     provenances = {one.run: one for model in models if (one := getattr(model, "provenance", None))}.values()
-    for seen in (replace(one, data=data) for one in provenances for data in (one.data, *one.init)):
+    for provenance in (replace(one, data=data) for one in provenances for data in (one.data, *one.init)):
         try:
-            trained = training_pack(seen)
+            trained = training_pack(provenance)
         except ValueError:
             trained = None
         if trained is not None:
             guard_measured(pack, trained, allow_leaks, progress)
-        elif seen.data["hash"] not in (pack.manifest["hash"], *pack.manifest.get("guard", {}).get("against", ())):
+        elif provenance.data["hash"] not in (pack.manifest["hash"], *pack.manifest.get("guard", {}).get("against", ())):
             warnings.warn(
-                f"{seen.run} was trained on a Pack that is not at {seen.data['path']} any more: nobody can tell "
-                f"whether it saw images of {pack.path}",
+                f"{provenance.run} was trained on a Pack that is not at {provenance.data['path']} any more: "
+                f"it cannot be checked for images of {pack.path}",
                 stacklevel=3,
             )

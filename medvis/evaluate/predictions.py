@@ -32,7 +32,7 @@ from ..core.files import write_atomic
 # %% ../../nbs/evaluate/10_predictions.ipynb #2c1c694f
 @dataclass
 class Predictions:
-    """What was said of n images, and what is true.
+    """Predictions for n images, and the truth.
 
     Parameters
     ----------
@@ -58,7 +58,7 @@ class Predictions:
     def __len__(self) -> int:
         return len(self.image_id)
 
-    def __getitem__(self, rows) -> "Predictions":
+    def __getitem__(self, rows: np.ndarray) -> "Predictions":
         "Those of some images, which may repeat, as a bootstrap draws them."
         both = (part.draw(rows) if isinstance(part, Boxes) else part[rows] for part in (self.predicted, self.truth))
         return Predictions(self.kind, self.classes, self.image_id[rows], self.patient_id[rows], *both)
@@ -67,7 +67,7 @@ class Predictions:
 def join(
     parts: Sequence,  # arrays (b, ...), or Boxes whose images count from 0 in each batch
     sizes: Sequence[int],  # images of each batch
-):
+) -> np.ndarray | Boxes:
     """Put batches together: one array, or Boxes of all images.
 
     Parameters
@@ -86,15 +86,15 @@ def join(
     )
 
 # %% ../../nbs/evaluate/10_predictions.ipynb #fde66571
-def save_predictions(path: str | Path, told: Predictions) -> None:
+def save_predictions(path: str | Path, predictions: Predictions) -> None:
     "Write predictions to a .npz file, atomically."
-    arrays = {"kind": np.array(told.kind), "classes": np.array(told.classes, dtype=str)}
-    arrays |= {"image_id": told.image_id.astype(str), "patient_id": told.patient_id.astype(str)}
+    arrays = {"kind": np.array(predictions.kind), "classes": np.array(predictions.classes, dtype=str)}
+    arrays |= {"image_id": predictions.image_id.astype(str), "patient_id": predictions.patient_id.astype(str)}
     for name in ("predicted", "truth"):
-        part = getattr(told, name)
+        part = getattr(predictions, name)
         if isinstance(part, Boxes):
             part = part.table()[_COLUMNS].to_numpy(float)
-        if told.kind == "masks":
+        if predictions.kind == "masks":
             arrays[f"{name}_shape"], part = np.array(part.shape), np.packbits(np.asarray(part, bool))
         arrays[name] = part
     write_atomic(path, lambda file: np.savez_compressed(file, **arrays))
@@ -126,13 +126,13 @@ def load_predictions(path: str | Path) -> Predictions:
         ) from error
 
 # %% ../../nbs/evaluate/10_predictions.ipynb #0920c4e4
-def _macro_auroc(told: Predictions) -> float:
-    "Mean AUROC over the findings (classes; cuts between grades) that have both kinds of images; NaN if there is none."
-    scores, truth = told.predicted, told.truth
-    if told.kind == "classes":
-        truth = truth[:, None] == np.arange(len(told.classes))
-    if told.kind == "ordinal":
-        cuts = np.arange(1, len(told.classes))
+def _macro_auroc(predictions: Predictions) -> float:
+    "Mean AUROC over the findings (classes; cuts between grades) that have both kinds of images; NaN without one."
+    scores, truth = predictions.predicted, predictions.truth
+    if predictions.kind == "classes":
+        truth = truth[:, None] == np.arange(len(predictions.classes))
+    if predictions.kind == "ordinal":
+        cuts = np.arange(1, len(predictions.classes))
         scores, truth = np.stack([scores[:, cut:].sum(1) for cut in cuts], 1), truth[:, None] >= cuts
     each = np.array([auroc(scores[:, c], truth[:, c]) for c in range(truth.shape[1])])
     return float(np.nanmean(each)) if not np.isnan(each).all() else np.nan
@@ -144,11 +144,19 @@ class _Metric(NamedTuple):
     kinds: tuple[str, ...]  # of tasks that it is for
     definition: str
     compute: Callable[[Any], float]  # from what `reduce` leaves
-    reduce: Callable[[Predictions], Any] = lambda told: told  # to what still tells images apart, indexed by them
+    reduce: Callable[[Predictions], Any] = lambda predictions: (
+        predictions
+    )  # to what still tells images apart, indexed by them
 
 # %% ../../nbs/evaluate/10_predictions.ipynb #e7ca74c3
-_map = lambda rules: lambda told: mean_ap(told.predicted, told.truth, classes=len(told.classes), rules=MAP_RULES[rules])
-_froc = lambda recorded: lambda told: froc(told.predicted, told.truth, len(told), recorded=recorded).score
+_map = lambda rules: (
+    lambda predictions: mean_ap(
+        predictions.predicted, predictions.truth, classes=len(predictions.classes), rules=MAP_RULES[rules]
+    )
+)
+_froc = lambda recorded: (
+    lambda predictions: froc(predictions.predicted, predictions.truth, len(predictions), recorded=recorded).score
+)
 METRICS = {
     "auroc": _Metric(
         ("labels", "classes", "ordinal"),
@@ -158,13 +166,13 @@ METRICS = {
     "accuracy": _Metric(
         ("classes", "ordinal"),
         "share of images whose most probable class is right",
-        lambda told: float((told.predicted.argmax(1) == told.truth).mean()),
+        lambda predictions: float((predictions.predicted.argmax(1) == predictions.truth).mean()),
     ),
     "dice": _Metric(
         ("masks",),
         "Dice over the pixels of all images at probability 0.5, mean over classes (LoVT)",
         dice_pooled,
-        lambda told: count_pixels(told.predicted, told.truth),
+        lambda predictions: count_pixels(predictions.predicted, predictions.truth),
     ),
     "map": _Metric(("boxes",), "mAP at IoU 0.40 to 0.75 as COCO's, over all images", _map("coco")),
     "map-lovt": _Metric(
@@ -182,13 +190,14 @@ METRICS = {
 }
 
 
-def validation_score(metric: str, told: Predictions) -> float:
-    "The metric of this name. ValueError if it is not known, is for another kind of task, or is not defined on these images."
-    _check_metric(metric, told.kind)
-    value = METRICS[metric].compute(METRICS[metric].reduce(told))
+def validation_score(metric: str, predictions: Predictions) -> float:
+    "The metric of this name. ValueError for an unknown one, another kind of task, or if it is not defined here."
+    _check_metric(metric, predictions.kind)
+    value = METRICS[metric].compute(METRICS[metric].reduce(predictions))
     if np.isnan(value):
         raise ValueError(
-            f"{metric} is not defined on these {len(told)} images of {told.kind}: there is nothing to find in them (or nothing but), "
+            f"{metric} is not defined on these {len(predictions)} images of {predictions.kind}: "
+            "there is nothing to find in them (or nothing but), "
             f"or a prediction is not a number. Give the split more images, or watch another number (loss)"
         )
     return value
@@ -200,14 +209,14 @@ def _check_metric(metric: str, kind: str) -> None:
 
 # %% ../../nbs/evaluate/10_predictions.ipynb #75765b79
 def score_table(
-    told: Predictions,
+    predictions: Predictions,
     batch_size: int = 64,  # of the batches that MGCA's Dice is the mean of
 ) -> pd.DataFrame:  # metric, value, n, reported_by
     """All metrics of these predictions, in all conventions.
 
     Parameters
     ----------
-    told : Predictions
+    predictions : Predictions
     batch_size : int, default: 64
         of the batches that MGCA's Dice is the mean of
 
@@ -217,15 +226,15 @@ def score_table(
         metric, value, n, reported_by
     """
     columns = ["metric", "value", "n", "reported_by"]
-    if told.kind == "boxes":
-        table = detection_table(told.predicted, told.truth, len(told), classes=len(told.classes)).rename(
-            columns={"name": "metric"}
-        )
-        return table.assign(n=len(told))[columns]
-    if told.kind == "masks":
-        counts = count_pixels(told.predicted, told.truth)
-        tables = [dice_table(counts, np.arange(len(told)) // batch_size).rename(columns={"name": "metric"})]
-        for c, name in enumerate(told.classes if len(told.classes) > 1 else ()):
+    if predictions.kind == "boxes":
+        table = detection_table(
+            predictions.predicted, predictions.truth, len(predictions), classes=len(predictions.classes)
+        ).rename(columns={"name": "metric"})
+        return table.assign(n=len(predictions))[columns]
+    if predictions.kind == "masks":
+        counts = count_pixels(predictions.predicted, predictions.truth)
+        tables = [dice_table(counts, np.arange(len(predictions)) // batch_size).rename(columns={"name": "metric"})]
+        for c, name in enumerate(predictions.classes if len(predictions.classes) > 1 else ()):
             each = replace(counts, **{part: getattr(counts, part)[:, c] for part in ("both", "predicted", "true")})
             tables.append(
                 pd.DataFrame(
@@ -233,6 +242,6 @@ def score_table(
                     columns=["metric", "value", "reported_by"],
                 )
             )
-        return pd.concat(tables, ignore_index=True).assign(n=len(told))[columns]
-    table = classification_table(told.predicted, told.truth, told.classes, told.kind)
+        return pd.concat(tables, ignore_index=True).assign(n=len(predictions))[columns]
+    table = classification_table(predictions.predicted, predictions.truth, predictions.classes, predictions.kind)
     return table.assign(metric=table["name"] + ", " + table["of"])[columns]

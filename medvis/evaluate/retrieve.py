@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from numpy.typing import ArrayLike
 from scipy.stats import hypergeom
 from sklearn.metrics import average_precision_score
 from tqdm import tqdm
@@ -52,7 +53,7 @@ class PairScores:
     images: pd.DataFrame  # I rows: image_id, study_id, patient_id
     texts: pd.DataFrame  # T rows; of reports study_id, patient_id; of prompts finding, sign, pair, prompt
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         shape = len(self.images), len(self.texts)
         if self.scores.shape != shape:
             raise ValueError(f"{shape[0]} images and {shape[1]} texts have scores of shape {self.scores.shape}")
@@ -90,17 +91,17 @@ def _load_pairs(path: str | Path) -> PairScores:
     except FileNotFoundError:
         raise
     except Exception as error:  # zipfile, numpy and pandas each have their own
-        told = f"{path} does not hold scores of pairs ({type(error).__name__})"
-        raise ValueError(f"{told}; delete it and run again") from error
+        message = f"{path} does not hold scores of pairs ({type(error).__name__})"
+        raise ValueError(f"{message}; delete it and run again") from error
 
 # %% ../../nbs/evaluate/13_retrieve.ipynb #a9b48a0e
 def _embed_images(
     method: Method,
     pack: Pack,
-    rows,  # image rows
+    rows: Sequence[int],  # image rows
     batch_size: int = 64,
 ) -> list[Any]:
-    """What the method's `similarity` wants of these images, batch by batch, without augmentation. ValueError if the Pack's do not suit it."""
+    """Image embeddings as `method.similarity` expects them, in batches. ValueError if the Pack's images do not fit."""
     check_preprocessing(method, pack)
     prepare, device, found = method.preprocessing.transform(), next(method.parameters()).device, []
     with frozen(method):
@@ -127,7 +128,8 @@ def _embed_texts(
     pieces = [(t, report) for t, report in pieces if report.sentences]
     if missing := sorted({*range(len(texts))} - {t for t, _ in pieces}):
         raise ValueError(
-            f"{len(missing)} of {len(texts)} texts have no words (numbers {', '.join(map(str, missing[:5]))}): leave them out"
+            f"{len(missing)} of {len(texts)} texts have no words (numbers {', '.join(map(str, missing[:5]))}): "
+            "leave them out"
         )
     samples, found = [Sample(t, t, torch.zeros(1, 1, 1), report) for t, report in pieces], []
     with frozen(method):
@@ -175,11 +177,11 @@ def _retrieval_scores(
     images = pack_images(pack).iloc[
         np.concatenate([np.asarray(pack.studies["image_rows"].iloc[row], dtype=int) for row in rows])
     ]
-    told = pack.studies.iloc[rows]
+    studies = pack.studies.iloc[rows]
     seen = _embed_images(method, pack, images["image"].to_numpy(), batch_size)
-    scores = _similarity_table(method, seen, *_embed_texts(method, told["sentences"].tolist(), batch_size))
+    scores = _similarity_table(method, seen, *_embed_texts(method, studies["sentences"].tolist(), batch_size))
     return PairScores(
-        scores, images[_IMAGE].reset_index(drop=True), told[["study_id", "patient_id"]].reset_index(drop=True)
+        scores, images[_IMAGE].reset_index(drop=True), studies[["study_id", "patient_id"]].reset_index(drop=True)
     )
 
 
@@ -187,8 +189,8 @@ _IMAGE = ["image_id", "study_id", "patient_id"]
 
 # %% ../../nbs/evaluate/13_retrieve.ipynb #5b5c1bfb
 def _cosine_scores(
-    image,  # (I, d) features
-    text,  # (T, d)
+    image: ArrayLike,  # (I, d) features
+    text: ArrayLike,  # (T, d)
 ) -> np.ndarray:  # (I, T) float32
     """Cosines of features; 0 where a vector is zero."""
     image, text = (np.asarray(features, dtype=np.float64) for features in (image, text))
@@ -256,7 +258,7 @@ def _blind_median_rank(
 def _retrieval_metrics(
     scores: np.ndarray,  # (Q, C) of queries and candidates
     relevant: np.ndarray,  # (Q, C) bool; queries without a relevant candidate are left out
-    patients,  # (Q,) of the queries; drawn together
+    patients: ArrayLike,  # (Q,) of the queries; drawn together
     ks: Sequence[int] = (1, 5, 10),
     resamples: int = 500,
 ) -> pd.DataFrame:  # metric, value, low, high, chance, n (queries), candidates
@@ -420,7 +422,8 @@ def read_prompts(
     )
     if wrong.any():
         raise ValueError(
-            f"{path}, line {int(wrong.to_numpy().argmax()) + 2}: a prompt needs a finding, sign 1 or -1, the number of its pair, and words"
+            f"{path}, line {int(wrong.to_numpy().argmax()) + 2}: a prompt needs a finding, sign 1 or -1, "
+            "the number of its pair, and words"
         )
     if single := [name for name, of in table.groupby("finding") if of["sign"].nunique() < 2]:
         raise ValueError(f"{path}: {', '.join(single)} needs prompts of both signs, present (1) and absent (-1)")
@@ -603,7 +606,7 @@ def retrieve(
     allow_leaks: bool = False,  # measure although the run was trained on patients or images of the split
     batch_size: int = 64,
 ) -> pd.DataFrame:  # see retrieval_table
-    """Retrieval between the images and the reports of a split, both ways, same study and same class. ValueError for leaks.
+    """Retrieval of reports by images and back in a split: same study, same class. ValueError for leaks.
 
     Parameters
     ----------
@@ -665,7 +668,7 @@ def zero_shot(
     allow_leaks: bool = False,  # measure although the run was trained on patients or images of the split
     batch_size: int = 64,
 ) -> dict[str, pd.DataFrame]:  # "findings": zero_shot_table, "prompts": prompt_breakdown, "classes": class_table
-    """Zero-shot classification of a split: positive against negative, prompt by prompt, class against class. ValueError for leaks.
+    """Zero-shot classification of a split, by pairs of prompts, single prompts and classes. ValueError for leaks.
 
     Parameters
     ----------

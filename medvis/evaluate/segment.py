@@ -71,7 +71,7 @@ def _focal_loss(
     target: Tensor,  # same shape, 0..1
     gamma: float = 2.0,
 ) -> Tensor:  # scalar
-    """Mean focal loss (MGCA's released form for soft masks), in single precision at least. ValueError if shapes differ."""
+    """Mean focal loss (MGCA's form for soft masks), in single precision at least. ValueError if shapes differ."""
     _check_shapes(logits, target)
     logits = at_least_float32(logits)
     target = target.to(logits)
@@ -113,7 +113,7 @@ _SEGMENTATION_LOSSES = {
 
 # %% ../../nbs/evaluate/09_segment.ipynb #6f20d8a1
 class Segmenter(nn.Module):
-    """What the heads have in common: an objective for their logits, and what the logits say. ValueError for an unknown objective."""
+    """What the heads have in common: an objective and the prediction. ValueError for an unknown objective."""
 
     needs = "pyramid"
 
@@ -209,7 +209,7 @@ def _double_conv(width_in: int, width: int) -> nn.Sequential:
 
 # %% ../../nbs/evaluate/09_segment.ipynb #4a9a0120
 class _UpBlock(nn.Module):
-    """One step up: enlarge, put a finer map beside it, mix."""
+    """One step up: enlarge, concatenate a finer map, mix."""
 
     def __init__(self, width_in: int, skip: int, width: int, step: int = 2) -> None:
         super().__init__()
@@ -224,7 +224,7 @@ class _UpBlock(nn.Module):
 
 # %% ../../nbs/evaluate/09_segment.ipynb #9aa79d2e
 class UNet(Segmenter):
-    """LoVT's U-Net on the pyramid of a convolutional encoder. ValueError for an encoder or an image side it does not fit."""
+    """LoVT's U-Net on the pyramid of a convolutional encoder. ValueError for another encoder or image side."""
 
     def __init__(self, encoder: nn.Module, classes: Sequence[str], objective: str = "dice") -> None:
         super().__init__(objective)
@@ -266,7 +266,7 @@ class UNet(Segmenter):
 
 # %% ../../nbs/evaluate/09_segment.ipynb #1f5997f1
 class SmpUNet(Segmenter):
-    """MGCA's U-Net: segmentation-models-pytorch's decoder on the pyramid of a convolutional encoder. ValueError as UNet."""
+    """MGCA's U-Net: the decoder of segmentation-models-pytorch on a convolutional pyramid. ValueError as UNet."""
 
     def __init__(self, encoder: nn.Module, classes: Sequence[str], objective: str = "mixed") -> None:
         super().__init__(objective)

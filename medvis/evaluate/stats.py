@@ -14,11 +14,12 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
+from numpy.typing import ArrayLike
 from scipy import stats
 
 # %% ../../nbs/evaluate/02_stats.ipynb #8e581fa4
 def resample(
-    groups,  # (n,) whose row this is: the patient, or the study; drawn together
+    groups: ArrayLike,  # (n,) whose row this is: the patient, or the study; drawn together
     resamples: int = 500,  # R
     seed: int = 0,
 ) -> np.ndarray:  # (1 + R, n) float64 weights; row 0 is all ones
@@ -28,7 +29,7 @@ def resample(
 
     Parameters
     ----------
-    groups
+    groups : ArrayLike
         (n,) whose row this is: the patient, or the study; drawn together
     resamples : int, default: 500
         R
@@ -48,26 +49,27 @@ def resample(
 
 # %% ../../nbs/evaluate/02_stats.ipynb #03af5ebe
 def auroc(
-    scores,  # (n,) higher means more likely positive
-    labels,  # (n,) 1 or 0; rows of any other label (NaN, -1) are left out
-    weights=None,  # (n,) or (R, n) non-negative; None counts every row once
-):  # float, or (R,) one AUROC for each row of weights
+    scores: ArrayLike,  # (n,) higher means more likely positive
+    labels: ArrayLike,  # (n,) 1 or 0; rows of any other label (NaN, -1) are left out
+    weights: ArrayLike | None = None,  # (n,) or (R, n) non-negative; None counts every row once
+) -> float | np.ndarray:  # float, or (R,) one AUROC for each row of weights
     """Weighted area under the ROC curve, ties counted one half; NaN where a class has no weight.
 
     Raises ValueError when the lengths differ or a score of a labelled row is NaN.
 
     Parameters
     ----------
-    scores
+    scores : ArrayLike
         (n,) higher means more likely positive
-    labels
+    labels : ArrayLike
         (n,) 1 or 0; rows of any other label (NaN, -1) are left out
-    weights : default: None
+    weights : ArrayLike | None, default: None
         (n,) or (R, n) non-negative; None counts every row once
 
     Returns
     -------
-    float, or (R,) one AUROC for each row of weights
+    float | np.ndarray
+        float, or (R,) one AUROC for each row of weights
     """
     scores, labels = np.asarray(scores, dtype=np.float64), np.asarray(labels, dtype=np.float64)
     weights = np.ones(len(scores)) if weights is None else np.asarray(weights, dtype=np.float64)
@@ -102,14 +104,14 @@ class Interval(NamedTuple):
 
 # %% ../../nbs/evaluate/02_stats.ipynb #11a5fc32
 def interval(
-    replicates,  # (1 + R,) the statistic on the sample, then on each draw
+    replicates: ArrayLike,  # (1 + R,) the statistic on the sample, then on each draw
     level: float = 0.95,
 ) -> Interval:
     """Percentile bootstrap interval. Draws on which the statistic does not exist (NaN) are left out.
 
     Parameters
     ----------
-    replicates
+    replicates : ArrayLike
         (1 + R,) the statistic on the sample, then on each draw
     level : float, default: 0.95
     """
@@ -122,9 +124,9 @@ def interval(
 
 # %% ../../nbs/evaluate/02_stats.ipynb #feaa8443
 def bootstrap_auroc(
-    scores,  # (n,)
-    labels,  # (n,)
-    patients,  # (n,) drawn together
+    scores: ArrayLike,  # (n,)
+    labels: ArrayLike,  # (n,)
+    patients: ArrayLike,  # (n,) drawn together
     resamples: int = 500,
     seed: int = 0,
     level: float = 0.95,
@@ -133,11 +135,11 @@ def bootstrap_auroc(
 
     Parameters
     ----------
-    scores
+    scores : ArrayLike
         (n,)
-    labels
+    labels : ArrayLike
         (n,)
-    patients
+    patients : ArrayLike
         (n,) drawn together
     resamples : int, default: 500
     seed : int, default: 0
@@ -147,19 +149,19 @@ def bootstrap_auroc(
 
 # %% ../../nbs/evaluate/02_stats.ipynb #9cd9f3ee
 def bootstrap_mean(
-    values,  # (n,)
-    groups,  # (n,) drawn together
+    values: ArrayLike,  # (n,)
+    groups: ArrayLike,  # (n,) drawn together
     resamples: int = 500,
     seed: int = 0,
     level: float = 0.95,
 ) -> Interval:
-    """Mean of values with an interval from drawing whole groups; NaN when there are none.
+    """Mean of values with an interval from drawing whole groups; NaN without values.
 
     Parameters
     ----------
-    values
+    values : ArrayLike
         (n,)
-    groups
+    groups : ArrayLike
         (n,) drawn together
     resamples : int, default: 500
     seed : int, default: 0
@@ -173,8 +175,8 @@ def bootstrap_mean(
 
 # %% ../../nbs/evaluate/02_stats.ipynb #154e78e1
 def _paired_difference(
-    first,  # (1 + R,) replicates
-    second,  # (1 + R,) replicates on the same draws
+    first: ArrayLike,  # (1 + R,) replicates
+    second: ArrayLike,  # (1 + R,) replicates on the same draws
     level: float = 0.95,
 ) -> Interval:
     """Interval of first minus second, taken draw by draw. Raises ValueError if the numbers of draws differ."""
@@ -188,7 +190,7 @@ def _paired_difference(
 # %% ../../nbs/evaluate/02_stats.ipynb #fdef8516
 def bootstrap(
     metric: Callable,  # row numbers (n,) -> a number, or an array of K numbers
-    groups,  # (n,) whose row this is; drawn together
+    groups: ArrayLike,  # (n,) whose row this is; drawn together
     resamples: int = 500,
     seed: int = 0,
 ) -> np.ndarray:  # (1 + R,) or (1 + R, K) the metric on the sample, then on each draw: see `interval`
@@ -200,7 +202,7 @@ def bootstrap(
     ----------
     metric : Callable
         row numbers (n,) -> a number, or an array of K numbers
-    groups
+    groups : ArrayLike
         (n,) whose row this is; drawn together
     resamples : int, default: 500
     seed : int, default: 0
@@ -217,7 +219,7 @@ def bootstrap(
 
 # %% ../../nbs/evaluate/02_stats.ipynb #3f45ccc7
 def _bootstrap_p(
-    differences,  # (1 + R,) replicates of a difference
+    differences: ArrayLike,  # (1 + R,) replicates of a difference
 ) -> float:
     """Two-sided p value of a paired bootstrap; NaN without a difference or without draws."""
     differences = np.asarray(differences, dtype=np.float64)
@@ -238,7 +240,7 @@ _SEED_RULES = ("student-t", "lovt")
 
 
 def _seed_interval(
-    values,  # (n,) one number a run
+    values: ArrayLike,  # (n,) one number a run
     rule: str = "student-t",  # or "lovt": 1.96 standard errors, whatever n is (level is then .95)
     level: float = 0.95,
 ) -> Interval:
@@ -286,8 +288,8 @@ _PAIRED_TESTS = ("sign-flip", "paired-t", "wilcoxon")
 
 
 def _paired_test(
-    first,  # (n,) one number a run
-    second,  # (n,) of the other method, the same seeds in the same order
+    first: ArrayLike,  # (n,) one number a run
+    second: ArrayLike,  # (n,) of the other method, the same seeds in the same order
     test: str = "sign-flip",  # exact up to 16 runs, with 65 536 random flips beyond
 ) -> float:
     """Two-sided p value of the differences of paired runs; 1 if all are 0.
@@ -328,35 +330,35 @@ _CORRECTIONS = ("holm", "benjamini-hochberg", "none")
 
 
 def _corrected(
-    p,  # (m,) p values of one family of tests; NaN = no test
+    p: ArrayLike,  # (m,) p values of one family of tests; NaN = no test
     rule: str = "holm",
 ) -> np.ndarray:  # (m,) in the same order
-    """p values corrected for their number; those that are NaN stay so, and do not count. ValueError for an unknown rule."""
+    """p values corrected for their number; NaN stays NaN and does not count. ValueError for an unknown rule."""
     if rule not in _CORRECTIONS:
         raise ValueError(f"correction is {rule!r}; expected one of {', '.join(_CORRECTIONS)}")
     p = np.asarray(p, dtype=np.float64)
-    found, known = p.copy(), np.flatnonzero(~np.isnan(p))
-    if rule == "benjamini-hochberg" and len(known):
-        found[known] = stats.false_discovery_control(p[known])
+    corrected, tested = p.copy(), np.flatnonzero(~np.isnan(p))
+    if rule == "benjamini-hochberg" and len(tested):
+        corrected[tested] = stats.false_discovery_control(p[tested])
     if rule == "holm":
-        order = known[np.argsort(p[known], kind="stable")]
-        found[order] = np.maximum.accumulate(p[order] * np.arange(len(order), 0, -1)).clip(max=1)
-    return found
+        order = tested[np.argsort(p[tested], kind="stable")]
+        corrected[order] = np.maximum.accumulate(p[order] * np.arange(len(order), 0, -1)).clip(max=1)
+    return corrected
 
 # %% ../../nbs/evaluate/02_stats.ipynb #c5375315
 def fingerprint(
-    predictions,  # a table, or an array
+    predictions: pd.DataFrame | np.ndarray,  # a table, or an array
 ) -> str:
     """SHA-256 of predictions, to tell runs apart: equal if, and only if, every number and its place are.
 
     Parameters
     ----------
-    predictions
+    predictions : pd.DataFrame | np.ndarray
         a table, or an array
     """
     if isinstance(predictions, pd.DataFrame):
-        told = pd.util.hash_pandas_object(predictions.reset_index(drop=True)).to_numpy()
-        return hashlib.sha256(" ".join(map(str, predictions.columns)).encode() + told.tobytes()).hexdigest()
+        hashes = pd.util.hash_pandas_object(predictions.reset_index(drop=True)).to_numpy()
+        return hashlib.sha256(" ".join(map(str, predictions.columns)).encode() + hashes.tobytes()).hexdigest()
     array = np.ascontiguousarray(predictions)
     return hashlib.sha256(f"{array.dtype} {array.shape}".encode() + array.tobytes()).hexdigest()
 
@@ -365,23 +367,25 @@ _RUN = ("encoder", "protocol", "fraction", "seed")
 
 
 def _check_runs(
-    results: pd.DataFrame,  # one row a run and metric; columns of RUN, those in `keys`, perhaps `predictions`: a fingerprint
+    results: pd.DataFrame,  # one row a run and metric: columns of RUN, `keys`, perhaps `predictions`: a fingerprint
     keys: Sequence[str] = ("metric",),  # what tells the rows of one run apart
 ) -> None:
-    """Refuse duplicate runs: ValueError naming a run that is there twice, or seeds or encoders with the very same predictions."""
+    """ValueError naming a run that occurs twice, or seeds or encoders with the very same predictions."""
     rows = [name for name in (*_RUN, *keys) if name in results]
     if (twice := results.duplicated(rows, keep=False)).any():
-        told = results[twice][rows].drop_duplicates().head(3).to_dict("records")
-        raise ValueError(f"{int(twice.sum())} rows are duplicates: a run counts once. Twice or more: {_say(told)}")
+        copies = results[twice][rows].drop_duplicates().head(3).to_dict("records")
+        raise ValueError(f"{int(twice.sum())} rows are duplicates: a run counts once. Twice or more: {_say(copies)}")
     if "predictions" not in results:
         return
     runs = [name for name in _RUN if name in results]
-    known = results.dropna(subset="predictions")[[*runs, "predictions"]].drop_duplicates()
-    alike = known.duplicated([name for name in (*runs, "predictions") if name not in ("encoder", "seed")], keep=False)
+    predicted = results.dropna(subset="predictions")[[*runs, "predictions"]].drop_duplicates()
+    alike = predicted.duplicated(
+        [name for name in (*runs, "predictions") if name not in ("encoder", "seed")], keep=False
+    )
     if alike.any():
-        told = known[alike][runs].head(4).to_dict("records")
+        copies = predicted[alike][runs].head(4).to_dict("records")
         raise ValueError(
-            f"runs with different seeds or encoders have the very same predictions, so they are one run: {_say(told)}. "
+            f"runs with different seeds or encoders have the very same predictions, so they are one: {_say(copies)}. "
             "The seed changed nothing, or two names mean one encoder; keep one of them"
         )
 
@@ -403,8 +407,8 @@ def compare(
 ):  # keys, encoder, mean, low, high, std, n, covers, gain, gain_low, gain_high, pairs, p, p_least, p_corrected
     """Means over seeds with intervals, and paired comparisons with a baseline; `pairs` are the seeds that both have.
 
-    covers: how often intervals by this rule hold the truth for n normal runs (`coverage`); p_least: the smallest p, before correction, that the
-    test can give for so many pairs: above 0.05 it cannot call any gain significant.
+    covers: how often intervals by this rule hold the truth for n normal runs (`coverage`); p_least: the smallest p,
+    before correction, that the test can give for so many pairs: above 0.05 no gain can be significant.
 
     Raises ValueError for duplicate runs, missing columns or a baseline that is not there.
 
@@ -443,7 +447,9 @@ def compare(
     return table if baseline is None else table.assign(p_corrected=_corrected(table["p"], correction))
 
 # %% ../../nbs/evaluate/02_stats.ipynb #dc85426b
-def _encoder_row(group: pd.DataFrame, encoder, baseline, rule: str, test: str, level: float) -> dict[str, object]:
+def _encoder_row(
+    group: pd.DataFrame, encoder: str, baseline: str | None, rule: str, test: str, level: float
+) -> dict[str, object]:
     """One row of `compare`, from the results of one protocol, fraction and metric."""
     own, other = (group[group["encoder"] == name].set_index("seed")["value"] for name in (encoder, baseline))
     mean = _seed_interval(own, rule, level)
@@ -474,8 +480,8 @@ def _encoder_row(group: pd.DataFrame, encoder, baseline, rule: str, test: str, l
 def compare_predictions(
     predictions: Mapping[
         str, Sequence
-    ],  # method -> what it said of n rows, and the truth; indexed by rows, as an array is
-    groups,  # (n,) patient of each row; drawn together
+    ],  # method -> its predictions for n rows, with the truth; indexed by rows like an array
+    groups: ArrayLike,  # (n,) patient of each row; drawn together
     metric: Callable,  # predictions of some rows -> number
     baseline: str,
     resamples: int = 500,
@@ -490,8 +496,8 @@ def compare_predictions(
     Parameters
     ----------
     predictions : Mapping[str, Sequence]
-        method -> what it said of n rows, and the truth; indexed by rows, as an array is
-    groups
+        method -> its predictions for n rows, with the truth; indexed by rows like an array
+    groups : ArrayLike
         (n,) patient of each row; drawn together
     metric : Callable
         predictions of some rows -> number
@@ -507,22 +513,24 @@ def compare_predictions(
         method, value, low, high, gain, gain_low, gain_high, p, p_corrected, n (rows), groups
     """
     groups, count = np.asarray(groups), len(np.unique(np.asarray(groups)))
-    sizes = {name: len(told) for name, told in predictions.items()}
+    sizes = {name: len(rows_of) for name, rows_of in predictions.items()}
     if baseline not in sizes or {*sizes.values()} != {len(groups)}:
         raise ValueError(
-            f"methods must score the same {len(groups)} rows, one of them as the baseline {baseline!r}; got predictions of {sizes}"
+            f"methods must score the same {len(groups)} rows, one of them as the baseline {baseline!r}; "
+            f"got predictions of {sizes}"
         )
     found = {
-        name: bootstrap(lambda rows: metric(told[rows]), groups, resamples, seed) for name, told in predictions.items()
+        name: bootstrap(lambda rows: metric(rows_of[rows]), groups, resamples, seed)
+        for name, rows_of in predictions.items()
     }
     rows = []
     for name, draws in found.items():
         value, gain = interval(draws, level), interval(draws - found[baseline], level)
-        told = dict(method=name, value=value.value, low=value.low, high=value.high)
+        row = dict(method=name, value=value.value, low=value.low, high=value.high)
         if name == baseline:
             gain, p = Interval(np.nan, np.nan, np.nan), np.nan
         else:
             p = _bootstrap_p(draws - found[baseline]) if count > 1 else np.nan
-        rows.append(told | dict(gain=gain.value, gain_low=gain.low, gain_high=gain.high, p=p))
+        rows.append(row | dict(gain=gain.value, gain_low=gain.low, gain_high=gain.high, p=p))
     table = pd.DataFrame(rows).assign(p_corrected=lambda table: _corrected(table["p"], correction))
     return table.assign(n=len(groups), groups=count)

@@ -20,8 +20,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg, RendererAgg
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
 
-from ..analyse.maps import OUTLINE, upsample
+from ..analyse.maps import OUTLINE
 from ..data.pack import Pack
+from ..evaluate.ground import upsample_map
 from ..methods.method import Method
 from ..core.files import write_atomic
 from .shell import Pictured, standalone, static
@@ -144,7 +145,7 @@ def _heat_picture(
     smooth: bool,
 ) -> np.ndarray:  # (h', w', 4) in 0..1
     "A map in colours: transparent where it is low, and below the threshold."
-    shown = upsample(scores, run.grid, (160, 160)) if smooth else scores.reshape(run.grid)
+    shown = upsample_map(scores, run.grid, (160, 160)) if smooth else scores.reshape(run.grid)
     share = np.clip((shown - ends[0]) / (ends[1] - ends[0]), 0, 1) if ends[1] > ends[0] else np.zeros_like(shown)
     rgba = matplotlib.colormaps[colours](share)
     rgba[..., 3] = np.where(share < threshold, 0, opacity * share**2 * (3 - 2 * share))
