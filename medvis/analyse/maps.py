@@ -11,39 +11,20 @@ import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from numpy.typing import ArrayLike
 
 from ..evaluate.ground import pointing_hits, upsample_map
 from ..methods.method import Correspondence
 
-# %% ../../nbs/analyse/01_maps.ipynb #acf70473
-OUTLINE = "#35d6ed"
-_SIDE = 256
-
-# %% ../../nbs/analyse/01_maps.ipynb #2aa34d99
-def _heat_colours(
-    scores,  # (N,)
-    grid: tuple[int, int],
-    limits: tuple[float, float]
-    | None = None,  # scores at the ends of the colours; None: the lowest and the highest of this map
-    opacity: float = 0.75,  # of the highest score
-) -> np.ndarray:  # (SIDE, SIDE, 4) RGBA in 0..1
-    """Colour and transparency of a map; where the limits are one number it is transparent."""
-    smooth = upsample_map(scores, grid, (_SIDE, _SIDE))
-    low, high = (smooth.min(), smooth.max()) if limits is None else limits
-    share = ((smooth - low) / (high - low)).clip(0, 1) if high > low else np.zeros_like(smooth)
-    rgba = matplotlib.colormaps["inferno"](0.25 + 0.7 * share)
-    rgba[..., 3] = opacity * share**2
-    return rgba
-
 # %% ../../nbs/analyse/01_maps.ipynb #2df2c0c4
 def common_limits(
-    maps,  # (..., N) scores of maps that are drawn side by side
+    maps: ArrayLike,  # (..., N) scores of maps that are drawn side by side
 ) -> tuple[float, float]:
     """The lowest and the highest score of several maps: one scale for all; (0, 0) for no map.
 
     Parameters
     ----------
-    maps
+    maps : ArrayLike
         (..., N) scores of maps that are drawn side by side
     """
     scores = np.ravel(maps)
@@ -51,13 +32,13 @@ def common_limits(
 
 # %% ../../nbs/analyse/01_maps.ipynb #09bc28ba
 def as_picture(
-    image,  # (H, W) or (C, H, W), array or tensor, any scale
+    image: ArrayLike,  # (H, W) or (C, H, W), array or tensor, any scale
 ) -> np.ndarray:  # (H, W)
     """The grey picture of an image as a pack or an encoder has it.
 
     Parameters
     ----------
-    image
+    image : ArrayLike
         (H, W) or (C, H, W), array or tensor, any scale
 
     Returns
@@ -69,31 +50,50 @@ def as_picture(
     return image[0] if image.ndim == 3 else image
 
 # %% ../../nbs/analyse/01_maps.ipynb #8e747a5c
+OUTLINE = "#35d6ed"
+_SIDE = 256
+
+
+def _heat_colours(
+    scores: ArrayLike,  # (N,)
+    grid: tuple[int, int],
+    limits: tuple[float, float] | None = None,  # scores at the ends of the colours; None = lowest and highest here
+    opacity: float = 0.75,  # of the highest score
+) -> np.ndarray:  # (SIDE, SIDE, 4) RGBA in 0..1
+    """Colour and transparency of a map; where the limits are one number it is transparent."""
+    smooth = upsample_map(scores, grid, (_SIDE, _SIDE))
+    low, high = (smooth.min(), smooth.max()) if limits is None else limits
+    share = ((smooth - low) / (high - low)).clip(0, 1) if high > low else np.zeros_like(smooth)
+    rgba = matplotlib.colormaps["inferno"](0.25 + 0.7 * share)
+    rgba[..., 3] = opacity * share**2
+    return rgba
+
+
 def draw_map(
     ax: Axes,
-    image,  # (H, W) or (C, H, W), as the encoder saw it
-    scores=None,  # (N,) one map; None: the image alone
+    image: ArrayLike,  # (H, W) or (C, H, W), as the encoder saw it
+    scores: ArrayLike | None = None,  # (N,) one map; None = the image alone
     grid: tuple[int, int] | None = None,
-    mask=None,  # (H, W) bool, true extent
+    mask: ArrayLike | None = None,  # (H, W) bool, true extent
     title: str = "",
     limits: tuple[float, float]
-    | None = None,  # scores at the ends of the colours, see `common_limits`; None: of this map alone
+    | None = None,  # scores at the ends of the colours (`common_limits`); None = of this map
 ) -> None:
     """Draw a heat map over a radiograph, a ring around its highest region, and the outline of a mask.
 
     Parameters
     ----------
     ax : Axes
-    image
+    image : ArrayLike
         (H, W) or (C, H, W), as the encoder saw it
-    scores : default: None
-        (N,) one map; None: the image alone
+    scores : ArrayLike | None, default: None
+        (N,) one map; None = the image alone
     grid : tuple[int, int] | None, default: None
-    mask : default: None
+    mask : ArrayLike | None, default: None
         (H, W) bool, true extent
     title : str, default: ''
     limits : tuple[float, float] | None, default: None
-        scores at the ends of the colours, see `common_limits`; None: of this map alone
+        scores at the ends of the colours (`common_limits`); None = of this map
     """
     picture = as_picture(image)
     height, width = picture.shape
@@ -150,21 +150,22 @@ def pick_words(
 
 # %% ../../nbs/analyse/01_maps.ipynb #d2004ef9
 def draw_correspondence(
-    image,  # (H, W) or (C, H, W) of this row, as the encoder saw it
+    image: ArrayLike,  # (H, W) or (C, H, W) of this row, as the encoder saw it
     correspondence: Correspondence,
     index: int,  # row of the batch
     words: list[str],  # of this row's report
-    pick: list[int] | None = None,  # which words; None: those with a mask, or else those that stand out
+    pick: list[int] | None = None,  # which words; None = those with a mask, or else those that stand out
     masks: dict | None = None,  # word -> (H, W) bool
     width: float = 2.0,  # of a panel, in inches
-    limits: tuple[float, float]
-    | None = None,  # scores at the ends of the colours; None: the lowest and highest of all these maps
+    limits: tuple[float, float] | None = None,  # scores at the ends of the colours; None = lowest and highest of all
 ) -> Figure:
-    """A row of panels: the radiograph, then one map a word, all on one scale, with the true extent and whether the point lies in it.
+    """A row of panels: the radiograph, then a map for each word, on one scale.
+
+    A word with a mask has its true extent outlined and says whether its highest region lies there.
 
     Parameters
     ----------
-    image
+    image : ArrayLike
         (H, W) or (C, H, W) of this row, as the encoder saw it
     correspondence : Correspondence
     index : int
@@ -172,13 +173,13 @@ def draw_correspondence(
     words : list[str]
         of this row's report
     pick : list[int] | None, default: None
-        which words; None: those with a mask, or else those that stand out
+        which words; None = those with a mask, or else those that stand out
     masks : dict | None, default: None
         word -> (H, W) bool
     width : float, default: 2.0
         of a panel, in inches
     limits : tuple[float, float] | None, default: None
-        scores at the ends of the colours; None: the lowest and highest of all these maps
+        scores at the ends of the colours; None = lowest and highest of all
     """
     masks = masks or {}
     pick = pick if pick is not None else [w for w in masks if w < len(words)] or pick_words(correspondence, index)
