@@ -330,7 +330,7 @@ def test_wrong_tables(kind, folder):
     with pytest.raises(ValueError, match=complaint) as error:
         prepared(folder, table, **changes)
     written = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()} - before
-    assert written == ({"pack.partial/pack.leaks.csv"} if kind == "leak" else set()) and "lungs" not in str(error.value)      # no report text is told
+    assert written == ({"pack.partial/pack.leaks.csv"} if kind == "leak" else set()) and "lungs" not in str(error.value)      # no report text in the message
 
 
 @pytest.mark.parametrize(("name", "data", "complaint"), [
@@ -483,9 +483,9 @@ def test_a_table_is_found_from_the_root_too(folder, tmp_path_factory, monkeypatc
     assert len(_plan_folder(_FolderConfig(folder, table=Path("mine.csv"))).items) == 8
     rows().head(3).to_csv("mine.csv", index=False)      # that of the working folder comes first
     assert len(_plan_folder(_FolderConfig(folder, table=Path("mine.csv"))).items) == 3
-    with pytest.raises(DataError, match="from the working folder, then from the root") as told:
+    with pytest.raises(DataError, match="from the working folder, then from the root") as error:
         _plan_folder(_FolderConfig(folder, table=Path("Yours.csv")))
-    assert str(folder / "Yours.csv") in str(told.value) and str(Path("Yours.csv").absolute()) in str(told.value)
+    assert str(folder / "Yours.csv") in str(error.value) and str(Path("Yours.csv").absolute()) in str(error.value)
 
 
 def test_an_option_added_to_an_unfinished_build(folder):
