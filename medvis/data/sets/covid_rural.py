@@ -39,7 +39,7 @@ _NAME = re.compile(r"(COVID-19-AR-\d{8})_\d\d-\d\d-\d{4}-XR")
 
 
 def _find_annotations(root: Path) -> Path:
-    "The folder with jpgs and pngs_masks, wherever a clone or a download put it. DataError tells where it was looked for."
+    "The folder with jpgs and pngs_masks, in a clone or a download. DataError names the places searched."
     images = find_file(root, "jpgs", "covid_rural_annot/jpgs", "*/covid_rural_annot/jpgs")
     find_file(images.parent, "pngs_masks")
     return images.parent
@@ -51,31 +51,28 @@ _LUNGS = ("right_lung", "left_lung")
 def _read_polygons(
     path: Path,
     name: str,  # for errors
-) -> tuple[
-    dict[str, list], list | None
-]:  # label -> its polygons, each a list of [x, y]; width and height of the picture they were drawn on, if told
-    "Polygons of a labelme file. DataError for a file that is none, or with another shape or label."
+) -> tuple[dict[str, list], list | None]:
+    "Label -> polygons, lists of [x, y]; and the size of the picture, if known. DataError for another shape or label."
     text = re.sub(r'("imageData"\s*:\s*)"[^"]*"', r"\1null", read_text(path, name))
     try:
-        told = json.loads(text)
-        shapes = [(shape["label"], shape.get("shape_type", "polygon"), shape["points"]) for shape in told["shapes"]]
-        frame = (
-            [told["imageWidth"], told["imageHeight"]] if told.get("imageWidth") and told.get("imageHeight") else None
-        )
+        labelme = json.loads(text)
+        shapes = [(shape["label"], shape.get("shape_type", "polygon"), shape["points"]) for shape in labelme["shapes"]]
+        frame = [labelme.get("imageWidth"), labelme.get("imageHeight")]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DataError(f"{name}: not a labelme file: {type(error).__name__}") from error
-    found: dict[str, list] = {}
+    polygons: dict[str, list] = {}
     for label, kind, points in shapes:
         if label not in (*_LUNGS, "opacity") or kind != "polygon" or not isinstance(points, list) or len(points) < 3:
             raise DataError(
-                f"{name}: a {str(kind)[:20]} {str(label)[:20]!r}; expected polygons of right_lung, left_lung, opacity with three corners or more"
+                f"{name}: a {str(kind)[:20]} {str(label)[:20]!r}; "
+                "expected polygons of right_lung, left_lung, opacity with three corners or more"
             )
-        found.setdefault(label, []).append(points)
-    return found, frame
+        polygons.setdefault(label, []).append(points)
+    return polygons, frame if all(frame) else None
 
 # %% ../../../nbs/data/sets/13_covid_rural.ipynb #4fc3c89e
 def _image_entry(folder: Path, root: Path, name: str) -> ImageItem:
-    "Image and masks of a name, for `read_study`. DataError for a name that is not of the form, or a labelme file that is none."
+    "Image and masks of a name, for `read_study`. DataError for a name of another form, or a wrong labelme file."
     if not _NAME.fullmatch(name):
         raise DataError("the name is not of the form COVID-19-AR-00000000_MM-DD-YYYY-XR; whose image is it?")
     labelme, opacity = folder / "jpgs" / "jsons" / f"{name}.json", folder / "pngs_masks" / f"{name}.png"
@@ -83,7 +80,7 @@ def _image_entry(folder: Path, root: Path, name: str) -> ImageItem:
     for points in itertools.chain(*(drawn or {}).values()) if frame else ():
         check_points(points, *frame, f"jsons/{name}.json: polygon")
     masks = {lung: None if drawn is None else {"polygons": drawn.get(lung, [])} for lung in _LUNGS}
-    # a link that leads nowhere is there: an error, not "nobody looked"
+    # a link that leads nowhere exists: an error, not "not annotated"
     masks["opacity"] = {"file": opacity.relative_to(root).as_posix()} if os.path.lexists(opacity) else None
     path = (folder / "jpgs" / f"{name}.jpg").relative_to(root).as_posix()
     return {"id": name, "path": path, "masks": masks, "frame": frame}
@@ -110,7 +107,7 @@ _RECIPES = {
 
 @dataclass
 class _CovidRuralConfig(ListedConfig):
-    """Prepare COVID Rural (TCIA COVID-19-AR), radiographs with masks of opacities and lungs: `medvis prepare covid-rural`."""
+    """Prepare COVID Rural (TCIA COVID-19-AR), with masks of opacities and lungs: `medvis prepare covid-rural`."""
 
 # %% ../../../nbs/data/sets/13_covid_rural.ipynb #3fee2a1c
 def _image_item(folder: Path, root: Path, name: str, split: str) -> StudyItem:
@@ -160,13 +157,15 @@ def _simulate_lungs(size: int) -> dict[str, list[list[float]]]:
 def _simulate_opacity(study: PhantomStudy) -> np.ndarray:  # (H, W) bool
     "What of a phantom study goes as opacity"
     masks = [
-        found.mask for found in study.findings if found.name in ("Lung Opacity", "Consolidation", "Pneumonia", "Edema")
+        finding.mask
+        for finding in study.findings
+        if finding.name in ("Lung Opacity", "Consolidation", "Pneumonia", "Edema")
     ]
     return np.any([np.zeros_like(study.image, bool), *masks], axis=0)
 
 # %% ../../../nbs/data/sets/13_covid_rural.ipynb #2e0c1513
 def _simulate_covid_rural(root: Path, studies: Sequence[PhantomStudy]) -> None:
-    "Write phantom studies as COVID Rural: colour JPEGs and masks of twice the phantom's size, labelme files with the image inside"
+    "Write phantom studies as COVID Rural: colour JPEGs and masks of twice the phantom's size, and labelme files."
     folder, days = root / "covid_rural_annot", Counter()
     for part in ("jpgs/jsons", "pngs_masks"):
         (folder / part).mkdir(parents=True, exist_ok=True)
@@ -207,7 +206,10 @@ COVID_RURAL = DataSet(
     config=_CovidRuralConfig,
     wanted=("Lung Opacity", "Pneumonia", "Edema"),
     tables=lambda config: [("folders jpgs and pngs_masks", lambda: _find_annotations(Path(config.root)))],
-    get="""COVID Rural: git clone https://github.com/haimingt/opacity_segmentation_covid_chest_X_ray (images of TCIA COVID-19-AR, doi:10.7937/tcia.2020.py71-5978, CC BY 4.0).
-    ROOT/covid_rural_annot/jpgs/*.jpg   jpgs/jsons/*.json   pngs_masks/*.png     (ROOT may be the clone, or covid_rural_annot)
-LoVT's lists for --split-files: datasets/Opacity-Segmentation-COVID/…/covid_rural_annot of https://github.com/philip-mueller/lovt""",
+    get="""COVID Rural: git clone https://github.com/haimingt/opacity_segmentation_covid_chest_X_ray
+(images of TCIA COVID-19-AR, doi:10.7937/tcia.2020.py71-5978, CC BY 4.0).
+    ROOT/covid_rural_annot/jpgs/*.jpg   jpgs/jsons/*.json   pngs_masks/*.png
+    (ROOT may be the clone, or covid_rural_annot)
+LoVT's lists for --split-files: datasets/Opacity-Segmentation-COVID/…/covid_rural_annot
+of https://github.com/philip-mueller/lovt""",
 )

@@ -180,13 +180,13 @@ class _MimicConfig(ReadConfig):
     labeler: Literal["chexpert", "negbio"] = "chexpert"
     """Whose 14 labels to take."""
     edema: Path | None = None
-    """Folder of the edema grades, which recipe local-mi needs to keep their test patients out of training (default: looked for below the root)."""
+    """Folder of the edema grades, whose test patients do not train in recipe local-mi (default: below the root)."""
 
 # %% ../../../nbs/data/sets/05_mimic.ipynb #94c472c9
 def _read_labels(
     config: _MimicConfig, owners: dict[str, str]
 ) -> tuple[dict[str, dict], dict[str, str]]:  # study -> its labels; study -> what is wrong with its row
-    "The labels of all studies, checked against the patient of each study. DataError if the two tables have no study in common."
+    "The labels of all studies, checked against their patients. DataError if the tables have no study in common."
     table = read_mimic_table(config.root, config.labeler)
     labels, damaged = _label_values(table)
     damaged |= {
@@ -261,11 +261,12 @@ def _mimic_tables(config: _MimicConfig) -> list[tuple[str, Callable]]:
 
 # %% ../../../nbs/data/sets/05_mimic.ipynb #1d07fa6b
 _GET_MIMIC = """\
-MIMIC-CXR-JPG 2.0.0 or 2.1.0 (pictures and tables, 560 GB) and MIMIC-CXR 2.0.0 or 2.1.0 (of it only mimic-cxr-reports.zip, 140 MB)
+MIMIC-CXR-JPG 2.0.0 or 2.1.0 (pictures and tables, 560 GB)
+and MIMIC-CXR 2.0.0 or 2.1.0 (of it only mimic-cxr-reports.zip, 140 MB)
 from https://physionet.org/content/mimic-cxr-jpg/ and https://physionet.org/content/mimic-cxr/
 Terms: a PhysioNet account with credentialed access (training in human research), and the data use agreement of each.
 Put them below one folder, the root; tables may be .csv or .csv.gz, reports the zip or unpacked:
-  ROOT/mimic-cxr-jpg/2.0.0/files/p10/p10…/s5…/….jpg              (or ROOT/mimic-cxr-jpg_2-0-0/, or as wget leaves it:
+  ROOT/mimic-cxr-jpg/2.0.0/files/p10/p10…/s5…/….jpg              (or ROOT/mimic-cxr-jpg_2-0-0/, or
                                                                   ROOT/physionet.org/files/mimic-cxr-jpg/2.0.0/)
   ROOT/mimic-cxr-jpg/2.0.0/mimic-cxr-2.0.0-metadata.csv.gz
   ROOT/mimic-cxr-jpg/2.0.0/mimic-cxr-2.0.0-split.csv.gz

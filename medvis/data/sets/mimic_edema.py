@@ -77,7 +77,7 @@ class _EdemaConfig(ReadConfig):
     "Prepare MIMIC-CXR's edema grades: `medvis prepare mimic-edema`."
 
     edema: Path | None = None
-    """Folder of the three csv files (default: looked for below the root)."""
+    """Folder of the three csv files (default: below the root)."""
 
 # %% ../../../nbs/data/sets/06_mimic_edema.ipynb #c5a6196d
 def _report_grades(

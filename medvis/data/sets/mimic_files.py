@@ -112,7 +112,7 @@ def _simulate_grades(root: Path, graded: Sequence[PhantomStudy], splits: dict[st
 
 
 def simulate_mimic(root: Path, studies: Sequence[PhantomStudy]) -> None:
-    "Write phantom studies as MIMIC-CXR-JPG with its reports and, if any study has one, with the three tables of edema grades."
+    "Write phantom studies as MIMIC-CXR-JPG with its reports and, if any study has one, its edema grades."
     _simulate_radiographs(root, studies)
     if graded := [study for study in studies if study.severities["Edema"] is not None]:
         _simulate_grades(root, graded, _mimic_splits(studies))

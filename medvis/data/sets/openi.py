@@ -33,7 +33,7 @@ _SECTIONS = ("comparison", "indication", "findings", "impression")
 
 
 def _compose_report(sections: dict[str, str]) -> str:
-    "One text of which `parse_sections` makes these sections again, with single blanks; sections without words are left out."
+    "A text of which `parse_sections` makes these sections again, with single blanks; empty sections are left out."
     bodies = {name: " ".join(sections.get(name, "").split()).replace("&", "&amp;") for name in _SECTIONS}
     return "".join(f"\n {name.upper()}: {body}\n" for name, body in bodies.items() if body)
 
@@ -103,7 +103,7 @@ _LARGEST = 1_000_000  # bytes of a report; the published ones have up to 14 000
 
 
 class _Tree(ET.TreeBuilder):
-    def doctype(self, name, public_id, system):
+    def doctype(self, name: str, public_id: str, system: str) -> None:
         raise DataError(
             "holds a DOCTYPE, which a report has no use for and which can do harm; delete it if you trust the file"
         )
@@ -129,15 +129,15 @@ def _parse_xml(
         heading = section.get("Label", "").lower()
         if heading not in _SECTIONS or heading in sections:
             raise DataError(
-                f"{name}: the section {section.get('Label')!r} is there twice or unknown; expected {', '.join(_SECTIONS).upper()}, once each"
+                f"{name}: the section {section.get('Label')!r} is there twice or unknown; "
+                f"expected {', '.join(_SECTIONS).upper()}, once each"
             )
-        sections[heading] = " ".join(
-            html.unescape("".join(section.itertext())).split()
-        )  # two reports are escaped twice
+        # two reports are escaped twice
+        sections[heading] = " ".join(html.unescape("".join(section.itertext())).split())
     images = [image.get("id", "") for image in report.iter("parentImage")]
     if wrong := [image for image in images if not re.fullmatch(r"CXR[\w-]+", image)]:
         raise DataError(f"{name}: the parentImage {wrong[0]!r} has no name of the form CXR1_IM-0001-1001")
-    major = [term for one in report.iter("major") if (term := " ".join((one.text or "").split()))]
+    major = [term for entry in report.iter("major") if (term := " ".join((entry.text or "").split()))]
     return {
         "study": uid.get("id"),
         "sections": sections,
@@ -171,8 +171,8 @@ def _xml_files(
     if root.is_file():
         return _archived(root)
     for folder in _XML_FOLDERS:
-        if found := sorted((root / folder).glob("*.xml")):
-            return ((path.relative_to(root).as_posix(), path.read_bytes() if path.is_file() else b"") for path in found)
+        if paths := sorted((root / folder).glob("*.xml")):
+            return ((path.relative_to(root).as_posix(), path.read_bytes() if path.is_file() else b"") for path in paths)
     return _archived(find_file(root, *_ARCHIVES))
 
 # %% ../../../nbs/data/sets/14_openi.ipynb #d7ea0e84
@@ -191,15 +191,13 @@ def _read_projections(root: str | Path) -> pd.DataFrame:
 
 # %% ../../../nbs/data/sets/14_openi.ipynb #2f3c0d96
 def _kaggle_reports(root: str | Path) -> tuple[list[dict], list[RejectItem]]:
-    "Reports as parse_xml gives them, from Kaggle's tables, with views; and rejects, with the number of their pictures."
+    "Reports as `_parse_xml` gives them, from Kaggle's tables, with views; and rejects, which count their pictures."
     table, pictures, reports, rejects = _read_kaggle_reports(root), _read_projections(root), [], []
     if not set(table["uid"]) & set(pictures["uid"]):
         raise DataError(f"{root}: indiana_reports.csv and indiana_projections.csv have no uid in common")
     by_uid = {uid: rows for uid, rows in pictures.groupby("uid")}
-    twice, repeated = (
-        set(table["uid"][table["uid"].duplicated()]),
-        set(pictures["filename"][pictures["filename"].duplicated()]),
-    )
+    twice = set(table["uid"][table["uid"].duplicated()])
+    repeated = set(pictures["filename"][pictures["filename"].duplicated()])
     for row in table.to_dict("records"):
         rows = by_uid.pop(row["uid"], pictures[:0])
         wrong = {
@@ -211,7 +209,7 @@ def _kaggle_reports(root: str | Path) -> tuple[list[dict], list[RejectItem]]:
             "a picture of it is more than once in indiana_projections.csv": not repeated.isdisjoint(rows["filename"]),
             "projection is not Frontal or Lateral": not set(rows["projection"]) <= {"Frontal", "Lateral"},
         }
-        if problems := [what for what, found in wrong.items() if found]:
+        if problems := [what for what, applies in wrong.items() if applies]:
             rejects.append(reject(f"CXR{row['uid']}", problems[0], rows["filename"].nunique()))
             continue
         images = [
@@ -240,7 +238,7 @@ def _is_there(root: Path, *patterns: str) -> bool:
 
 # %% ../../../nbs/data/sets/14_openi.ipynb #cd5751a5
 def _xml_reports(root: Path) -> tuple[list[dict], list[RejectItem]]:
-    "Reports from XML, by number, with views if Kaggle's table of projections is there (DataError if it is damaged); and rejects, of files or studies."
+    "Reports from XML, by number, with views if Kaggle's table of projections exists; and rejects, of files or studies."
     reports, rejects = [], []
     for name, data in _xml_files(root):
         try:
@@ -268,14 +266,13 @@ def _xml_reports(root: Path) -> tuple[list[dict], list[RejectItem]]:
         projections = _read_projections(root)
         views = dict(zip(projections["filename"].str.split(".").str[0], projections["projection"], strict=True))
         for image in (image for report in reports for image in report["images"]):
-            image["view"] = views.get(
-                re.sub(r"^CXR(?:\d+_(?=\d+_IM))?", "", image["id"]), ""
-            )  # CXR1_1_IM-0001-3001 is 1_IM-0001-3001 there
+            # CXR1_1_IM-0001-3001 is 1_IM-0001-3001 in the table
+            image["view"] = views.get(re.sub(r"^CXR(?:\d+_(?=\d+_IM))?", "", image["id"]), "")
     return reports, rejects
 
 # %% ../../../nbs/data/sets/14_openi.ipynb #98f0c264
 def _read_reports(root: str | Path) -> tuple[list[dict], list[RejectItem]]:
-    "All reports and rejects, from the form that is there: XML, or else Kaggle's. DataError if none is, or nothing is in it."
+    "All reports and rejects, from XML, or else from Kaggle's tables. DataError if there is neither, or nothing in it."
     root = Path(root)
     if root.is_file() or _is_there(root, *_XML_REPORTS):
         reports, rejects = _xml_reports(root)
@@ -306,13 +303,13 @@ def openi_reports(
         study, the four sections, text, sentences, dropped ("" = kept), major, images (ids)
     """
     reports, rejects = _read_reports(path)
-    told, rows = [(report, "") for report in reports], []
-    told += [
+    damaged = [
         ({"study": study, "sections": {}, "major": [], "images": []}, f"damaged: {reason}")
-        for one in rejects
-        for study, reason in one["rejects"]
+        for item in rejects
+        for study, reason in item["rejects"]
     ]
-    for report, damage in told:
+    rows = []
+    for report, damage in [*((report, "") for report in reports), *damaged]:
         text = _compose_report(report["sections"])
         sentences, reason = check_report(text, rules)
         rows.append(
@@ -354,13 +351,14 @@ def _read_annotation(root: str | Path) -> dict[str, str]:  # study -> split
     try:
         table = json.loads(read_text(path))
         listed = [
-            (re.match(r"CXR\d+", one["id"])[0], split)
+            (re.match(r"CXR\d+", entry["id"])[0], split)
             for name, split in {"train": "train", "val": "validate", "test": "test"}.items()
-            for one in table[name]
+            for entry in table[name]
         ]
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(
-            f"{path}: expected lists train, val and test of entries with an id such as CXR1_IM-0001 ({type(error).__name__} {error})"
+            f"{path}: expected lists train, val and test of entries with an id such as CXR1_IM-0001 "
+            f"({type(error).__name__} {error})"
         ) from error
     for study, split in listed:
         if splits.setdefault(study, split) != split:
@@ -397,17 +395,19 @@ def _wanted_images(
 
 # %% ../../../nbs/data/sets/14_openi.ipynb #e2eee4e4
 def _plan_openi(config: _OpeniConfig) -> Source:
-    "Read reports and list pictures. DataError if either is missing, or the views that the recipe needs are not known."
+    "Read reports and list pictures. DataError if either is missing, or the views that the recipe needs."
     recipe, root, dropped = config.choose(_OPENI_RECIPES), Path(config.root), Counter()
     reports, rejects = _read_reports(root)
     files = image_files(root, *_PICTURES)
     if not files:
         raise DataError(
-            f"{root}: no pictures: no {', no '.join(_PICTURES)}. For the reports alone: medvis.data.sets.openi.openi_reports({str(root)!r})"
+            f"{root}: no pictures: no {', no '.join(_PICTURES)}. "
+            f"For the reports alone: medvis.data.sets.openi.openi_reports({str(root)!r})"
         )
     if recipe.views and not any(image["view"] for report in reports for image in report["images"]):
         raise DataError(
-            f"{root}: the recipe {config.recipe!r} needs the views, and they are only in Kaggle's indiana_projections.csv: put it there"
+            f"{root}: the recipe {config.recipe!r} needs the views, and they are only in Kaggle's "
+            "indiana_projections.csv: put it there"
         )
     studies = [report["study"] for report in reports]
     if recipe.splits == SplitRule.R2GEN:
@@ -434,7 +434,8 @@ def _plan_openi(config: _OpeniConfig) -> Source:
 
 # %% ../../../nbs/data/sets/14_openi.ipynb #0c1613f3
 _GET_OPENI = """\
-Indiana University chest radiographs and reports (3 955 reports, 7 470 pictures), CC BY-NC-ND 4.0, from https://openi.nlm.nih.gov/faq#collection
+Indiana University chest radiographs and reports (3 955 reports, 7 470 pictures), CC BY-NC-ND 4.0,
+from https://openi.nlm.nih.gov/faq#collection
   ROOT/NLMCXR_reports.tgz                 (2 MB, packed; or unpacked: ROOT/ecgen-radiology/<n>.xml)
   ROOT/NLMCXR_png/CXR1_1_IM-0001-3001.png (NLMCXR_png.tgz, 1.4 GB, unpacked)
   ROOT/indiana_projections.csv            (from Kaggle, for the recipe frontal: which picture is frontal)

@@ -11,7 +11,7 @@ from dataclasses import MISSING, fields, make_dataclass
 from functools import cache
 from itertools import count
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import pandas as pd
 
@@ -38,10 +38,10 @@ from ..tasks import store_subsets
 DATASETS = Registry(
     "data set",
     "a medvis.data.source.DataSet",
-    lambda one: isinstance(one, DataSet),
+    lambda data_set: isinstance(data_set, DataSet),
     {
-        one.name: one
-        for one in (
+        data_set.name: data_set
+        for data_set in (
             MIMIC_CXR,
             MIMIC_EDEMA,
             CHEXPERT,
@@ -70,9 +70,11 @@ def list_datasets() -> list[str]:
     return ["phantom", *DATASETS]
 
 # %% ../../../nbs/data/sets/15_registry.ipynb #502d81f8
-def _told(recipe: Recipe) -> dict[str, str]:
+def _describe_recipe(recipe: Recipe) -> dict[str, str]:
     "A recipe in words"
     rules, policy, sections, sentences = recipe.rules, recipe.uncertain, "-", "-"
+    if not isinstance(policy, str):
+        policy = ", ".join(f"{name}: {value}" for name, value in policy.items())
     if rules is not None:
         sections = " + ".join(rules.sections) + (f"; else {', '.join(rules.fallback)}" if rules.fallback else "")
         sentences = (
@@ -87,9 +89,7 @@ def _told(recipe: Recipe) -> dict[str, str]:
         "labels": ", ".join(recipe.classes) or "all",
         "sections": sections,
         "sentences": sentences,
-        "uncertain": policy
-        if isinstance(policy, str)
-        else ", ".join(f"{name}: {value}" for name, value in policy.items()),
+        "uncertain": policy,
         "blank": recipe.blank,
         "small shares": recipe.subset,
         "notes": "; ".join(recipe.notes),
@@ -105,7 +105,7 @@ def recipe_table() -> pd.DataFrame:  # one row a recipe; index: data set, recipe
         one row a recipe; index: data set, recipe
     """
     rows = {
-        (name, recipe): _told(rules)
+        (name, recipe): _describe_recipe(rules)
         for name, data_set in DATASETS.items()
         for recipe, rules in data_set.recipes.items()
     }
@@ -113,7 +113,7 @@ def recipe_table() -> pd.DataFrame:  # one row a recipe; index: data set, recipe
 
 # %% ../../../nbs/data/sets/15_registry.ipynb #ad251b55
 def command_config(data_set: DataSet, build: bool = True) -> type:
-    "The dataclass of a data set's options, as `.read` and, unless it is only to be read, `.build`; `.data_set` is the data set"
+    "The dataclass of a data set's options: `.read`, `.build` (if it is to be built) and `.data_set`, the data set."
     parts = [("read", data_set.config)] + [("build", BuildConfig)] * build
     return make_dataclass(
         "".join(word.title() for word in data_set.name.split("-")) + "Options",
@@ -125,7 +125,7 @@ def command_config(data_set: DataSet, build: bool = True) -> type:
 def prepare_options(
     name: str,  # of `list_datasets()`, or my_package.my_module:MY_DATA
 ) -> type:
-    """The dataclass of the options of a data set: PhantomConfig, or its `command_config`. ValueError for an unknown data set.
+    """The dataclass of a data set's options: PhantomConfig, or its `command_config`. ValueError for an unknown name.
 
     Parameters
     ----------
@@ -134,19 +134,20 @@ def prepare_options(
     """
     if name not in list_datasets() and ":" not in name:
         raise ValueError(
-            f"unknown data set {name!r}; choose from {', '.join(list_datasets())}, or import the module that registers it"
+            f"unknown data set {name!r}; choose from {', '.join(list_datasets())}, "
+            "or import the module that registers it"
         )
     return PhantomConfig if name == "phantom" else command_config(DATASETS.find(name))
 
 # %% ../../../nbs/data/sets/15_registry.ipynb #5bee5f53
 def prepare_data(
-    config,  # an instance of `prepare_options(name)`
+    config: Any,  # an instance of `prepare_options(name)`
 ) -> Pack:
-    """Prepare a data set, with the small shares of its tasks listed beside. Resumes what was killed.
+    """Prepare a data set, and list the small shares of its tasks. Resumes what was killed.
 
     Parameters
     ----------
-    config
+    config : Any
         an instance of `prepare_options(name)`
     """
     pack = (
@@ -158,10 +159,10 @@ def prepare_data(
     return pack
 
 # %% ../../../nbs/data/sets/15_registry.ipynb #1196feff
-def _filled(kind: type, given: dict):
-    "An instance of a dataclass from those of the values that are its fields; text becomes a path where a path is meant"
-    paths = {one.name for one in fields(kind) if Path in (one.type, *get_args(one.type))}
-    values = {one.name: given[one.name] for one in fields(kind) if one.name in given}
+def _filled(kind: type, given: dict) -> Any:
+    "An instance of a dataclass from those values that are its fields; text becomes a path where a path is meant."
+    paths = {field.name for field in fields(kind) if Path in (field.type, *get_args(field.type))}
+    values = {field.name: given[field.name] for field in fields(kind) if field.name in given}
     return kind(
         **{name: Path(value) if name in paths and value is not None else value for name, value in values.items()}
     )
@@ -175,8 +176,8 @@ def prepare(
 ) -> Pack:
     """Make a Pack of a data set: its files are read by the rules of a recipe, checked, resized and split.
 
-    Goes on with a build that was killed; opens the Pack if it is there. ValueError for an unknown data set or option, and for whatever is
-    wrong in the files (it names file, row or column).
+    Goes on with a build that was killed; opens the Pack if it is there. ValueError for an unknown data set or option,
+    and for whatever is wrong in the files (it names file, row or column).
 
     Parameters
     ----------
@@ -190,14 +191,14 @@ def prepare(
         recipe="lovt", size=256 (pixels), workers=4, ...: all that `medvis prepare NAME --help` lists
     """
     kind = prepare_options(name)
-    parts = [kind] if name == "phantom" else [one.type for one in fields(kind)]
+    parts = [kind] if name == "phantom" else [field.type for field in fields(kind)]
     given = {key: value for key, value in {"root": root, "out": out}.items() if value is not None} | options
-    asked = {one.name: one for part in parts for one in fields(part)}
+    choices = {field.name: field for part in parts for field in fields(part)}
     for option in given:
-        if option not in asked:
-            raise ValueError(f"unknown option {option!r} of the data set {name}; choose from {', '.join(asked)}")
-    for option, one in asked.items():
-        if one.default is MISSING and option not in given:
+        if option not in choices:
+            raise ValueError(f"unknown option {option!r} of the data set {name}; choose from {', '.join(choices)}")
+    for option, field in choices.items():
+        if field.default is MISSING and option not in given:
             raise ValueError(
                 f"the data set {name} needs {option}: "
                 + {"root": "the folder with its files", "out": "a folder for the Pack"}[option]
@@ -207,8 +208,8 @@ def prepare(
 
 # %% ../../../nbs/data/sets/15_registry.ipynb #682b51ec
 def _choose_studies(data_set: DataSet, phantom: Phantom, studies: int) -> list[int]:  # of the phantom, each once
-    "The first studies, every second of them with one of the findings that the data set is about, by turns; of different patients if its own are not known"
-    shown = cache(lambda index: {found.name for found in phantom.scene(index).findings})
+    "The first studies, every second with a finding that the data set is about; of different patients if it names none."
+    shown = cache(lambda index: {finding.name for finding in phantom.scene(index).findings})
     fits = cache(lambda index: data_set.follow_ups or patient_number(phantom.seed, index) == index)
     rows = {name: (index for index in count() if fits(index) and name in shown(index)) for name in data_set.wanted}
     others, taken = (index for index in count() if fits(index)), []
@@ -225,7 +226,7 @@ def simulate(
     size: int = 64,  # side of the phantom in pixels; some data sets enlarge it to the size that is published
     seed: int = 0,
 ) -> None:
-    """Write the phantom to disk as a public data set. ValueError for an unknown one, FileExistsError if there is something in the folder.
+    """Write the phantom as a public data set. ValueError for an unknown name, FileExistsError for a full folder.
 
     Parameters
     ----------

@@ -18,19 +18,21 @@ from ..annotations import encode_rle, rle_runs
 from ..files import DataError, find_file, read_table
 from ..phantom import PhantomStudy
 from medvis.data.sets.plans import (
+    MGCA_SCALING,
     MGCA_SHARES,
+    PUBLISHED_SIDE,
     UNLISTED,
     ListedConfig,
     deal_splits,
     draw_rows,
     draw_splits,
+    enlarge,
     image_files,
     item_or_reject,
     listed_splits,
     rows_by,
     write_dicom,
 )
-from .rsna import FRAME, MGCA_SCALING, enlarge
 from ..source import DataSet, Recipe, Source, SplitRule, StudyItem
 
 # %% ../../../nbs/data/sets/09_siim.ipynb #14e077fb
@@ -50,32 +52,33 @@ def _read_runs(root: Path) -> pd.DataFrame:  # ImageId, EncodedPixels; index = n
 def _code_dialect(
     code: str,  # EncodedPixels
 ) -> str:  # "relative", "absolute", or "" if it could be both, or is none
-    "The dialect in which a code of several runs goes forwards and ends inside; if it does in both, the one in which most runs are near the one before"
+    "The dialect in which a code of several runs stays inside; of two, the one whose runs are near each other."
     words = code.split()
     if len(words) < 4 or len(words) % 2 or max(map(len, words)) > 12 or not "".join(words).isdecimal():
         return ""
     first, lengths = np.array([int(word) for word in words]).reshape(-1, 2).T
     gaps = first[1:] - first[:-1] - lengths[:-1]  # from run to run, if these are starts
-    relative = first.sum() + lengths.sum() <= FRAME * FRAME
-    absolute = first[0] > 0 and gaps.min() >= 0 and first[-1] + lengths[-1] - 1 <= FRAME * FRAME
+    relative = first.sum() + lengths.sum() <= PUBLISHED_SIDE * PUBLISHED_SIDE
+    absolute = first[0] > 0 and gaps.min() >= 0 and first[-1] + lengths[-1] - 1 <= PUBLISHED_SIDE * PUBLISHED_SIDE
     if relative and absolute:
-        relative, absolute = np.median(first[1:]) < 2 * FRAME, np.median(gaps) < 2 * FRAME
+        relative, absolute = np.median(first[1:]) < 2 * PUBLISHED_SIDE, np.median(gaps) < 2 * PUBLISHED_SIDE
     return "" if relative == absolute else "relative" if relative else "absolute"
 
 # %% ../../../nbs/data/sets/09_siim.ipynb #d770b7e0
 def _check_dialect(
-    table: pd.DataFrame,  # of `_read_runs`
+    table: pd.DataFrame,  # as returned by `_read_runs`
     relative: bool = True,  # what was asked for
     file: str = "train-rle.csv",  # where it stands
 ) -> None:
     "DataError, with the option to change, if the codes that tell their dialect are written in the other one"
     wanted, other = ("relative", "absolute") if relative else ("absolute", "relative")
-    told = table["EncodedPixels"].map({code: _code_dialect(code) for code in table["EncodedPixels"].unique()})
-    found = told[told != ""]
-    if len(strange := found.index[found == other]) and len(strange) >= 0.9 * len(found):
+    dialects = table["EncodedPixels"].map({code: _code_dialect(code) for code in table["EncodedPixels"].unique()})
+    dialects = dialects[dialects != ""]
+    advice = "read it with" if relative else "leave out"
+    if len(strange := dialects.index[dialects == other]) and len(strange) >= 0.9 * len(dialects):
         raise DataError(
-            f"{file}: {len(strange)} of {len(found)} run-length codes that tell their dialect are {other} (such as line {strange[0]}), "
-            f"but {wanted} ones are expected; {'read it with' if relative else 'leave out'} --absolute"
+            f"{file}: {len(strange)} of {len(dialects)} run-length codes that tell their dialect are {other} "
+            f"(such as line {strange[0]}), but {wanted} ones are expected; {advice} --absolute"
         )
 
 # %% ../../../nbs/data/sets/09_siim.ipynb #a52229f4
@@ -87,7 +90,7 @@ def _image_item(
     relative: bool = True,
     file: str = "train-rle.csv",
 ) -> StudyItem:
-    "An image with its mask. DataError for a blank line, a code of the other dialect or with wrong runs, or if only some say that there is nothing."
+    "An image with its mask. DataError for a blank line, a wrong code, or if only some lines say that there is nothing."
     codes = list(runs.values())
     if "" in codes:
         line = next(line for line in runs if not runs[line])
@@ -97,16 +100,17 @@ def _image_item(
     wanted, other = ("relative", "absolute") if relative else ("absolute", "relative")
     if strange := [line for line, code in runs.items() if _code_dialect(code) == other]:
         raise DataError(
-            f"{file}, line {strange[0]}: run-length code written in the other dialect ({other}); expected the {wanted} one"
+            f"{file}, line {strange[0]}: run-length code written in the other dialect ({other}); "
+            f"expected the {wanted} one"
         )
     ill = codes != ["-1"]
     for line, code in runs.items() if ill else ():
         try:
-            rle_runs(code, FRAME, FRAME, relative)
+            rle_runs(code, PUBLISHED_SIDE, PUBLISHED_SIDE, relative)
         except DataError as error:
             raise DataError(f"{file}, line {line}: {error}") from error
     masks = {_PNEUMOTHORAX: {"union": [{"rle": code, "relative": relative} for code in codes]}} if ill else {}
-    image = {"id": name, "path": path, "masks": masks, "frame": [FRAME, FRAME]}
+    image = {"id": name, "path": path, "masks": masks, "frame": [PUBLISHED_SIDE, PUBLISHED_SIDE]}
     return {"study": name, "patient": name, "split": split, "labels": {_PNEUMOTHORAX: float(ill)}, "images": [image]}
 
 # %% ../../../nbs/data/sets/09_siim.ipynb #4dfa3344
@@ -152,7 +156,7 @@ def _mgca_lines(table: pd.DataFrame) -> pd.DataFrame:  # the lines in the order 
 
 # %% ../../../nbs/data/sets/09_siim.ipynb #7b4b7f6b
 def _surplus_negatives(drawn: pd.DataFrame) -> set[str]:
-    "Healthy images that MGCA leaves out of training: all but as many as there are ill ones, in the order of its draw (NumPy, seed 42)"
+    "Healthy images that MGCA leaves out of training, so that as many are left as ill ones (NumPy, seed 42)."
     train = drawn[drawn["split"] == "train"]
     healthy = train.loc[train["EncodedPixels"] == "-1", "ImageId"].unique()
     ill = train.loc[train["EncodedPixels"] != "-1", "ImageId"].nunique()
@@ -178,7 +182,7 @@ def _siim_splits(config: _SiimConfig, rule: SplitRule, table: pd.DataFrame) -> d
 
 # %% ../../../nbs/data/sets/09_siim.ipynb #b6df2ca7
 def _plan_siim(config: _SiimConfig) -> Source:
-    "The images, one an item, in the order of the table (or of the split files); no pixels. DataError for a table that is not sound."
+    "One item per image, in the order of the table (or of the split files). DataError for an unsound table."
     root, recipe = Path(config.root), config.choose(_RECIPES)
     table, file = _read_runs(root), _find_runs(root).name
     if len(nameless := table.index[table["ImageId"] == ""]):
@@ -214,7 +218,7 @@ def _plan_siim(config: _SiimConfig) -> Source:
 
 # %% ../../../nbs/data/sets/09_siim.ipynb #9386a129
 def _simulate_siim(root: Path, studies: Sequence[PhantomStudy]) -> None:
-    "Write phantom studies as the challenge has them: DICOM files three folders deep, and a table of relative run-length codes"
+    "Write phantom studies as the challenge has them: DICOM files three folders deep, and relative run-length codes."
     lines = ["ImageId, EncodedPixels"]
     for index, study in enumerate(studies):
         name = f"1.2.276.0.0000000.3.1.4.{index}"
@@ -222,7 +226,10 @@ def _simulate_siim(root: Path, studies: Sequence[PhantomStudy]) -> None:
         halves = [
             half
             for mask in masks
-            for half in (mask & (np.arange(FRAME) < FRAME // 4), mask & (np.arange(FRAME) >= FRAME // 4))
+            for half in (
+                mask & (np.arange(PUBLISHED_SIDE) < PUBLISHED_SIDE // 4),
+                mask & (np.arange(PUBLISHED_SIDE) >= PUBLISHED_SIDE // 4),
+            )
             if half.any()
         ]
         lines += [f"{name}, {encode_rle(half, relative=True)}" for half in halves] or [f"{name}, -1"]
@@ -231,11 +238,14 @@ def _simulate_siim(root: Path, studies: Sequence[PhantomStudy]) -> None:
     (root / "train-rle.csv").write_text("\n".join(lines) + "\n")
 
 # %% ../../../nbs/data/sets/09_siim.ipynb #0317fcce
-_GET = """SIIM-ACR Pneumothorax Segmentation (stage 1, training): https://www.kaggle.com/c/siim-acr-pneumothorax-segmentation
-Images and train-rle.csv: https://www.kaggle.com/datasets/seesee/siim-train-test (1.8 GB); terms: those of the competition, accepted on Kaggle.
+_GET = """SIIM-ACR Pneumothorax Segmentation (stage 1, training):
+  https://www.kaggle.com/c/siim-acr-pneumothorax-segmentation
+Images and train-rle.csv: https://www.kaggle.com/datasets/seesee/siim-train-test (1.8 GB)
+Terms: those of the competition, accepted on Kaggle.
 Unpack it and give the folder as --root:
   train-rle.csv
-  dicom-images-train/1.2.276....1/1.2.276....2/1.2.276....446426.dcm ...     (or one folder of square .png copies named after ImageId)"""
+  dicom-images-train/1.2.276....1/1.2.276....2/1.2.276....446426.dcm ...
+                             (or one folder of square .png copies named after ImageId)"""
 
 
 def _siim_tables(config: _SiimConfig) -> list[tuple[str, Callable]]:
