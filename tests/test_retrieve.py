@@ -219,7 +219,7 @@ class Knows(torch.nn.Module):
     def __init__(self, tokenizer, told):
         super().__init__()
         self.weight, self.tokenizer, self.told = torch.nn.Parameter(torch.zeros(1)), tokenizer, told
-        self.preprocessing = SimpleNamespace(size=8, crop=1.0, fit=None, eval=lambda: lambda images: images)
+        self.preprocessing = SimpleNamespace(size=8, crop=1.0, fit=None, transform=lambda: lambda images: images)
 
     def embed_image(self, image):
         return image[:, 0, 0, 0].long()
