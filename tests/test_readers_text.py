@@ -21,6 +21,7 @@ from medvis.data.sets import mimic, mimic_edema, mimic_files, openi
 from medvis.data.files import DataError
 from medvis.data.phantom import Phantom
 from medvis.data.reports import ReportRules, check_report, parse_sections
+from medvis.data.sets.plans import write_dicom
 from medvis.data.source import BuildConfig, check_source, prepare_source, read_study
 
 STUDIES = [Phantom()[index] for index in range(30)]
@@ -427,6 +428,77 @@ def test_the_archive_and_the_folder_are_the_same(reports_root, tmp_path):
     reports, rejects = openi._read_reports(tmp_path)
     assert reports == openi._read_reports(reports_root)[0] and [one["study"] for one in rejects] == ["ecgen-radiology/8888.xml"]
     assert openi.openi_reports(tmp_path / "NLMCXR_reports.tgz")["dropped"].ne("").sum() == 1
+
+
+def picture_form(root: Path, form: str) -> Path:
+    "The same pictures in another published form: another folder, another spelling of the names, another kind of file."
+    old = root / "NLMCXR_png"
+    for path in sorted(old.glob("*.png")):
+        number, name = path.stem[3:].split("_")[0], path.stem[3:]       # 4 and 4_IM-0004-1001 of CXR4_IM-0004-1001
+        pixels = np.asarray(Image.open(path))
+        if form == "dicom":
+            write_dicom(root / f"NLMCXR_dcm/{number}/{name}.dcm", pixels, name)
+            path.unlink()
+            continue
+        new = {"jpg": f"images/CXR{name}.jpg", "jpeg": f"NLMCXR_png/{number}/CXR{name}.JPEG", "kaggle": f"images_normalized/{name}.dcm.png",
+               "nested": f"NLMCXR_png/NLMCXR_png/CXR{name}.png", "flat": f"CXR{number}_{name}.png"}[form]
+        (root / new).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(root / new, **({} if new.endswith("png") else {"quality": 95}))
+        path.unlink()
+    return root
+
+
+@pytest.mark.parametrize("form", ["dicom", "jpg", "jpeg", "kaggle", "nested", "flat"])
+def test_every_form_of_the_pictures_makes_the_same_studies(reports_root, tmp_path, form):
+    root = picture_form(shutil.copytree(reports_root, tmp_path / "form"), form)
+    source, expected = openi._plan_openi(openi._OpeniConfig(root)), openi._plan_openi(openi._OpeniConfig(reports_root))
+    assert essence(source) == essence(expected)
+    if form == "dicom":
+        pytest.importorskip("pydicom")
+    for item, study in zip(source.items, PATIENTS, strict=True):
+        record = read_study(item, root, 64, "pad")
+        assert not record.rejects and [image.image_id for image in record.images] == [name for name, _ in openi._openi_images(study)]
+        for image, (_, pixels) in zip(record.images, openi._openi_images(study), strict=True):
+            assert np.abs(image.pixels.astype(int) - pixels).mean() < (3 if form in ("jpg", "jpeg") else 1e-9)
+
+
+def test_a_part_of_a_squashed_copy(reports_root, tmp_path):
+    "JPEGs of some studies, squashed to squares, beside the archive of all reports: as copies go around."
+    root = tmp_path / "copy"
+    (root / "images").mkdir(parents=True)
+    with tarfile.open(root / "NLMCXR_reports.tgz", "w:gz") as archive:
+        archive.add(reports_root / "ecgen-radiology", "ecgen-radiology")
+    rows, projections = [], []
+    for study in PATIENTS[:6]:
+        for place, (name, pixels) in enumerate(openi._openi_images(study)):
+            Image.fromarray(np.ascontiguousarray(pixels[:48])).resize((64, 64)).convert("RGB").save(root / f"images/{name}.jpg", quality=95)
+            rows.append({"image_path": f"images/{name}.jpg", "orig_width": 2048, "orig_height": 1536})
+            projections.append({"uid": name[3:].split("_")[0], "filename": f"{name[3:]}.dcm.png", "projection": ("Frontal", "Lateral")[place]})
+    rows[1] |= {"orig_width": "", "orig_height": ""}
+    pd.DataFrame(rows).to_csv(root / "images.csv", index=False)
+    pd.DataFrame(projections).to_csv(root / "indiana_projections.csv", index=False)
+    source = openi._plan_openi(openi._OpeniConfig(root, partial=True))
+    assert len(source.items) == 6 and source.dropped["picture is not there"] == sum(len(openi._openi_images(study)) for study in PATIENTS[6:])
+    assert not any("squashed" in image for item in source.items for image in item["images"])
+    frontal = prepare_source(openi.OPENI, openi._OpeniConfig(root, "frontal", partial=True, unsquash=True), BuildConfig(tmp_path / "pack", size=64, progress=False))
+    assert len(frontal) == 6 and "unsquash" in frontal.manifest["source"]["read"]
+    sizes = dict(zip(frontal.image_table.image_id, zip(frontal.image_table.width, frontal.image_table.height)))
+    unknown = rows[1]["image_path"][len("images/"):-len(".jpg")]
+    assert {size for name, size in sizes.items() if name != unknown} == {(64, 48)} and sizes.get(unknown, (64, 64)) == (64, 64)
+    for place, study in enumerate(PATIENTS[:6]):
+        if sizes[frontal.image_table.image_id[place]] == (64, 48):
+            assert np.abs(frontal.image(place)[8:56].astype(int) - study.image[:48]).mean() < 8 and not frontal.image(place)[:8].any()
+    Image.fromarray(PATIENTS[0].image[:48]).save(root / rows[0]["image_path"])
+    record = read_study(openi._plan_openi(openi._OpeniConfig(root, partial=True, unsquash=True)).items[0], root, 64, "pad")
+    assert "expected a square, squashed from 2048 x 1536" in record.rejects[0][1]
+    (root / "images.csv").unlink()
+    with pytest.raises(DataError, match="there is no images.csv"):
+        openi._plan_openi(openi._OpeniConfig(root, partial=True, unsquash=True))
+
+
+def test_an_option_that_came_later_leaves_packs_of_before_as_they_are(reports_root, tmp_path):
+    pack = prepare_source(openi.OPENI, openi._OpeniConfig(reports_root), BuildConfig(tmp_path / "pack", size=64, progress=False))
+    assert pack.manifest["source"]["read"] == {"recipe": "medvis", "split_seed": 0, "partial": False}
 
 
 def test_missing_pictures_are_rejects_or_left_out(reports_root, tmp_path):

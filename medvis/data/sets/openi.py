@@ -14,7 +14,7 @@ import xml.etree.ElementTree as ET
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -22,9 +22,9 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from ..files import DataError, find_file, read_table, read_text
+from ..files import DataError, find_file, number, read_table, read_text
 from ..phantom import PhantomStudy
-from .plans import draw_splits, image_files, reject
+from .plans import draw_splits, reject
 from ..reports import ReportRules, check_report, parse_sections
 from ..source import DataSet, ImageItem, ReadConfig, Recipe, RejectItem, Source, SplitRule
 
@@ -68,6 +68,15 @@ def _phantom_terms(study: PhantomStudy) -> list[str]:
     "The MeSH headings that a coder would give a phantom's report: what it says is present, or `normal`."
     terms = [heading for heading, label in _MESH.items() if study.labels.get(label) == 1]
     return terms or ([] if {1, -1} & set(study.labels.values()) else ["normal"])
+
+# %% ../../../nbs/data/sets/14_openi.ipynb #d25ab492
+_ENDINGS = (".png", ".jpg", ".jpeg", ".dcm")
+
+
+def _picture_key(name: str) -> str:
+    "What all spellings of a picture's name have in common: 1_IM-0001-3001"
+    stem = re.sub(r"(\.(dcm|png|jpe?g))+$", "", name, flags=re.IGNORECASE)
+    return re.sub(r"^(?:CXR)?(?:\d+_(?=\d+_IM))?", "", stem)
 
 # %% ../../../nbs/data/sets/14_openi.ipynb #06b9824f
 def _openi_images(study: PhantomStudy) -> list[tuple[str, np.ndarray]]:  # (id, (H, W) uint8) of each
@@ -204,7 +213,7 @@ def _kaggle_reports(root: str | Path) -> tuple[list[dict], list[RejectItem]]:
             "uid is not a number": not row["uid"].isdecimal(),
             "more than one row in indiana_reports.csv": row["uid"] in twice,
             "a filename is not of the form 1_IM-0001-1001.dcm.png": not rows["filename"]
-            .str.fullmatch(r"[\w-]+(\.dcm)?\.png")
+            .str.fullmatch(r"[\w-]+(\.dcm)?\.(png|jpe?g)|[\w-]+\.dcm")
             .all(),
             "a picture of it is more than once in indiana_projections.csv": not repeated.isdisjoint(rows["filename"]),
             "projection is not Frontal or Lateral": not set(rows["projection"]) <= {"Frontal", "Lateral"},
@@ -213,7 +222,7 @@ def _kaggle_reports(root: str | Path) -> tuple[list[dict], list[RejectItem]]:
             rejects.append(reject(f"CXR{row['uid']}", problems[0], rows["filename"].nunique()))
             continue
         images = [
-            {"id": "CXR" + name.split(".")[0], "file": name[:-4], "view": view}
+            {"id": "CXR" + name.split(".")[0], "file": name.rpartition(".")[0], "view": view}
             for name, view in zip(rows["filename"], rows["projection"], strict=True)
         ]
         terms = [term for part in row["MeSH"].split(";") if (term := part.strip())]
@@ -264,10 +273,9 @@ def _xml_reports(root: Path) -> tuple[list[dict], list[RejectItem]]:
     )
     if _is_there(root, *_PROJECTIONS):
         projections = _read_projections(root)
-        views = dict(zip(projections["filename"].str.split(".").str[0], projections["projection"], strict=True))
+        views = dict(zip(projections["filename"].map(_picture_key), projections["projection"], strict=True))
         for image in (image for report in reports for image in report["images"]):
-            # CXR1_1_IM-0001-3001 is 1_IM-0001-3001 in the table
-            image["view"] = views.get(re.sub(r"^CXR(?:\d+_(?=\d+_IM))?", "", image["id"]), "")
+            image["view"] = views.get(_picture_key(image["id"]), "")
     return reports, rejects
 
 # %% ../../../nbs/data/sets/14_openi.ipynb #98f0c264
@@ -366,15 +374,43 @@ def _read_annotation(root: str | Path) -> dict[str, str]:  # study -> split
     return splits
 
 # %% ../../../nbs/data/sets/14_openi.ipynb #3d9a12dc
-_PICTURES = ("NLMCXR_png/*.png", "images/images_normalized/*.png", "images_normalized/*.png", "images/*.png", "*.png")
-
-
 @dataclass
 class _OpeniConfig(ReadConfig):
     "Prepare the Indiana University reports and radiographs: `medvis prepare openi`."
 
     partial: bool = False
     """Leave out pictures that are not there, instead of rejecting their studies."""
+    unsquash: bool = field(default=False, metadata={"later": True})
+    """Give pictures that were squashed to squares their proportions back, by the original sizes in images.csv."""
+
+# %% ../../../nbs/data/sets/14_openi.ipynb #f57add85
+_PICTURE_FOLDERS = ("NLMCXR_png", "NLMCXR_dcm", "images/images_normalized", "images_normalized", "images")
+
+
+def _picture_files(root: Path) -> dict[str, str]:  # key of the name -> path below the root
+    "The pictures of the first folder that holds any; {} if none does. DataError for two files of one picture."
+    for paths in (*((root / folder).rglob("*") for folder in _PICTURE_FOLDERS), root.glob("*")):
+        files: dict[str, str] = {}
+        for path in sorted(path for path in paths if path.suffix.lower() in _ENDINGS):
+            relative = path.relative_to(root).as_posix()
+            if (other := files.setdefault(_picture_key(path.name), relative)) != relative:
+                raise DataError(f"{other} and {relative} are the same picture; keep one of them")
+        if files:
+            return files
+    return {}
+
+# %% ../../../nbs/data/sets/14_openi.ipynb #a88409c0
+def _original_sizes(root: str | Path) -> dict[str, list[int]]:  # key of the picture -> width, height
+    "Sizes before the pictures were squashed, from images.csv; blank ones are left out. DataError names the line."
+    path, sizes = find_file(root, "images.csv"), {}
+    table = read_table(path, ("image_path", "orig_width", "orig_height"))
+    for line, name, *size in table[["image_path", "orig_width", "orig_height"]].itertuples():
+        if any(size):
+            wanted = zip(("orig_width", "orig_height"), size, strict=True)
+            sizes[_picture_key(name.rpartition("/")[2])] = [
+                int(number(value, f"{path}, line {line}: {column}", 1, 100_000)) for column, value in wanted
+            ]
+    return sizes
 
 # %% ../../../nbs/data/sets/14_openi.ipynb #58d2469e
 def _wanted_images(
@@ -383,14 +419,13 @@ def _wanted_images(
     "The pictures of a report by the recipe's views; what is left out is counted in `dropped`."
     images = []
     for image in report["images"]:
+        path = files.get(_picture_key(image["file"]))
         if recipe.views and image["view"] not in recipe.views:
             dropped[f"view is not {' or '.join(recipe.views)}"] += 1
-        elif partial and image["file"] not in files:
+        elif partial and path is None:
             dropped["picture is not there"] += 1
         else:
-            images.append(
-                {"id": image["id"], "path": files.get(image["file"], f"{image['file']}.png"), "view": image["view"]}
-            )
+            images.append({"id": image["id"], "path": path or f"{image['file']}.png", "view": image["view"]})
     return images
 
 # %% ../../../nbs/data/sets/14_openi.ipynb #e2eee4e4
@@ -398,10 +433,10 @@ def _plan_openi(config: _OpeniConfig) -> Source:
     "Read reports and list pictures. DataError if either is missing, or the views that the recipe needs."
     recipe, root, dropped = config.choose(_OPENI_RECIPES), Path(config.root), Counter()
     reports, rejects = _read_reports(root)
-    files = image_files(root, *_PICTURES)
+    files, sizes = _picture_files(root), _original_sizes(root) if config.unsquash else {}
     if not files:
         raise DataError(
-            f"{root}: no pictures: no {', no '.join(_PICTURES)}. "
+            f"{root}: no pictures ({', '.join(_ENDINGS)}), neither there nor in {', '.join(_PICTURE_FOLDERS)}. "
             f"For the reports alone: medvis.data.sets.openi.openi_reports({str(root)!r})"
         )
     if recipe.views and not any(image["view"] for report in reports for image in report["images"]):
@@ -419,6 +454,9 @@ def _plan_openi(config: _OpeniConfig) -> Source:
         if report["study"] not in splits:
             dropped["study is not in annotation.json"] += len(report["images"])
         elif images := _wanted_images(report, recipe, files, config.partial, dropped):
+            for image in images:
+                if size := sizes.get(_picture_key(image["id"])):
+                    image["squashed"] = size
             items.append(
                 {
                     "study": report["study"],
@@ -437,7 +475,10 @@ _GET_OPENI = """\
 Indiana University chest radiographs and reports (3 955 reports, 7 470 pictures), CC BY-NC-ND 4.0,
 from https://openi.nlm.nih.gov/faq#collection
   ROOT/NLMCXR_reports.tgz                 (2 MB, packed; or unpacked: ROOT/ecgen-radiology/<n>.xml)
-  ROOT/NLMCXR_png/CXR1_1_IM-0001-3001.png (NLMCXR_png.tgz, 1.4 GB, unpacked)
+  ROOT/NLMCXR_png/CXR1_1_IM-0001-3001.png (NLMCXR_png.tgz, 1.4 GB, unpacked; or NLMCXR_dcm.tgz, 80 GB:
+                                           ROOT/NLMCXR_dcm/1/1_IM-0001-3001.dcm; or a copy of any size:
+                                           ROOT/images/CXR1_1_IM-0001-3001.jpg; with some of them: --partial)
+  ROOT/images.csv                         (for --unsquash: image_path, orig_width, orig_height of a squashed copy)
   ROOT/indiana_projections.csv            (from Kaggle, for the recipe frontal: which picture is frontal)
 or from https://www.kaggle.com/datasets/raddar/chest-xrays-indiana-university
   ROOT/indiana_reports.csv, ROOT/indiana_projections.csv, ROOT/images/images_normalized/1_IM-0001-3001.dcm.png
