@@ -125,7 +125,7 @@ def test_vocabularies(tmp_path):
     bare = Tokenizer(models.WordLevel({"[UNK]": 0, "[CLS]": 1, "[SEP]": 2, "[PAD]": 3}, "[UNK]"))
     special = dict(unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]", pad_token="[PAD]")
     transformers.PreTrainedTokenizerFast(tokenizer_object=bare, **special).save_pretrained(tmp_path)
-    one_line(lambda: text_encoder(name), name, "knows no word")
+    one_line(lambda: text_encoder(name), name, "has no words")
     del special["cls_token"]
     (tmp_path / "tokenizer_config.json").unlink()
     transformers.PreTrainedTokenizerFast(tokenizer_object=train_tokenizer([TEXT], 200).backend_tokenizer, **special).save_pretrained(tmp_path)
