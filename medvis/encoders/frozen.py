@@ -261,7 +261,7 @@ def cache_sentences(
 ) -> FrozenSentences:
     """The vectors of all different sentences of a Pack that have words, computed where missing.
 
-    ValueError if there are none, or if the encoder is in training mode.
+    ValueError if it has none, or if the encoder is in training mode.
 
     Parameters
     ----------

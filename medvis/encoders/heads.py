@@ -14,7 +14,7 @@ from ..core.choices import check_choice
 
 # %% ../../nbs/encoders/05_heads.ipynb #27cda92a
 class BatchNorm(nn.BatchNorm1d):
-    "Batch normalisation of (P, D) rows that uses its running statistics when there is one row or none."
+    "Batch normalisation of (P, D) rows that uses its running statistics for one row or none."
 
     def forward(self, x: Tensor) -> Tensor:
         if self.training and len(x) < 2:

@@ -220,7 +220,7 @@ class ViTEncoder(nn.Module):
         self,
         image: Tensor,  # (B, C, H, W) preprocessed
     ) -> list[Tensor]:  # (B, C, H, W), (B, D, h, w)
-        """The image, and the one map that there is.
+        """The image, and its one map.
 
         Parameters
         ----------

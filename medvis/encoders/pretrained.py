@@ -128,7 +128,7 @@ _CLS = frozenset({"blip_vision_model", "blip_2_vision_model", "instructblip_visi
 class PretrainedEncoder(nn.Module):
     """A Hugging Face vision model with a map or patch tokens as its last hidden state.
 
-    ValueError if it does not take images of `preprocessing.size`, if regions cannot be told from other tokens, or if its
+    ValueError if it does not take images of `preprocessing.size`, if regions and other tokens look alike, or if its
     output is not deterministic."""
 
     def __init__(self, body: nn.Module, preprocessing: Preprocessing) -> None:
@@ -204,8 +204,8 @@ def _fetch(name: str) -> tuple[nn.Module, dict, dict]:
             read_state(name)  # if the weights cannot be read, this names their file
         raise OSError(
             f"the vision model {name!r} could not be loaded ({type(error).__name__}): no such folder, "
-            "no weights in it, or no network. Pass the path of a folder with config.json and model.safetensors, of a run, "
-            "or of a state-dict file (.safetensors, .pt, .pth), or 'random-init'."
+            "no weights in it, or no network. Pass the path of a folder with config.json and model.safetensors, of a "
+            "run, or of a state-dict file (.safetensors, .pt, .pth), or 'random-init'."
         ) from error
 
 

@@ -393,7 +393,7 @@ def text_encoder(
 def _sentences_apart(
     tokenizer: PreTrainedTokenizerBase, input_ids: Tensor, word_index: Tensor, sentence_index: Tensor
 ) -> tuple[tuple, Tensor, Tensor]:
-    "Inputs (S, L) of a batch of all sentences, in order; and row and column there of every token inside a sentence."
+    "Inputs (S, L) of a batch of all sentences, in order; row and column in it of every token of a sentence."
     inside, member = sentence_index >= 0, group_matrix(sentence_index)
     exists, own = member.any(-1), sentence_index.clamp(min=0)
     row = (exists.flatten().cumsum(0) - 1).view_as(exists).gather(1, own)[inside]

@@ -236,7 +236,7 @@ def _lost(model: nn.Module, report: dict, needed: Callable[[str], bool]) -> tupl
 
 
 def _under_prefix(model: nn.Module, name: str, needed: Callable[[str], bool]) -> nn.Module | None:
-    "The model filled from the one prefix of a folder's weights that holds it all; None if there is no such prefix."
+    "The model filled from the one prefix of a folder's weights that holds it all; None if no prefix does."
     state, fits = read_state(name), {}
     parts = [key.split(".") for key in state]
     sizes = Counter(".".join(part[:n]) + "." for part in parts for n in range(1, len(part)))

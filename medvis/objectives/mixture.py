@@ -97,6 +97,6 @@ def mixture_scores(
         (B, C) F; between the highest region score less log N and the highest region score
     """
     scores = at_least_float32(critic.scores(regions.flatten(0, 1), sentence, chunk).unflatten(0, regions.shape[:2]))
-    # the highest score is taken out so that nothing overflows; faster than logsumexp, whose backward pass reads it again
+    # without the highest score nothing overflows; faster than logsumexp, whose backward pass reads the scores again
     highest = scores.detach().amax(1)
     return (scores - highest[:, None]).exp().mean(1).log() + highest
