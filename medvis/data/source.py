@@ -138,7 +138,7 @@ class ReadConfig:
     root: Path
     """Folder of the data set, as it was downloaded."""
     recipe: str = "medvis"
-    """Whose rules: medvis, or lovt, mgca, local-mi if that paper used the data set (see nbs/data/sets/15_registry)."""
+    """Whose rules: medvis, or lovt, mgca, local-mi where that paper used the data set (nbs/data/sets/15_registry)."""
     split_seed: int = 0
     """Seed of the splits that are drawn by patient, where the recipe draws any."""
 
