@@ -308,7 +308,7 @@ def phrase_mask(
         mask[y0:y1, x0:x1] = True
     return mask
 
-# %% ../../nbs/data/17_phrases.ipynb #3517de26
+# %% ../../nbs/data/17_phrases.ipynb #e602a100
 def phrase_region(
     phrase: Phrase,
     pack: Pack,
