@@ -124,7 +124,9 @@ def _class_labels(pack: Pack, names: Sequence[str]) -> dict[str, np.ndarray]:  #
 
 def _looked(pack: Pack, image: int) -> bool:
     "Whether somebody looked for boxes on an image; a phantom knows what it drew."
-    return pack_phantom(pack) is not None or ("boxed" in pack.image_table and bool(pack.image_table["boxed"].iloc[image]))
+    return pack_phantom(pack) is not None or (
+        "boxed" in pack.image_table and bool(pack.image_table["boxed"].iloc[image])
+    )
 
 # %% ../../nbs/data/19_label_phrases.ipynb #58f8e0f3
 def _chosen_prompts(pack: Pack, prompts: Mapping[str, str | Sequence[str]] | None) -> dict[str, tuple[str, ...]]:

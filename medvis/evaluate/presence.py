@@ -234,7 +234,9 @@ def ground_labels(
         files = {"phrases": rows, "findings": tables[0], "images": images, "presence": tables[1]}
         for name, each in files.items():
             write_atomic(Path(out) / f"{name}.csv", lambda file: each.to_csv(file, index=False))
-        said = {phrase.category: sorted({p.text for p in phrases if p.category == phrase.category}) for phrase in phrases}
+        said = {
+            phrase.category: sorted({p.text for p in phrases if p.category == phrase.category}) for phrase in phrases
+        }
         facts = dict(phrases="from labels", prompts=said, split=split, threshold=threshold, resamples=resamples)
         write_json(Path(out) / "phrases.json", describe_inputs({"method": method}, pack, **facts))
     return tables
