@@ -27,12 +27,12 @@ from medvis.data.phantom import Phantom  # noqa: E402
 SIZE, BATCH = 256, 64
 PREPARE = """
 import sys, time
-from medvis.data.sets.folder import FOLDER, FolderConfig
+from medvis.data.sets.folder import FOLDER, _FolderConfig
 from medvis.data.source import BuildConfig, prepare_source
 if __name__ == "__main__":
     root, out, workers, size = sys.argv[1:]
     start = time.perf_counter()
-    prepare_source(FOLDER, FolderConfig(root, require_report=False), BuildConfig(out, size=int(size), workers=int(workers), progress=False))
+    prepare_source(FOLDER, _FolderConfig(root, require_report=False), BuildConfig(out, size=int(size), workers=int(workers), progress=False))
     seconds = time.perf_counter() - start
     print(seconds, next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) / 1024)   # ru_maxrss would be the parent's
 """

@@ -39,8 +39,8 @@ def test_from_the_command_line(name, tmp_path, capsys):
     assert main(["data", "simulate", name, "--root", str(tmp_path / "files")]) == 1 and "not empty" in capsys.readouterr().err
     assert main(["data", "check", name, "--root", str(tmp_path / "files")]) == 0 and "Nothing is missing" in capsys.readouterr().out
     assert main(["prepare", name, "--root", str(tmp_path / "files"), "--out", str(tmp_path / "pack"), "--size", "64", "--no-progress"]) == 0
-    told = capsys.readouterr().out
-    assert "images seen" in told and "hash" in told and "mean" in told
+    printed = capsys.readouterr().out
+    assert all(word in printed for word in ("images seen", "hash", "mean"))
     assert main(["data", "leaks", str(tmp_path / "pack")]) == 0
     pack = Pack(tmp_path / "pack")
     pack.verify()
@@ -78,7 +78,7 @@ STRAYS = {      # data set -> a file that names what has no image, how it comes 
 
 @pytest.mark.parametrize("name", STRAYS)
 def test_what_has_no_image_takes_none(name, tmp_path):
-    "A row or a mask without an image is told, and counts as no image of the data set."
+    "A row or a mask without an image is reported, and counts as no image of the data set."
     simulate(name, tmp_path, studies=40)
     pattern, spoil, reason = STRAYS[name]
     spoil(next(iter(sorted(tmp_path.rglob(pattern)))))
@@ -138,7 +138,7 @@ def test_the_images_seen_add_up(tmp_path, capsys):
     stray = tables["chexpert"].iloc[[0]].assign(study_id="59999999")
     pd.concat([tables["chexpert"], stray]).to_csv(next((tmp_path / "files").rglob("*chexpert.csv.gz")), index=False)
     assert main(["data", "check", "mimic-cxr", "--root", str(tmp_path / "files")]) == 1
-    assert "2 x report: " in (told := capsys.readouterr().err) and "is blank" in told and "59999999: has labels, but is not in the metadata table" in told
+    assert "2 x report: " in (printed := capsys.readouterr().err) and "is blank" in printed and "59999999: has labels, but is not in the metadata table" in printed
     pack = prepare_data(ready("mimic-cxr", tmp_path / "files", tmp_path / "pack", recipe="lovt"))
     assert f"{len(tables['metadata'])} images seen" in describe_pack(pack) and pack.manifest["counts"]["seen"] + sum(pack.manifest["source"]["dropped"].values()) == len(tables["metadata"])
     assert sum(count for reason, count in pack.manifest["rejected"].items() if "is blank" in reason) == 3
@@ -191,8 +191,8 @@ def test_workers_leave_the_interrupt_to_the_main_process(tmp_path):
     while process.poll() is None and not list((tmp_path / "pack.partial" / "parts").glob("*.json")):
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGINT)
-    told = process.communicate(timeout=60)[1]
-    assert process.returncode == 130 and "interrupted" in told and "Traceback" not in told
+    printed = process.communicate(timeout=60)[1]
+    assert process.returncode == 130 and "interrupted" in printed and "Traceback" not in printed
 
 
 @settings(max_examples=300, deadline=None)

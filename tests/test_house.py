@@ -368,7 +368,7 @@ def test_a_title_that_comes_second_is_found():
 
 
 def test_wings_are_read_in_their_order(monkeypatch):
-    monkeypatch.setattr(f"{__name__}.MODULES", {"data.phantom.__init__": "data/phantom/00_doors.ipynb", "data.sets.rsna": "data/sets/06_rsna.ipynb"})
+    monkeypatch.setattr(f"{__name__}.MODULES", {"data.phantom.__init__": "data/phantom/00_doors.ipynb", "data.sets.rsna": "data/sets/08_rsna.ipynb"})
     cells = ("# Packs\n\n> What is in a Pack?", "#| default_exp data.zzz")
     assert imports_look_left(notebook_of(*cells, "#| export\nfrom medvis.data.phantom import Phantom", name="data/01_zzz.ipynb")) == []
     assert len(imports_look_left(notebook_of(*cells, "#| export\nfrom medvis.data.sets.rsna import RSNA", name="data/99_zzz.ipynb"))) == 1

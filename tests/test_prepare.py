@@ -330,7 +330,7 @@ def test_wrong_tables(kind, folder):
     with pytest.raises(ValueError, match=complaint) as error:
         prepared(folder, table, **changes)
     written = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()} - before
-    assert written == ({"pack.partial/pack.leaks.csv"} if kind == "leak" else set()) and "lungs" not in str(error.value)      # no report text is told
+    assert written == ({"pack.partial/pack.leaks.csv"} if kind == "leak" else set()) and "lungs" not in str(error.value)      # no report text in the message
 
 
 @pytest.mark.parametrize(("name", "data", "complaint"), [

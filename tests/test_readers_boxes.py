@@ -29,24 +29,24 @@ STUDIES = [Phantom(64)[number] for number in range(40)]
 SINGLE = [Phantom(64)[number] for number in range(120) if patient_number(0, number) == number][:40]     # each of another patient
 
 
-def dressed(data_set, folder: Path, studies=STUDIES) -> Path:
+def simulated(data_set, folder: Path, studies=STUDIES) -> Path:
     data_set.simulate(folder / "data", studies)
     return folder / "data"
 
 
 @pytest.fixture(scope="module")
 def covidx(tmp_path_factory) -> Path:
-    return dressed(COVIDX, tmp_path_factory.mktemp("covidx"))
+    return simulated(COVIDX, tmp_path_factory.mktemp("covidx"))
 
 
 @pytest.fixture(scope="module")
 def object_cxr(tmp_path_factory) -> Path:
-    return dressed(OBJECT_CXR, tmp_path_factory.mktemp("object"), SINGLE)
+    return simulated(OBJECT_CXR, tmp_path_factory.mktemp("object"), SINGLE)
 
 
 @pytest.fixture(scope="module")
 def rural(tmp_path_factory) -> Path:
-    return dressed(COVID_RURAL, tmp_path_factory.mktemp("rural"))
+    return simulated(COVID_RURAL, tmp_path_factory.mktemp("rural"))
 
 
 @pytest.fixture
@@ -139,15 +139,15 @@ COVIDX_LINES = [
 ]
 
 
-@pytest.mark.parametrize(("line", "told"), COVIDX_LINES)
-def test_covidx_damaged_line(line, told, covidx, own):
+@pytest.mark.parametrize(("line", "message"), COVIDX_LINES)
+def test_covidx_damaged_line(line, message, covidx, own):
     "One line costs one image; the others stay"
     root = own(covidx)
     before = splits_of(COVIDX.plan(_CovidxConfig(root)))
     with open(root / "test_COVIDx9A.txt", "a", encoding="utf-8") as file:
         file.write(line + "\n")
     source = COVIDX.plan(_CovidxConfig(root))
-    assert splits_of(source) == before and len(rejects_of(source)) == 1 and told in [*rejects_of(source).values()][0]
+    assert splits_of(source) == before and len(rejects_of(source)) == 1 and message in [*rejects_of(source).values()][0]
 
 
 def test_covidx_source_of_a_later_release(covidx, own):
@@ -188,7 +188,7 @@ def test_wrong_recipe_and_version(covidx):
 # Object-CXR
 
 def drawn_mask(shape: list[int], side: int) -> np.ndarray:
-    "A shape of the phantom's clothes, computed in another way than the reader's"
+    "A shape of the simulated copy, computed in another way than the reader's"
     y, x = (np.indices((side, side)) + 0.5)
     kind, *numbers = shape
     xs, ys = numbers[0::2], numbers[1::2]
@@ -282,20 +282,20 @@ def test_object_cxr_in_the_layout_of_lovt(object_cxr, own):
     assert [{**item, "images": [{**item["images"][0], "path": item["images"][0]["path"].removeprefix("input/")}]} for item in after] == before
 
 
-@pytest.mark.parametrize(("annotation", "told"), [
+@pytest.mark.parametrize(("annotation", "message"), [
     ("3 1 1 2 2", "expected it to start with 0"), ("0 1 1 2", "3 coordinates"), ("0 1 1 2 x", "is 'x'"), ("0 1 1 2 nan", "'nan'"), ("0 1 1 2 inf", "'inf'"),
     ("0 5 1 2 9", "another order"), ("1 1 9 2 3", "another order"), ("0 3 3 3 9", "without extent"), ("2 1 1 5 5 3 3 7", "coordinates"), ("2 1 1 9 9", "six or more"),
     ("2 4 1 4 5 4 9", "without extent"), ("0 1 1 9 9;", "start with"), (";", "start with"), ("0 1 1 9 9;0 1 1 9", "3 coordinates"), ("none", "is 'none'"),
     ("0 1 1 9 999", "outside of its image"), ("1 -9 1 9 9", "outside"), ("2 1 1 900 1 9 9", "outside"),
 ])
-def test_object_cxr_damaged_annotation(annotation, told, object_cxr, own):
+def test_object_cxr_damaged_annotation(annotation, message, object_cxr, own):
     "An image with one shape that cannot be right is rejected as a whole; the others stay"
     root = own(object_cxr)
     text = (root / "train.csv").read_text()
     (root / "train.csv").write_text(re.sub(r"00001\.jpg,.*", f"00001.jpg,{annotation}", text))
     items = OBJECT_CXR.plan(_ObjectCxrConfig(root)).items
     record = read_study(items[0], root, 64, "pad")
-    assert record.images == [] and len(record.rejects) == 1 and record.rejects[0][0] == "00001" and told in record.rejects[0][1]
+    assert record.images == [] and len(record.rejects) == 1 and record.rejects[0][0] == "00001" and message in record.rejects[0][1]
     assert sum("images" in item for item in items) >= len(SINGLE) - 1
 
 
@@ -359,19 +359,19 @@ def some_image(root: Path) -> tuple[Path, str]:
 def spoil_labelme(change):
     def spoil(folder: Path, name: str) -> None:
         path = folder / "jpgs" / "jsons" / f"{name}.json"
-        told = json.loads(path.read_text())
-        change(told)
-        path.write_text(json.dumps(told))
+        labelme = json.loads(path.read_text())
+        change(labelme)
+        path.write_text(json.dumps(labelme))
     return spoil
 
 
-@pytest.mark.parametrize(("spoil", "told"), [
-    (spoil_labelme(lambda told: told["shapes"][0].update(label="heart")), "expected polygons of right_lung"),
-    (spoil_labelme(lambda told: told["shapes"][0].update(shape_type="circle")), "expected polygons"),
-    (spoil_labelme(lambda told: told["shapes"][0].update(points=[[1, 1], [2, 2]])), "three corners"),
-    (spoil_labelme(lambda told: told["shapes"][0].update(points=[[1, 1], [2, 2], [3, "x"]])), "not pairs of numbers"),
-    (spoil_labelme(lambda told: told["shapes"][0].update(points=[[1, 1], [2, 2], [3, 999]])), "outside of the picture"),
-    (spoil_labelme(lambda told: told.pop("shapes")), "not a labelme file: KeyError"),
+@pytest.mark.parametrize(("spoil", "message"), [
+    (spoil_labelme(lambda labelme: labelme["shapes"][0].update(label="heart")), "expected polygons of right_lung"),
+    (spoil_labelme(lambda labelme: labelme["shapes"][0].update(shape_type="circle")), "expected polygons"),
+    (spoil_labelme(lambda labelme: labelme["shapes"][0].update(points=[[1, 1], [2, 2]])), "three corners"),
+    (spoil_labelme(lambda labelme: labelme["shapes"][0].update(points=[[1, 1], [2, 2], [3, "x"]])), "not pairs of numbers"),
+    (spoil_labelme(lambda labelme: labelme["shapes"][0].update(points=[[1, 1], [2, 2], [3, 999]])), "outside of the picture"),
+    (spoil_labelme(lambda labelme: labelme.pop("shapes")), "not a labelme file: KeyError"),
     (lambda folder, name: (folder / "jpgs/jsons" / f"{name}.json").write_text('{"shapes": ['), "not a labelme file"),
     (lambda folder, name: (folder / "jpgs/jsons" / f"{name}.json").write_text("[" * 100000), "not a labelme file"),
     (lambda folder, name: (folder / "jpgs/jsons" / f"{name}.json").write_bytes(b""), "is empty"),
@@ -382,12 +382,12 @@ def spoil_labelme(change):
     (lambda folder, name: (folder / "jpgs" / f"{name}.jpg").write_bytes(b""), "file is empty"),
     (lambda folder, name: (folder / "jpgs" / f"{name}.jpg").rename(folder / "jpgs" / "scan.jpg"), "whose image is it"),
 ])
-def test_covid_rural_damage(spoil, told, rural, own, tmp_path):
+def test_covid_rural_damage(spoil, message, rural, own, tmp_path):
     root = own(rural)
     spoil(*some_image(root))
     pack = prepare_source(COVID_RURAL, _CovidRuralConfig(root), build(tmp_path, size=32))
-    assert len(pack) == len(STUDIES) - 1 and told in pack.rejects.reason[0] and str(tmp_path) not in pack.rejects.reason[0]
-    assert len(pack.rejects) == 1 + told.startswith("whose")     # and its masks, which have no image any more
+    assert len(pack) == len(STUDIES) - 1 and message in pack.rejects.reason[0] and str(tmp_path) not in pack.rejects.reason[0]
+    assert len(pack.rejects) == 1 + message.startswith("whose")     # and its masks, which have no image any more
 
 
 def test_covid_rural_knows_what_was_looked_for(rural, own, tmp_path):
@@ -444,7 +444,7 @@ def test_folder_with_boxes_and_masks(annotated, folder):
     assert tight_box(pack.mask(1)[1]) == (40, 32, 56, 44)
 
 
-@pytest.mark.parametrize(("name", "old", "new", "told"), [
+@pytest.mark.parametrize(("name", "old", "new", "message"), [
     ("boxes", "a.png,Mass", "z.png,Mass", "boxes.csv, line 2: the data set's table has no image 'z.png'"),
     ("boxes", ",4,8", ",x,8", "boxes.csv, line 2: x1 is 'x'; expected a number"), ("boxes", ",4,8", ",,8", "line 2: x1 is ''"), ("boxes", "4,8", "nan,8", "x1 is 'nan'"),
     ("boxes", "a.png,Mass", "a.png,", "line 2: the label is blank"), ("boxes", "x1,", "left,", "no column 'x1'"),
@@ -452,22 +452,22 @@ def test_folder_with_boxes_and_masks(annotated, folder):
     ("masks", "mask0.png", "../mask0.png", "leads out of the folder"), ("masks", "mask0.png", "", "line 2: the mask_path is blank"),
     ("masks", "a.png,mask0", "z.png,mask0", "masks.csv, line 2: the data set's table has no image"), ("masks", "mask_path", "path", "no column 'mask_path'"),
 ])
-def test_folder_with_wrong_tables(name, old, new, told, folder):
+def test_folder_with_wrong_tables(name, old, new, message, folder):
     replace_in(folder / f"{name}.csv", old, new)
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(ValueError, match=message):
         drawn_pack(folder)
     assert not (folder / "pack").exists() and not (folder / "pack.partial").exists()
 
 
-@pytest.mark.parametrize(("name", "old", "new", "told"), [
+@pytest.mark.parametrize(("name", "old", "new", "message"), [
     ("boxes", "4,8,20,20", "4,8,66,20", "lies outside of its image of 64 x 40"), ("boxes", "4,8,20,20", "20,8,4,20", "has no extent"),
     ("masks", "mask0.png", "table.csv", "cannot be decoded"), ("masks", "mask0.png", "lost.png", "file not found"), ("masks", "mask0.png", "a.png", "expected only 0 and 1"),
 ])
-def test_folder_with_wrong_rows(name, old, new, told, folder):
+def test_folder_with_wrong_rows(name, old, new, message, folder):
     "An image of which one box or mask is wrong is rejected as a whole"
     replace_in(folder / f"{name}.csv", old, new)
     pack = drawn_pack(folder)
-    assert pack.rejects.item.tolist() == ["a.png"] and told in pack.rejects.reason[0] and len(pack) == 3 and len(pack.boxes) == 1
+    assert pack.rejects.item.tolist() == ["a.png"] and message in pack.rejects.reason[0] and len(pack) == 3 and len(pack.boxes) == 1
 
 
 def test_folder_where_leaves_marks_of_others_out(folder):

@@ -77,8 +77,8 @@ def test_a_table_in_the_other_dialect_stops_before_any_pixel(tmp_path, relative)
     assert len(SIIM.plan(_SiimConfig(root, absolute=not relative)).items) == 32
     with pytest.raises(DataError, match="leave out --absolute" if relative else "read it with --absolute"):
         SIIM.plan(_SiimConfig(root, absolute=relative))
-    told = check_source(SIIM, _SiimConfig(root, absolute=relative))
-    assert told[0] == {} and "--absolute" in told[1][0]
+    facts, problems = check_source(SIIM, _SiimConfig(root, absolute=relative))
+    assert facts == {} and "--absolute" in problems[0]
 
 
 @pytest.mark.parametrize("relative", [True, False])

@@ -46,7 +46,7 @@ STUDIES = {name: choose(finding, SETS[name][0].follow_ups) for name, finding in 
 
 
 @pytest.fixture(scope="module")
-def dressed(tmp_path_factory) -> dict[str, Path]:
+def simulated(tmp_path_factory) -> dict[str, Path]:
     "The four data sets on disk; copy a folder before you change it"
     folders = {}
     for name, (data_set, _) in SETS.items():
@@ -154,19 +154,19 @@ def test_shapes_in_words():
     assert united.sum() == sum(_shape_mask(shape, 40, 30).sum() for shape in shapes)
 
 
-@pytest.mark.parametrize("spec, told", [
+@pytest.mark.parametrize("spec, message", [
     ({"rle": "1 2 3", "relative": True}, "expected pairs"), ({"rle": "150 100", "relative": False}, "ends at pixel"), ({"rle": "1 -2"}, "whole numbers"),
     ({"polygons": [[[1, 1], [2, 2]]]}, "at least 3"), ({"polygons": [[[1, 1], [2, 2], [99, 3]]]}, "outside of the picture"), ({"polygons": [[[1, 1], [2], [3, 3]]]}, "pairs of numbers"),
     ({"shapes": [[0, 1, 1, 300, 3]]}, "outside of the picture"), ({"file": "../secret.png"}, "does not lead"), ({"file": "soft.png"}, "values 0, 3"), ({"file": "rgb.png"}, "3 channels"),
     ({"file": "small.png"}, "mask of 4 x 4 pixels for an image of 20 x 10"), ({"file": "lost.png"}, "file not found"), ({"file": "cut.png"}, "cannot be decoded"),
     ({"union": [{"rle": "1 2"}, {"rle": "x y"}]}, "whole numbers"), ({}, "expected a dict"), ({"rle": "1 2", "file": "a"}, "expected a dict"), (None, "expected a dict")])
-def test_damaged_masks_are_refused(tmp_path, spec, told):
+def test_damaged_masks_are_refused(tmp_path, spec, message):
     Image.fromarray(np.uint8([[0, 3, 255]] * 3)).save(tmp_path / "soft.png")
     Image.fromarray(np.zeros((10, 20, 3), np.uint8)).save(tmp_path / "rgb.png")
     Image.fromarray(np.zeros((4, 4), np.uint8)).save(tmp_path / "small.png")
     (tmp_path / "cut.png").write_bytes((tmp_path / "rgb.png").read_bytes()[:40])
     width, height = (3, 3) if spec and spec.get("file") == "soft.png" else (20, 10)
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(ValueError, match=message):
         decode_mask(spec, tmp_path, width, height)
 
 
@@ -177,7 +177,7 @@ def test_mask_files_of_both_kinds(tmp_path):
         assert np.array_equal(_read_mask(tmp_path / name, 7, 9), mask)
 
 
-# From the phantom's clothes to the Pack
+# From a simulated copy to the Pack
 
 def prepared(name: str, root: Path, out: Path, **options):
     data_set, config = SETS[name]
@@ -191,8 +191,8 @@ def index_of(pack, place: int, studies: list) -> int:
 
 
 @pytest.mark.parametrize("name, finding", [("rsna", "Pneumonia"), ("siim", "Pneumothorax")])
-def test_dicom_boxes_and_masks_come_out_as_they_went_in(dressed, tmp_path, name, finding):
-    pack, studies = prepared(name, dressed[name], tmp_path / "pack"), STUDIES[name]
+def test_dicom_boxes_and_masks_come_out_as_they_went_in(simulated, tmp_path, name, finding):
+    pack, studies = prepared(name, simulated[name], tmp_path / "pack"), STUDIES[name]
     assert len(pack) == len(studies) and pack.rejects.empty
     seen = set()
     for place in range(len(pack)):
@@ -219,9 +219,9 @@ def test_what_to_get_is_told_where_nothing_is(tmp_path, name):
         assert word.lower() in data_set.get.lower()
 
 
-def test_nih_of_both_years_and_layouts(dressed, tmp_path):
-    expected = NIH.plan(_NihConfig(dressed["nih"])).items
-    root = tables_only(dressed["nih"], tmp_path)
+def test_nih_of_both_years_and_layouts(simulated, tmp_path):
+    expected = NIH.plan(_NihConfig(simulated["nih"])).items
+    root = tables_only(simulated["nih"], tmp_path)
     entries = root / "Data_Entry_2017_v2020.csv"
     (root / "Data_Entry_2017.csv").write_text("".join(f"{line},\n" for line in entries.read_text().splitlines()))
     entries.unlink()
@@ -229,17 +229,17 @@ def test_nih_of_both_years_and_layouts(dressed, tmp_path):
     for link in root.glob("images_*"):
         link.unlink()
     (root / "images").mkdir()
-    for path in dressed["nih"].glob("images_*/images/*.png"):
+    for path in simulated["nih"].glob("images_*/images/*.png"):
         (root / "images" / path.name).symlink_to(path)
     items = NIH.plan(_NihConfig(root)).items
     assert [item["images"][0]["path"] for item in items] == [f"images/{item['study']}.png" for item in expected]
 
 
-def test_only_images_that_were_looked_at_have_boxes(dressed):
-    items = NIH.plan(_NihConfig(dressed["nih"])).items
+def test_only_images_that_were_looked_at_have_boxes(simulated):
+    items = NIH.plan(_NihConfig(simulated["nih"])).items
     boxed = [item for item in items if item["images"][0]["boxes"] is not None]
     assert 0 < len(boxed) < len(items) and all(item["split"] == "test" and item["images"][0]["boxes"] for item in boxed)
-    lovt = NIH.plan(_NihConfig(dressed["nih"], "lovt", no_findings=0)).items
+    lovt = NIH.plan(_NihConfig(simulated["nih"], "lovt", no_findings=0)).items
     assert {item["study"] for item in lovt} == {item["study"] for item in boxed}
 
 
@@ -318,18 +318,18 @@ def test_lovt_validates_chexpert_on_its_first_patients(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["rsna", "siim", "nih"])
-def test_lists_are_followed_in_their_order(dressed, tmp_path, name):
+def test_lists_are_followed_in_their_order(simulated, tmp_path, name):
     data_set, config = SETS[name]
-    items = data_set.plan(config(dressed[name])).items
+    items = data_set.plan(config(simulated[name])).items
     names = [item["study"] for item in items][::-1]
     for part, some in {"train": names[:8], "validation": names[8:10], "test": names[10:13]}.items():
         (tmp_path / f"{part}.csv").write_text("ID,boxes\n" + "".join(f"{one},\n" for one in some))
-    source = data_set.plan(config(dressed[name], "lovt", split_files=tmp_path))
+    source = data_set.plan(config(simulated[name], "lovt", split_files=tmp_path))
     assert [item["study"] for item in source.items] == names[:13] and [item["split"] for item in source.items][7:11] == ["train", "validate", "validate", "test"]
     assert list(source.dropped.values()) == [3]
     (tmp_path / "test.csv").write_text("ID\nsomebody-else\n")
     with pytest.raises(DataError, match="name 1 images that .* does not have"):
-        data_set.plan(config(dressed[name], "lovt", split_files=tmp_path))
+        data_set.plan(config(simulated[name], "lovt", split_files=tmp_path))
 
 
 # Damage
@@ -345,29 +345,29 @@ def damaged(root: Path, file: str, old: str, new: str) -> None:
 @pytest.mark.parametrize("name, file, old", [
     ("rsna", "stage_2_detailed_class_info.csv", "00000006-aaaa-4000-8000-000000000006,"),
     ("nih", "Data_Entry_2017_v2020.csv", "00000001_000.png,"), ("chexpert", "train.csv", "CheXpert-v1.0-small/train/patient00001/study1/view1_frontal.jpg,")])
-def test_a_row_without_a_name_is_named_by_its_line(dressed, tmp_path, name, file, old):
+def test_a_row_without_a_name_is_named_by_its_line(simulated, tmp_path, name, file, old):
     "And what the other table tells of the image that is now missing is not used either"
     data_set, config = SETS[name]
     recipe = "patients" if name == "nih" else "medvis"
-    clean = len(data_set.plan(config(dressed[name], recipe)).items)
-    damaged(tables_only(dressed[name], tmp_path), file, old, ",")
+    clean = len(data_set.plan(config(simulated[name], recipe)).items)
+    damaged(tables_only(simulated[name], tmp_path), file, old, ",")
     items = data_set.plan(config(tmp_path, recipe)).items
     assert sum("rejects" not in item for item in items) == clean - (name != "chexpert") and any("rejects" in item and "line" in str(item) or "not in it" in str(item) for item in items)
 
 
-def test_a_lost_and_a_cut_image_are_named(dressed, tmp_path):
-    shutil.copytree(dressed["rsna"], tmp_path / "copy")
+def test_a_lost_and_a_cut_image_are_named(simulated, tmp_path):
+    shutil.copytree(simulated["rsna"], tmp_path / "copy")
     files = sorted((tmp_path / "copy" / "stage_2_train_images").iterdir())
     files[4].unlink()
     files[5].write_bytes(files[5].read_bytes()[:500_000])
     files[6].write_bytes(b"")
     pack = prepared("rsna", tmp_path / "copy", tmp_path / "pack")
-    told = dict(zip(pack.rejects["item"], pack.rejects["reason"]))
-    assert sorted(told) == [path.stem for path in files[4:7]] and "not found" in told[files[4].stem] and "empty" in told[files[6].stem]
+    reasons = dict(zip(pack.rejects["item"], pack.rejects["reason"]))
+    assert sorted(reasons) == [path.stem for path in files[4:7]] and "not found" in reasons[files[4].stem] and "empty" in reasons[files[6].stem]
 
 
-def test_the_same_file_name_twice_is_refused(dressed, tmp_path):
-    shutil.copytree(dressed["siim"], tmp_path / "copy")
+def test_the_same_file_name_twice_is_refused(simulated, tmp_path):
+    shutil.copytree(simulated["siim"], tmp_path / "copy")
     film = next((tmp_path / "copy").glob("dicom-images-train/*/*/*.dcm"))
     (film.parents[1] / "again").mkdir()
     shutil.copy(film, film.parents[1] / "again" / film.name)
@@ -375,29 +375,29 @@ def test_the_same_file_name_twice_is_refused(dressed, tmp_path):
         siim._plan_siim(_SiimConfig(tmp_path / "copy"))
 
 
-def test_an_image_of_other_proportions_than_its_frame_is_refused(dressed, tmp_path):
-    shutil.copytree(dressed["nih"], tmp_path / "copy")
+def test_an_image_of_other_proportions_than_its_frame_is_refused(simulated, tmp_path):
+    shutil.copytree(simulated["nih"], tmp_path / "copy")
     item = next(item for item in nih._plan_nih(_NihConfig(tmp_path / "copy")).items if item["images"][0]["boxes"])
     Image.fromarray(np.zeros((512, 400), np.uint8)).save(tmp_path / "copy" / item["images"][0]["path"])
     pack = prepared("nih", tmp_path / "copy", tmp_path / "pack")
     assert pack.rejects["item"].tolist() == [item["study"]] and "drawn on 1024 x 1024" in pack.rejects["reason"][0]
 
 
-def test_mgca_needs_more_rows_than_it_holds_out(dressed):
-    for plan in (lambda: rsna._plan_rsna(_RsnaConfig(dressed["rsna"], "mgca-boxes")), lambda: chexpert._plan_chexpert(_ChexpertConfig(dressed["chexpert"], "mgca"))):
+def test_mgca_needs_more_rows_than_it_holds_out(simulated):
+    for plan in (lambda: rsna._plan_rsna(_RsnaConfig(simulated["rsna"], "mgca-boxes")), lambda: chexpert._plan_chexpert(_ChexpertConfig(simulated["chexpert"], "mgca"))):
         with pytest.raises(DataError, match="choose fewer|the retrieval set needs"):
             plan()
 
 
-def test_chexpert_comes_out_as_it_went_in_and_row_wise_splits_are_refused(dressed, tmp_path):
-    root, studies = dressed["chexpert"], STUDIES["chexpert"]
+def test_chexpert_comes_out_as_it_went_in_and_row_wise_splits_are_refused(simulated, tmp_path):
+    root, studies = simulated["chexpert"], STUDIES["chexpert"]
     pack = prepared("chexpert", root, tmp_path / "pack")
     assert len(pack.studies) == len(studies) and pack.rejects.empty
     for place in np.flatnonzero(pack.image_table["view"] != "LATERAL"):
         study = min(studies, key=lambda one: np.abs(one.image.astype(int) - pack.image(place)).mean())
         assert np.abs(study.image.astype(int) - pack.image(place)).mean() < 3      # JPEG
-        told = pack.labels.iloc[pack.image_table["study"][place]]
-        for name, value in told.items():
+        labels = pack.labels.iloc[pack.image_table["study"][place]]
+        for name, value in labels.items():
             assert value == study.labels.get(name) or (np.isnan(value) and study.labels.get(name) is None)
     rows = _ChexpertConfig(root, "mgca", retrieval=0, validation=8)
     with pytest.raises(DataError, match="leak"):
@@ -408,7 +408,7 @@ def test_chexpert_comes_out_as_it_went_in_and_row_wise_splits_are_refused(dresse
 
 @pytest.mark.parametrize("recipe", ["lovt", "mgca"])
 def test_a_normal_radiograph_is_a_negative_of_the_five(tmp_path, recipe):
-    "Of most normal ones only No Finding is told, and the recipes count blanks as absent"
+    "Most normal ones have no label but No Finding, and the recipes count blanks as absent"
     root = chexpert_folder(tmp_path / "files", normal=True)
     small = {"validation": 50} | ({"retrieval": 3} if recipe == "mgca" else {})
     for part in ("train", "valid"):
@@ -419,16 +419,16 @@ def test_a_normal_radiograph_is_a_negative_of_the_five(tmp_path, recipe):
     pack = prepare_source(CHEXPERT, _ChexpertConfig(root, recipe, **small), BuildConfig(tmp_path / "pack", size=32, progress=False, allow_leaks=True))
     task = pack_task(pack)
     assert task.classes == chexpert._COMPETITION
-    told = pack.labels.iloc[pack.image_table["study"]].reset_index(drop=True)
-    normal, unknown = told["No Finding"] == 1, told.isna().all(axis=1)
-    assert normal.sum() > 20 < unknown.sum() and told[normal].drop(columns="No Finding").isna().all(axis=None)
+    labels = pack.labels.iloc[pack.image_table["study"]].reset_index(drop=True)
+    normal, unknown = labels["No Finding"] == 1, labels.isna().all(axis=1)
+    assert normal.sum() > 20 < unknown.sum() and labels[normal].drop(columns="No Finding").isna().all(axis=None)
     assert set(task.images["image"]) == set(np.flatnonzero(~unknown)) and (task.targets[np.isin(task.images["image"], np.flatnonzero(normal))] == 0).all()
     torch.manual_seed(0)
     encoder = {"encoder": image_encoder("tiny_resnet", size=32)}
     recipe = pack.manifest["source"]["recipe"]
     said = probe_predictions(encoder, pack, (1.0,), (0,), list(recipe["classes"]), None, recipe["uncertain"], recipe["blank"])
-    tested = pack.studies[["study_id", "split"]].assign(known=pack.labels.notna().any(axis=1))
-    assert (said.groupby("finding", observed=True)["label"].count() == tested.query("split == 'test' and known").shape[0]).all()
+    tested = pack.studies[["study_id", "split"]].assign(labelled=pack.labels.notna().any(axis=1))
+    assert (said.groupby("finding", observed=True)["label"].count() == tested.query("split == 'test' and labelled").shape[0]).all()
 
 
 def test_the_retrieval_set_is_asked_for_its_five(tmp_path):
@@ -438,10 +438,10 @@ def test_the_retrieval_set_is_asked_for_its_five(tmp_path):
     assert [[item["labels"][name] for name in chexpert._COMPETITION].count(1.0) for item in source.items] == 15 * [1]
 
 
-def test_nih_without_its_boxes_is_prepared(dressed, tmp_path, capsys):
+def test_nih_without_its_boxes_is_prepared(simulated, tmp_path, capsys):
     root = tmp_path / "nih"
     root.mkdir()
-    tables_only(dressed["nih"], root)
+    tables_only(simulated["nih"], root)
     (root / "BBox_List_2017.csv").unlink()
     assert main(f"prepare nih --root {root} --out {tmp_path}/pack --size 64 --no-progress".split()) == 0, capsys.readouterr().err
     assert set(pd.read_csv(tmp_path / "pack" / "subsets.csv")["task"]) == {"labels"}

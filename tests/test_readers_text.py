@@ -17,10 +17,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from medvis.data.sets import mimic, openi
+from medvis.data.sets import mimic, mimic_edema, mimic_files, openi
 from medvis.data.files import DataError
 from medvis.data.phantom import Phantom
 from medvis.data.reports import ReportRules, check_report, parse_sections
+from medvis.data.sets.plans import write_dicom
 from medvis.data.source import BuildConfig, check_source, prepare_source, read_study
 
 STUDIES = [Phantom()[index] for index in range(30)]
@@ -30,15 +31,15 @@ quick = settings(deadline=None, max_examples=25, derandomize=True)
 
 
 @pytest.fixture(scope="module")
-def dressed(tmp_path_factory):
+def simulated(tmp_path_factory):
     root = tmp_path_factory.mktemp("mimic") / "root"
-    mimic._simulate_edema(root, STUDIES)
+    mimic_files.simulate_mimic(root, STUDIES)
     return root
 
 
 @pytest.fixture
-def copy(dressed, tmp_path):
-    return shutil.copytree(dressed, tmp_path / "copy")
+def copy(simulated, tmp_path):
+    return shutil.copytree(simulated, tmp_path / "copy")
 
 
 def table_path(root: Path, kind: str) -> Path:
@@ -118,63 +119,63 @@ def as_shuffled(root: Path) -> Path:
 
 
 @pytest.mark.parametrize("form", [as_lovt, as_mgca, as_wget, as_one_folder, as_unpacked, as_shuffled])
-def test_every_form_of_mimic_makes_the_same_studies(dressed, copy, form):
+def test_every_form_of_mimic_makes_the_same_studies(simulated, copy, form):
     root = form(copy)
     changed = plan(root)
-    assert essence(changed) == essence(plan(dressed))
+    assert essence(changed) == essence(plan(simulated))
     records = [read_study(item, root, 64, "pad") for item in changed.items]
     assert not any(record.rejects for record in records)
-    by_study = {mimic._mimic_ids(study)[1]: study.report for study in STUDIES}
+    by_study = {mimic_files._mimic_ids(study)[1]: study.report for study in STUDIES}
     assert {record.study_id: record.report for record in records} == by_study
     if form is as_wget:
-        assert len(mimic._plan_edema(mimic._EdemaConfig(root)).items) == len(mimic._plan_edema(mimic._EdemaConfig(dressed)).items)
+        assert len(mimic_edema._plan_edema(mimic_edema._EdemaConfig(root)).items) == len(mimic_edema._plan_edema(mimic_edema._EdemaConfig(simulated)).items)
 
 
 @pytest.mark.parametrize("recipe", mimic._MIMIC_RECIPES)
-def test_a_pack_of_mimic_holds_what_went_in(dressed, tmp_path, recipe):
-    pack = prepare_source(mimic.MIMIC_CXR, mimic._MimicConfig(dressed, recipe), BuildConfig(tmp_path / "pack", size=64, progress=False))
-    rules, splits = mimic._MIMIC_RECIPES[recipe].rules, mimic._mimic_splits(STUDIES)
-    by_study = {mimic._mimic_ids(study)[1]: study for study in STUDIES}
+def test_a_pack_of_mimic_holds_what_went_in(simulated, tmp_path, recipe):
+    pack = prepare_source(mimic.MIMIC_CXR, mimic._MimicConfig(simulated, recipe), BuildConfig(tmp_path / "pack", size=64, progress=False))
+    rules, splits = mimic._MIMIC_RECIPES[recipe].rules, mimic_files._mimic_splits(STUDIES)
+    by_study = {mimic_files._mimic_ids(study)[1]: study for study in STUDIES}
     held_out = {study.patient_id for study in STUDIES if splits[study.patient_id] == "test" and study.severities["Edema"] is not None}
-    assert set(pack.studies.study_id) == set(by_study), "in the phantom's clothes the edema test patients are test patients of MIMIC"
+    assert set(pack.studies.study_id) == set(by_study), "in the simulated copy the edema test patients are test patients of MIMIC"
     assert held_out
     for row in pack.studies.itertuples():
         study = by_study[row.study_id]
         assert (row.sentences, "") == check_report(study.report, rules)
         wanted = splits[study.patient_id].replace("test", "validate") if recipe == "mgca" else splits[study.patient_id]
-        assert row.split == wanted and row.patient_id == mimic._mimic_ids(study)[0]
-        truth = {dicom: view for dicom, view, _ in mimic._mimic_images(study) if view in ("PA", "AP")}
+        assert row.split == wanted and row.patient_id == mimic_files._mimic_ids(study)[0]
+        truth = {dicom: view for dicom, view, _ in mimic_files._mimic_images(study) if view in ("PA", "AP")}
         found = pack.image_table.iloc[row.image_rows]
         assert list(found.image_id) == sorted(truth) and dict(zip(found.image_id, found.view, strict=True)) == truth
         for image, dicom in zip(row.image_rows, found.image_id, strict=True):
-            pixels = np.asarray(Image.open(dressed / found.path[image]))
+            pixels = np.asarray(Image.open(simulated / found.path[image]))
             assert (pack.image(image) == pixels).all(), "64 x 64 stays as it is"
     labels = pack.labels.astype(object).where(pack.labels.notna(), None).to_dict("records")
-    assert labels == [mimic._mimic_labels(by_study[name]) for name in pack.studies.study_id]
-    assert pack.studies.study_id.tolist() == sorted(pack.studies.study_id, key=lambda name: mimic._mimic_ids(by_study[name]))
+    assert labels == [mimic_files._mimic_labels(by_study[name]) for name in pack.studies.study_id]
+    assert pack.studies.study_id.tolist() == sorted(pack.studies.study_id, key=lambda name: mimic_files._mimic_ids(by_study[name]))
 
 
-def test_negbio_labels_are_another_table(dressed):
-    labels = {item["study"]: item["labels"] for item in plan(dressed, labeler="negbio").items}
+def test_negbio_labels_are_another_table(simulated):
+    labels = {item["study"]: item["labels"] for item in plan(simulated, labeler="negbio").items}
     for study in STUDIES:
-        told = {name: 0.0 if value == -1 else value for name, value in mimic._mimic_labels(study).items()}
-        assert labels[mimic._mimic_ids(study)[1]] == told
+        expected = {name: 0.0 if value == -1 else value for name, value in mimic_files._mimic_labels(study).items()}
+        assert labels[mimic_files._mimic_ids(study)[1]] == expected
 
 
 @pytest.mark.parametrize("odd", ["50913680", "58235663"])
 def test_reports_that_the_parser_misreads_are_left_out(copy, odd):
-    study = mimic._mimic_ids(STUDIES[5])[1].encode()
+    study = mimic_files._mimic_ids(STUDIES[5])[1].encode()
     for kind in TABLES:
         edit(copy, kind, lambda data: data.replace(study, odd.encode()))
     for recipe in mimic._MIMIC_RECIPES:
         source = plan(copy, recipe)
         assert odd not in {item["study"] for item in source.items} and len(source.items) == 29
-        assert source.dropped["study whose sections the parser misreads"] == sum(view in ("PA", "AP") for _, view, _ in mimic._mimic_images(STUDIES[5]))
+        assert source.dropped["study whose sections the parser misreads"] == sum(view in ("PA", "AP") for _, view, _ in mimic_files._mimic_images(STUDIES[5]))
 
 
 # ---- damage to MIMIC-CXR
 
-FIRST = mimic._mimic_ids(STUDIES[0])
+FIRST = mimic_files._mimic_ids(STUDIES[0])
 
 
 def swap(old: str, new: str, count: int = -1):
@@ -194,12 +195,12 @@ FATAL = {       # (table, change) -> what the DataError says; all other damage t
 
 @pytest.mark.parametrize("damage", FATAL)
 def test_a_damaged_table_stops_the_work(copy, damage):
-    kind, change, told = FATAL[damage]
+    kind, change, message = FATAL[damage]
     edit(copy, kind, change)
-    with pytest.raises(DataError, match=told):
+    with pytest.raises(DataError, match=message):
         plan(copy)
     facts, problems = check_source(mimic.MIMIC_CXR, mimic._MimicConfig(copy))
-    assert any(told in problem for problem in problems)
+    assert any(message in problem for problem in problems)
 
 
 BAD_ROWS = {    # the same damage to an id in several tables -> reason of the reject
@@ -210,42 +211,42 @@ BAD_ROWS = {    # the same damage to an id in several tables -> reason of the re
 
 
 @pytest.mark.parametrize("damage", BAD_ROWS)
-def test_a_damaged_row_costs_its_study_and_no_other(dressed, copy, damage):
-    kinds, change, told = BAD_ROWS[damage]
+def test_a_damaged_row_costs_its_study_and_no_other(simulated, copy, damage):
+    kinds, change, message = BAD_ROWS[damage]
     for kind in kinds.split():
         edit(copy, kind, change)
-    source, before = plan(copy), {item["study"]: item for item in plan(dressed).items}
-    assert told in reasons(source)
+    source, before = plan(copy), {item["study"]: item for item in plan(simulated).items}
+    assert message in reasons(source)
     kept = [item for item in source.items if "rejects" not in item]
     assert len(before) - 2 <= len(kept) < len(before) and all(item == before[item["study"]] for item in kept)
 
 
 def test_damaged_files_are_rejects_of_the_build_without_report_text(copy, tmp_path):
     jpg, archive = copy / "mimic-cxr-jpg/2.0.0/files", copy / "mimic-cxr/2.0.0/mimic-cxr-reports.zip"
-    pictures = {name: [path for path in sorted(jpg.glob(f"*/*/s{mimic._mimic_ids(study)[1]}/*.jpg"))] for name, study in zip("abcde", STUDIES[5:], strict=False)}
+    pictures = {name: [path for path in sorted(jpg.glob(f"*/*/s{mimic_files._mimic_ids(study)[1]}/*.jpg"))] for name, study in zip("abcde", STUDIES[5:], strict=False)}
     whole = pictures["a"][0].read_bytes()
     for path, data in zip((pictures["a"], pictures["b"], pictures["c"]), (b"", whole[: len(whole) // 2], b"not a picture"), strict=True):
         [picture.write_bytes(data) for picture in path]
     [picture.unlink() for picture in pictures["d"]]
     members = {info.filename: zipfile.ZipFile(archive).read(info) for info in zipfile.ZipFile(archive).infolist()}
     for study, data in zip(STUDIES[12:15], (b"", b" FINDINGS: secret \xff words", None), strict=True):
-        name = next(name for name in members if mimic._mimic_ids(study)[1] in name)
+        name = next(name for name in members if mimic_files._mimic_ids(study)[1] in name)
         members[name] = data
     with zipfile.ZipFile(archive, "w") as changed:
         [changed.writestr(name, data) for name, data in members.items() if data is not None]
     pack = prepare_source(mimic.MIMIC_CXR, mimic._MimicConfig(copy), BuildConfig(tmp_path / "pack", size=64, progress=False, max_rejects=0.5))
-    told = " | ".join(pack.rejects.reason)
+    reasons = " | ".join(pack.rejects.reason)
     for reason in ("file is empty", "is blank", "not UTF-8", "its report is not in the zip"):
-        assert reason in told
-    assert "secret" not in told and len(pack.studies) == 30 - 4 - 3
+        assert reason in reasons
+    assert "secret" not in reasons and len(pack.studies) == 30 - 4 - 3
 
 
 @quick
 @given(st.data())
-def test_no_damage_ends_in_a_traceback(dressed, data):
+def test_no_damage_ends_in_a_traceback(simulated, data):
     "Bytes overwritten anywhere in a table: the plan stands, or a DataError says why not."
     kind = data.draw(st.sampled_from(TABLES[:3]))
-    path = table_path(dressed, kind)
+    path = table_path(simulated, kind)
     whole = path.read_bytes()
     broken = bytearray(gzip.decompress(whole))
     place = data.draw(st.integers(0, len(broken) - 1))
@@ -253,7 +254,7 @@ def test_no_damage_ends_in_a_traceback(dressed, data):
     broken[place:place + data.draw(st.integers(0, 5))] = piece
     try:
         path.write_bytes(gzip.compress(bytes(broken)))
-        source = plan(dressed)
+        source = plan(simulated)
         assert all(item["split"] in ("train", "validate", "test") and item["images"] for item in source.items if "rejects" not in item)
     except DataError as error:
         assert str(error)
@@ -263,15 +264,15 @@ def test_no_damage_ends_in_a_traceback(dressed, data):
 
 # ---- edema
 
-def test_a_pack_of_edema_grades_holds_what_went_in(dressed, tmp_path):
-    pack = prepare_source(mimic.MIMIC_EDEMA, mimic._EdemaConfig(dressed), BuildConfig(tmp_path / "pack", size=64, progress=False))
-    by_study, splits = {mimic._mimic_ids(study)[1]: study for study in STUDIES}, mimic._mimic_splits(STUDIES)
+def test_a_pack_of_edema_grades_holds_what_went_in(simulated, tmp_path):
+    pack = prepare_source(mimic_edema.MIMIC_EDEMA, mimic_edema._EdemaConfig(simulated), BuildConfig(tmp_path / "pack", size=64, progress=False))
+    by_study, splits = {mimic_files._mimic_ids(study)[1]: study for study in STUDIES}, mimic_files._mimic_splits(STUDIES)
     graded = {name for name, study in by_study.items() if study.severities["Edema"] is not None}
     assert set(pack.studies.study_id) == graded
     for row, grade in zip(pack.studies.itertuples(), pack.grades["Edema"], strict=True):
         study = by_study[row.study_id]
         assert grade == study.severities["Edema"] and (row.split == "test") == (splits[study.patient_id] == "test")
-        images = [dicom for dicom, view, _ in mimic._mimic_images(study) if view in ("PA", "AP")]
+        images = [dicom for dicom, view, _ in mimic_files._mimic_images(study) if view in ("PA", "AP")]
         assert pack.image_table.image_id[row.image_rows].tolist() == (images[:1] if row.split == "test" else sorted(images))
 
 
@@ -279,20 +280,20 @@ def edema_file(root: Path, kind: str) -> Path:
     return root / f"mimic-cxr-pe-severity/{kind}_edema_severity.csv"
 
 
-def test_a_patient_of_the_consensus_never_trains(dressed, copy):
+def test_a_patient_of_the_consensus_never_trains(simulated, copy):
     "Whoever enters the consensus leaves training, whatever his place in MIMIC's own split."
-    for recipe in mimic._EDEMA_RECIPES:
-        source = mimic._plan_edema(mimic._EdemaConfig(copy, recipe))
+    for recipe in mimic_edema._EDEMA_RECIPES:
+        source = mimic_edema._plan_edema(mimic_edema._EdemaConfig(copy, recipe))
         training = [item for item in source.items if item["split"] == "train"]
         chosen = training[0]
         with open(edema_file(copy, "consensus_image"), "a") as file:
             file.write(f"{chosen['patient']},{chosen['study']},3,{chosen['images'][0]['id']}\n")
-        after = mimic._plan_edema(mimic._EdemaConfig(copy, recipe))
+        after = mimic_edema._plan_edema(mimic_edema._EdemaConfig(copy, recipe))
         of_patient = [item for item in after.items if item["patient"] == chosen["patient"]]
         assert [(item["study"], item["split"], item["grades"]["Edema"]) for item in of_patient] == [(chosen["study"], "test", 3)]
         others = {item["study"]: item["split"] for item in source.items if item["patient"] != chosen["patient"]}
         assert {item["study"]: item["split"] for item in after.items if item["patient"] != chosen["patient"]} == others, "nobody else moves"
-        shutil.copy(edema_file(dressed, "consensus_image"), edema_file(copy, "consensus_image"))
+        shutil.copy(edema_file(simulated, "consensus_image"), edema_file(copy, "consensus_image"))
 
 
 def test_experts_correct_the_regular_expressions_but_not_for_local_mi(copy):
@@ -300,7 +301,7 @@ def test_experts_correct_the_regular_expressions_but_not_for_local_mi(copy):
     subject, number, grade = path.read_text().splitlines()[1].split(",")
     other = 3 - int(grade)
     path.write_text(path.read_text().replace(f"{number},{grade}", f"{number},{other}"))
-    found = {recipe: {item["study"]: item["grades"]["Edema"] for item in mimic._plan_edema(mimic._EdemaConfig(copy, recipe)).items} for recipe in mimic._EDEMA_RECIPES}
+    found = {recipe: {item["study"]: item["grades"]["Edema"] for item in mimic_edema._plan_edema(mimic_edema._EdemaConfig(copy, recipe)).items} for recipe in mimic_edema._EDEMA_RECIPES}
     assert found["medvis"][number] == other and found["local-mi"][number] == int(grade)
 
 
@@ -312,30 +313,30 @@ def test_the_rules_of_the_papers():
     assert {one.views for one in mimic._MIMIC_RECIPES.values()} == {("PA", "AP")} and {one.size for one in mimic._MIMIC_RECIPES.values()} == {256}
 
 
-def test_the_older_spelling_and_another_order_of_columns(dressed, copy):
+def test_the_older_spelling_and_another_order_of_columns(simulated, copy):
     for kind in ("regex_report", "expert_report", "consensus_image"):
         table = pd.read_csv(edema_file(copy, kind), dtype=str).rename(columns={"edema_severity": "edeme_severity"})
         table[sorted(table.columns)].assign(fold="1").to_csv(edema_file(copy, kind), index=False)
-    assert mimic._plan_edema(mimic._EdemaConfig(copy)).items == mimic._plan_edema(mimic._EdemaConfig(dressed)).items
+    assert mimic_edema._plan_edema(mimic_edema._EdemaConfig(copy)).items == mimic_edema._plan_edema(mimic_edema._EdemaConfig(simulated)).items
     apart = copy.parent / "apart"
     (copy / "mimic-cxr-pe-severity").rename(apart)
     with pytest.raises(DataError, match="name its folder with --edema"):
-        mimic._plan_edema(mimic._EdemaConfig(copy))
-    assert mimic._plan_edema(mimic._EdemaConfig(copy, edema=apart)).items == mimic._plan_edema(mimic._EdemaConfig(dressed)).items
+        mimic_edema._plan_edema(mimic_edema._EdemaConfig(copy))
+    assert mimic_edema._plan_edema(mimic_edema._EdemaConfig(copy, edema=apart)).items == mimic_edema._plan_edema(mimic_edema._EdemaConfig(simulated)).items
 
 
-@pytest.mark.parametrize(("old", "new", "told"), [
+@pytest.mark.parametrize(("old", "new", "message"), [
     ("{0},{1},", "{0},{1},9", "expected 0, 1, 2 or 3"), ("{0},{1},", "{0},{1},-", "expected 0, 1, 2 or 3"), ("{0},{1},", "19999999,{1},", "has another patient or study"),
     ("{0},{1},", "{0},59999999,", "is not in the metadata table"), ("{0},{1},", "{0},{1},0\n{0},{1},", "has more than one edema grade")])
-def test_a_damaged_grade_costs_its_study(dressed, copy, old, new, told):
-    before = {item["study"]: item for item in mimic._plan_edema(mimic._EdemaConfig(dressed, "local-mi")).items}
+def test_a_damaged_grade_costs_its_study(simulated, copy, old, new, message):
+    before = {item["study"]: item for item in mimic_edema._plan_edema(mimic_edema._EdemaConfig(simulated, "local-mi")).items}
     chosen = next(item for item in before.values() if item["split"] == "train")
     row = (chosen["patient"], chosen["study"])
     path = edema_file(copy, "regex_report")
     assert old.format(*row) in path.read_text()
     path.write_text(path.read_text().replace(old.format(*row), new.format(*row)))
-    source = mimic._plan_edema(mimic._EdemaConfig(copy, "local-mi"))
-    assert told in reasons(source)
+    source = mimic_edema._plan_edema(mimic_edema._EdemaConfig(copy, "local-mi"))
+    assert message in reasons(source)
     kept = {item["study"]: item for item in source.items if "rejects" not in item}
     assert chosen["study"] not in kept and all({**item, "split": ""} == {**before[study], "split": ""} for study, item in kept.items())
 
@@ -359,17 +360,17 @@ sections = st.dictionaries(st.sampled_from(openi._SECTIONS), texts | st.sampled_
 
 @quick
 @given(sections)
-def test_sections_in_are_sections_out(told):
-    wanted = {name: " ".join(told[name].split()) for name in openi._SECTIONS if told.get(name, "").split()}
-    assert parse_sections(openi._compose_report(told)) == wanted and list(parse_sections(openi._compose_report(told))) == list(wanted)
+def test_sections_in_are_sections_out(written):
+    wanted = {name: " ".join(written[name].split()) for name in openi._SECTIONS if written.get(name, "").split()}
+    assert parse_sections(openi._compose_report(written)) == wanted and list(parse_sections(openi._compose_report(written))) == list(wanted)
 
 
 @quick
 @given(sections)
-def test_sections_survive_the_xml(told):
+def test_sections_survive_the_xml(written):
     report = ET.Element("eCitation")
     ET.SubElement(report, "uId", id="CXR1")
-    for name, text in told.items():
+    for name, text in written.items():
         ET.SubElement(report, "AbstractText", Label=name.upper()).text = text
     try:
         data = ET.tostring(report, encoding="utf-8")
@@ -377,7 +378,7 @@ def test_sections_survive_the_xml(told):
     except ET.ParseError:       # characters that XML does not allow
         return
     found = openi._parse_xml(data, "1.xml")["sections"]
-    assert found == {name: " ".join(html.unescape(text).split()) for name, text in told.items()}
+    assert found == {name: " ".join(html.unescape(text).split()) for name, text in written.items()}
 
 
 @quick
@@ -427,6 +428,77 @@ def test_the_archive_and_the_folder_are_the_same(reports_root, tmp_path):
     reports, rejects = openi._read_reports(tmp_path)
     assert reports == openi._read_reports(reports_root)[0] and [one["study"] for one in rejects] == ["ecgen-radiology/8888.xml"]
     assert openi.openi_reports(tmp_path / "NLMCXR_reports.tgz")["dropped"].ne("").sum() == 1
+
+
+def picture_form(root: Path, form: str) -> Path:
+    "The same pictures in another published form: another folder, another spelling of the names, another kind of file."
+    old = root / "NLMCXR_png"
+    for path in sorted(old.glob("*.png")):
+        number, name = path.stem[3:].split("_")[0], path.stem[3:]       # 4 and 4_IM-0004-1001 of CXR4_IM-0004-1001
+        pixels = np.asarray(Image.open(path))
+        if form == "dicom":
+            write_dicom(root / f"NLMCXR_dcm/{number}/{name}.dcm", pixels, name)
+            path.unlink()
+            continue
+        new = {"jpg": f"images/CXR{name}.jpg", "jpeg": f"NLMCXR_png/{number}/CXR{name}.JPEG", "kaggle": f"images_normalized/{name}.dcm.png",
+               "nested": f"NLMCXR_png/NLMCXR_png/CXR{name}.png", "flat": f"CXR{number}_{name}.png"}[form]
+        (root / new).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(root / new, **({} if new.endswith("png") else {"quality": 95}))
+        path.unlink()
+    return root
+
+
+@pytest.mark.parametrize("form", ["dicom", "jpg", "jpeg", "kaggle", "nested", "flat"])
+def test_every_form_of_the_pictures_makes_the_same_studies(reports_root, tmp_path, form):
+    root = picture_form(shutil.copytree(reports_root, tmp_path / "form"), form)
+    source, expected = openi._plan_openi(openi._OpeniConfig(root)), openi._plan_openi(openi._OpeniConfig(reports_root))
+    assert essence(source) == essence(expected)
+    if form == "dicom":
+        pytest.importorskip("pydicom")
+    for item, study in zip(source.items, PATIENTS, strict=True):
+        record = read_study(item, root, 64, "pad")
+        assert not record.rejects and [image.image_id for image in record.images] == [name for name, _ in openi._openi_images(study)]
+        for image, (_, pixels) in zip(record.images, openi._openi_images(study), strict=True):
+            assert np.abs(image.pixels.astype(int) - pixels).mean() < (3 if form in ("jpg", "jpeg") else 1e-9)
+
+
+def test_a_part_of_a_squashed_copy(reports_root, tmp_path):
+    "JPEGs of some studies, squashed to squares, beside the archive of all reports: as copies go around."
+    root = tmp_path / "copy"
+    (root / "images").mkdir(parents=True)
+    with tarfile.open(root / "NLMCXR_reports.tgz", "w:gz") as archive:
+        archive.add(reports_root / "ecgen-radiology", "ecgen-radiology")
+    rows, projections = [], []
+    for study in PATIENTS[:6]:
+        for place, (name, pixels) in enumerate(openi._openi_images(study)):
+            Image.fromarray(np.ascontiguousarray(pixels[:48])).resize((64, 64)).convert("RGB").save(root / f"images/{name}.jpg", quality=95)
+            rows.append({"image_path": f"images/{name}.jpg", "orig_width": 2048, "orig_height": 1536})
+            projections.append({"uid": name[3:].split("_")[0], "filename": f"{name[3:]}.dcm.png", "projection": ("Frontal", "Lateral")[place]})
+    rows[1] |= {"orig_width": "", "orig_height": ""}
+    pd.DataFrame(rows).to_csv(root / "images.csv", index=False)
+    pd.DataFrame(projections).to_csv(root / "indiana_projections.csv", index=False)
+    source = openi._plan_openi(openi._OpeniConfig(root, partial=True))
+    assert len(source.items) == 6 and source.dropped["picture is not there"] == sum(len(openi._openi_images(study)) for study in PATIENTS[6:])
+    assert not any("squashed" in image for item in source.items for image in item["images"])
+    frontal = prepare_source(openi.OPENI, openi._OpeniConfig(root, "frontal", partial=True, unsquash=True), BuildConfig(tmp_path / "pack", size=64, progress=False))
+    assert len(frontal) == 6 and "unsquash" in frontal.manifest["source"]["read"]
+    sizes = dict(zip(frontal.image_table.image_id, zip(frontal.image_table.width, frontal.image_table.height)))
+    unknown = rows[1]["image_path"][len("images/"):-len(".jpg")]
+    assert {size for name, size in sizes.items() if name != unknown} == {(64, 48)} and sizes.get(unknown, (64, 64)) == (64, 64)
+    for place, study in enumerate(PATIENTS[:6]):
+        if sizes[frontal.image_table.image_id[place]] == (64, 48):
+            assert np.abs(frontal.image(place)[8:56].astype(int) - study.image[:48]).mean() < 8 and not frontal.image(place)[:8].any()
+    Image.fromarray(PATIENTS[0].image[:48]).save(root / rows[0]["image_path"])
+    record = read_study(openi._plan_openi(openi._OpeniConfig(root, partial=True, unsquash=True)).items[0], root, 64, "pad")
+    assert "expected a square, squashed from 2048 x 1536" in record.rejects[0][1]
+    (root / "images.csv").unlink()
+    with pytest.raises(DataError, match="there is no images.csv"):
+        openi._plan_openi(openi._OpeniConfig(root, partial=True, unsquash=True))
+
+
+def test_an_option_that_came_later_leaves_packs_of_before_as_they_are(reports_root, tmp_path):
+    pack = prepare_source(openi.OPENI, openi._OpeniConfig(reports_root), BuildConfig(tmp_path / "pack", size=64, progress=False))
+    assert pack.manifest["source"]["read"] == {"recipe": "medvis", "split_seed": 0, "partial": False}
 
 
 def test_missing_pictures_are_rejects_or_left_out(reports_root, tmp_path):

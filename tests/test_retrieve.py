@@ -46,14 +46,14 @@ def enumerate_orders(scores, relevant, ks):
 def test_shared_ties_are_the_mean_over_orders(rows, seed):
     scores, relevant = np.array([[float(s) for s, _ in rows]]), np.array([[r for _, r in rows]])
     ks = range(1, len(rows) + 1)
-    def told(scores, relevant):
+    def answer(scores, relevant):
         first = _first_relevant(scores, relevant)
         return np.concatenate([[retrieve._hit_at(k, *first)[0] for k in ks], [retrieve._precision_at(k, scores, relevant)[0] for k in ks],
                                retrieve._expected_rank(*first)])
-    np.testing.assert_allclose(told(scores, relevant), enumerate_orders(scores[0], relevant[0].tolist(), ks), atol=1e-9)
+    np.testing.assert_allclose(answer(scores, relevant), enumerate_orders(scores[0], relevant[0].tolist(), ks), atol=1e-9)
     order = np.random.default_rng(seed).permutation(len(rows))
-    np.testing.assert_allclose(told(scores[:, order], relevant[:, order]), told(scores, relevant), atol=1e-12)
-    np.testing.assert_allclose(told(np.exp(scores) - 9, relevant), told(scores, relevant), atol=1e-12)
+    np.testing.assert_allclose(answer(scores[:, order], relevant[:, order]), answer(scores, relevant), atol=1e-12)
+    np.testing.assert_allclose(answer(np.exp(scores) - 9, relevant), answer(scores, relevant), atol=1e-12)
 
 
 def test_recall_without_ties_is_scikit_learns():
@@ -214,12 +214,12 @@ class Films:
 
 class Knows(torch.nn.Module):
     "Reads the study off the image, and of text t that it belongs to the t-th study that has one, or the t-th prompt's finding off its words."
-    text_unit, view = "report", SimpleNamespace(max_tokens=64, punctuation=False, overflow="cut")
+    text_unit, sampling = "report", SimpleNamespace(max_tokens=64, punctuation=False, overflow="cut")
 
-    def __init__(self, tokenizer, told):
+    def __init__(self, tokenizer, answer):
         super().__init__()
-        self.weight, self.tokenizer, self.told = torch.nn.Parameter(torch.zeros(1)), tokenizer, told
-        self.preprocessing = SimpleNamespace(size=8, crop=1.0, fit=None, eval=lambda: lambda images: images)
+        self.weight, self.tokenizer, self.answer = torch.nn.Parameter(torch.zeros(1)), tokenizer, answer
+        self.preprocessing = SimpleNamespace(size=8, crop=1.0, fit=None, transform=lambda: lambda images: images)
 
     def embed_image(self, image):
         return image[:, 0, 0, 0].long()
@@ -228,7 +228,7 @@ class Knows(torch.nn.Module):
         return batch.study_id
 
     def similarity(self, image, text):
-        return torch.tensor([[self.told(int(i), int(t)) for t in text] for i in image], dtype=torch.float32)
+        return torch.tensor([[self.answer(int(i), int(t)) for t in text] for i in image], dtype=torch.float32)
 
 
 def test_one_who_knows_is_perfect(tokenizer, tmp_path):
@@ -251,21 +251,21 @@ def test_prompts_of_one_who_knows(tokenizer):
     pack, prompts = Films(), retrieve.prompt_table(["Edema", "Nodule"])
     truth = pack.labels.fillna(0)
     fits = lambda image, text: prompts["sign"].iloc[text] * truth[prompts["finding"].iloc[text]].iloc[image]
-    told = retrieve.zero_shot(Knows(tokenizer, fits), pack, resamples=10)
-    findings = told["findings"].set_index(["finding", "metric"])
+    answer = retrieve.zero_shot(Knows(tokenizer, fits), pack, resamples=10)
+    findings = answer["findings"].set_index(["finding", "metric"])
     assert (findings["value"].xs("AUROC", level="metric") == 1).all()
     assert findings.loc[("Edema", "AUROC"), "n"] == 9 and findings.loc[("Nodule", "AUROC"), "n"] == 10    # 7 is uncertain of edema; blank is negative
-    assert (told["prompts"][["alone", "paired", "ensemble"]] == 1).all(axis=None)
-    accuracy = told["classes"][told["classes"]["name"] == "accuracy"]
+    assert (answer["prompts"][["alone", "paired", "ensemble"]] == 1).all(axis=None)
+    accuracy = answer["classes"][answer["classes"]["name"] == "accuracy"]
     assert (accuracy["value"] == 1).all() and (accuracy["n"] == 8).all()        # 6 and 8 have none of the two
-    assert not told["classes"]["name"].isin(["Brier score", "expected calibration error"]).any()
+    assert not answer["classes"]["name"].isin(["Brier score", "expected calibration error"]).any()
 
 
 def test_zero_shot_tables_by_hand():
     draw = np.random.default_rng(2)
     prompts = pd.concat([retrieve.prompt_table(["Edema", "Nodule"]), pd.DataFrame([("Edema", 1, 99, "Wet lungs.")], columns=["finding", "sign", "pair", "prompt"])])
-    told = pd.DataFrame({"image_id": range(50), "study_id": range(50), "patient_id": np.arange(50) // 2})
-    pairs = PairScores(draw.normal(size=(50, len(prompts))).astype(np.float32), told, prompts.reset_index(drop=True))
+    answer = pd.DataFrame({"image_id": range(50), "study_id": range(50), "patient_id": np.arange(50) // 2})
+    pairs = PairScores(draw.normal(size=(50, len(prompts))).astype(np.float32), answer, prompts.reset_index(drop=True))
     truth = pd.DataFrame({"Edema": draw.choice([1, 0, np.nan], 50), "Nodule": np.zeros(50)})
     for combine, how in (("mean", np.mean), ("max", np.max)):
         known = truth["Edema"].notna().to_numpy()
@@ -293,12 +293,12 @@ def test_zero_shot_tables_by_hand():
 
 def test_classes_are_standardised_over_the_test_images():
     prompts = retrieve.prompt_table(["Edema", "Nodule"], templates=(("{}", "no {}"),), names={"Edema": ["edema"], "Nodule": ["nodule"]})
-    told = pd.DataFrame({"image_id": range(40), "study_id": range(40), "patient_id": range(40)})
+    answer = pd.DataFrame({"image_id": range(40), "study_id": range(40), "patient_id": range(40)})
     kind = np.arange(40) % 2
     scores = np.zeros((40, 4), np.float32)
     scores[:, 0], scores[:, 2] = 5 + 0.1 * (kind == 0), 10 * (kind == 1)           # edema is liked by all images, nodule by its own
     scores[:, 2] -= 20
-    pairs = PairScores(scores, told, prompts)
+    pairs = PairScores(scores, answer, prompts)
     classes = np.where(kind == 0, "Edema", "Nodule")
     table = retrieve._class_table(pairs, classes).query("name == 'accuracy'").set_index("scores")
     assert table.loc["raw", "value"] == 0.5 == table.loc["raw", "chance"] and table.loc["standardised (GLoRIA)", "value"] == 1

@@ -21,6 +21,7 @@ from typing import Any, Literal, NotRequired, TypedDict
 
 import numpy as np
 import pandas as pd
+from PIL import Image
 
 from .annotations import decode_mask
 from .build import ImageRecord, StudyRecord, by_reason, write_pack
@@ -138,7 +139,7 @@ class ReadConfig:
     root: Path
     """Folder of the data set, as it was downloaded."""
     recipe: str = "medvis"
-    """Whose rules: medvis, or lovt, mgca, local-mi if that paper used the data set (see nbs/data/sets/13_registry)."""
+    """Whose rules: medvis, or lovt, mgca, local-mi where that paper used the data set (nbs/data/sets/15_registry)."""
     split_seed: int = 0
     """Seed of the splits that are drawn by patient, where the recipe draws any."""
 
@@ -203,6 +204,8 @@ class ImageItem(TypedDict):
         relative to the root
     view : NotRequired[str]
         such as PA, AP or LATERAL
+    squashed : NotRequired[list[int] | None]
+        width and height before the picture was squashed to a square; undone
     boxes : NotRequired[list[list] | None]
         name, x0, y0, x1, y1 in the frame; None = not annotated
     masks : NotRequired[dict[str, dict | None] | None]
@@ -216,6 +219,7 @@ class ImageItem(TypedDict):
     id: str
     path: str  # relative to the root
     view: NotRequired[str]  # such as PA, AP or LATERAL
+    squashed: NotRequired[list[int] | None]  # width and height before the picture was squashed to a square; undone
     boxes: NotRequired[list[list] | None]  # name, x0, y0, x1, y1 in the frame; None = not annotated
     masks: NotRequired[dict[str, dict | None] | None]  # name -> spec for annotations.decode_mask; None = not annotated
     frame: NotRequired[list[float] | None]  # width and height that boxes and masks were drawn in; None = the picture's
@@ -418,6 +422,17 @@ def _frame(planned: ImageItem, width: int, height: int) -> tuple[float, float]:
         )
     return frame_width, frame_height
 
+# %% ../../nbs/data/11_source.ipynb #4db60f60
+def _unsquash(image: np.ndarray, width: int, height: int) -> np.ndarray:
+    "A square (H, H) in the proportions of its original, no side longer than H. DataError if it is no square."
+    side = len(image)
+    if image.shape != (side, side):
+        raise DataError(
+            f"the picture has {image.shape[1]} x {side} pixels; expected a square, squashed from {width} x {height}"
+        )
+    across, down = (max(1, round(side * length / max(width, height))) for length in (width, height))
+    return np.asarray(Image.fromarray(image).resize((across, down), Image.Resampling.BOX))
+
 # %% ../../nbs/data/11_source.ipynb #209e2dd9
 def _read_item_image(
     planned: ImageItem,
@@ -432,6 +447,8 @@ def _read_item_image(
     path = safe_path(planned["path"])
     data = read_bytes(root / path, path)
     image = decode_image(data, path)
+    if planned.get("squashed"):
+        image = _unsquash(image, *planned["squashed"])
     height, width = image.shape
     across, down = _frame(planned, width, height)
     boxes, masks, orientation = planned.get("boxes"), planned.get("masks"), exif_orientation(data)
@@ -517,8 +534,10 @@ def _find_shared_patients(source: Source) -> pd.DataFrame:  # columns leaks.LEAK
 
 # %% ../../nbs/data/11_source.ipynb #0a8057f6
 def _options(read: ReadConfig) -> dict:  # JSON-like
-    "The options of reading without the root: for the manifest"
-    values = {name: value for name, value in vars(read).items() if name != "root"}
+    "What was asked for, but for the root: for the manifest"
+    # an option that came later is left out at its default: Packs of before it are still the same
+    later = {one.name for one in fields(read) if one.metadata.get("later") and getattr(read, one.name) == one.default}
+    values = {name: value for name, value in vars(read).items() if name not in {"root", *later}}
     return {
         name: str(value) if isinstance(value, Path) else asdict(value) if is_dataclass(value) else value
         for name, value in values.items()

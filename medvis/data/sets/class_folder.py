@@ -28,37 +28,36 @@ _PATIENT_RULES = {"kermany": r"((?:NORMAL2-)?IM-\d+|person\d+)"}
 
 @dataclass
 class _ClassFolderConfig(ReadConfig):
-    """Prepare images that lie in a folder per class, perhaps below a folder per split: `medvis prepare class-folder`."""
+    """Prepare images in a folder per class, perhaps below a folder per split: `medvis prepare class-folder`."""
 
     patients: Annotated[str, default_text("every image is a patient")] = ""
-    """Who is in an image: a regular expression with one group, for the start of the file's name, or the rule kermany."""
+    """The patient: a regular expression with one group, for the start of the file's name, or the rule kermany."""
     keep_splits: bool = True
-    """Keep the splits that the folders tell; if off, or if they tell none, splits (80 / 10 / 10 % of the patients) are drawn."""
+    """Keep the splits of the folders; if off or missing, splits (80 / 10 / 10 % of the patients) are drawn."""
 
 # %% ../../../nbs/data/sets/03_class_folder.ipynb #de228c29
 _ENDINGS = (".png", ".jpg", ".jpeg", ".dcm", ".dicom", ".tif", ".tiff", ".bmp", ".gif", ".webp")
 
 
 def _find_class_images(root: Path) -> tuple[list[tuple[str, str, str]], dict[str, int]]:
-    'Path below the root, split ("" = none is told) and class of each image, and how many files were left out by which rule'
+    'Path below the root, split ("" = none) and class of each image; and how many files each rule left out'
     paths = sorted(path.relative_to(root) for path in Path(root).rglob("*") if path.is_file() or path.is_symlink())
-    packs = {
-        path.parent for path in paths if path.match("*.partial/build.txt") or path.match("*/images.u8")
-    }  # our own, if they are made below the root
+    # our own Packs, if they are made below the root
+    packs = {path.parent for path in paths if path.match("*.partial/build.txt") or path.match("*/images.u8")}
     paths = [path for path in paths if packs.isdisjoint(path.parents) and not path.name.endswith(".leaks.csv")]
-    told = any(path.parts[0].lower() in SPLIT_NAMES for path in paths if len(path.parts) > 2)
-    found, dropped = [], Counter()
+    has_splits = any(path.parts[0].lower() in SPLIT_NAMES for path in paths if len(path.parts) > 2)
+    images, dropped = [], Counter()
     for path in paths:
-        split = SPLIT_NAMES.get(path.parts[0].lower(), "") if told else ""
+        split = SPLIT_NAMES.get(path.parts[0].lower(), "") if has_splits else ""
         if any(part.startswith(".") for part in path.parts) or path.suffix.lower() not in _ENDINGS:
             dropped["not an image by its name"] += 1
-        elif told and not split:
+        elif has_splits and not split:
             dropped["outside of the folders train, validate and test"] += 1
-        elif len(path.parts) < 2 + told:
+        elif len(path.parts) < 2 + has_splits:
             dropped["not in a folder of a class"] += 1
         else:
-            found.append((path.as_posix(), split, path.parts[told]))
-    return found, dict(dropped)
+            images.append((path.as_posix(), split, path.parts[has_splits]))
+    return images, dict(dropped)
 
 # %% ../../../nbs/data/sets/03_class_folder.ipynb #c93c26f4
 def _patient_pattern(rule: str) -> re.Pattern | None:
@@ -76,7 +75,7 @@ def _patient_pattern(rule: str) -> re.Pattern | None:
 
 # %% ../../../nbs/data/sets/03_class_folder.ipynb #efa771d3
 def _class_item(path: str, split: str, kind: str, kinds: list[str], pattern: re.Pattern | None, seed: int) -> StudyItem:
-    "The item of an image, with a split by the hash of its patient if none is told. DataError if its name does not tell the patient."
+    "The item of an image, with a drawn split if it has none. DataError if its name does not tell the patient."
     owner = pattern and pattern.match(path.rpartition("/")[2])
     if pattern and not owner:
         raise DataError(f"the name does not tell the patient (it does not begin with {pattern.pattern})")
@@ -90,10 +89,10 @@ def _class_item(path: str, split: str, kind: str, kinds: list[str], pattern: re.
     }
 
 # %% ../../../nbs/data/sets/03_class_folder.ipynb #ba6b88eb
-def _class_names(found: list[tuple[str, str, str]]) -> list[str]:  # of `_find_class_images`
+def _class_names(images: list[tuple[str, str, str]]) -> list[str]:  # as returned by `_find_class_images`
     "The classes, sorted. DataError if the names of the folders cannot be those of classes."
-    kinds = sorted({kind for _, _, kind in found})
-    for path, split, kind in found:
+    kinds = sorted({kind for _, _, kind in images})
+    for path, split, kind in images:
         below = [part.lower() for part in path.split("/")[1 + bool(split) : -1]]
         if set(below) & set(SPLIT_NAMES) and len(kinds) == 1:
             raise DataError(
@@ -101,7 +100,8 @@ def _class_names(found: list[tuple[str, str, str]]) -> list[str]:  # of `_find_c
             )
         if {"mask", "masks"} & set(below):
             raise DataError(
-                f"{path}: a folder of masks would be taken for radiographs; move it elsewhere, or name its files in a table (medvis prepare folder --masks)"
+                f"{path}: a folder of masks would be taken for radiographs; move it elsewhere, "
+                "or name its files in a table (medvis prepare folder --masks)"
             )
     if len({kind.lower() for kind in kinds}) < len(kinds):
         raise DataError(f"the classes {', '.join(kinds)} differ in capital letters alone; rename the folders")
@@ -110,13 +110,13 @@ def _class_names(found: list[tuple[str, str, str]]) -> list[str]:  # of `_find_c
 # %% ../../../nbs/data/sets/03_class_folder.ipynb #9aa92f04
 def _plan_class_folder(config: _ClassFolderConfig) -> Source:
     "One study per image, in the order of the paths, with a label (1 or 0) per class"
-    found, dropped = _find_class_images(Path(config.root))
-    kinds, pattern = _class_names(found), _patient_pattern(config.patients)
+    images, dropped = _find_class_images(Path(config.root))
+    kinds, pattern = _class_names(images), _patient_pattern(config.patients)
     items = [
         item_or_reject(
             path, _class_item, path, split if config.keep_splits else "", kind, kinds, pattern, config.split_seed
         )
-        for path, split, kind in found
+        for path, split, kind in images
     ]
     settings = {
         "patients": _PATIENT_RULES.get(config.patients, config.patients),
@@ -127,19 +127,12 @@ def _plan_class_folder(config: _ClassFolderConfig) -> Source:
 
 # %% ../../../nbs/data/sets/03_class_folder.ipynb #378ffc4b
 def _simulate_class_folder(root: Path, studies: Sequence[PhantomStudy]) -> None:
-    "Write phantom studies as Kermany's children: NORMAL and PNEUMONIA in train, val and test, with the patient in the name; every study is of another one"
+    "Write phantom studies as Kermany's children: NORMAL and PNEUMONIA in train, val and test; one study a patient."
     for number, study in enumerate(studies, 1):
         part = ("train", "train", "train", "test", "val")[number % 5]
         ill = study.truth.get("Pneumonia") or study.truth.get("Consolidation")
-        path = (
-            root
-            / part
-            / (
-                f"PNEUMONIA/person{number}_{('bacteria', 'virus')[number % 2]}_{number}.jpeg"
-                if ill
-                else f"NORMAL/IM-{number:04d}-0001.jpeg"
-            )
-        )
+        name = f"PNEUMONIA/person{number}_{('bacteria', 'virus')[number % 2]}_{number}.jpeg"
+        path = root / part / (name if ill else f"NORMAL/IM-{number:04d}-0001.jpeg")
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(study.image).save(path, quality=95)
 
@@ -153,7 +146,8 @@ CLASS_FOLDER = DataSet(
     config=_ClassFolderConfig,
     tables=lambda config: [],
     follow_ups=False,
-    get="""Your own data, or a public one without tables, such as Kermany's children (doi:10.17632/rscbjbr9sj.2, CC BY 4.0). PNG, JPEG or DICOM files in folders:
+    get="""Your own data, or a public one without tables, such as Kermany's children
+(doi:10.17632/rscbjbr9sj.2, CC BY 4.0). PNG, JPEG or DICOM files in folders:
     ROOT/CLASS/*.jpeg      or      ROOT/train/CLASS/*.jpeg   ROOT/val/CLASS/*.jpeg   ROOT/test/CLASS/*.jpeg
-Who is in which image is told by --patients: a regular expression for the start of the file's name, or the name of a rule (kermany).""",
+Name the patients with --patients: a regular expression for the start of the file's name, or the rule kermany.""",
 )

@@ -27,10 +27,10 @@ from ..source import DataSet, ImageItem, ReadConfig, Recipe, Source, StudyItem
 # %% ../../../nbs/data/sets/02_folder.ipynb #f9a6d5d2
 @dataclass
 class _FolderConfig(ReadConfig):
-    """Prepare a data set from a table (one row per image) and a folder of PNG, JPEG or DICOM files: `medvis prepare folder`."""
+    """Prepare a table (one row per image) and a folder of PNG, JPEG or DICOM files: `medvis prepare folder`."""
 
     table: Path | None = None
-    """CSV, TSV or parquet file with one row per image, found from the working folder or, if it is not there, from the root; by default table.csv, .tsv or .parquet (also .gz) in the root."""
+    """CSV, TSV or parquet file with one row per image, in the working folder or the root (default: table.*)."""
     image_column: str = "image_path"
     """Column with the path of the image, relative to the root."""
     report_column: str = "report"
@@ -48,11 +48,11 @@ class _FolderConfig(ReadConfig):
     class_column: str = ""
     """Column with one class per row, such as normal / bacterial / viral: makes one label (1 or 0) per class."""
     boxes: Path | None = None
-    """CSV table (found as the first table is) with one row per box: image_path, label, x1, y1, x2, y2 in pixels of the file."""
+    """CSV file (found as the table is), one row per box: image_path, label, x1, y1, x2, y2 in pixels of the file."""
     masks: Path | None = None
-    """CSV table (found as the first table is) with one row per mask: image_path, label, mask_path; pictures of 0 and 1, or 0 and 255, as large as the image."""
+    """CSV file, one row per mask: image_path, label, mask_path; pictures of two values, of the image's size."""
     annotated: Literal["listed", "rows", "all"] = "listed"
-    """Who was looked at: images that the table of boxes or masks lists, for all of its labels; for a mask's label only those with a row; or all images."""
+    """What was annotated: images with a row, for all labels; for a mask's label the images with a row; or all."""
     where: str = ""
     """Use only the rows for which this pandas query holds, such as "source == 'kermany'"."""
     require_report: bool = True
@@ -88,9 +88,8 @@ def _read_table(path: Path, text_columns: set[str]) -> pd.DataFrame:
             table = pd.read_parquet(path)
         elif ".csv" in endings or ".tsv" in endings:
             separator = "\t" if ".tsv" in endings else ","
-            read_table(
-                path, separator=separator
-            )  # refuses what pandas takes in silence: short or long lines, a column twice, NUL bytes
+            # refuses what pandas takes in silence: short or long lines, a column twice, NUL bytes
+            read_table(path, separator=separator)
             table = read_csv(path, tuple(text_columns), separator)
         else:
             raise DataError(f"{path}: expected a .csv, .tsv (also .gz) or .parquet file")
@@ -114,9 +113,8 @@ def _find_columns(table: pd.DataFrame, config: _FolderConfig) -> dict[str, str]:
     wanted += [("label_columns", name) for name in config.label_columns]
     for role, name in wanted:
         if name not in table:
-            raise DataError(
-                f"{config.find_table()}: no column {name!r} ({role}); the table has {', '.join(map(str, table.columns))}"
-            )
+            columns = ", ".join(map(str, table.columns))
+            raise DataError(f"{config.find_table()}: no column {name!r} ({role}); the table has {columns}")
     if config.require_report and not roles["report_column"]:
         raise DataError(
             f"{config.find_table()}: no column {config.report_column!r} with reports; name it with report_column, "
@@ -166,7 +164,7 @@ def _below(path: str, root: str) -> str:
 
 # %% ../../../nbs/data/sets/02_folder.ipynb #04521d65
 def _clean_path(path: object, root: Path, where: str) -> str:
-    "The path relative to the root, with / as on every machine ('' if blank); DataError if it leads out of it, or to no file"
+    "The path relative to the root, with / on every machine ('' if blank). DataError if it leads out of the root."
     if pd.isna(path) or not str(path).strip():
         return ""
     try:
@@ -193,8 +191,8 @@ def _clean_split(value: object, row: int) -> str:
     "train, validate or test; DataError names row and value"
     name = SPLIT_NAMES.get(str(value).strip().lower())
     if name is None:
-        found = "is blank" if pd.isna(value) else f"is {str(value)!r}"
-        raise DataError(f"row {row}: split {found}; expected train, validate or test (or val, valid, validation, dev)")
+        fault = "is blank" if pd.isna(value) else f"is {str(value)!r}"
+        raise DataError(f"row {row}: split {fault}; expected train, validate or test (or val, valid, validation, dev)")
     return name
 
 # %% ../../../nbs/data/sets/02_folder.ipynb #69213032
@@ -208,13 +206,14 @@ def _clean_label(value: object, row: int, column: str) -> float | None:
         number = math.nan
     if number not in (1.0, 0.0, -1.0):
         raise DataError(
-            f"row {row}, column {column!r}: label is {str(value)[:30]!r}; expected 1 (present), 0 (absent), -1 (uncertain) or blank"
+            f"row {row}, column {column!r}: label is {str(value)[:30]!r}; "
+            "expected 1 (present), 0 (absent), -1 (uncertain) or blank"
         )
     return number
 
 # %% ../../../nbs/data/sets/02_folder.ipynb #890d0b11
 def _agreed(values: dict[int, object], study: str, what: str) -> object:
-    "The one value that a study's rows (row -> value) give, blanks aside; None if all are blank; DataError if two differ"
+    "The value that a study's rows (row -> value) agree on; None if all are blank; DataError if two differ"
     given = {row: value for row, value in values.items() if value is not None and value != ""}
     first = next(iter(given), None)
     for row, value in given.items():
@@ -260,24 +259,18 @@ def _row_values(
 
 # %% ../../../nbs/data/sets/02_folder.ipynb #56c69fcc
 def _marks(
-    path: Path, columns: tuple[str, ...], known: set[str], root: Path
+    path: Path, columns: tuple[str, ...], images: set[str], root: Path
 ) -> Iterator[tuple[str, str, list[str], str]]:
-    "Image, label, further cells and the place (for errors) of every row of a table of boxes or masks. DataError names the line that is wrong."
+    "Image, label, further cells and the place (for errors) of every row of boxes or masks. DataError names the line."
     table = read_table(path, ("image_path", "label", *columns))
     for line, name, label, *cells in zip(
         table.index, table["image_path"], table["label"], *(table[column] for column in columns), strict=True
     ):
         where = f"{path}, line {line}"
         image = _clean_path(name, root, where)
-        if image not in known:
-            like = next(
-                (
-                    f"; it has {one!r}, which only looks the same"
-                    for one in sorted(known)
-                    if same_looks(one) == same_looks(image)
-                ),
-                "",
-            )
+        if image not in images:
+            alike = [other for other in sorted(images) if same_looks(other) == same_looks(image)]
+            like = f"; it has {alike[0]!r}, which only looks the same" if alike else ""
             raise DataError(f"{where}: the data set's table has no image {name!r}{like}")
         if not label:
             raise DataError(f"{where}: the label is blank")
@@ -285,22 +278,22 @@ def _marks(
 
 # %% ../../../nbs/data/sets/02_folder.ipynb #5ced1f0c
 def _read_boxes(
-    path: Path, known: set[str], root: Path
+    path: Path, images: set[str], root: Path
 ) -> dict[str, list]:  # image path -> [label, x1, y1, x2, y2] of each box
     "The boxes of a table, by image"
     boxes: dict[str, list] = {}
-    for image, label, cells, where in _marks(path, ("x1", "y1", "x2", "y2"), known, root):
+    for image, label, cells, where in _marks(path, ("x1", "y1", "x2", "y2"), images, root):
         corners = [number(cell, f"{where}: {name}") for name, cell in zip(("x1", "y1", "x2", "y2"), cells, strict=True)]
         boxes.setdefault(image, []).append([label, *corners])
     return boxes
 
 # %% ../../../nbs/data/sets/02_folder.ipynb #3d01b130
 def _read_masks(
-    path: Path, known: set[str], root: Path
+    path: Path, images: set[str], root: Path
 ) -> dict[str, dict]:  # image path -> label -> its mask, as `decode_mask` takes it
-    "The masks of a table, by image; several of one label are united"
+    "The masks of a table, by image; masks of the same label are united"
     masks: dict[str, dict] = {}
-    for image, label, (name,), where in _marks(path, ("mask_path",), known, root):
+    for image, label, (name,), where in _marks(path, ("mask_path",), images, root):
         if not name:
             raise DataError(f"{where}: the mask_path is blank")
         masks.setdefault(image, {}).setdefault(label, {"union": []})["union"].append(
@@ -311,7 +304,9 @@ def _read_masks(
 # %% ../../../nbs/data/sets/02_folder.ipynb #b6f09895
 def _names(marks: dict | None) -> tuple[str, ...]:
     "The labels of boxes or masks, sorted"
-    return tuple(sorted({one if isinstance(one, str) else one[0] for found in (marks or {}).values() for one in found}))
+    return tuple(
+        sorted({mark if isinstance(mark, str) else mark[0] for of_image in (marks or {}).values() for mark in of_image})
+    )
 
 # %% ../../../nbs/data/sets/02_folder.ipynb #4a8dedd0
 def _image_entry(row: dict, boxes: dict | None, masks: dict | None, annotated: str) -> ImageItem:
@@ -342,7 +337,7 @@ def _study_item(study: str, rows: list[dict]) -> StudyItem:
     }
 
 # %% ../../../nbs/data/sets/02_folder.ipynb #b4e00376
-def _known_images(table: pd.DataFrame, column: str, root: Path, name: Path) -> set[str]:
+def _image_paths(table: pd.DataFrame, column: str, root: Path, name: Path) -> set[str]:
     "The paths of all images of a table. DataError for two rows of one image."
     paths = pd.Series({row: _clean_path(path, root, f"row {row}") for row, path in table[column].items()}, dtype=object)
     paths = paths[paths != ""]
@@ -359,9 +354,9 @@ def _plan_folder(config: _FolderConfig) -> Source:
     whole, columns = _load_table(config)
     root = Path(config.root).absolute()
     rows, labels = _row_values(_wanted_rows(whole, config), columns, config, root)
-    known = _known_images(whole, config.image_column, root, config.find_table())
-    boxes = None if config.boxes is None else _read_boxes(config.find_named(config.boxes), known, root)
-    masks = None if config.masks is None else _read_masks(config.find_named(config.masks), known, root)
+    images = _image_paths(whole, config.image_column, root, config.find_table())
+    boxes = None if config.boxes is None else _read_boxes(config.find_named(config.boxes), images, root)
+    masks = None if config.masks is None else _read_masks(config.find_named(config.masks), images, root)
     studies: dict[str, list[dict]] = {}
     for row in rows:
         studies.setdefault(row["study"], []).append(row | {"image": _image_entry(row, boxes, masks, config.annotated)})
@@ -379,7 +374,7 @@ def _plan_folder(config: _FolderConfig) -> Source:
 
 # %% ../../../nbs/data/sets/02_folder.ipynb #e118c214
 def _simulate_folder(root: Path, studies: Sequence[PhantomStudy]) -> None:
-    "Write phantom studies as table.csv, boxes.csv, masks.csv and pictures, every eighth of them DICOM; patients are for training and testing by turns"
+    "Write phantom studies as tables of images, boxes and masks and pictures, every eighth a DICOM file."
     rows, boxes, masks, splits = [], [], [], {}
     for number, study in enumerate(studies):
         path = f"images/{number}.{'dcm' if number % 8 == 3 else 'png'}"
@@ -400,14 +395,18 @@ def _simulate_folder(root: Path, studies: Sequence[PhantomStudy]) -> None:
                 **{name: study.labels.get(name) for name in FINDINGS},
             }
         )
-        for found in study.findings:
+        for finding in study.findings:
             mask = f"masks/{number}-{len(masks)}.png"
             (root / mask).parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(found.mask.astype(np.uint8) * 255).save(root / mask)
+            Image.fromarray(finding.mask.astype(np.uint8) * 255).save(root / mask)
             boxes.append(
-                {"image_path": path, "label": found.name, **dict(zip(("x1", "y1", "x2", "y2"), found.box, strict=True))}
+                {
+                    "image_path": path,
+                    "label": finding.name,
+                    **dict(zip(("x1", "y1", "x2", "y2"), finding.box, strict=True)),
+                }
             )
-            masks.append({"image_path": path, "label": found.name, "mask_path": mask})
+            masks.append({"image_path": path, "label": finding.name, "mask_path": mask})
     for name, table in {"table.csv": rows, "boxes.csv": boxes, "masks.csv": masks}.items():
         if table:
             pd.DataFrame(table, dtype=object).to_csv(root / name, index=False, lineterminator="\n")
@@ -421,7 +420,10 @@ FOLDER = DataSet(
     simulate=_simulate_folder,
     config=_FolderConfig,
     tables=lambda config: [],
-    get="""Your own data. Nothing is to be downloaded; what is needed is a table with a row for each image, and the images (PNG, JPEG or DICOM):
-    ROOT/table.csv      with a column image_path, relative to ROOT, and if there are such things report, patient_id, study_id, split, view, labels
-Other names are told by --table and --report-column, --label-columns …; boxes and masks by --boxes and --masks, tables of their own; without reports: --no-require-report.""",
+    get="""Your own data. Nothing is to be downloaded; what is needed is a table with a row for each image,
+and the images (PNG, JPEG or DICOM):
+    ROOT/table.csv      with a column image_path, relative to ROOT, and where you have them
+                        report, patient_id, study_id, split, view, labels
+Name other columns with --report-column, --label-columns …; tables with --table, --boxes and --masks;
+without reports: --no-require-report.""",
 )
