@@ -22,6 +22,7 @@ from matplotlib.font_manager import FontProperties
 
 from ..analyse.maps import OUTLINE
 from ..data.pack import Pack
+from ..data.targets import TERMS
 from ..evaluate.ground import upsample_map
 from ..methods.method import Method
 from ..core.files import write_atomic
@@ -69,6 +70,7 @@ def pack_study(
     tuple[dict, list[bytes]]
         the head; the picture and the scores of each run, grain by grain
     """
+    kept = [o for o, outline in enumerate(view.outlines) if not (masked and outline.said)]  # a place is a word too
     runs = [
         {
             "grid": run.grid,
@@ -77,11 +79,12 @@ def pack_study(
             "prototypes": run.prototypes,
             "temperature": run.temperature,
             "tokens": run.tokens,
-            "cells": [np.flatnonzero(cells).tolist() for cells in view.cells[name]],
+            "cells": [np.flatnonzero(view.cells[name][o]).tolist() for o in kept],
         }
         for name, run in view.runs.items()
     ]
-    outlines = [{"name": o.name, "paths": o.paths, "words": o.words, "sentences": o.sentences} for o in view.outlines]
+    fields = ("name", "kind", "said", "paths", "words", "sentences")
+    outlines = [{name: getattr(view.outlines[o], name) for name in fields} for o in kept]
     head = {
         "masked": masked,
         "position": view.position,
@@ -248,6 +251,9 @@ def _beyond(view: StudyView, shown: Sequence[str]) -> str:
     return f"beyond the {many}tokens that {'the model' if cut == list(shown) else ', '.join(cut)} reads"
 
 
+_SAID = "#d9a8ff"  # of the places that a report names
+
+
 def _draw_run(
     ax: Axes,
     view: StudyView,
@@ -266,26 +272,29 @@ def _draw_run(
     )
     ax.set_title(_shorten_text(name, 10, 2.45)[0], size=10, loc="left", parse_math=False)
     scores = _combined(run, selection)
+    shown = [(o, outline) for o, outline in enumerate(view.outlines) if outline.kind not in state["hidden"]]
     if scores is not None:
         _draw_heat(ax, run, scores, state)
         linked = [
-            o
-            for o, outline in enumerate(view.outlines)
+            (o, outline.said)
+            for o, outline in shown
             for grain in ("words", "sentences")
             if set(getattr(outline, grain)) & set(selection[grain])
         ]
-        hit = any(view.cells[name][o, scores.argmax()] for o in linked)
+        judged = [o for o, said in linked if not said] or [o for o, _ in linked]
+        hit = any(view.cells[name][o, scores.argmax()] for o in judged)
         if linked:
             ax.set_title("hit" if hit else "miss", size=10, loc="right", color="#00735c" if hit else "#b3401f")
-    for outline in view.outlines if state["outlines"] else ():
+    for _, outline in shown if state["outlines"] else ():
+        look = dict(edgecolor=_SAID, lw=1.2, ls="--") if outline.said else dict(edgecolor=OUTLINE, lw=1.4)
         for path in outline.paths:
-            ax.fill(*zip(*path), fill=False, edgecolor=OUTLINE, lw=1.4)
+            ax.fill(*zip(*path), fill=False, **look)
     for a, b, c, d in selection["boxes"]:
         ax.fill((a, c, c, a), (b, b, d, d), fill=False, edgecolor="#ffd54a", lw=1.6)
     ax.set(xlim=(0, 1), ylim=(1, 0), xticks=[], yticks=[])
 
 # %% ../../nbs/widgets/03_correspondence.ipynb #54ff9fee
-SETTINGS = ("window", "selection", "scale", "colours", "opacity", "threshold", "smooth", "outlines")
+SETTINGS = ("window", "selection", "scale", "colours", "opacity", "threshold", "smooth", "outlines", "hidden")
 
 
 def _correspondence_figure(
@@ -298,6 +307,8 @@ def _correspondence_figure(
     figure = Figure(figsize=(3.1 * len(shown) + 4.4, 3.5), dpi=80)
     FigureCanvasAgg(figure)  # which can measure text
     left, total = 0.1, 3.1 * len(shown) + 4.4
+    if masked:
+        state = {**state, "hidden": [*state["hidden"], *(o.kind for o in view.outlines if o.said)]}
     for name in shown:
         _draw_run(figure.add_axes((left / total, 0.1, 2.9 / total, 2.9 / 3.5)), view, name, state)
         left += 3.1
@@ -370,6 +381,7 @@ class Display(anywidget.AnyWidget):
     )
     smooth = traitlets.Bool(True, help="blend from region to region").tag(sync=True)
     outlines = traitlets.Bool(True, help="show the outlines").tag(sync=True)
+    hidden = traitlets.List(traitlets.Unicode(), help="classes whose outlines are hidden").tag(sync=True)
     masked = traitlets.Bool(False, help="leave the words of the report out").tag(sync=True)
     window = traitlets.List([128, 255], help="level and width, in grey levels").tag(sync=True)
     query = traitlets.Unicode("", help="words to search for in ids and reports").tag(sync=True)
@@ -422,7 +434,7 @@ class CorrespondenceWidget(Pictured, Display):
     split : str | None, default: 'test'
         None = all
     outlines : Callable[[str], Sequence[Outline]] | None, default: None
-        of a study id; None = the phantom's or the Pack's
+        of a study id; None = what is drawn and said
     **display
         traits of Display, e.g. grain="sentences"
     """
@@ -435,7 +447,7 @@ class CorrespondenceWidget(Pictured, Display):
         runs: Mapping[str, Method | str | PathLike] | Method | str | PathLike,  # by name: methods, or run folders
         data: Pack | str | Path,
         split: str | None = "test",  # None = all
-        outlines: Callable[[str], Sequence[Outline]] | None = None,  # of a study id; None = the phantom's or the Pack's
+        outlines: Callable[[str], Sequence[Outline]] | None = None,  # of a study id; None = what is drawn and said
         **display,  # traits of Display, e.g. grain="sentences"
     ) -> None:
         self.studies = Studies(runs, data if isinstance(data, Pack) else Pack(data), split, outlines)
@@ -446,7 +458,8 @@ class CorrespondenceWidget(Pictured, Display):
             "grains": [grain for grain in _PINNABLE if grain in grains],
             "findings": [[name, int(count)] for name, count in present.items() if count],
         }
-        super().__init__(**{"shown": facts["runs"], "selection": {}, **display, **facts})
+        hidden = [f"{finding} (report)" for finding in TERMS] if self.studies.is_drawn else []
+        super().__init__(**{"shown": facts["runs"], "selection": {}, "hidden": hidden, **display, **facts})
         self.on_msg(self._answer)
 
     @property

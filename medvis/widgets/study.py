@@ -19,11 +19,13 @@ from contourpy import contour_generator
 
 from ..data.preprocessing import Preprocessing
 from ..data.pack import Pack
+from ..data.label_phrases import class_prompts
 from ..data.pairs import Pairs, Report, collate
 from ..data.phantom import Phantom
+from ..data.phrases import Phrase, phrase_mask
 from ..data.prepare import pack_phantom
 from ..data.reports import find_words
-from ..data.tasks import pack_boxes
+from ..data.targets import sentence_targets
 from ..evaluate.encoder import check_preprocessing, frozen
 from ..evaluate.ground import on_target, phantom_words
 from ..evaluate.models import as_method
@@ -150,12 +152,20 @@ class Outline:
     words : tuple[int, ...], default: ()
         numbers as in `word_spans`
     sentences : tuple[int, ...], default: ()
+    said : bool, default: False
+        the part of the picture that the report names; else somebody drew it
     """
 
     name: str  # e.g. of the finding
     mask: np.ndarray  # (H, W) bool, of the picture as the Pack holds it
     words: tuple[int, ...] = ()  # numbers as in `word_spans`
     sentences: tuple[int, ...] = ()
+    said: bool = False  # the part of the picture that the report names; else somebody drew it
+
+    @property
+    def kind(self) -> str:
+        "The class that is shown and hidden together: its name; of what the report says, the finding before the colon."
+        return f"{self.name.partition(':')[0]} (report)" if self.said else self.name
 
     @property
     def paths(self) -> list[list[list[float]]]:
@@ -181,23 +191,69 @@ def _phantom_outlines(
     ]
 
 # %% ../../nbs/widgets/02_study.ipynb #5b0c1d01
+_HELD = ("asserted", "uncertain")
+
+
+def _naming(
+    sentences: Sequence[str],
+    findings: set[str],  # of `data.targets`
+) -> tuple[tuple[int, ...], tuple[int, ...]]:  # words, sentences
+    "The sentences that assert or suspect one of the findings, and the words in them that name it."
+    said = [{name for name, (status, *_) in sentence_targets(one).items() if status in _HELD} for one in sentences]
+    words = (
+        word
+        for word, (s, start, end) in enumerate(word_spans(sentences))
+        if findings & said[s] & set(sentence_targets(sentences[s][start:end]))
+    )
+    return tuple(words), tuple(s for s, names in enumerate(said) if findings & names)
+
+
 def _pack_outlines(
     pack: Pack,
     image: int,  # row of the image table
+    sentences: Sequence[str] = (),
 ) -> list[Outline]:
-    "The boxes and masks that a Pack holds of an image; which words name them is not recorded."
-    masks = pack.mask(image)
-    named = () if masks is None else zip(pack.manifest.get("masks", ()), masks)
-    out = [Outline(name, mask) for name, mask in named if mask.any()]
-    if not (pack.boxes["image"] == image).any():
-        return out
-    boxes = pack_boxes(pack)
-    own = boxes[boxes["image_id"] == pack.image_table["image_id"][image]]
-    for name, *box in own[["class", "x0", "y0", "x1", "y1"]].itertuples(index=False):
-        x0, y0, x1, y1 = (int(round(value)) for value in box)
-        mask = np.zeros((pack.size, pack.size), bool)
-        mask[min(y0, pack.size - 1) : max(y1, y0 + 1), min(x0, pack.size - 1) : max(x1, x0 + 1)] = True
-        out.append(Outline(name, mask))
+    "The masks and boxes that a Pack holds of an image, one a class, and what names them in the report."
+    row, masks, named = pack.image_table.iloc[image], pack.mask(image), []
+    for name, mask in () if masks is None else zip(pack.manifest.get("masks", ()), masks):
+        named.append((name, mask))
+    own = pack.boxes[pack.boxes["image"] == image]
+    for name, group in own.groupby("name", sort=False):
+        boxes = tuple(group[["x0", "y0", "x1", "y1"]].itertuples(index=False, name=None))
+        phrase = Phrase(str(row["image_id"]), "", name, boxes, int(row["width"]), int(row["height"]))
+        named.append((name, phrase_mask(phrase, pack.size, pack.manifest["source"].get("fit", "pad"))))
+    findings = {name: {of for text in class_prompts(name) for of in sentence_targets(text)} for name, _ in named}
+    return [Outline(name, mask, *_naming(sentences, findings[name])) for name, mask in named if mask.any()]
+
+# %% ../../nbs/widgets/02_study.ipynb #21d4ef40
+_THIRDS = ("upper", "middle", "lower")
+
+
+def _place_mask(size: int, side: str | None, zone: str | None) -> np.ndarray:  # (size, size) bool
+    "The half of a picture that a side names (of the patient), and the third that a zone names."
+    mask, half = np.ones((size, size), bool), size // 2
+    if side in ("left", "right"):
+        mask[:, slice(half) if side == "left" else slice(half, None)] = False
+    if zone is not None:
+        third = _THIRDS.index(zone)
+        mask[: round(size * third / 3)] = False
+        mask[round(size * (third + 1) / 3) :] = False
+    return mask
+
+
+def _said_outlines(sentences: Sequence[str], size: int) -> list[Outline]:
+    "The places that a report names for what it asserts or suspects; two-sided and unplaced findings have none."
+    places: dict[tuple, list[int]] = {}
+    for number, sentence in enumerate(sentences):
+        for finding, (status, side, zone) in sentence_targets(sentence).items():
+            side = side if side in ("left", "right") else None
+            if status in _HELD and (side or zone):
+                places.setdefault((finding, side, zone), []).append(number)
+    out, spans = [], word_spans(sentences)
+    for (finding, side, zone), numbers in places.items():
+        words = tuple(word for word in _naming(sentences, {finding})[0] if spans[word][0] in numbers)
+        name = f"{finding}: {' '.join(filter(None, (side, zone)))}"
+        out.append(Outline(name, _place_mask(size, side, zone), words, tuple(numbers), said=True))
     return out
 
 # %% ../../nbs/widgets/02_study.ipynb #51bea516
@@ -242,9 +298,12 @@ class StudyView:
         return [self.sentences[s][start:end] for s, start, end in self.spans]
 
     def hits(self, run: str, grain: str = "words") -> list[tuple[int, int, bool]]:
-        "Each word (or sentence) with an outline, the outline, and whether its highest region lies there."
-        scores = self.runs[run].scores[grain]
-        linked = [(item, o) for o, outline in enumerate(self.outlines) for item in getattr(outline, grain)]
+        """Each word (or sentence) with an outline, the outline, and whether its highest region lies there.
+
+        What is drawn counts; where nothing is, what the report says."""
+        scores, held = self.runs[run].scores[grain], list(enumerate(self.outlines))
+        held = [(o, outline) for o, outline in held if not outline.said] or held
+        linked = [(item, o) for o, outline in held for item in getattr(outline, grain)]
         return [
             (item, o, bool(self.cells[run][o, scores[item].argmax()]))
             for item, o in linked
@@ -328,7 +387,7 @@ class Studies:
     split : str | None, default: 'test'
         None = all
     outlines : Callable[[str], Sequence[Outline]] | None, default: None
-        of a study id; None = the phantom's or the Pack's
+        of a study id; None = what is drawn and said
     keep : int, default: 64
         views in memory
     """
@@ -338,7 +397,7 @@ class Studies:
         runs: Mapping[str, Method | str | PathLike] | Method | str | PathLike,  # by name, or one alone
         data: Pack,
         split: str | None = "test",  # None = all
-        outlines: Callable[[str], Sequence[Outline]] | None = None,  # of a study id; None = the phantom's or the Pack's
+        outlines: Callable[[str], Sequence[Outline]] | None = None,  # of a study id; None = what is drawn and said
         keep: int = 64,  # views in memory
     ) -> None:
         self.runs, self.data = _as_methods(runs), data
@@ -374,13 +433,23 @@ class Studies:
         return self.data.studies.iloc[self.rows]
 
     def outlines(self, position: int) -> list[Outline]:
-        "The outlines of a study."
+        "The outlines of a study: what is drawn, then what its report says."
         study, phantom = self.table.iloc[position], pack_phantom(self.data)
         if self._outlines is not None:
             return list(self._outlines(str(study["study_id"])))
+        lines = study["sentences"]
         if phantom is None:
-            return _pack_outlines(self.data, study["image_rows"][0])
-        return _phantom_outlines(study["study_id"], phantom, study["sentences"])
+            drawn = _pack_outlines(self.data, study["image_rows"][0], lines)
+        else:
+            drawn = _phantom_outlines(study["study_id"], phantom, lines)
+        return drawn + _said_outlines(lines, self.data.size)
+
+    @property
+    def is_drawn(self) -> bool:
+        "Whether findings are drawn in this data set; else their outlines are what reports say."
+        return pack_phantom(self.data) is not None or bool(
+            self.data.manifest.get("boxes") or self.data.manifest.get("masks")
+        )
 
     def make(self, positions: Sequence[int]) -> list[StudyView]:
         "The views of some studies, in one batch. ValueError names a study whose image cannot be read."
