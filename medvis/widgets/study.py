@@ -213,17 +213,17 @@ def _pack_outlines(
     image: int,  # row of the image table
     sentences: Sequence[str] = (),
 ) -> list[Outline]:
-    "The masks and boxes that a Pack holds of an image, one a class, and what names them in the report."
+    "Of every class that is drawn in an image its mask, or else its boxes; and what names it in the report."
     row, masks, named = pack.image_table.iloc[image], pack.mask(image), []
     for name, mask in () if masks is None else zip(pack.manifest.get("masks", ()), masks):
-        named.append((name, mask))
-    own = pack.boxes[pack.boxes["image"] == image]
+        named += [(name, mask)] if mask.any() else []
+    own = pack.boxes[(pack.boxes["image"] == image) & ~pack.boxes["name"].isin([name for name, _ in named])]
     for name, group in own.groupby("name", sort=False):
         boxes = tuple(group[["x0", "y0", "x1", "y1"]].itertuples(index=False, name=None))
         phrase = Phrase(str(row["image_id"]), "", name, boxes, int(row["width"]), int(row["height"]))
         named.append((name, phrase_mask(phrase, pack.size, pack.manifest["source"].get("fit", "pad"))))
     findings = {name: {of for text in class_prompts(name) for of in sentence_targets(text)} for name, _ in named}
-    return [Outline(name, mask, *_naming(sentences, findings[name])) for name, mask in named if mask.any()]
+    return [Outline(name, mask, *_naming(sentences, findings[name])) for name, mask in named]
 
 # %% ../../nbs/widgets/02_study.ipynb #21d4ef40
 _THIRDS = ("upper", "middle", "lower")
