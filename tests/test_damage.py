@@ -593,7 +593,7 @@ def openi() -> list[Damage]:
               Damage("the archive of reports is cut off", pack_xml(lambda data: data[:len(data) // 2]), ERROR, "NLMCXR_reports"), Damage("the archive of reports is empty", pack_xml(lambda data: b""), ERROR, "NLMCXR_reports"),
               Damage("the archive of reports is no archive", pack_xml(lambda data: b"x" * 3000), ERROR, "NLMCXR_reports"), Damage("the archive of reports has a wrong check sum", pack_xml(lambda data: data[:-8] + bytes(8)), ERROR, "NLMCXR_reports"),
               Damage("there are no reports", lambda root: [path.unlink() for path in root.glob(XML)] and None, ERROR, "no reports"), Damage("there are no pictures", lambda root: [path.unlink() for path in root.glob("NLMCXR_png/*")] and None, ERROR, "pictures"),
-              Damage("two pictures have the same name", lambda root: put(root / "NLMCXR_png" / "CXR1_IM-0001-1001.jpg", b"x"), SAME),
+              Damage("two pictures have the same name", lambda root: put(root / "NLMCXR_png" / "CXR1_IM-0001-1001.jpg", b"x"), ERROR, "are the same picture"),
               Damage("the table of projections is not UTF-8", lambda root: put(root / "indiana_projections.csv", b"uid,filename,projection\n1,1_IM-0001-1001.dcm.png,Fr\xf6ntal\n"), ERROR, "indiana_projections.csv, line 2: not UTF-8"),
               Damage("the table of projections lacks a column", lambda root: put(root / "indiana_projections.csv", "uid,filename\n1,1_IM-0001-1001.dcm.png\n"), ERROR, "indiana_projections.csv: no column 'projection'")]
     return found + to_picture("NLMCXR_png/CXR1_*.png", "picture")

@@ -243,6 +243,43 @@ def test_only_images_that_were_looked_at_have_boxes(simulated):
     assert {item["study"] for item in lovt} == {item["study"] for item in boxed}
 
 
+def test_a_part_of_nih_with_boxes_of_both_readers(simulated, tmp_path):
+    "Some of the pictures in one folder, their rows in images.csv, boxes in pixels of the stored pictures, NIH's and RSNA's."
+    whole = {item["study"]: item for item in NIH.plan(_NihConfig(simulated["nih"])).items}
+    kept = [*sorted(name for name, item in whole.items() if item["images"][0]["boxes"])[:2], *list(whole)[:3]]
+    (tmp_path / "images").mkdir()
+    rows = []
+    for place, name in enumerate(dict.fromkeys(kept)):
+        picture = Image.open(simulated["nih"] / whole[name]["images"][0]["path"]).convert("L")
+        picture.resize((256, 256)).save(tmp_path / f"images/{name}.{('jpg', 'jpeg', 'png')[place % 3]}")
+        rows += [(f"{name}.jpg", label, *(corner / 4 for corner in corners), "NIH BBox_List_2017") for label, *corners in whole[name]["images"][0]["boxes"] or []]
+    rows.append((f"{kept[0]}.jpg", "Lung Opacity", 10, 20, 30.5, 40, "RSNA stage_2_train (mapped)"))
+    table = (simulated["nih"] / "Data_Entry_2017_v2020.csv").read_text().splitlines()
+    (tmp_path / "images.csv").write_text("\n".join([table[0] + ",stored_side", *(line + ",256" for line in table[1:])]) + "\n")
+    pd.DataFrame(rows, columns=["image", "label", "x1", "y1", "x2", "y2", "source"]).to_csv(tmp_path / "boxes.csv", index=False)
+    config = _NihConfig(tmp_path, "patients", partial=True)
+    source, count = NIH.plan(config), len(set(kept))
+    assert {item["study"] for item in source.items} == set(kept) and source.dropped == {"picture is not there": len(whole) - count}
+    assert check_source(NIH, config)[1] == []
+    pack = prepare_source(NIH, config, BuildConfig(tmp_path / "pack", size=64, progress=False))
+    assert len(pack) == count and pack.rejects.empty and set(pack.boxes["name"]) >= {"Lung Opacity"}
+    for place, name in enumerate(pack.image_table["image_id"]):
+        drawn = pack.boxes[(pack.boxes["image"] == place) & (pack.boxes["name"] != "Lung Opacity")]
+        expected = [(label, *(corner / 4 for corner in corners)) for label, *corners in whole[name]["images"][0]["boxes"] or []]
+        assert [(row.name, row.x0, row.y0, row.x1, row.y1) for row in drawn.drop(columns="image").itertuples(index=False)] == expected
+        assert pack.image_table["boxed"][place] == any(row[0].startswith(name) for row in rows)
+        assert pack.labels.iloc[place].to_dict() == whole[name]["labels"]
+    with pytest.raises(DataError, match="get the published lists, or use --recipe patients"):
+        NIH.plan(_NihConfig(tmp_path, partial=True))
+    for file in ("train_val_list.txt", "test_list.txt", "BBox_List_2017.csv"):      # the full public files beside the part
+        shutil.copy(simulated["nih"] / file, tmp_path / file)
+    (tmp_path / "images.csv").write_text("\n".join([table[0], *(line for line in table[1:] if line.split(",")[0][:-4] in kept)]) + "\n")
+    official = NIH.plan(_NihConfig(tmp_path, partial=True))
+    assert {item["study"]: item["split"] for item in official.items} == {name: whole[name]["split"] for name in kept}
+    with pytest.raises(DataError, match="of train_val_list.txt are not in Data_Entry_2017 .*--partial"):
+        NIH.plan(_NihConfig(tmp_path))
+
+
 # The papers' draws
 
 def test_mgca_draws_rsna_images_as_grouped_by_pandas(tmp_path):

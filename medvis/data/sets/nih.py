@@ -10,7 +10,7 @@ import hashlib
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -56,8 +56,8 @@ _NAME = re.compile(r"((\d{8})_\d{3})\.png")
 
 
 def _read_entries(root: Path) -> pd.DataFrame:  # index = number of the line
-    "Data_Entry_2017, as of 2020 or of 2017: one line an image"
-    path = find_file(root, "Data_Entry_2017_v2020.csv", "Data_Entry_2017.csv", "Data_Entry_2017*.csv.gz")
+    "Data_Entry_2017, as of 2020 or of 2017, or images.csv with some of its rows: one line an image"
+    path = find_file(root, "Data_Entry_2017_v2020.csv", "Data_Entry_2017.csv", "Data_Entry_2017*.csv.gz", "images.csv")
     columns = ["Image Index", "Finding Labels", "Patient ID", "View Position"]
     return read_table(path, columns)[columns]
 
@@ -72,6 +72,34 @@ def _read_boxes(root: Path) -> dict[str, dict[int, dict[str, str]]]:  # image ->
     if len(odd := table.index[(table["h]"] == "") | (table.drop(columns=_BOX_COLUMNS) != "").any(axis=1)]):
         raise DataError(f"{path}, line {odd[0]}: expected the six fields {', '.join(_BOX_COLUMNS)}")
     return rows_by(table[_BOX_COLUMNS], "Image Index")
+
+# %% ../../../nbs/data/sets/12_nih.ipynb #f1782c29
+_OPACITY = "Lung Opacity"  # the boxes of RSNA
+
+
+def _read_sourced_boxes(root: Path) -> dict[str, list[list]]:  # image without ending -> name, x0, y0, x1, y1 of each
+    "boxes.csv, in pixels of the stored pictures; {} where it is not at hand. DataError names line and column."
+    if not (path := root / "boxes.csv").exists():
+        return {}
+    boxes: dict[str, list[list]] = {}
+    columns = ("image", "label", "x1", "y1", "x2", "y2", "source")
+    table = read_table(path, columns)
+    for line, cells in zip(table.index, table.to_dict("records"), strict=True):
+        where = f"boxes.csv, line {line}: "
+        name = cells["label"].replace("Infiltrate", "Infiltration")
+        if not cells["source"]:
+            raise DataError(f"{where}source is blank; expected NIH … or RSNA …")
+        if name not in ((_OPACITY,) if cells["source"].upper().startswith("RSNA") else _BOXED):
+            raise DataError(
+                f"{where}label is {name[:30]!r}, by {cells['source'][:30]!r}; "
+                f"expected one of {', '.join(_BOXED)}, or {_OPACITY} of RSNA"
+            )
+        box = [name, *(number(cells[column], where + column) for column in columns[2:6])]
+        drawn = boxes.setdefault(re.sub(r"\.(png|jpe?g)$", "", cells["image"]), [])
+        if box in drawn:
+            raise DataError(f"{where}the same box is there twice")
+        drawn.append(box)
+    return boxes
 
 # %% ../../../nbs/data/sets/12_nih.ipynb #766e610d
 def _read_list(root: Path, name: str) -> list[str]:
@@ -110,6 +138,7 @@ def _image_item(
     split: str,
     path: str,
     boxes: dict[int, dict[str, str]] | None,  # the same of its boxes; {} = none were drawn, None = not annotated
+    sourced: list[list] | None = None,  # boxes in pixels of the stored picture, in their place
 ) -> StudyItem:
     "An image with its labels and boxes. DataError names the column at fault."
     cells = next(iter(lines.values()))
@@ -125,6 +154,8 @@ def _image_item(
     if drawn and len(set(map(tuple, drawn))) < len(drawn):
         raise DataError("BBox_List_2017 has the same box twice")
     image = {"id": name[1], "path": path, "view": view, "boxes": drawn, "frame": [PUBLISHED_SIDE, PUBLISHED_SIDE]}
+    if sourced:
+        image |= {"boxes": sourced, "frame": None}
     return {
         "study": name[1],
         "patient": name[2],
@@ -160,16 +191,22 @@ class _NihConfig(ListedConfig):
 
     no_findings: int = 100
     """Images of No Finding, from the test list, that recipe lovt adds to the boxed ones."""
+    partial: bool = field(default=False, metadata={"later": True})
+    """The folder holds some of the pictures, or of the rows: leave out what is not there, instead of rejecting it."""
 
 # %% ../../../nbs/data/sets/12_nih.ipynb #388312ef
-def _official_splits(root: Path, names: Sequence[str], seed: int) -> dict[str, str]:
-    "Image -> split by the published lists. DataError if lists and table do not meet, or if the lists share an image."
+def _official_splits(root: Path, names: Sequence[str], seed: int, partial: bool = False) -> dict[str, str]:
+    "Image -> split by the published lists. DataError if they and the table do not fit (partial: if one is not listed)."
+    if not (root / "train_val_list.txt").exists():
+        raise DataError(f"{root}: there is no train_val_list.txt; get the published lists, or use --recipe patients")
     listed = dict.fromkeys(_read_list(root, "train_val_list.txt"), "train")
     tested = _read_list(root, "test_list.txt")
     if both := [name for name in tested if name in listed]:
         raise DataError(f"{len(both)} images are in train_val_list.txt and in test_list.txt ({', '.join(both[:3])})")
     listed |= dict.fromkeys(tested, "test")
     parts = {"train_val_list.txt": list(set(listed) - set(tested)), "test_list.txt": tested, "Data_Entry_2017": names}
+    if partial:
+        parts = {"Data_Entry_2017": names}
     for what, these in parts.items():
         those, where = (
             (listed, "train_val_list.txt and test_list.txt") if these is names else (names, "Data_Entry_2017")
@@ -177,7 +214,7 @@ def _official_splits(root: Path, names: Sequence[str], seed: int) -> dict[str, s
         if missing := sorted(set(these) - set(those)):
             raise DataError(
                 f"{len(missing)} images of {what} are not in {where} ({', '.join(missing[:3])}); "
-                "get the published file, or use --recipe patients"
+                "get the published file, or use --recipe patients, or --partial for a part of the data set"
             )
     draws = dict(zip(names, draw_splits([name[:8] for name in names], SplitRule.PATIENTS_90_10, seed)))
     return {name: "test" if listed[name] == "test" else draws[name] for name in names}
@@ -209,7 +246,7 @@ def _nih_splits(config: _NihConfig, rule: SplitRule, table: pd.DataFrame, boxes:
             files[name]: split for name, split in listed_splits(config.split_files, files, "Data_Entry_2017").items()
         }
     if rule == SplitRule.OFFICIAL:
-        splits = _official_splits(root, names, config.split_seed)
+        splits = _official_splits(root, names, config.split_seed, config.partial)
         if learned := [name for name in boxes if splits[name] != "test"]:
             raise DataError(
                 f"{len(learned)} images with boxes are not in test_list.txt ({learned[0]}), "
@@ -228,29 +265,46 @@ def _nih_splits(config: _NihConfig, rule: SplitRule, table: pd.DataFrame, boxes:
     return dict(zip(names, draw_splits([name[:8] for name in names], rule, config.split_seed)))
 
 # %% ../../../nbs/data/sets/12_nih.ipynb #3b3e41c0
-_IMAGES = ("images_*/images/", "images/images_*/images/", "images_*/", "images/")  # 12 archives, or one folder
+_IMAGES = ("images_*/images/", "images/images_*/images/", "images_*/", "images/", "")  # 12 archives, or one folder
+
+
+def _read_all_boxes(root: Path, table: pd.DataFrame, partial: bool) -> tuple[dict[str, dict], dict[str, list[list]]]:
+    "The boxes of both tables, for the images of Data_Entry. DataError for boxes of others, unless it is a part."
+    names = set(table["Image Index"])
+    boxes, sourced = _read_boxes(root), _read_sourced_boxes(root)
+    files = {"BBox_List_2017.csv": set(boxes), "boxes.csv": {f"{name}.png" for name in sourced}}
+    for file, boxed in files.items():
+        if (unknown := sorted(boxed - names)) and not partial:
+            raise DataError(
+                f"{file} names {len(unknown)} images that Data_Entry_2017 does not have ({', '.join(unknown[:3])})"
+            )
+    boxes = {name: lines for name, lines in boxes.items() if name in names}
+    return boxes, {name: drawn for name, drawn in sourced.items() if f"{name}.png" in names}
 
 
 def _plan_nih(config: _NihConfig) -> Source:
     "One item per image, in the order of the table (lovt: boxes; or the split files). DataError for an unsound table."
-    root, recipe = Path(config.root), config.choose(_RECIPES)
-    table, boxes = _read_entries(root), _read_boxes(root)
-    if unknown := sorted(set(boxes) - set(table["Image Index"])):
-        raise DataError(
-            f"BBox_List_2017.csv names {len(unknown)} images that Data_Entry_2017 does not have "
-            f"({', '.join(unknown[:3])})"
-        )
+    root, recipe, dropped = Path(config.root), config.choose(_RECIPES), {}
+    table = _read_entries(root)
+    boxes, sourced = _read_all_boxes(root, table, config.partial)
     lines = rows_by(table, "Image Index")
-    files = image_files(root, *(f"{folder}*.[jp][pn]g" for folder in _IMAGES))
+    files = image_files(root, *(f"{folder}*.[jp][pn]*g" for folder in _IMAGES))
     splits = _nih_splits(config, recipe.splits, table, boxes)
+    if len(lines) > len(splits):
+        dropped[UNLISTED if config.split_files else "no boxes, nor drawn as healthy"] = len(lines) - len(splits)
+    if config.partial:
+        absent = [name for name in splits if name.removesuffix(".png") not in files]
+        dropped["picture is not there"] = len(absent)
+        splits = {name: split for name, split in splits.items() if name not in set(absent)}
     items = []
     for name, split in splits.items():
         drawn = boxes.get(name, {} if config.recipe == "lovt" else None)
         study = name.removesuffix(".png") or f"line {next(iter(lines[name]))}"
-        items.append(item_or_reject(study, _image_item, lines[name], split, files.get(study, f"images/{name}"), drawn))
-    rule = UNLISTED if config.split_files else "no boxes, nor drawn as healthy"
-    dropped = {rule: len(lines) - len(splits)} if len(lines) > len(splits) else {}
-    return Source(items, _LABELS, boxes=_BOXED if boxes else (), dropped=dropped)
+        path = files.get(study, f"images/{name}")
+        items.append(item_or_reject(study, _image_item, lines[name], split, path, drawn, sourced.get(study)))
+    opacities = any(box[0] == _OPACITY for drawn in sourced.values() for box in drawn)
+    names = (*_BOXED, *[_OPACITY] * opacities) if boxes or sourced else ()
+    return Source(items, _LABELS, boxes=names, dropped=dropped)
 
 # %% ../../../nbs/data/sets/12_nih.ipynb #289b515c
 _ENTRY_HEADER = (
@@ -291,9 +345,12 @@ Terms: none on use; name the NIH Clinical Center and cite Wang et al., CVPR 2017
 Unpack the twelve archives and give the folder as --root:
   Data_Entry_2017_v2020.csv  (or Data_Entry_2017.csv)
   BBox_List_2017.csv         (boxes; optional)
+  boxes.csv                  (optional, goes before it image by image: image, label, x1, y1, x2, y2, source
+                              in pixels of the stored picture; NIH's, or RSNA's as Lung Opacity)
   train_val_list.txt  test_list.txt      (--recipe patients does without)
   images_001/images/00000001_000.png ... images_012/images/
-  (or all in images/; square copies of any size, also .jpg)"""
+  (or all in images/; square copies of any size, also .jpg; with some of them: --partial,
+  and perhaps images.csv with the rows of Data_Entry)"""
 
 
 def _nih_tables(config: _NihConfig) -> list[tuple[str, Callable]]:
@@ -307,6 +364,7 @@ def _nih_tables(config: _NihConfig) -> list[tuple[str, Callable]]:
     return [
         ("Data_Entry_2017", partial(_read_entries, root)),
         ("BBox_List_2017.csv", partial(_read_boxes, root)),
+        *([("boxes.csv", partial(_read_sourced_boxes, root))] if (root / "boxes.csv").exists() else []),
         *lists,
     ]
 
