@@ -176,7 +176,7 @@ class PhrasesConfig:
     allow_leaks: bool = False
     "Measure even if a run was trained on patients or images of the validation or test split; the manifest lists them."
     from_labels: bool = False
-    "The classes of the Pack's boxes, masks and labels are the phrases; also, where a class is not shown, does a map say nothing?"
+    "Classes of the Pack's boxes, masks and labels are the phrases; where one is not shown, is the map silent?"
     prompts: Annotated[Path | None, default_text("those of medvis")] = None
     "With --from-labels: table (.csv: finding, prompt) of what a report calls each class."
     split: Annotated[Literal["train", "validate", "test", "all"], default_text("test")] = "test"

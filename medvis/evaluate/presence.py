@@ -188,7 +188,7 @@ def presence_table(
 def ground_labels(
     run: nn.Module | Run | str | Path,  # a method (see phrase_maps) or a run folder
     data: Pack | str | Path | None = None,  # a Pack with boxes or masks; None: the one that the run was trained on
-    prompts: Mapping[str, str | Sequence[str]] | None = None,  # class -> texts; None: data.label_phrases.PROMPTS
+    prompts: Mapping[str, str | Sequence[str]] | None = None,  # class -> texts; None: what reports call them
     out: str | Path | None = None,  # folder for phrases.csv, findings.csv, images.csv, presence.csv and phrases.json
     split: str | None = "test",  # None: all
     threshold: float | None = None,  # None: of each class, chosen on validation images, if these are not measured
@@ -204,7 +204,7 @@ def ground_labels(
     data : Pack | str | Path | None, default: None
         a Pack with boxes or masks; None: the one that the run was trained on
     prompts : Mapping[str, str | Sequence[str]] | None, default: None
-        class -> texts; None: data.label_phrases.PROMPTS
+        class -> texts; None: what reports call them
     out : str | Path | None, default: None
         folder for phrases.csv, findings.csv, images.csv, presence.csv and phrases.json
     split : str | None, default: 'test'

@@ -27,7 +27,7 @@ from ..evaluate.ground import upsample_map
 from ..methods.method import Method
 from ..core.files import write_atomic
 from .shell import Pictured, standalone, static
-from .study import Outline, RunScores, Studies, StudyView
+from .study import Outline, RunScores, Studies, StudyView, has_drawings
 
 # %% ../../nbs/widgets/03_correspondence.ipynb #9a856c89
 _MASK = "•••"
@@ -458,7 +458,7 @@ class CorrespondenceWidget(Pictured, Display):
             "grains": [grain for grain in _PINNABLE if grain in grains],
             "findings": [[name, int(count)] for name, count in present.items() if count],
         }
-        hidden = [f"{finding} (report)" for finding in TERMS] if self.studies.is_drawn else []
+        hidden = [f"{finding} (report)" for finding in TERMS] if has_drawings(self.studies.data) else []
         super().__init__(**{"shown": facts["runs"], "selection": {}, "hidden": hidden, **display, **facts})
         self.on_msg(self._answer)
 
