@@ -138,10 +138,10 @@ def test_the_images_seen_add_up(tmp_path, capsys):
     stray = tables["chexpert"].iloc[[0]].assign(study_id="59999999")
     pd.concat([tables["chexpert"], stray]).to_csv(next((tmp_path / "files").rglob("*chexpert.csv.gz")), index=False)
     assert main(["data", "check", "mimic-cxr", "--root", str(tmp_path / "files")]) == 1
-    assert "2 x report: " in (printed := capsys.readouterr().err) and "is blank" in printed and "59999999: has labels, but is not in the metadata table" in printed
+    assert " x text file that is blank, damaged or not UTF-8, such as " in (printed := capsys.readouterr().err) and "is blank" in printed and "59999999: has labels, but is not in the metadata table" in printed
     pack = prepare_data(ready("mimic-cxr", tmp_path / "files", tmp_path / "pack", recipe="lovt"))
     assert f"{len(tables['metadata'])} images seen" in describe_pack(pack) and pack.manifest["counts"]["seen"] + sum(pack.manifest["source"]["dropped"].values()) == len(tables["metadata"])
-    assert sum(count for reason, count in pack.manifest["rejected"].items() if "is blank" in reason) == 3
+    assert pack.manifest["rejected"]["bad-text"] == 3
 
 
 @pytest.mark.parametrize("name", DATASETS)

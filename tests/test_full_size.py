@@ -180,12 +180,12 @@ def offline(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("kind, preset", [(MGCA, "paper"), (MGCA, "paper-resnet50"), (MGCA, "released"), (ConVIRT, "paper")])
 def test_offline_says_what_to_pass(kind, preset, offline, tokenizer):
-    with pytest.raises(OSError, match="imagenet.*could not be downloaded.*image_weights=.*file.*None for random") as told:
+    with pytest.raises(OSError, match="imagenet.*could not be downloaded.*image_weights=.*file.*None for random") as caught:
         kind.from_preset(preset, tokenizer)
-    assert "\n" not in str(told.value)
-    with pytest.raises(OSError, match="Bio_ClinicalBERT.*could not be loaded.*text=.*folder.*bert-base") as told:
+    assert "\n" not in str(caught.value)
+    with pytest.raises(OSError, match="Bio_ClinicalBERT.*could not be loaded.*text=.*folder.*bert-base") as caught:
         kind.from_preset(preset, tokenizer, image="tiny_resnet", image_weights=None, layer="layer4", upsample=None)
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(caught.value)
 
 
 def test_offline_encoder(offline, tmp_path):

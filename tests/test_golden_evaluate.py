@@ -72,8 +72,8 @@ def test_suppression(case):
     assert torch.equal(image, g[f"{case}_image"]) and torch.equal(kind, g[f"{case}_classes"])
     same(box_convert(kept[:, :4], "cxcywh", "xywh"), g[f"{case}_boxes"])
     same(kept[:, 4], g[f"{case}_conf"])
-    told = kept[:, 5:].amax(1) if kept.shape[1] > 6 else torch.ones(len(kept))   # of one class LoVT says 1
-    same(told, g[f"{case}_cls_conf"], **SINGLE)
+    confidence = kept[:, 5:].amax(1) if kept.shape[1] > 6 else torch.ones(len(kept))   # of one class LoVT says 1
+    same(confidence, g[f"{case}_cls_conf"], **SINGLE)
 
 
 # ---------------------------------------------------------------- mean average precision

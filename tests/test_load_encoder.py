@@ -151,8 +151,8 @@ def test_pixels_are_those_of_the_models_own_processor():
         "ConvNextImageProcessor": dict(size={"shortest_edge": 32}, crop_pct=32 / 48, **IMAGENET),
         "BlipImageProcessor": dict(size={"height": 48, "width": 48}, do_normalize=False),
     }
-    for kind, told in settings.items():
-        processor = getattr(transformers, kind)(**told)
+    for kind, options in settings.items():
+        processor = getattr(transformers, kind)(**options)
         theirs = torch.as_tensor(np.array(processor(Image.fromarray(grey).convert("RGB"), return_tensors="np")["pixel_values"]))[0]
         saved = json.loads(processor.to_json_string())
         ours = read_preprocessing(saved).transform()(torch.from_numpy(grey)[None])
@@ -217,9 +217,9 @@ def test_names_and_paths(shelf, tmp_path, monkeypatch, no_network):
         assert not is_pretrained(path)
         with pytest.raises(FileNotFoundError, match="no weights at"):
             load_encoder(path)
-    with pytest.raises(OSError, match="'nobody/nothing' could not be loaded.*Pass the path of a folder.*'random-init'") as told:
+    with pytest.raises(OSError, match="'nobody/nothing' could not be loaded.*Pass the path of a folder.*'random-init'") as caught:
         load_encoder("nobody/nothing")             # offline: conftest
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(caught.value)
 
 
 def test_what_is_no_vision_model(tmp_path):

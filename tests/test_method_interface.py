@@ -148,7 +148,7 @@ def test_no_vectors_no_dead_prototypes(make):
     assert "dead_prototypes" not in diagnose(method, [batch])
 
 
-@pytest.mark.parametrize("name, changes, says", [("mgca", dict(weight_token=0.0), "layer4"), ("global-mi", dict(layer="layer3"), "last layer")])
+@pytest.mark.parametrize("name, changes, says", [("mgca", dict(token_weight=0.0), "layer4"), ("global-mi", dict(layer="layer3"), "last layer")])
 def test_a_method_without_maps_is_diagnosed_all_the_same(name, changes, says, make):
     method, pairs, batch = make(METHODS[name], **changes)
     told = diagnose(method, [batch])
@@ -214,13 +214,13 @@ SAYS = [
     ("convirt", dict(whole_image="attention", temperature=0.3), 0.3, (), True, "sentence"),
     ("clip", {}, 0.1, (), True, "sentence"),
     ("gloria", {}, 0.25, ("words",), True, "word"),
-    ("gloria", dict(weight_local=0.0), 0.25, (), True, "word"),
+    ("gloria", dict(local_weight=0.0), 0.25, (), True, "word"),
     ("lovt", {}, 1.0, ("sentences",), True, "sentence"),
     ("lovt", dict(local_image_weight=0.0, local_report_weight=0.0, temperature=0.2), 0.2, (), True, None),
     ("lovt", dict(global_weight=0.0, local_weights=False), 1.0, ("sentences",), False, "sentence"),
     ("mgca", {}, 0.07, ("words",), True, "word"),
     ("mgca", dict(learned_attention=True), 1.0, ("words",), True, "word"),
-    ("mgca", dict(weight_token=0.0, layer="layer4", tau_instance=0.4), 0.4, (), True, "word"),
+    ("mgca", dict(token_weight=0.0, layer="layer4", tau_instance=0.4), 0.4, (), True, "word"),
     ("global-mi", {}, 1.0, (), False, None),
     ("local-mi", {}, 1.0, ("sentences",), False, None),
     ("mixture-mi", {}, 0.1, ("sentences",), True, "sentence"),

@@ -262,12 +262,12 @@ def test_a_learned_discriminator_estimates_gaussians(name):
     "20 dimensions, 2, 4 and 6 nats, within 10 %: the notebook shows it at leisure."
     torch.manual_seed(0)
     bound, size, plan = PLAN[name]
-    judge, told = Discriminator(20, 20, hidden=(256, 32)), {}
+    judge, estimates = Discriminator(20, 20, hidden=(256, 32)), {}
     for nats, (steps, *sample) in plan.items():
         learn(bound, judge, nats, steps, size)
-        told[nats] = estimate(bound, judge, nats, *sample)
-    print(told)
-    assert all(abs(value / nats - 1) < 0.1 for nats, value in told.items()), told
+        estimates[nats] = estimate(bound, judge, nats, *sample)
+    print(estimates)
+    assert all(abs(value / nats - 1) < 0.1 for nats, value in estimates.items()), estimates
 
 
 def test_cpc_saturates():

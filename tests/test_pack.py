@@ -9,6 +9,9 @@ import subprocess
 import sys
 import time
 import tracemalloc
+from collections import Counter
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +23,8 @@ from hypothesis import strategies as st
 
 from medvis.data import build
 from medvis.data.build import ImageRecord, StudyRecord, write_pack
-from medvis.data.pack import Pack
+from medvis.data.pack import Pack, write_manifest
+from medvis.data.source import describe_pack
 from medvis.data.splits import check_leaks, nested_subsets, patient_splits
 from medvis.data.tasks import pack_task
 
@@ -34,7 +38,7 @@ def read_study(index: int, pause: float = 0.0, pids: Path | None = None) -> Stud
         (pids / str(os.getpid())).touch()
     rng = np.random.default_rng(index)
     images = [ImageRecord(f"i{index}-{k}", rng.integers(0, 256, (16, 16), dtype=np.uint8), f"{index}-{k}.png") for k in range(1 + (index % 3 == 0))]
-    rejects = [(f"{index}-x.png", "file not found")] if index % 10 == 9 else []
+    rejects = [(f"{index}-x.png", "file not found", "missing-file")] if index % 10 == 9 else []
     return StudyRecord(f"s{index}", f"p{index // 2}", str(patient_splits([f"p{index // 2}"])[0]), images, f"FINDINGS: Größe {index}. No effusion seen.",
                        {"Edema": float(index % 2), "Nodule": None if index % 4 else -1.0}, rejects)
 
@@ -189,6 +193,47 @@ def read_long(index: int) -> StudyRecord:
     return StudyRecord(f"s{index}", f"p{index}", "train", [ImageRecord(f"i{index}", np.zeros((2, 2), np.uint8))], f"Study {index}: {'unchanged, ' * 300}")
 
 
+def as_format_1(pack: Path) -> None:
+    "Rewrite a Pack as medvis wrote it before rejects had codes"
+    rejects = pd.read_parquet(pack / "rejects.parquet").drop(columns="code")
+    rejects.to_parquet(pack / "rejects.parquet", index=False)
+    data, manifest = (pack / "rejects.parquet").read_bytes(), json.loads((pack / "manifest.json").read_text())
+    manifest["files"]["rejects.parquet"] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    manifest.pop("checksum")
+    write_manifest(pack, manifest | {"format": 1, "rejected": dict(Counter(rejects["reason"]))})
+
+
+def test_a_pack_of_format_1_is_read(tmp_path, capsys):
+    new = write_pack(tmp_path / "pack", STUDIES, read_study, **SETTINGS)
+    assert new.manifest["format"] == 2 and new.manifest["rejected"] == {"missing-file": 8} and set(new.rejects["code"]) == {"missing-file"}
+    as_format_1(new.path)
+    old = Pack(new.path)
+    old.verify()
+    assert old.manifest["hash"] == new.manifest["hash"] and "8 rejected: file not found" in describe_pack(old)
+    assert old.rejects[["item", "reason"]].equals(new.rejects[["item", "reason"]]) and set(old.rejects["code"]) == {"other"}
+    again = write_pack(new.path, STUDIES, read_study, **{**SETTINGS, "progress": True})       # nor is it built again
+    assert "8 rejects stay as they were" in capsys.readouterr().out and again.manifest["format"] == 1
+
+
+def test_parts_of_format_1_are_built_anew(tmp_path, whole):
+    out, read = tmp_path / "pack", []
+    with pytest.raises(ValueError, match="40 of 94 images"):
+        write_pack(out, STUDIES, read_mostly_broken, **SETTINGS)
+    for part in (tmp_path / "pack.partial" / "parts").glob("*.json"):
+        table = json.loads(part.read_text())
+        del table["format"]
+        part.write_text(json.dumps(table))
+    write_pack(out, STUDIES, lambda index: read.append(index) or read_study(index), **SETTINGS)
+    assert read == list(STUDIES) and contents(out) == whole
+
+
+def test_the_codes_of_rejects_are_not_in_the_hash(tmp_path):
+    def read(index: int, code: str) -> StudyRecord:
+        return replace(read_study(index), rejects=[("x.png", "file not found", code)])
+    first, second = (write_pack(tmp_path / code, range(5), partial(read, code=code), max_rejects=1, **SETTINGS) for code in ("other", "missing-file"))
+    assert first.manifest["hash"] == second.manifest["hash"] and first.manifest["rejected"] == {"other": 5} != second.manifest["rejected"]
+
+
 def test_reports_do_not_pile_up_in_memory(tmp_path, monkeypatch):
     "Three times the studies, but no more of their reports at a time"
     monkeypatch.setattr(build, "_GROUP", 500)
@@ -209,12 +254,12 @@ def read_unlabelled(index: int) -> StudyRecord:
 
 
 def read_mostly_broken(index: int) -> StudyRecord:
-    return StudyRecord(f"s{index}", "p", "train", [], rejects=[(f"{index}.png", "file not found")]) if index % 2 else read_study(index)
+    return StudyRecord(f"s{index}", "p", "train", [], rejects=[(f"{index}.png", "file not found", "missing-file")]) if index % 2 else read_study(index)
 
 
 def test_too_many_rejects_then_mended(tmp_path, whole):
     out = tmp_path / "pack"
-    with pytest.raises(ValueError, match=r"40 of 94 images did not get in \(40 x file not found"):
+    with pytest.raises(ValueError, match=r"40 of 94 images did not get in \(40 x file not found\), more than max_rejects=0.2 allows; the first is 1.png: file not found; all are"):
         write_pack(out, STUDIES, read_mostly_broken, **SETTINGS)
     assert not out.exists() and len(pd.read_csv(f"{out}.partial/rejects.csv")) == 40
     write_pack(out, STUDIES, read_study, **SETTINGS)        # the files are there now: tried again
@@ -273,7 +318,7 @@ def manifest(change):
     (lambda out: (out / "manifest.json").unlink(), "it has no manifest.json"),
     (lambda out: (out / "manifest.json").write_text("{"), "manifest.json is not a Pack's manifest"),
     (lambda out: (out / "manifest.json").write_text("[]"), "manifest.json is not a Pack's manifest"),
-    (manifest(lambda m: m.update(format=9)), "Pack format 9, this medvis reads 1"),
+    (manifest(lambda m: m.update(format=9)), "Pack format 9, this medvis reads 1 and 2"),
     (lambda out: (out / "studies.parquet").unlink(), "studies.parquet: expected .* the file is missing"),
     (lambda out: os.truncate(out / "images.u8", 100), "images.u8: expected 1792 bytes, found 100"),
 ])

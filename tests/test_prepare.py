@@ -372,11 +372,13 @@ def test_bad_files_and_reports_are_rejects(folder):
     paths = ["a.jpg", "b.png", "c.png", "d.png", "loop.png", None, "g.png", "h.png"]
     table = rows(image_path=paths, report=[REPORT] * 6 + ["IMPRESSION: ___.", REPORT])
     pack = prepared(folder, table, max_rejects=0.9)
-    reasons = dict(pack.rejects.values.tolist())
+    reasons, codes = (dict(zip(pack.rejects["item"], pack.rejects[column], strict=True)) for column in ("reason", "code"))
     assert reasons.pop("a.jpg").startswith("cannot be decoded: JPEG without an end")
     assert reasons == {"b.png": "file is empty", "c.png": "not a known image format", "d.png": "file not found",
                        "loop.png": "cannot be opened: Too many levels of symbolic links", "row 6": "the path '' does not lead to a file below the folder of the data set",
                        "g.png": "report: fewer than 3 words"}
+    assert codes == {**dict.fromkeys(("a.jpg", "b.png", "c.png", "loop.png"), "unreadable-image"), "d.png": "missing-file", "row 6": "bad-row", "g.png": "short-report"}
+    assert pack.manifest["rejected"] == {"bad-row": 1, "missing-file": 1, "short-report": 1, "unreadable-image": 4}
     assert pack.studies.study_id.tolist() == ["h.png"] and not pack.rejects.reason.str.contains(str(folder)).any()
 
 
@@ -397,7 +399,8 @@ def test_summary_tells_rules_from_damage(folder):
     reports = [REPORT, "IMPRESSION: Clear.", "COMPARISON: None.", REPORT, "", *[REPORT] * 3]
     lines = [line.split(maxsplit=1)[1] for line in describe_pack(prepared(folder, rows(report=reports), rules=ReportRules(min_words=5), max_rejects=0.9)).splitlines()]
     assert [line for line in lines if line.startswith(("dropped by rule", "rejected"))] == [
-        "rejected: file is empty", "rejected: report: empty report", "dropped by rule: report: fewer than 5 words", "dropped by rule: report: no wanted section"]
+        "rejected: report: empty report", "dropped by rule: report: no wanted section", "dropped by rule: report: fewer than 5 words",
+        "rejected: image that cannot be read: empty, cut off, damaged or of an unknown format"]
 
 
 def test_workers_change_nothing(tmp_path):

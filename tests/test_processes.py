@@ -157,9 +157,9 @@ def small(run: Path, **changes):
 def test_a_second_caller_is_told_in_a_line(pack, tmp_path):
     method, config = small(tmp_path / "run")
     with lock_folder(config.run, "run"):
-        with pytest.raises(OSError, match=rf"process {os.getpid()} on .* is working on this run") as told:
+        with pytest.raises(OSError, match=rf"process {os.getpid()} on .* is working on this run") as caught:
             fit(method, Pack(pack), config)
-        assert "\n" not in str(told.value)
+        assert "\n" not in str(caught.value)
         with pytest.raises(OSError, match="is working on this Pack"), lock_folder(tmp_path / "new", "Pack"):
             prepare_phantom(PhantomConfig(out=tmp_path / "new", studies=8, progress=False))
     child = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
@@ -197,9 +197,9 @@ def test_foreign_and_damaged_runs_are_told_in_a_line(pack, tmp_path):
     for name, versions in damage.items():
         for data in versions:
             (run / name).write_bytes(data)
-            with pytest.raises((ValueError, OSError)) as told:
+            with pytest.raises((ValueError, OSError)) as caught:
                 load_method(run)
-            assert "\n" not in str(told.value) and (name in str(told.value) or b'"mine"' in data), (name, data[:40], str(told.value))
+            assert "\n" not in str(caught.value) and (name in str(caught.value) or b'"mine"' in data), (name, data[:40], str(caught.value))
         (run / name).write_bytes(whole[name])
     load_method(run)
 
@@ -209,7 +209,7 @@ def test_a_batch_of_one_is_warned_of(pack, tmp_path):
     with pytest.warns(UserWarning, match="nothing to contrast a pair with"):
         fit(method, Pack(pack), config)
     method, config = small(tmp_path / "other")
-    with warnings.catch_warnings(record=True) as told:
+    with warnings.catch_warnings(record=True) as raised:
         warnings.simplefilter("always")
         fit(method, Pack(pack), config)
-    assert not any("contrast" in str(warning.message) for warning in told)
+    assert not any("contrast" in str(warning.message) for warning in raised)

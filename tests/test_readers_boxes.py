@@ -64,7 +64,7 @@ def splits_of(source) -> dict[str, str]:
 
 
 def rejects_of(source) -> dict[str, str]:
-    return {name: reason for item in source.items for name, reason in item.get("rejects", ())}
+    return {name: reason for item in source.items for name, reason, _ in item.get("rejects", ())}
 
 
 def replace_in(path: Path, old: str, new: str) -> None:

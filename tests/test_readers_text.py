@@ -62,7 +62,7 @@ def essence(source) -> list[dict]:
 
 
 def reasons(source) -> str:
-    return "; ".join(reason for item in source.items for _, reason in item.get("rejects", ()))
+    return "; ".join(reason for item in source.items for _, reason, _ in item.get("rejects", ()))
 
 
 # ---- forms of MIMIC-CXR
@@ -141,7 +141,7 @@ def test_a_pack_of_mimic_holds_what_went_in(simulated, tmp_path, recipe):
     assert held_out
     for row in pack.studies.itertuples():
         study = by_study[row.study_id]
-        assert (row.sentences, "") == check_report(study.report, rules)
+        assert (row.sentences, None) == check_report(study.report, rules)
         wanted = splits[study.patient_id].replace("test", "validate") if recipe == "mgca" else splits[study.patient_id]
         assert row.split == wanted and row.patient_id == mimic_files._mimic_ids(study)[0]
         truth = {dicom: view for dicom, view, _ in mimic_files._mimic_images(study) if view in ("PA", "AP")}
@@ -408,7 +408,7 @@ def test_a_pack_of_openi_holds_what_went_in(reports_root, tmp_path):
     pack = prepare_source(openi.OPENI, openi._OpeniConfig(reports_root), BuildConfig(tmp_path / "pack", size=64, progress=False))
     assert pack.studies.study_id.tolist() == [f"CXR{number + 1}" for number in range(len(PATIENTS))]
     for row, study in zip(pack.studies.itertuples(), PATIENTS, strict=True):
-        assert (row.sentences, "") == check_report(study.report, ReportRules())
+        assert (row.sentences, None) == check_report(study.report, ReportRules())
         truth = {name: text for name, text in parse_sections(study.report).items() if name in openi._SECTIONS}
         assert parse_sections(row.report) == {name: " ".join(text.split()) for name, text in truth.items()}
         assert all((pack.image(image) == pixels).all() for image, (_, pixels) in zip(row.image_rows, openi._openi_images(study), strict=True))
@@ -526,7 +526,7 @@ def test_a_damaged_file_is_a_reject(reports_root, tmp_path):
     source = openi._plan_openi(openi._OpeniConfig(root))
     names = {item["study"] for item in source.items if "rejects" in item}
     assert names == {*(f"ecgen-radiology/{number}.xml" for number in (1, 2, 3, 4, 7)), "CXR6"}
-    assert {reason for item in source.items for _, reason in item.get("rejects", ()) if item["study"] == "CXR6"} == {f"ecgen-radiology/{n}.xml: 2 files have this uId" for n in (5, 6)}
+    assert {reason for item in source.items for _, reason, _ in item.get("rejects", ()) if item["study"] == "CXR6"} == {f"ecgen-radiology/{n}.xml: 2 files have this uId" for n in (5, 6)}
     before = {item["study"]: item for item in openi._plan_openi(openi._OpeniConfig(reports_root)).items}
     assert all(item == before[item["study"]] for item in source.items if "rejects" not in item) and len(source.items) == len(PATIENTS) - 7 + 7
 
@@ -573,5 +573,5 @@ def test_the_real_reports(tmp_path):
             assert set(found) - set(wanted) == {"comparison"} and found["comparison"] in wanted["indication"], study
         assert table.images[study] == row["image_ids"].split() and table.major[study] == [term.strip() for term in row["mesh_major"].split(";") if term.strip()], study
     assert inside == ["CXR2800"]
-    assert table.dropped.value_counts().to_dict() == {"": 2352, "empty report": 21}
+    assert table.dropped.value_counts().to_dict() == {"": 2352, "report: empty report": 21}
     assert table.sentences[table.dropped == ""].map(len).sum() > 13_000

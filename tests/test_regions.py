@@ -378,5 +378,5 @@ def test_sentences_are_dropped_whole(lengths, room):
 def test_unknown_rules_are_refused():
     with pytest.raises(ValueError, match="unknown overflow 'wrap'"):
         tokens_kept([3], 2, "wrap")
-    with pytest.raises(ValueError, match="query_mean is 'median'"):
+    with pytest.raises(ValueError, match="unknown query_mean 'median'"):
         AttentionPool(8, 2, "median")

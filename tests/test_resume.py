@@ -12,7 +12,7 @@ import torch
 
 from medvis.data.pack import Pack
 from medvis.data.prepare import PhantomConfig, prepare_phantom
-from medvis.methods import MGCA, LoVT
+from medvis.methods import MGCA, GLoRIA, LoVT
 from medvis.methods.method import phantom_tokenizer
 from medvis.train import Run, TrainConfig, checkpoint, loop
 
@@ -147,25 +147,30 @@ def test_killed_from_outside_and_again(pack, tokenizer, tmp_path, undisturbed):
     same_run(run, undisturbed())
 
 
-FORMER = {"direction_weight": "image_weight", "local_image_weight": "weight_image", "local_report_weight": "weight_report", "global_weight": "weight_global"}
+FORMER = {      # method -> name of a setting today -> in runs of older versions
+    LoVT: {"direction_weight": "image_weight", "local_image_weight": "weight_image", "local_report_weight": "weight_report", "global_weight": "weight_global"},
+    MGCA: {"instance_weight": "weight_instance", "token_weight": "weight_token", "prototype_weight": "weight_prototype"},
+    GLoRIA: {"global_weight": "weight_global", "local_weight": "weight_local"},
+}
 
 
-def test_a_run_of_an_older_version_is_read_and_goes_on(pack, tokenizer, tmp_path, undisturbed):
+@pytest.mark.parametrize("kind", FORMER, ids=lambda kind: kind.__name__)
+def test_a_run_of_an_older_version_is_read_and_goes_on(kind, pack, tokenizer, tmp_path, undisturbed):
     "Its config.json has the names of that version, and is not rewritten."
-    wanted, run = undisturbed(kind=LoVT), tmp_path / "run"
-    assert in_process(pack, tokenizer, run, die_at_call(loop._Trainer, "take_step", 9), kind=LoVT) == -signal.SIGKILL
+    wanted, run = undisturbed(kind=kind), tmp_path / "run"
+    assert in_process(pack, tokenizer, run, die_at_call(loop._Trainer, "take_step", 9), kind=kind) == -signal.SIGKILL
     settings = checkpoint.read_settings(run / "config.json")
-    config = {FORMER.get(name, name): value for name, value in settings["config"].items()}
-    assert set(FORMER.values()) < set(config)
+    config = {FORMER[kind].get(name, name): value for name, value in settings["config"].items()}
+    assert set(FORMER[kind].values()) < set(config)
     checkpoint.write_settings(run / "config.json", settings | {"config": config})
     before = (run / "config.json").read_bytes()
-    assert in_process(pack, tokenizer, run, kind=LoVT) == 0
+    assert in_process(pack, tokenizer, run, kind=kind) == 0
     same_run(run, wanted)
     assert (run / "config.json").read_bytes() == before and Run(run).config == settings
     method, other = Run(run).method(), Run(wanted).method()
     assert method.config == other.config
     assert all(torch.equal(value, other.state_dict()[name]) for name, value in method.state_dict().items())
-    assert in_process(pack, tokenizer, run, kind=LoVT, lr=1.0) == 1, "other settings are still refused"
+    assert in_process(pack, tokenizer, run, kind=kind, lr=1.0) == 1, "other settings are still refused"
 
 
 def test_the_committed_run_is_read():

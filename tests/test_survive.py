@@ -68,10 +68,10 @@ def same_run(run: Path, wanted: Path) -> None:
     assert not list(run.rglob("*.partial"))
 
 
-def tells_no_text(pack: Pack, *told: str) -> None:
+def tells_no_text(pack: Pack, *texts: str) -> None:
     "Neither messages nor logs hold a sentence of a report."
     for sentence in {sentence for sentences in pack.studies["sentences"] for sentence in sentences if len(sentence) > 8}:
-        assert not any(sentence in text for text in told)
+        assert not any(sentence in text for text in texts)
 
 
 # ---- a loss that is not finite
@@ -109,9 +109,9 @@ def test_nan_stops_before_the_step(kind, where, pack, tokenizer, tmp_path):
     names = data.studies["study_id"].iloc[batch_of_step(data, 3)].tolist()
     method = build(kind, tokenizer)
     states = poison(method, batch_of_step(data, 3)[5], where)
-    with pytest.raises(Diverged) as told:
+    with pytest.raises(Diverged) as caught:
         fit(method, data, settings(method, run))
-    message = str(told.value)
+    message = str(caught.value)
     assert "step 4" in message and str(run) in message and all(name in message for name in names)
     assert len([name for name in data.studies["study_id"] if name in message]) == 16, "it names studies of other batches"
     tells_no_text(data, message, (run / "metrics.jsonl").read_text())
@@ -140,10 +140,10 @@ def test_nan_stops_before_the_step(kind, where, pack, tokenizer, tmp_path):
 def test_nan_in_an_accumulated_batch(pack, tokenizer, tmp_path):
     data, run, method = Pack(pack), tmp_path / "run", build("mgca", tokenizer)
     states = poison(method, batch_of_step(data, 3)[0], "loss")     # the second half of the second step
-    with pytest.raises(Diverged, match="step 2 ") as told:
+    with pytest.raises(Diverged, match="step 2 ") as caught:
         fit(method, data, settings(method, run, accumulate=2))
     rows = batch_of_step(data, 2) + batch_of_step(data, 3)
-    assert all(name in str(told.value) for name in data.studies["study_id"].iloc[rows])
+    assert all(name in str(caught.value) for name in data.studies["study_id"].iloc[rows])
     kept = load_checkpoint(run / "checkpoints")
     assert kept["step"] == 1 and all(torch.equal(value, states[2][name]) for name, value in kept["method"].items())
 
@@ -153,9 +153,9 @@ def test_nan_in_validation(pack, tokenizer, tmp_path):
     data, run, method = Pack(pack), tmp_path / "run", build("convirt", tokenizer)
     row = int(np.flatnonzero(data.studies["split"] == "validate")[0])
     poison(method, row, "loss")
-    with pytest.raises(Diverged) as told:
+    with pytest.raises(Diverged) as caught:
         fit(method, data, settings(method, run, batch_size=4))
-    assert data.studies["study_id"].iloc[row] in str(told.value)
+    assert data.studies["study_id"].iloc[row] in str(caught.value)
     assert not (run / "weights.safetensors").exists()
     cured, healthy = build("convirt", tokenizer), build("convirt", tokenizer)
     fit(cured, data, settings(cured, run, batch_size=4))
@@ -201,9 +201,9 @@ def in_process(sabotage, *args) -> str:
     process = FORK.Process(target=train_and_tell, args=(there, sabotage, *args))
     process.start()
     there.close()
-    told = here.recv()
+    message = here.recv()
     process.join(60)
-    return told
+    return message
 
 
 FULL = {    # what could not be written -> when files become how small
@@ -229,9 +229,9 @@ def undisturbed(pack, tokenizer, tmp_path_factory) -> Path:
 @pytest.mark.parametrize("file", FULL)
 def test_full_disk(file, pack, tokenizer, tmp_path, undisturbed):
     run = tmp_path / "run"
-    told = in_process(limit_at_call(*FULL[file]), pack, tokenizer, run)
-    assert told.startswith("OSError: ") and str(run) in told and f"/{file}: File too large" in told, told
-    assert "\n" not in told and (run / "text").exists() == (file != "text")
+    message = in_process(limit_at_call(*FULL[file]), pack, tokenizer, run)
+    assert message.startswith("OSError: ") and str(run) in message and f"/{file}: File too large" in message, message
+    assert "\n" not in message and (run / "text").exists() == (file != "text")
     assert not list(run.rglob("*.partial")) and not (run / "last.safetensors").exists()
     made = _list_checkpoints(run / "checkpoints")
     assert bool(made) == (file not in ("text", "manifest.json", "config.json", "step_00000000.pt"))
@@ -459,5 +459,5 @@ def test_full_disk_under_kept_features(tmp_path):
     here, there = FORK.Pipe(duplex=False)
     process = FORK.Process(target=fill_and_tell, args=(there, tmp_path))
     process.start()
-    assert (told := here.recv()).startswith("OSError: ") and "0.npy" in told, told
+    assert (message := here.recv()).startswith("OSError: ") and "0.npy" in message, message
     process.join(60)

@@ -513,7 +513,7 @@ def test_mgca_wiring(mgca, tau, part):
     batch = doubled(text_batch(REPORTS, mgca.tokenizer))
     method = MGCA.from_preset(
         "tiny", mgca.tokenizer, hidden=16, dim=8, prototypes=5, tau_instance=0.3, tau_token=0.5, tau_prototype=0.9, epsilon=0.4,
-        sinkhorn_iterations=2, weight_instance=1.5, weight_token=0.7, weight_prototype=0.4, clip_share=0.2, negatives="other-patient")
+        sinkhorn_iterations=2, instance_weight=1.5, token_weight=0.7, prototype_weight=0.4, clip_share=0.2, negatives="other-patient")
     quiet(method)
     found = method(batch).parts[part]
     c, (image, text) = method.config, method.encode(batch)
@@ -601,7 +601,7 @@ def test_mgca_as_released(mgca):
 def test_mgca_ablations(mgca, token, prototype):
     "Parts of weight 0 have no parameters, and all that are left are trained."
     method = quiet(MGCA.from_preset(
-        "tiny", mgca.tokenizer, layer="layer4", weight_token=float(token), weight_prototype=float(prototype)))
+        "tiny", mgca.tokenizer, layer="layer4", token_weight=float(token), prototype_weight=float(prototype)))
     parts, grads = losses_and_gradients(method, doubled(text_batch(REPORTS, mgca.tokenizer)))
     assert list(parts) == ["instance"] + ["token"] * token + ["prototype"] * prototype
     untrained = {name for name, _ in method.named_parameters()} - grads.keys()
@@ -615,7 +615,7 @@ def test_gloria_wiring(gloria, average):
     "Both parts from their own maps, with their own scales and weights."
     batch = doubled(text_batch(REPORTS, gloria.tokenizer))
     method = quiet(GLoRIA.from_preset("tiny", gloria.tokenizer, attention_scale=3.0, word_scale=2.0, scale=7.0, average=average,
-                                      global_weight=0.6, weight_local=1.7))
+                                      global_weight=0.6, local_weight=1.7))
     (image, text), valid = method.encode(batch), valid_pairs(batch.patient_id)
     words, mask = torch.cat([text.tokens[:, :1], text.words], 1), F.pad(text.word_mask, (1, 0), value=True)
     found = method(batch).parts

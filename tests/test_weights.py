@@ -54,9 +54,9 @@ def rename(folder, change, name="model.safetensors"):
 
 
 def one_line(call, *words, kind=(ValueError, OSError)):
-    with pytest.raises(kind) as told:
+    with pytest.raises(kind) as caught:
         call()
-    text = str(told.value)
+    text = str(caught.value)
     assert "\n" not in text and all(word in text for word in words), text
 
 
@@ -125,7 +125,7 @@ def test_vocabularies(tmp_path):
     bare = Tokenizer(models.WordLevel({"[UNK]": 0, "[CLS]": 1, "[SEP]": 2, "[PAD]": 3}, "[UNK]"))
     special = dict(unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]", pad_token="[PAD]")
     transformers.PreTrainedTokenizerFast(tokenizer_object=bare, **special).save_pretrained(tmp_path)
-    one_line(lambda: text_encoder(name), name, "knows no word")
+    one_line(lambda: text_encoder(name), name, "has no words")
     del special["cls_token"]
     (tmp_path / "tokenizer_config.json").unlink()
     transformers.PreTrainedTokenizerFast(tokenizer_object=train_tokenizer([TEXT], 200).backend_tokenizer, **special).save_pretrained(tmp_path)
@@ -431,8 +431,8 @@ def test_every_method_in_half_precision(batch_of, name, dtype):
     assert any(grad.any() for grad in grads) and all(grad.isfinite().all() for grad in grads)
     assert half.item() == pytest.approx(whole, abs=0.15 * max(1.0, abs(whole)))
     with torch.autocast("cpu", dtype=dtype), torch.no_grad():
-        told = method.correspondence(batch)
-    assert told.words.isfinite().all() and told.sentences.isfinite().all()
+        correspondence = method.correspondence(batch)
+    assert correspondence.words.isfinite().all() and correspondence.sentences.isfinite().all()
 
 
 class TwoWidths(nn.Module):

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from .files import DataError, number, safe_path
+from .files import DataError, RejectCode, number, safe_path
 from .images import ImageError, exif_orientation, read_bytes
 
 # %% ../../nbs/data/07_annotations.ipynb #219ea6ad
@@ -25,9 +25,10 @@ def _run_numbers(
     "The pairs of a run-length code. DataError for an odd count, and for what is no whole number or too large."
     words = rle.split()
     if len(words) % 2:
-        raise DataError(f"run-length code with {len(words)} numbers; expected pairs")
+        raise DataError(f"run-length code with {len(words)} numbers; expected pairs", RejectCode.BAD_MASK)
     if wrong := next((word for word in words if not re.fullmatch("[0-9]{1,15}", word) or int(word) > pixels), None):
-        raise DataError(f"run-length code with {wrong[:20]!r}; expected whole numbers from 0 to {pixels}")
+        message = f"run-length code with {wrong[:20]!r}; expected whole numbers from 0 to {pixels}"
+        raise DataError(message, RejectCode.BAD_MASK)
     return np.array(words, dtype=np.int64).reshape(-1, 2)
 
 # %% ../../nbs/data/07_annotations.ipynb #45f02123
@@ -57,16 +58,18 @@ def rle_runs(
     ends = np.cumsum(first + lengths) if relative else first - 1 + lengths
     starts = ends - lengths
     if (lengths == 0).any():
-        raise DataError("run-length code with a run of no pixels")
+        raise DataError("run-length code with a run of no pixels", RejectCode.BAD_MASK)
     if (starts < np.concatenate([[0], ends[:-1]])[: len(starts)]).any():
         raise DataError(
             "run-length code whose runs overlap, go backwards or start before the first pixel; "
-            "written in the other dialect (relative)?"
+            "written in the other dialect (relative)?",
+            RejectCode.BAD_MASK,
         )
     if len(ends) and ends[-1] > width * height:
         raise DataError(
             f"run-length code that ends at pixel {ends[-1]} of {width * height} ({width} x {height}); "
-            "written in the other dialect, or for another size?"
+            "written in the other dialect, or for another size?",
+            RejectCode.BAD_MASK,
         )
     return starts, ends
 
@@ -125,14 +128,15 @@ def check_points(
     try:
         corners = np.array(points, dtype=np.float64).reshape(-1, 2)
     except (TypeError, ValueError, OverflowError) as error:
-        raise DataError(f"{what} with corners that are not pairs of numbers") from error
+        raise DataError(f"{what} with corners that are not pairs of numbers", RejectCode.BAD_MASK) from error
     margin = 1e9 if clip else 1
     inside = (corners >= -margin) & (corners <= (width + margin, height + margin))  # false for nan too
     if not inside.all():
         x, y = corners[~inside.all(1)][0]
         raise DataError(
             f"{what} with a corner at x {x:g}, y {y:g}, outside of the picture of {width} x {height}; "
-            "drawn on another size, or x and y exchanged?"
+            "drawn on another size, or x and y exchanged?",
+            RejectCode.BAD_MASK,
         )
     return corners if clip else corners.clip(0, (width, height))
 
@@ -154,7 +158,7 @@ def _polygon_mask(
     "The pixels whose centres lie in a polygon (even-odd). DataError for fewer than three corners, or corners outside."
     corners = check_points(points, width, height, clip=clip)
     if len(corners) < 3:
-        raise DataError(f"polygon with {len(corners)} corners; expected at least 3")
+        raise DataError(f"polygon with {len(corners)} corners; expected at least 3", RejectCode.BAD_MASK)
     turns = np.zeros((height, width + 1), bool)
     for (x0, y0), (x1, y1) in zip(corners, np.roll(corners, -1, axis=0), strict=True):
         if y0 > y1:
@@ -173,15 +177,17 @@ def parse_shapes(annotation: str) -> list[list[float]]:
     "Shapes of an Object-CXR annotation: [type, x1, y1, ...]. DataError for another type, or a wrong count of numbers."
     shapes = []
     for part in annotation.split(";") if annotation.strip() else []:
-        shape = [number(word, "a number of a shape") for word in part.split()]
+        shape = [number(word, "a number of a shape", code=RejectCode.BAD_MASK) for word in part.split()]
         kind, corners = (shape[0] if shape else None), (len(shape) - 1) / 2
         if kind not in (RECTANGLE, _ELLIPSE, POLYGON):
             raise DataError(
-                f"shape {part.strip()[:20]!r}; expected it to start with 0 (rectangle), 1 (ellipse) or 2 (polygon)"
+                f"shape {part.strip()[:20]!r}; expected it to start with 0 (rectangle), 1 (ellipse) or 2 (polygon)",
+                RejectCode.BAD_MASK,
             )
         if corners % 1 or (corners < 3 if kind == POLYGON else corners != 2):
             expected = "six or more, in pairs" if kind == POLYGON else "4"
-            raise DataError(f"shape of type {kind:g} with {len(shape) - 1} coordinates; expected {expected}")
+            message = f"shape of type {kind:g} with {len(shape) - 1} coordinates; expected {expected}"
+            raise DataError(message, RejectCode.BAD_MASK)
         shapes.append([int(kind), *shape[1:]])
     return shapes
 
@@ -221,7 +227,7 @@ def _picture_values(path: str | Path, name: str) -> np.ndarray:
     except Exception as error:  # decoders of damaged files raise anything
         raise ImageError(name, f"cannot be decoded: {type(error).__name__}") from error
     if values.ndim != 2:
-        raise DataError(f"{name}: mask with {values.shape[-1]} channels; expected one")
+        raise DataError(f"{name}: mask with {values.shape[-1]} channels; expected one", RejectCode.BAD_MASK)
     return values
 
 
@@ -239,18 +245,22 @@ def _read_mask(
     if orientation is not None and (own := exif_orientation(read_bytes(path, name))) != orientation:
         raise DataError(
             f"{name}: mask with EXIF orientation {own} for an image with orientation {orientation}; expected the same: "
-            "turn the pixels of both upright and remove the tags"
+            "turn the pixels of both upright and remove the tags",
+            RejectCode.SIZE_MISMATCH,
         )
     values = _picture_values(path, name)
     if values.shape != (height, width):
         raise DataError(
             f"{name}: mask of {values.shape[1]} x {values.shape[0]} pixels for an image of {width} x {height}; "
-            "expected the same size"
+            "expected the same size",
+            RejectCode.SIZE_MISMATCH,
         )
     levels = np.unique(values)
     if not (np.isin(levels, (0, 1)).all() or np.isin(levels, (0, 255)).all()):
         some = ", ".join(map(str, levels[:4])) + (", …" if len(levels) > 4 else "")
-        raise DataError(f"{name}: mask with the values {some}; expected only 0 and 1, or 0 and 255")
+        raise DataError(
+            f"{name}: mask with the values {some}; expected only 0 and 1, or 0 and 255", RejectCode.BAD_MASK
+        )
     return values > 0
 
 # %% ../../nbs/data/07_annotations.ipynb #1f6fc2be
@@ -295,7 +305,9 @@ def decode_mask(
     keys = set(spec) - {"relative", "clip"} if isinstance(spec, dict) else set()
     if len(keys) != 1 or not keys <= set(_DECODERS):
         form = sorted(map(str, spec)) if isinstance(spec, dict) else type(spec).__name__
-        raise DataError(f"mask given as {form}; expected a dict with one of {', '.join(_DECODERS)}")
+        raise DataError(
+            f"mask given as {form}; expected a dict with one of {', '.join(_DECODERS)}", RejectCode.BAD_MASK
+        )
     return _DECODERS[keys.pop()](spec, Path(root), width, height, orientation)
 
 

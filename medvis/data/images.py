@@ -15,18 +15,18 @@ from typing import Any
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
-from .files import lookalike
+from .files import RejectCode, lookalike
 
 # %% ../../nbs/data/03_images.ipynb #4e8f1921
 class ImageError(ValueError):
-    "A file that cannot be read as an image; `.reason` says why, without the path"
+    "A file that cannot be read as an image; `.reason` says why, without the path, and `.code` what kind of fault it is"
 
-    def __init__(self, name: str, reason: str) -> None:
+    def __init__(self, name: str, reason: str, code: RejectCode = RejectCode.UNREADABLE_IMAGE) -> None:
         super().__init__(f"{name}: {reason}")
-        self.name, self.reason = name, reason
+        self.name, self.reason, self.code = name, reason, code
 
     def __reduce__(self) -> tuple:
-        return type(self), (self.name, self.reason)
+        return type(self), (self.name, self.reason, self.code)
 
 # %% ../../nbs/data/03_images.ipynb #0eeb82f8
 def _grey_range(
@@ -380,7 +380,8 @@ def read_bytes(path: str | Path, name: str = "") -> bytes:
     try:
         return Path(path).read_bytes()
     except FileNotFoundError as error:
-        raise ImageError(name or str(path), f"file not found{lookalike(Path(path))}") from error
+        reason = f"file not found{lookalike(Path(path))}"
+        raise ImageError(name or str(path), reason, RejectCode.MISSING_FILE) from error
     except OSError as error:
         raise ImageError(name or str(path), f"cannot be opened: {error.strerror}") from error
 
@@ -504,7 +505,8 @@ def check_not_blank(
         sides = [min(size, side) for side in image.shape[::-1]]
         small = np.asarray(Image.fromarray(image).resize(sides, Image.Resampling.BOX))
     if int(small.max()) - int(small.min()) <= 2:
-        raise ImageError(name, f"blank: the whole picture is of grey level {int(np.median(small))}")
+        reason = f"blank: the whole picture is of grey level {int(np.median(small))}"
+        raise ImageError(name, reason, RejectCode.BLANK_IMAGE)
 
 # %% ../../nbs/data/03_images.ipynb #9d2a8434
 def boxes_to_square(

@@ -22,9 +22,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..core.files import write_atomic
+from .files import RejectCode
 
 # %% ../../nbs/data/08_pack.ipynb #0c346a13
-FORMAT = 1
+FORMAT = 2
+_FORMATS = (1, FORMAT)  # that can be read; in the first, rejects have no code
 OPTIONAL_TABLES = ("grades", "boxes", "masks")  # the first Packs did not have them; a data set need not have them
 LABEL, GRADE = "label/", "grade/"  # prefixes of columns in studies.parquet
 BOX_COLUMNS = ("image", "name", "x0", "y0", "x1", "y1")
@@ -55,13 +57,17 @@ def _table_paths(folder: Path) -> list[Path]:
 
 
 def content_hash(pixel_hash: str, folder: Path) -> str:
-    "SHA-256 of the pixels' hash and of every row of the tables in the folder, independent of how parquet encodes them"
+    """SHA-256 of the pixels' hash and of every row of the tables in the folder, however parquet encodes them.
+
+    The codes of rejects are left out: Packs of format 1 have none, and have the same hash."""
     digest = hashlib.sha256(pixel_hash.encode())
     for path in _table_paths(folder):
         with pq.ParquetFile(path) as file:
-            digest.update(f"{path.stem} {file.schema_arrow.names} {file.metadata.num_rows}".encode())
+            names = [name for name in file.schema_arrow.names if (path.stem, name) != ("rejects", "code")]
+            digest.update(f"{path.stem} {names} {file.metadata.num_rows}".encode())
             for batch in file.iter_batches(1000):
-                digest.update(_with_lists(batch.to_pandas()).to_json(orient="values", double_precision=15).encode())
+                rows = _with_lists(batch.select(names).to_pandas())
+                digest.update(rows.to_json(orient="values", double_precision=15).encode())
     return digest.hexdigest()
 
 # %% ../../nbs/data/08_pack.ipynb #6a97cc03
@@ -148,8 +154,9 @@ def _read_manifest(path: Path) -> dict:
         raise ValueError(
             f"{path / 'manifest.json'} is not a Pack's manifest: {type(error).__name__} {error}"
         ) from error
-    if version != FORMAT:
-        raise ValueError(f"{path}: Pack format {version}, this medvis reads {FORMAT}; prepare the data set again")
+    if version not in _FORMATS:
+        readable = " and ".join(map(str, _FORMATS))
+        raise ValueError(f"{path}: Pack format {version}, this medvis reads {readable}; prepare the data set again")
     _check_manifest(manifest, path / "manifest.json")
     for name, expected in manifest["files"].items():
         size = (path / name).stat().st_size if (path / name).exists() else None
@@ -257,8 +264,8 @@ class Pack:
     rows (1 present, 0 absent, -1 uncertain, NaN blank), `.grades` too (0, 1, 2 …, NaN blank), `.image_table` one row
     per image (image_id, study, path, sha256, width, height, and if the data set has them view, boxed, masked), `.boxes`
     one row per box (image, name, x0, y0, x1, y1 in pixels of the source), `.mask(index)` the masks of an image,
-    `.rejects` what was left out and why, `.recipe` the rules of a paper by which it was made (see data.source.Recipe;
-    empty without).
+    `.rejects` what was left out and why (item, reason, code), `.recipe` the rules of a paper by which it was made (see
+    data.source.Recipe; empty without).
     ValueError if the folder is not a Pack or its files do not fit the manifest.
     """
 
@@ -323,8 +330,17 @@ class Pack:
 
     recipe = property(lambda self: self.manifest["source"].get("recipe", {}))
     image_table = property(lambda self: self._tables["images"])
-    rejects = property(lambda self: self._tables["rejects"])
     boxes = property(lambda self: self._tables.get("boxes", pd.DataFrame(columns=list(BOX_COLUMNS))))
+
+    @cached_property
+    def rejects(self) -> pd.DataFrame:  # item, reason, code
+        """Returns
+        -------
+        pd.DataFrame
+            item, reason, code
+        """
+        table = self._tables["rejects"]
+        return table if "code" in table else table.assign(code=str(RejectCode.OTHER))
 
     @cached_property
     def _mask_bits(self) -> tuple[np.ndarray, np.ndarray]:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LOVT_RULES', 'MGCA_RULES', 'parse_mimic_sections', 'parse_sections', 'count_headings', 'split_sentences',
-           'normalise', 'find_words', 'ReportRules', 'drop_reasons', 'check_report', 'report_sentences']
+           'normalise', 'find_words', 'ReportRules', 'check_report', 'report_sentences']
 
 # %% ../../nbs/data/02_reports.ipynb #09a86580
 import html
@@ -14,7 +14,8 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import Literal
+
+from .files import RejectCode
 
 # %% ../../nbs/data/02_reports.ipynb #0a3a45b7
 _SECTION_NAMES = {
@@ -532,22 +533,17 @@ def _clean_sentence(sentence: str, rules: ReportRules) -> str:
         sentence = " ".join(re.findall(r"\w+", sentence))  # the blanks ___ too
     return sentence
 
-# %% ../../nbs/data/02_reports.ipynb #8445d4b8
-def drop_reasons(rules: ReportRules) -> dict[Literal["empty", "section", "short"], str]:
-    "Why a report is dropped by the rules: code -> the sentence for people, in tables and manifests."
-    return {"empty": "empty report", "section": "no wanted section", "short": f"fewer than {rules.min_words} words"}
-
 # %% ../../nbs/data/02_reports.ipynb #fe8364a8
-def check_report(text: str | None, rules: ReportRules) -> tuple[list[str], str]:
-    'The sentences of a report by the rules, and the reason why the report is to be dropped ("" = keep it)'
+def check_report(text: str | None, rules: ReportRules) -> tuple[list[str], RejectCode | None]:
+    "The sentences of a report by the rules, and the code of the reason to drop the report (None = keep it)"
     for kind, choices in (("splitter", _SPLITTERS), ("headings", _PARSERS)):
         if (name := getattr(rules, kind)) not in choices:
             raise ValueError(f"unknown {kind} {name!r}; choose from {', '.join(choices)}")
-    sections, reasons = _PARSERS[rules.headings](normalise(text or "")), drop_reasons(rules)
+    sections = _PARSERS[rules.headings](normalise(text or ""))
     chosen = [sections[name] for name in rules.sections if name in sections]
     chosen = chosen or [sections[name] for name in rules.fallback if name in sections][:1]
     if not chosen:
-        return [], reasons["section" if sections else "empty"]
+        return [], RejectCode.MISSING_SECTION if sections else RejectCode.EMPTY_REPORT
     bodies = [" ".join(chosen)] if rules.splitter == "full stop" else chosen  # MGCA joins them first
     sentences = [_clean_sentence(sentence, rules) for body in bodies for sentence in _SPLITTERS[rules.splitter](body)]
     counts = [len(find_words(sentence, rules.count_punctuation or rules.words_only)) for sentence in sentences]
@@ -557,7 +553,7 @@ def check_report(text: str | None, rules: ReportRules) -> tuple[list[str], str]:
         if count >= max(1, rules.min_sentence_words)
     ]
     words = sum(count for _, count in kept)
-    return [sentence for sentence, _ in kept], reasons["short"] if words < rules.min_words else ""
+    return [sentence for sentence, _ in kept], RejectCode.SHORT_REPORT if words < rules.min_words else None
 
 # %% ../../nbs/data/02_reports.ipynb #e95aba7b
 def report_sentences(text: str, rules: ReportRules = ReportRules()) -> list[str]:
@@ -568,8 +564,8 @@ def report_sentences(text: str, rules: ReportRules = ReportRules()) -> list[str]
 def _filter_reports(
     texts: list[str | None],  # report texts; None or "" = no report
     rules: ReportRules = ReportRules(),
-) -> tuple[list[list[str] | None], dict[str, int]]:  # sentences of each report, None = dropped; reason -> count
+) -> tuple[list[list[str] | None], dict[str, int]]:  # sentences of each report, None = dropped; code -> count
     "Sentences of many reports, and how many reports were dropped for which reason"
     checked = [check_report(text, rules) for text in texts]
-    counts = Counter(reason or "kept" for _, reason in checked)
-    return [None if reason else sentences for sentences, reason in checked], dict(sorted(counts.items()))
+    counts = Counter(str(code or "kept") for _, code in checked)
+    return [None if code else sentences for sentences, code in checked], dict(sorted(counts.items()))

@@ -11,7 +11,6 @@ import hashlib
 import os
 import zipfile
 import zlib
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from enum import StrEnum
@@ -24,8 +23,8 @@ import pandas as pd
 from PIL import Image
 
 from .annotations import decode_mask
-from .build import ImageRecord, StudyRecord, by_reason, write_pack
-from .files import DataError, decode_text, number, read_text, safe_path
+from .build import ImageRecord, Reject, StudyRecord, write_pack
+from .files import DataError, RejectCode, decode_text, number, read_text, reject_sentence, safe_path
 from .guard import refuse_leaks
 from medvis.data.images import (
     FITS,
@@ -41,7 +40,7 @@ from medvis.data.images import (
 from .leaks import patients_within
 from .pack import Pack
 from .phantom import PhantomStudy
-from .reports import ReportRules, drop_reasons
+from .reports import ReportRules
 
 # %% ../../nbs/data/11_source.ipynb #0fa80845
 class SplitRule(StrEnum):
@@ -258,13 +257,13 @@ class RejectItem(TypedDict):
     ----------
     study : str
     rejects : list[list[str]]
-        [item, reason] of each
+        [item, reason, code] of each
     planned : NotRequired[int]
         images that the data set has of it
     """
 
     study: str
-    rejects: list[list[str]]  # [item, reason] of each
+    rejects: list[list[str]]  # [item, reason, code] of each
     planned: NotRequired[int]  # images that the data set has of it
 
 # %% ../../nbs/data/11_source.ipynb #3c5932ec
@@ -340,7 +339,7 @@ def _open_zip(path: Path) -> zipfile.ZipFile:
     try:
         return zipfile.ZipFile(path)
     except (OSError, zipfile.BadZipFile) as error:
-        raise DataError(f"{path} cannot be opened as a zip archive: {error}") from error
+        raise DataError(f"{path} cannot be opened as a zip archive: {error}", RejectCode.BAD_TEXT) from error
 
 # %% ../../nbs/data/11_source.ipynb #bfee521e
 _ZIP_ERRORS = (  # damaged, encrypted, unknown compression
@@ -363,11 +362,12 @@ def _read_report(
     try:
         data = _open_zip(root / report["zip"]).read(report["member"])
     except KeyError as error:
-        raise DataError(f"{report['zip']} has no member {report['member']}") from error
+        raise DataError(f"{report['zip']} has no member {report['member']}", RejectCode.MISSING_FILE) from error
     except _ZIP_ERRORS as error:
-        raise DataError(f"{report['member']} in {report['zip']} cannot be read: {error}") from error
+        message = f"{report['member']} in {report['zip']} cannot be read: {error}"
+        raise DataError(message, RejectCode.BAD_TEXT) from error
     if not data.strip():
-        raise DataError(f"{report['member']} in {report['zip']} is blank")
+        raise DataError(f"{report['member']} in {report['zip']} is blank", RejectCode.BAD_TEXT)
     return decode_text(data, f"{report['member']} in {report['zip']}")
 
 # %% ../../nbs/data/11_source.ipynb #62432f03
@@ -394,9 +394,12 @@ def check_boxes(
     """
     checked = []
     for name, *corners in boxes:
-        x0, y0, x1, y1 = (number(str(corner), f"a corner of the box of {name}") for corner in corners)
+        x0, y0, x1, y1 = (
+            number(str(corner), f"a corner of the box of {name}", code=RejectCode.BAD_BOX) for corner in corners
+        )
         if x1 <= x0 or y1 <= y0:
-            raise DataError(f"the box {x0:g}, {y0:g}, {x1:g}, {y1:g} of {name} has no extent")
+            message = f"the box {x0:g}, {y0:g}, {x1:g}, {y1:g} of {name} has no extent"
+            raise DataError(message, RejectCode.BAD_BOX)
         if not clip and (
             min(x0, y0) < -_SLACK
             or x1 > width + _SLACK
@@ -406,7 +409,8 @@ def check_boxes(
             or min(x1, y1) <= 0
         ):
             raise DataError(
-                f"the box {x0:g}, {y0:g}, {x1:g}, {y1:g} of {name} lies outside of its image of {width:g} x {height:g}"
+                f"the box {x0:g}, {y0:g}, {x1:g}, {y1:g} of {name} lies outside of its image of {width:g} x {height:g}",
+                RejectCode.BAD_BOX,
             )
         checked.append((name, max(x0, 0.0), max(y0, 0.0), min(x1, float(width)), min(y1, float(height))))
     return [box for box in checked if box[1] < box[3] and box[2] < box[4]]
@@ -418,7 +422,9 @@ def _frame(planned: ImageItem, width: int, height: int) -> tuple[float, float]:
     if abs(frame_width * height - frame_height * width) > max(frame_width, frame_height):
         raise DataError(
             f"the image has {width} x {height} pixels, "
-            f"but its boxes and masks were drawn on {frame_width:g} x {frame_height:g}: cropped, turned or padded since"
+            f"but its boxes and masks were drawn on {frame_width:g} x {frame_height:g}: "
+            "cropped, turned or padded since",
+            RejectCode.SIZE_MISMATCH,
         )
     return frame_width, frame_height
 
@@ -428,7 +434,8 @@ def _unsquash(image: np.ndarray, width: int, height: int) -> np.ndarray:
     side = len(image)
     if image.shape != (side, side):
         raise DataError(
-            f"the picture has {image.shape[1]} x {side} pixels; expected a square, squashed from {width} x {height}"
+            f"the picture has {image.shape[1]} x {side} pixels; expected a square, squashed from {width} x {height}",
+            RejectCode.SIZE_MISMATCH,
         )
     across, down = (max(1, round(side * length / max(width, height))) for length in (width, height))
     return np.asarray(Image.fromarray(image).resize((across, down), Image.Resampling.BOX))
@@ -498,22 +505,21 @@ def read_study(
         equalise histograms first
     """
     if "rejects" in item:
-        rejects = [tuple(reject) for reject in item["rejects"]]
-        return StudyRecord(item["study"], "", "", images=[], rejects=rejects, planned=item.get("planned"))
+        return StudyRecord(item["study"], "", "", images=[], rejects=item["rejects"], planned=item.get("planned"))
     images, rejects = [], []
     for planned in item["images"]:
         try:
             images.append(_read_item_image(planned, root, size, fit, even))
         except ImageError as error:
             of_image = error.name == planned["path"]  # else of a mask
-            rejects.append((planned["id"], error.reason if of_image else str(error)))
+            rejects.append(Reject(planned["id"], error.reason if of_image else str(error), error.code))
         except DataError as error:
-            rejects.append((planned["id"], str(error)))
+            rejects.append(Reject(planned["id"], str(error), error.code))
     try:
         report = _read_report(item.get("report"), root)
     except DataError as error:
         images, report = [], ""
-        rejects.append((item["study"], f"report: {error}"))
+        rejects.append(Reject(item["study"], f"report: {error}", error.code))
     return StudyRecord(
         study_id=item["study"],
         patient_id=item["patient"],
@@ -607,8 +613,7 @@ def _describe_images(manifest: dict) -> list[str]:
     counts, source, rejected = manifest["counts"], manifest["source"], manifest.get("rejected", {})
     dropped = source.get("dropped", {})
     words = manifest.get("rules", {}).get("min_words", ReportRules.min_words)
-    reasons = drop_reasons(ReportRules(min_words=words))
-    ruled = {f"report: {reasons[code]}" for code in ("section", "short")}  # by a rule of the recipe, not by damage
+    ruled = (RejectCode.MISSING_SECTION, RejectCode.SHORT_REPORT)  # by a rule of the recipe, not by damage
     images = counts["images"] + sum(rejected.values()) + sum(dropped.values())
     patients = "patients who are not known (each study counts as one)"
     if source.get("patients_known", True):
@@ -617,8 +622,8 @@ def _describe_images(manifest: dict) -> list[str]:
         f"{source['kind']}, recipe {source.get('read', {}).get('recipe', '-')}: {images} images seen",
         *(f"  {count:>8} dropped by rule: {rule}" for rule, count in dropped.items() if count),
         *(
-            f"  {count:>8} {'dropped by rule' if reason in ruled else 'rejected'}: {reason}"
-            for reason, count in rejected.items()
+            f"  {count:>8} {'dropped by rule' if code in ruled else 'rejected'}: {reject_sentence(code, words)}"
+            for code, count in rejected.items()
         ),
         f"  {counts['images']:>8} images of {counts['studies']} studies of {patients} are in the Pack",
         *(f"  {count:>8} beside them: {what}" for what, count in source.get("beside", {}).items() if count),
@@ -684,25 +689,25 @@ def _files_of(item: StudyItem | RejectItem) -> list[str]:
     return [name for name in named if name]
 
 # %% ../../nbs/data/11_source.ipynb #b27fec8d
-def _bad_report(item: StudyItem | RejectItem, root: Path) -> list[tuple[str, str]]:
-    "(study, reason) if its report cannot be read"
+def _bad_report(item: StudyItem | RejectItem, root: Path) -> list[Reject]:
+    "The reject of the study if its report cannot be read"
     try:
         _read_report(item.get("report"), root)
     except DataError as error:
-        return [(item["study"], f"report: {error}")]
+        return [Reject(item["study"], f"report: {error}", error.code)]
     return []
 
 # %% ../../nbs/data/11_source.ipynb #57a99043
 def _bad_items(source: Source, root: Path) -> list[str]:
-    "What is wrong with rows and reports: one line for each kind of reason, with the first example"
-    bad = [
-        (name, reason) for item in source.items for name, reason in (*item.get("rejects", ()), *_bad_report(item, root))
-    ]
-    example = {kind: f"{name}: {reason}" for name, reason in reversed(bad) for kind in by_reason({reason: 1})}
-    kinds = by_reason(Counter(reason for _, reason in bad))
+    "What is wrong with rows and reports: one line for each kind of reason, with the first three of it"
+    kinds: dict[str, list[str]] = {}
+    for item in source.items:
+        for reject in (*item.get("rejects", ()), *_bad_report(item, root)):
+            name, reason, code = Reject(*reject)
+            kinds.setdefault(code, []).append(f"{name}: {reason}")
     return [
-        f"{count} x {kind}; the first is {example[kind]}" if count > 1 else example[kind]
-        for kind, count in kinds.items()
+        f"{len(bad)} x {reject_sentence(code)}, such as {'; '.join(bad[:3])}" if len(bad) > 1 else bad[0]
+        for code, bad in sorted(kinds.items())
     ]
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 # %% ../../nbs/encoders/01_features.ipynb #5d30aaf0
 @dataclass
 class ImageFeatures:
-    """What an image encoder returns; `weights` are the attention of the whole image to its regions, where there is one.
+    """What an image encoder returns; `weights` are the attention of the whole image to its regions, if any.
 
     Parameters
     ----------

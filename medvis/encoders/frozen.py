@@ -31,7 +31,7 @@ CHUNK = 16  # rows that are computed and written at a time
 
 
 def _written(partial: Path, widths: dict[str, int]) -> int:
-    "Rows that an unfinished store holds, in whole chunks; what is behind them is cut off."
+    "Rows that an unfinished store holds, in whole chunks; what follows them is cut off."
     files = {partial / f"{name}.f16": 2 * CHUNK * width for name, width in widths.items()}
     chunks = min(file.stat().st_size // size if file.exists() else 0 for file, size in files.items())
     for file, size in files.items():
@@ -39,7 +39,7 @@ def _written(partial: Path, widths: dict[str, int]) -> int:
             os.truncate(file, chunks * size)
     return chunks * CHUNK
 
-# %% ../../nbs/encoders/08_frozen.ipynb #788691a2
+
 def _append(file: Path, values: np.ndarray) -> None:
     """Append rows in half precision and flush them to the disk.
 
@@ -47,21 +47,23 @@ def _append(file: Path, values: np.ndarray) -> None:
     with np.errstate(over="ignore"):
         half = values.astype(np.float16)
     if not np.isfinite(half).all():
-        raise ValueError(f"{file} would hold features that are no numbers in half precision: is the encoder damaged?")
+        raise ValueError(
+            f"{file} would hold features that are NaN or infinite in half precision: is the encoder damaged?"
+        )
     with naming(file), open(file, "ab") as stream:
         stream.write(half.tobytes())
         stream.flush()
         os.fsync(stream.fileno())
 
-# %% ../../nbs/encoders/08_frozen.ipynb #03471650
+
 def fill_store(
     folder: Path,
     rows: int,
     compute: Callable[[np.ndarray], dict[str, np.ndarray]],  # numbers of k rows -> name -> (k, ...)
-    about: dict | None = None,  # JSON-like, kept with it
+    about: dict | None = None,  # JSON-like, stored with it
     progress: bool = False,
 ) -> None:
-    """Compute all rows of a store in half precision, or go on where it was killed; does nothing for a complete store.
+    """Compute all rows of a store in half precision, or go on where it was killed. Does nothing for a complete store.
 
     BlockingIOError if another process is writing it.
 
@@ -72,7 +74,7 @@ def fill_store(
     compute : Callable[[np.ndarray], dict[str, np.ndarray]]
         numbers of k rows -> name -> (k, ...)
     about : dict | None, default: None
-        JSON-like, kept with it
+        JSON-like, stored with it
     progress : bool, default: False
     """
     if folder.exists():
@@ -204,9 +206,7 @@ def cache_images(
     progress : bool, default: False
     """
     if encoder.training:
-        raise ValueError(
-            "the encoder is in training mode, and would see an image differently each time: call .eval() first"
-        )
+        raise ValueError("the encoder is in training mode, and would give other features each time: call .eval() first")
     settings = encoder.preprocessing, pack.manifest["hash"], views, augment if views > 1 else None
     folder, count = Path(root or f"{pack.path}.features") / network_hash(encoder, *settings), len(pack)
 
@@ -216,8 +216,10 @@ def cache_images(
         images = torch.stack(
             [read_view(pack, encoder.preprocessing, row % count, row // count, augment) for row in padded.tolist()]
         )
-        seen = encoder(images.to(next(encoder.parameters()).device))
-        return {name: getattr(seen, name)[: len(rows)].cpu().numpy() for name in ("regions", "whole")}, seen.grid
+        features = encoder(images.to(next(encoder.parameters()).device))
+        return {
+            name: getattr(features, name)[: len(rows)].cpu().numpy() for name in ("regions", "whole")
+        }, features.grid
 
     if folder.exists():
         return FrozenImages(folder)
@@ -239,7 +241,7 @@ class FrozenSentences:
         self._vectors = open_store(folder)[0]["vectors"]
 
     def vectors(self, sentences: list[str]) -> Tensor:  # (k, D) float32
-        """KeyError if a sentence is none of the Pack (it is not repeated in the message).
+        """KeyError for a sentence that is not of the Pack (the message does not repeat it).
 
         Returns
         -------
@@ -259,7 +261,7 @@ def cache_sentences(
 ) -> FrozenSentences:
     """The vectors of all different sentences of a Pack that have words, computed where missing.
 
-    ValueError if there are none, or if the encoder is in training mode.
+    ValueError if it has none, or if the encoder is in training mode.
 
     Parameters
     ----------
@@ -272,7 +274,7 @@ def cache_sentences(
     """
     if encoder.training:
         raise ValueError(
-            "the text encoder is in training mode, and would read a sentence differently each time: call .eval() first"
+            "the text encoder is in training mode, and would give other vectors each time: call .eval() first"
         )
     different = dict.fromkeys(sentence for sentences in pack.studies["sentences"] for sentence in sentences)
     reports = {
@@ -280,14 +282,16 @@ def cache_sentences(
     }
     if not reports:
         raise ValueError(f"{pack.path} has no sentence with words")
-    numbers = list(reports.values())
+    tokenised = list(reports.values())
 
     @torch.no_grad()
     def read(rows: np.ndarray) -> dict[str, np.ndarray]:
         vectors = []
-        for report in (numbers[row] for row in rows):
+        for report in (tokenised[row] for row in rows):
             index = (report.input_ids, [1] * len(report.input_ids), report.word_index, report.sentence_index)
-            vectors.append(encode_sentences(encoder, *(torch.tensor([one]) for one in index)).sentences[0, 0].numpy())
+            vectors.append(
+                encode_sentences(encoder, *(torch.tensor([numbers]) for numbers in index)).sentences[0, 0].numpy()
+            )
         return {"vectors": np.stack(vectors)}
 
     vocabulary = encoder.tokenizer.backend_tokenizer.to_str()

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..core.choices import check_choice
+
 # %% ../../nbs/encoders/05_heads.ipynb #27cda92a
 class BatchNorm(nn.BatchNorm1d):
-    "Batch normalisation of (P, D) rows that uses its running statistics when there is one row or none."
+    "Batch normalisation of (P, D) rows that uses its running statistics for one row or none."
 
     def forward(self, x: Tensor) -> Tensor:
         if self.training and len(x) < 2:
@@ -25,7 +27,7 @@ def on_valid(
     x: Tensor,  # (..., D)
     mask: Tensor | None,  # (...) bool; None = all positions
 ) -> Tensor:  # (..., D'), zero where masked
-    """Let a layer see the valid positions only, so that the others do not enter its batch statistics.
+    """Apply a layer to the valid positions only, so that the others do not enter its batch statistics.
 
     Parameters
     ----------
@@ -86,12 +88,12 @@ class ProjectionHead(nn.Module):
         init: str = "torch",  # first weights: torch's own, or kaiming (LoVT)
     ) -> None:
         super().__init__()
-        for what, value, there in (("norm", norm, ("none", "hidden", "both")), ("init", init, ("torch", "kaiming"))):
-            if value not in there:
-                raise ValueError(f"{what} is {value!r}, expected one of {', '.join(there)}")
+        check_choice("norm", norm, ("none", "hidden", "both"))
+        check_choice("init", init, ("torch", "kaiming"))
         layers = [nn.Linear(in_dim, hidden), nn.ReLU(), nn.Linear(hidden, out_dim)]
         if init == "kaiming":
-            kaiming(layers[0], "relu"), kaiming(layers[2])
+            kaiming(layers[0], "relu")
+            kaiming(layers[2])
         if norm in ("hidden", "both"):
             layers.insert(1, BatchNorm(hidden))
         if norm == "both":
@@ -136,8 +138,7 @@ class AttentionPool(nn.Module):
         query_mean: str = "masked",  # mean over valid positions; "padded": their sum over the padded length (released)
     ) -> None:
         super().__init__()
-        if query_mean not in ("masked", "padded"):
-            raise ValueError(f"query_mean is {query_mean!r}, expected 'masked' or 'padded'")
+        check_choice("query_mean", query_mean, ("masked", "padded"))
         self.attention, self.query_mean = nn.MultiheadAttention(dim, heads, batch_first=True), query_mean
 
     def forward(
@@ -170,7 +171,7 @@ class AttentionPool(nn.Module):
         self,
         local: Tensor,  # (..., D)
     ) -> Tensor:  # (..., D)
-        """What every local vector would be pooled to if it were the only one: it can then be compared with wholes.
+        """Pool every local vector as if it were the only one, so that it can be compared with vectors of whole images.
 
         Parameters
         ----------

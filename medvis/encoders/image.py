@@ -26,6 +26,11 @@ from .features import ImageFeatures
 from .weights import check_numbers, read_state, strip_prefix
 
 # %% ../../nbs/encoders/03_image.ipynb #23ad6fdf
+def _out_channels(layer: nn.Module) -> int:
+    "Output width of a residual stage: that of the last normalisation on its main path."
+    return [m for m in layer[-1].children() if isinstance(m, nn.BatchNorm2d)][-1].num_features
+
+
 class ResNetEncoder(nn.Module):
     """A torchvision-style ResNet that returns one layer as regions and its pooled last layer as the whole image.
 
@@ -51,13 +56,8 @@ class ResNetEncoder(nn.Module):
         merge: int = 1,  # side of the squares of cells that are stacked to one region
     ) -> None:
         super().__init__()
-        self.body, self.preprocessing, self.layer, self.upsample, self.merge = (
-            body,
-            preprocessing,
-            layer,
-            upsample,
-            merge,
-        )
+        self.body, self.preprocessing = body, preprocessing
+        self.layer, self.upsample, self.merge = layer, upsample, merge
         widths = {name: _out_channels(stage) for name, stage in body.named_children() if name.startswith("layer")}
         if layer not in widths:
             raise ValueError(f"no regions from layer {layer!r}; expected one of {', '.join(widths)}")
@@ -107,11 +107,6 @@ class ResNetEncoder(nn.Module):
         return ImageFeatures(
             local.flatten(2).transpose(1, 2), self.body.avgpool(last).flatten(1), tuple(local.shape[2:])
         )
-
-# %% ../../nbs/encoders/03_image.ipynb #e68232ec
-def _out_channels(layer: nn.Module) -> int:
-    "Output width of a residual stage: that of the last normalisation on its main path."
-    return [m for m in layer[-1].children() if isinstance(m, nn.BatchNorm2d)][-1].num_features
 
 # %% ../../nbs/encoders/03_image.ipynb #793f56ec
 def residual_stage(
@@ -225,7 +220,7 @@ class ViTEncoder(nn.Module):
         self,
         image: Tensor,  # (B, C, H, W) preprocessed
     ) -> list[Tensor]:  # (B, C, H, W), (B, D, h, w)
-        """The image, and the one map that there is.
+        """The image, and its one map.
 
         Parameters
         ----------
@@ -263,7 +258,7 @@ def _resnet50(layer: str = "layer4", upsample: int | None = None, size: int = 22
         torchvision.models.resnet50(weights=None), Preprocessing(size=size, crop=crop), layer, upsample
     )
 
-# %% ../../nbs/encoders/03_image.ipynb #24af1303
+
 def _vit_base(size: int = 224, crop: float = 0.875, drop_path: float = 0.0) -> nn.Module:
     body = timm.create_model(
         "vit_base_patch16_224", pretrained=False, num_classes=0, img_size=size, drop_path_rate=drop_path
@@ -274,23 +269,23 @@ def _vit_base(size: int = 224, crop: float = 0.875, drop_path: float = 0.0) -> n
 def _tiny_resnet(layer: str = "layer3", size: int = 64, crop: float = 1.0) -> nn.Module:
     return ResNetEncoder(TinyResNet(), Preprocessing(size=size, crop=crop, channels=1), layer)
 
+
+def _tiny_vit(size: int = 64, crop: float = 1.0, patch: int = 8, width: int = 128, depth: int = 4) -> nn.Module:
+    body = timm.models.VisionTransformer(
+        size, patch, in_chans=1, embed_dim=width, depth=depth, num_heads=4, num_classes=0
+    )
+    return ViTEncoder(body, Preprocessing(size=size, crop=crop, channels=1))
+
 # %% ../../nbs/encoders/03_image.ipynb #f164a485
 def _tiny_resnet_fine(size: int = 64, crop: float = 1.0) -> nn.Module:
     return ResNetEncoder(
         TinyResNet(widths=(16, 32, 64), strides=(2, 1)), Preprocessing(size=size, crop=crop, channels=1), "layer2"
     )
 
-# %% ../../nbs/encoders/03_image.ipynb #80c5a97f
+
 def _small_resnet_fine(size: int = 128, crop: float = 1.0) -> nn.Module:
     body = TinyResNet(widths=(16, 32, 64, 96), strides=(2, 2, 1))
     return ResNetEncoder(body, Preprocessing(size=size, crop=crop, channels=1), "layer3")
-
-# %% ../../nbs/encoders/03_image.ipynb #3dfa4568
-def _tiny_vit(size: int = 64, crop: float = 1.0, patch: int = 8, width: int = 128, depth: int = 4) -> nn.Module:
-    body = timm.models.VisionTransformer(
-        size, patch, in_chans=1, embed_dim=width, depth=depth, num_heads=4, num_classes=0
-    )
-    return ViTEncoder(body, Preprocessing(size=size, crop=crop, channels=1))
 
 # %% ../../nbs/encoders/03_image.ipynb #5f0dfd85
 IMAGE_ENCODERS = Registry(
@@ -312,14 +307,14 @@ IMAGE_ENCODERS = Registry(
 
 # %% ../../nbs/encoders/03_image.ipynb #7cf6f587
 def register_encoder(
-    name: str,  # by which it is asked for, as in image_encoder(name)
+    name: str,  # as in image_encoder(name)
 ) -> Callable[[Callable[..., nn.Module]], Callable[..., nn.Module]]:
-    """Decorator of a function that makes an image encoder: put it among the others. ValueError if the name is taken.
+    """Decorator that registers a function that makes an image encoder. ValueError if the name is taken.
 
     Parameters
     ----------
     name : str
-        by which it is asked for, as in image_encoder(name)
+        as in image_encoder(name)
     """
 
     def add(make: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
@@ -328,9 +323,27 @@ def register_encoder(
 
     return add
 
-# %% ../../nbs/encoders/03_image.ipynb #fa18b532
+# %% ../../nbs/encoders/03_image.ipynb #7f256050
+def load_weights(body: nn.Module, state: dict[str, Tensor], origin: str = "the state dict") -> None:
+    """Load a backbone's state dict without classifier, also from under one prefix (`module.`, `image_model.`).
+
+    ValueError names the weights that are missing, unknown, of another shape, NaN or infinite."""
+    wanted = {key: value for key, value in body.state_dict().items() if not key.startswith(("fc.", "head."))}
+    state = strip_prefix(state, wanted, origin)
+    state = {key: value for key, value in state.items() if not key.startswith(("fc.", "fc1.", "head.", "head_dist."))}
+    missing = [key for key in wanted if key not in state and not key.endswith("num_batches_tracked")]
+    wrong = [key for key in wanted if key in state and state[key].shape != wanted[key].shape]
+    extra = [key for key in state if key not in wanted]
+    if missing or wrong or extra:
+        parts = {"missing": missing, "of another shape": wrong, "unknown": extra}
+        problems = "; ".join(f"{len(keys)} {what}, e.g. {', '.join(keys[:3])}" for what, keys in parts.items() if keys)
+        raise ValueError(f"{origin} does not fit this backbone: {problems}")
+    check_numbers(state, origin)
+    body.load_state_dict(state, strict=False)
+
+# %% ../../nbs/encoders/03_image.ipynb #bb24abd8
 def _pretrained_state(name: str, weights: str) -> dict[str, Tensor]:
-    "The published ImageNet weights of an encoder: its own source, or else the network or a filled cache."
+    "The published ImageNet weights of an encoder: from its own source, or else downloaded or cached."
     own = getattr(IMAGE_ENCODERS.find(name), "published", {})
     if weights in own:
         return own[weights]()
@@ -343,36 +356,18 @@ def _pretrained_state(name: str, weights: str) -> dict[str, Tensor]:
     except Exception as error:
         raise OSError(
             f"the {weights!r} weights of {name!r} could not be downloaded ({type(error).__name__}). "
-            f"Pass image_weights= the "
-            f"path of a state-dict file (.safetensors, .pt, .pth) or folder that you have, or None for random weights."
+            f"Pass image_weights= the path of a state-dict "
+            "file (.safetensors, .pt, .pth) or folder, or None for random weights."
         ) from error
-    raise ValueError(f"there are no {weights!r} weights for {name!r}; pass a path, or None for random weights")
+    raise ValueError(f"no {weights!r} weights for {name!r}; pass a path, or None for random weights")
 
-# %% ../../nbs/encoders/03_image.ipynb #7f256050
-def load_weights(body: nn.Module, state: dict[str, Tensor], origin: str = "the state dict") -> None:
-    """Load a backbone's state dict without classifier, from under the one prefix of it all (`module.`, `image_model.`).
 
-    ValueError names what is missing, of another shape, or no number."""
-    wanted = {key: value for key, value in body.state_dict().items() if not key.startswith(("fc.", "head."))}
-    state = strip_prefix(state, wanted, origin)
-    state = {key: value for key, value in state.items() if not key.startswith(("fc.", "fc1.", "head.", "head_dist."))}
-    missing = [key for key in wanted if key not in state and not key.endswith("num_batches_tracked")]
-    wrong = [key for key in wanted if key in state and state[key].shape != wanted[key].shape]
-    extra = [key for key in state if key not in wanted]
-    if missing or wrong or extra:
-        parts = {"missing": missing, "of another shape": wrong, "unknown": extra}
-        told = "; ".join(f"{len(keys)} {what}, e.g. {', '.join(keys[:3])}" for what, keys in parts.items() if keys)
-        raise ValueError(f"{origin} does not fit this backbone: {told}")
-    check_numbers(state, origin)
-    body.load_state_dict(state, strict=False)
-
-# %% ../../nbs/encoders/03_image.ipynb #bb24abd8
 def image_encoder(
     name: str = "tiny_resnet",  # a key of IMAGE_ENCODERS, or my_package.my_module:my_encoder
     weights: str | None = None,  # None, "imagenet", "imagenet-v2", or a path
     **options,  # of the encoder: layer, upsample, size, ...
 ) -> nn.Module:  # forward(image) -> ImageFeatures; .preprocessing, .region_dim, .whole_dim; .pyramid(image)
-    """Build an image encoder by name. Raises ValueError for an unknown name, OSError when weights cannot be had.
+    """Build an image encoder by name. Raises ValueError for an unknown name, OSError when weights cannot be read.
 
     Parameters
     ----------
@@ -389,10 +384,10 @@ def image_encoder(
         forward(image) -> ImageFeatures; .preprocessing, .region_dim, .whole_dim; .pyramid(image)
     """
     make = IMAGE_ENCODERS.find(name)
-    takes = inspect.signature(make).parameters
+    choices = inspect.signature(make).parameters
     for option in options:
-        if option not in takes:
-            raise ValueError(f"{name} has no {option}: leave it out (None); it has {', '.join(takes)}")
+        if option not in choices:
+            raise ValueError(f"{name} has no {option}: leave it out (None); it has {', '.join(choices)}")
     encoder = make(**options)
     if weights is not None:
         published = str(weights) in ("imagenet", "imagenet-v2")

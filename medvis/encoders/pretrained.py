@@ -24,48 +24,48 @@ from .features import ImageFeatures
 from .image import IMAGE_ENCODERS, load_weights
 from .weights import ManyPrefixes, complete, read_state, refuse_code
 
-# %% ../../nbs/encoders/06_pretrained.ipynb #9becac8a
+# %% ../../nbs/encoders/06_pretrained.ipynb #64e5c836
 def _side(size: int | dict, what: str) -> int:
-    "Side in pixels of a size as Hugging Face writes it; ValueError if it is not square"
+    "Side in pixels of a size as Hugging Face writes it; ValueError if it is not square."
     size = {"shortest_edge": size} if isinstance(size, int) else size
     sides = {size[key] for key in ("shortest_edge", "height", "width") if size.get(key)}
     if len(sides) != 1:
-        raise ValueError(f"{what} is {size}; expected one side, our images are square")
+        raise ValueError(f"{what} is {size}; expected one side: our images are square")
     return sides.pop()
 
-# %% ../../nbs/encoders/06_pretrained.ipynb #64e5c836
+
 def read_preprocessing(
-    told: dict,  # of preprocessor_config.json; empty = there is none
+    config: dict,  # of preprocessor_config.json; empty = the model has none
     image_size: int = 224,  # what the model's configuration says
     channels: int = 3,
 ) -> Preprocessing:
     """What a Hugging Face model expects; without a preprocessor the whole image_size, and mean and deviation 1/2.
 
-    ValueError if it scales grey levels in another way than ours, or wants oblong images.
+    ValueError if it scales grey levels in another way than ours, or needs images that are not square.
 
     Parameters
     ----------
-    told : dict
-        of preprocessor_config.json; empty = there is none
+    config : dict
+        of preprocessor_config.json; empty = the model has none
     image_size : int, default: 224
         what the model's configuration says
     channels : int, default: 3
     """
-    if not told.get("do_rescale", True) or abs(told.get("rescale_factor", 1 / 255) * 255 - 1) > 1e-3:
+    if not config.get("do_rescale", True) or abs(config.get("rescale_factor", 1 / 255) * 255 - 1) > 1e-3:
         raise ValueError(
-            f"its images are scaled by {told.get('rescale_factor')} (do_rescale {told.get('do_rescale')}); "
+            f"its images are scaled by {config.get('rescale_factor')} (do_rescale {config.get('do_rescale')}); "
             "expected 1/255"
         )
-    size = resized = _side(told.get("size") or image_size, "size")
-    if told.get("crop_pct") and size < 384:
-        resized = round(size / told["crop_pct"])
-    elif told.get("do_center_crop") and told.get("crop_size"):
-        size = min(_side(told["crop_size"], "crop_size"), resized)
+    size = resized = _side(config.get("size") or image_size, "size")
+    if config.get("crop_pct") and size < 384:
+        resized = round(size / config["crop_pct"])
+    elif config.get("do_center_crop") and config.get("crop_size"):
+        size = min(_side(config["crop_size"], "crop_size"), resized)
     values = {}
-    for name, kept in (("mean", 0.0), ("std", 1.0)):
-        found = told.get(f"image_{name}", 0.5) if told.get("do_normalize", True) else kept
-        found = tuple(found) if isinstance(found, list | tuple) else (found,)
-        values[name] = float(found[0]) if len(set(found)) == 1 else tuple(map(float, found))
+    for name, unchanged in (("mean", 0.0), ("std", 1.0)):
+        value = config.get(f"image_{name}", 0.5) if config.get("do_normalize", True) else unchanged
+        value = tuple(value) if isinstance(value, list | tuple) else (value,)
+        values[name] = float(value[0]) if len(set(value)) == 1 else tuple(map(float, value))
     return Preprocessing(size, size / resized, channels, **values)
 
 # %% ../../nbs/encoders/06_pretrained.ipynb #68df3480
@@ -101,7 +101,7 @@ def token_grid(
         )
     return first, grid
 
-# %% ../../nbs/encoders/06_pretrained.ipynb #50379cdd
+# %% ../../nbs/encoders/06_pretrained.ipynb #143f535f
 @torch.no_grad()
 def _trial(encoder: nn.Module) -> tuple[ImageFeatures, list[Tensor]]:
     "Features and pyramid of a picture of noise, in evaluation mode. ValueError as in PretrainedEncoder."
@@ -121,15 +121,15 @@ def _trial(encoder: nn.Module) -> tuple[ImageFeatures, list[Tensor]]:
         )
     return first, encoder.pyramid(noise)
 
-# %% ../../nbs/encoders/06_pretrained.ipynb #143f535f
+
 _CLS = frozenset({"blip_vision_model", "blip_2_vision_model", "instructblip_vision_model"})
 
 
 class PretrainedEncoder(nn.Module):
     """A Hugging Face vision model with a map or patch tokens as its last hidden state.
 
-    ValueError if it does not take images of `preprocessing.size`, if its tokens cannot be told apart, or if it answers
-    at random."""
+    ValueError if it does not take images of `preprocessing.size`, if regions and other tokens look alike, or if its
+    output is not deterministic."""
 
     def __init__(self, body: nn.Module, preprocessing: Preprocessing) -> None:
         super().__init__()
@@ -181,51 +181,50 @@ class PretrainedEncoder(nn.Module):
         features = self._features(out, image.shape[-1])
         return [image, features.regions.mT.unflatten(2, features.grid)]
 
-# %% ../../nbs/encoders/06_pretrained.ipynb #a27f8f35
+# %% ../../nbs/encoders/06_pretrained.ipynb #906ee077
 def _preprocessor(name: str) -> dict:
-    "What a folder or hub name tells of its images; a folder may tell nothing"
+    "The preprocessor settings of a folder or hub name; empty if a folder has none."
     files = [Path(name) / file for file in ("preprocessor_config.json", "processor_config.json")]
     if Path(name).is_dir() and not any(file.exists() for file in files):
         return {}
     return ImageProcessingMixin.get_image_processor_dict(name)[0]
 
-# %% ../../nbs/encoders/06_pretrained.ipynb #0fce4547
+
 def _fetch(name: str) -> tuple[nn.Module, dict, dict]:
-    "Model, what transformers says of its weights, and what is told of its images. OSError says what to pass instead."
+    "Model, loading info of transformers, and preprocessor settings. OSError says what to pass instead."
     refuse_code(name)
     try:
         config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
-        known, told = transformers.MODEL_MAPPING, (config.architectures or [""])[0]
-        kind = known[type(config)] if type(config) in known else getattr(transformers, told)
+        classes, architecture = transformers.MODEL_MAPPING, (config.architectures or [""])[0]
+        kind = classes[type(config)] if type(config) in classes else getattr(transformers, architecture)
         options = dict(trust_remote_code=False, output_loading_info=True, ignore_mismatched_sizes=True)
         return *kind.from_pretrained(name, **options), _preprocessor(name)
     except Exception as error:
         if Path(name).is_dir() and [*Path(name).glob("*.safetensors"), *Path(name).glob("*.bin")]:
-            read_state(name)  # names the file, if it is the weights that cannot be read
+            read_state(name)  # if the weights cannot be read, this names their file
         raise OSError(
             f"the vision model {name!r} could not be loaded ({type(error).__name__}): no such folder, "
-            f"no weights in it, "
-            "or no network. Pass the path of a folder with config.json and model.safetensors, of a run, or of a "
-            "state-dict file (.safetensors, .pt, .pth), or 'random-init'."
+            "no weights in it, or no network. Pass the path of a folder with config.json and model.safetensors, of a "
+            "run, or of a state-dict file (.safetensors, .pt, .pth), or 'random-init'."
         ) from error
 
-# %% ../../nbs/encoders/06_pretrained.ipynb #5bf6b2f3
+
 def _vision_part(model: nn.Module, report: dict, name: str) -> nn.Module:
-    "The vision model in a model, in single precision. ValueError if there is none, or if weights of it are absent."
+    "The vision model in a model, in single precision. ValueError if it has none, or if weights are absent."
     part = "vision_model" if isinstance(getattr(model, "vision_model", None), nn.Module) else ""
     body = getattr(model, part) if part else model
     if body.main_input_name != "pixel_values":
         raise ValueError(f"{name} holds a {type(body).__name__}, which reads {body.main_input_name} and no images")
-    dense = hasattr(getattr(body, "pooler", None), "dense")  # will be taken out
+    dense = hasattr(getattr(body, "pooler", None), "dense")  # is taken out later
     whole = complete(model, report, name, lambda key: key.startswith(part) and not (dense and "pooler." in key))
     return (getattr(whole, part) if part else whole).float()
 
-# %% ../../nbs/encoders/06_pretrained.ipynb #906ee077
+
 def pretrained_encoder(
     name: str | Path,  # a folder with config.json and weights, or a hub name "organisation/model"
     size: int | None = None,  # side of the input; None = what the model was made for
 ) -> PretrainedEncoder:  # in evaluation mode
-    """A Hugging Face model with its preprocessing. OSError when it cannot be had, ValueError when it cannot be used.
+    """A Hugging Face model with its preprocessing. OSError when it cannot be loaded, ValueError when it cannot be used.
 
     Parameters
     ----------
@@ -239,11 +238,11 @@ def pretrained_encoder(
     PretrainedEncoder
         in evaluation mode
     """
-    model, report, told = _fetch(str(name))
+    model, report, settings = _fetch(str(name))
     body = _vision_part(model, report, str(name))
     side = getattr(body.config, "image_size", None) or 224
     side = side if isinstance(side, int) else _side(dict(zip(("height", "width"), side)), "image_size")
-    preprocessing = read_preprocessing(told, side, getattr(body.config, "num_channels", 3))
+    preprocessing = read_preprocessing(settings, side, getattr(body.config, "num_channels", 3))
     return PretrainedEncoder(body, preprocessing if size is None else replace(preprocessing, size=size))
 
 # %% ../../nbs/encoders/06_pretrained.ipynb #191bf604

@@ -81,7 +81,7 @@ class EfficientNetEncoder(nn.Module):
         maps = dict(zip(self.pyramid_strides, self.pyramid(image)))
         finest, *others = (maps[stride] for stride in LAYERS[self.layer])
         grid = tuple(finest.shape[2:])
-        local = torch.cat([finest, *(F.interpolate(one, size=grid, mode="bilinear") for one in others)], 1)
+        local = torch.cat([finest, *(F.interpolate(level, size=grid, mode="bilinear") for level in others)], 1)
         whole = self.body.global_pool(self.body.bn2(self.body.conv_head(maps[self.pyramid_strides[-1]])))
         return ImageFeatures(local.flatten(2).transpose(1, 2), whole, grid)
 
@@ -101,7 +101,7 @@ _OTHERS = {
 
 def timm_name(
     name: str,  # of a weight in the package: _blocks.3._bn1.bias
-) -> str:  # in timm: blocks.2.0.bn2.bias; what is not known stays as it is
+) -> str:  # in timm: blocks.2.0.bn2.bias; other names stay as they are
     """Where timm keeps a weight of EfficientNet-Lite0.
 
     Parameters
@@ -112,7 +112,7 @@ def timm_name(
     Returns
     -------
     str
-        in timm: blocks.2.0.bn2.bias; what is not known stays as it is
+        in timm: blocks.2.0.bn2.bias; other names stay as they are
     """
     part, *rest = name.split(".")
     if part != "_blocks" or len(rest) != 3 or not rest[0].isdigit() or int(rest[0]) >= len(_PLACES):

@@ -133,9 +133,9 @@ def released_words(
     both, mask = F.pad(both, (0, 0, 0, more)), F.pad(mask, (0, more))
     return both[..., :-1], mask, both[..., -1]
 
-# %% ../../nbs/encoders/04_text.ipynb #cda31214
+# %% ../../nbs/encoders/04_text.ipynb #a0f15774
 def _check_pooling(body: nn.Module, whole: str, summed_layers: int) -> None:
-    "ValueError for a pooling that there is not, or that this body cannot do."
+    "ValueError for an unknown pooling, or one that this body does not have."
     if whole not in ("cls", "pooler", "max", "mean", "mean-all"):
         raise ValueError(f"whole text is {whole!r}; expected cls, pooler, max, mean or mean-all")
     if whole == "pooler" and getattr(body, "pooler", None) is None:
@@ -143,7 +143,7 @@ def _check_pooling(body: nn.Module, whole: str, summed_layers: int) -> None:
     if not 1 <= summed_layers <= body.config.num_hidden_layers:
         raise ValueError(f"summed_layers is {summed_layers}; the text encoder has {body.config.num_hidden_layers}")
 
-# %% ../../nbs/encoders/04_text.ipynb #b382def1
+
 def _pool_whole(
     encoder: "TextEncoder", out: ModelOutput, tokens: Tensor, attention_mask: Tensor, sentence_index: Tensor
 ) -> Tensor:
@@ -155,7 +155,7 @@ def _pool_whole(
     outside = attention_mask == 0 if encoder.whole == "mean-all" else sentence_index < 0
     return pool_tokens(tokens, -outside.long(), encoder.whole.removesuffix("-all"))[0][:, 0]
 
-# %% ../../nbs/encoders/04_text.ipynb #a0f15774
+
 class TextEncoder(nn.Module):
     """A Hugging Face encoder whose tokens are pooled to words, sentences and the whole report.
 
@@ -192,12 +192,8 @@ class TextEncoder(nn.Module):
     ) -> None:
         super().__init__()
         _check_pooling(body, whole, summed_layers)
-        self.body, self.tokenizer, self.word_weights, self.released_words = (
-            body,
-            tokenizer,
-            word_weights,
-            released_words,
-        )
+        self.body, self.tokenizer = body, tokenizer
+        self.word_weights, self.released_words = word_weights, released_words
         self.words, self.sentences, self.whole, self.summed_layers = words, sentences, whole, summed_layers
         self.dim = body.config.hidden_size
 
@@ -235,8 +231,8 @@ class TextEncoder(nn.Module):
         sentences, sentence_mask = pool_tokens(tokens, sentence_index, self.sentences)
         weights = out.attentions[-1].mean(1)[:, 0] if attend else None
         if self.released_words:
-            found = released_words(tokens, weights, word_index, attention_mask, self.released_words)
-            words, word_mask, weights = (part[:, 1:] for part in found)
+            parts = released_words(tokens, weights, word_index, attention_mask, self.released_words)
+            words, word_mask, weights = (part[:, 1:] for part in parts)
         elif attend:
             weights = pool_tokens(weights[..., None], word_index, "sum")[0][..., 0]
         whole = _pool_whole(self, out, tokens, attention_mask, sentence_index)
@@ -271,10 +267,10 @@ def _random_bert(
 
 # %% ../../nbs/encoders/04_text.ipynb #d13dd119
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, rows: int, name: str) -> None:
-    "ValueError if a tokenizer cannot go with a text encoder of this many embeddings."
+    "ValueError if a tokenizer does not fit a text encoder with this many embeddings."
     if not tokenizer.is_fast:
         raise ValueError(
-            f"the tokenizer of {name} is a slow one, which cannot tell where its pieces stand: "
+            f"the tokenizer of {name} is a slow one, which does not give the positions of its pieces: "
             f"save it with tokenizer.json"
         )
     absent = [part for part in ("cls", "sep", "pad") if getattr(tokenizer, f"{part}_token_id") is None]
@@ -285,14 +281,14 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, rows: int, name: str) ->
         )
     ids = tokenizer.get_vocab().values()
     if len(set(ids) - set(tokenizer.all_special_ids)) == 0:
-        raise ValueError(f"the tokenizer of {name} knows no word: its vocabulary files are missing or empty")
+        raise ValueError(f"the tokenizer of {name} has no words: its vocabulary files are missing or empty")
     if max(ids) >= rows:
         raise ValueError(
-            f"the tokenizer of {name} numbers its pieces up to {max(ids)}, but there are {rows} embeddings: "
+            f"the tokenizer of {name} numbers its pieces up to {max(ids)}, but the encoder has {rows} embeddings: "
             f"they do not belong together"
         )
 
-# %% ../../nbs/encoders/04_text.ipynb #d56e5422
+# %% ../../nbs/encoders/04_text.ipynb #6c089cbc
 VOCABULARIES = (
     "tokenizer.json",
     "vocab.txt",
@@ -314,7 +310,7 @@ def _own_tokenizer(name: str) -> PreTrainedTokenizerFast:
             )
     return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
 
-# %% ../../nbs/encoders/04_text.ipynb #6c089cbc
+
 def _pretrained(
     name: str,
     layers: int | None,
@@ -322,7 +318,7 @@ def _pretrained(
     pooler: bool = False,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> tuple[nn.Module, PreTrainedTokenizerBase]:
-    "Model and tokenizer of a folder or hub name. OSError or ValueError says what stands in the way, and what to pass."
+    "Model and tokenizer of a folder or hub name. OSError or ValueError says what is wrong, and what to pass."
     refuse_code(name)
     if Path(name).is_file():
         raise ValueError(f"{name} is a file: pass the folder with config.json, the weights and the tokenizer")
@@ -340,10 +336,10 @@ def _pretrained(
         tokenizer = tokenizer or _own_tokenizer(name)
     except Exception as error:
         if weights and (Path(name) / "config.json").exists():
-            read_state(name)  # names the file, if it is the weights that cannot be read
-        told = str(error).strip().splitlines() or [""]
+            read_state(name)  # if the weights cannot be read, this names their file
+        lines = str(error).strip().splitlines() or [""]
         raise OSError(
-            f"the text encoder {name!r} could not be loaded ({type(error).__name__}): {told[0][:200]}. Pass "
+            f"the text encoder {name!r} could not be loaded ({type(error).__name__}): {lines[0][:200]}. Pass "
             f"text= the path of a folder with config.json, model.safetensors and a tokenizer, or text='bert-base' (12 "
             f"layers) or 'tiny-bert' for random weights."
         ) from error
@@ -397,7 +393,7 @@ def text_encoder(
 def _sentences_apart(
     tokenizer: PreTrainedTokenizerBase, input_ids: Tensor, word_index: Tensor, sentence_index: Tensor
 ) -> tuple[tuple, Tensor, Tensor]:
-    "Inputs (S, L) of a batch of all sentences, in order; and row and column there of every token inside a sentence."
+    "Inputs (S, L) of a batch of all sentences, in order; row and column in it of every token of a sentence."
     inside, member = sentence_index >= 0, group_matrix(sentence_index)
     exists, own = member.any(-1), sentence_index.clamp(min=0)
     row = (exists.flatten().cumsum(0) - 1).view_as(exists).gather(1, own)[inside]

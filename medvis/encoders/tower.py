@@ -89,7 +89,7 @@ class FrozenEncoder(nn.Module):
         self,
         image: Tensor,  # (B, C, H, W) preprocessed
     ) -> Tensor:  # (B, D, h, w)
-        """What the tower sees.
+        """The tower's map of regions.
 
         Parameters
         ----------
@@ -102,17 +102,17 @@ class FrozenEncoder(nn.Module):
             (B, D, h, w)
         """
         with torch.no_grad():
-            seen = self.tower(image)
-        return seen.regions.mT.unflatten(2, seen.grid)
+            features = self.tower(image)
+        return features.regions.mT.unflatten(2, features.grid)
 
     def forward(
         self,
-        image: Tensor,  # (B, C, H, W) preprocessed; or (B, D, h, w), what the tower saw
+        image: Tensor,  # (B, C, H, W) preprocessed; or (B, D, h, w), `tower_features`
     ) -> ImageFeatures:
         """Parameters
         ----------
         image : Tensor
-            (B, C, H, W) preprocessed; or (B, D, h, w), what the tower saw
+            (B, C, H, W) preprocessed; or (B, D, h, w), `tower_features`
         """
         maps = image if image.shape[1] == self.tower.region_dim else self.tower_features(image)
         local = self.rest(self.first(torch.cat([self.norm(maps), coordinates(maps)], 1)))

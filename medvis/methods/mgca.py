@@ -56,12 +56,12 @@ def _token_temperature(method: "MGCA") -> float:
     c = method.config
     if method.word_attention is not None:
         return 1.0
-    return c.tau_token if c.weight_token else c.tau_instance
+    return c.tau_token if c.token_weight else c.tau_instance
 
 # %% ../../nbs/methods/04_mgca.ipynb #ceba40f2
 def _attentions(config: MGCAConfig) -> tuple[nn.Module | None, nn.Module | None]:
     "The learned attention of words over regions, and of regions over words; None without it."
-    if not (config.weight_token and config.learned_attention):
+    if not (config.token_weight and config.learned_attention):
         return None, None
     words, regions = (nn.MultiheadAttention(config.dim, 1, batch_first=True) for _ in range(2))
     return words, regions
@@ -81,16 +81,16 @@ class MGCA(Method):
     presets = PRESETS
 
     def __init__(self, config: MGCAConfig, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
-        read = dict(whole=config.whole_text, word_weights=config.weight_token > 0, released_words=config.released_words)
+        read = dict(whole=config.whole_text, word_weights=config.token_weight > 0, released_words=config.released_words)
         super().__init__(config, tokenizer, sentences="mean", **read)
         image, text, size = self.image_encoder, self.text_encoder, (config.hidden, config.dim)
         self.global_image, self.global_text = ProjectionHead(image.whole_dim, *size), ProjectionHead(text.dim, *size)
         self.local_image = self.local_text = None
-        if config.weight_token:
+        if config.token_weight:
             self.local_image, self.local_text = ProjectionHead(image.region_dim, *size), ProjectionHead(text.dim, *size)
         self.word_attention, self.region_attention = _attentions(config)
         points = l2_normalize(torch.randn(config.prototypes, config.dim))
-        self.prototypes = nn.Parameter(points) if config.weight_prototype else None
+        self.prototypes = nn.Parameter(points) if config.prototype_weight else None
 
     def start_epoch(self, epoch: int) -> None:
         if self.prototypes is not None:
@@ -108,12 +108,12 @@ class MGCA(Method):
         v, t = self.global_image(image.whole), self.global_text(text.whole)  # as embed_image and embed_text
         balance = (c.tau_prototype, c.epsilon, c.sinkhorn_iterations)
         parts = {}
-        if c.weight_instance:
-            parts["instance"] = c.weight_instance * (both * clip_loss(v, t, c.tau_instance, valid=valid))
-        if c.weight_token:
-            parts["token"] = c.weight_token * (both / 2 * _token_loss(self, image, text))
-        if c.weight_prototype:
-            parts["prototype"] = c.weight_prototype * prototype_loss(v, t, self.prototypes, *balance)
+        if c.instance_weight:
+            parts["instance"] = c.instance_weight * (both * clip_loss(v, t, c.tau_instance, valid=valid))
+        if c.token_weight:
+            parts["token"] = c.token_weight * (both / 2 * _token_loss(self, image, text))
+        if c.prototype_weight:
+            parts["prototype"] = c.prototype_weight * prototype_loss(v, t, self.prototypes, *balance)
         return add_up(**parts)
 
     def correspondence(self, batch: Batch) -> Correspondence:
@@ -130,7 +130,7 @@ class MGCA(Method):
             for x, mask in ((words, word_mask), (text.sentences, text.sentence_mask))
         ]
         masks, prototypes = (word_mask, text.sentence_mask), _prototype_scores(self, image)
-        learned = ("words",) if self.config.weight_token else ()
+        learned = ("words",) if self.config.token_weight else ()
         return Correspondence(*scores, *masks, image.grid, prototypes, _token_temperature(self), learned)
 
     def align(self, batch: Batch) -> Aligned | None:

@@ -156,11 +156,11 @@ class MGCAConfig(MethodConfig):
     "Sinkhorn iterations."
     freeze_prototypes: int = 1
     "Epochs in which the prototypes stay as they are."
-    weight_instance: float = 1.0
+    instance_weight: float = 1.0
     "lambda_1; 0 leaves ITA out."
-    weight_token: float = 1.0
+    token_weight: float = 1.0
     "lambda_2; 0 leaves CTA out."
-    weight_prototype: float = 1.0
+    prototype_weight: float = 1.0
     "lambda_3; 0 leaves CPA out."
     directions: Literal["mean", "sum"] = "mean"
     "The two directions of ITA and CTA: their mean (paper) or sum (released)."
@@ -236,12 +236,12 @@ _MGCA_TINY_RECIPE = dict(
 MGCA_PRESETS = {
     "paper": ({}, _MGCA_RECIPE),
     "paper-resnet50": (_MGCA_RESNET50, _MGCA_RECIPE),
-    "ita": (dict(weight_token=0.0, weight_prototype=0.0), _MGCA_RECIPE),
-    "ita-resnet50": (dict(weight_token=0.0, weight_prototype=0.0, **_MGCA_POOLED), _MGCA_RECIPE),
-    "ita-cta": (dict(weight_prototype=0.0), _MGCA_RECIPE),
-    "ita-cta-resnet50": (dict(weight_prototype=0.0, **_MGCA_RESNET50), _MGCA_RECIPE),
-    "ita-cpa": (dict(weight_token=0.0), _MGCA_RECIPE),
-    "ita-cpa-resnet50": (dict(weight_token=0.0, **_MGCA_POOLED), _MGCA_RECIPE),
+    "ita": (dict(token_weight=0.0, prototype_weight=0.0), _MGCA_RECIPE),
+    "ita-resnet50": (dict(token_weight=0.0, prototype_weight=0.0, **_MGCA_POOLED), _MGCA_RECIPE),
+    "ita-cta": (dict(prototype_weight=0.0), _MGCA_RECIPE),
+    "ita-cta-resnet50": (dict(prototype_weight=0.0, **_MGCA_RESNET50), _MGCA_RECIPE),
+    "ita-cpa": (dict(token_weight=0.0), _MGCA_RECIPE),
+    "ita-cpa-resnet50": (dict(token_weight=0.0, **_MGCA_POOLED), _MGCA_RECIPE),
     "released": (_MGCA_RELEASED, _MGCA_RELEASED_RECIPE),
     "released-resnet50": ({**_MGCA_RELEASED, **_MGCA_RESNET50, "unit_region_context": True}, _MGCA_RELEASED_RECIPE),
     "tiny": (_MGCA_TINY, _MGCA_TINY_RECIPE),
@@ -493,7 +493,7 @@ class GLoRIAConfig(MethodConfig):
     "Score of a text: mean instead of sum over its words."
     global_weight: float = 1.0
     "Weight of whole image against whole text; 0 leaves it out."
-    weight_local: float = 1.0
+    local_weight: float = 1.0
     "Weight of regions against words; 0 leaves it out."
     chunk: int | None = None
     "Texts whose words are scored at a time; None = all. Fewer need less memory, and more time."

@@ -68,11 +68,9 @@ class CosineCritic(nn.Module):
         if image.ndim == 3:
             return self(image, text)
         with torch.autocast(image.device.type, enabled=False):
-            return (
-                l2_normalize(self.image(at_least_float32(image)))
-                @ l2_normalize(self.text(at_least_float32(text))).T
-                / self.temperature
-            )
+            image = l2_normalize(self.image(at_least_float32(image)))
+            text = l2_normalize(self.text(at_least_float32(text)))
+            return image @ text.T / self.temperature
 
 # %% ../../nbs/objectives/06_mixture.ipynb #02e08dbc
 def mixture_scores(
@@ -99,7 +97,6 @@ def mixture_scores(
         (B, C) F; between the highest region score less log N and the highest region score
     """
     scores = at_least_float32(critic.scores(regions.flatten(0, 1), sentence, chunk).unflatten(0, regions.shape[:2]))
-    highest = scores.detach().amax(
-        1
-    )  # taken out so that nothing overflows; faster than logsumexp, whose backward looks again
+    # without the highest score nothing overflows; faster than logsumexp, whose backward pass reads the scores again
+    highest = scores.detach().amax(1)
     return (scores - highest[:, None]).exp().mean(1).log() + highest

@@ -22,10 +22,8 @@ class Discriminator(nn.Module):
         super().__init__()
         widths = (image_dim + text_dim, *hidden)
         layers = [part for pair in zip(widths, hidden) for part in (nn.Linear(*pair), nn.ReLU(inplace=True))]
-        self.dims, self.layers = (
-            {"image": image_dim, "text": text_dim},
-            nn.Sequential(*layers, nn.Linear(widths[-1], 1)),
-        )
+        self.dims = {"image": image_dim, "text": text_dim}
+        self.layers = nn.Sequential(*layers, nn.Linear(widths[-1], 1))
 
     def _first(self, side: str, features: Tensor) -> Tensor:  # (..., D) -> (..., hidden)
         "What one side adds to the first layer."
@@ -80,8 +78,8 @@ class Discriminator(nn.Module):
             (B, C)
         """
         if text.ndim != 2 or image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[1] != len(text)):
-            found = f"{tuple(image.shape)} and {tuple(text.shape)}"
-            raise ValueError(f"expected images (B, Di) or (B, C, Di), and texts (C, Dt); found {found}")
+            shapes = f"{tuple(image.shape)} and {tuple(text.shape)}"
+            raise ValueError(f"expected images (B, Di) or (B, C, Di), and texts (C, Dt); found {shapes}")
         with torch.autocast(image.device.type, enabled=False):
             text, step = self._first("text", text), len(image) if chunk is None else max(chunk // max(len(text), 1), 1)
 

@@ -72,11 +72,8 @@ def prototype_loss(
         scalar
     """
     with torch.autocast(image.device.type, enabled=False):
-        image, text, prototypes = (
-            l2_normalize(image),
-            l2_normalize(text),
-            at_least_float32(prototypes).to(l2_normalize(image).dtype),
-        )
+        image, text = l2_normalize(image), l2_normalize(text)
+        prototypes = at_least_float32(prototypes).to(image.dtype)
         prototypes = prototypes / prototypes.detach().norm(dim=-1, keepdim=True)
         score_image, score_text = image @ prototypes.T, text @ prototypes.T
         code_image, code_text = sinkhorn(score_image, epsilon, iterations), sinkhorn(score_text, epsilon, iterations)

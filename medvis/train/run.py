@@ -49,6 +49,10 @@ _RENAMED = {  # setting of a method in older runs -> its name today
     "weight_image": "local_image_weight",
     "weight_report": "local_report_weight",
     "weight_global": "global_weight",
+    "weight_local": "local_weight",
+    "weight_instance": "instance_weight",
+    "weight_token": "token_weight",
+    "weight_prototype": "prototype_weight",
 }
 _ADDED = {"local_grid": None}  # settings that older runs do not have, and the value that means what those runs did
 

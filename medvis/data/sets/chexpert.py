@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from ..files import DataError, find_file, label, read_table
+from ..files import DataError, RejectCode, find_file, label, read_table
 from ..phantom import PhantomStudy
 from .plans import MGCA_SHARES, draw_splits, item_or_reject
 from ..source import DataSet, ReadConfig, Recipe, Source, SplitRule, StudyItem
@@ -73,16 +73,18 @@ def _read_line(cells: dict[str, str], part: str) -> dict:
     "What a line says: path, patient, study, image, side, view, labels. DataError names the column at fault."
     if not (match := _PATH.fullmatch(cells["Path"])) or match[2] != part:
         raise DataError(
-            f"Path is {cells['Path'][:80]!r}; expected RELEASE/{part}/patientNNNNN/studyN/viewN_frontal.jpg"
+            f"Path is {cells['Path'][:80]!r}; expected RELEASE/{part}/patientNNNNN/studyN/viewN_frontal.jpg",
+            RejectCode.BAD_ROW,
         )
     path, _, patient, study, view = match.groups()
     side, position = cells["Frontal/Lateral"], cells["AP/PA"]
     if side.lower() != view.split("_")[1]:
-        raise DataError(f"Frontal/Lateral is {side[:20]!r}, but the path says {view}")
+        raise DataError(f"Frontal/Lateral is {side[:20]!r}, but the path says {view}", RejectCode.CONTRADICTION)
     if position not in _VIEWS or (side == "Lateral" and position):
         raise DataError(
             f"AP/PA is {position[:20]!r} for a {side.lower()} view; "
-            "expected AP, PA, LL or RL for a frontal one, else a blank"
+            "expected AP, PA, LL or RL for a frontal one, else a blank",
+            RejectCode.BAD_ROW,
         )
     return {
         "path": path,
@@ -96,7 +98,7 @@ def _read_line(cells: dict[str, str], part: str) -> dict:
 
 # %% ../../../nbs/data/sets/07_chexpert.ipynb #8583a339
 def _part_rows(table: pd.DataFrame, part: str, base: str) -> dict[int, dict]:
-    'Line -> what it says, or {"error", "study", ...} where it is damaged; paths start at the root'
+    'Line -> what it says, or {"error": DataError, "study": …} where it is damaged; paths start at the root'
     rows = {}
     for line, cells in zip(table.index, table.to_dict("records")):
         try:
@@ -105,7 +107,7 @@ def _part_rows(table: pd.DataFrame, part: str, base: str) -> dict[int, dict]:
         except DataError as error:
             match, image = re.search(r"(patient\d+)/study\d+", cells["Path"]), f"{part}.csv line {line}"
             study, patient = (match[0], match[1]) if match else (image, "")
-            fault = f"{part}.csv, line {line}: {error}"
+            fault = DataError(f"{part}.csv, line {line}: {error}", error.code)
             row = {"study": study, "image": image, "patient": patient, "side": cells["Frontal/Lateral"]}
             rows[line] = row | {"error": fault}
     return rows
@@ -233,17 +235,18 @@ def _split_lines(
 def _study_item(study: str, rows: list[dict]) -> StudyItem:
     "The lines of a study as one item. DataError if one is damaged, if they disagree, or if one is there twice."
     if damaged := next((row["error"] for row in rows if "error" in row), None):
-        raise DataError(damaged)
+        raise damaged
     first = rows[0]
     for row in rows[1:]:
         if differs := [name for name in _LABELS if row["labels"][name] != first["labels"][name]]:
             raise DataError(
-                f"{row['image']} and {first['image']} are of one study, but differ in the label {differs[0]!r}"
+                f"{row['image']} and {first['image']} are of one study, but differ in the label {differs[0]!r}",
+                RejectCode.CONTRADICTION,
             )
     if len({row["split"] for row in rows}) > 1:
-        raise DataError("it is in train.csv and in valid.csv")
+        raise DataError("it is in train.csv and in valid.csv", RejectCode.CONTRADICTION)
     if len({row["image"] for row in rows}) < len(rows):
-        raise DataError("a radiograph of it has more than one line")
+        raise DataError("a radiograph of it has more than one line", RejectCode.DUPLICATE)
     images = [{"id": row["image"], "path": row["path"], "view": row["view"]} for row in rows]
     return {
         "study": study,

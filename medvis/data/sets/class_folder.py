@@ -16,7 +16,7 @@ from typing import Annotated
 from PIL import Image
 
 from ...core.choices import default_text
-from ..files import DataError
+from ..files import DataError, RejectCode
 from .folder import SPLIT_NAMES
 from ..phantom import PhantomStudy
 from .plans import draw_splits, item_or_reject
@@ -78,7 +78,8 @@ def _class_item(path: str, split: str, kind: str, kinds: list[str], pattern: re.
     "The item of an image, with a drawn split if it has none. DataError if its name does not tell the patient."
     owner = pattern and pattern.match(path.rpartition("/")[2])
     if pattern and not owner:
-        raise DataError(f"the name does not tell the patient (it does not begin with {pattern.pattern})")
+        message = f"the name does not tell the patient (it does not begin with {pattern.pattern})"
+        raise DataError(message, RejectCode.BAD_ROW)
     patient = owner[1] if owner else path
     return {
         "study": path,

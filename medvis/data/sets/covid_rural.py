@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image
 
 from ..annotations import check_points
-from ..files import DataError, find_file, read_text
+from ..files import DataError, RejectCode, find_file, read_text
 from ..phantom import PhantomStudy
 from medvis.data.sets.plans import (
     UNLISTED,
@@ -59,13 +59,15 @@ def _read_polygons(
         shapes = [(shape["label"], shape.get("shape_type", "polygon"), shape["points"]) for shape in labelme["shapes"]]
         frame = [labelme.get("imageWidth"), labelme.get("imageHeight")]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise DataError(f"{name}: not a labelme file: {type(error).__name__}") from error
+        message = f"{name}: not a labelme file: {type(error).__name__}"
+        raise DataError(message, RejectCode.BAD_MASK) from error
     polygons: dict[str, list] = {}
     for label, kind, points in shapes:
         if label not in (*_LUNGS, "opacity") or kind != "polygon" or not isinstance(points, list) or len(points) < 3:
             raise DataError(
                 f"{name}: a {str(kind)[:20]} {str(label)[:20]!r}; "
-                "expected polygons of right_lung, left_lung, opacity with three corners or more"
+                "expected polygons of right_lung, left_lung, opacity with three corners or more",
+                RejectCode.BAD_MASK,
             )
         polygons.setdefault(label, []).append(points)
     return polygons, frame if all(frame) else None
@@ -74,7 +76,8 @@ def _read_polygons(
 def _image_entry(folder: Path, root: Path, name: str) -> ImageItem:
     "Image and masks of a name, for `read_study`. DataError for a name of another form, or a wrong labelme file."
     if not _NAME.fullmatch(name):
-        raise DataError("the name is not of the form COVID-19-AR-00000000_MM-DD-YYYY-XR; whose image is it?")
+        message = "the name is not of the form COVID-19-AR-00000000_MM-DD-YYYY-XR; whose image is it?"
+        raise DataError(message, RejectCode.BAD_ROW)
     labelme, opacity = folder / "jpgs" / "jsons" / f"{name}.json", folder / "pngs_masks" / f"{name}.png"
     drawn, frame = _read_polygons(labelme, f"jsons/{name}.json") if os.path.lexists(labelme) else (None, None)
     for points in itertools.chain(*(drawn or {}).values()) if frame else ():
@@ -138,7 +141,8 @@ def _plan_covid_rural(config: _CovidRuralConfig) -> Source:
         path.stem for pattern in ("pngs_masks/*.png", "jpgs/jsons/*.json") for path in folder.glob(pattern)
     } - set(pictures)
     items += [
-        reject(name, "has a mask or a labelme file, but there is no such image in jpgs", 0) for name in sorted(strays)
+        reject(name, "has a mask or a labelme file, but there is no such image in jpgs", RejectCode.MISSING_FILE, 0)
+        for name in sorted(strays)
     ]
     return Source(items, masks=("opacity", *_LUNGS), dropped=dropped)
 

@@ -15,7 +15,7 @@ import pandas as pd
 from PIL import Image
 
 from ...core.choices import default_text
-from ..files import DataError, find_file, read_text, safe_path
+from ..files import DataError, RejectCode, find_file, read_text, safe_path
 from ..phantom import PhantomStudy
 from .plans import MGCA_SHARES, draw_rows, draw_splits, item_or_reject
 from ..source import DataSet, ReadConfig, Recipe, Source, SplitRule, StudyItem
@@ -36,10 +36,12 @@ def _parse_line(line: str) -> tuple[str, str, str, str]:  # patient, file name, 
     later = len(fields) > 3 and fields[-1] not in classes and fields[-2] in classes  # a source of a later release
     source = fields.pop() if fields and (fields[-1] in _SOURCES or later) else ""
     if len(fields) < 3:
-        raise DataError(f"{len(fields)} fields before the source, expected patient, file and class")
+        message = f"{len(fields)} fields before the source, expected patient, file and class"
+        raise DataError(message, RejectCode.BAD_ROW)
     *patient, name, kind = fields
     if kind not in classes:
-        raise DataError(f"class {kind[:30]!r}, expected one of {', '.join(sum(_CLASSES, ()))}")
+        message = f"class {kind[:30]!r}, expected one of {', '.join(sum(_CLASSES, ()))}"
+        raise DataError(message, RejectCode.BAD_LABEL)
     return " ".join(patient), safe_path(name), kind, source
 
 # %% ../../../nbs/data/sets/10_covidx.ipynb #58aa048b
@@ -50,16 +52,17 @@ def _list_classes(kinds: pd.Series) -> tuple[str, ...]:
 # %% ../../../nbs/data/sets/10_covidx.ipynb #d457733a
 def _read_list(
     path: Path,
-) -> pd.DataFrame:  # patient, name, class, source, problem ("" = none); index = number of the line
+) -> pd.DataFrame:  # patient, name, class, source, problem and its code ("" = none); index = number of the line
     "A list of images. DataError if the file cannot be read, or if no line can."
     rows = {}
     for number, line in enumerate(read_text(path).splitlines(), 1):
         if line.strip():
             try:
-                rows[number] = (*_parse_line(line), "")
+                rows[number] = (*_parse_line(line), "", "")
             except DataError as error:
-                rows[number] = ("", "", "", "", str(error))
-    table = pd.DataFrame.from_dict(rows, orient="index", columns=["patient", "name", "class", "source", "problem"])
+                rows[number] = ("", "", "", "", str(error), str(error.code))
+    columns = ["patient", "name", "class", "source", "problem", "code"]
+    table = pd.DataFrame.from_dict(rows, orient="index", columns=columns)
     if (table["problem"] != "").all():
         raise DataError(
             f"{path}: no line is of the form `patient file class source`; "
@@ -68,9 +71,11 @@ def _read_list(
     kinds = _list_classes(table["class"])
     strange = (table["problem"] == "") & ~table["class"].isin(kinds)
     table.loc[strange, "problem"] = "class " + table["class"] + f" in a list of {', '.join(kinds)}"
+    table.loc[strange, "code"] = str(RejectCode.BAD_LABEL)
     for name, group in table[table["name"] != ""].groupby("name"):
         if len(group) > 1:
             table.loc[group.index, "problem"] = f"listed more than once: lines {', '.join(map(str, group.index))}"
+            table.loc[group.index, "code"] = str(RejectCode.DUPLICATE)
     return table
 
 # %% ../../../nbs/data/sets/10_covidx.ipynb #440b64f9
@@ -146,7 +151,7 @@ def _split_train(
 def _image_item(path: str, row: pd.Series, kinds: Sequence[str]) -> StudyItem:
     "The item of a line. DataError if something is wrong with it."
     if row["problem"]:
-        raise DataError(row["problem"])
+        raise DataError(row["problem"], RejectCode(row["code"]))
     labels = {kind: float(row["class"] == kind) for kind in kinds}
     return {
         "study": path,

@@ -15,9 +15,10 @@ from typing import Literal
 
 import pandas as pd
 
-from ..files import DataError, label
+from ..files import DataError, RejectCode, label
 from ..reports import LOVT_RULES, MGCA_RULES, ReportRules
 from medvis.data.sets.mimic_files import (
+    add_problems,
     MIMIC_LABELS,
     find_mimic_table,
     image_table,
@@ -36,20 +37,22 @@ from ..source import DataSet, ReadConfig, Recipe, ReportItem, Source, SplitRule
 # %% ../../../nbs/data/sets/05_mimic.ipynb #9aa95921
 def _label_values(
     table: pd.DataFrame,  # with the columns study_id and MIMIC_LABELS
-) -> tuple[dict[str, dict[str, float | None]], dict[str, str]]:  # study -> labels; study -> what is wrong with its row
+) -> tuple[
+    dict[str, dict[str, float | None]], dict[str, tuple[str, str]]
+]:  # study -> labels; study -> fault and its code
     "The labels of each study, and the studies whose row is damaged."
     values, wrong = {}, {}
     for cell in {cell for name in MIMIC_LABELS for cell in table[name].unique()}:
         try:
             values[cell] = label(cell, "a label")
         except DataError as error:
-            wrong[cell] = str(error)
-    problems = dict.fromkeys(
-        table["study_id"][table["study_id"].duplicated()], "has more than one row in the table of labels"
-    )
+            wrong[cell] = error
+    twice = ("has more than one row in the table of labels", RejectCode.DUPLICATE)
+    problems = dict.fromkeys(table["study_id"][table["study_id"].duplicated()], twice)
     for name in MIMIC_LABELS:
         problems |= {
-            row["study_id"]: f"{name}: {wrong[row[name]]}" for _, row in table[table[name].isin(list(wrong))].iterrows()
+            row["study_id"]: (f"{name}: {wrong[row[name]]}", wrong[row[name]].code)
+            for _, row in table[table[name].isin(list(wrong))].iterrows()
         }
     columns = [[values.get(cell) for cell in table[name].tolist()] for name in MIMIC_LABELS]
     rows = (dict(zip(MIMIC_LABELS, row, strict=True)) for row in zip(*columns, strict=True))
@@ -185,12 +188,12 @@ class _MimicConfig(ReadConfig):
 # %% ../../../nbs/data/sets/05_mimic.ipynb #94c472c9
 def _read_labels(
     config: _MimicConfig, owners: dict[str, str]
-) -> tuple[dict[str, dict], dict[str, str]]:  # study -> its labels; study -> what is wrong with its row
+) -> tuple[dict[str, dict], dict[str, tuple[str, str]]]:  # study -> its labels; study -> fault and its code
     "The labels of all studies, checked against their patients. DataError if the tables have no study in common."
     table = read_mimic_table(config.root, config.labeler)
     labels, damaged = _label_values(table)
     damaged |= {
-        study: "has another patient in the table of labels"
+        study: ("has another patient in the table of labels", RejectCode.CONTRADICTION)
         for study, subject in zip(table["study_id"], table["subject_id"], strict=True)
         if owners.get(study, subject) != subject
     }
@@ -223,16 +226,19 @@ def _plan_mimic(config: _MimicConfig) -> Source:
     owners = dict(zip(images["study_id"], images["subject_id"], strict=True))
     labels, damaged = _read_labels(config, owners)
     strays = [
-        reject(study, "has labels, but is not in the metadata table", 0) for study in labels if study not in owners
+        reject(study, "has labels, but is not in the metadata table", RejectCode.CONTRADICTION, 0)
+        for study in labels
+        if study not in owners
     ]
     images, dropped = _apply_recipe(config, images)
     names = list(map(report_name, images["subject_id"].tolist(), images["study_id"].tolist()))
     reports = _find_reports(config.root, names)
+    lost = ("its report is not in the zip", RejectCode.MISSING_FILE)
     faults = [
-        damaged.get(study) or ("" if name in reports else "its report is not in the zip")
+        damaged.get(study) or (None if name in reports else lost)
         for study, name in zip(images["study_id"], names, strict=True)
     ]
-    images = spread_problems(images.assign(problem=images["problem"].where(images["problem"] != "", faults)))
+    images = spread_problems(add_problems(images, faults))
     blank = dict.fromkeys(MIMIC_LABELS)
     facts = {study: {"labels": labels.get(study, blank)} for study in pd.unique(images["study_id"])}
     settings = {

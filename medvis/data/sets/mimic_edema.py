@@ -14,8 +14,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ..files import DataError
+from ..files import DataError, RejectCode
 from medvis.data.sets.mimic_files import (
+    add_problems,
     image_table,
     leave_out,
     picture_folder,
@@ -33,7 +34,7 @@ def _edema_grades(
     table: pd.DataFrame,  # as read_edema_table gives it
     images: pd.DataFrame,  # as image_table gives it
     key: str,  # "study_id" or, of the consensus, "dicom_id"
-) -> tuple[dict[str, int], dict[str, str]]:  # key -> grade; key -> what is wrong with its row
+) -> tuple[dict[str, int], dict[str, tuple[str, str]]]:  # key -> grade; key -> what is wrong with its row, and the code
     "Grades by study or by image, checked against the images of MIMIC-CXR. DataError if they have no id in common."
     subjects, studies = (
         dict(zip(images[key].tolist(), images[column].tolist(), strict=True)) for column in ("subject_id", "study_id")
@@ -45,13 +46,13 @@ def _edema_grades(
         table[key], table["subject_id"], table["study_id"], table["edema_severity"], strict=True
     ):
         if name in doubled:
-            problems[name] = "has more than one edema grade"
+            problems[name] = "has more than one edema grade", RejectCode.DUPLICATE
         elif name not in subjects:
-            problems[name] = "has an edema grade, but is not in the metadata table"
+            problems[name] = "has an edema grade, but is not in the metadata table", RejectCode.CONTRADICTION
         elif (subjects[name], studies[name]) != (subject, study):
-            problems[name] = "has another patient or study in the table of edema grades"
+            problems[name] = "has another patient or study in the table of edema grades", RejectCode.CONTRADICTION
         elif grade not in ("0", "1", "2", "3", "0.0", "1.0", "2.0", "3.0"):
-            problems[name] = f"edema grade is {grade!r}; expected 0, 1, 2 or 3"
+            problems[name] = f"edema grade is {grade!r}; expected 0, 1, 2 or 3", RejectCode.BAD_LABEL
         else:
             grades[name] = int(grade[0])
     return grades, problems
@@ -82,13 +83,15 @@ class _EdemaConfig(ReadConfig):
 # %% ../../../nbs/data/sets/06_mimic_edema.ipynb #c5a6196d
 def _report_grades(
     config: _EdemaConfig, images: pd.DataFrame
-) -> tuple[dict[str, int], dict[str, str]]:  # study -> grade; study -> what is wrong with its row
+) -> tuple[
+    dict[str, int], dict[str, tuple[str, str]]
+]:  # study -> grade; study -> what is wrong with its row, and the code
     "The grades of reports, by all graders of the recipe: a later table corrects an earlier one."
     grades, problems = {}, {}
     for kind in _EDEMA_GRADERS[config.recipe]:
         good, bad = _edema_grades(read_edema_table(config.edema or config.root, kind), images, "study_id")
         grades = grades | good
-        problems = {study: text for study, text in problems.items() if study not in good} | bad
+        problems = {study: fault for study, fault in problems.items() if study not in good} | bad
     return grades, problems
 
 
@@ -98,19 +101,19 @@ def _graded_images(config: _EdemaConfig, images: pd.DataFrame) -> tuple[pd.DataF
     consensus = read_edema_table(config.edema or config.root, "consensus_image")
     tested, wrong = _edema_grades(consensus, images, "dicom_id")
     named = set(images["study_id"]) | set(images["dicom_id"])
-    strays = [reject(name, text, 0) for name, text in (problems | wrong).items() if name not in named]
+    strays = [reject(name, *fault, images=0) for name, fault in (problems | wrong).items() if name not in named]
     images = images.assign(test=images["dicom_id"].isin({**tested, **wrong}))
     images["grade"] = images["dicom_id"].map(tested).where(images["test"], images["study_id"].map(grades))
-    faults = np.where(
-        images["test"],
-        [wrong.get(name, "") for name in images["dicom_id"]],
-        [problems.get(name, "") for name in images["study_id"]],
-    )
-    images["problem"] = images["problem"].where(images["problem"] != "", faults)
-    images = images[images["grade"].notna() | (faults != "")]
+    faults = [
+        wrong.get(image) if tests else problems.get(study)
+        for image, study, tests in zip(images["dicom_id"], images["study_id"], images["test"], strict=True)
+    ]
+    images = add_problems(images, faults)
+    images = images[images["grade"].notna() | np.array([fault is not None for fault in faults])]
     differing = images[images["test"]].groupby("study_id")["grade"].nunique().loc[lambda counts: counts > 1].index
-    unequal = images["test"] & images["study_id"].isin(differing) & (images["problem"] == "")
-    return images.assign(problem=images["problem"].mask(unequal, "images of its study have different grades")), strays
+    unequal = ("images of its study have different grades", RejectCode.CONTRADICTION)
+    faults = [unequal if differs else None for differs in images["test"] & images["study_id"].isin(differing)]
+    return add_problems(images, faults), strays
 
 
 def _plan_edema(config: _EdemaConfig) -> Source:

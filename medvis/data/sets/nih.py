@@ -17,7 +17,7 @@ from pathlib import Path
 import pandas as pd
 from PIL import Image
 
-from ..files import DataError, find_file, number, read_table
+from ..files import DataError, RejectCode, find_file, number, read_table
 from ..phantom import PhantomStudy
 from medvis.data.sets.plans import (
     PUBLISHED_SIDE,
@@ -94,7 +94,7 @@ def _read_sourced_boxes(root: Path) -> dict[str, list[list]]:  # image without e
                 f"{where}label is {name[:30]!r}, by {cells['source'][:30]!r}; "
                 f"expected one of {', '.join(_BOXED)}, or {_OPACITY} of RSNA"
             )
-        box = [name, *(number(cells[column], where + column) for column in columns[2:6])]
+        box = [name, *(number(cells[column], where + column, code=RejectCode.BAD_BOX) for column in columns[2:6])]
         drawn = boxes.setdefault(re.sub(r"\.(png|jpe?g)$", "", cells["image"]), [])
         if box in drawn:
             raise DataError(f"{where}the same box is there twice")
@@ -116,10 +116,11 @@ def _read_findings(cell: str) -> dict[str, float]:
     if strange := [name for name in names if name not in _LABELS]:
         raise DataError(
             f"Finding Labels has {strange[0][:30]!r}; "
-            "expected No Finding alone, or names of the 14 labels with | between them"
+            "expected No Finding alone, or names of the 14 labels with | between them",
+            RejectCode.BAD_LABEL,
         )
     if len(set(names)) < len(names):
-        raise DataError("Finding Labels names a finding twice")
+        raise DataError("Finding Labels names a finding twice", RejectCode.BAD_LABEL)
     return {name: float(name in names) for name in _LABELS}
 
 # %% ../../../nbs/data/sets/12_nih.ipynb #4e8df675
@@ -128,8 +129,11 @@ def _read_box(line: int, cells: dict[str, str]) -> list:  # name, x0, y0, x1, y1
     name = cells["Finding Label"].replace("Infiltrate", "Infiltration")
     where = f"BBox_List_2017.csv, line {line}: "
     if name not in _BOXED:
-        raise DataError(f"{where}Finding Label is {name[:30]!r}; expected one of {', '.join(_BOXED)}")
-    x, y, width, height = (number(cells[column], where + column) for column in _BOX_COLUMNS[2:])
+        message = f"{where}Finding Label is {name[:30]!r}; expected one of {', '.join(_BOXED)}"
+        raise DataError(message, RejectCode.BAD_BOX)
+    x, y, width, height = (
+        number(cells[column], where + column, code=RejectCode.BAD_BOX) for column in _BOX_COLUMNS[2:]
+    )
     return list(check_boxes([[name, x, y, x + width, y + height]], PUBLISHED_SIDE, PUBLISHED_SIDE)[0])
 
 # %% ../../../nbs/data/sets/12_nih.ipynb #b57c62d2
@@ -143,16 +147,19 @@ def _image_item(
     "An image with its labels and boxes. DataError names the column at fault."
     cells = next(iter(lines.values()))
     if len(lines) > 1:
-        raise DataError(f"Data_Entry_2017, lines {', '.join(map(str, lines))} are of the same image")
+        message = f"Data_Entry_2017, lines {', '.join(map(str, lines))} are of the same image"
+        raise DataError(message, RejectCode.DUPLICATE)
     if not (name := _NAME.fullmatch(cells["Image Index"])):
-        raise DataError(f"Image Index is {cells['Image Index'][:40]!r}; expected a name like 00000001_000.png")
+        message = f"Image Index is {cells['Image Index'][:40]!r}; expected a name like 00000001_000.png"
+        raise DataError(message, RejectCode.BAD_ROW)
     if number(cells["Patient ID"], "Patient ID") != int(name[2]):
-        raise DataError(f"Patient ID is {cells['Patient ID'][:20]!r}, but the image is called {name[0]}")
+        message = f"Patient ID is {cells['Patient ID'][:20]!r}, but the image is called {name[0]}"
+        raise DataError(message, RejectCode.CONTRADICTION)
     if (view := cells["View Position"]) not in ("PA", "AP"):
-        raise DataError(f"View Position is {view[:20]!r}; expected PA or AP")
+        raise DataError(f"View Position is {view[:20]!r}; expected PA or AP", RejectCode.BAD_ROW)
     drawn = None if boxes is None else [_read_box(line, cells) for line, cells in boxes.items()]
     if drawn and len(set(map(tuple, drawn))) < len(drawn):
-        raise DataError("BBox_List_2017 has the same box twice")
+        raise DataError("BBox_List_2017 has the same box twice", RejectCode.BAD_BOX)
     image = {"id": name[1], "path": path, "view": view, "boxes": drawn, "frame": [PUBLISHED_SIDE, PUBLISHED_SIDE]}
     if sourced:
         image |= {"boxes": sourced, "frame": None}

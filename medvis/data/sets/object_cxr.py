@@ -16,7 +16,7 @@ import pandas as pd
 from PIL import Image
 
 from ..annotations import POLYGON, RECTANGLE, parse_shapes, shape_box
-from ..files import DataError, find_file, read_table, safe_path
+from ..files import DataError, RejectCode, find_file, read_table, safe_path
 from ..phantom import PhantomStudy
 from .plans import UNLISTED, ListedConfig, draw_rows, draw_splits, item_or_reject, listed_splits
 from ..source import DataSet, ImageItem, Recipe, Source, SplitRule, StudyItem
@@ -59,7 +59,8 @@ def _image_entry(name: str, path: str, annotation: str, released_defects: bool =
     for shape in shapes:
         x0, y0, x1, y1 = shape_box(shape)
         if x0 >= x1 or y0 >= y1 or (shape[0] != POLYGON and shape[1:] != [x0, y0, x1, y1]):
-            raise DataError("a shape without extent, or with its corners in another order than x1 < x2 and y1 < y2")
+            message = "a shape without extent, or with its corners in another order than x1 < x2 and y1 < y2"
+            raise DataError(message, RejectCode.BAD_BOX)
     drawn = (
         {"shapes": [_released_shape(shape) for shape in shapes], "clip": True}
         if released_defects
@@ -135,9 +136,10 @@ def _read_parts(
 def _image_item(row: pd.Series, split: str, released_defects: bool) -> StudyItem:
     "The item of a line. DataError if something is wrong with it."
     if row["twice"]:
-        raise DataError("listed more than once")
+        raise DataError("listed more than once", RejectCode.DUPLICATE)
     if safe_path(row["name"]) != posixpath.basename(row["name"]):
-        raise DataError("the name of the image is a path; expected a name such as 00001.jpg")
+        message = "the name of the image is a path; expected a name such as 00001.jpg"
+        raise DataError(message, RejectCode.BAD_ROW)
     image = _image_entry(row["id"], row["path"], row["annotation"], released_defects)
     return {
         "study": row["id"],

@@ -22,7 +22,7 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from ..files import DataError, find_file, number, read_table, read_text
+from ..files import DataError, RejectCode, find_file, number, read_table, read_text, reject_sentence
 from ..phantom import PhantomStudy
 from .plans import draw_splits, reject
 from ..reports import ReportRules, check_report, parse_sections
@@ -114,7 +114,8 @@ _LARGEST = 1_000_000  # bytes of a report; the published ones have up to 14 000
 class _Tree(ET.TreeBuilder):
     def doctype(self, name: str, public_id: str, system: str) -> None:
         raise DataError(
-            "holds a DOCTYPE, which a report has no use for and which can do harm; delete it if you trust the file"
+            "holds a DOCTYPE, which a report has no use for and which can do harm; delete it if you trust the file",
+            RejectCode.BAD_TEXT,
         )
 
 # %% ../../../nbs/data/sets/14_openi.ipynb #5309ffa4
@@ -124,28 +125,30 @@ def _parse_xml(
 ) -> dict:  # study, sections, major (MeSH terms), images (id, file, view) without a view
     "A report of Open-i. DataError says what is wrong with the file, without its text."
     if len(data) > _LARGEST:
-        raise DataError(f"{name} has {len(data)} bytes; no report is longer than {_LARGEST}")
+        message = f"{name} has {len(data)} bytes; no report is longer than {_LARGEST}"
+        raise DataError(message, RejectCode.BAD_TEXT)
     try:
         report = ET.fromstring(data, ET.XMLParser(target=_Tree()))
     except (ET.ParseError, ValueError, LookupError) as error:  # LookupError: an encoding that does not exist
-        raise DataError(
-            f"{name}: {error if isinstance(error, DataError) else f'not XML, or damaged ({error})'}"
-        ) from error
+        fault = error if isinstance(error, DataError) else f"not XML, or damaged ({error})"
+        raise DataError(f"{name}: {fault}", RejectCode.BAD_TEXT) from error
     uid, sections = report.find("uId"), {}
     if uid is None or not re.fullmatch(r"CXR\d+", uid.get("id", "")):
-        raise DataError(f"{name}: no uId of the form CXR1; not a report of Open-i")
+        raise DataError(f"{name}: no uId of the form CXR1; not a report of Open-i", RejectCode.BAD_TEXT)
     for section in report.iter("AbstractText"):
         heading = section.get("Label", "").lower()
         if heading not in _SECTIONS or heading in sections:
             raise DataError(
                 f"{name}: the section {section.get('Label')!r} is there twice or unknown; "
-                f"expected {', '.join(_SECTIONS).upper()}, once each"
+                f"expected {', '.join(_SECTIONS).upper()}, once each",
+                RejectCode.BAD_TEXT,
             )
         # two reports are escaped twice
         sections[heading] = " ".join(html.unescape("".join(section.itertext())).split())
     images = [image.get("id", "") for image in report.iter("parentImage")]
     if wrong := [image for image in images if not re.fullmatch(r"CXR[\w-]+", image)]:
-        raise DataError(f"{name}: the parentImage {wrong[0]!r} has no name of the form CXR1_IM-0001-1001")
+        message = f"{name}: the parentImage {wrong[0]!r} has no name of the form CXR1_IM-0001-1001"
+        raise DataError(message, RejectCode.BAD_TEXT)
     major = [term for entry in report.iter("major") if (term := " ".join((entry.text or "").split()))]
     return {
         "study": uid.get("id"),
@@ -209,17 +212,18 @@ def _kaggle_reports(root: str | Path) -> tuple[list[dict], list[RejectItem]]:
     repeated = set(pictures["filename"][pictures["filename"].duplicated()])
     for row in table.to_dict("records"):
         rows = by_uid.pop(row["uid"], pictures[:0])
+        named = rows["filename"].str.fullmatch(r"[\w-]+(\.dcm)?\.png").all()
+        shared = not repeated.isdisjoint(rows["filename"])
         wrong = {
-            "uid is not a number": not row["uid"].isdecimal(),
-            "more than one row in indiana_reports.csv": row["uid"] in twice,
-            "a filename is not of the form 1_IM-0001-1001.dcm.png": not rows["filename"]
-            .str.fullmatch(r"[\w-]+(\.dcm)?\.(png|jpe?g)|[\w-]+\.dcm")
-            .all(),
-            "a picture of it is more than once in indiana_projections.csv": not repeated.isdisjoint(rows["filename"]),
-            "projection is not Frontal or Lateral": not set(rows["projection"]) <= {"Frontal", "Lateral"},
+            ("uid is not a number", RejectCode.BAD_ROW): not row["uid"].isdecimal(),
+            ("more than one row in indiana_reports.csv", RejectCode.DUPLICATE): row["uid"] in twice,
+            ("a filename is not of the form 1_IM-0001-1001.dcm.png", RejectCode.BAD_ROW): not named,
+            ("a picture of it is more than once in indiana_projections.csv", RejectCode.DUPLICATE): shared,
+            ("projection is not Frontal or Lateral", RejectCode.BAD_ROW): not set(rows["projection"])
+            <= {"Frontal", "Lateral"},
         }
         if problems := [what for what, applies in wrong.items() if applies]:
-            rejects.append(reject(f"CXR{row['uid']}", problems[0], rows["filename"].nunique()))
+            rejects.append(reject(f"CXR{row['uid']}", *problems[0], images=rows["filename"].nunique()))
             continue
         images = [
             {"id": "CXR" + name.split(".")[0], "file": name.rpartition(".")[0], "view": view}
@@ -234,10 +238,8 @@ def _kaggle_reports(root: str | Path) -> tuple[list[dict], list[RejectItem]]:
                 "images": images,
             }
         )
-    strays = [
-        reject(f"CXR{uid}", "in indiana_projections.csv, but not in indiana_reports.csv", rows["filename"].nunique())
-        for uid, rows in by_uid.items()
-    ]
+    stray = ("in indiana_projections.csv, but not in indiana_reports.csv", RejectCode.CONTRADICTION)
+    strays = [reject(f"CXR{uid}", *stray, images=rows["filename"].nunique()) for uid, rows in by_uid.items()]
     return reports, rejects + strays
 
 # %% ../../../nbs/data/sets/14_openi.ipynb #51748bfc
@@ -253,17 +255,21 @@ def _xml_reports(root: Path) -> tuple[list[dict], list[RejectItem]]:
         try:
             reports.append({**_parse_xml(data, name), "name": name})
         except DataError as error:
-            rejects.append(reject(name, str(error)))
+            rejects.append(reject(name, str(error), error.code))
     counts = Counter(report["study"] for report in reports)
     rejects += [
-        reject(report["study"], f"{report['name']}: {counts[report['study']]} files have this uId")
+        reject(
+            report["study"], f"{report['name']}: {counts[report['study']]} files have this uId", RejectCode.DUPLICATE
+        )
         for report in reports
         if counts[report["study"]] > 1
     ]
     reports = [report for report in reports if counts[report["study"]] == 1]
     shared = Counter(image["id"] for report in reports for image in report["images"])
     rejects += [
-        reject(report["study"], f"{report['name']}: names a picture that another report names too")
+        reject(
+            report["study"], f"{report['name']}: names a picture that another report names too", RejectCode.DUPLICATE
+        )
         for report in reports
         if any(shared[image["id"]] > 1 for image in report["images"])
     ]
@@ -314,19 +320,19 @@ def openi_reports(
     damaged = [
         ({"study": study, "sections": {}, "major": [], "images": []}, f"damaged: {reason}")
         for item in rejects
-        for study, reason in item["rejects"]
+        for study, reason, _ in item["rejects"]
     ]
     rows = []
     for report, damage in [*((report, "") for report in reports), *damaged]:
         text = _compose_report(report["sections"])
-        sentences, reason = check_report(text, rules)
+        sentences, code = check_report(text, rules)
         rows.append(
             {
                 "study": report["study"],
                 **{name: report["sections"].get(name, "") for name in _SECTIONS},
                 "text": text,
                 "sentences": sentences,
-                "dropped": damage or reason,
+                "dropped": damage or (code and reject_sentence(code, rules.min_words)) or "",
                 "major": report["major"],
                 "images": [image["id"] for image in report["images"]],
             }

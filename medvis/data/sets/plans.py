@@ -16,14 +16,14 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ..files import DataError, find_file, read_table
+from ..files import DataError, RejectCode, find_file, read_table
 from ..source import ReadConfig, RejectItem, SplitRule, StudyItem
 from ..splits import patient_splits
 
 # %% ../../../nbs/data/sets/01_plans.ipynb #8f8ac4ff
-def reject(study: str, reason: str, images: int = 1) -> RejectItem:
+def reject(study: str, reason: str, code: RejectCode, images: int = 1) -> RejectItem:
     "What stands in the place of a study that cannot be read; `images` is how many the data set has of it"
-    return {"study": study, "rejects": [[study, reason]], "planned": images}
+    return {"study": study, "rejects": [[study, reason, code]], "planned": images}
 
 # %% ../../../nbs/data/sets/01_plans.ipynb #87446f23
 def item_or_reject(
@@ -46,7 +46,7 @@ def item_or_reject(
     try:
         return make(*arguments)
     except DataError as error:
-        return reject(study, str(error), images)
+        return reject(study, str(error), error.code, images)
 
 # %% ../../../nbs/data/sets/01_plans.ipynb #f4119ce5
 def rows_by(
@@ -87,7 +87,9 @@ def image_files(
         for path in sorted(Path(root).glob(pattern)):
             relative = path.relative_to(root).as_posix()
             if files.setdefault(path.stem, relative) != relative:
-                raise DataError(f"{files[path.stem]} and {relative} have the same name; keep one of them")
+                raise DataError(
+                    f"{files[path.stem]} and {relative} have the same name; keep one of them", RejectCode.DUPLICATE
+                )
         if files:
             return files
     return {}

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from ..files import DataError, find_file, number, read_table
+from ..files import DataError, RejectCode, find_file, number, read_table
 from ..phantom import PhantomStudy
 from medvis.data.sets.plans import (
     MGCA_SCALING,
@@ -60,16 +60,17 @@ def _read_classes(root: Path) -> dict[str, set[str]]:
 def _read_box(cells: dict[str, str]) -> list | None:  # name, x0, y0, x1, y1
     "The box of a line; None if it says that there is none. DataError for anything between the two."
     if number(cells["Target"], "Target", 0, 1) not in (0, 1):
-        raise DataError(f"Target is {cells['Target'][:20]!r}; expected 0 or 1")
+        raise DataError(f"Target is {cells['Target'][:20]!r}; expected 0 or 1", RejectCode.BAD_LABEL)
     given = [name for name in ("x", "y", "width", "height") if cells[name]]
     if float(cells["Target"]) == 0:
         if given:
-            raise DataError(f"Target is 0, but {given[0]} is {cells[given[0]][:20]!r}; expected a blank")
+            message = f"Target is 0, but {given[0]} is {cells[given[0]][:20]!r}; expected a blank"
+            raise DataError(message, RejectCode.CONTRADICTION)
         return None
-    x, y = (number(cells[name], name, 0, PUBLISHED_SIDE) for name in "xy")
+    x, y = (number(cells[name], name, 0, PUBLISHED_SIDE, RejectCode.BAD_BOX) for name in "xy")
     across, down = (
-        number(cells["width"], "width", 1, PUBLISHED_SIDE + 1 - x),
-        number(cells["height"], "height", 1, PUBLISHED_SIDE + 1 - y),
+        number(cells["width"], "width", 1, PUBLISHED_SIDE + 1 - x, RejectCode.BAD_BOX),
+        number(cells["height"], "height", 1, PUBLISHED_SIDE + 1 - y, RejectCode.BAD_BOX),
     )
     return [_PNEUMONIA, x, y, x + across, y + down]
 
@@ -87,10 +88,11 @@ def _image_item(
         try:
             boxes.append(_read_box(cells))
         except DataError as error:
-            raise DataError(f"stage_2_train_labels.csv, line {line}: {error}") from error
+            raise DataError(f"stage_2_train_labels.csv, line {line}: {error}", error.code) from error
     if len(boxes) > 1 and (None in boxes or len(set(map(tuple, boxes))) < len(boxes)):
         raise DataError(
-            f"stage_2_train_labels.csv, lines {', '.join(map(str, lines))}: Target differs, or a line is there twice"
+            f"stage_2_train_labels.csv, lines {', '.join(map(str, lines))}: Target differs, or a line is there twice",
+            RejectCode.CONTRADICTION,
         )
     boxes = [box for box in boxes if box]
     labels = {_PNEUMONIA: float(bool(boxes))}
@@ -100,7 +102,8 @@ def _image_item(
             names = ", ".join(sorted(kinds)) or "not in it"
             raise DataError(
                 f"stage_2_detailed_class_info.csv: class is {names[:60]!r} for Target {int(bool(boxes))}; "
-                "expected Lung Opacity for 1, one of the two others for 0"
+                "expected Lung Opacity for 1, one of the two others for 0",
+                RejectCode.CONTRADICTION,
             )
         labels |= {kind: float(kind in kinds) for kind in _CLASSES}
     image = {"id": name, "path": path, "boxes": boxes, "frame": [PUBLISHED_SIDE, PUBLISHED_SIDE]}
@@ -184,7 +187,9 @@ def _plan_rsna(config: _RsnaConfig) -> Source:
         for name, split in splits.items()
     ]
     items += [
-        reject(name, "in stage_2_detailed_class_info.csv, but not in stage_2_train_labels.csv", 0)
+        reject(
+            name, "in stage_2_detailed_class_info.csv, but not in stage_2_train_labels.csv", RejectCode.CONTRADICTION, 0
+        )
         for name in sorted(set(classes) - set(lines))
     ]
     dropped = {UNLISTED: len(lines) - len(splits)} if config.split_files else {}

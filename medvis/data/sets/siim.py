@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from ..annotations import encode_rle, rle_runs
-from ..files import DataError, find_file, read_table
+from ..files import DataError, RejectCode, find_file, read_table
 from ..phantom import PhantomStudy
 from medvis.data.sets.plans import (
     MGCA_SCALING,
@@ -94,21 +94,24 @@ def _image_item(
     codes = list(runs.values())
     if "" in codes:
         line = next(line for line in runs if not runs[line])
-        raise DataError(f"{file}, line {line}: EncodedPixels is blank; expected -1 or pairs of numbers")
+        message = f"{file}, line {line}: EncodedPixels is blank; expected -1 or pairs of numbers"
+        raise DataError(message, RejectCode.BAD_MASK)
     if "-1" in codes and len(codes) > 1:
-        raise DataError(f"{file}, lines {', '.join(map(str, runs))}: one says -1, another not, or the same twice")
+        message = f"{file}, lines {', '.join(map(str, runs))}: one says -1, another not, or the same twice"
+        raise DataError(message, RejectCode.CONTRADICTION)
     wanted, other = ("relative", "absolute") if relative else ("absolute", "relative")
     if strange := [line for line, code in runs.items() if _code_dialect(code) == other]:
         raise DataError(
             f"{file}, line {strange[0]}: run-length code written in the other dialect ({other}); "
-            f"expected the {wanted} one"
+            f"expected the {wanted} one",
+            RejectCode.BAD_MASK,
         )
     ill = codes != ["-1"]
     for line, code in runs.items() if ill else ():
         try:
             rle_runs(code, PUBLISHED_SIDE, PUBLISHED_SIDE, relative)
         except DataError as error:
-            raise DataError(f"{file}, line {line}: {error}") from error
+            raise DataError(f"{file}, line {line}: {error}", error.code) from error
     masks = {_PNEUMOTHORAX: {"union": [{"rle": code, "relative": relative} for code in codes]}} if ill else {}
     image = {"id": name, "path": path, "masks": masks, "frame": [PUBLISHED_SIDE, PUBLISHED_SIDE]}
     return {"study": name, "patient": name, "split": split, "labels": {_PNEUMOTHORAX: float(ill)}, "images": [image]}
