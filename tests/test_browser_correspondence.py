@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 from browser import browser, opened  # noqa: F401
 from correspondences import (
-    GRIDS, NODULE, REPORT, at_region, changed_at, lit, make_view, pixels, place_of, planted, shot, trait, word, write_views)
+    GRIDS, NODULE, REPORT, at_region, changed_at, lit, make_view, pixels, place_of, planted, shot, square, trait, word, write_views)
 
-from medvis.widgets.study import RunScores, word_spans
+from medvis.widgets.study import Outline, RunScores, word_spans
 
 @pytest.fixture(scope="module")
 def views():
@@ -434,3 +434,72 @@ def test_answers_within_50_ms(browser, tmp_path):  # noqa: F811
     medians = {name: float(np.median(values)) for name, values in times.items()}
     print(medians)
     assert max(medians.values()) < 50, medians
+
+
+# ---------------------------------------------------------------- what is drawn and what is said
+
+SAID = Outline("Nodule: left upper", square(32, 0, 64, 21), words=(0, 1), sentences=(0,), said=True)  # the highest region of word 1 is not in it
+LUNG = Outline("left_lung", square(40, 8, 60, 60))
+
+
+def toggle(page, kind):
+    return page.locator(f'.targets [data-kind="{kind}"]')
+
+
+@pytest.fixture
+def drawn(browser, tmp_path):  # noqa: F811
+    with opened(browser, write_views(tmp_path / "page.html", [make_view(0, outlines=[NODULE, LUNG, SAID]), make_view(1)], hidden=[]), height=820) as page:
+        yield page
+
+
+def test_every_class_has_a_toggle(drawn):
+    kinds = ["Nodule", "left_lung", "Nodule (report)"]
+    assert drawn.locator(".targets button").all_text_contents() == kinds
+    seen = pixels(drawn)
+    for kind in kinds:
+        toggle(drawn, kind).click()
+        assert trait(drawn, "hidden") == [kind] and toggle(drawn, kind).get_attribute("aria-pressed") == "false"
+        changed = np.abs(pixels(drawn) - seen).sum(2) > 60
+        assert changed.any(), f"the outline of {kind} must go"
+        y, x = np.nonzero(changed)
+        inside = {"Nodule": (24, 0, 40, 12), "left_lung": (38, 0, 64, 62), "Nodule (report)": (30, 0, 64, 24)}[kind]  # its name stands beside it
+        assert x.min() >= 2.5 * inside[0] - 6 and y.max() <= 2.5 * inside[3] + 6, kind
+        toggle(drawn, kind).click()
+        assert trait(drawn, "hidden") == [] and (pixels(drawn) == seen).all()
+        assert drawn.evaluate("document.activeElement.dataset.kind") == kind, "a pressed toggle keeps the focus"
+    drawn.get_by_role("button", name="Next study").click()
+    drawn.wait_for_selector("[data-ready=study-001]")
+    assert not drawn.locator(".targets").is_visible(), "a study without outlines has no toggles"
+
+
+def test_what_is_drawn_counts_before_what_is_said(drawn):
+    view, badge = make_view(0, outlines=[NODULE, LUNG, SAID]), drawn.locator('figure:has(canvas[data-run="fine"]) .badge')
+    cells = [cells[planted("fine", 0)] for cells in view.cells["fine"]]
+    assert cells == [True, False, False] and view.hits("fine")[0] == (0, 0, True)
+    drawn.hover(word(0))
+    assert badge.get_attribute("data-hit") == "true" and badge.text_content() == "✓ hit · Nodule · ✗ Nodule: left upper"
+    drawn.mouse.move(2, 2)
+    toggle(drawn, "Nodule").click()
+    drawn.hover(word(0))
+    assert badge.get_attribute("data-hit") == "false" and badge.text_content() == "✗ miss · Nodule: left upper"
+    drawn.mouse.move(2, 2)
+    toggle(drawn, "Nodule (report)").click()
+    drawn.hover(word(0))
+    assert not badge.is_visible()
+    shot(drawn, "targets")
+
+
+def test_a_masked_report_keeps_the_places_that_it_names(drawn):
+    drawn.get_by_role("button", name="Mask the text").click()
+    assert drawn.locator(".targets button").all_text_contents() == ["Nodule", "left_lung"]
+    drawn.hover(word(0))
+    assert drawn.locator(".badge").first.text_content() == "✓ hit · Nodule"
+
+
+def test_only_what_the_report_says(browser, tmp_path):  # noqa: F811
+    view = make_view(0, outlines=[SAID])
+    assert view.hits("fine") == [(0, 0, False), (1, 0, bool(view.cells["fine"][0, planted("fine", 1)]))]
+    with opened(browser, write_views(tmp_path / "page.html", [view], masked=False)) as page:
+        for item, _, hit in view.hits("fine"):
+            page.hover(word(item))
+            assert page.locator(".badge").first.get_attribute("data-hit") == str(hit).lower()

@@ -18,7 +18,7 @@ from medvis.data.images import to_square
 from medvis.data.preprocessing import Preprocessing
 from medvis.data.pairs import Sampling
 from medvis.data.phrases import (
-    Phrase, phantom_phrases, phrase_mask, read_ms_cxr, _tight_boxes, write_ms_cxr)
+    Phrase, phantom_phrases, phrase_mask, read_ms_cxr, tight_boxes, write_ms_cxr)
 from medvis.data.prepare import PhantomConfig, prepare_phantom
 from medvis.evaluate import ground
 from medvis.evaluate.stats import resample
@@ -198,9 +198,9 @@ def test_boxes_go_where_the_pixels_go(width, height, fit, data):
     film = np.zeros((height, width), np.uint8)
     film[y0:y1, x0:x1] = 255
     mask = phrase_mask(Phrase("a", "", "", ((x0, y0, x1, y1),), width, height), 64, fit)
-    told = _tight_boxes(mask)[0]
+    told = tight_boxes(mask)[0]
     light = np.pad(to_square(film, 64, fit), 1) > 0
-    grown = _tight_boxes(light)[0]
+    grown = tight_boxes(light)[0]
     assert mask.any() and all(abs(a - b + 1) <= 1.5 for a, b in zip(told, grown)), (told, grown)
 
 

@@ -68,3 +68,35 @@ def test_the_script_is_in_the_package():
     from importlib.resources import files
     for name in ("correspondence.js", "correspondence.css", "theme.css"):
         assert (files("medvis.widgets") / "static" / name).is_file()
+
+
+def test_boxes_masks_and_places_of_any_pack(tmp_path):
+    "The phantom as somebody's table: its masks are outlined, named by the rules, and hit as its phrases are."
+    from folders import folder_pack
+    from medvis.data.sets.registry import simulate
+    from medvis.data.label_phrases import phrases_from_labels
+    from medvis.data.phrases import find_phrases, phrase_region
+    simulate("folder", tmp_path / "raw", 16)
+    pack = folder_pack(tmp_path / "raw" / "table.csv", tmp_path / "pack", size=64, boxes="boxes.csv", masks="masks.csv")
+    shown = beside_random_init(ROOT / "nbs/widgets/run", pack, split=None, name="trained")
+    assert {f"{name} (report)" for name in ("Edema", "Nodule")} <= set(shown.hidden)
+    phrases = phrases_from_labels(pack, split=None)
+    regions = {(phrase.image_id, phrase.category): phrase_region(phrase, pack, image) for phrase, image in zip(phrases, find_phrases(phrases, pack))}
+    seen, linked = 0, 0
+    for position in range(len(shown.studies)):
+        view = shown.studies[position]
+        image = str(pack.image_table["image_id"][shown.studies.table["image_rows"].iloc[position][0]])
+        drawn = {outline.name: outline for outline in view.outlines if not outline.said}
+        assert set(drawn) == {name for of, name in regions if of == image}
+        for name, outline in drawn.items():
+            assert (outline.mask == regions[image, name]).all()
+            linked += bool(outline.sentences)
+        for outline in view.outlines:
+            if outline.said:
+                side = {"left": slice(32, None), "right": slice(32)}.get(outline.name.partition(": ")[2].split()[0], slice(None))
+                assert outline.mask[:, side].any() and outline.mask.sum() <= 64 * 32 and outline.sentences
+        for item, o, hit in view.hits("trained", "sentences"):
+            scores = view.runs["trained"].scores["sentences"][[item]]
+            assert pointing_hits(scores, view.outlines[o].mask[None], (16, 16))[0][0] == hit
+            seen += 1
+    assert seen > 10 and linked > 10

@@ -144,22 +144,50 @@ def retrieve(config: RetrieveConfig) -> pd.DataFrame:  # as returned by evaluate
     return table
 
 # %% ../../nbs/cli/02_commands.ipynb #984fc3b7
+def _check_phrases(config: PhrasesConfig) -> None:
+    "ValueError for options that do not go together."
+    given = {"--prompts": config.prompts is not None, "--split": config.split != "test"}
+    given |= {"--threshold": config.threshold is not None}
+    if config.from_labels and config.phrases is not None:
+        raise ValueError("phrases come from --phrases or --from-labels, not from both; leave one out")
+    if not config.from_labels and any(given.values()):
+        raise ValueError(
+            f"{next(name for name, is_given in given.items() if is_given)} goes with --from-labels; add that"
+        )
+
+
 def phrases(config: PhrasesConfig) -> pd.DataFrame:  # as returned by evaluate.ground.ground
     """Measure a run on phrases; print the numbers over all, and write them by finding and by phrase.
+
+    ValueError for a file of phrases with --from-labels, or options of that without it.
 
     Returns
     -------
     pd.DataFrame
         as returned by evaluate.ground.ground
     """
-    data = None if config.data is None else Pack(config.data)
-    from medvis.evaluate.ground import ground
+    data, presence = None if config.data is None else Pack(config.data), None
+    _check_phrases(config)
+    out = config.out or config.run / ("labels" if config.from_labels else "phrases")
+    if config.from_labels:
+        from medvis.data.label_phrases import read_class_prompts
+        from medvis.evaluate.presence import ground_labels
 
-    out = config.out or config.run / "phrases"
-    table = ground(config.run, data, config.phrases, out, allow_leaks=config.allow_leaks)
+        prompts = None if config.prompts is None else read_class_prompts(config.prompts)
+        split = None if config.split == "all" else config.split
+        table, presence = ground_labels(
+            config.run, data, prompts, out, split, config.threshold, allow_leaks=config.allow_leaks
+        )
+    else:
+        from medvis.evaluate.ground import ground
+
+        table = ground(config.run, data, config.phrases, out, allow_leaks=config.allow_leaks)
     splits = pd.read_csv(out / "phrases.csv")["split"].value_counts()
     print("Phrases by split: " + ", ".join(f"{name} {count}" for name, count in splits.items()))
     print(table[table["finding"] == "all"].drop(columns=["finding", "definition"]).round(3).to_string(index=False))
+    if presence is not None:
+        print("Is it there? By class, of all together (one threshold), and macro:")
+        print(presence.pivot(index="finding", columns="measure", values="value").round(3).to_string())
     print(f"Tables: {out}")
     return table
 

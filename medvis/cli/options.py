@@ -171,10 +171,18 @@ class PhrasesConfig:
     "Phrases with boxes in the format of MS-CXR (.json or .csv)."
     data: _Data = None
     "Folder of the Pack that holds their images."
-    out: Annotated[Path | None, default_text("the folder phrases in the run")] = None
+    out: Annotated[Path | None, default_text("the folder phrases in the run, with --from-labels: labels")] = None
     "Folder of the tables."
     allow_leaks: bool = False
     "Measure even if a run was trained on patients or images of the validation or test split; the manifest lists them."
+    from_labels: bool = False
+    "Classes of the Pack's boxes, masks and labels are the phrases; where one is not shown, is the map silent?"
+    prompts: Annotated[Path | None, default_text("those of medvis")] = None
+    "With --from-labels: table (.csv: finding, prompt) of what a report calls each class."
+    split: Annotated[Literal["train", "validate", "test", "all"], default_text("test")] = "test"
+    "With --from-labels: whose images."
+    threshold: Annotated[float | None, default_text("of each class, chosen on validation images")] = None
+    "With --from-labels: the score above which a map says that there is something."
 
 # %% ../../nbs/cli/01_options.ipynb #076a0fdc
 @dataclass

@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['DATASETS', 'simulate', 'list_datasets', 'recipe_table', 'DataError', 'ImageError', 'read_image',
            'ImageRecord', 'Pack', 'StudyRecord', 'find_pack_leaks', 'write_pack', 'Batch', 'Pairs', 'Report', 'Sample',
-           'collate', 'read_batch', 'tokenise', 'Phantom', 'PhantomStudy', 'FINDINGS', 'Phrase', 'phantom_phrases',
-           'read_ms_cxr', 'PhantomConfig', 'prepare_phantom', 'Preprocessing', 'ReportRules', 'parse_sections',
-           'report_sentences', 'split_sentences', 'BuildConfig', 'DataSet', 'ReadConfig', 'Recipe', 'Source',
-           'check_source', 'prepare_source', 'describe_pack', 'nested_subsets', 'patient_splits', 'Task', 'box_task',
-           'class_task', 'label_task', 'mask_task', 'ordinal_task', 'pack_task', 'phantom_task', 'Sampling']
+           'collate', 'read_batch', 'tokenise', 'Phantom', 'PhantomStudy', 'FINDINGS', 'Phrase', 'class_prompts',
+           'phrases_from_labels', 'read_class_prompts', 'phantom_phrases', 'read_ms_cxr', 'PhantomConfig',
+           'prepare_phantom', 'Preprocessing', 'ReportRules', 'parse_sections', 'report_sentences', 'split_sentences',
+           'BuildConfig', 'DataSet', 'ReadConfig', 'Recipe', 'Source', 'check_source', 'prepare_source',
+           'describe_pack', 'nested_subsets', 'patient_splits', 'Task', 'box_task', 'class_task', 'label_task',
+           'mask_task', 'ordinal_task', 'pack_task', 'phantom_task', 'Sampling']
 
 # %% ../../nbs/data/00_doors.ipynb #9d538aa7
 from typing import TYPE_CHECKING
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from medvis.data.sets.registry import DATASETS, simulate, list_datasets, recipe_table
     from medvis.data.files import DataError
     from medvis.data.guard import find_pack_leaks
+    from medvis.data.label_phrases import class_prompts, phrases_from_labels, read_class_prompts
     from medvis.data.images import ImageError, read_image
     from medvis.data.pack import Pack
     from medvis.data.pairs import Batch, Pairs, Report, Sample, collate, read_batch, tokenise
@@ -81,6 +83,9 @@ _all_ = [
     "PhantomStudy",
     "FINDINGS",
     "Phrase",
+    "class_prompts",
+    "phrases_from_labels",
+    "read_class_prompts",
     "phantom_phrases",
     "read_ms_cxr",
     "PhantomConfig",

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BOX_COORDINATES', 'pack_images', 'Task', 'label_targets', 'held_kinds', 'LabelPolicy', 'label_policy',
            'study_targets', 'label_task', 'class_task', 'ordinal_task', 'mask_task', 'box_task', 'paint_boxes',
-           'phantom_task', 'pack_boxes', 'pack_task', 'store_subsets', 'boxes_in_view']
+           'phantom_task', 'pack_task', 'store_subsets', 'boxes_in_view']
 
 # %% ../../nbs/data/15_tasks.ipynb #25c9da47
 import contextlib
@@ -587,14 +587,8 @@ def phantom_task(
     return _make_task(name or f"phantom-{kind}", kind, classes, pack, images["image"], targets)
 
 # %% ../../nbs/data/15_tasks.ipynb #e3fdb6bc
-def pack_boxes(pack: Pack) -> pd.DataFrame:  # image_id, class, x0, y0, x1, y1 in pixels of the Pack
-    """The boxes of a Pack in its squares; they are cut where a cropped square ends, and dropped if nothing is left.
-
-    Returns
-    -------
-    pd.DataFrame
-        image_id, class, x0, y0, x1, y1 in pixels of the Pack
-    """
+def _pack_boxes(pack: Pack) -> pd.DataFrame:  # image_id, class, x0, y0, x1, y1 in pixels of the Pack
+    "The boxes of a Pack in its squares; they are cut where a cropped square ends, and dropped if nothing is left."
     table, boxes = pack.image_table, pack.boxes
     fit = pack.manifest["source"].get("fit", "pad")
     moved = [
@@ -658,7 +652,7 @@ def pack_task(
         grades = pack.grades[names[0]].set_axis(pack.studies["study_id"])
         return ordinal_task(pack, grades, levels and range(levels), name)
     if kind == "boxes":
-        boxes, annotated = pack_boxes(pack), pack.image_table["image_id"][pack.image_table["boxed"]]
+        boxes, annotated = _pack_boxes(pack), pack.image_table["image_id"][pack.image_table["boxed"]]
         return box_task(pack, boxes[boxes["class"].isin(names)], names, annotated, name)
     rows, places = _mask_rows(pack, names), [pack.manifest["masks"].index(mask) for mask in names]
     targets = np.stack([pack.mask(row)[places] for row in rows]).astype(np.uint8) if len(rows) else []

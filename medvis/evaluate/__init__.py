@@ -7,11 +7,11 @@ __all__ = ['check_preprocessing', 'encode', 'linear_probe', 'paired_gain', 'prob
            'random_like', 'YoloV3', 'yolo_loss', 'Pointing', 'contrast_to_noise', 'ground_phrases', 'grounding_table',
            'phantom_pointing', 'phantom_targets', 'pointing_game', 'upsample_map', 'measure_places', 'Boxes',
            'classification_table', 'count_pixels', 'detection_table', 'dice_table', 'froc', 'mean_ap', 'as_encoders',
-           'as_method', 'as_pack', 'check_unseen', 'Predictions', 'load_predictions', 'score_table', 'compare_runs',
-           'evaluate', 'protocol_task', 'run_protocol', 'summary_table', 'PROTOCOLS', 'Protocol', 'prompt_table',
-           'retrieval_table', 'zero_shot', 'zero_shot_table', 'LinearSegmenter', 'SetrDecoder', 'SmpUNet', 'UNet',
-           'dice_loss', 'mixed_loss', 'Interval', 'auroc', 'bootstrap', 'bootstrap_auroc', 'compare',
-           'compare_predictions']
+           'as_method', 'as_pack', 'check_unseen', 'ground_labels', 'presence_rules', 'presence_scores',
+           'presence_table', 'Predictions', 'load_predictions', 'score_table', 'compare_runs', 'evaluate',
+           'protocol_task', 'run_protocol', 'summary_table', 'PROTOCOLS', 'Protocol', 'prompt_table', 'retrieval_table',
+           'zero_shot', 'zero_shot_table', 'LinearSegmenter', 'SetrDecoder', 'SmpUNet', 'UNet', 'dice_loss',
+           'mixed_loss', 'Interval', 'auroc', 'bootstrap', 'bootstrap_auroc', 'compare', 'compare_predictions']
 
 # %% ../../nbs/evaluate/00_doors.ipynb #dcb44a08
 from typing import TYPE_CHECKING
@@ -44,6 +44,7 @@ if TYPE_CHECKING:
         mean_ap,
     )
     from medvis.evaluate.models import as_encoders, as_method, as_pack, check_unseen
+    from medvis.evaluate.presence import ground_labels, presence_rules, presence_scores, presence_table
     from medvis.evaluate.predictions import Predictions, load_predictions, score_table
     from medvis.evaluate.protocol import compare_runs, evaluate, protocol_task, run_protocol, summary_table
     from medvis.evaluate.recipes import PROTOCOLS, Protocol
@@ -85,6 +86,10 @@ _all_ = [
     "as_method",
     "as_pack",
     "check_unseen",
+    "ground_labels",
+    "presence_rules",
+    "presence_scores",
+    "presence_table",
     "Predictions",
     "load_predictions",
     "score_table",

@@ -23,7 +23,7 @@ from torch.nn.functional import interpolate
 from ..data.pack import Pack
 from ..data.pairs import Pairs, Report, Sample, collate, tokenise
 from ..data.phantom import PhantomStudy
-from ..data.phrases import Phrase, find_phrases, phantom_phrases, phrase_mask, read_ms_cxr
+from ..data.phrases import Phrase, find_phrases, phantom_phrases, phrase_region, read_ms_cxr
 from ..data.prepare import pack_phantom, redraw_study
 from .encoder import describe_inputs, check_preprocessing, frozen
 from .models import as_method, as_pack, check_unseen
@@ -810,7 +810,7 @@ def ground_phrases(
 ) -> (
     pd.DataFrame
 ):  # phrase (its number), image_id, patient, split, finding, boxes; MEASURES; other_..., on another's image
-    """Measure a method on phrases with boxes; those whose boxes the encoder's crop leaves out have no row.
+    """Measure a method on phrases with boxes or masks; those without, or of which the crop leaves none, have no row.
 
     ValueError if the Pack does not hold the images, or in another shape, or not as the encoder expects them.
 
@@ -828,12 +828,13 @@ def ground_phrases(
         phrase (its number), image_id, patient, split, finding, boxes; MEASURES; other_..., on another's image
     """
     check_preprocessing(method, pack)
-    phrases, fit, view = list(phrases), pack.manifest["source"].get("fit"), method.preprocessing.mask()
+    phrases, view = list(phrases), method.preprocessing.mask()
     own = find_phrases(phrases, pack)
-    masks = [view(torch.from_numpy(phrase_mask(phrase, pack.size, fit))).numpy() for phrase in phrases]
+    regions = (phrase_region(phrase, pack, image) for phrase, image in zip(phrases, own))
+    masks = [view(torch.from_numpy(region)).numpy() for region in regions]
     seen = np.flatnonzero([mask.any() for mask in masks])
     if not len(seen):
-        raise ValueError(f"of {len(phrases)} phrases none has a box in what the encoder sees")
+        raise ValueError(f"of {len(phrases)} phrases none has a box or mask in what the encoder sees")
     studies = pack.studies.iloc[pack.image_table["study"].to_numpy()[own]]
     patients = studies["patient_id"].to_numpy().astype(str)
     whose, chosen = next_other_patient(patients), [phrases[i] for i in seen]

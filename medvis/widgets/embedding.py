@@ -307,7 +307,7 @@ def _region_rows(view: StudyView, run: str) -> list[dict]:
     for n in range(h * w):
         y, x = divmod(n, w)
         box = x0 + x * across, y0 + y * down, x0 + (x + 1) * across, y0 + (y + 1) * down
-        planted = [outline.name for outline, covered in zip(view.outlines, view.cells[run][:, n]) if covered]
+        planted = [o.name for o, covered in zip(view.outlines, view.cells[run][:, n]) if covered and not o.said]
         best = int(np.nanargmax(scores[:, n]))
         rows.append(
             {
@@ -330,7 +330,7 @@ def _text_rows(
     "Words or sentences of a study: the finding each names, the region that fits it best."
     regions, rows = _region_rows(view, run), []
     for item in items:
-        named = [outline.name for outline in view.outlines if item in getattr(outline, grain)]
+        named = [o.name for o in view.outlines if item in getattr(o, grain) and not o.said]
         scores = view.runs[run].scores[grain][item]
         text = (
             f"{view.words[item]}: {view.sentences[view.spans[item][0]]}" if grain == "words" else view.sentences[item]

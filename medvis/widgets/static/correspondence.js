@@ -8,7 +8,7 @@
 
 const GRAINS = ["words", "sentences", "prototypes"];
 const NO_PICKS = { words: [], sentences: [], prototypes: [] };
-const OUTLINE = "#35d6ed", BOX = "#ffd54a";
+const OUTLINE = "#35d6ed", SAID = "#d9a8ff", BOX = "#ffd54a"; // drawn by somebody; the place that the report names
 const HEAT_SIDE = 160; // pixels of a smooth map
 const KEPT_STUDIES = 24;
 const STOPS = {
@@ -166,14 +166,20 @@ function scaleOf(app, run, values, grains) {
   return [mean, mean + (run.temperature ?? 1) * Math.log(Math.max(run.count, 2))];
 }
 
-// What one run says of what is hovered or pinned: map, its scale, peak, and whether it hits the outlines that the text speaks of.
+// The outlines of the classes that are not hidden, each with its number; a masked report keeps the places that it names.
+const hiddenKinds = (app) => get(app, "hidden") ?? [];
+const shownOutlines = (app) => app.study.outlines.map((outline, n) => ({ ...outline, n }))
+  .filter((outline) => !hiddenKinds(app).includes(outline.kind) && !(outline.said && get(app, "masked")));
+
+// What one run says of what is hovered or pinned: map, its scale, peak, and whether it hits the outlines that the text speaks of: those that are drawn, else those that are said.
 function answer(app, k) {
   const run = app.study.runs[k], picks = shownPicks(app), map = combine(run, picks);
   if (!map) return { run, map };
   const peak = peakOf(map), about = (o) => o.words.some((w) => picks.words.includes(w)) || o.sentences.some((s) => picks.sentences.includes(s));
-  const linked = app.study.outlines.map((outline, n) => ({ ...outline, hit: run.cells[n].has(peak) })).filter(about);
+  const linked = shownOutlines(app).filter(about).map((outline) => ({ ...outline, hit: run.cells[outline.n].has(peak) }));
+  const drawn = linked.filter((outline) => !outline.said), judged = drawn.length ? drawn : linked;
   const grains = GRAINS.filter((grain) => picks[grain].length && run.scores[grain]);
-  return { run, map, peak, linked, scale: scaleOf(app, run, map, grains), hit: linked.some((outline) => outline.hit) };
+  return { run, map, peak, linked, judged, scale: scaleOf(app, run, map, grains), hit: judged.some((outline) => outline.hit) };
 }
 
 /* ------------------------------------------------------------------ pictures */
@@ -241,12 +247,16 @@ function strokeTwice(context, pixel, colour, width, draw) {
 
 function drawOutlines(app, context, pixel, linked) {
   const names = new Set((linked ?? []).map((outline) => outline.name));
-  app.study.outlines.forEach((outline) => strokeTwice(context, pixel, OUTLINE, names.has(outline.name) ? 2.2 : 1.2, () => {
-    for (const path of outline.paths) {
-      path.forEach(([x, y], i) => (i ? context.lineTo(x, y) : context.moveTo(x, y)));
-      context.closePath();
-    }
-  }));
+  for (const { name, said, paths } of shownOutlines(app)) {
+    context.setLineDash(said ? [6 * pixel, 4 * pixel] : []);
+    strokeTwice(context, pixel, said ? SAID : OUTLINE, names.has(name) ? 2.2 : 1.2, () => {
+      for (const path of paths) {
+        path.forEach(([x, y], i) => (i ? context.lineTo(x, y) : context.moveTo(x, y)));
+        context.closePath();
+      }
+    });
+  }
+  context.setLineDash([]);
 }
 
 // The names of outlines, at their upper left corners; one that would lie on another goes below it.
@@ -257,9 +267,9 @@ function drawNames(app, context, size) {
   context.lineJoin = "round";
   context.lineWidth = 3 * unit;
   context.strokeStyle = "rgba(0,0,0,.7)";
-  context.fillStyle = OUTLINE;
   const taken = [];
-  for (const { name, paths } of app.study.outlines) {
+  for (const { name, said, paths } of shownOutlines(app)) {
+    context.fillStyle = said ? SAID : OUTLINE;
     const points = paths.flat();
     if (!points.length) continue;
     const at = (i, from) => (Math.min(...points.map((point) => point[i])) - from) * size * scale, wide = Math.min(context.measureText(name).width, size - 6 * unit);
@@ -301,7 +311,7 @@ function drawPanel(app, panel) {
 }
 
 // Colour bar, badge and the panel's name for those who do not see it.
-function tellPanel(app, panel, { run, map, scale, linked, hit, peak }) {
+function tellPanel(app, panel, { run, map, scale, linked, judged, hit, peak }) {
   panel.bar.style.visibility = map ? "visible" : "hidden";
   panel.badge.hidden = !linked?.length;
   if (map) {
@@ -313,7 +323,9 @@ function tellPanel(app, panel, { run, map, scale, linked, hit, peak }) {
   }
   if (linked?.length) {
     panel.badge.dataset.hit = String(hit);
-    panel.badge.textContent = `${hit ? "✓ hit" : "✗ miss"} · ${[...new Set(linked.map((outline) => outline.name))].join(", ")}`;
+    const also = linked.filter((outline) => !judged.includes(outline)).map((outline) => ` · ${outline.hit ? "✓" : "✗"} ${outline.name}`);
+    panel.badge.textContent = `${hit ? "✓ hit" : "✗ miss"} · ${[...new Set(judged.map((outline) => outline.name))].join(", ")}${also.join("")}`;
+    panel.badge.title = panel.badge.textContent;
   }
   const place = map ? `highest in row ${Math.floor(peak / run.grid[1]) + 1}, column ${(peak % run.grid[1]) + 1}` : "no map";
   panel.canvas.setAttribute("aria-label", `Radiograph with the map of ${get(app, "runs")[panel.k]}: ${place}. Arrow keys move over regions.`);
@@ -370,6 +382,17 @@ function buildReport(app) {
   parts.findings.replaceChildren(...labels.map(([name, value]) =>
     h("span", { class: "finding", title: value === 1 ? "present" : "uncertain" }, value === 1 ? name : `${name} ?`)));
   setGrain(app);
+}
+
+// A toggle for every class that is outlined in this study.
+function buildTargets(app) {
+  const kinds = [...new Map(app.study.outlines.map((outline) => [outline.kind, outline.said])).entries()].filter(([, said]) => !(said && get(app, "masked")));
+  const flip = (kind) => put(app, { hidden: hiddenKinds(app).includes(kind) ? hiddenKinds(app).filter((one) => one !== kind) : [...hiddenKinds(app), kind] });
+  const had = document.activeElement?.dataset?.kind;
+  app.parts.targets.replaceChildren(...kinds.map(([kind, said]) =>
+    button(kind, `Outline of ${kind}`, () => flip(kind), { "data-kind": kind, "data-said": String(said), "aria-pressed": String(!hiddenKinds(app).includes(kind)) })));
+  app.parts.targets.hidden = !kinds.length;
+  if (had) [...app.parts.targets.children].find((one) => one.dataset.kind === had)?.focus();
 }
 
 // One item of the current grain can be reached with Tab; arrows go on from there.
@@ -679,6 +702,7 @@ function showStudy(app) {
   drawGrey(app);
   buildPanels(app);
   buildReport(app);
+  buildTargets(app);
   refresh(app);
   if (reading) app.items[get(app, "grain")].find(Boolean)?.focus();
   app.el.dataset.ready = study.id;
@@ -812,11 +836,12 @@ function layOut(app) {
   parts.findings = h("div", { class: "findings", "aria-label": "Findings" });
   parts.report = h("div", { class: "report", "aria-label": "Report" });
   parts.prototypes = h("div", { class: "prototypes", "aria-label": "Prototypes" });
+  parts.targets = h("div", { class: "row targets", role: "group", "aria-label": "Outlines by class", hidden: true });
   parts.status = h("div", { class: "status", role: "status", "aria-live": "polite" });
   const keys = h("details", { class: "keys" }, h("summary", {}, "Keys and mouse"),
     h("div", { class: "keylist" }, ...KEYS.flatMap(([key, does]) => [h("b", {}, key), h("span", {}, does)])));
   app.root.append(browserRow(app), h("div", { class: "study" }, parts.panels,
-    h("section", { class: "text" }, parts.findings, parts.report, parts.prototypes)), parts.status, controlRow(app), keys);
+    h("section", { class: "text" }, parts.findings, parts.report, parts.prototypes)), parts.targets, parts.status, controlRow(app), keys);
 }
 
 /* ------------------------------------------------------------------ life */
@@ -828,9 +853,9 @@ function reactions(app) {
   const search = () => askList(app);
   return {
     position: () => (showPlace(app), showStudy(app)), selection: paint, opacity: paint, threshold: paint, scale: paint, smooth: paint,
-    outlines: paint, colours: () => (setColours(app), refresh(app)), window: () => app.study && (drawGrey(app), refresh(app)),
+    outlines: paint, hidden: () => app.study && (buildTargets(app), paint()), colours: () => (setColours(app), refresh(app)), window: () => app.study && (drawGrey(app), refresh(app)),
     grain: () => app.study && (setGrain(app), refresh(app)), shown: anew, query: search, finding: search, order: search,
-    masked: () => (app.studies.clear(), anew(), showStudy(app)),
+    masked: () => (app.studies.clear(), anew(), app.study && buildTargets(app), showStudy(app)),
   };
 }
 
