@@ -264,7 +264,7 @@ def test_the_control_is_another_patients_image(films):
         other = phrases[(i // 2 * 2 + 2) % 12]                                                # the first film of the next patient
         image = packs["pad"].image_table["image_id"].tolist().index(other.path)
         masks = method.preprocessing.mask()(torch.from_numpy(phrase_mask(phrases[i], 128, "pad"))).numpy()
-        scores, grid = ground.phrase_maps(method, packs["pad"], [phrases[i]], [image])
+        scores, grid = ground.phrase_maps(method, packs["pad"], [phrases[i].text], [image])
         expected = ground.measure(scores, masks[None], grid).iloc[0]
         for name in ("hit", "cnr", "miou", "best_dice"):
             assert rows[f"other_{name}"].iloc[i] == pytest.approx(expected[name])
