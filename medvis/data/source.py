@@ -139,7 +139,7 @@ class ReadConfig:
     root: Path
     """Folder of the data set, as it was downloaded."""
     recipe: str = "medvis"
-    """Whose rules: medvis, or lovt, mgca, local-mi where that paper used the data set (see nbs/data/sets/15_registry)."""
+    """Whose rules: medvis, or lovt, mgca, local-mi where that paper used the data set (nbs/data/sets/15_registry)."""
     split_seed: int = 0
     """Seed of the splits that are drawn by patient, where the recipe draws any."""
 
@@ -424,7 +424,7 @@ def _frame(planned: ImageItem, width: int, height: int) -> tuple[float, float]:
 
 # %% ../../nbs/data/11_source.ipynb #4db60f60
 def _unsquash(image: np.ndarray, width: int, height: int) -> np.ndarray:
-    "A square (H, H) in the proportions of its original, no side longer than H. DataError for a picture that is no square."
+    "A square (H, H) in the proportions of its original, no side longer than H. DataError if it is no square."
     side = len(image)
     if image.shape != (side, side):
         raise DataError(

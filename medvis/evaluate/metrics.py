@@ -80,10 +80,10 @@ def count_pixels(
 # %% ../../nbs/evaluate/07_metrics.ipynb #0f3954c1
 def dice_pooled(counts: PixelCounts) -> float:
     """Dice over the pixels of all images; mean over the classes that occur; NaN if nothing is there or found."""
-    both, total, there = counts.both.sum(0), (counts.predicted + counts.true).sum(0), counts.true.sum(0) > 0
-    if not there.any():
+    both, total, present = counts.both.sum(0), (counts.predicted + counts.true).sum(0), counts.true.sum(0) > 0
+    if not present.any():
         return 0.0 if total.any() else np.nan
-    return float(np.mean((2 * both / np.maximum(total, 1))[there]))
+    return float(np.mean((2 * both / np.maximum(total, 1))[present]))
 
 # %% ../../nbs/evaluate/07_metrics.ipynb #0db7aa26
 def _dice_of_images(counts: PixelCounts) -> np.ndarray:  # (n,) or (n, C)

@@ -30,7 +30,7 @@ AUGMENTS = (
     "none",
     "moco2",
     "shift-scale-rotate",
-)  # what they do: VARIATIONS of evaluate.finetune
+)  # what they do: _HEAD_AUGMENTATIONS of evaluate.finetune
 
 
 @dataclass(frozen=True)
@@ -77,14 +77,14 @@ class Protocol:
     "Defects of released code that are wanted: keys of SWITCHES."
 
     def __post_init__(self) -> None:
-        for name, found, there in (
+        for name, values, choices in (
             ("trains", (self.trains,), ("head", "top", "all")),
             ("optimizer", (self.optimizer,), ("adam", "adamw")),
             ("augment", (self.augment,), AUGMENTS),
             ("switches", self.switches, SWITCHES),
         ):
-            if strange := [one for one in found if one not in there]:
-                raise ValueError(f"{name}: {', '.join(map(repr, strange))} is none of {', '.join(there)}")
+            for value in values:
+                check_choice(name, value, choices)
         if not (self.lrs and self.seeds and self.fractions) or min(self.batch_size, self.epochs) < 1:
             raise ValueError(
                 "a protocol needs a learning rate, a seed, a fraction, and batch size and epochs of at least 1; "
