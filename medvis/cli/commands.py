@@ -153,13 +153,18 @@ def phrases(config: PhrasesConfig) -> pd.DataFrame:  # as returned by evaluate.g
         as returned by evaluate.ground.ground
     """
     data = None if config.data is None else Pack(config.data)
+    from medvis.evaluate.audit import audit, verdict
     from medvis.evaluate.ground import ground
+    from medvis.evaluate.map_recipes import recipe_table
 
     out = config.out or config.run / "phrases"
-    table = ground(config.run, data, config.phrases, out, allow_leaks=config.allow_leaks)
+    leaks, recipes = dict(allow_leaks=config.allow_leaks), recipe_table if config.recipes else None
+    table = ground(config.run, data, config.phrases, out, recipes, **leaks)
     splits = pd.read_csv(out / "phrases.csv")["split"].value_counts()
     print("Phrases by split: " + ", ".join(f"{name} {count}" for name, count in splits.items()))
     print(table[table["finding"] == "all"].drop(columns=["finding", "definition"]).round(3).to_string(index=False))
+    if config.audit:
+        print(f"Audit: {verdict(audit(config.run, data, config.phrases, out, **leaks))}")
     print(f"Tables: {out}")
     return table
 
