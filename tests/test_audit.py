@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from medvis.data.phrases import phantom_phrases, write_ms_cxr
-from medvis.evaluate.audit import CONTROLS, _elsewhere, _fixed_maps, audit, audit_table, verdict
+from medvis.evaluate.audit import _CONTROLS, _elsewhere, _fixed_maps, audit, audit_table, verdict
 from medvis.evaluate.ground import ground, measure
 from medvis.evaluate.map_recipes import recipe_maps, recipe_table
 from medvis.testing import small_phantom
@@ -53,7 +53,7 @@ def test_a_randomly_initialised_method_has_nothing_to_audit(pack, method, tmp_pa
     phrases = phantom_phrases(pack, None)
     write_ms_cxr(tmp_path / "phrases.json", phrases)
     table = audit(method, pack, tmp_path / "phrases.json", tmp_path / "out", resamples=100)
-    assert table["control"].tolist() == list(CONTROLS) and table["phrases"].max() == len(phrases)
+    assert table["control"].tolist() == list(_CONTROLS) and table["phrases"].max() == len(phrases)
     assert table.loc[table["control"] != "best fixed map", ["hit", "cnr", "score"]].notna().all(axis=None)
     rows = pd.read_csv(tmp_path / "out" / "audit_phrases.csv")
     pd.testing.assert_frame_equal(audit_table(rows, 100), table)       # the table is made of the rows that are written

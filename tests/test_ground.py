@@ -125,7 +125,7 @@ def test_the_table_is_what_pandas_computes_on_every_draw():
 @settings(max_examples=40, deadline=None)
 @given(st.lists(st.integers(0, 3), max_size=8))
 def test_strangers(patients):
-    for i, found in enumerate(ground.next_other_patient(patients)):
+    for i, found in enumerate(ground._next_other_patient(patients)):
         others = [(i + step) % len(patients) for step in range(1, len(patients)) if patients[(i + step) % len(patients)] != patients[i]]
         assert found == (others[0] if others else i)
 

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['RECIPE', 'on_target', 'pointing_hits', 'upsample_map', 'contrast_to_noise', 'rescale_maps', 'overlap',
            'measure', 'Pointing', 'pointing_game', 'phantom_words', 'Target', 'phantom_targets', 'PhantomPointing',
-           'phantom_pointing', 'grounding_table', 'next_other_patient', 'phrase_maps', 'Condition', 'condition_maps',
-           'mirrored', 'other_patient_images', 'view_boxes', 'PlacedPhrases', 'place_phrases', 'ground_phrases',
-           'given_phrases', 'ground']
+           'phantom_pointing', 'grounding_table', 'phrase_maps', 'Condition', 'condition_maps', 'mirrored',
+           'other_patient_images', 'view_boxes', 'PlacedPhrases', 'place_phrases', 'ground_phrases', 'given_phrases',
+           'ground']
 
 # %% ../../nbs/evaluate/06_ground.ipynb #bad3f5a9
 from collections import defaultdict
@@ -741,21 +741,10 @@ def _means_over(draws: list[np.ndarray]) -> np.ndarray:  # of (1+R,) each
     return np.divide(np.nansum(draws, 0), defined.sum(0), out=np.full(draws.shape[1], np.nan), where=defined.any(0))
 
 # %% ../../nbs/evaluate/06_ground.ipynb #61f90e27
-def next_other_patient(
+def _next_other_patient(
     patients: ArrayLike,  # (K,)
 ) -> np.ndarray:  # (K,) for each the next row (cyclic) of another patient; itself without one
-    """Whose image to show instead.
-
-    Parameters
-    ----------
-    patients : ArrayLike
-        (K,)
-
-    Returns
-    -------
-    np.ndarray
-        (K,) for each the next row (cyclic) of another patient; itself without one
-    """
+    """Whose image to show instead."""
     patients, count = np.asarray(patients), len(patients)
     nearest, chosen = -1, np.arange(count)
     for place in range(2 * count - 2, -1, -1):
@@ -895,7 +884,7 @@ def other_patient_images(
         (K,) -1 without another patient
     """
     images, patients = np.asarray(images), np.asarray(patients)
-    others = next_other_patient(patients)
+    others = _next_other_patient(patients)
     return np.where(patients[others] == patients, -1, images[others])
 
 # %% ../../nbs/evaluate/06_ground.ipynb #bb526225
