@@ -125,7 +125,7 @@ def test_the_table_is_what_pandas_computes_on_every_draw():
 @settings(max_examples=40, deadline=None)
 @given(st.lists(st.integers(0, 3), max_size=8))
 def test_strangers(patients):
-    for i, found in enumerate(ground.next_other_patient(patients)):
+    for i, found in enumerate(ground._next_other_patient(patients)):
         others = [(i + step) % len(patients) for step in range(1, len(patients)) if patients[(i + step) % len(patients)] != patients[i]]
         assert found == (others[0] if others else i)
 
@@ -264,7 +264,7 @@ def test_the_control_is_another_patients_image(films):
         other = phrases[(i // 2 * 2 + 2) % 12]                                                # the first film of the next patient
         image = packs["pad"].image_table["image_id"].tolist().index(other.path)
         masks = method.preprocessing.mask()(torch.from_numpy(phrase_mask(phrases[i], 128, "pad"))).numpy()
-        scores, grid = ground.phrase_maps(method, packs["pad"], [phrases[i]], [image])
+        scores, grid = ground.phrase_maps(method, packs["pad"], [phrases[i].text], [image])
         expected = ground.measure(scores, masks[None], grid).iloc[0]
         for name in ("hit", "cnr", "miou", "best_dice"):
             assert rows[f"other_{name}"].iloc[i] == pytest.approx(expected[name])

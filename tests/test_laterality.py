@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from medvis.data.prepare import PhantomConfig, prepare_phantom
 from medvis.data.preprocessing import Preprocessing
 from medvis.data.targets import report_targets
+from medvis.evaluate.ground import mirrored
 from medvis.evaluate.laterality import (
-    _CONDITIONS, _SIDES, _TABLE, _ZONES, _find_sentences, _lung_extents, _mirrored, _place_area, _place_scores, _placed_sentences, measure_places)
+    _CONDITIONS, _SIDES, _TABLE, _ZONES, _find_sentences, _lung_extents, _place_area, _place_scores, _placed_sentences, measure_places)
 from medvis.train import create_method
 
 
@@ -44,8 +45,8 @@ def method(pack):
     return create_method("mgca", data=pack)
 
 
-def test_mirrored_images_are_mirrored(pack):
-    assert np.array_equal(_mirrored(pack).image(3), pack.image(3)[:, ::-1])
+def test_mirrored_images_aremirrored(pack):
+    assert np.array_equal(mirrored(pack).image(3), pack.image(3)[:, ::-1])
 
 
 @pytest.mark.parametrize("what, places", [("side", _SIDES), ("zone", _ZONES)])

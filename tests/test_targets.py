@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from medvis.data.targets import (
-    _LONGEST, STATUSES, TERMS, agreement, exchange_side, exchange_zone, _find_mentions, _negate_sentence, _other_finding_sentence, sentence_targets)
+    _LONGEST, STATUSES, TERMS, agreement, exchange_side, exchange_zone, _find_mentions, negate_sentence, other_finding_sentence, sentence_targets)
 
 WORDS = ("no", "possible", "prior", "versus", "effusion", "opacity", "nodule", "heart", "is", "enlarged", "normal", "lungs", "clear", "left", "right", "upper", "lobe",
          "bases", "or", "and", "but", ",", "/", ";", "may", "not", "seen", "has", "resolved", "there", "costophrenic", "angles", "sharp", "XXXX", "é", "5 mm", "lingula")
@@ -23,9 +23,9 @@ def test_any_words_have_targets_of_the_known_kinds(sentence):
         assert side in (None, "left", "right", "bilateral") and zone in (None, "upper", "middle", "lower")
     if exchanged := exchange_side(sentence):
         assert exchange_side(exchanged) == sentence
-    if negated := _negate_sentence(sentence):
+    if negated := negate_sentence(sentence):
         assert {status for status, *_ in sentence_targets(negated).values()} == {"negated"}
-    if other := _other_finding_sentence(sentence, "Mass"):
+    if other := other_finding_sentence(sentence, "Mass"):
         assert set(sentence_targets(other)) == {"Mass"}
     exchange_zone(sentence)
 

@@ -150,6 +150,8 @@ def _check_phrases(config: PhrasesConfig) -> None:
     given |= {"--threshold": config.threshold is not None}
     if config.from_labels and config.phrases is not None:
         raise ValueError("phrases come from --phrases or --from-labels, not from both; leave one out")
+    if config.from_labels and (config.audit or config.recipes):
+        raise ValueError("--audit and --recipes are of phrases with boxes; leave out --from-labels")
     if not config.from_labels and any(given.values()):
         raise ValueError(
             f"{next(name for name, is_given in given.items() if is_given)} goes with --from-labels; add that"
@@ -180,14 +182,20 @@ def phrases(config: PhrasesConfig) -> pd.DataFrame:  # as returned by evaluate.g
         )
     else:
         from medvis.evaluate.ground import ground
+        from medvis.evaluate.map_recipes import map_recipe_table
 
-        table = ground(config.run, data, config.phrases, out, allow_leaks=config.allow_leaks)
+        recipes = recipe_table if config.recipes else None
+        table = ground(config.run, data, config.phrases, out, recipes, allow_leaks=config.allow_leaks)
     splits = pd.read_csv(out / "phrases.csv")["split"].value_counts()
     print("Phrases by split: " + ", ".join(f"{name} {count}" for name, count in splits.items()))
     print(table[table["finding"] == "all"].drop(columns=["finding", "definition"]).round(3).to_string(index=False))
     if presence is not None:
         print("Is it there? By class, of all together (one threshold), and macro:")
         print(presence.pivot(index="finding", columns="measure", values="value").round(3).to_string())
+    if config.audit:
+        from medvis.evaluate.audit import audit, verdict
+
+        print(f"Audit: {verdict(audit(config.run, data, config.phrases, out, allow_leaks=config.allow_leaks))}")
     print(f"Tables: {out}")
     return table
 

@@ -173,6 +173,10 @@ class PhrasesConfig:
     "Folder of the Pack that holds their images."
     out: Annotated[Path | None, default_text("the folder phrases in the run, with --from-labels: labels")] = None
     "Folder of the tables."
+    recipes: bool = False
+    "Measure the same maps under every recipe and convention (smoothing, softmax, drawing, boxes, CNR, mIoU) too."
+    audit: bool = False
+    "Ask what the score is owed to (image, finding, side, 'no', box) in one line. Takes about five times as long."
     allow_leaks: bool = False
     "Measure even if a run was trained on patients or images of the validation or test split; the manifest lists them."
     from_labels: bool = False

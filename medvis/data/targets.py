@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['TERMS', 'NORMAL', 'CUES', 'NOT_A_PLACE', 'ENDS', 'OPENS', 'PARTS', 'STATUSES', 'merge_targets',
-           'sentence_targets', 'report_targets', 'agreement', 'exchange_side', 'exchange_zone']
+           'sentence_targets', 'report_targets', 'agreement', 'exchange_side', 'exchange_zone', 'negate_sentence',
+           'other_finding_sentence']
 
 # %% ../../nbs/data/18_targets.ipynb #817029f7
 import re
@@ -417,7 +418,7 @@ _THERE = re.compile(r"\b(there (?:is|are)) (?:an? )?", re.IGNORECASE)
 _VERB = re.compile(r"\b(is|are|was|were|has|have)\b")
 
 
-def _negate_sentence(sentence: str) -> str | None:
+def negate_sentence(sentence: str) -> str | None:
     "A sentence that denies what this one asserts. None if it asserts nothing, or if a `no` or `not` is not enough."
     if _THERE.search(sentence):
         new = _THERE.sub(r"\1 no ", sentence, count=1)
@@ -433,12 +434,19 @@ def _negate_sentence(sentence: str) -> str | None:
     )
     return new if turned and before.keys() == after.keys() else None
 
-
-def _other_finding_sentence(
+# %% ../../nbs/data/18_targets.ipynb #aaa1daf1
+def other_finding_sentence(
     sentence: str,
     other: str,  # a finding of TERMS
 ) -> str | None:
-    "The same sentence about another finding, at the same place. None unless it asserts one finding, and once."
+    """The same sentence about another finding, at the same place. None unless it asserts one finding, and once.
+
+    Parameters
+    ----------
+    sentence : str
+    other : str
+        a finding of TERMS
+    """
     mentions = _find_mentions(sentence)
     if len(mentions) != 1 or mentions[0].status != "asserted" or mentions[0].finding == other:
         return None

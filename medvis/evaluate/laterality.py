@@ -8,7 +8,6 @@ __all__ = ['measure_places']
 # %% ../../nbs/evaluate/14_laterality.ipynb #8322ab99
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Literal
 
 import numpy as np
@@ -20,13 +19,12 @@ from torch import nn
 from ..core.choices import check_choice
 from ..core.files import write_atomic, write_json
 from ..data.pack import Pack
-from ..data.phrases import Phrase
 from ..data.prepare import pack_phantom
 from ..data.targets import exchange_side, exchange_zone, report_targets
 from .encoder import describe_inputs, check_preprocessing, frozen
-from .ground import phrase_maps, next_other_patient
+from .ground import Condition, condition_maps, mirrored, other_patient_images
 from .models import as_method, as_pack, check_unseen
-from .stats import interval, resample
+from .stats import interval, mean_draws, resample
 from ..train.loop import Run
 
 # %% ../../nbs/evaluate/14_laterality.ipynb #741936fe
@@ -136,32 +134,12 @@ def _lung_extents(
             extents[k] = rows[0] / method.preprocessing.size, (rows[-1] + 1) / method.preprocessing.size
     return extents
 
-# %% ../../nbs/evaluate/14_laterality.ipynb #49079507
-def _place_maps(
-    method: nn.Module,  # see `phrase_maps`
-    pack: Pack,  # or anything with .image(row)
-    texts: Sequence[str],
-    images: Sequence[int],  # row of the Pack for each
-    batch_size: int = 32,
-) -> tuple[np.ndarray, tuple[int, int]]:  # (K, N), and the grid
-    "The map of each sentence on its image. ValueError for a sentence without words."
-    phrases, parts = [Phrase(str(image), text, "", (), 0, 0) for image, text in zip(images, texts)], []
-    for start in range(0, len(phrases), batch_size):
-        maps, grid = phrase_maps(method, pack, phrases[start : start + batch_size], images[start : start + batch_size])
-        parts.append(maps)
-    return np.concatenate(parts), grid
-
-# %% ../../nbs/evaluate/14_laterality.ipynb #045e145c
-def _mirrored(pack: Pack) -> SimpleNamespace:  # .image(row)
-    "The images of a Pack, left and right exchanged."
-    return SimpleNamespace(image=lambda row: np.ascontiguousarray(np.asarray(pack.image(row))[:, ::-1]))
-
 # %% ../../nbs/evaluate/14_laterality.ipynb #cd4fbd6c
 _CONDITIONS = ("", "mirrored_", "other_", "exchanged_")
 
 
 def _place_rows(
-    method: nn.Module,  # see `phrase_maps`
+    method: nn.Module,  # see `condition_maps`
     pack: Pack,
     sentences: pd.DataFrame,  # see `_find_sentences`, at least one
     exchange: Callable[[str], str | None],  # the same sentence that names the opposite place
@@ -169,26 +147,23 @@ def _place_rows(
 ) -> pd.DataFrame:  # study, patient, split, sentence, finding, place, chance, hit, mass, mirrored_hit, ...
     "Hit and mass of each sentence at the place it names, on its image and under each control; NaN without one."
     text, images, patients = (sentences[name].to_numpy() for name in ("text", "image", "patient"))
-    others, opposite = next_other_patient(patients), [exchange(sentence) for sentence in text]
-    readings = {
-        "": (pack, text, images),
-        "mirrored_": (_mirrored(pack), text, images),
-        "other_": (pack, text, images[others]),
-        "exchanged_": (pack, [new or old for new, old in zip(opposite, text)], images),
-    }
-    missing = {"other_": patients == patients[others], "exchanged_": np.array([new is None for new in opposite])}
-    rows = sentences[["study", "patient", "split", "sentence", "finding", "place"]].copy()
-    for name, (shown, said, of) in readings.items():
-        maps, grid = _place_maps(method, shown, said, of, batch_size)
-        areas = [
-            _place_area(place, grid, extent)
-            for place, extent in zip(sentences["place"], _lung_extents(method, pack, of))
-        ]
-        hit, mass, chance = _place_scores(maps, areas)
-        gone = missing.get(name, np.zeros(len(rows), bool))
-        rows[f"{name}hit"], rows[f"{name}mass"] = np.where(gone, np.nan, hit), np.where(gone, np.nan, mass)
+    controls = (
+        Condition(pack, text, images),
+        Condition(mirrored(pack), text, images),
+        Condition(pack, text, other_patient_images(images, patients)),
+        Condition(pack, [exchange(sentence) for sentence in text], images),
+    )
+    rows = sentences[["study", "patient", "split", "sentence", "finding", "place"]].assign(chance=np.nan)
+    for name, condition in zip(_CONDITIONS, controls):
+        maps, grid = condition_maps(method, condition, batch_size)
+        at, scores = condition.exists, np.full((3, len(rows)), np.nan)
+        extents = _lung_extents(method, pack, np.asarray(condition.images)[at])
+        areas = [_place_area(place, grid, extent) for place, extent in zip(sentences["place"][at], extents)]
+        if len(areas):
+            scores[:, at] = _place_scores(maps, areas)
+        rows[f"{name}hit"], rows[f"{name}mass"] = scores[:2]
         if not name:
-            rows.insert(6, "chance", chance)
+            rows["chance"] = scores[2]
     return rows
 
 # %% ../../nbs/evaluate/14_laterality.ipynb #bc345142
@@ -203,20 +178,17 @@ _CONTROLS = {  # what is shown -> columns of the rows, and what the number says
 }
 _TABLE = "of measure control value low high sentences patients".split()
 
-
-def _mean(values: np.ndarray, weights: np.ndarray) -> np.ndarray:  # (K,), (1 + R, K) -> (1 + R,)
-    defined = ~np.isnan(values)
-    total = weights[:, defined].sum(1)
-    return np.divide(weights[:, defined] @ values[defined], total, out=np.full(len(total), np.nan), where=total > 0)
-
 # %% ../../nbs/evaluate/14_laterality.ipynb #962f4cfa
 def _draws(rows: pd.DataFrame, measure: str, weights: np.ndarray) -> dict[str, np.ndarray]:  # control -> (1 + R,)
     "Every control of one measure, on each draw."
     values = {control: rows[f"{prefix}{measure}"].to_numpy(float) for control, (prefix, _) in _CONTROLS.items()}
-    draws = {control: _mean(one, weights) for control, one in values.items()}
-    draws["gain"] = _mean(values["own image"] - values["another image"], weights)
-    places = [_mean((rows["place"] == place).to_numpy(float), weights) for place in sorted(set(rows["place"]))]
-    return draws | {"best fixed map": np.max(places, axis=0), "chance": _mean(rows["chance"].to_numpy(float), weights)}
+    draws = {control: mean_draws(one, weights) for control, one in values.items()}
+    draws["gain"] = mean_draws(values["own image"] - values["another image"], weights)
+    places = [mean_draws((rows["place"] == place).to_numpy(float), weights) for place in sorted(set(rows["place"]))]
+    return draws | {
+        "best fixed map": np.max(places, axis=0),
+        "chance": mean_draws(rows["chance"].to_numpy(float), weights),
+    }
 
 # %% ../../nbs/evaluate/14_laterality.ipynb #7294003c
 def _mean_over(draws: list[np.ndarray]) -> np.ndarray:  # of (1 + R,) each
@@ -254,7 +226,7 @@ _PLACES = {"side": exchange_side, "zone": exchange_zone}  # what a sentence name
 
 
 def measure_places(
-    run: nn.Module | Run | str | Path,  # a method (see `phrase_maps`) or a run folder
+    run: nn.Module | Run | str | Path,  # a method (see `condition_maps`) or a run folder
     data: Pack | str | Path | None = None,  # None: the Pack that the run was trained on
     what: Literal["side", "zone"] = "side",  # left and right, or upper, middle and lower
     targets: pd.DataFrame | None = None,  # see `report_targets`; None: of the Pack's reports
@@ -273,7 +245,7 @@ def measure_places(
     Parameters
     ----------
     run : nn.Module | Run | str | Path
-        a method (see `phrase_maps`) or a run folder
+        a method (see `condition_maps`) or a run folder
     data : Pack | str | Path | None, default: None
         None: the Pack that the run was trained on
     what : Literal['side', 'zone'], default: 'side'
