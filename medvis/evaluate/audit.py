@@ -115,7 +115,7 @@ def _occluded(
     masks: Sequence[np.ndarray | None],  # K (H, W) bool
     fill: str = "mean",  # of _FILLS
 ) -> SimpleNamespace:  # .image(k)
-    "Image k with what mask k covers filled: with the mean of the image, or with the image blurred by an eighth of its side."
+    "Image k with what mask k covers filled: with its mean, or with it blurred by an eighth of its side."
 
     def image(number: int) -> np.ndarray:
         pixels = np.array(pack.image(int(images[number])))
@@ -175,7 +175,7 @@ def _fixed_maps(
     findings: ArrayLike,  # (K,)
     patients: ArrayLike,  # (K,)
 ) -> np.ndarray:  # (K, N) NaN without phrases of other patients
-    "For each phrase how often a region is on target in the other half of the patients, for its finding if they have it."
+    "For each phrase how often a region is on target in the other half of the patients, for its finding if it can be."
     findings, patients = np.asarray(findings), np.asarray(patients)
     _, first, inverse = np.unique(patients, return_index=True, return_inverse=True)
     halves, maps = np.argsort(np.argsort(first))[inverse] % 2, np.full(cells.shape, np.nan)
