@@ -272,9 +272,14 @@ def unused_names(modules: dict[str, ast.Module], others: dict[str, set[str]]) ->
     return found
 
 
-def test_public_names_are_used():
+def package_modules() -> dict[str, ast.Module]:
+    "The modules of the package without doors, by their names without `medvis.`"
     paths = [path for path in (ROOT / "medvis").rglob("*.py") if path.name not in ("__init__.py", "_modidx.py")]
-    modules = {".".join(path.relative_to(ROOT / "medvis").with_suffix("").parts): ast.parse(path.read_text(encoding="utf-8")) for path in paths}
+    return {".".join(path.relative_to(ROOT / "medvis").with_suffix("").parts): ast.parse(path.read_text(encoding="utf-8")) for path in paths}
+
+
+def test_public_names_are_used():
+    modules = package_modules()
     others = {name: mentioned(tree) for name, tree in modules.items()}
     for path in (*(ROOT / "benchmarks").glob("*.py"), *(ROOT / "tools").glob("*.py"), ROOT / "setup.py", *(ROOT / "medvis").rglob("__init__.py")):
         others[str(path)] = mentioned(ast.parse(path.read_text(encoding="utf-8")))
@@ -290,6 +295,24 @@ def test_public_names_are_used():
 def test_an_unused_public_name_is_found():
     module = ast.parse("class Row: pass\ndef rows() -> list[Row]: pass\ndef alone(): pass\n_PRIVATE = 1")
     assert unused_names({"a.b": module}, {"a.b": {"alone"}, "a.c": {"rows"}}) == ["a.b: alone is used by no other file: call it _alone"]
+
+
+def repeated_names(modules: dict[str, ast.Module]) -> list[str]:
+    "Public names that two modules define. A command may bear the name of the function that it calls."
+    places: dict[str, list[str]] = {}
+    for module, tree in modules.items():
+        for name in set(defined(tree)) - OPEN_NAMES if module != "cli.commands" else ():
+            places.setdefault(name, []).append(module)
+    return [f"{' and '.join(rooms)} define {name}: rename one" for name, rooms in sorted(places.items()) if len(rooms) > 1]
+
+
+def test_a_public_name_means_one_thing():
+    assert not (found := repeated_names(package_modules())), "\n".join(found)
+
+
+def test_a_name_with_two_meanings_is_found():
+    modules = {"a.b": ast.parse("SIZE = 1\n_OWN = 2"), "a.c": ast.parse("SIZE = 3\n_OWN = 4\ndef fit(): pass"), "cli.commands": ast.parse("def fit(): pass")}
+    assert repeated_names(modules) == ["a.b and a.c define SIZE: rename one"]
 
 
 # Paths of one machine, in anything that is or would be committed.
