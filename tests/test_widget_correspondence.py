@@ -100,3 +100,8 @@ def test_boxes_masks_and_places_of_any_pack(tmp_path):
             assert pointing_hits(scores, view.outlines[o].mask[None], (16, 16))[0][0] == hit
             seen += 1
     assert seen > 10 and linked > 10
+    bare = folder_pack(tmp_path / "raw" / "table.csv", tmp_path / "bare", size=64)
+    shown = beside_random_init(ROOT / "nbs/widgets/run", bare, split=None, name="trained")
+    views = [shown.studies[position] for position in range(len(shown.studies))]
+    assert shown.hidden == [] and all(outline.said for view in views for outline in view.outlines)
+    assert sum(len(view.hits("trained", "sentences")) for view in views) > 5, "with reports alone, what they say is the target"
