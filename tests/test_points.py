@@ -61,7 +61,7 @@ def by_loops(method: MixtureMI, batch, reports) -> dict[str, float]:
     config, keep = method.config, method.config.side_words == "keep"
     encoded = method.image_encoder(batch.image)
     regions = torch.nn.functional.normalize(method.critic.image(encoded.regions), dim=-1)
-    (h, w), number = encoded.grid, encoded.regions.shape[1]
+    w, number = encoded.grid[1], encoded.regions.shape[1]
 
     def vector(text):
         alone = collate([Sample(0, 0, torch.zeros(1), tokenise([text if keep else silenced(text)], method.tokenizer))])
@@ -249,6 +249,27 @@ def test_a_mirrored_pair_is_the_pair_in_a_mirror(pack, tokenizer):
     assert seen == {True, False}
 
 
+@pytest.mark.parametrize("changes", [ALL, KEPT], ids=["removed", "kept"])
+def test_kept_sentences_give_the_same_losses_and_are_read_once(tokenizer, changes):
+    settings = dict(freeze_text=2, keep_sentences=True)
+    method, plain = method_of(tokenizer, **changes, **settings), method_of(tokenizer, **changes, freeze_text=2)
+    batch = batch_of(REPORTS, tokenizer)
+    wanted = plain(batch).parts
+    for name, value in method(batch).parts.items():
+        assert math.isclose(value, wanted[name], abs_tol=1e-6), name
+    read = len(method.kept.vectors)
+    calls, real = [], method.text_encoder.forward
+    method.text_encoder.forward = lambda *inputs: calls.append(1) or real(*inputs)
+    method.train()(batch)
+    assert not method.text_encoder.training and method.critic.training, "without dropout"
+    assert len(calls) == len(method.kept.vectors) - read, "only phrases that were not drawn before"
+    method.load_state_dict(method.state_dict())
+    assert not method.kept.vectors, "other weights would read otherwise"
+    assert method(batch_of([[], []], tokenizer)).total == 0
+    with pytest.raises(ValueError, match="all frozen"):
+        method_of(tokenizer, keep_sentences=True)
+
+
 @register_encoder("toy_frozen_points")
 def toy_frozen_points(layer: str = "layer3", coordinates: bool = True):
     "A frozen tower that costs nothing."
@@ -260,7 +281,7 @@ class Asked(MixtureMI):
 
     @classmethod
     def from_preset(cls, preset, tokenizer=None, **changes):
-        return super().from_preset(preset, tokenizer, image="toy_frozen_points", coordinates=False, **ALL, **changes)
+        return super().from_preset(preset, tokenizer, image="toy_frozen_points", coordinates=False, freeze_text=2, keep_sentences=True, **ALL, **changes)
 
 
 FORMS = {"augmented": dict(augment="mgca"), "kept maps": dict(augment="none")}

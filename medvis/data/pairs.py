@@ -368,7 +368,7 @@ class Pairs(Dataset):
     need_text : bool, default: True
         leave out studies without a report
     maps : Any, default: None
-        of a frozen encoder, `maps.map(row, view)`: taken for images that are not augmented; 1 = mirrored
+        of a frozen encoder, `maps.map(row, view)`, in place of images; view 1 = mirrored
     """
 
     def __init__(
@@ -381,7 +381,7 @@ class Pairs(Dataset):
         train: bool = False,
         seed: int = 0,
         need_text: bool = True,  # leave out studies without a report
-        maps: Any = None,  # of a frozen encoder, `maps.map(row, view)`: taken for images that are not augmented; 1 = mirrored
+        maps: Any = None,  # of a frozen encoder, `maps.map(row, view)`, in place of images; view 1 = mirrored
     ) -> None:
         pack.check(["images.u8"])  # a damaged file is not one damaged picture among others: an error before any work
         self.pack, self.tokenizer, self.preprocessing, self.sampling = pack, tokenizer, preprocessing, sampling

@@ -565,6 +565,8 @@ class MixtureMIConfig(MethodConfig):
     "Weight of each finding's phrase, on the images whose reports assert it against those without it."
     mask_identical: bool = False
     "Leave sentences that read like one of the image's own out of its negatives."
+    keep_sentences: bool = False
+    "In training read each sentence once, alone and without dropout, and keep its vector (all of the text frozen)."
     negatives: Literal["all", "other-study", "other-patient"] = "other-patient"
     "Which mismatched pairs are contrasted: all, other-study, other-patient."
 
@@ -610,6 +612,7 @@ _MIXTURE_MI_LAPTOP = dict(
     side_negatives=1.0,
     finding_phrases=2.0,
     mask_identical=True,
+    keep_sentences=True,
 )  # needs medvis[small]; source: this project, benchmarks/LOG of 2026-11-29, chosen on validation
 _MIXTURE_MI_LAPTOP_RECIPE = dict(
     _MIXTURE_MI_TINY_RECIPE,
