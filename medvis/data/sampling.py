@@ -51,6 +51,8 @@ class Sampling:
     "In training at most this many random sentences of a report, in its order; None = all."
     swap: float = 0.0
     "LoVT's sentence swapping: the number of swaps n has probability swap * (1 - swap)^n; 0 = never."
+    mirror: bool = False
+    "In training half of the draws show the image mirrored, and left and right exchanged in its sentences."
     max_tokens: int = 256
     "Longest report in tokens, [CLS] and [SEP] included."
     overflow: Literal["cut", "drop"] = "cut"

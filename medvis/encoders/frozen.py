@@ -155,7 +155,7 @@ def read_view(
     preprocessing: Preprocessing,  # of the encoder
     image: int,
     view: int = 0,  # 0 = as in evaluation
-    augment: str = "mgca",  # of the others
+    augment: str = "mgca",  # of the others; "mirror" = as in evaluation, mirrored
 ) -> Tensor:  # (C, size, size) float32
     """One view of an image of a Pack, the same whenever it is asked for.
 
@@ -168,7 +168,7 @@ def read_view(
     view : int, default: 0
         0 = as in evaluation
     augment : str, default: 'mgca'
-        of the others
+        of the others; "mirror" = as in evaluation, mirrored
 
     Returns
     -------
@@ -176,8 +176,9 @@ def read_view(
         (C, size, size) float32
     """
     pixels = torch.from_numpy(pack.image(image))[None]
-    if view == 0:
-        return preprocessing.transform()(pixels)
+    if view == 0 or augment == "mirror":
+        plain = preprocessing.transform()(pixels)
+        return plain.flip(-1) if view else plain
     with seeded(view, image):
         return preprocessing.transform(augment)(pixels)
 
@@ -186,7 +187,7 @@ def cache_images(
     encoder: nn.Module,  # image encoder, in evaluation mode
     pack: Pack,
     views: int = 1,  # of every image, the plain one too
-    augment: str = "mgca",  # of the other views
+    augment: str = "mgca",  # of the other views; "mirror" = the plain one, mirrored
     root: Path | None = None,  # None = <pack>.features, beside the Pack
     progress: bool = False,
 ) -> FrozenImages:
@@ -200,7 +201,7 @@ def cache_images(
     views : int, default: 1
         of every image, the plain one too
     augment : str, default: 'mgca'
-        of the other views
+        of the other views; "mirror" = the plain one, mirrored
     root : Path | None, default: None
         None = <pack>.features, beside the Pack
     progress : bool, default: False

@@ -33,7 +33,7 @@ def coordinates(
 
 # %% ../../nbs/encoders/09_tower.ipynb #c06783d3
 class FrozenEncoder(nn.Module):
-    """An image encoder whose weights stay as they are, and three convolutions with coordinates on its map, which learn.
+    """An image encoder whose weights stay as they are, and three convolutions on its map, which learn.
 
     Parameters
     ----------
@@ -41,18 +41,24 @@ class FrozenEncoder(nn.Module):
         image encoder with one map of regions
     width : int, default: 128
         of the regions
+    coordinates : bool, default: True
+        whether the head is given where on the picture it stands
     """
 
     def __init__(
         self,
         tower: nn.Module,  # image encoder with one map of regions
         width: int = 128,  # of the regions
+        coordinates: bool = True,  # whether the head is given where on the picture it stands
     ) -> None:
         super().__init__()
         self.tower = tower.requires_grad_(False).eval()
         self.preprocessing, self.region_dim, self.whole_dim = tower.preprocessing, width, width
         self.pyramid_dims, self.pyramid_strides = tower.pyramid_dims, tower.pyramid_strides
-        self.norm, self.first = nn.BatchNorm2d(tower.region_dim), nn.Conv2d(tower.region_dim + 2, width, 1)
+        self.norm, self.first = (
+            nn.BatchNorm2d(tower.region_dim),
+            nn.Conv2d(tower.region_dim + 2 * coordinates, width, 1),
+        )
         self.rest = nn.Sequential(
             nn.BatchNorm2d(width),
             nn.ReLU(),
@@ -115,13 +121,18 @@ class FrozenEncoder(nn.Module):
             (B, C, H, W) preprocessed; or (B, D, h, w), `tower_features`
         """
         maps = image if image.shape[1] == self.tower.region_dim else self.tower_features(image)
-        local = self.rest(self.first(torch.cat([self.norm(maps), coordinates(maps)], 1)))
+        scaled = self.norm(maps)
+        if self.first.in_channels > scaled.shape[1]:
+            scaled = torch.cat([scaled, coordinates(maps)], 1)
+        local = self.rest(self.first(scaled))
         return ImageFeatures(local.flatten(2).mT, local.mean((2, 3)), tuple(local.shape[2:]))
 
 # %% ../../nbs/encoders/09_tower.ipynb #70699f5e
-def efficientnet_lite0_frozen(layer: str = "stride16+32", size: int = 256, crop: float = 1.0) -> nn.Module:
+def efficientnet_lite0_frozen(
+    layer: str = "stride16+32", size: int = 256, crop: float = 1.0, coordinates: bool = True
+) -> nn.Module:
     "EfficientNet-Lite0, frozen, with a head that learns."
-    return FrozenEncoder(efficientnet_lite0(layer, size, crop))
+    return FrozenEncoder(efficientnet_lite0(layer, size, crop), coordinates=coordinates)
 
 
 efficientnet_lite0_frozen.published = {"imagenet": lite0_state}

@@ -7,12 +7,18 @@ __all__ = ['MixtureMI']
 
 # %% ../../nbs/methods/09_mixture_mi.ipynb #aa89e294
 import math
+from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from ..data.pairs import Batch
+from ..data.pairs import Batch, Sample, collate, tokenise
+from ..data.reports import find_words
+from ..data.targets import PHRASES, exchange_side, merge_targets, sentence_side, sentence_targets, side_words
+from ..encoders.features import TextFeatures
+from ..encoders.text import TextEncoder, encode_sentences
 from medvis.methods.method import (
     Aligned,
     Correspondence,
@@ -24,8 +30,8 @@ from medvis.methods.method import (
     negatives,
 )
 from .settings import MIXTURE_MI_PRESETS, MixtureMIConfig
-from ..objectives.contrastive import l2_normalize
-from ..objectives.mixture import CosineCritic, mixture_scores
+from ..objectives.contrastive import at_least_float32, l2_normalize
+from ..objectives.mixture import CosineCritic, mix_regions, phrase_loss, side_prior, twin_loss
 from ..objectives.mutual_information import cpc_bound
 
 # %% ../../nbs/methods/09_mixture_mi.ipynb #528e68c7
@@ -38,6 +44,184 @@ def _sentence_pairs(
     others = owner[:, None] != owner
     return matched | (others if valid is None else others & valid[owner][:, owner])
 
+# %% ../../nbs/methods/09_mixture_mi.ipynb #bfb6b037
+_SIDES = {None: 0, "right": 1, "left": 2, "bilateral": 3}
+
+
+def _sentence_sides(sentences: Sequence[str]) -> Tensor:  # (S,) int64: 0 none, 1 right, 2 left, 3 both
+    "The side of each sentence."
+    return torch.tensor([_SIDES[sentence_side(sentence)] for sentence in sentences], dtype=torch.long)
+
+
+def _has_twin(
+    sentence: str,
+    exchange: bool,  # whether the twin is the exchanged sentence
+) -> bool:
+    "Whether a sentence says of one side what would be false of the other: it names one, and does not only deny."
+    if sentence_side(sentence) not in ("left", "right") or (exchange and exchange_side(sentence) is None):
+        return False
+    targets = sentence_targets(sentence).values()
+    return not targets or any(status != "negated" for status, *_ in targets)
+
+# %% ../../nbs/methods/09_mixture_mi.ipynb #513d307e
+def _report_findings(
+    reports: Sequence[Sequence[str]],  # the sentences of each
+) -> tuple[Tensor, Tensor]:  # as `phrase_loss` asks for them: (B, K) int64 asserted, and (B, K) bool absent
+    "The findings of PHRASES in each report."
+    asserted = torch.full((len(reports), len(PHRASES)), -1)
+    absent = torch.zeros(asserted.shape, dtype=torch.bool)
+    for row, sentences in enumerate(reports):
+        targets = merge_targets(map(sentence_targets, sentences))
+        for column, finding in enumerate(PHRASES):
+            status, side, _ = targets.get(finding, ("negated", None, None))
+            absent[row, column] = status == "negated"
+            if status == "asserted":
+                asserted[row, column] = {"right": 1, "left": 2}.get(side, 0)
+    return asserted, absent
+
+# %% ../../nbs/methods/09_mixture_mi.ipynb #fe5661a9
+def _silent_tokens(batch: Batch, tokenizer: PreTrainedTokenizerBase) -> Tensor:  # (B, T) bool
+    "The tokens of side words, which are not read."
+    rows = []
+    for ids, words, sentences in zip(*(t.tolist() for t in (batch.input_ids, batch.word_index, batch.sentence_index))):
+        spelled: dict[int, dict[int, str]] = {}  # sentence -> word -> its letters
+        for piece, word, sentence in zip(tokenizer.convert_ids_to_tokens(ids), words, sentences):
+            if sentence >= 0:
+                written = spelled.setdefault(sentence, {})
+                written[word] = written.get(word, "") + piece.removeprefix("##").lstrip("Ġ▁")
+        silent = set()
+        for written in spelled.values():
+            flags = side_words(list(written.values()))
+            silent |= set() if all(flags) else {word for word, flag in zip(written, flags) if flag}
+        rows.append([word in silent for word in words])
+    return torch.tensor(rows, dtype=torch.bool, device=batch.input_ids.device).view(batch.input_ids.shape)
+
+
+def _as_read(
+    sentence: str,
+    remove: bool,  # the side words
+) -> str:
+    "The words of a sentence, as they are read."
+    words = [sentence[start:end].lower() for start, end in find_words(sentence)]
+    flags = side_words(words) if remove else []
+    return " ".join(words if not remove or all(flags) else [word for word, flag in zip(words, flags) if not flag])
+
+# %% ../../nbs/methods/09_mixture_mi.ipynb #a2e7c55f
+def _repeated(
+    texts: Sequence[str],  # S sentences as they are read
+    owner: Tensor,  # (S,) int64 image of every sentence
+) -> Tensor:  # (S, S) bool: whether the image of sentence s has a sentence that reads like the one of the column
+    "Which sentences say what another image's report says too."
+    numbers = {text: number for number, text in enumerate(dict.fromkeys(texts))}
+    own = torch.zeros(int(owner.max()) + 1, len(numbers), dtype=torch.bool, device=owner.device)
+    number = torch.tensor([numbers[text] for text in texts], device=owner.device)
+    own[owner, number] = True
+    return own[owner][:, number]
+
+# %% ../../nbs/methods/09_mixture_mi.ipynb #e55dc5ab
+class _KeptSentences:
+    "The vectors of sentences, by their tokens, from a text encoder that is frozen and in evaluation mode."
+
+    def __init__(self) -> None:
+        self.vectors: dict[tuple[int, ...], Tensor] = {}
+
+    @torch.no_grad()
+    def read(
+        self,
+        encoder: TextEncoder,
+        input_ids: Tensor,  # (B, T)
+        sentence_index: Tensor,  # (B, T)
+    ) -> tuple[Tensor, Tensor]:  # (S,) int64 row of each sentence, in order; (S, D)
+        "The sentences of a batch; those that are new are read one by one."
+        owner, found = [], []
+        for row, (ids, sentences) in enumerate(zip(input_ids.tolist(), sentence_index.tolist())):
+            for sentence in sorted(set(sentences) - {-1}):
+                key = tuple(number for number, s in zip(ids, sentences) if s == sentence)
+                if key not in self.vectors:
+                    alone = input_ids.new_tensor([key])
+                    ones, zeros = torch.ones_like(alone), torch.zeros_like(alone)
+                    self.vectors[key] = encode_sentences(encoder, alone, ones, zeros, zeros).sentences[0, 0]
+                owner.append(row)
+                found.append(self.vectors[key].to(input_ids.device))
+        empty = next(encoder.parameters()).new_zeros(0, encoder.dim)
+        return torch.tensor(owner, dtype=torch.long, device=input_ids.device), torch.stack(found) if found else empty
+
+
+def _forget(method: "MixtureMI", keys: object) -> None:
+    "Other weights read otherwise."
+    method.kept.vectors.clear()
+
+# %% ../../nbs/methods/09_mixture_mi.ipynb #9578ebfc
+class _Asked:
+    "What the options of mixture-mi ask of a batch."
+
+    def __init__(
+        self,
+        config: MixtureMIConfig,
+        batch: Batch,
+        owner: Tensor,  # (S,) int64 image of every sentence
+        training: bool,  # draw the phrases; else the first of each finding
+    ) -> None:
+        self.config, self.owner = config, owner
+        self.said, self.texts, self.phrases = [], [], 0
+        self.sides = self.twins = torch.zeros(0, dtype=torch.long, device=owner.device)
+        if config.region_prior == "side" or config.side_negatives or config.finding_phrases or config.mask_identical:
+            self.said = [sentence for sentences in batch.sentences for sentence in sentences]
+            if len(self.said) != len(owner):
+                raise ValueError(
+                    f"{len(owner)} sentences to read, but {len(self.said)} texts in the batch: make it with collate"
+                )
+            self.sides = _sentence_sides(self.said).to(owner.device)
+        self.exchange = config.side_words == "keep"
+        if config.side_negatives:
+            twins = [s for s, sentence in enumerate(self.said) if _has_twin(sentence, self.exchange)]
+            self.twins = torch.tensor(twins, dtype=torch.long, device=owner.device)
+            self.texts += [exchange_side(self.said[s]) for s in twins] if self.exchange else []
+        if config.finding_phrases:
+            self.findings = [found.to(owner.device) for found in _report_findings(batch.reports)]
+            drawn = torch.randint(3, (len(PHRASES),)).tolist() if training else [0] * len(PHRASES)
+            self.texts += [ways[k % len(ways)] for ways, k in zip(PHRASES.values(), drawn)]
+            self.phrases = len(PHRASES)
+
+    def prior(self, sides: Tensor, grid: tuple[int, int]) -> Tensor | None:  # (N, C)
+        "Of sentences with these sides; None = uniform."
+        return side_prior(sides, grid, self.config.prior_floor) if self.config.region_prior == "side" else None
+
+    def pairs(
+        self,
+        valid: Tensor | None,  # (B, B) bool
+    ) -> Tensor:  # (S, S) bool for a bound
+        "Which sentences are contrasted."
+        pairs = _sentence_pairs(self.owner, valid)
+        if not self.config.mask_identical:
+            return pairs
+        texts = [_as_read(sentence, not self.exchange) for sentence in self.said]
+        return pairs & ~_repeated(texts, self.owner) | torch.eye(len(texts), dtype=torch.bool, device=pairs.device)
+
+    def losses(
+        self,
+        scores: Tensor,  # (B, N, S + k) of every region with the sentences, and with `texts`
+        mixed: Tensor,  # (S, S) F, row = the image of sentence s
+        grid: tuple[int, int],
+    ) -> dict[str, Tensor]:
+        "The losses beside the bounds, weighted, by name."
+        parts, twins, sentences = {}, self.twins, len(self.owner)
+        if self.config.side_negatives:
+            places = sentences + torch.arange(len(twins), device=twins.device) if self.exchange else twins
+            own = scores[self.owner[twins], :, places][..., None]  # (K, N, 1)
+            prior = self.prior(3 - self.sides[twins], grid)
+            twin = mix_regions(own, None if prior is None else prior.T[..., None])[:, 0]
+            parts["side_negatives"] = self.config.side_negatives * twin_loss(mixed[twins, twins], twin, sentences)
+        if self.phrases:
+            table, halves = scores[..., -self.phrases :], torch.arange(3, device=scores.device)
+            priors = [self.prior(half.expand(self.phrases), grid) for half in halves]
+            asserted, absent = self.findings
+            if self.config.region_prior == "uniform":
+                asserted = asserted.clamp(max=0)
+            table = torch.stack([mix_regions(table, prior) for prior in priors], 1)  # (B, 3, K)
+            parts["finding_phrases"] = self.config.finding_phrases * phrase_loss(table, asserted, absent)
+        return parts
+
 # %% ../../nbs/methods/09_mixture_mi.ipynb #e762975b
 class MixtureMI(Method):
     "Mutual information of a sentence and the hidden region it means: loss `mutual_information`."
@@ -46,20 +230,68 @@ class MixtureMI(Method):
     presets = MIXTURE_MI_PRESETS
 
     def __init__(self, config: MixtureMIConfig, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
+        if config.side_negatives and config.side_words == "remove" and config.region_prior == "uniform":
+            raise ValueError(
+                "side_negatives has no twin to offer where side_words is 'remove' and region_prior 'uniform': "
+                "keep the words, or take region_prior='side'"
+            )
         super().__init__(config, tokenizer, words="mean", whole="mean")
         self.critic = CosineCritic(
             self.image_encoder.region_dim, self.text_encoder.dim, config.hidden, config.dim, config.temperature
         )
 
+        self.kept = _KeptSentences() if config.keep_sentences else None
+        if self.kept is not None:
+            if any(p.requires_grad for p in self.text_encoder.parameters()):
+                raise ValueError(
+                    "keep_sentences needs a text encoder that is all frozen: set freeze_text to its layers"
+                )
+            self.register_load_state_dict_post_hook(_forget)
+
+    def train(self, mode: bool = True) -> "MixtureMI":
+        super().train(mode)
+        self.text_encoder.train(mode and self.kept is None)
+        return self
+
+    def read_sentences(self, batch: Batch) -> TextFeatures:
+        "Run the text encoder on every sentence alone. A side word that is not read stands for its sentence."
+        if self.config.side_words == "keep":
+            return super().read_sentences(batch)
+        silent = _silent_tokens(batch, self.tokenizer)
+        read = super().read_sentences(replace(batch, sentence_index=batch.sentence_index.masked_fill(silent, -1)))
+        words, (row, token) = read.words.clone(), silent.nonzero(as_tuple=True)
+        words[row, batch.word_index[row, token]] = read.sentences[row, batch.sentence_index[row, token]]
+        return replace(read, words=words)
+
     def forward(self, batch: Batch) -> Losses:
-        "Minus the mean of both bounds, in nats; 0 when no report has a sentence."
-        image, text = self.image_encoder(batch.image), self.read_sentences(batch)
-        owner = text.sentence_mask.nonzero()[:, 0]
-        scores = mixture_scores(self.critic, image.regions, text.sentences[text.sentence_mask])[owner]
+        "Minus the mean of both bounds, in nats, and the losses that are asked for; 0 when no report has a sentence."
+        image, (owner, vectors) = self.image_encoder(batch.image), self._read_vectors(batch)
+        asked = _Asked(self.config, batch, owner, self.training)
+        if asked.texts and len(owner):
+            vectors = torch.cat([vectors, self._read_texts(asked.texts, batch.image.device)])
+        scores = self.critic.scores(image.regions.flatten(0, 1), vectors).unflatten(0, image.regions.shape[:2])
+        scores = at_least_float32(scores)  # (B, N, S and what is asked)
+        mixed = mix_regions(scores[..., : len(owner)], asked.prior(asked.sides, image.grid))[owner]
         if not len(owner):
-            return add_up(mutual_information=0 * (image.regions.sum() + text.tokens.sum()))
-        pairs = _sentence_pairs(owner, negatives(batch, self.config.negatives))
-        return add_up(mutual_information=-(cpc_bound(scores, pairs) + cpc_bound(scores.T, pairs.T)) / 2)
+            return add_up(mutual_information=0 * (image.regions.sum() + vectors.sum()))
+        pairs = asked.pairs(negatives(batch, self.config.negatives))
+        bounds = cpc_bound(mixed, pairs) + cpc_bound(mixed.T, pairs.T)
+        return add_up(mutual_information=-bounds / 2, **asked.losses(scores, mixed, image.grid))
+
+    def _read_vectors(self, batch: Batch) -> tuple[Tensor, Tensor]:  # (S,) int64 owner, (S, D)
+        "The row and the vector of every sentence of a batch, for training."
+        if self.kept is not None:
+            silent = self.config.side_words == "remove" and _silent_tokens(batch, self.tokenizer)
+            index = batch.sentence_index if silent is False else batch.sentence_index.masked_fill(silent, -1)
+            return self.kept.read(self.text_encoder, batch.input_ids, index)
+        text = self.read_sentences(batch)
+        return text.sentence_mask.nonzero()[:, 0], text.sentences[text.sentence_mask]
+
+    def _read_texts(self, texts: list[str], device: torch.device) -> Tensor:  # (k, D)
+        "The vectors of sentences that are no report's own."
+        reports = [tokenise([text], self.tokenizer, punctuation=self.sampling.punctuation) for text in texts]
+        batch = collate([Sample(0, 0, torch.zeros(1), report) for report in reports]).to(device)
+        return self._read_vectors(batch)[1]
 
     def correspondence(self, batch: Batch) -> Correspondence:
         "The critic's cosines of every region with every sentence, and with every word as it stands in its sentence."

@@ -143,8 +143,9 @@ def _frozen_maps(method: Method, data: Pack, config: TrainConfig, accelerator: A
     tower = getattr(method.image_encoder, "tower", None)
     if tower is None or config.augment != "none":
         return None
-    on_main(accelerator, lambda: bool(cache_images(tower, data, progress=config.progress)))
-    return cache_images(tower, data)
+    views = dict(views=2, augment="mirror") if config.mirror else {}
+    on_main(accelerator, lambda: bool(cache_images(tower, data, progress=config.progress, **views)))
+    return cache_images(tower, data, **views)
 
 # %% ../../nbs/train/07_loop.ipynb #2c466b1c
 def _open_pairs(method: Method, data: Pack, config: TrainConfig, accelerator: Accelerator) -> dict[str, Pairs]:
