@@ -93,7 +93,14 @@ def small_exports(notebook: Notebook) -> list[str]:
 def imports_alone(notebook: Notebook) -> list[str]:
     return [say(cell, "imports and other code share the cell; imports stand alone (they are not replayed against the module)")
             for cell, body in code(notebook) if not cell.shown_only
-            if 0 < sum(bool(imported(node)) for node in body.body) < sum(not is_magic(node) for node in body.body)]
+            if 0 < sum(is_import(node) for node in body.body) < sum(not is_magic(node) for node in body.body)]
+
+
+def is_import(node: ast.AST) -> bool:
+    "An import, or imports for type checkers alone."
+    if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+        return all(map(is_import, node.body))
+    return bool(imported(node))
 
 
 def is_magic(node: ast.AST) -> bool:

@@ -14,10 +14,13 @@ PARAMETERS, RETURNS = "Parameters\n----------\n", "Returns\n-------\n"
 
 
 def read_tokens(source: str) -> tuple[dict[int, str], list[int]]:
-    "The comment of each line that has one, and the lines in which a statement ends, the signature of a `def` too."
-    tokens = list(tokenize.generate_tokens(io.StringIO(source).readline))
-    return ({token.start[0]: token.string.lstrip("# ") for token in tokens if token.type == tokenize.COMMENT},
-            [token.start[0] for token in tokens if token.type == tokenize.NEWLINE])
+    "The comment of each line that has one, at its end or in a line of its own above it; and the lines in which a statement ends."
+    tokens, comments = list(tokenize.generate_tokens(io.StringIO(source).readline)), {}
+    for token in tokens:
+        if token.type == tokenize.COMMENT:
+            above = token.start[1] > 0 and token.line.lstrip().startswith("#")
+            comments[token.start[0] + above] = token.string.lstrip("# ")
+    return comments, [token.start[0] for token in tokens if token.type == tokenize.NEWLINE]
 
 
 def entry(head: str, text: str = "") -> str:

@@ -184,7 +184,7 @@ def phrases(config: PhrasesConfig) -> pd.DataFrame:  # as returned by evaluate.g
         from medvis.evaluate.ground import ground
         from medvis.evaluate.map_recipes import map_recipe_table
 
-        recipes = recipe_table if config.recipes else None
+        recipes = map_recipe_table if config.recipes else None
         table = ground(config.run, data, config.phrases, out, recipes, allow_leaks=config.allow_leaks)
     splits = pd.read_csv(out / "phrases.csv")["split"].value_counts()
     print("Phrases by split: " + ", ".join(f"{name} {count}" for name, count in splits.items()))

@@ -67,7 +67,9 @@ class ImageRecord:
     view : str, default: ''
         such as PA, AP or LATERAL
     boxes : list[tuple[str, float, float, float, float]] | None, default: None
+        name, x0, y0, x1, y1 in pixels of the source; None = not annotated
     masks : dict[str, np.ndarray | None] | None, default: None
+        name -> (size, size) bool; left out = empty; None = not annotated (for this one)
     levels : int, default: 0
         grey levels that its source takes; 0 = as stored
     """

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -24,8 +25,10 @@ from .images import boxes_to_square
 from .pack import Pack, list_hash, note_files
 from .phantom import FINDINGS, PhantomStudy
 from .prepare import pack_phantom
-from .preprocessing import Preprocessing
 from .splits import check_leaks, nested_subsets
+
+if TYPE_CHECKING:  # it would load torch
+    from medvis.data.preprocessing import Preprocessing
 
 # %% ../../nbs/data/16_tasks.ipynb #1e0f3983
 def pack_images(pack: Pack) -> pd.DataFrame:  # image (row in the pack), image_id, study_id, patient_id, split
@@ -694,7 +697,7 @@ def store_subsets(pack: Pack, fractions: tuple[float, ...] = (0.01, 0.1, 1.0)) -
 def boxes_in_view(
     boxes: np.ndarray,  # (k, 5) x0, y0, x1, y1, class
     size: int,  # of the image they lie in, pixels
-    preprocessing: Preprocessing,
+    preprocessing: "Preprocessing",
 ) -> np.ndarray:  # (k', 5) in pixels of the view
     """Boxes through the geometry of evaluation (`Preprocessing.transform`).
 
@@ -704,7 +707,7 @@ def boxes_in_view(
         (k, 5) x0, y0, x1, y1, class
     size : int
         of the image they lie in, pixels
-    preprocessing : Preprocessing
+    preprocessing : 'Preprocessing'
 
     Returns
     -------
