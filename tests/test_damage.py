@@ -829,7 +829,7 @@ def test_every_recipe_prepares_or_tells_what_to_change(name, recipe, thirty, tmp
 
 @pytest.mark.parametrize("name", DATASETS)
 def test_an_unknown_recipe_is_told_the_known_ones(name, thirty, tmp_path):
-    with pytest.raises(DataError, match=f"it has {', '.join(DATASETS[name].recipes)}"):
+    with pytest.raises(DataError, match=f"choose from {', '.join(DATASETS[name].recipes)}"):
         prepare_data(command_config(DATASETS[name])(reading(name, thirty(name), recipe="convirt"), BuildConfig(tmp_path / "pack")))
 
 

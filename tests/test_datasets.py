@@ -148,7 +148,7 @@ def test_the_images_seen_add_up(tmp_path, capsys):
 def test_a_recipe_that_is_not_there_is_told(name, tmp_path):
     data_set = DATASETS[name]
     facts, problems = check_source(data_set, data_set.config(tmp_path, "nobody's"))
-    assert facts == {} and len(problems) == 1 and problems[0].startswith('there is no recipe "nobody\'s"')
+    assert facts == {} and len(problems) == 1 and problems[0].startswith('unknown recipe "nobody\'s"')
 
 
 def test_what_is_there_already_says_so(tmp_path, capsys):

@@ -67,7 +67,7 @@ def pretrain_options(
         [
             ("data", Path, field(default=tyro.MISSING)),
             ("preset", Literal[tuple(presets)], field(default=preset)),
-            ("init", Path | None, field(default=None)),
+            ("init", Annotated[Path | None, default_text("none")], field(default=None)),
             ("settings", Annotated[kind, flat], field(default=kind(**config))),
             ("train", Annotated[TrainConfig, flat], field(default=TrainConfig(run=tyro.MISSING, **training))),
         ],
@@ -261,7 +261,7 @@ class LeaksConfig:
 
     pack: tyro.conf.Positional[Path]
     "Folder of a Pack."
-    against: tuple[Path, ...] = ()
+    against: Annotated[tuple[Path, ...], default_text("none")] = ()
     "Other Packs: training images of one are compared with validation and test images of the other."
 
 # %% ../../nbs/cli/01_options.ipynb #3c00d4a7

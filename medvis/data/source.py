@@ -16,12 +16,13 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from enum import StrEnum
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, Literal, NotRequired, TypedDict
+from typing import Annotated, Any, Literal, NotRequired, TypedDict
 
 import numpy as np
 import pandas as pd
 from PIL import Image
 
+from ..core.choices import default_text
 from .annotations import decode_mask
 from .build import ImageRecord, Reject, StudyRecord, write_pack
 from .files import DataError, RejectCode, decode_text, number, read_text, reject_sentence, safe_path
@@ -147,7 +148,7 @@ class ReadConfig:
 
         DataError lists the recipes."""
         if self.recipe not in recipes:
-            raise DataError(f"there is no recipe {self.recipe!r} for this data set; it has {', '.join(recipes)}")
+            raise DataError(f"unknown recipe {self.recipe!r} of this data set; choose from {', '.join(recipes)}")
         changes = {field.name: getattr(self, field.name, None) for field in fields(Recipe)}
         return replace(recipes[self.recipe], **{name: value for name, value in changes.items() if value is not None})
 
@@ -158,17 +159,16 @@ class BuildConfig:
 
     out: Path
     """Folder of the Pack."""
-    size: int | None = None
-    """Side of the stored images in pixels (default: that of the recipe)."""
-    fit: Literal["pad", "pad-first", "crop", "stretch"] | None = None
-    """How images become square (default: as the recipe says)."""
+    size: Annotated[int | None, default_text("as the recipe says")] = None
+    """Side of the stored images in pixels."""
+    fit: Annotated[Literal["pad", "pad-first", "crop", "stretch"] | None, default_text("as the recipe says")] = None
+    """How images become square."""
     workers: int = 0
     """Processes that read images in parallel; 0 = this one."""
     max_rejects: float = 0.2
     """Stop if more than this share of the images cannot be used."""
-    against: tuple[Path, ...] = ()
-    """Packs used for pre-training: none of their training images or patients may be in this one's validation or test
-    split."""
+    against: Annotated[tuple[Path, ...], default_text("none")] = ()
+    """Packs used for pre-training; none of their training images or patients may be validated or tested here."""
     allow_leaks: bool = False
     """Build the Pack although images or patients leak between splits; the manifest lists them."""
     fresh: bool = False

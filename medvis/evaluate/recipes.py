@@ -253,7 +253,7 @@ class EvaluateConfig:
     "What missing labels count as."
     names: Annotated[tuple[str, ...], default_text("the names of their folders")] = ()
     "Names of the encoders in the table."
-    image: str | None = None
+    image: Annotated[str | None, default_text("the one that fits the file, else resnet50")] = None
     "Architecture of state-dict files, of random-init and of imagenet."
     size: Annotated[int | None, default_text("their own")] = None
     "Side in pixels of the images that encoders other than runs are shown."

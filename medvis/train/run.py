@@ -12,7 +12,7 @@ import os
 import shutil
 import time
 from contextlib import ExitStack, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -64,21 +64,26 @@ def _update_settings(
     "The settings of a run under today's names. A name that the method itself has is kept."
     if kind is None:
         return settings
-    fields = kind.Config.__dataclass_fields__
-    added = {name: value for name, value in _ADDED.items() if name in fields}
-    renamed = {
-        name if name in fields else _RENAMED.get(name, name): value for name, value in settings["config"].items()
-    }
+    today = kind.Config.__dataclass_fields__
+    added = {name: value for name, value in _ADDED.items() if name in today}
+    renamed = {name if name in today else _RENAMED.get(name, name): value for name, value in settings["config"].items()}
     return settings | {"config": added | renamed}
 
 # %% ../../nbs/train/05_run.ipynb #89b802b1
 _FREE = ("run", "workers", "progress", "save_every", "device")  # may differ when a run goes on
 
 
+def _defaults(config: type) -> dict[str, Any]:
+    "The fields of a dataclass that have a default, as config.json would have them."
+    defaults = {field.name: field.default for field in fields(config) if field.default is not MISSING}
+    return json.loads(json.dumps(defaults, default=str))
+
+
 def _check_same_run(method: Method, data: Pack, run: Path, settings: dict[str, Any], processes: int) -> None:
     "ValueError names what differs between these settings and those of the run in the folder."
     manifest = read_settings(run / "manifest.json", "data")
     old = _update_settings(read_settings(run / "config.json", "method", "config", "train"), type(method))
+    old["config"], old["train"] = _defaults(method.Config) | old["config"], _defaults(TrainConfig) | old["train"]
     old["train"] |= {"data": manifest["data"]["hash"], "processes": manifest.get("processes", 1)}
     new = settings | {"train": settings["train"] | {"data": data.manifest["hash"], "processes": processes}}
     for key in _FREE:

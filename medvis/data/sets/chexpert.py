@@ -12,12 +12,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import pandas as pd
 from PIL import Image
 
+from ...core.choices import default_text
 from ..files import DataError, RejectCode, find_file, label, read_table
 from ..phantom import PhantomStudy
 from .plans import MGCA_SHARES, draw_splits, item_or_reject
@@ -158,8 +159,8 @@ _RECIPES = {
 class _ChexpertConfig(ReadConfig):
     """Prepare CheXpert v1.0 or v1.0-small, radiographs with 14 labels: `medvis prepare chexpert`."""
 
-    uncertain: Literal["ignore", "positive", "negative"] | None = None
-    """What an uncertain label counts as in tasks: positive is U-Ones, negative U-Zeros (default: the recipe's)."""
+    uncertain: Annotated[Literal["ignore", "positive", "negative"] | None, default_text("as the recipe says")] = None
+    """What an uncertain label counts as in tasks: positive is U-Ones, negative U-Zeros."""
     retrieval: int = 200
     """Radiographs of each of 5 findings in the retrieval set that recipe mgca takes out of train."""
     validation: int = 5000

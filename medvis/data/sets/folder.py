@@ -12,12 +12,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import pandas as pd
 from PIL import Image
 
+from ...core.choices import default_text
 from ..files import DataError, find_file, lookalike, number, read_csv, read_table, safe_path, same_looks
 from ..phantom import FINDINGS, PhantomStudy
 from .plans import draw_splits, write_dicom
@@ -29,8 +30,8 @@ from ..source import DataSet, ImageItem, ReadConfig, Recipe, Source, StudyItem
 class _FolderConfig(ReadConfig):
     """Prepare a table (one row per image) and a folder of PNG, JPEG or DICOM files: `medvis prepare folder`."""
 
-    table: Path | None = None
-    """CSV, TSV or parquet file with one row per image, in the working folder or the root (default: table.*)."""
+    table: Annotated[Path | None, default_text("table.* in the root")] = None
+    """CSV, TSV or parquet file with one row per image, in the working folder or the root."""
     image_column: str = "image_path"
     """Column with the path of the image, relative to the root."""
     report_column: str = "report"
@@ -43,13 +44,13 @@ class _FolderConfig(ReadConfig):
     """Column with train, validate or test; without it splits (80 / 10 / 10 % of the patients) are drawn."""
     view_column: str = "view"
     """Column with the view, such as PA, AP or LATERAL."""
-    label_columns: tuple[str, ...] = ()
+    label_columns: Annotated[tuple[str, ...], default_text("none")] = ()
     """Columns with labels: 1 present, 0 absent, -1 uncertain, blank unknown."""
     class_column: str = ""
     """Column with one class per row, such as normal / bacterial / viral: makes one label (1 or 0) per class."""
-    boxes: Path | None = None
+    boxes: Annotated[Path | None, default_text("none")] = None
     """CSV file (found as the table is), one row per box: image_path, label, x1, y1, x2, y2 in pixels of the file."""
-    masks: Path | None = None
+    masks: Annotated[Path | None, default_text("none")] = None
     """CSV file, one row per mask: image_path, label, mask_path; pictures of two values, of the image's size."""
     annotated: Literal["listed", "rows", "all"] = "listed"
     """What was annotated: images with a row, for all labels; for a mask's label the images with a row; or all."""

@@ -11,10 +11,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import pandas as pd
 
+from ...core.choices import default_text
 from ..files import DataError, RejectCode, label
 from ..reports import LOVT_RULES, MGCA_RULES, ReportRules
 from medvis.data.sets.mimic_files import (
@@ -182,8 +183,8 @@ class _MimicConfig(ReadConfig):
 
     labeler: Literal["chexpert", "negbio"] = "chexpert"
     """Whose 14 labels to take."""
-    edema: Path | None = None
-    """Folder of the edema grades, whose test patients do not train in recipe local-mi (default: below the root)."""
+    edema: Annotated[Path | None, default_text("below the root")] = None
+    """Folder of the edema grades, whose test patients do not train in recipe local-mi."""
 
 # %% ../../../nbs/data/sets/05_mimic.ipynb #94c472c9
 def _read_labels(

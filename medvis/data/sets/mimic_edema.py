@@ -10,10 +10,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import pandas as pd
 
+from ...core.choices import default_text
 from ..files import DataError, RejectCode
 from medvis.data.sets.mimic_files import (
     add_problems,
@@ -77,8 +79,8 @@ _EDEMA_GRADERS = {"medvis": ("regex_report", "expert_report"), "local-mi": ("reg
 class _EdemaConfig(ReadConfig):
     "Prepare MIMIC-CXR's edema grades: `medvis prepare mimic-edema`."
 
-    edema: Path | None = None
-    """Folder of the three csv files (default: below the root)."""
+    edema: Annotated[Path | None, default_text("below the root")] = None
+    """Folder of the three csv files."""
 
 # %% ../../../nbs/data/sets/06_mimic_edema.ipynb #c5a6196d
 def _report_grades(

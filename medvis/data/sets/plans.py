@@ -12,10 +12,12 @@ from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import pandas as pd
 
+from ...core.choices import default_text
 from ..files import DataError, RejectCode, find_file, read_table
 from ..source import ReadConfig, RejectItem, SplitRule, StudyItem
 from ..splits import patient_splits
@@ -102,7 +104,7 @@ UNLISTED = "in none of the split files"  # the rule by which such images are dro
 class ListedConfig(ReadConfig):
     "A data set with published lists of what is in which split."
 
-    split_files: Path | None = None
+    split_files: Annotated[Path | None, default_text("the splits of the recipe")] = None
     """Folder with train.csv, validation.csv and test.csv (column ID, names without ending), such as LoVT's lists."""
 
 # %% ../../../nbs/data/sets/01_plans.ipynb #ac03250b
