@@ -179,7 +179,7 @@ def test_covidx_lost_files(covidx, own, tmp_path):
 
 
 def test_wrong_recipe_and_version(covidx):
-    with pytest.raises(DataError, match="it has medvis, mgca, mgca-paper"):
+    with pytest.raises(DataError, match="choose from medvis, mgca, mgca-paper"):
         COVIDX.plan(_CovidxConfig(covidx, "lovt"))
     with pytest.raises(DataError, match="there is no train_COVIDx10C.txt"):
         COVIDX.plan(_CovidxConfig(covidx, version="10C"))

@@ -182,11 +182,11 @@ def label_targets(
         1, 0 and NaN = not used
     """
     policies = uncertain if isinstance(uncertain, Mapping) else dict.fromkeys(labels, uncertain)
-    if not {*policies.values()} <= {*_UNCERTAIN} or blank not in _BLANK or not {*labels} <= {*policies}:
-        raise ValueError(
-            f"uncertain must be one of {list(_UNCERTAIN)}, for all columns or for each of {list(labels)}, "
-            f"and blank one of {list(_BLANK)}; got {uncertain!r} and {blank!r}"
-        )
+    for policy in policies.values():
+        check_choice("policy for uncertain labels", policy, _UNCERTAIN)
+    check_choice("policy for blank labels", blank, _BLANK)
+    if without := sorted({*labels} - {*policies}):
+        raise ValueError(f"uncertain is {uncertain!r}; expected a policy for {', '.join(without)} too")
     labels = labels.astype(float)
     wrong = labels.notna() & ~labels.isin([1.0, 0.0, -1.0])
     if wrong.to_numpy().any():

@@ -279,7 +279,7 @@ def paired_gain(
 # %% ../../nbs/evaluate/05_classify.ipynb #49683e44
 def linear_probe(
     encoder: object,  # an image encoder, method, run folder, ...; several in a list or dict: see models.as_encoders
-    data: Pack,  # a Pack with the splits train and test
+    data: Pack | str | Path,  # a Pack with the splits train and test
     fractions: tuple[float, ...] = (0.01, 0.1, 1.0),  # shares of the training patients
     seeds: tuple[int, ...] = (0, 1, 2),
     findings: list[str] | None = None,  # label columns; this and the three below: None = as the Pack's recipe says
@@ -301,7 +301,7 @@ def linear_probe(
     ----------
     encoder : object
         an image encoder, method, run folder, ...; several in a list or dict: see models.as_encoders
-    data : Pack
+    data : Pack | str | Path
         a Pack with the splits train and test
     fractions : tuple[float, ...], default: (0.01, 0.1, 1.0)
         shares of the training patients
@@ -327,6 +327,7 @@ def linear_probe(
     pd.DataFrame
         encoder, finding, fraction, auroc, low, high, n, ...: see probe_table
     """
+    data = data if isinstance(data, Pack) else Pack(data)
     encoders, policy = as_encoders(encoder), label_policy(data, findings, uncertain, blank)
     subset = subset or data.recipe.get("subset", "patients")
     rules = {**vars(policy), "subset": subset}

@@ -8,7 +8,7 @@ __all__ = ['Schedule', 'TrainConfig', 'Diverged']
 # %% ../../nbs/train/01_config.ipynb #4c81c377
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from ..core.choices import check_choice
 from ..data.sampling import Sampling
@@ -17,6 +17,14 @@ from ..data.sampling import Sampling
 Schedule = Literal["warmup-cosine", "warmup-linear", "cyclic-cosine", "plateau", "constant"]
 
 # %% ../../nbs/train/01_config.ipynb #488bdfbd
+def _check_words(config: Sampling) -> None:
+    "ValueError for a value that is none of the choices of its field: a Literal, or that or None."
+    for name, hint in get_type_hints(type(config)).items():
+        kinds = (hint, *get_args(hint))
+        if words := [word for kind in kinds if get_origin(kind) is Literal for word in get_args(kind)]:
+            check_choice(name, getattr(config, name), words + [None] * (type(None) in kinds))
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(Sampling):
     "How a method is trained, how training samples are drawn (see Sampling), and where the run is kept."
@@ -76,6 +84,7 @@ class TrainConfig(Sampling):
         for name, least in {"epochs": 1, "batch_size": 1, "accumulate": 1, "save_every": 1, "max_tokens": 3}.items():
             if getattr(self, name) < least:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected at least {least}")
+        _check_words(self)
 
     @classmethod
     def of(

@@ -61,7 +61,10 @@ def _continue(kind: type[Method], preset: str, init: str | Path, changes: dict) 
 def create_method(
     name: str,  # of a method, see `list_methods`, or my_package.my_module:MyMethod
     preset: str = "tiny",
-    data: Pack | None = None,  # to be trained on: its reports give the vocabulary, if the text encoder has none
+    data: Pack
+    | str
+    | Path
+    | None = None,  # Pack to be trained on: its reports give the vocabulary, if the text encoder has none
     seed: int = 0,  # of the first weights; the random numbers of the caller are left as they are
     init: str | Path | None = None,  # run folder whose weights and vocabulary it starts from
     **changes,  # to the settings of the preset
@@ -75,8 +78,8 @@ def create_method(
     name : str
         of a method, see `list_methods`, or my_package.my_module:MyMethod
     preset : str, default: 'tiny'
-    data : Pack | None, default: None
-        to be trained on: its reports give the vocabulary, if the text encoder has none
+    data : Pack | str | Path | None, default: None
+        Pack to be trained on: its reports give the vocabulary, if the text encoder has none
     seed : int, default: 0
         of the first weights; the random numbers of the caller are left as they are
     init : str | Path | None, default: None
@@ -93,6 +96,7 @@ def create_method(
         text = {**kind.presets[preset][0], **changes}.get("text", kind.Config.text)
         if data is None or text not in TEXT_CONFIGS:
             return kind.from_preset(preset, **changes)
+        data = data if isinstance(data, Pack) else Pack(data)
         method = kind.from_preset(preset, _pack_tokenizer(data), **changes)
         method.vocabulary_of = data.manifest["hash"]
         return method

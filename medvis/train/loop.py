@@ -391,7 +391,7 @@ class _Trainer(_RunState):
 # %% ../../nbs/train/07_loop.ipynb #d4dad19c
 def fit(
     method: Method,
-    data: Pack,  # its splits "train" and "validate" are used
+    data: Pack | str | Path,  # its splits "train" and "validate" are used
     run: str | Path | TrainConfig,  # folder of the run, with the method's own training settings; or all settings
     each_epoch: Callable[[Run], None] | None = None,  # called after every epoch, e.g. medvis.analyse.LiveDiagnostics()
     **changes,  # to the training settings, fields of TrainConfig: epochs=8, batch_size=32, ...
@@ -404,7 +404,7 @@ def fit(
     Parameters
     ----------
     method : Method
-    data : Pack
+    data : Pack | str | Path
         its splits "train" and "validate" are used
     run : str | Path | TrainConfig
         folder of the run, with the method's own training settings; or all settings
@@ -413,7 +413,7 @@ def fit(
     **changes
         to the training settings, fields of TrainConfig: epochs=8, batch_size=32, ...
     """
-    config = TrainConfig.of(method, run, **changes)
+    config, data = TrainConfig.of(method, run, **changes), data if isinstance(data, Pack) else Pack(data)
     trainer, last = _Trainer(method, data, config), config.run / "last.safetensors"
     a = trainer.accelerator
     finished = on_main(a, last.exists)
