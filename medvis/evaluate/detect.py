@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.ops import batched_nms, box_convert
 
+from ..core.choices import check_choice
 from .metrics import Boxes
 from ..methods.method import Losses, add_up
 from ..objectives.contrastive import at_least_float32
@@ -29,8 +30,7 @@ def _anchor_boxes(
 ) -> Tensor:  # (3 scales, 3 anchors, 2) width, height in pixels; coarsest grid first
     """The anchors of YOLOv3 for an image of this size. ValueError for an unknown kind."""
     scales = {"coco": size / 416, "lovt": 0.54 * size / 224, "lovt-corrected": 0.54 * size / 224}
-    if kind not in scales:
-        raise ValueError(f"anchors are {kind!r}; expected one of {', '.join(scales)}")
+    check_choice("kind of anchors", kind, scales)
     anchors = torch.tensor(_COCO_ANCHORS, dtype=torch.float64) * scales[kind]
     if kind == "lovt":
         anchors[0, 0, 0] = 64.64 * size / 224
@@ -390,8 +390,7 @@ class YoloV3(nn.Module):
         rules: str = "corrected",  # "corrected-mgca": MGCA's thresholds; "lovt", "mgca": as in their released codes
     ) -> None:
         super().__init__()
-        if rules not in _YOLO_RULES:
-            raise ValueError(f"rules are {rules!r}; expected one of {', '.join(_YOLO_RULES)}")
+        check_choice("rules of YOLOv3", rules, _YOLO_RULES)
         self.rules, self.size = rules, encoder.preprocessing.size
         self.register_buffer("anchors", _anchor_boxes(_YOLO_ANCHORS[rules], self.size), persistent=False)
         self.levels = _deepest(encoder.pyramid_strides)  # of the pyramid that are read, finest first

@@ -23,6 +23,7 @@ from numpy.typing import ArrayLike
 from torch import nn
 from torch.nn.functional import interpolate
 
+from ..core.choices import check_choice
 from ..data.pack import Pack
 from ..data.pairs import Pairs, Report, Sample, collate, tokenise
 from ..data.phantom import PhantomStudy
@@ -563,8 +564,7 @@ class PhantomPointing:
 
     def select(self, role: str | None = "name", finding: str | None = None, grain: str = "word") -> pd.DataFrame:
         """The rows of a role, a finding (None = of any) and a grain. ValueError for an unknown grain."""
-        if grain not in _GRAINS:
-            raise ValueError(f"grain is {grain!r}; expected one of {', '.join(_GRAINS)}")
+        check_choice("grain", grain, _GRAINS)
         t = self.table
         wanted = (t["grain"] == grain) & (role is None or t["role"] == role)
         return t[wanted & (finding is None or t["finding"] == finding)]

@@ -17,6 +17,7 @@ import torch
 from numpy.typing import ArrayLike
 from sklearn.metrics import average_precision_score, cohen_kappa_score, precision_recall_curve
 
+from ..core.choices import check_choice
 from .stats import auroc
 
 # %% ../../nbs/evaluate/07_metrics.ipynb #af285dac
@@ -710,8 +711,7 @@ def classification_table(
     pd.DataFrame
         name, of, value, chance, n, positives, classes, reported_by
     """
-    if kind not in _LABEL_KINDS:
-        raise ValueError(f"kind is {kind!r}; expected one of {', '.join(_LABEL_KINDS)}")
+    check_choice("kind of labels", kind, _LABEL_KINDS)
     scores, labels = np.asarray(scores, dtype=np.float64), np.asarray(labels, dtype=np.float64)
     if kind == "labels" and scores.ndim == labels.ndim == 1:
         scores, labels = scores[:, None], labels[:, None]

@@ -16,6 +16,7 @@ from segmentation_models_pytorch.decoders.unet.decoder import UnetDecoder
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..core.choices import check_choice
 from ..methods.method import Losses, add_up
 from ..objectives.contrastive import at_least_float32
 
@@ -119,8 +120,7 @@ class Segmenter(nn.Module):
 
     def __init__(self, objective: str) -> None:
         super().__init__()
-        if objective not in _SEGMENTATION_LOSSES:
-            raise ValueError(f"objective is {objective!r}; expected one of {', '.join(_SEGMENTATION_LOSSES)}")
+        check_choice("objective of segmentation", objective, _SEGMENTATION_LOSSES)
         self.objective = objective
 
     def loss(

@@ -17,6 +17,8 @@ import pandas as pd
 from numpy.typing import ArrayLike
 from scipy import stats
 
+from ..core.choices import check_choice
+
 # %% ../../nbs/evaluate/02_stats.ipynb #8e581fa4
 def resample(
     groups: ArrayLike,  # (n,) whose row this is: the patient, or the study; drawn together
@@ -271,8 +273,7 @@ def _seed_interval(
     """Mean over runs with its interval; no interval (NaN) for one run, no mean if a run has no number.
 
     Raises ValueError for an unknown rule."""
-    if rule not in _SEED_RULES:
-        raise ValueError(f"rule is {rule!r}; expected one of {', '.join(_SEED_RULES)}")
+    check_choice("rule for intervals over seeds", rule, _SEED_RULES)
     values = np.asarray(values, dtype=np.float64)
     count = len(values)
     if count < 2:
@@ -320,8 +321,7 @@ def _paired_test(
 
     NaN with fewer than two pairs, with a number missing, or for a t test whose differences are all the same.
     Raises ValueError for an unknown test or for numbers of runs that differ."""
-    if test not in _PAIRED_TESTS:
-        raise ValueError(f"test is {test!r}; expected one of {', '.join(_PAIRED_TESTS)}")
+    check_choice("paired test", test, _PAIRED_TESTS)
     first, second = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
     if first.shape != second.shape:
         raise ValueError(f"paired runs expected; got {first.shape} and {second.shape} numbers")
@@ -358,8 +358,7 @@ def _corrected(
     rule: str = "holm",
 ) -> np.ndarray:  # (m,) in the same order
     """p values corrected for their number; NaN stays NaN and does not count. ValueError for an unknown rule."""
-    if rule not in _CORRECTIONS:
-        raise ValueError(f"correction is {rule!r}; expected one of {', '.join(_CORRECTIONS)}")
+    check_choice("correction", rule, _CORRECTIONS)
     p = np.asarray(p, dtype=np.float64)
     corrected, tested = p.copy(), np.flatnonzero(~np.isnan(p))
     if rule == "benjamini-hochberg" and len(tested):
