@@ -85,6 +85,8 @@ class Registry(dict):
                 if module == "__main__"
                 else f"{module}, which has it no more, or inside a function"
             )
+            if origin == name and module != "__main__":
+                raise ValueError(f"unknown {self.kind} {name!r}: {error}") from error
             raise ValueError(f"the {self.kind} {name!r} is {origin}, and was defined in {where} ({error})") from error
         return self._checked(self.get(name, entry), origin)
 
