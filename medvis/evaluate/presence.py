@@ -59,15 +59,14 @@ def presence_scores(
     if not len(kept):
         raise ValueError(f"of {len(phrases)} phrases none is about something that the encoder sees")
     chosen, images = [phrases[i] for i in kept], images[kept]
-    starts = range(0, len(kept), batch_size)
     with frozen(method):
-        maps = [phrase_maps(method, pack, chosen[s : s + batch_size], images[s : s + batch_size])[0] for s in starts]
+        maps, _ = phrase_maps(method, pack, [phrase.text for phrase in chosen], images, batch_size)
     studies = pack.studies.iloc[pack.image_table["study"].to_numpy()[images]]
     rows = {"image_id": pack.image_table["image_id"].to_numpy()[images]}
     rows |= {"patient": studies["patient_id"].to_numpy().astype(str), "split": studies["split"].to_numpy()}
     rows |= {"finding": [phrase.category for phrase in chosen], "shown": shown[kept]}
-    by, scores = list(rows), np.concatenate(maps)
-    rows |= {"highest": scores.max(1), "mean": scores.mean(1)}
+    by = list(rows)
+    rows |= {"highest": maps.max(1), "mean": maps.mean(1)}
     return pd.DataFrame(rows).groupby(by, as_index=False, sort=False).mean()
 
 # %% ../../nbs/evaluate/17_presence.ipynb #5293ed63
