@@ -247,7 +247,7 @@ OUTLINES = [Outline("Nodule", square(20, 4, 26, 10), (1, 4), (0,)), Outline("Mas
 VIEW = StudyView(2, "study-2", "p", "test", IMAGE, SENTENCES, SPANS, {"Nodule": 1.0, "Edema": 0.0, "Mass": np.nan}, OUTLINES, RUNS,
                  {name: waves(2, run.grid[0] * run.grid[1], phase=k) > 0.5 for k, (name, run) in enumerate(RUNS.items())})
 PINS = {"words": [1, 3], "sentences": [1], "prototypes": [0], "boxes": [[0.25, 0.5, 0.75, 1.0]]}
-STATE = {"window": (128, 200), "selection": PINS, "scale": "common", "colours": "magma", "opacity": 0.5, "threshold": 0.25, "smooth": True, "outlines": True}
+STATE = {"window": (128, 200), "selection": PINS, "scale": "common", "colours": "magma", "opacity": 0.5, "threshold": 0.25, "smooth": True, "outlines": True, "hidden": []}
 TABLE = POINTS.rename(columns={"kind": "letter"}).assign(
     text=[f"sentence {k} of a report that goes on and on, and then on again, to its very end" for k in range(14)], picture=[0, 1, -1, *[0] * 11], x0=0.25, y0=0.0, x1=0.75, y1=0.5,
     rare=["none"] * 10 + ["–"] * 4, many=[f"name {k % 12}" for k in range(14)], value=[np.inf, np.nan, *np.arange(12.0)])
