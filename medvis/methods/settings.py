@@ -613,7 +613,7 @@ _MIXTURE_MI_LAPTOP = dict(
     finding_phrases=2.0,
     mask_identical=True,
     keep_sentences=True,
-)  # needs medvis[small]; source: this project, benchmarks/LOG of 2026-11-29, chosen on validation
+)  # needs medvis[small]; source: this project, benchmarks/real_pairs.md, chosen on validation
 _MIXTURE_MI_LAPTOP_RECIPE = dict(
     _MIXTURE_MI_TINY_RECIPE,
     lr=1e-3,
