@@ -5,9 +5,10 @@ data?"""
 
 # %% auto #0
 __all__ = ['FORMAT', 'OPTIONAL_TABLES', 'LABEL', 'GRADE', 'BOX_COLUMNS', 'EMPTY_GUARD', 'hash_file', 'content_hash',
-           'list_hash', 'write_manifest', 'read_columns', 'Pack', 'trust_files', 'note_files']
+           'list_hash', 'write_manifest', 'read_columns', 'Pack', 'trust_files', 'open_pack', 'note_files']
 
 # %% ../../nbs/data/08_pack.ipynb #626a41ee
+import os
 import hashlib
 import json
 import math
@@ -389,6 +390,11 @@ def trust_files(pack: Pack) -> Pack:
     "The Pack, without hashing its files: for one whose files were hashed a moment ago, when it was written"
     pack._checked |= {*pack.manifest["files"]}
     return pack
+
+# %% ../../nbs/data/08_pack.ipynb #24801e8e
+def open_pack(data: Pack | str | os.PathLike) -> Pack:
+    "The Pack at a path; a Pack itself is returned as it is."
+    return Pack(data) if isinstance(data, str | os.PathLike) else data
 
 # %% ../../nbs/data/08_pack.ipynb #ab93a348
 def note_files(pack: Pack, files: dict[str, bytes]) -> None:

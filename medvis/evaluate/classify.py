@@ -14,7 +14,7 @@ import pandas as pd
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
-from ..data.pack import Pack
+from ..data.pack import Pack, open_pack
 from ..data.splits import check_leaks, nested_subsets
 from ..data.tasks import label_policy, study_targets
 from .encoder import describe_inputs, encode, random_like
@@ -327,7 +327,7 @@ def linear_probe(
     pd.DataFrame
         encoder, finding, fraction, auroc, low, high, n, ...: see probe_table
     """
-    data = data if isinstance(data, Pack) else Pack(data)
+    data = open_pack(data)
     encoders, policy = as_encoders(encoder), label_policy(data, findings, uncertain, blank)
     subset = subset or data.recipe.get("subset", "patients")
     rules = {**vars(policy), "subset": subset}

@@ -16,7 +16,7 @@ import pandas as pd
 from torch import nn
 
 from ..data.guard import guard_measured
-from ..data.pack import Pack
+from ..data.pack import Pack, open_pack
 from ..train.run import RANDOM_INIT, load_encoder, load_method, training_pack
 
 # %% ../../nbs/evaluate/03_models.ipynb #5091c820
@@ -125,10 +125,8 @@ def as_pack(
         None: the Pack that the model was trained on
     model : nn.Module
     """
-    if isinstance(data, str | PathLike):
-        return Pack(data)
     if data is not None:
-        return data
+        return open_pack(data)
     if (provenance := getattr(model, "provenance", None)) is None:
         raise ValueError(
             "no run of medvis made this model, so the Pack that it was trained on is unknown: "

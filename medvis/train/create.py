@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from ..core.choices import check_choice
-from ..data.pack import Pack
+from ..data.pack import Pack, open_pack
 from ..encoders.text import TEXT_CONFIGS, train_tokenizer
 from ..methods import METHODS
 from ..methods.method import Method
@@ -96,7 +96,7 @@ def create_method(
         text = {**kind.presets[preset][0], **changes}.get("text", kind.Config.text)
         if data is None or text not in TEXT_CONFIGS:
             return kind.from_preset(preset, **changes)
-        data = data if isinstance(data, Pack) else Pack(data)
+        data = open_pack(data)
         method = kind.from_preset(preset, _pack_tokenizer(data), **changes)
         method.vocabulary_of = data.manifest["hash"]
         return method

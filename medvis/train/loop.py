@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from ..core.randomness import counter_seed
-from ..data.pack import Pack
+from ..data.pack import Pack, open_pack
 from ..data.pairs import Batch, Pairs, collate, epoch_batches
 from ..encoders.frozen import FrozenImages, cache_images
 from ..methods.method import Method
@@ -413,7 +413,7 @@ def fit(
     **changes
         to the training settings, fields of TrainConfig: epochs=8, batch_size=32, ...
     """
-    config, data = TrainConfig.of(method, run, **changes), data if isinstance(data, Pack) else Pack(data)
+    config, data = TrainConfig.of(method, run, **changes), open_pack(data)
     trainer, last = _Trainer(method, data, config), config.run / "last.safetensors"
     a = trainer.accelerator
     finished = on_main(a, last.exists)

@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
 
 from ..analyse.maps import OUTLINE
-from ..data.pack import Pack
+from ..data.pack import Pack, open_pack
 from ..data.targets import TERMS
 from ..evaluate.ground import upsample_map
 from ..methods.method import Method
@@ -450,7 +450,7 @@ class CorrespondenceWidget(Pictured, Display):
         outlines: Callable[[str], Sequence[Outline]] | None = None,  # of a study id; None = what is drawn and said
         **display,  # traits of Display, e.g. grain="sentences"
     ) -> None:
-        self.studies = Studies(runs, data if isinstance(data, Pack) else Pack(data), split, outlines)
+        self.studies = Studies(runs, open_pack(data), split, outlines)
         present = (self.studies.data.labels.iloc[self.studies.rows] == 1).sum()
         grains = {grain for run in self.studies[0].runs.values() for grain in run.scores}
         facts = {
