@@ -101,9 +101,10 @@ SMALLER = {     # what takes an hour as it stands
 def forget(names: tuple[str, ...] = ("their_package.own", "their_package", "siglip")) -> None:
     "Take what the stranger's modules registered out of the lists, and the modules out of this process."
     for registry in (METHODS, IMAGE_ENCODERS, DATASETS):
-        for name in [*registry.origins]:
-            registry.remove(name)
-            SETTINGS.pop(name, None)
+        for name, origin in [*registry.origins.items()]:
+            if origin.partition(":")[0] in names:       # what other tests of this process registered stays
+                registry.remove(name)
+                SETTINGS.pop(name, None)
     for name in names:
         sys.modules.pop(name, None)
 
