@@ -49,18 +49,22 @@ def test_test_studies_are_held_out_with_whole_reports(method, data, pairs):
     assert [len(pairs.report(item).sentences) for item in range(3)] == [len(data.studies["sentences"].iloc[row]) for row in rows[:3]]
 
 
-def test_pointing_is_compared_with_that_on_the_next_image(method, pairs):
+def test_pointing_is_compared_with_that_on_another_patient_s_image(method, pairs):
     rows = grounding._pointing_rows(method, pairs)
-    own, other = phantom_pointing(method, pairs), phantom_pointing(grounding._OtherImages(method), pairs)
+    own, other = phantom_pointing(method, pairs), phantom_pointing(grounding._OtherImages(method, pairs), pairs)
     for grain in ("word", "sentence"):
         part = rows[rows.grain == grain].set_index("finding")
         assert part.hit_rate.equals(own.by_finding(grain=grain).set_index("finding").hit_rate)
         assert part.other_image.tolist() == other.by_finding(grain=grain).set_index("finding").hit_rate.tolist()
     assert rows.index.tolist() == list(range(len(rows)))
-    batch = collate([pairs[0], pairs[1], pairs[2]])
+    patients, studies = pairs.pack.studies["patient_id"].tolist(), [row for row, _ in pairs.items]
+    assert any(patients[one] == patients[two] for one, two in zip(studies, studies[1:])), "neighbours of one patient, or nothing is tested"
+    others = grounding._OtherImages(method, pairs)
+    assert all(patients[study] != patients[studies[others.others[study]]] for study in studies)
+    batch = collate([pairs[item] for item in range(3)])
+    images = torch.stack([pairs[others.others[study]].image for study in studies[:3]])
     with torch.no_grad():
-        shown = grounding._OtherImages(method).correspondence(batch).sentences
-        torch.testing.assert_close(shown, method.correspondence(replace(batch, image=batch.image[[2, 0, 1]])).sentences)
+        torch.testing.assert_close(others.correspondence(batch).sentences, method.correspondence(replace(batch, image=images)).sentences)
 
 
 def test_examples_are_the_maps_of_the_words(method, pairs):
@@ -78,7 +82,8 @@ def test_losses_are_means_over_whole_batches(method, data):
     rows = grounding._loss_rows(method, pairs, batch_size=4).set_index("part")
     with torch.no_grad():
         batches = [collate([pairs[item] for item in range(start, start + 4)]) for start in range(0, len(pairs) - 3, 4)]
-        own, other = ([method(replace(batch, image=batch.image.roll(shift, 0))).parts for batch in batches] for shift in (0, 1))
+        exchanged = grounding._OtherImages(method, pairs).exchanged
+        own, other = ([method(change(batch)).parts for batch in batches] for change in (lambda batch: batch, exchanged))
     for part in rows.index:
         assert rows.own[part] == pytest.approx(np.mean([float(one[part]) for one in own]), rel=1e-4)
         assert rows.other_image[part] == pytest.approx(np.mean([float(one[part]) for one in other]), rel=1e-4)

@@ -22,7 +22,7 @@ from ..data.pairs import Batch, Pairs, collate, read_batch
 from ..data.phantom import Phantom
 from ..data.prepare import PhantomConfig, prepare_phantom
 from ..evaluate import linear_probe, phantom_pointing
-from ..evaluate.ground import phantom_targets
+from ..evaluate.ground import other_patient_images, phantom_targets
 from ..evaluate.models import rename_old_baselines
 from ..train.run import RANDOM_INIT
 from ..methods import METHODS, Correspondence, Method
@@ -57,22 +57,32 @@ def _make_subject(
 
 # %% ../../nbs/studies/03_grounding.ipynb #e06e11ef
 class _OtherImages(torch.nn.Module):
-    "A method that is shown the image of the next report in the batch."
+    "A method that is shown the image of another patient. ValueError if there is only one."
 
-    def __init__(self, method: Method) -> None:
+    def __init__(self, method: Method, pairs: Pairs) -> None:
         super().__init__()
-        self.method = method
+        self.method, self.pairs = method, pairs
+        rows = [row for row, _ in pairs.items]
+        items = other_patient_images(range(len(rows)), pairs.pack.studies["patient_id"].to_numpy()[rows])
+        if (items < 0).any():
+            raise ValueError(f"all {len(rows)} studies are of one patient; the control needs two")
+        self.others = dict(zip(rows, items.tolist()))
+
+    def exchanged(self, batch: Batch) -> Batch:
+        "The reports of a batch with images of others."
+        images = [self.pairs[self.others[study]].image for study in batch.study_id.tolist()]
+        return replace(batch, image=torch.stack(images).to(batch.image))
 
     def correspondence(self, batch: Batch) -> Correspondence:
         "The correspondence of these reports with images of others."
-        return self.method.correspondence(replace(batch, image=batch.image.roll(1, 0)))
+        return self.method.correspondence(self.exchanged(batch))
 
 # %% ../../nbs/studies/03_grounding.ipynb #a4c56ba3
 def _pointing_rows(
     method: Method, pairs: Pairs
 ) -> pd.DataFrame:  # grain, other_image, and the columns of evaluate.ground.finding_row
     "The pointing game by finding at both grains, and the hit rate on another patient's image."
-    own, blind = phantom_pointing(method, pairs), phantom_pointing(_OtherImages(method), pairs)
+    own, blind = phantom_pointing(method, pairs), phantom_pointing(_OtherImages(method, pairs), pairs)
     tables = []
     for grain in ("word", "sentence"):
         control = blind.by_finding(grain=grain).set_index("finding").hit_rate.rename("other_image")
@@ -106,11 +116,11 @@ def _example_maps(
 # %% ../../nbs/studies/03_grounding.ipynb #381d17a9
 @torch.no_grad()
 def _loss_rows(method: Method, pairs: Pairs, batch_size: int = 64) -> pd.DataFrame:  # part, own, other_image
-    "Every part of the loss in nats, with the reports' own images and with those of the next reports of the batch."
-    device, rows = next(method.eval().parameters()).device, []
+    "Every part of the loss in nats, with the reports' own images and with those of other patients."
+    device, rows, others = next(method.eval().parameters()).device, [], _OtherImages(method, pairs)
     for start in range(0, max(len(pairs) - batch_size, 0) + 1, batch_size):
         batch = read_batch(pairs, range(start, min(start + batch_size, len(pairs)))).to(device)
-        own, other = (method(shown).parts for shown in (batch, replace(batch, image=batch.image.roll(1, 0))))
+        own, other = (method(shown).parts for shown in (batch, others.exchanged(batch)))
         rows += [{"part": part, "own": float(own[part]), "other_image": float(other[part])} for part in own]
     return pd.DataFrame(rows).groupby("part", sort=False).mean().reset_index()
 

@@ -41,9 +41,9 @@ from ..widgets.correspondence import CorrespondenceWidget, Display, pack_study, 
 from ..widgets.shell import state_json, static
 
 # %% ../../nbs/studies/01_show.ipynb #31b32b96
-def held_out_pairs(method: Method, data: Pack) -> Pairs:
-    "The test split as a method sees it, with whole reports."
-    return Pairs(data, method.tokenizer, method.preprocessing, replace(method.sampling, sentences="all"), "test")
+def held_out_pairs(method: Method, data: Pack, split: str = "test") -> Pairs:
+    "A split that was not trained on as a method sees it, with whole reports."
+    return Pairs(data, method.tokenizer, method.preprocessing, replace(method.sampling, sentences="all"), split)
 
 # %% ../../nbs/studies/01_show.ipynb #f37b6ce2
 def pick_targets(
