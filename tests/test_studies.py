@@ -13,6 +13,7 @@ from medvis.data.prepare import PhantomConfig, prepare_phantom
 from medvis.evaluate import phantom_pointing, phantom_targets
 from medvis.methods import METHODS
 from medvis.studies import demo, grounding, lovt_figures, mgca_figures, show
+from medvis.train import TrainConfig
 from medvis.studies.config import DemoConfig, GroundingConfig
 
 
@@ -50,11 +51,12 @@ def test_test_studies_are_held_out_with_whole_reports(method, data, pairs):
 
 
 def test_pointing_is_compared_with_that_on_another_patient_s_image(method, pairs):
-    rows = grounding._pointing_rows(method, pairs)
+    rows = grounding._pointing_rows(method, pairs, method)
     own, other = phantom_pointing(method, pairs), phantom_pointing(grounding._OtherImages(method, pairs), pairs)
     for grain in ("word", "sentence"):
         part = rows[rows.grain == grain].set_index("finding")
         assert part.hit_rate.equals(own.by_finding(grain=grain).set_index("finding").hit_rate)
+        assert part.untrained.equals(part.hit_rate.rename("untrained"))
         assert part.other_image.tolist() == other.by_finding(grain=grain).set_index("finding").hit_rate.tolist()
     assert rows.index.tolist() == list(range(len(rows)))
     patients, studies = pairs.pack.studies["patient_id"].tolist(), [row for row, _ in pairs.items]
@@ -117,26 +119,25 @@ def test_a_subject_is_trained_and_measured_once(data, tmp_path, monkeypatch):
 
 
 def test_on_equal_footing_only_the_objective_differs(tmp_path, data, monkeypatch):
-    "Every method gets the same encoder, sentences, epochs and learning rates to try; the rate that points best is used for all seeds."
-    for name in METHODS:
-        method = grounding._make_subject(name, data, 0, "equal")
-        assert method.config.image == "tiny_resnet_fine" and method.image_encoder.region_dim == 64
-        assert (method.sampling.sentences, method.sampling.most_sentences, method.sampling.max_tokens) == ("all", 4, 256)
-        assert {method.training_settings[key] for key in ("epochs", "batch_size")} == {8, 64}
-        assert {name: method.training_settings[name] for name in ("weight_decay", "schedule", "warmup", "augment")} == {
-            "weight_decay": 0.05, "schedule": "warmup-cosine", "warmup": 0.1, "augment": "mgca"}
-    assert grounding._make_subject("random-init", data, 0, "equal").config.image == "tiny_resnet_fine"
+    "Every method, at whichever preset, gets the same encoder and the same of everything else that trains it; the settings that point best are used for all seeds."
+    made = {subject: grounding._make_subject(subject, data, 0, "equal") for subject in METHODS}
+    assert {(method.config.image, type(method.image_encoder), method.image_encoder.region_dim) for method in made.values()} == {
+        ("tiny_resnet_fine", type(made["clip"].image_encoder), 64)}
+    settings = {name: {key: value for key, value in vars(TrainConfig.of(method, tmp_path)).items()} for name, method in made.items()}
+    assert all(one == settings["clip"] for one in settings.values())
+    assert (settings["clip"]["swap"], settings["clip"]["overflow"], settings["clip"]["weight_decay"], settings["clip"]["most_sentences"]) == (0, "cut", 0.05, 4)
+    assert len(grounding._EQUAL_TUNING) == 4 and grounding._make_subject("lovt", data, 0).training_settings["swap"] == 0.4, "at its preset as it was"
 
-    trained, points = [], {0.0005: 0.1, 0.0015: 0.3, 0.0045: 0.2}
+    trained, points = [], {(0.001, "one"): 0.1, (0.001, "all"): 0.3, (0.004, "one"): 0.2, (0.004, "all"): 0.25}
 
     def fit(method, pack, config):
-        trained.append((config.run.name, config.lr, config.seed, config.epochs))
-        method.tried = config.lr
+        trained.append((config.run.name, config.lr, config.sentences, config.seed))
+        method.tried = config.lr, config.sentences
 
     class Pointing:
         def __init__(self, method, pairs):
             self.hit = points[method.tried]
-            assert {pack_split for pack_split in data.studies["split"].iloc[[row for row, *_ in pairs.items]]} == {"validate"}
+            assert {split for split in data.studies["split"].iloc[[row for row, *_ in pairs.items]]} == {"validate"}
 
         def rate(self, grain):
             return SimpleNamespace(hit_rate=SimpleNamespace(value=self.hit))
@@ -144,12 +145,13 @@ def test_on_equal_footing_only_the_objective_differs(tmp_path, data, monkeypatch
     monkeypatch.setattr(grounding, "fit", fit)
     monkeypatch.setattr(grounding, "phantom_pointing", Pointing)
     config = GroundingConfig(out=tmp_path, seeds=(3, 4), footing="equal", progress=False)
-    assert grounding._choose_rate("clip", data, config) == 0.0015 and grounding._choose_rate("random-init", data, config) is None
-    assert trained == [(f"clip-3-lr{rate:g}", rate, 3, 8) for rate in points]
-    assert pd.read_csv(tmp_path / "tuning" / "clip.csv").columns.tolist() == ["subject", "lr", "word", "sentence"]
-    assert grounding._choose_rate("clip", data, config) == 0.0015 and len(trained) == 3, "tried once"
-    grounding._train_subject("clip", 4, data, config, 0.0015)
-    assert trained[-1] == ("clip-4-lr0.0015", 0.0015, 4, 8)
+    best = grounding._tune_subject("clip", data, config)
+    assert best == {"lr": 0.001, "sentences": "all"} and grounding._tune_subject("random-init", data, config) == {}
+    assert trained == [(f"clip-3-{rate}-{sentences}", rate, sentences, 3) for rate, sentences in points]
+    assert pd.read_csv(tmp_path / "tuning" / "clip.csv").columns.tolist() == ["subject", "lr", "sentences", "word", "sentence"]
+    assert grounding._tune_subject("clip", data, config) == best and len(trained) == 4, "tried once"
+    grounding._train_subject("clip", 4, data, config, best)
+    assert trained[-1] == ("clip-4-0.001-all", 0.001, "all", 4)
 
 
 def test_the_demo_goes_the_whole_way(tmp_path, data, monkeypatch, capsys):

@@ -6,8 +6,11 @@
 __all__ = ['gather', 'run_grounding', 'draw_summary', 'draw_findings', 'draw_examples']
 
 # %% ../../nbs/studies/03_grounding.ipynb #e00a0a91
+import json
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -22,7 +25,7 @@ from ..data.pairs import Batch, Pairs, collate, read_batch
 from ..data.phantom import Phantom
 from ..data.prepare import PhantomConfig, prepare_phantom
 from ..evaluate import linear_probe, phantom_pointing
-from ..evaluate.ground import other_patient_images, phantom_targets
+from ..evaluate.ground import RECIPE, other_patient_images, phantom_targets
 from ..evaluate.models import rename_old_baselines
 from ..train.run import RANDOM_INIT
 from ..methods import METHODS, Correspondence, Method
@@ -35,8 +38,19 @@ from ..core.machine import describe_machine
 
 # %% ../../nbs/studies/03_grounding.ipynb #c32359ba
 _EQUAL = {"image": "tiny_resnet_fine", "layer": None}  # fields of a method's configuration, where it has them
-_EQUAL_TRAINING = {"sentences": "all", "most_sentences": 4, "max_tokens": 256, "epochs": 8, "batch_size": 64}
-_EQUAL_RATES = (0.0005, 0.0015, 0.0045)  # learning rates that every method tries
+_EQUAL_TRAINING = {  # all that is not a matter of the machine; the rest is tuned
+    "epochs": 8,
+    "batch_size": 64,
+    "weight_decay": 0.05,
+    "schedule": "warmup-cosine",
+    "warmup": 0.1,
+    "augment": "mgca",
+    "max_tokens": 256,
+    "most_sentences": 4,
+}
+_EQUAL_TUNING = [  # what every method tries
+    {"lr": rate, "sentences": sentences} for rate in (0.001, 0.004) for sentences in ("one", "all")
+]
 
 # %% ../../nbs/studies/03_grounding.ipynb #56b47a3c
 def _make_subject(
@@ -52,7 +66,7 @@ def _make_subject(
     changes = {key: value for key, value in _EQUAL.items() if key in settings} if footing == "equal" else {}
     method = create_method(name, preset or "tiny", data, seed, **changes)
     if footing == "equal":
-        method.training_settings |= _EQUAL_TRAINING
+        method.training_settings = dict(_EQUAL_TRAINING)
     return method
 
 # %% ../../nbs/studies/03_grounding.ipynb #e06e11ef
@@ -79,14 +93,20 @@ class _OtherImages(torch.nn.Module):
 
 # %% ../../nbs/studies/03_grounding.ipynb #a4c56ba3
 def _pointing_rows(
-    method: Method, pairs: Pairs
-) -> pd.DataFrame:  # grain, other_image, and the columns of evaluate.ground.finding_row
-    "The pointing game by finding at both grains, and the hit rate on another patient's image."
-    own, blind = phantom_pointing(method, pairs), phantom_pointing(_OtherImages(method, pairs), pairs)
-    tables = []
+    method: Method,
+    pairs: Pairs,
+    untrained: Method,  # the same before its first step
+) -> pd.DataFrame:  # grain, other_image, untrained, and the columns of evaluate.ground.finding_row
+    "The pointing game by finding at both grains, with the hit rates of two controls."
+    own, tables = phantom_pointing(method, pairs), []
+    controls = {"other_image": _OtherImages(method, pairs), "untrained": untrained}
+    games = {name: phantom_pointing(control, pairs) for name, control in controls.items()}
     for grain in ("word", "sentence"):
-        control = blind.by_finding(grain=grain).set_index("finding").hit_rate.rename("other_image")
-        tables.append(own.by_finding(grain=grain).join(control, on="finding").assign(grain=grain))
+        table = own.by_finding(grain=grain)
+        for name, game in games.items():
+            hits = game.by_finding(grain=grain).set_index("finding").hit_rate.rename(name)
+            table = table.join(hits, on="finding")
+        tables.append(table.assign(grain=grain))
     return pd.concat(tables, ignore_index=True)
 
 # %% ../../nbs/studies/03_grounding.ipynb #52aa1ec0
@@ -125,34 +145,33 @@ def _loss_rows(method: Method, pairs: Pairs, batch_size: int = 64) -> pd.DataFra
     return pd.DataFrame(rows).groupby("part", sort=False).mean().reset_index()
 
 # %% ../../nbs/studies/03_grounding.ipynb #bd659307
-def _train_subject(subject: str, seed: int, data: Pack, config: GroundingConfig, rate: float | None) -> Method:
-    "The method of a subject, trained at a learning rate (None: the preset's) or taken up where it was left."
+def _train_subject(subject: str, seed: int, data: Pack, config: GroundingConfig, tuned: Mapping[str, Any]) -> Method:
+    "The method of a subject, trained with tuned settings or taken up where it was left."
     method = _make_subject(subject, data, seed, config.footing)
-    if subject != "random-init":
-        name = f"{subject.replace(':', '-')}-{seed}" + ("" if rate is None else f"-lr{rate:g}")
-        changes = {} if rate is None else {"lr": rate}
-        run = TrainConfig.of(method, config.out / "runs" / name, seed=seed, progress=config.progress, **changes)
+    method.training_settings |= tuned
+    if subject != RANDOM_INIT:
+        name = "-".join([subject.replace(":", "-"), str(seed), *map(str, tuned.values())])
+        run = TrainConfig.of(method, config.out / "runs" / name, seed=seed, progress=config.progress)
         fit(method, data, run)
     return method.eval()
 
 
-def _choose_rate(subject: str, data: Pack, config: GroundingConfig) -> float | None:  # None: the preset's
-    "The learning rate whose run of the first seed points best on the validation studies; tried rates are in a table."
-    if config.footing == "own" or subject == "random-init":
-        return None
+def _tune_subject(subject: str, data: Pack, config: GroundingConfig) -> dict[str, Any]:
+    "The settings whose run of the first seed points best on the validation studies; what was tried is in a table."
+    if config.footing == "own" or subject == RANDOM_INIT:
+        return {}
     path = config.out / "tuning" / f"{subject.replace(':', '-')}.csv"
     if not path.exists():
         rows = []
-        for rate in _EQUAL_RATES:
-            method = _train_subject(subject, config.seeds[0], data, config, rate)
-            reports = replace(method.sampling, sentences="all", most_sentences=None)
-            pairs = Pairs(data, method.tokenizer, method.preprocessing, reports, "validate")
-            pointing = phantom_pointing(method, pairs)
+        for tuned in _EQUAL_TUNING:
+            method = _train_subject(subject, config.seeds[0], data, config, tuned)
+            pointing = phantom_pointing(method, held_out_pairs(method, data, "validate"))
             hits = {grain: pointing.rate(grain=grain).hit_rate.value for grain in ("word", "sentence")}
-            rows.append({"subject": subject, "lr": rate, **hits})
+            rows.append({"subject": subject, **tuned, **hits})
         write_atomic(path, lambda file: pd.DataFrame(rows).to_csv(file, index=False))
     tried = read_csv(path)
-    return float(tried.lr[(tried.word + tried.sentence).idxmax()])
+    best = (tried.word + tried.sentence).idxmax()
+    return {"lr": float(tried.lr[best]), "sentences": str(tried.sentences[best])}
 
 
 def _run_subject(subject: str, seed: int, data: Pack, config: GroundingConfig) -> Path:  # of the results
@@ -161,11 +180,11 @@ def _run_subject(subject: str, seed: int, data: Pack, config: GroundingConfig) -
     results = config.out / "results" / name
     if (results / "probe.csv").exists():
         return results
-    method = _train_subject(subject, seed, data, config, _choose_rate(subject, data, config))
+    method = _train_subject(subject, seed, data, config, _tune_subject(subject, data, config))
     pairs = held_out_pairs(method.eval(), data)
     sampled = Pairs(data, method.tokenizer, method.preprocessing, method.sampling, "test")
     tables = {
-        "pointing": _pointing_rows(method, pairs),
+        "pointing": _pointing_rows(method, pairs, _make_subject(subject, data, seed, config.footing).eval()),
         "maps": _example_maps(method, pairs),
         "loss": _loss_rows(method, sampled),
     }
@@ -195,6 +214,8 @@ def gather(
 def run_grounding(config: GroundingConfig) -> pd.DataFrame:  # the table of `_subject_table`
     """Train and measure all subjects with all seeds, and write the tables; goes on where it was stopped.
 
+    ValueError if the folder holds a study of another footing or other data.
+
     Returns
     -------
     pd.DataFrame
@@ -204,9 +225,12 @@ def run_grounding(config: GroundingConfig) -> pd.DataFrame:  # the table of `_su
     data = prepare_phantom(
         PhantomConfig(out=out / "pack", studies=config.studies, size=config.size, seed=0, progress=config.progress)
     )
-    write_json(
-        out / "manifest.json", {"data": data.manifest["hash"], "source": data.manifest["source"], **describe_machine()}
-    )
+    path, study = out / "manifest.json", {"footing": config.footing, "data": data.manifest["hash"]}
+    written = {**study, **(json.loads(path.read_text(encoding="utf-8")) if path.exists() else {})}
+    if differing := [name for name, value in study.items() if written[name] != value]:
+        raise ValueError(f"{out} holds a study of another {' and '.join(differing)}; choose another folder with --out")
+    facts = {"source": data.manifest["source"], "recipe": RECIPE, **describe_machine()}
+    write_json(path, {**study, **facts})
     for seed in config.seeds:
         for subject in config.subjects:
             _run_subject(subject, seed, data, config)
@@ -226,13 +250,13 @@ def _pointing_means(
     pointing: pd.DataFrame,  # of all runs
     findings: tuple[str, ...] | None = None,  # None = all
     grain: str = "word",
-) -> pd.DataFrame:  # subject, seed -> hit_rate, chance, other_image, best_fixed_point, cnr
+) -> pd.DataFrame:  # subject, seed -> hit_rate, chance, other_image, untrained (NaN if not measured), ..., cnr
     "Each run's pointing over some findings, every target counted once."
     rows = pointing[(pointing.grain == grain) & (pointing.finding != "all")]
     rows = rows if findings is None else rows[rows.finding.isin(findings)]
-    values = rows[["hit_rate", "chance", "other_image", "best_fixed_point", "cnr"]]
+    values = rows.reindex(columns=["hit_rate", "chance", "other_image", "untrained", "best_fixed_point", "cnr"])
     keys = [rows.subject, rows.seed]
-    total = values.mul(rows.targets, axis=0).groupby(keys).sum()
+    total = values.mul(rows.targets, axis=0).groupby(keys).sum(min_count=1)
     return total.div(rows.targets.groupby(keys).sum(), axis=0)
 
 
@@ -261,6 +285,7 @@ def _subject_table(pointing: pd.DataFrame, probe: pd.DataFrame) -> pd.DataFrame:
             table[f"{grain}_{name}high"] = groups.hit_rate.max()
             table[f"{grain}_{name}times_chance"] = groups.hit_rate.mean() / groups.chance.mean()
             table[f"{grain}_{name}other"] = groups.other_image.mean()
+            table[f"{grain}_{name}untrained"] = groups.untrained.mean()
             table[f"{grain}_{name}cnr"] = groups.cnr.mean()
     return table.sort_values("word_focal_hit", ascending=False)
 
