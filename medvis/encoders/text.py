@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['TEXT_CONFIGS', 'TEXT_PACKAGES', 'VOCABULARIES', 'train_tokenizer', 'released_word_index', 'released_words',
-           'TextEncoder', 'check_tokenizer', 'text_encoder', 'encode_sentences']
+           'TextEncoder', 'FrozenTextEncoder', 'check_tokenizer', 'text_encoder', 'encode_sentences']
 
 # %% ../../nbs/encoders/04_text.ipynb #a4098f46
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Literal
 
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -23,7 +24,6 @@ from transformers import (
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
-from transformers.utils import ModelOutput
 
 from .features import TextFeatures, group_matrix, pool_tokens
 from .weights import complete, package_folder, read_state, refuse_code
@@ -145,13 +145,13 @@ def _check_pooling(body: nn.Module, whole: str, summed_layers: int) -> None:
 
 
 def _pool_whole(
-    encoder: "TextEncoder", out: ModelOutput, tokens: Tensor, attention_mask: Tensor, sentence_index: Tensor
+    encoder: "TextEncoder", tokens: Tensor, pooled: Tensor | None, attention_mask: Tensor, sentence_index: Tensor
 ) -> Tensor:
     "The (B, D) vectors of whole reports."
     if encoder.whole == "cls":
         return tokens[:, 0]
     if encoder.whole == "pooler":
-        return F.dropout(out.pooler_output, encoder.body.config.hidden_dropout_prob, encoder.training)
+        return F.dropout(pooled, encoder.body.config.hidden_dropout_prob, encoder.training)
     outside = attention_mask == 0 if encoder.whole == "mean-all" else sentence_index < 0
     return pool_tokens(tokens, -outside.long(), encoder.whole.removesuffix("-all"))[0][:, 0]
 
@@ -197,6 +197,25 @@ class TextEncoder(nn.Module):
         self.words, self.sentences, self.whole, self.summed_layers = words, sentences, whole, summed_layers
         self.dim = body.config.hidden_size
 
+    def _read(
+        self,
+        input_ids: Tensor,  # (B, T)
+        attention_mask: Tensor,  # (B, T)
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # (B, T, D); (B, T) of [CLS] to every token; (B, D) of the pooler
+        "What the body makes of the tokens; where asked for, attention, averaged over heads, and the pooler's vector."
+        attend = self.word_weights or self.released_words is not None
+        out = self.body(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            output_attentions=attend,
+            output_hidden_states=self.summed_layers > 1,
+        )
+        tokens = out.last_hidden_state
+        if self.summed_layers > 1:
+            tokens = torch.stack(out.hidden_states[-self.summed_layers :]).sum(0)
+        attention = out.attentions[-1].mean(1)[:, 0] if attend else None
+        return tokens, attention, out.pooler_output if self.whole == "pooler" else None
+
     def forward(
         self,
         input_ids: Tensor,  # (B, T)
@@ -217,26 +236,101 @@ class TextEncoder(nn.Module):
         sentence_index : Tensor
             (B, T) sentence of every token, -1 = none
         """
-        attend = self.word_weights or self.released_words is not None
-        out = self.body(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            output_attentions=attend,
-            output_hidden_states=self.summed_layers > 1,
-        )
-        tokens = out.last_hidden_state
-        if self.summed_layers > 1:
-            tokens = torch.stack(out.hidden_states[-self.summed_layers :]).sum(0)
+        tokens, weights, pooled = self._read(input_ids, attention_mask)
         words, word_mask = pool_tokens(tokens, word_index, self.words)
         sentences, sentence_mask = pool_tokens(tokens, sentence_index, self.sentences)
-        weights = out.attentions[-1].mean(1)[:, 0] if attend else None
         if self.released_words:
             parts = released_words(tokens, weights, word_index, attention_mask, self.released_words)
             words, word_mask, weights = (part[:, 1:] for part in parts)
-        elif attend:
+        elif weights is not None:
             weights = pool_tokens(weights[..., None], word_index, "sum")[0][..., 0]
-        whole = _pool_whole(self, out, tokens, attention_mask, sentence_index)
+        whole = _pool_whole(self, tokens, pooled, attention_mask, sentence_index)
         return TextFeatures(tokens, words, word_mask, sentences, sentence_mask, whole, weights)
+
+# %% ../../nbs/encoders/04_text.ipynb #4d0efe94
+class _Memory:
+    "What was read, by its tokens. When there is more than the room, the oldest is forgotten."
+
+    def __init__(
+        self,
+        room: int,  # in bytes
+    ) -> None:
+        self.room, self.held = room, 0
+        self.texts: dict[tuple[int, ...], tuple[Tensor | None, ...]] = {}
+
+    @staticmethod
+    def _size(parts: tuple[Tensor | None, ...]) -> int:
+        return sum(part.nbytes for part in parts if part is not None)
+
+    def keep(self, key: tuple[int, ...], parts: tuple[Tensor | None, ...]) -> None:
+        "Remember a text that is not remembered yet."
+        self.texts[key] = parts
+        self.held += self._size(parts)
+        while self.held > self.room:
+            self.held -= self._size(self.texts.pop(next(iter(self.texts))))
+
+    def clear(self) -> None:
+        "Forget all."
+        self.texts.clear()
+        self.held = 0
+
+
+class FrozenTextEncoder(TextEncoder):
+    """A text encoder that is frozen as a whole: always in evaluation mode, and it remembers what its body has read.
+
+    Parameters
+    ----------
+    body : nn.Module
+    tokenizer : PreTrainedTokenizerFast
+    memory : int, default: 2 ** 30
+        bytes that it may remember
+    **pooling
+        of TextEncoder
+    """
+
+    def __init__(
+        self,
+        body: nn.Module,
+        tokenizer: PreTrainedTokenizerFast,
+        memory: int = 2**30,  # bytes that it may remember
+        **pooling,  # of TextEncoder
+    ) -> None:
+        super().__init__(body, tokenizer, **pooling)
+        self.requires_grad_(False).eval()
+        self.memory, self._state = _Memory(memory), []
+
+    def train(self, mode: bool = True) -> "FrozenTextEncoder":
+        return super().train(False)
+
+    def _read_alone(
+        self,
+        ids: Tensor,  # (T,)
+    ) -> tuple[Tensor | None, ...]:  # as `_read`, without its first axis
+        "What the body makes of one text, in full precision."
+        key = tuple(ids.tolist())
+        if key in self.memory.texts:
+            return self.memory.texts[key]
+        with torch.autocast(ids.device.type, enabled=False):
+            parts = super()._read(ids[None], torch.ones_like(ids)[None])
+        parts = tuple(None if part is None else part[0].clone() for part in parts)
+        self.memory.keep(key, parts)
+        return parts
+
+    @torch.no_grad()
+    def _read(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        "As `TextEncoder` does it, to the last bits; zeros where there is padding."
+        state = [(one.data_ptr(), one._version) for one in (*self.body.parameters(), *self.body.buffers())]
+        if state != self._state:  # other weights read otherwise
+            self.memory.clear()
+            self._state = state
+        real = attention_mask > 0
+        parts = zip(*(self._read_alone(ids[own]) for ids, own in zip(input_ids, real)), strict=True)
+        tokens, attention, pooled = (None if part[0] is None else part for part in parts)
+
+        def lay_out(rows: tuple[Tensor, ...] | None) -> Tensor | None:  # (B, T, ...)
+            return rows and rows[0].new_zeros(*real.shape, *rows[0].shape[1:]).index_put((real,), torch.cat(rows))
+
+        return lay_out(tokens), lay_out(attention), pooled and torch.stack(pooled)
 
 # %% ../../nbs/encoders/04_text.ipynb #22afacfd
 TEXT_CONFIGS = {
@@ -355,7 +449,8 @@ def text_encoder(
     name: str = "tiny-bert",  # "tiny-bert", "bert-base", "minilm", a folder, or a hub name
     tokenizer: PreTrainedTokenizerFast | None = None,  # needed by the first two; else the folder's own
     layers: int | None = None,  # keep only the first layers (the released MGCA: 6)
-    freeze: int = 0,  # freeze the embeddings and this many first layers (LoVT: 6)
+    freeze: int
+    | Literal["all"] = 0,  # freeze the embeddings and this many first layers (LoVT: 6); all of it, without dropout
     weights: bool = True,  # False: only the architecture of a folder or hub name, with random weights
     **pooling,  # words, sentences, whole, word_weights, released_words, summed_layers of TextEncoder
 ) -> TextEncoder:
@@ -369,19 +464,23 @@ def text_encoder(
         needed by the first two; else the folder's own
     layers : int | None, default: None
         keep only the first layers (the released MGCA: 6)
-    freeze : int, default: 0
-        freeze the embeddings and this many first layers (LoVT: 6)
+    freeze : int | Literal['all'], default: 0
+        freeze the embeddings and this many first layers (LoVT: 6); all of it, without dropout
     weights : bool, default: True
         False: only the architecture of a folder or hub name, with random weights
     **pooling
         words, sentences, whole, word_weights, released_words, summed_layers of TextEncoder
     """
+    if freeze != "all" and not str(freeze).isdigit():
+        raise ValueError(f"freeze is {freeze!r}; expected a number of layers, or all")
     pooler = pooling.get("whole") == "pooler"
     if name in TEXT_CONFIGS:
         body = _random_bert(name, tokenizer, layers, pooler)
     else:
         folder = str(package_folder(TEXT_PACKAGES[name]) / "model") if name in TEXT_PACKAGES else name
         body, tokenizer = _pretrained(folder, layers, weights, pooler, tokenizer)
+    if freeze == "all":
+        return FrozenTextEncoder(body, tokenizer, **pooling)
     if freeze and not hasattr(getattr(body, "encoder", None), "layer"):
         raise ValueError(f"freeze is {freeze}, but {type(body).__name__} does not name its layers as BERT does: pass 0")
     if freeze:

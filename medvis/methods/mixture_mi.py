@@ -18,7 +18,6 @@ from ..data.pairs import Batch, Sample, collate, tokenise
 from ..data.reports import find_words
 from ..data.targets import PHRASES, exchange_side, merge_targets, sentence_side, sentence_targets, side_words
 from ..encoders.features import TextFeatures
-from ..encoders.text import TextEncoder, encode_sentences
 from medvis.methods.method import (
     Aligned,
     Correspondence,
@@ -118,39 +117,6 @@ def _repeated(
     own[owner, number] = True
     return own[owner][:, number]
 
-# %% ../../nbs/methods/09_mixture_mi.ipynb #e55dc5ab
-class _KeptSentences:
-    "The vectors of sentences, by their tokens, from a text encoder that is frozen and in evaluation mode."
-
-    def __init__(self) -> None:
-        self.vectors: dict[tuple[int, ...], Tensor] = {}
-
-    @torch.no_grad()
-    def read(
-        self,
-        encoder: TextEncoder,
-        input_ids: Tensor,  # (B, T)
-        sentence_index: Tensor,  # (B, T)
-    ) -> tuple[Tensor, Tensor]:  # (S,) int64 row of each sentence, in order; (S, D)
-        "The sentences of a batch; those that are new are read one by one."
-        owner, found = [], []
-        for row, (ids, sentences) in enumerate(zip(input_ids.tolist(), sentence_index.tolist())):
-            for sentence in sorted(set(sentences) - {-1}):
-                key = tuple(number for number, s in zip(ids, sentences) if s == sentence)
-                if key not in self.vectors:
-                    alone = input_ids.new_tensor([key])
-                    ones, zeros = torch.ones_like(alone), torch.zeros_like(alone)
-                    self.vectors[key] = encode_sentences(encoder, alone, ones, zeros, zeros).sentences[0, 0]
-                owner.append(row)
-                found.append(self.vectors[key].to(input_ids.device))
-        empty = next(encoder.parameters()).new_zeros(0, encoder.dim)
-        return torch.tensor(owner, dtype=torch.long, device=input_ids.device), torch.stack(found) if found else empty
-
-
-def _forget(method: "MixtureMI", keys: object) -> None:
-    "Other weights read otherwise."
-    method.kept.vectors.clear()
-
 # %% ../../nbs/methods/09_mixture_mi.ipynb #9578ebfc
 class _Asked:
     "What the options of mixture-mi ask of a batch."
@@ -240,19 +206,6 @@ class MixtureMI(Method):
             self.image_encoder.region_dim, self.text_encoder.dim, config.hidden, config.dim, config.temperature
         )
 
-        self.kept = _KeptSentences() if config.keep_sentences else None
-        if self.kept is not None:
-            if any(p.requires_grad for p in self.text_encoder.parameters()):
-                raise ValueError(
-                    "keep_sentences needs a text encoder that is all frozen: set freeze_text to its layers"
-                )
-            self.register_load_state_dict_post_hook(_forget)
-
-    def train(self, mode: bool = True) -> "MixtureMI":
-        super().train(mode)
-        self.text_encoder.train(mode and self.kept is None)
-        return self
-
     def read_sentences(self, batch: Batch) -> TextFeatures:
         "Run the text encoder on every sentence alone. A side word that is not read stands for its sentence."
         if self.config.side_words == "keep":
@@ -280,10 +233,6 @@ class MixtureMI(Method):
 
     def _read_vectors(self, batch: Batch) -> tuple[Tensor, Tensor]:  # (S,) int64 owner, (S, D)
         "The row and the vector of every sentence of a batch, for training."
-        if self.kept is not None:
-            silent = self.config.side_words == "remove" and _silent_tokens(batch, self.tokenizer)
-            index = batch.sentence_index if silent is False else batch.sentence_index.masked_fill(silent, -1)
-            return self.kept.read(self.text_encoder, batch.input_ids, index)
         text = self.read_sentences(batch)
         return text.sentence_mask.nonzero()[:, 0], text.sentences[text.sentence_mask]
 
