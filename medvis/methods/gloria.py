@@ -6,6 +6,8 @@
 __all__ = ['GLoRIA']
 
 # %% ../../nbs/methods/08_gloria.ipynb #4997f4f2
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -24,6 +26,12 @@ def _cls_and_words(text: TextFeatures) -> tuple[Tensor, Tensor]:  # (B, 1 + W, D
     return torch.cat([text.tokens[:, :1], text.words], 1), F.pad(text.word_mask, (1, 0), value=True)
 
 # %% ../../nbs/methods/08_gloria.ipynb #96b703eb
+def _project(method: "GLoRIA", text: TextFeatures) -> TextFeatures:
+    "Tokens, words and sentences as they are compared with regions, the whole as it is compared with images."
+    parts = {name: method.local_text(getattr(text, name)) for name in ("tokens", "words", "sentences")}
+    return replace(text, whole=method.global_text(text.whole), **parts)
+
+
 class GLoRIA(Method):
     "Global and local contrast of images and sentences (ICCV 2021): losses `global` and `local`."
 
@@ -32,8 +40,23 @@ class GLoRIA(Method):
 
     def __init__(self, config: GLoRIAConfig, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
         super().__init__(config, tokenizer, whole="mean-all", summed_layers=config.summed_layers)
-        self.global_image = nn.Linear(self.image_encoder.whole_dim, self.text_encoder.dim)
-        self.local_image = nn.Linear(self.image_encoder.region_dim, self.text_encoder.dim, bias=False)
+        image, width = self.image_encoder, config.dim if config.project_text else self.text_encoder.dim
+        self.global_image, self.local_image = (
+            nn.Linear(image.whole_dim, width),
+            nn.Linear(image.region_dim, width, bias=False),
+        )
+        self.global_text = self.local_text = nn.Identity()
+        if config.project_text:
+            self.global_text = nn.Linear(self.text_encoder.dim, width)
+            self.local_text = nn.Linear(self.text_encoder.dim, width, bias=False)
+
+    def read(self, batch: Batch) -> TextFeatures:
+        "Run the text encoder, and project what it gives, if that is asked for."
+        return _project(self, super().read(batch))
+
+    def read_sentences(self, batch: Batch) -> TextFeatures:
+        "Run the text encoder on every sentence alone, and project what it gives, if that is asked for."
+        return _project(self, super().read_sentences(batch))
 
     def forward(self, batch: Batch) -> Losses:
         "The two losses of a batch, weighted; those of weight 0 are not computed."

@@ -50,6 +50,31 @@ class MethodConfig:
         options = {"layer": self.layer, "upsample": self.upsample, "coordinates": self.coordinates}
         return {name: value for name, value in options.items() if value is not None}
 
+# %% ../../nbs/methods/01_settings.ipynb #20b432a1
+_LAPTOP = dict(
+    image="efficientnet_lite0_frozen",
+    layer=None,
+    coordinates=False,
+    text="minilm",
+    freeze_text="all",
+    hidden=256,
+    dim=128,
+    negatives="other-patient",
+)  # needs medvis[small]; source: this project, benchmarks/real_pairs.md
+_LAPTOP_RECIPE = dict(
+    lr=1e-3,
+    weight_decay=0.01,
+    batch_size=64,
+    epochs=6,
+    schedule="warmup-cosine",
+    warmup=0.15,
+    clip_norm=5.0,
+    augment="none",
+    per="image",
+    mirror=True,
+)
+_LAPTOP_SENTENCE = dict(_LAPTOP_RECIPE, sentences="one", max_tokens=128)
+
 # %% ../../nbs/methods/01_settings.ipynb #faf1141e
 @dataclass(frozen=True)
 class ConVIRTConfig(MethodConfig):
@@ -134,6 +159,7 @@ CONVIRT_PRESETS = {
     "paper-30": (_CONVIRT_PAPER, {**_CONVIRT_PAPER_RECIPE, "lr": 1e-5}),
     "cyclic": (_CONVIRT_PAPER, {**_CONVIRT_PAPER_RECIPE, "schedule": "cyclic-cosine", "patience": 10}),
     "released": (_CONVIRT_MGCA, _CONVIRT_MGCA_RECIPE),
+    "laptop": (dict(_LAPTOP, whole_text="mean"), _LAPTOP_SENTENCE),
     "tiny": (_CONVIRT_TINY, _CONVIRT_TINY_RECIPE),
 }
 
@@ -235,6 +261,9 @@ _MGCA_TINY_RECIPE = dict(
     augment="mgca",
     max_tokens=128,
 )
+_MGCA_LAPTOP = dict(
+    _LAPTOP, whole_text="mean", prototypes=50, learned_attention=False, clip_share=0.1
+)  # as `tiny` has them
 MGCA_PRESETS = {
     "paper": ({}, _MGCA_RECIPE),
     "paper-resnet50": (_MGCA_RESNET50, _MGCA_RECIPE),
@@ -246,6 +275,7 @@ MGCA_PRESETS = {
     "ita-cpa-resnet50": (dict(token_weight=0.0, **_MGCA_POOLED), _MGCA_RECIPE),
     "released": (_MGCA_RELEASED, _MGCA_RELEASED_RECIPE),
     "released-resnet50": ({**_MGCA_RELEASED, **_MGCA_RESNET50, "unit_region_context": True}, _MGCA_RELEASED_RECIPE),
+    "laptop": (_MGCA_LAPTOP, dict(_LAPTOP_RECIPE, max_tokens=128)),
     "tiny": (_MGCA_TINY, _MGCA_TINY_RECIPE),
 }
 
@@ -334,6 +364,7 @@ LOVT_PRESETS = {
     "avg-max": (dict(_LOVT_NO_LOCAL, pool="avg-max"), _LOVT_FAST),
     "no-cyclic": (_LOVT_PAPER, {**_LOVT_SLOW, "schedule": "constant"}),
     "convirt-lr": (_LOVT_PAPER, {**_LOVT_SLOW, "schedule": "plateau", "plateau_patience": 12, "patience": 15}),
+    "laptop": (_LAPTOP, dict(_LAPTOP_RECIPE, swap=0.4, max_tokens=128, overflow="drop")),
     "tiny": (_LOVT_TINY, _LOVT_TINY_RECIPE),
 }
 
@@ -421,13 +452,16 @@ _MI_TINY_RECIPE = dict(
     augment="mgca",
     max_tokens=128,
 )
+_MI_LAPTOP = dict(_LAPTOP, local_grid=None, text_feature="mean", hidden=(256, 128), dim=None)
 GLOBAL_MI_PRESETS = {
     "paper": ({}, _MI_RECIPE),
     "released": (dict(bound="cpc-released"), {**_MI_RECIPE, "epochs": 100}),
+    "laptop": (_MI_LAPTOP, dict(_LAPTOP_RECIPE, max_tokens=128)),
     "tiny": (_MI_TINY, _MI_TINY_RECIPE),
 }
 LOCAL_MI_PRESETS = {
     "paper": ({}, {**_MI_RECIPE, "sentences": "one"}),
+    "laptop": (dict(_MI_LAPTOP, negatives_regions="max"), _LAPTOP_SENTENCE),
     "tiny": (dict(_MI_TINY, negatives_regions="max"), {**_MI_TINY_RECIPE, "sentences": "one"}),
 }
 
@@ -472,17 +506,23 @@ _CLIP_TINY_RECIPE = dict(
     sentences="one",
     max_tokens=128,
 )
-CLIP_PRESETS = {"paper": (dict(freeze_text=6), _CLIP_RECIPE), "tiny": (_CLIP_TINY, _CLIP_TINY_RECIPE)}
+CLIP_PRESETS = {
+    "paper": (dict(freeze_text=6), _CLIP_RECIPE),
+    "laptop": (dict(_LAPTOP, whole_text="mean"), _LAPTOP_SENTENCE),
+    "tiny": (_CLIP_TINY, _CLIP_TINY_RECIPE),
+}
 
 # %% ../../nbs/methods/01_settings.ipynb #4468fc52
 @dataclass(frozen=True)
 class GLoRIAConfig(MethodConfig):
-    "Settings of GLoRIA. The shared space is the text encoder's own: `hidden` and `dim` have no meaning here."
+    "Settings of GLoRIA. The shared space is the text encoder's own, or `dim` wide; `hidden` has no meaning here."
 
     layer: str | None = "layer3"
     "ResNet layer that the regions come from."
     upsample: int | None = 299
     "Side in pixels that a ResNet's input is enlarged to."
+    project_text: bool = False
+    "Project words and texts to `dim` too, linearly as regions and images are: for a text encoder that is frozen."
     summed_layers: int = 4
     "Last layers of the text encoder that are added up."
     attention_scale: float = 4.0
@@ -539,6 +579,7 @@ _GLORIA_TINY_RECIPE = dict(
 GLORIA_PRESETS = {
     "paper": ({}, _GLORIA_RECIPE),
     "released": ({}, {**_GLORIA_RECIPE, "precision": "fp16", "clip_norm": 0.25}),
+    "laptop": (dict(_LAPTOP, upsample=None, project_text=True), dict(_LAPTOP_SENTENCE, max_tokens=97)),
     "tiny": (_GLORIA_TINY, _GLORIA_TINY_RECIPE),
 }
 
@@ -598,30 +639,9 @@ _MIXTURE_MI_TINY_RECIPE = dict(
 _MIXTURE_MI_SMALL = dict(_MIXTURE_MI_TINY, image="small_resnet_fine")
 _MIXTURE_MI_SMALL_RECIPE = dict(_MIXTURE_MI_TINY_RECIPE, epochs=8)
 _MIXTURE_MI_LAPTOP = dict(
-    image="efficientnet_lite0_frozen",
-    layer=None,
-    coordinates=False,
-    text="minilm",
-    freeze_text="all",
-    hidden=256,
-    dim=128,
-    region_prior="side",
-    side_words="remove",
-    side_negatives=1.0,
-    finding_phrases=2.0,
-    mask_identical=True,
+    _LAPTOP, region_prior="side", side_words="remove", side_negatives=1.0, finding_phrases=2.0, mask_identical=True
 )  # needs medvis[small]; source: this project, benchmarks/real_pairs.md, chosen on validation
-_MIXTURE_MI_LAPTOP_RECIPE = dict(
-    _MIXTURE_MI_TINY_RECIPE,
-    lr=1e-3,
-    weight_decay=0.01,
-    epochs=6,
-    warmup=0.15,
-    clip_norm=5.0,
-    augment="none",
-    per="image",
-    mirror=True,
-)
+_MIXTURE_MI_LAPTOP_RECIPE = dict(_LAPTOP_RECIPE, max_tokens=256, most_sentences=4)
 _MIXTURE_MI_ABLATIONS = {  # preset -> the one thing that is otherwise
     "laptop-no-prior": dict(region_prior="uniform", side_words="keep"),  # without both, nothing would tell the side
     "laptop-no-twins": dict(side_negatives=0.0),
