@@ -34,7 +34,7 @@ class MethodConfig:
     text_layers: int | None = None
     "Keep only this many layers of the text encoder."
     freeze_text: int | Literal["all"] = 0
-    "Freeze the embeddings and this many first layers of the text encoder; all = the whole, which reads without dropout."
+    "Freeze the embeddings and this many first layers of the text encoder; all = the whole, without dropout."
     coordinates: bool | None = None
     "Whether the head on a frozen tower is given where it stands; None = the encoder's default, yes."
     hidden: int = 2048
