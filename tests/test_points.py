@@ -11,7 +11,7 @@ from medvis.data.pack import Pack
 from medvis.data.pairs import Pairs, Sample, collate, read_batch, tokenise
 from medvis.data.prepare import PhantomConfig, prepare_phantom
 from medvis.data.sampling import Sampling
-from medvis.data.targets import PHRASES, exchange_side, merge_targets, mirror_sentence, sentence_side, sentence_targets
+from medvis.data.targets import PHRASES, RELATIVES, exchange_side, merge_targets, mirror_sentence, sentence_side, sentence_targets
 from medvis.encoders.image import image_encoder, register_encoder
 from medvis.encoders.tower import FrozenEncoder
 from medvis.methods.method import add_up, negatives, phantom_tokenizer
@@ -28,8 +28,10 @@ REPORTS = [
     ["Large right effusion.", "No pneumothorax.", "Possible nodule."],
     [],
     ["Both lungs are clear.", "No left pleural effusion.", "Lingular atelectasis."],
+    ["Left pneumonia.", "Right basilar opacity.", "Small right pneumothorax.", "Right apical scar, no left scar.", "Possible left scar."],
     ["Left apical pneumothorax with bilateral effusions.", "The heart is enlarged."],
 ]
+PATIENTS = [0, 1, 2, 3, 0, 1]
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +59,7 @@ def silenced(sentence: str) -> str:
 
 
 def by_loops(method: MixtureMI, batch, reports) -> dict[str, float]:
-    "The twins and the phrases, one sentence, region and image at a time."
+    "The side negatives and the phrases, one sentence, region and image at a time."
     config, keep = method.config, method.config.side_words == "keep"
     encoded = method.image_encoder(batch.image)
     regions = torch.nn.functional.normalize(method.critic.image(encoded.regions), dim=-1)
@@ -78,37 +80,45 @@ def by_loops(method: MixtureMI, batch, reports) -> dict[str, float]:
         return math.log(sum(a * math.exp(c / config.temperature) for a, c in zip(weights, cosines)) / sum(weights))
 
     other = {"left": "right", "right": "left"}
+
+    def free(report, finding, side):
+        "Whether a report says nothing, not even a doubt, of this finding or a relative of it on the other side."
+        there = [(name, where) for one in report for name, (status, where, _) in sentence_targets(one).items() if status != "negated"]
+        return not any(name == finding or name in RELATIVES[finding] for name, where in there if where in (other[side], "bilateral"))
+
     said = [(i, text) for i, report in enumerate(reports) for text in report]
     phrases = {finding: ways[0] for finding, ways in PHRASES.items()}
     vectors = {text: vector(text) for text in {*(text for _, text in said), *phrases.values(), *(exchange_side(text) or text for _, text in said)}}
-    twins = asked = 0.0
+    negatives = asked = 0.0
     for i, text in said:
         own = score(i, text, sentence_side(text))
-        denies = sentence_targets(text) and all(status == "negated" for status, *_ in sentence_targets(text).values())
-        if sentence_side(text) in other and not denies and (not keep or exchange_side(text)):
+        spoken = [name for name, (status, where, _) in sentence_targets(text).items() if where and status != "negated"]
+        if sentence_side(text) in other and all(free(reports[i], name, sentence_side(text)) for name in spoken) and (not keep or exchange_side(text)):
             side = other[sentence_side(text)] if config.region_prior == "side" else None
-            twin = score(i, exchange_side(text) if keep else text, side)
-            twins += math.log(1 + math.exp(twin - own))
+            negative = score(i, exchange_side(text) if keep else text, side)
+            negatives += math.log(1 + math.exp(negative - own))
     for finding, phrase in phrases.items():
-        states = [merge_targets(map(sentence_targets, report)).get(finding) for report in reports]
+        targets = [merge_targets(map(sentence_targets, report)) for report in reports]
+        states = [one.get(finding) for one in targets]
+        without = [j for j, one in enumerate(targets) if one.get(finding, ["negated"])[0] == "negated" and not any(one.get(name, [""])[0] in ("asserted", "uncertain") for name in RELATIVES[finding])]
         for i, state in enumerate(states):
             if state and state[0] == "asserted":
-                side = state[1] if state[1] in other and config.region_prior == "side" else None
-                rivals = [score(i, phrase, side)] + [score(j, phrase, side) for j, one in enumerate(states) if one is None or one[0] == "negated"]
+                side = state[1] if state[1] in other and config.region_prior == "side" and free(reports[i], finding, state[1]) else None
+                rivals = [score(i, phrase, side)] + [score(j, phrase, side) for j in without if config.negatives == "all" or batch.patient_id[j] != batch.patient_id[i]]
                 rivals += [score(i, phrase, other[side])] if side else []
                 asked += math.log(sum(map(math.exp, rivals))) - rivals[0]
-    return {"side_negatives": config.side_negatives * twins / len(said), "finding_phrases": config.finding_phrases * asked / len(reports)}
+    return {"side_negatives": config.side_negatives * negatives / len(said), "finding_phrases": config.finding_phrases * asked / len(reports)}
 
 
-@pytest.mark.parametrize("changes", [ALL, KEPT, dict(KEPT, region_prior="uniform"), dict(ALL, prior_floor=0.3)], ids=["removed", "kept", "uniform", "floor"])
+@pytest.mark.parametrize("changes", [ALL, KEPT, dict(KEPT, region_prior="uniform"), dict(ALL, prior_floor=0.3), dict(ALL, negatives="all")], ids=["removed", "kept", "uniform", "floor", "all negatives"])
 @torch.no_grad()
 def test_losses_are_those_of_plain_loops(tokenizer, changes):
-    method, batch = method_of(tokenizer, **changes), batch_of(REPORTS, tokenizer, [0, 1, 2, 3, 1])
+    method, batch = method_of(tokenizer, **changes), batch_of(REPORTS, tokenizer, PATIENTS)
     found, wanted = method(batch).parts, by_loops(method, batch, REPORTS)
     for name in ("side_negatives", "finding_phrases"):
         assert wanted[name] > 0.01 and math.isclose(found[name], wanted[name], abs_tol=1e-6), name
     sides = [sentence_side(text) for report in REPORTS for text in report]
-    assert [sides.count(side) for side in ("left", "right", "bilateral")] == [3, 2, 2], "one of each kind: one-sided, denied, lingular, both"
+    assert [sides.count(side) for side in ("left", "right", "bilateral")] == [4, 5, 0], "one of each kind: one-sided, denied, lingular, on several sides"
     plain = method_of(tokenizer, **{**changes, "side_negatives": 0.0, "finding_phrases": 0.0})
     assert math.isclose(plain(batch).total, found["mutual_information"], abs_tol=1e-6), "what else is read changes nothing in evaluation"
 
@@ -151,13 +161,13 @@ def test_order_and_padding_change_nothing(tokenizer, changes):
     method, batch = method_of(tokenizer, **changes), batch_of(REPORTS, tokenizer)
     samples = [Sample(i, i, image, tokenise(said, tokenizer)) for i, (image, said) in enumerate(zip(batch.image, REPORTS))]
     wanted = method(batch).parts
-    for turned in (samples[::-1], [samples[k] for k in (2, 4, 0, 3, 1)]):
+    for turned in (samples[::-1], [samples[k] for k in (2, 4, 0, 5, 3, 1)]):
         for name, value in method(collate(turned)).parts.items():
             assert math.isclose(value, wanted[name], abs_tol=1e-9), name
-    longer = collate([*samples[:4], replace(samples[4], report=tokenise([*REPORTS[4], "Nothing else is seen."], tokenizer))])
+    longer = collate([*samples[:-1], replace(samples[-1], report=tokenise([*REPORTS[-1], "Nothing else is seen."], tokenizer))])
     cut = [t.clone() for t in (longer.input_ids, longer.attention_mask, longer.word_index, longer.sentence_index)]
     off = longer.sentence_index == 2
-    off[:4] = False
+    off[:-1] = False
     for tensor, fill in zip(cut, (0, 0, -1, -1)):
         tensor[off] = fill
     padded = replace(longer, input_ids=cut[0], attention_mask=cut[1], word_index=cut[2], sentence_index=cut[3], sentences=batch.sentences, reports=batch.reports)
@@ -191,8 +201,8 @@ def test_a_map_is_the_raw_cosine(tokenizer):
     assert removed.correspondence(last).words.shape[2] == 4
 
 
-def test_a_twin_that_is_no_twin_is_refused(tokenizer):
-    with pytest.raises(ValueError, match="no twin"):
+def test_side_negatives_without_another_side_are_refused(tokenizer):
+    with pytest.raises(ValueError, match="no other side"):
         method_of(tokenizer, side_words="remove", side_negatives=1.0)
     textless = replace(batch_of(REPORTS, tokenizer), sentences=[])
     with pytest.raises(ValueError, match="make it with collate"):

@@ -395,17 +395,16 @@ class Pairs(Dataset):
         return len(self.items)
 
     def mirrored(self, i: int, epoch: int = 0) -> bool:
-        "Whether sample i is shown mirrored: in half of the epochs, but never if none of its sentences would be left."
+        "Whether sample i is shown mirrored: in half of the epochs, but never if its report cannot be mirrored."
         if not (self.train and self.sampling.mirror):
             return False
-        sentences = list(self.pack.studies["sentences"].iloc[self.items[i][0]])
         drawn = np.random.default_rng(counter_seed(self.seed, epoch, i, 4)).random() < 0.5
-        return drawn and (not sentences or any(map(mirror_sentence, sentences)))
+        return drawn and all(map(mirror_sentence, self.pack.studies["sentences"].iloc[self.items[i][0]]))
 
     def sentences(self, i: int, epoch: int = 0) -> list[str]:
-        "All sentences of the report of sample i; of a mirrored one those that can be exchanged, exchanged."
+        "All sentences of the report of sample i, as they are said of the image that is shown."
         sentences = list(self.pack.studies["sentences"].iloc[self.items[i][0]])
-        return list(filter(None, map(mirror_sentence, sentences))) if self.mirrored(i, epoch) else sentences
+        return list(map(mirror_sentence, sentences)) if self.mirrored(i, epoch) else sentences
 
     def report(self, i: int, epoch: int = 0) -> Report:
         "The tokenised report of sample i, as the batch sees it; reports that never change are tokenised once."

@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -126,12 +126,21 @@ def network_hash(network: nn.Module, *settings: object) -> str:
 
 # %% ../../nbs/encoders/08_frozen.ipynb #994b5c5a
 class FrozenImages:
-    "Features of a Pack's images by a frozen encoder: regions (views * n, N, D) and whole (views * n, D'), float16."
+    """Features of a Pack's n images by a frozen encoder, of every view regions (n, N, D) and whole (n, D'), float16.
 
-    def __init__(self, folder: Path) -> None:
-        arrays, about = open_store(folder)
-        self.folder, self.regions, self.whole = folder, arrays["regions"], arrays["whole"]
-        self.grid, self.views = tuple(about["grid"]), about["views"]
+    Parameters
+    ----------
+    folders : Sequence[Path]
+        stores of the views, the plain one first
+    """
+
+    def __init__(
+        self,
+        folders: Sequence[Path],  # stores of the views, the plain one first
+    ) -> None:
+        stores = [open_store(folder) for folder in folders]
+        self.folders, self.grid = list(folders), tuple(stores[0][1]["grid"])
+        self.regions, self.whole = ([arrays[name] for arrays, _ in stores] for name in ("regions", "whole"))
 
     def map(self, image: int, view: int = 0) -> Tensor:  # (D, h, w) float32
         """The regions of an image, laid out on their grid. IndexError for a view that was not kept.
@@ -141,9 +150,9 @@ class FrozenImages:
         Tensor
             (D, h, w) float32
         """
-        if not 0 <= view < self.views:
-            raise IndexError(f"view {view}; {self.folder} holds {self.views}")
-        regions = self.regions[view * (len(self.regions) // self.views) + image]
+        if not 0 <= view < len(self.folders):
+            raise IndexError(f"view {view}; {len(self.folders)} are kept beside {self.folders[0]}")
+        regions = self.regions[view][image]
         return torch.from_numpy(regions.astype(np.float32)).T.unflatten(1, self.grid)
 
 # %% ../../nbs/encoders/08_frozen.ipynb #ac28daf0
@@ -180,6 +189,29 @@ def read_view(
         return preprocessing.transform(augment)(pixels)
 
 # %% ../../nbs/encoders/08_frozen.ipynb #119a8ca7
+def _cache_view(
+    encoder: nn.Module, pack: Pack, view: int, augment: str, root: Path | None, progress: bool
+) -> Path:  # folder of the store
+    "The features of one view of all images, computed where missing."
+    named = (1, None) if view == 0 else ("view", view, augment)
+    settings = encoder.preprocessing, pack.manifest["hash"], *named
+    folder = Path(root or f"{pack.path}.features") / network_hash(encoder, *settings)
+
+    @torch.no_grad()
+    def encode(rows: np.ndarray) -> tuple[dict[str, np.ndarray], tuple[int, int]]:
+        padded = np.resize(rows, CHUNK)  # always as many: the last bit of a sum may depend on it
+        images = torch.stack([read_view(pack, encoder.preprocessing, row, view, augment) for row in padded.tolist()])
+        features = encoder(images.to(next(encoder.parameters()).device))
+        kept = {name: getattr(features, name)[: len(rows)].cpu().numpy() for name in ("regions", "whole")}
+        return kept, features.grid
+
+    if not folder.exists():
+        about = {"pack": pack.manifest["hash"], "encoder": type(encoder).__name__, "view": view}
+        about |= {"augment": augment if view else None, "grid": encode(np.arange(1))[1]}
+        fill_store(folder, len(pack), lambda rows: encode(rows)[0], about, progress)
+    return folder
+
+
 def cache_images(
     encoder: nn.Module,  # image encoder, in evaluation mode
     pack: Pack,
@@ -188,7 +220,9 @@ def cache_images(
     root: Path | None = None,  # None = <pack>.features, beside the Pack
     progress: bool = False,
 ) -> FrozenImages:
-    """The features of all images of a Pack, computed where missing. ValueError if the encoder is in training mode.
+    """The features of all images of a Pack, computed where missing, a store for every view.
+
+    ValueError if the encoder is in training mode.
 
     Parameters
     ----------
@@ -205,27 +239,4 @@ def cache_images(
     """
     if encoder.training:
         raise ValueError("the encoder is in training mode, and would give other features each time: call .eval() first")
-    settings = encoder.preprocessing, pack.manifest["hash"], views, augment if views > 1 else None
-    folder, count = Path(root or f"{pack.path}.features") / network_hash(encoder, *settings), len(pack)
-
-    @torch.no_grad()
-    def encode(rows: np.ndarray) -> tuple[dict[str, np.ndarray], tuple[int, int]]:
-        padded = np.resize(rows, CHUNK)  # always as many: the last bit of a sum may depend on it
-        images = torch.stack(
-            [read_view(pack, encoder.preprocessing, row % count, row // count, augment) for row in padded.tolist()]
-        )
-        features = encoder(images.to(next(encoder.parameters()).device))
-        return {
-            name: getattr(features, name)[: len(rows)].cpu().numpy() for name in ("regions", "whole")
-        }, features.grid
-
-    if folder.exists():
-        return FrozenImages(folder)
-    about = {
-        "pack": pack.manifest["hash"],
-        "encoder": type(encoder).__name__,
-        "views": views,
-        "grid": encode(np.arange(1))[1],
-    }
-    fill_store(folder, views * count, lambda rows: encode(rows)[0], about, progress)
-    return FrozenImages(folder)
+    return FrozenImages([_cache_view(encoder, pack, view, augment, root, progress) for view in range(views)])

@@ -211,6 +211,7 @@ class Method(nn.Module):
     Config = MethodConfig
     presets: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {}  # name -> (configuration, training settings)
     least_batch = 2  # samples of one batch, so that there is something to contrast with
+    reads_sides = False  # whether its losses take left and right from reports: no picture may be flipped alone
     shared_space = True  # whether the vectors of `pair_vectors` live in one space, so that their distance has a meaning
     provenance: Any = None  # the run and data that the weights come from, noted by `fit` and `load_method`
     vocabulary_of: str | None = None  # hash of the Pack that gave `create_method` the words; None = they were given

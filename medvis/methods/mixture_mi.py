@@ -16,7 +16,17 @@ from transformers import PreTrainedTokenizerBase
 
 from ..data.pairs import Batch, Sample, collate, tokenise
 from ..data.reports import find_words
-from ..data.targets import PHRASES, exchange_side, merge_targets, sentence_side, sentence_targets, side_words
+from medvis.data.targets import (
+    PHRASES,
+    RELATIVES,
+    SIDES,
+    exchange_side,
+    merge_targets,
+    possible_sides,
+    sentence_side,
+    sentence_targets,
+    side_words,
+)
 from ..encoders.features import TextFeatures
 from medvis.methods.method import (
     Aligned,
@@ -30,7 +40,7 @@ from medvis.methods.method import (
 )
 from .settings import MIXTURE_MI_PRESETS, MixtureMIConfig
 from ..objectives.contrastive import at_least_float32, l2_normalize
-from ..objectives.mixture import CosineCritic, mix_regions, phrase_loss, side_prior, twin_loss
+from ..objectives.mixture import CosineCritic, mix_regions, phrase_loss, side_negative_loss, side_prior
 from ..objectives.mutual_information import cpc_bound
 
 # %% ../../nbs/methods/09_mixture_mi.ipynb #528e68c7
@@ -44,23 +54,21 @@ def _sentence_pairs(
     return matched | (others if valid is None else others & valid[owner][:, owner])
 
 # %% ../../nbs/methods/09_mixture_mi.ipynb #bfb6b037
-_SIDES = {None: 0, "right": 1, "left": 2, "bilateral": 3}
-
-
-def _sentence_sides(sentences: Sequence[str]) -> Tensor:  # (S,) int64: 0 none, 1 right, 2 left, 3 both
+def _sentence_sides(sentences: Sequence[str]) -> Tensor:  # (S,) int64, numbers of SIDES
     "The side of each sentence."
-    return torch.tensor([_SIDES[sentence_side(sentence)] for sentence in sentences], dtype=torch.long)
+    return torch.tensor([SIDES[sentence_side(sentence)] for sentence in sentences], dtype=torch.long)
 
 
-def _has_twin(
+def _has_side_negative(
     sentence: str,
-    exchange: bool,  # whether the twin is the exchanged sentence
+    sides: dict[str, set[str]],  # of its report, see `possible_sides`
+    exchange: bool,  # whether its negative is the exchanged sentence
 ) -> bool:
-    "Whether a sentence says of one side what would be false of the other: it names one, and does not only deny."
-    if sentence_side(sentence) not in ("left", "right") or (exchange and exchange_side(sentence) is None):
+    "Whether the same of the other side is false: the sentence names one, and its findings are on that side alone."
+    side, targets = sentence_side(sentence), sentence_targets(sentence)
+    if side not in ("left", "right") or (exchange and exchange_side(sentence) is None):
         return False
-    targets = sentence_targets(sentence).values()
-    return not targets or any(status != "negated" for status, *_ in targets)
+    return all(sides[name] == {side} for name, (status, where, _) in targets.items() if where and status != "negated")
 
 # %% ../../nbs/methods/09_mixture_mi.ipynb #513d307e
 def _report_findings(
@@ -70,12 +78,13 @@ def _report_findings(
     asserted = torch.full((len(reports), len(PHRASES)), -1)
     absent = torch.zeros(asserted.shape, dtype=torch.bool)
     for row, sentences in enumerate(reports):
-        targets = merge_targets(map(sentence_targets, sentences))
+        targets, sides = merge_targets(map(sentence_targets, sentences)), possible_sides(sentences)
+        present = {finding for finding, (status, *_) in targets.items() if status in ("asserted", "uncertain")}
         for column, finding in enumerate(PHRASES):
             status, side, _ = targets.get(finding, ("negated", None, None))
-            absent[row, column] = status == "negated"
+            absent[row, column] = status == "negated" and not present & RELATIVES[finding]
             if status == "asserted":
-                asserted[row, column] = {"right": 1, "left": 2}.get(side, 0)
+                asserted[row, column] = SIDES[side if sides[finding] == {side} else None]
     return asserted, absent
 
 # %% ../../nbs/methods/09_mixture_mi.ipynb #fe5661a9
@@ -130,19 +139,22 @@ class _Asked:
     ) -> None:
         self.config, self.owner = config, owner
         self.said, self.texts, self.phrases = [], [], 0
-        self.sides = self.twins = torch.zeros(0, dtype=torch.long, device=owner.device)
+        self.sides = self.sided = torch.zeros(0, dtype=torch.long, device=owner.device)
         if config.region_prior == "side" or config.side_negatives or config.finding_phrases or config.mask_identical:
             self.said = [sentence for sentences in batch.sentences for sentence in sentences]
-            if len(self.said) != len(owner):
+            if len(self.said) != len(owner) or len(batch.reports) != len(batch):
                 raise ValueError(
-                    f"{len(owner)} sentences to read, but {len(self.said)} texts in the batch: make it with collate"
+                    f"{len(owner)} sentences of {len(batch)} reports to read, but {len(self.said)} texts of "
+                    f"{len(batch.reports)} in the batch: make it with collate"
                 )
             self.sides = _sentence_sides(self.said).to(owner.device)
         self.exchange = config.side_words == "keep"
         if config.side_negatives:
-            twins = [s for s, sentence in enumerate(self.said) if _has_twin(sentence, self.exchange)]
-            self.twins = torch.tensor(twins, dtype=torch.long, device=owner.device)
-            self.texts += [exchange_side(self.said[s]) for s in twins] if self.exchange else []
+            sides = [possible_sides(report) for report in batch.reports]
+            of_reports = enumerate(zip(self.said, owner.tolist()))
+            sided = [s for s, (text, image) in of_reports if _has_side_negative(text, sides[image], self.exchange)]
+            self.sided = torch.tensor(sided, dtype=torch.long, device=owner.device)
+            self.texts += [exchange_side(self.said[s]) for s in sided] if self.exchange else []
         if config.finding_phrases:
             self.findings = [found.to(owner.device) for found in _report_findings(batch.reports)]
             drawn = torch.randint(3, (len(PHRASES),)).tolist() if training else [0] * len(PHRASES)
@@ -169,15 +181,17 @@ class _Asked:
         scores: Tensor,  # (B, N, S + k) of every region with the sentences, and with `texts`
         mixed: Tensor,  # (S, S) F, row = the image of sentence s
         grid: tuple[int, int],
+        valid: Tensor | None,  # (B, B) bool
     ) -> dict[str, Tensor]:
         "The losses beside the bounds, weighted, by name."
-        parts, twins, sentences = {}, self.twins, len(self.owner)
+        parts, sided, sentences = {}, self.sided, len(self.owner)
         if self.config.side_negatives:
-            places = sentences + torch.arange(len(twins), device=twins.device) if self.exchange else twins
-            own = scores[self.owner[twins], :, places][..., None]  # (K, N, 1)
-            prior = self.prior(3 - self.sides[twins], grid)
-            twin = mix_regions(own, None if prior is None else prior.T[..., None])[:, 0]
-            parts["side_negatives"] = self.config.side_negatives * twin_loss(mixed[twins, twins], twin, sentences)
+            places = sentences + torch.arange(len(sided), device=sided.device) if self.exchange else sided
+            own = scores[self.owner[sided], :, places][..., None]  # (K, N, 1)
+            prior = self.prior(3 - self.sides[sided], grid)
+            other = mix_regions(own, None if prior is None else prior.T[..., None])[:, 0]
+            loss = side_negative_loss(mixed[sided, sided], other, sentences)
+            parts["side_negatives"] = self.config.side_negatives * loss
         if self.phrases:
             table, halves = scores[..., -self.phrases :], torch.arange(3, device=scores.device)
             priors = [self.prior(half.expand(self.phrases), grid) for half in halves]
@@ -185,7 +199,7 @@ class _Asked:
             if self.config.region_prior == "uniform":
                 asserted = asserted.clamp(max=0)
             table = torch.stack([mix_regions(table, prior) for prior in priors], 1)  # (B, 3, K)
-            parts["finding_phrases"] = self.config.finding_phrases * phrase_loss(table, asserted, absent)
+            parts["finding_phrases"] = self.config.finding_phrases * phrase_loss(table, asserted, absent, valid)
         return parts
 
 # %% ../../nbs/methods/09_mixture_mi.ipynb #e762975b
@@ -198,7 +212,7 @@ class MixtureMI(Method):
     def __init__(self, config: MixtureMIConfig, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
         if config.side_negatives and config.side_words == "remove" and config.region_prior == "uniform":
             raise ValueError(
-                "side_negatives has no twin to offer where side_words is 'remove' and region_prior 'uniform': "
+                "side_negatives has no other side to offer where side_words is 'remove' and region_prior 'uniform': "
                 "keep the words, or take region_prior='side'"
             )
         super().__init__(config, tokenizer, words="mean", whole="mean")
@@ -227,9 +241,10 @@ class MixtureMI(Method):
         mixed = mix_regions(scores[..., : len(owner)], asked.prior(asked.sides, image.grid))[owner]
         if not len(owner):
             return add_up(mutual_information=0 * (image.regions.sum() + vectors.sum()))
-        pairs = asked.pairs(negatives(batch, self.config.negatives))
+        valid = negatives(batch, self.config.negatives)
+        pairs = asked.pairs(valid)
         bounds = cpc_bound(mixed, pairs) + cpc_bound(mixed.T, pairs.T)
-        return add_up(mutual_information=-bounds / 2, **asked.losses(scores, mixed, image.grid))
+        return add_up(mutual_information=-bounds / 2, **asked.losses(scores, mixed, image.grid, valid))
 
     def _read_vectors(self, batch: Batch) -> tuple[Tensor, Tensor]:  # (S,) int64 owner, (S, D)
         "The row and the vector of every sentence of a batch, for training."
@@ -259,6 +274,10 @@ class MixtureMI(Method):
     def text_unit(self) -> str:
         return "sentence"
 
+    @property
+    def reads_sides(self) -> bool:
+        return self.config.region_prior == "side" or self.config.side_negatives > 0
+
     def embed_image(self, image: Tensor) -> Tensor:  # (B, N, d)
         """Returns
         -------
@@ -280,6 +299,8 @@ class MixtureMI(Method):
         return self.embed_image(batch.image).mean(1), self.embed_text(batch)
 
     def similarity(self, image: Tensor, text: Tensor) -> Tensor:
-        "The mixture scores of the loss, from projections that were made once."
+        """Mixture scores F in nats, every region equally likely beforehand, whatever the region_prior of training.
+
+        Between the highest region's cosine over the temperature, and that less log N."""
         scores = image @ text.T / self.config.temperature  # (I, N, T)
         return scores.logsumexp(1) - math.log(scores.shape[1])

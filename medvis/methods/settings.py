@@ -601,9 +601,9 @@ class MixtureMIConfig(MethodConfig):
     side_words: Literal["keep", "remove"] = "keep"
     "Read left, right, both and bilateral (keep), or leave them out, so that only the prior tells the side (remove)."
     side_negatives: float = 0.0
-    "Weight of each one-sided sentence against the same about the other side."
+    "Weight of each one-sided sentence against the same about the other side, where its report does not say that too."
     finding_phrases: float = 0.0
-    "Weight of each finding's phrase, on the images whose reports assert it against those without it."
+    "Weight of each finding's phrase, on images whose reports assert it against those without it or a relative of it."
     mask_identical: bool = False
     "Leave sentences that read like one of the image's own out of its negatives."
     negatives: Literal["all", "other-study", "other-patient"] = "other-patient"
@@ -644,7 +644,7 @@ _MIXTURE_MI_LAPTOP = dict(
 _MIXTURE_MI_LAPTOP_RECIPE = dict(_LAPTOP_RECIPE, max_tokens=256, most_sentences=4)
 _MIXTURE_MI_ABLATIONS = {  # preset -> the one thing that is otherwise
     "laptop-no-prior": dict(region_prior="uniform", side_words="keep"),  # without both, nothing would tell the side
-    "laptop-no-twins": dict(side_negatives=0.0),
+    "laptop-no-side-negatives": dict(side_negatives=0.0),
     "laptop-no-phrases": dict(finding_phrases=0.0),
     "laptop-side-words": dict(side_words="keep"),
     "laptop-coordinates": dict(coordinates=True),

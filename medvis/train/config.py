@@ -85,6 +85,7 @@ class TrainConfig(Sampling):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected at least {least}")
         _check_words(self)
+        super().__post_init__()
 
     @classmethod
     def of(

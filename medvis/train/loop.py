@@ -25,6 +25,7 @@ from tqdm.auto import tqdm
 from ..core.randomness import counter_seed
 from ..data.pack import Pack, open_pack
 from ..data.pairs import Batch, Pairs, collate, epoch_batches
+from ..data.sampling import FLIPS
 from ..encoders.frozen import FrozenImages, cache_images
 from ..methods.method import Method
 from .checkpoint import load_checkpoint, read_weights, save_checkpoint, save_weights
@@ -154,6 +155,11 @@ def _open_pairs(method: Method, data: Pack, config: TrainConfig, accelerator: Ac
         raise ValueError(
             f"the vocabulary of this {type(method).__name__} is from the reports of another Pack than {data.path}: "
             f"make the method with create_method(..., data=) of this Pack, or with init= a run and its vocabulary"
+        )
+    if method.reads_sides and config.augment in FLIPS:
+        raise ValueError(
+            f"this {type(method).__name__} takes the side of a finding from its report (region_prior, side_negatives), "
+            f"but augment {config.augment!r} mirrors half of the pictures and leaves their words: take another augment"
         )
     room = getattr(method.text_encoder.body.config, "max_position_embeddings", config.max_tokens)
     if config.max_tokens > room:
