@@ -76,9 +76,6 @@ class DownstreamConfig:
     "Show progress bars."
 
 # %% ../../nbs/studies/00_config.ipynb #8c31d7e2
-_FIRST_SUBJECTS = ("mixture-mi", *(name for name in reversed(SETTINGS) if name != "mixture-mi"))  # in this order
-
-
 @dataclass
 class RealPairsConfig:
     "Compare methods on real pairs, on one frozen network: what they know, and where they look, with controls."
@@ -91,7 +88,17 @@ class RealPairsConfig:
     "Folder of weights, which can be deleted once all is measured."
     out: Path = Path("real_pairs")
     "Folder of results: tables of numbers, no text and no picture."
-    subjects: tuple[str, ...] = (*_FIRST_SUBJECTS, "imagenet")
+    subjects: tuple[str, ...] = (
+        "mixture-mi",
+        "gloria",
+        "mgca",
+        "lovt",
+        "local-mi",
+        "global-mi",
+        "convirt",
+        "clip",
+        "imagenet",
+    )
     "Methods, each with its preset or that after a colon; imagenet = the frozen network alone."
     seeds: tuple[int, ...] = (0, 1, 2)
     "Seeds of the heads and of training; the first one is tuned with."

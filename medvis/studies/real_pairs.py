@@ -201,8 +201,9 @@ class _KeptTower(torch.nn.Module):
         regions, whole = (torch.from_numpy(np.stack(part).astype(np.float32)) for part in parts)
         return ImageFeatures(regions, whole, self.grid)
 
-# %% ../../nbs/studies/08_real_pairs.ipynb #1c0ab7bb
+# %% ../../nbs/studies/08_real_pairs.ipynb #d5b19afc
 _COLUMNS = "family of measure control value low high n patients".split()
+_KEYS = ["subject", "seed", "pairs", "start"]  # of a run
 _OWN, _OTHER = "own image", "another image"
 _FRACTIONS = (0.01, 0.1, 1.0)
 
@@ -412,11 +413,15 @@ def _cost_row(of: str, seconds: float) -> pd.DataFrame:
     return _rows("cost", pd.DataFrame({"of": [of], "value": [seconds]}), measure="cpu_seconds")
 
 
-def _measure(method: Method, study: _Study, parts: Sequence[str] = tuple(_PARTS)) -> pd.DataFrame:  # _COLUMNS
+def _measure(
+    method: Method,
+    study: _Study,
+    parts: Sequence[str] | None = None,  # of _PARTS; None: all
+) -> pd.DataFrame:  # _COLUMNS
     "All that is measured of a method, and the processor seconds of each part."
     study.keep(method.eval().image_encoder)
     tables = []
-    for name in parts:
+    for name in _PARTS if parts is None else parts:
         started = time.process_time()
         tables.append(_PARTS[name](method, study))
         tables.append(_cost_row(name, time.process_time() - started))
@@ -528,7 +533,7 @@ def _run_job(job: _Job, study: _Study) -> Iterator[str]:
     table = rows.assign(
         subject=job.subject, seed=job.seed, pairs=job.pairs or len(_with_reports(study.data)), start=start
     )
-    table = table[["subject", "seed", "pairs", "start", *_COLUMNS]].round(4)
+    table = table[[*_KEYS, *_COLUMNS]].round(4)
     write_json(out / "manifest.json", {**noted, **_hashes(study.config), **describe_machine()})
     write_atomic(out / "results.csv", lambda file: table.to_csv(file, index=False))
     yield job.name
@@ -567,19 +572,16 @@ def run_real_pairs(config: RealPairsConfig) -> pd.DataFrame:  # of all results, 
     started, study = time.monotonic(), _Study(config)
     end = np.inf if config.deadline_minutes is None else started + 60 * config.deadline_minutes
     jobs = list(_jobs(config))
-    for job in jobs:
-        for done in _run_job(job, study):
-            print(f"{(time.monotonic() - started) / 60:.0f} min: {done}", flush=True)
-            if time.monotonic() > end:
-                break
+    for done in (done for job in jobs for done in _run_job(job, study)):
+        print(f"{(time.monotonic() - started) / 60:.0f} min: {done}", flush=True)
         if time.monotonic() > end:
             break
-    missing = [job.name for job in jobs if not (config.out / "results" / job.name / "results.csv").exists()]
+    done = [job for job in jobs if (config.out / "results" / job.name / "results.csv").exists()]
     print(
-        f"{len(jobs) - len(missing)} of {len(jobs)} runs are measured"
-        + ("; the same command goes on" if missing else "")
+        f"{len(done)} of {len(jobs)} runs are measured"
+        + ("; the same command goes on" if len(done) < len(jobs) else "")
     )
-    return gather(config.out / "results", "results")
+    return gather(config.out / "results", "results") if done else pd.DataFrame(columns=[*_KEYS, *_COLUMNS])
 
 # %% ../../nbs/studies/08_real_pairs.ipynb #2cdebbe3
 def _total_seconds(out: Path) -> float:
@@ -631,12 +633,11 @@ def _headlines(
     tables = []
     for name, one in _HEADLINES.items():
         at = (results["family"] == one.family) & (results["of"] == one.of) & (results["measure"] == one.measure)
-        keys = ["subject", "seed", "pairs", "start"]
         found = results[at & (results["control"] == one.control)].assign(headline=name, chance=one.chance)
         if one.chance == "chance":
-            blind = results[at & (results["control"] == "chance")].set_index(keys)["value"].rename("chance")
-            found = found.drop(columns="chance").join(blind, on=keys)
-        tables.append(found[["headline", *keys, "value", "low", "high", "chance", "patients"]])
+            blind = results[at & (results["control"] == "chance")].set_index(_KEYS)["value"].rename("chance")
+            found = found.drop(columns="chance").join(blind, on=_KEYS)
+        tables.append(found[["headline", *_KEYS, "value", "low", "high", "chance", "patients"]])
     return pd.concat(tables, ignore_index=True)
 
 # %% ../../nbs/studies/08_real_pairs.ipynb #90d949fe
