@@ -128,7 +128,7 @@ def trained(monkeypatch, data):
     return log
 
 
-def test_the_best_try_is_used_for_all_seeds_and_nothing_is_done_twice(config, data, trained, capsys):
+def test_the_best_try_is_used_for_all_seeds_and_nothing_is_done_twice(config, data, trained, capsys, monkeypatch):
     everything = len(real_pairs._with_reports(data))
     table = real_pairs.run_real_pairs(config)
     tries = [(f"clip-3-{rate}-{sentences}", rate, sentences, 3, 1, everything) for rate in (0.001, 0.003) for sentences in ("one", "all")]
@@ -136,9 +136,14 @@ def test_the_best_try_is_used_for_all_seeds_and_nothing_is_done_twice(config, da
     assert table[table.family == "side"].groupby("subject").seed.apply(list).to_dict() == {"clip": [3, 4], "random-init:clip": [3, 4]}
     assert "4 of 4 runs are measured" in capsys.readouterr().out
     assert real_pairs.run_real_pairs(replace(config, runs=config.runs / "elsewhere")).equals(table) and len(trained) == 6, "results are enough"
+    create, starts = real_pairs.create_method, []
+    monkeypatch.setattr(real_pairs, "create_method", lambda name, preset, pack, seed, init, **changes: starts.append(init) or create(name, preset, pack, seed, **changes))
     real_pairs.run_real_pairs(replace(config, seeds=(3,), pairs=(30,), phantom=config.data))
+    phantom = ("clip-3-0.001-all-on-phantom", 0.001, "all", 3, 1, everything)
     assert trained[6:] == [
-        ("clip-3-30-0.001-all", 0.001, "all", 3, 1, 30), ("clip-3-0.001-all-on-phantom", 0.001, "all", 3, 1, everything), *trained[8:]]
+        ("clip-3-30-0.001-all", 0.001, "all", 3, 1, 30), phantom, ("clip-3-30-phantom-0.001-all", 0.001, "all", 3, 1, 30),
+        phantom, ("clip-3-phantom-0.001-all", 0.001, "all", 3, 1, everything), phantom]
+    assert [start and start.name for start in starts if start] == [phantom[0]] * 2
 
 
 def test_a_deadline_stops_between_pieces(config, trained):
