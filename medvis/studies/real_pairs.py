@@ -790,7 +790,7 @@ def draw_curve(
     """
     numbers = _headlines(results)
     several = numbers.groupby("subject")["pairs"].nunique()
-    subjects = sorted(several[several > 1].index)
+    subjects, sizes = sorted(several[several > 1].index), sorted(set(numbers["pairs"]))
     drawn = [
         name for name in ("side", "pointing", "zero-shot AUROC", "median rank") if (numbers["headline"] == name).any()
     ]
@@ -807,6 +807,8 @@ def draw_curve(
                 ax.scatter(rows["pairs"], rows["value"], s=8, color=color, alpha=0.4)
         ax.axhline(numbers["chance"][numbers["headline"] == name].mean(), color="black", linestyle=":", lw=1)
         ax.set_xscale("log")
+        ax.set_xticks(sizes, sizes, fontsize=7)
+        ax.set_xticks([], minor=True)
         ax.set_title(name, fontsize=9)
         ax.set_xlabel("real pairs", fontsize=8)
         ax.spines[["top", "right"]].set_visible(False)
