@@ -395,7 +395,7 @@ def test_help_and_typos_do_not_wait_for_torch(tmp_path):
     ("medvis.methods.method", "MethodConfig"), ("medvis.methods.mgca", "PRESETS"), ("medvis.evaluate.protocol", "PROTOCOLS"),
     ("medvis.evaluate.protocol", "LOCALMI"), ("medvis.evaluate.finetune", "SWITCHES"), ("medvis.train.loop", "Schedule"),
     ("medvis.evaluate.finetune", "Protocol"), ("medvis.studies.demo", "DemoConfig"),
-    ("medvis.studies.grounding", "GroundingConfig"), ("medvis.studies.downstream", "DownstreamConfig")])
+    ("medvis.studies.grounding", "GroundingConfig"), ("medvis.studies.downstream", "DownstreamConfig"), ("medvis.studies.real_pairs", "RealPairsConfig")])
 def test_settings_are_found_where_they_are_used(home, name):
     assert hasattr(importlib.import_module(home), name)
 

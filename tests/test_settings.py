@@ -2,21 +2,21 @@
 
 A constant that changes is a decision: make it in the notebook with its source, then write the file anew: python tests/test_settings.py"""
 import json
-from dataclasses import asdict, fields
+from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 
 from medvis.data.sampling import Sampling
 from medvis.evaluate.recipes import RELEASED
 from medvis.evaluate.recipes import PROTOCOLS
 from medvis.methods.settings import SETTINGS
-from medvis.studies.config import DemoConfig, GroundingConfig
+from medvis.studies.config import DemoConfig, GroundingConfig, RealPairsConfig
 from medvis.train.config import TrainConfig
 
 GOLDEN = Path(__file__).parent / "golden" / "settings.json"
 
 
 def defaults(config) -> dict:
-    return {field.name: field.default for field in fields(config)}
+    return {field.name: field.default for field in fields(config) if field.default is not MISSING}
 
 
 def current() -> dict:
@@ -30,6 +30,7 @@ def current() -> dict:
         "sampling": defaults(Sampling),
         "demo": defaults(DemoConfig),
         "grounding": defaults(GroundingConfig),
+        "real pairs": defaults(RealPairsConfig),
     }
     return json.loads(json.dumps(found, default=str))
 

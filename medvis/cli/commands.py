@@ -42,7 +42,7 @@ from ..data.sets.registry import DATASETS, prepare_data, prepare_options, simula
 from ..data.source import check_source, describe_pack
 from ..evaluate.recipes import EvaluateConfig
 from ..methods.settings import SETTINGS
-from ..studies.config import DemoConfig, DownstreamConfig, GroundingConfig
+from ..studies.config import DemoConfig, DownstreamConfig, GroundingConfig, RealPairsConfig
 from ..train.config import Diverged
 
 # %% ../../nbs/cli/02_commands.ipynb #9f76ae33
@@ -325,6 +325,7 @@ _COMMANDS = {  # name -> options, and the function that does the work, which is 
     "show": (ShowConfig, "medvis.cli.commands:show"),
     "grounding": (GroundingConfig, "medvis.studies.grounding:run_grounding"),
     "downstream": (DownstreamConfig, "medvis.studies.downstream:run_downstream"),
+    "real-pairs": (RealPairsConfig, "medvis.studies.real_pairs:run_real_pairs"),
 }
 _FLAT = (tyro.conf.OmitSubcommandPrefixes, tyro.conf.OmitArgPrefixes)
 
