@@ -1,4 +1,6 @@
 """Training on the kept features of a frozen tower: what is computed once, what is learned, and whether it is the same as looking anew."""
+import json
+import shutil
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -31,12 +33,26 @@ def test_the_tower_looks_once_and_stays_as_it_is(pack, tmp_path, monkeypatch):
     before = create_method("mixture-mi", "laptop", pack, **RANDOM).image_encoder.tower.state_dict()
     method, run = train(pack, tmp_path / "run")
     kept = list(Path(f"{pack.path}.features").iterdir())
-    assert len(kept) == 1 and {file.name for file in kept[0].iterdir()} == {"regions.f16", "whole.f16", "about.json"}
+    assert len(kept) == 2, "the plain and the mirrored view"
+    assert all({file.name for file in folder.iterdir()} == {"regions.f16", "whole.f16", "about.json"} for folder in kept)
     assert all(torch.equal(value, before[name]) for name, value in method.image_encoder.tower.state_dict().items())
     monkeypatch.setattr("medvis.encoders.tower.FrozenEncoder.tower_features", lambda *_: pytest.fail("the tower looked again"))
     train(pack, tmp_path / "again", seed=1)
     assert list(Path(f"{pack.path}.features").iterdir()) == kept
     assert run.metrics.loss.notna().all()
+
+
+def test_runs_with_and_without_mirror_share_the_plain_store(pack, tmp_path):
+    def rows() -> dict[str, int]:
+        return {file.parent.name: json.loads(file.read_text())["rows"] for file in Path(f"{pack.path}.features").glob("*/about.json")}
+
+    shutil.rmtree(f"{pack.path}.features", ignore_errors=True)
+    train(pack, tmp_path / "plain", epochs=1, mirror=False)
+    plain = rows()
+    train(pack, tmp_path / "both", epochs=1, mirror=True)
+    both = rows()
+    train(pack, tmp_path / "again", epochs=1, mirror=False, seed=1)
+    assert list(plain.values()) == [len(pack)] and plain.items() < both.items() and list(both.values()) == 2 * [len(pack)] and rows() == both
 
 
 def test_what_is_loaded_sees_images_as_it_saw_their_maps(pack, tmp_path):
@@ -63,7 +79,7 @@ def test_a_killed_run_goes_on_to_the_same_weights(pack, tmp_path):
 
 
 def test_augmented_images_are_looked_at(pack, tmp_path):
-    method, _ = train(pack, tmp_path / "run", epochs=1, augment="lovt")
+    method, _ = train(pack, tmp_path / "run", epochs=1, augment="mgca")
     assert read_batch(Pairs(pack, method.tokenizer, method.preprocessing), [0]).image.shape == (1, 3, 256, 256)
 
 

@@ -1,22 +1,25 @@
 """The options of mixture-mi that make a sentence say where it is: computed a second time with plain loops, and off without a trace."""
+import json
 import math
-import os
+import shutil
 import signal
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
+from medvis.core.randomness import seeded
 from medvis.data.pack import Pack
 from medvis.data.pairs import Pairs, Sample, collate, read_batch, tokenise
+from medvis.data.preprocessing import AUGMENTATIONS, Preprocessing
 from medvis.data.prepare import PhantomConfig, prepare_phantom
-from medvis.data.sampling import Sampling
+from medvis.data.sampling import FLIPS, Sampling
 from medvis.data.targets import PHRASES, RELATIVES, exchange_side, merge_targets, mirror_sentence, sentence_side, sentence_targets
 from medvis.encoders.image import image_encoder, register_encoder
 from medvis.encoders.tower import FrozenEncoder
-from medvis.methods.method import add_up, negatives, phantom_tokenizer
-from medvis.methods.mixture_mi import MixtureMI, _sentence_pairs
-from medvis.objectives.mixture import mixture_scores
+from medvis.methods.method import Method, add_up, phantom_tokenizer
+from medvis.methods.mixture_mi import MixtureMI, _report_findings
 from medvis.objectives.mutual_information import cpc_bound
 from medvis.train import TrainConfig, loop
 from test_resume import die_at_call, in_process, same_run
@@ -197,8 +200,9 @@ def test_a_map_is_the_raw_cosine(tokenizer):
     assert found.words.shape == plain.correspondence(batch).words.shape and found.word_mask.all()
     assert torch.allclose(found.words[:, :, 1], found.sentences[:, :, 0]), "a word that is not read stands for its sentence"
     assert torch.allclose(removed.embed_text(batch)[0], removed.embed_text(turned)[0])
-    last = batch_of([["Effusion on the left."]], tokenizer)
-    assert removed.correspondence(last).words.shape[2] == 4
+    last = removed.correspondence(batch_of([["Effusion on the left."]], tokenizer))
+    same = [torch.allclose(last.words[:, :, word], last.sentences[:, :, 0]) for word in range(last.words.shape[2])]
+    assert same == [False, False, False, True], "only the word that is not read"
 
 
 def test_side_negatives_without_another_side_are_refused(tokenizer):
@@ -210,13 +214,16 @@ def test_side_negatives_without_another_side_are_refused(tokenizer):
 
 
 class Before(MixtureMI):
-    "mixture-mi as it was without options."
+    "mixture-mi as it was without options, written out with no helper of theirs."
 
     def forward(self, batch):
-        image, text = self.image_encoder(batch.image), self.read_sentences(batch)
-        owner = text.sentence_mask.nonzero()[:, 0]
-        scores = mixture_scores(self.critic, image.regions, text.sentences[text.sentence_mask])[owner]
-        pairs = _sentence_pairs(owner, negatives(batch, self.config.negatives))
+        image, read = self.image_encoder(batch.image), Method.read_sentences(self, batch)
+        owner = read.sentence_mask.nonzero()[:, 0]
+        each = self.critic.scores(image.regions.flatten(0, 1), read.sentences[read.sentence_mask]).unflatten(0, image.regions.shape[:2])
+        highest = each.detach().amax(1)
+        scores = ((each - highest[:, None]).exp().mean(1).log() + highest)[owner]
+        patients = batch.patient_id[owner]
+        pairs = (patients[:, None] != patients) | torch.eye(len(owner), dtype=torch.bool)
         return add_up(mutual_information=-(cpc_bound(scores, pairs) + cpc_bound(scores.T, pairs.T)) / 2)
 
 
@@ -229,16 +236,23 @@ def trained(kind, pack, tokenizer, run, training=None, **changes):
 
 
 def test_without_options_the_weights_are_the_same_to_the_last_bit(pack, tokenizer, tmp_path):
-    "Those of before, too: a run of two epochs of main had the same hash when the options were added."
     assert trained(MixtureMI, pack, tokenizer, tmp_path / "now") == trained(Before, pack, tokenizer, tmp_path / "before")
 
 
-@pytest.mark.parametrize("option, value", [("region_prior", "side"), ("side_words", "remove"), ("side_negatives", 1.0), ("finding_phrases", 1.0), ("mask_identical", True)])
-def test_each_option_does_something(pack, tokenizer, option, value):
-    pairs = Pairs(pack, tokenizer, method_of(tokenizer).preprocessing, Sampling(augment="none"))
+LOSSES = {"region_prior": ("side", set()), "side_words": ("remove", set()), "mask_identical": (True, set()), "side_negatives": (1.0, {"side_negatives"}), "finding_phrases": (1.0, {"finding_phrases"})}
+
+
+@pytest.mark.parametrize("option", LOSSES)
+@torch.no_grad()
+def test_each_option_does_what_it_says_and_nothing_else(pack, tokenizer, option):
+    "Either the bounds change, or a loss is added to the bounds as they were."
+    pairs, (value, added) = Pairs(pack, tokenizer, method_of(tokenizer).preprocessing, Sampling(augment="none")), LOSSES[option]
     batch = read_batch(pairs, range(12))
     batch = replace(batch, image=batch.image.double())
-    assert method_of(tokenizer)(batch).total != method_of(tokenizer, **{option: value})(batch).total
+    plain, asked = method_of(tokenizer)(batch).parts, method_of(tokenizer, **{option: value})(batch).parts
+    assert asked.keys() - plain.keys() == added and plain.keys() == {"mutual_information"}
+    assert math.isclose(asked["mutual_information"], plain["mutual_information"], abs_tol=1e-9) == bool(added)
+    assert all(asked[name] > 0.01 for name in added)
 
 
 def test_a_mirrored_pair_is_the_pair_in_a_mirror(pack, tokenizer):
@@ -250,13 +264,54 @@ def test_a_mirrored_pair_is_the_pair_in_a_mirror(pack, tokenizer):
         one, other, turned = plain[1, i], both[1, i], both.mirrored(i, 1)
         seen.add(turned)
         assert torch.equal(other.image, one.image.flip(-1) if turned else one.image)
-        said = [new for text in one.whole if (new := mirror_sentence(text))] if turned else one.whole
+        said = [mirror_sentence(text) for text in one.whole] if turned else one.whole
         assert other.whole == said and other.report.sentences == said[: len(other.report.sentences)]
         if turned:
             sides = [[sentence_side(text) for text in sample.whole] for sample in (one, other)]
             swap = {"left": "right", "right": "left"}
             assert sides[1] == [swap.get(side, side) for side in sides[0]]
     assert seen == {True, False}
+
+
+@pytest.mark.parametrize("lost", ["Lingular consolidation.", "Consolidation in the right middle lobe.", "Consolidation at the cardiac apex.", "Consolidation, mild levoscoliosis."])
+def test_a_report_that_cannot_be_mirrored_is_shown_whole(pack, tokenizer, lost):
+    "It used to be shown mirrored and without the sentence, so that what this asserts counted as absent."
+    odd = Pack(pack.path)
+    odd.studies["sentences"] = [["Left effusion.", lost, "The heart is normal."]] * len(odd.studies)
+    pairs = Pairs(odd, tokenizer, method_of(tokenizer).preprocessing, Sampling(augment="none", mirror=True, most_sentences=1), "train", True)
+    column = list(PHRASES).index("Consolidation")
+    for batch in (read_batch(pairs, [(epoch, i) for i in range(8)]) for epoch in range(4)):
+        asserted, absent = _report_findings(batch.reports)
+        assert not absent[:, column].any() and (asserted[:, column] >= 0).all()
+    assert not any(pairs.mirrored(i, epoch) for i in range(8) for epoch in range(4))
+    odd.studies["sentences"] = [["Left effusion.", "The heart is normal."]] * len(odd.studies)
+    assert {pairs.mirrored(i, epoch) for i in range(8) for epoch in range(4)} == {True, False}, "what can be said of both is no hindrance"
+
+
+def flips(augment: str) -> bool:
+    "Whether an augmentation shows a picture with a bright left half as one with a bright right half, in forty draws."
+    bright = torch.zeros(1, 64, 64, dtype=torch.uint8)
+    bright[..., :32] = 200
+    transform = Preprocessing(size=48, channels=1).transform(augment)
+    with seeded(3):
+        views = torch.stack([transform(bright) for _ in range(40)])
+    return bool((views[..., 24:].mean((1, 2, 3)) > views[..., :24].mean((1, 2, 3))).any())
+
+
+@pytest.mark.parametrize("augment", AUGMENTATIONS)
+def test_a_flip_of_the_picture_alone_is_refused_where_sides_are_read(pack, tokenizer, tmp_path, augment):
+    assert flips(augment) == (augment in FLIPS)
+    settings = dict(augment=augment, epochs=1, batch_size=48, progress=False, device="cpu")
+    if augment not in FLIPS:
+        return trained(MixtureMI, pack, tokenizer, tmp_path / "run", dict(settings, mirror=True), **ALL)
+    for door in (Sampling, lambda **changes: TrainConfig(run=tmp_path, **changes)):
+        with pytest.raises(ValueError, match=f"augment '{augment}' mirrors half"):
+            door(augment=augment, mirror=True)
+    for option in (dict(region_prior="side"), dict(side_negatives=0.5)):
+        with pytest.raises(ValueError, match=f"MixtureMI takes the side .* augment '{augment}' mirrors half"):
+            trained(MixtureMI, pack, tokenizer, tmp_path / "run", settings, **option)
+    assert not (tmp_path / "run").exists()
+    trained(MixtureMI, pack, tokenizer, tmp_path / "run", settings, side_words="remove", finding_phrases=1.0)
 
 
 @pytest.mark.parametrize("changes", [ALL, KEPT], ids=["removed", "kept"])
@@ -291,19 +346,21 @@ class Asked(MixtureMI):
         return super().from_preset(preset, tokenizer, image="toy_frozen_points", coordinates=False, freeze_text="all", **ALL, **changes)
 
 
-FORMS = {"augmented": dict(augment="mgca"), "kept maps": dict(augment="none")}
+FORMS = {"augmented": ("mgca", 0), "kept maps": ("none", 2)}        # augment, and the stores that such runs leave: the plain and the mirrored view
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_a_killed_run_with_all_options_resumes_exactly(pack, tokenizer, tmp_path, form):
-    changes = dict(mirror=True, most_sentences=4, swap=0.0, epochs=2, **FORMS[form])
+    augment, stores = FORMS[form]
+    changes = dict(mirror=True, most_sentences=4, swap=0.0, epochs=2, augment=augment)
+    pack = Pack(shutil.copytree(pack.path, tmp_path / "pack"))
     assert in_process(pack.path, tokenizer, tmp_path / "whole", kind=Asked, **changes) == 0
     sabotage = die_at_call(loop._Trainer, "take_step", 9)
     assert in_process(pack.path, tokenizer, tmp_path / "run", sabotage, kind=Asked, **changes) == -signal.SIGKILL
     assert in_process(pack.path, tokenizer, tmp_path / "run", kind=Asked, **changes) == 0
     same_run(tmp_path / "run", tmp_path / "whole")
-    kept = [name for name in os.listdir(f"{pack.path}.features")] if os.path.exists(f"{pack.path}.features") else []
-    assert bool(kept) or form == "augmented"
+    kept = list(Path(f"{pack.path}.features").glob("*/about.json"))
+    assert len(kept) == stores == len({json.loads(file.read_text())["augment"] for file in kept})
 
 
 def test_kept_maps_of_a_mirrored_view_are_those_of_the_mirrored_image(pack, tokenizer):

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from medvis.data.targets import (
-    _LONGEST, STATUSES, TERMS, agreement, exchange_side, exchange_zone, _find_mentions, negate_sentence, other_finding_sentence, sentence_targets)
+    _LONGEST, ONE_SIDED, STATUSES, TERMS, agreement, exchange_side, exchange_zone, _find_mentions, mirror_sentence, negate_sentence, other_finding_sentence, sentence_side, sentence_targets, side_words)
 
 WORDS = ("no", "possible", "prior", "versus", "effusion", "opacity", "nodule", "heart", "is", "enlarged", "normal", "lungs", "clear", "left", "right", "upper", "lobe",
          "bases", "or", "and", "but", ",", "/", ";", "may", "not", "seen", "has", "resolved", "there", "costophrenic", "angles", "sharp", "XXXX", "é", "5 mm", "lingula")
@@ -61,10 +61,40 @@ def test_a_cue_reaches_no_further_than_a_clause():
     ("Consolidation has cleared only partially.", "Consolidation", ("asserted", None, None)),
     ("Trace pleural fluid is difficult to exclude.", "Pleural Effusion", ("uncertain", None, None)),
     ("Effusion, right greater than left.", "Pleural Effusion", ("asserted", "bilateral", None)),
+    ("Middle lobe opacity.", "Lung Opacity", ("asserted", "right", "middle")),
+    ("Nodule over the cardiac apex.", "Nodule", ("asserted", "left", None)),
+    ("LLL pneumonia.", "Pneumonia", ("asserted", "left", "lower")),
     ("Subcutaneous emphysema and a joint effusion.", "Emphysema", None),
 ])
 def test_single_sentences(sentence, name, target):
     assert sentence_targets(sentence).get(name) == target
+
+
+@pytest.mark.parametrize("sentence, side", [
+    ("No left effusion, small right nodule.", "right"), ("No left effusion.", None), ("The left ribs are intact.", None), ("Left effusion, right nodule.", None),
+    ("Bibasilar atelectasis.", "bilateral"), ("Possible lingular opacity, no right effusion.", "left"), ("Nodule.", None)])
+def test_the_side_of_a_sentence_is_that_of_what_it_does_not_deny(sentence, side):
+    assert sentence_side(sentence) == side
+
+
+@pytest.mark.parametrize("side", ONE_SIDED)
+@pytest.mark.parametrize("number", range(9))
+def test_what_has_no_other_side_is_neither_exchanged_nor_mirrored(side, number):
+    names = ["lingula", "lingular segment", "cardiac apex", "apex of the heart", "LUL", "LLL"] if side == "left" else ["middle lobe", "right middle lobe", "mid lobe", "minor fissure", "horizontal fissure", "azygos lobe", "RUL", "RML", "RLL"]
+    sentence = f"Opacity in the {names[number % len(names)]}"
+    assert sentence_side(sentence) == side and exchange_side(sentence) is mirror_sentence(sentence) is exchange_side(f"{sentence} and on the {side}") is None
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.sampled_from((*WORDS, "leftward", "both", "middle", "atrium")), max_size=20).map(" ".join))
+def test_one_pattern_of_side_words(sentence):
+    "What is exchanged is what is left out where side words are not read, and of what is mirrored nothing keeps its side."
+    words = sentence.split()
+    if exchanged := exchange_side(sentence):
+        turned = [old != new for old, new in zip(words, exchanged.split())]
+        assert turned == [flag and word != "both" for flag, word in zip(side_words(words), words)]
+    if (mirrored := mirror_sentence(sentence)) and "lobe" not in sentence:
+        assert sentence_side(mirrored) == {"left": "right", "right": "left"}.get(sentence_side(sentence), sentence_side(sentence))
 
 
 def test_agreement_of_nothing():

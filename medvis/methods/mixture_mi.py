@@ -75,17 +75,17 @@ def _report_findings(
     reports: Sequence[Sequence[str]],  # the sentences of each
 ) -> tuple[Tensor, Tensor]:  # as `phrase_loss` asks for them: (B, K) int64 asserted, and (B, K) bool absent
     "The findings of PHRASES in each report."
-    asserted = torch.full((len(reports), len(PHRASES)), -1)
-    absent = torch.zeros(asserted.shape, dtype=torch.bool)
-    for row, sentences in enumerate(reports):
+    asserted, absent = [], []
+    for sentences in reports:
         targets, sides = merge_targets(map(sentence_targets, sentences)), possible_sides(sentences)
         present = {finding for finding, (status, *_) in targets.items() if status in ("asserted", "uncertain")}
-        for column, finding in enumerate(PHRASES):
+        for finding in PHRASES:
             status, side, _ = targets.get(finding, ("negated", None, None))
-            absent[row, column] = status == "negated" and not present & RELATIVES[finding]
-            if status == "asserted":
-                asserted[row, column] = SIDES[side if sides[finding] == {side} else None]
-    return asserted, absent
+            absent.append(status == "negated" and not present & RELATIVES[finding])
+            alone = side if sides.get(finding) == {side} else None
+            asserted.append(SIDES[alone] if status == "asserted" else -1)
+    shape = len(reports), len(PHRASES)
+    return torch.tensor(asserted, dtype=torch.long).view(shape), torch.tensor(absent, dtype=torch.bool).view(shape)
 
 # %% ../../nbs/methods/09_mixture_mi.ipynb #fe5661a9
 def _silent_tokens(batch: Batch, tokenizer: PreTrainedTokenizerBase) -> Tensor:  # (B, T) bool
