@@ -82,7 +82,7 @@ def test_boxes_masks_and_places_of_any_pack(tmp_path):
     assert {f"{name} (report)" for name in ("Edema", "Nodule")} <= set(shown.hidden)
     phrases = phrases_from_labels(pack, split=None)
     regions = {(phrase.image_id, phrase.category): phrase_region(phrase, pack, image) for phrase, image in zip(phrases, find_phrases(phrases, pack))}
-    seen, linked = 0, 0
+    seen, linked, silent = 0, 0, 0
     for position in range(len(shown.studies)):
         view = shown.studies[position]
         image = str(pack.image_table["image_id"][shown.studies.table["image_rows"].iloc[position][0]])
@@ -95,13 +95,15 @@ def test_boxes_masks_and_places_of_any_pack(tmp_path):
             if outline.said:
                 side = {"left": slice(32, None), "right": slice(32)}.get(outline.name.partition(": ")[2].split()[0], slice(None))
                 assert outline.mask[:, side].any() and outline.mask.sum() <= 64 * 32 and outline.sentences
+        assert all(not view.outlines[o].said for o in view.targets("trained"))
+        silent += not drawn and bool(view.outlines) and view.hits("trained", "sentences") == []
         for item, o, hit in view.hits("trained", "sentences"):
             scores = view.runs["trained"].scores["sentences"][[item]]
             assert pointing_hits(scores, view.outlines[o].mask[None], (16, 16))[0][0] == hit
             seen += 1
-    assert seen > 10 and linked > 10
+    assert seen > 10 and linked > 10 and shown.study.judged == "drawn"
     bare = folder_pack(tmp_path / "raw" / "table.csv", tmp_path / "bare", size=64)
     shown = beside_random_init(ROOT / "nbs/widgets/run", bare, split=None, name="trained")
     views = [shown.studies[position] for position in range(len(shown.studies))]
-    assert shown.hidden == [] and all(outline.said for view in views for outline in view.outlines)
+    assert shown.hidden == [] and shown.study.judged == "said" and all(outline.said for view in views for outline in view.outlines)
     assert sum(len(view.hits("trained", "sentences")) for view in views) > 5, "with reports alone, what they say is the target"
