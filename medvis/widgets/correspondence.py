@@ -329,9 +329,11 @@ def _correspondence_figure(
         left += 3.1
     text = figure.add_axes(((left + 0.1) / total, 0.05, 4.1 / total, 0.9))
     unread = {w for name in shown for w in np.flatnonzero(np.isnan(view.runs[name].scores["words"][:, 0])).tolist()}
+    marks = [[("not shown: ", -1)] if kind == "absent" else [] for kind in view.kinds]
+    lines = [mark + line for mark, line in zip(marks, _pieces(view, masked))]
     for size in (10, 9, 8, 7):
         text.clear()
-        if _draw_report(text, _pieces(view, masked), state["selection"], size, sorted(unread)):
+        if _draw_report(text, lines, state["selection"], size, sorted(unread)):
             break
     if unread:
         text.text(

@@ -300,11 +300,18 @@ def _texts_of(pack: Pack) -> str:  # "report", "label" or "none"
     return "label" if pack.manifest.get("boxes") or pack.manifest.get("masks") else "none"
 
 
-def _label_phrases(pack: Pack, image: int) -> dict[str, str]:  # text -> "label", or "absent": known not to be there
-    "The phrases that the labels, boxes and masks of an image give; those that it shows first."
-    phrases = phrases_from_labels(pack, split=None, without_boxes=True, images=[image])
-    shown = [phrase.text for phrase in phrases if phrase.boxes or phrase.masks]
-    return dict.fromkeys(shown, "label") | {p.text: "absent" for p in phrases if p.text not in shown}
+def _label_phrases(
+    pack: Pack,
+    images: Sequence[int],  # rows of the image table
+) -> list[dict[str, str]]:  # of each: text -> "label", or "absent": known not to be there
+    "The phrases that the labels, boxes and masks of images give; what an image shows comes first."
+    names = pack.image_table["image_id"].iloc[list(images)].astype(str).tolist()
+    phrases = phrases_from_labels(pack, split=None, without_boxes=True, images=images)
+    found: dict[str, dict[str, str]] = {name: {} for name in names}
+    for phrase in sorted(phrases, key=lambda phrase: not (phrase.boxes or phrase.masks)):
+        kind = "label" if phrase.boxes or phrase.masks else "absent"
+        found[phrase.image_id].setdefault(phrase.text, kind)
+    return [found[name] for name in names]
 
 
 def _study_outlines(
@@ -594,15 +601,16 @@ class Studies:
         study = self.table.iloc[position]
         if self.texts == "report":
             return [(sentence, "report") for sentence in study["sentences"]]
-        phrases = _label_phrases(self.data, study["image_rows"][0]) if self.texts == "label" else {}
-        return list(phrases.items())
+        phrases = _label_phrases(self.data, study["image_rows"][:1]) if self.texts == "label" else [{}]
+        return list(phrases[0].items())
 
     @cached_property
     def _searched(self) -> pd.DataFrame:
         "The table with the texts that a search looks through."
-        if self.texts == "report":
+        if self.texts != "label":
             return self.table
-        return self.table.assign(sentences=[[text for text, _ in self.own(position)] for position in range(len(self))])
+        images = [int(rows[0]) for rows in self.table["image_rows"]]
+        return self.table.assign(sentences=[list(phrases) for phrases in _label_phrases(self.data, images)])
 
     def outlines(self, position: int) -> list[Outline]:
         "The outlines of a study: what is drawn, then what its report says."
