@@ -304,7 +304,7 @@ def phrase_mask(
     size: int,  # of the Pack
     fit: str | None,  # how the Pack's images were made square, from its manifest
 ) -> np.ndarray:  # (size, size) bool
-    """The union of a phrase's boxes in the square that a Pack made of the image; every box that reaches into it has at least one pixel.
+    """The union of a phrase's boxes in a Pack's square; every box that reaches into it has at least one pixel.
 
     Parameters
     ----------

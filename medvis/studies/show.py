@@ -96,9 +96,12 @@ def _study_cards(
 
 _CARD = (
     "Hover a word, or a sentence's number, to see where the trained network places it; click to keep it. Point at the "
-    "image to see which words belong to that place. The studies took no part in training; the first of each of the "
-    "rarest findings is shown."
+    "image to see which words belong to that place. The studies took no part in training; "
 )
+_CHOSEN = {
+    True: "the first of each of the rarest findings is shown.",
+    False: "there are no reports, and the first in which something is drawn are shown with phrases from their labels.",
+}
 
 
 def _without_reports(data: Pack, count: int) -> dict[int, list[Target]]:  # row of the Pack -> no targets
@@ -125,6 +128,7 @@ def _live_card(
         widget.typed = [text for label in data.manifest["labels"] for text in class_prompts(label)]
     phrases = [s for s, kind in enumerate(widget.study.kinds) if kind != "report"][:1]
     widget.selection = {"study": widget.study.id, "words": words, "sentences": phrases}
+    about = _CARD + _CHOSEN[widget.studies.texts == "report"]
     state = {name: getattr(widget, name) for name in Display.class_own_traits(sync=True)}
     held = page_state(
         state, [pack_study(widget.studies.view(position, widget.typed), widget.masked) for position in positions]
@@ -134,7 +138,7 @@ def _live_card(
         f'<style>{style}</style><div class="medvis" id="widget"></div>'
         f'<script type="application/json" id="state">{state_json(held)}</script>'
     )
-    return Live("Point at a word", _CARD, Html(markup), static("correspondence.js") + "\n" + static("standalone.js"))
+    return Live("Point at a word", about, Html(markup), static("correspondence.js") + "\n" + static("standalone.js"))
 
 # %% ../../nbs/studies/01_show.ipynb #776f4351
 def _top_numbers(

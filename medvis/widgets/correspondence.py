@@ -444,7 +444,7 @@ def answer(
 class CorrespondenceWidget(Pictured, Display):
     """Words and regions of the studies of a Pack, for one or more runs: show it in a notebook.
 
-    A Pack without reports is read by phrases from its labels, and any by phrases of your own: type them, or set `typed`.
+    A Pack without reports is read by phrases from its labels, any by phrases of your own: type them, or set `typed`.
     `selection` holds what is pinned: study, words, sentences, prototypes (numbers) and boxes (x0, y0, x1, y1 in shares
     of the picture). ValueError when runs, Pack and split do not go together.
 

@@ -314,15 +314,30 @@ def _label_phrases(
     return [found[name] for name in names]
 
 
+def _study_texts(pack: Pack, study: pd.Series) -> list[tuple[str, str]]:  # text, and its kind (see StudyView)
+    "What a row of a Pack's studies is read by: the sentences of its report, or phrases from its labels."
+    source = _texts_of(pack)
+    if source == "report":
+        return [(sentence, "report") for sentence in study["sentences"]]
+    return list(_label_phrases(pack, study["image_rows"][:1])[0].items()) if source == "label" else []
+
+
+def _searched_table(pack: Pack, table: pd.DataFrame) -> pd.DataFrame:
+    "Rows of a Pack's studies, with phrases from labels as their sentences if they have no reports."
+    if _texts_of(pack) != "label":
+        return table
+    phrases = _label_phrases(pack, [int(images[0]) for images in table["image_rows"]])
+    return table.assign(sentences=[list(texts) for texts in phrases])
+
+
 def _study_outlines(
     pack: Pack,
     study: pd.Series,  # a row of the Pack's studies
-    phrases: Sequence[str] | None = None,  # from labels, in place of the report
 ) -> list[Outline]:
     "The outlines of a study: what is drawn, then what the report says."
-    phantom, lines = pack_phantom(pack), study["sentences"]
-    if phrases is not None:
-        return _pack_outlines(pack, study["image_rows"][0], phrases, _class_texts(pack))
+    phantom, lines = pack_phantom(pack), [text for text, _ in _study_texts(pack, study)]
+    if _texts_of(pack) != "report":
+        return _pack_outlines(pack, study["image_rows"][0], lines, _class_texts(pack))
     if phantom is None:
         drawn = _pack_outlines(pack, study["image_rows"][0], lines)
     else:
@@ -440,6 +455,12 @@ def _as_methods(
     return {str(name): as_method(run) for name, run in runs.items()}
 
 
+def _study_pairs(method: Method, data: Pack, split: str | None) -> Pairs:
+    "The studies of a split, whole; those without a report only in a data set that has none."
+    sampling = replace(method.sampling, sentences="all", per="study")
+    return Pairs(data, method.tokenizer, method.preprocessing, sampling, split, need_text=_texts_of(data) == "report")
+
+
 def _visible_cells(
     outlines: Sequence[Outline], grid: tuple[int, int], preprocessing: Preprocessing
 ) -> tuple[np.ndarray, np.ndarray]:  # (outlines, N) bool, (outlines,) bool
@@ -501,6 +522,54 @@ def _phrase_scores(method: Method, pairs: Pairs, position: int, texts: Sequence[
     return scores if texts else replace(scores, scores=scores.scores | nothing)
 
 
+def _text_scores(
+    method: Method,
+    pairs: Pairs,
+    positions: Sequence[int],
+    own: Sequence[Sequence[str]],  # sentences or phrases of each study
+    typed: Sequence[str],
+) -> list[RunScores]:
+    "A method's scores for some studies and what is typed: reports are read whole, phrases one by one."
+    if _texts_of(pairs.pack) != "report":
+        return [_phrase_scores(method, pairs, p, [*texts, *typed]) for p, texts in zip(positions, own)]
+    scores = _batch_scores(method, pairs, positions, own)
+    more = [[_phrase_scores(method, pairs, p, typed)] if typed else [] for p in positions]
+    return [_joined([read, *asked]) for read, asked in zip(scores, more)]
+
+
+def _study_view(
+    pack: Pack,
+    row: int,  # of its studies
+    position: int,
+    texts: Sequence[tuple[str, str]],  # with their kinds; those that were typed come last
+    outlines: Sequence[Outline],
+    runs: dict[str, RunScores],
+    methods: Mapping[str, Method],
+    judged: str,
+) -> StudyView:
+    "A study with its scores, its outlines, and what each run sees of them."
+    study, typed = pack.studies.iloc[row], [text for text, kind in texts if kind == "typed"]
+    sentences = [text for text, _ in texts]
+    outlines = _with_typed(outlines, sentences[: len(texts) - len(typed)], typed, _class_texts(pack) if typed else {})
+    held = {name: _visible_cells(outlines, run.grid, methods[name].preprocessing) for name, run in runs.items()}
+    return StudyView(
+        position,
+        str(study["study_id"]),
+        str(study["patient_id"]),
+        str(study["split"]),
+        pack.image(study["image_rows"][0]),
+        sentences,
+        word_spans(sentences),
+        pack.labels.iloc[row].to_dict(),
+        outlines,
+        runs,
+        {name: cells for name, (cells, _) in held.items()},
+        {name: seen for name, (_, seen) in held.items()},
+        [kind for _, kind in texts],
+        judged,
+    )
+
+
 def _fitting_rows(
     studies: pd.DataFrame,  # study_id, sentences
     labels: pd.DataFrame,  # the same rows
@@ -542,17 +611,7 @@ class Studies:
         self.judged = _judged(data) if outlines is None else "drawn"
         for method in self.runs.values():
             check_preprocessing(method, data)
-        self.pairs = {
-            name: Pairs(
-                data,
-                method.tokenizer,
-                method.preprocessing,
-                replace(method.sampling, sentences="all", per="study"),
-                split,
-                need_text=self.texts == "report",
-            )
-            for name, method in self.runs.items()
-        }
+        self.pairs = {name: _study_pairs(method, data, split) for name, method in self.runs.items()}
         self.rows = [row for row, _ in next(iter(self.pairs.values())).items]
         if not self.rows:
             what = "studies with a report" if self.texts == "report" else "studies"
@@ -590,81 +649,39 @@ class Studies:
         "The Pack's rows of these studies, in their order."
         return self.data.studies.iloc[self.rows]
 
-    def own(self, position: int) -> list[tuple[str, str]]:  # text, and its kind (see StudyView)
-        """What a study is read by: the sentences of its report, or phrases from its labels in a data set without reports.
-
-        Returns
-        -------
-        list[tuple[str, str]]
-            text, and its kind (see StudyView)
-        """
-        study = self.table.iloc[position]
-        if self.texts == "report":
-            return [(sentence, "report") for sentence in study["sentences"]]
-        phrases = _label_phrases(self.data, study["image_rows"][:1]) if self.texts == "label" else [{}]
-        return list(phrases[0].items())
-
     @cached_property
     def _searched(self) -> pd.DataFrame:
-        "The table with the texts that a search looks through."
-        if self.texts != "label":
-            return self.table
-        images = [int(rows[0]) for rows in self.table["image_rows"]]
-        return self.table.assign(sentences=[list(phrases) for phrases in _label_phrases(self.data, images)])
+        return _searched_table(self.data, self.table)
 
     def outlines(self, position: int) -> list[Outline]:
         "The outlines of a study: what is drawn, then what its report says."
         study = self.table.iloc[position]
         if self._outlines is not None:
             return list(self._outlines(str(study["study_id"])))
-        phrases = None if self.texts == "report" else [text for text, _ in self.own(position)]
-        return _study_outlines(self.data, study, phrases)
+        return _study_outlines(self.data, study)
 
     def make(self, positions: Sequence[int], typed: Sequence[str] = ()) -> list[StudyView]:
         "The views of some studies, in one batch. ValueError names a study whose image cannot be read."
-        own = [self.own(position) for position in positions]
-        sentences = [[text for text, _ in of] for of in own]
-        scores = {name: self._scores(name, positions, sentences, typed) for name in self.runs}
-        return [
-            self._view(
-                position, [*own[k], *((text, "typed") for text in typed)], {name: of[k] for name, of in scores.items()}
-            )
-            for k, position in enumerate(positions)
-        ]
-
-    def _scores(
-        self, name: str, positions: Sequence[int], sentences: Sequence[Sequence[str]], typed: Sequence[str]
-    ) -> list[RunScores]:
-        "A run's scores for some studies: whole reports, and phrases one by one."
-        method, pairs = self.runs[name], self.pairs[name]
-        if self.texts != "report":
-            return [_phrase_scores(method, pairs, p, [*own, *typed]) for p, own in zip(positions, sentences)]
-        scores = _batch_scores(method, pairs, positions, sentences)
-        if not typed:
-            return scores
-        return [_joined([own, _phrase_scores(method, pairs, p, typed)]) for p, own in zip(positions, scores)]
-
-    def _view(self, position: int, texts: Sequence[tuple[str, str]], runs: dict[str, RunScores]) -> StudyView:
-        study, outlines = self.table.iloc[position], self.outlines(position)
-        own, typed = ([text for text, kind in texts if (kind == "typed") == asked] for asked in (False, True))
-        outlines = _with_typed(outlines, own, typed, _class_texts(self.data)) if typed else outlines
-        held = {name: _visible_cells(outlines, run.grid, self.runs[name].preprocessing) for name, run in runs.items()}
-        return StudyView(
-            position,
-            str(study["study_id"]),
-            str(study["patient_id"]),
-            str(study["split"]),
-            self.data.image(study["image_rows"][0]),
-            [*own, *typed],
-            word_spans([*own, *typed]),
-            self.data.labels.iloc[self.rows[position]].to_dict(),
-            outlines,
-            runs,
-            {name: cells for name, (cells, _) in held.items()},
-            {name: seen for name, (_, seen) in held.items()},
-            [kind for _, kind in texts],
-            self.judged,
+        own = [_study_texts(self.data, self.table.iloc[position]) for position in positions]
+        texts, asked, runs = (
+            [[text for text, _ in study] for study in own],
+            [(text, "typed") for text in typed],
+            self.runs,
         )
+        scores = {name: _text_scores(runs[name], self.pairs[name], positions, texts, typed) for name in runs}
+        return [
+            _study_view(
+                self.data,
+                self.rows[p],
+                p,
+                [*own[k], *asked],
+                self.outlines(p),
+                {name: scores[name][k] for name in runs},
+                runs,
+                self.judged,
+            )
+            for k, p in enumerate(positions)
+        ]
 
     def measure(self, most: int = 32) -> int:
         "Measure alignment and misses of the next studies that have none; return how many are then left."
