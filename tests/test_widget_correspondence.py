@@ -191,7 +191,7 @@ def test_when_it_is_unknown_how_pictures_were_made_square(nih):
     shown = CorrespondenceWidget({"run": load_method(RUN)}, pack, None)
     shown.position = views[0].position
     shown.selection = {"sentences": list(views[0].outlines[0].sentences)}
-    assert shown.to_figure().axes[0].get_title("right") == "unknown fit (drawn)"
+    assert shown.to_figure().axes[0].get_title("right") == "unknown fit"
     square = Pack(nih.path)
     square.manifest["source"]["fit"] = None
     assert all(outline.fits for p in range(len(studies)) for outline in Studies({"run": load_method(RUN)}, square, None).outlines(p))

@@ -299,7 +299,8 @@ def _draw_run(
         _draw_heat(ax, run, scores, state)
         if verdict := _verdict(view, name, [o for o, _ in shown], selection, int(scores.argmax())):
             colour = {"hit": "#00735c", "miss": "#b3401f"}.get(verdict, "#5b6775")
-            ax.set_title(f"{verdict} ({view.judged})", size=10, loc="right", color=colour)
+            counted = f" ({view.judged})" if verdict in ("hit", "miss") else ""
+            ax.set_title(f"{verdict}{counted}", size=10, loc="right", color=colour)
     for _, outline in shown if state["outlines"] else ():
         look = dict(edgecolor=_SAID, lw=1.2, ls="--") if outline.said else dict(edgecolor=OUTLINE, lw=1.4)
         for path in outline.paths:
