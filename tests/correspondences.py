@@ -40,7 +40,7 @@ def square(x0: int, y0: int, x1: int, y1: int) -> np.ndarray:
     return mask
 
 
-def make_view(position: int = 0, sentences=REPORT, labels=None, outlines=(), runs=("fine", "coarse")) -> StudyView:
+def make_view(position: int = 0, sentences=REPORT, labels=None, outlines=(), runs=("fine", "coarse"), kinds=None, judged="drawn") -> StudyView:
     spans = word_spans(sentences)
     scores = {name: RunScores(GRIDS[name], FRAMES[name], {
         "words": planted_scores(name, len(spans), position), "sentences": planted_scores(name, len(sentences), position + 100)}) for name in runs}
@@ -48,9 +48,10 @@ def make_view(position: int = 0, sentences=REPORT, labels=None, outlines=(), run
     x0, x1 = (int(SIDE * FRAMES["coarse"][i]) for i in (0, 2))
     views = {"fine": masks, "coarse": [mask[x0:x1, x0:x1] for mask in masks]}
     cells = {name: on_target(np.stack(views[name]), GRIDS[name]) if masks else np.zeros((0, 1), bool) for name in runs}
+    seen = {name: np.array([mask.any() for mask in views[name]], bool) for name in runs}
     picture = (np.add.outer(np.arange(SIDE), np.arange(SIDE)) + 60).astype(np.uint8)
     return StudyView(position, f"study-{position:03d}", "p", "test", picture, list(sentences), spans, labels or {"Nodule": 1.0, "Edema": -1.0},
-                     list(outlines), scores, cells)
+                     list(outlines), scores, cells, seen, kinds or ["report"] * len(sentences), judged)
 
 
 def write_views(path: Path, views: list[StudyView], masked: bool = False, **state) -> Path:

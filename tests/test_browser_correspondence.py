@@ -101,13 +101,14 @@ def test_hits_are_those_of_the_pointing_game(page, views):
     for run in GRIDS:
         badge = page.locator(f'figure:has(canvas[data-run="{run}"]) .badge')
         hits = {item: hit for item, _, hit in views[0].hits(run)}
-        assert set(hits) == set(NODULE.words)
+        assert set(hits) == (set(NODULE.words) if run == "fine" else set()), "the coarse run sees nothing of it"
         for item in range(len(views[0].words)):
             page.hover(word(item))
             assert badge.is_visible() == (item in hits)
             if item in hits:
                 assert badge.get_attribute("data-hit") == str(hits[item]).lower() and "Nodule" in badge.text_content()
-    assert dict((item, hit) for item, _, hit in views[0].hits("fine"))[0] is True and not all(hits.values())
+    hits = dict((item, hit) for item, _, hit in views[0].hits("fine"))
+    assert hits[0] is True and not all(hits.values())
 
 
 def test_prototypes_are_a_grain_of_their_own(browser, tmp_path):  # noqa: F811
@@ -145,7 +146,9 @@ def test_display_settings(page):
     assert (strict[corner] == plain[corner]).all() and np.abs(strict[at] - plain[at]).sum() <= np.abs(heat[at] - plain[at]).sum()
     assert (np.abs(strict - plain).sum(2) > 10).mean() < (np.abs(heat - plain).sum(2) > 10).mean()
     page.get_by_label("Threshold").fill("0")
-    page.get_by_role("button", name="Truth").or_(page.get_by_role("button", name="Outlines of the findings")).first.click()
+    outlines = page.get_by_role("button", name="Show the outlines")
+    assert outlines.text_content() == "Outlines" and "truth" not in page.locator("body").inner_text().lower(), "what a report says is not the truth"
+    outlines.click()
     assert np.abs(pixels(page) - heat).max() > 50, "the outline must go"
 
 
@@ -363,7 +366,7 @@ def test_words_that_a_run_does_not_read_are_marked(browser, tmp_path):  # noqa: 
 def test_long_names_and_many_runs_keep_to_their_places(browser, tmp_path, count):  # noqa: F811
     long = ["a-very-long-run-name-with-its-settings-lr-0.003-seed-1", "mixture-mi", "another_run_of_some_length_2026-11-29", "x" * 90][:count]
     view = make_view(0, outlines=[NODULE])
-    view = replace(view, runs={name: view.runs["fine"] for name in long}, cells={name: view.cells["fine"] for name in long})
+    view = replace(view, runs={name: view.runs["fine"] for name in long}, cells={name: view.cells["fine"] for name in long}, seen={name: view.seen["fine"] for name in long})
     with opened(browser, write_views(tmp_path / "page.html", [view], shown=long, runs=long), height=1000) as page:
         for width in (1280, 400):
             page.set_viewport_size({"width": width, "height": 1000})
@@ -472,21 +475,62 @@ def test_every_class_has_a_toggle(drawn):
     assert not drawn.locator(".targets").is_visible(), "a study without outlines has no toggles"
 
 
-def test_what_is_drawn_counts_before_what_is_said(drawn):
-    view, badge = make_view(0, outlines=[NODULE, LUNG, SAID]), drawn.locator('figure:has(canvas[data-run="fine"]) .badge')
+DRAWN, REPORTED = "Hits are counted against what is drawn.", "Hits are counted against the places that the reports name: nothing is drawn in this data set."
+
+
+def badge_of(page, run="fine"):
+    return page.locator(f'figure:has(canvas[data-run="{run}"]) .badge')
+
+
+def test_what_is_drawn_counts_and_what_is_said_does_not(drawn):
+    view, badge = make_view(0, outlines=[NODULE, LUNG, SAID]), badge_of(drawn)
     cells = [cells[planted("fine", 0)] for cells in view.cells["fine"]]
-    assert cells == [True, False, False] and view.hits("fine")[0] == (0, 0, True)
+    assert cells == [True, False, False] and view.hits("fine")[0] == (0, 0, True) and view.targets("fine") == [0, 1]
+    assert drawn.locator(".judged").inner_text() == DRAWN
     drawn.hover(word(0))
-    assert badge.get_attribute("data-hit") == "true" and badge.text_content() == "✓ hit · Nodule · ✗ Nodule: left upper"
+    assert badge.get_attribute("data-hit") == "true" and badge.text_content() == "✓ hit · Nodule" and DRAWN in badge.get_attribute("title")
     drawn.mouse.move(2, 2)
     toggle(drawn, "Nodule").click()
     drawn.hover(word(0))
-    assert badge.get_attribute("data-hit") == "false" and badge.text_content() == "✗ miss · Nodule: left upper"
-    drawn.mouse.move(2, 2)
-    toggle(drawn, "Nodule (report)").click()
-    drawn.hover(word(0))
-    assert not badge.is_visible()
+    assert not badge.is_visible(), "a hidden outline is not replaced by what the report says"
     shot(drawn, "targets")
+
+
+def test_a_study_without_boxes_does_not_switch_to_what_is_said(browser, tmp_path):  # noqa: F811
+    "Whether hits are of what is drawn or of what is said is decided for a data set, not study by study."
+    view = make_view(0, outlines=[SAID])
+    assert view.hits("fine") == [] and view.misses("fine") == 0
+    with opened(browser, write_views(tmp_path / "page.html", [view], hidden=[])) as page:
+        assert page.locator(".judged").inner_text() == DRAWN
+        for item in SAID.words:
+            page.hover(word(item))
+            assert not badge_of(page).is_visible() and not badge_of(page, "coarse").is_visible()
+        assert "hit" not in page.locator("[role=status]").text_content() and "miss" not in page.locator("[role=status]").text_content()
+
+
+def test_an_outline_that_a_run_does_not_see_is_no_target(browser, tmp_path):  # noqa: F811
+    "The coarse run sees a crop: what lies outside of it is neither hit nor missed. What is seen and holds no region's centre is missed, as in `evaluate.ground`."
+    outside, small = Outline("Mass", square(0, 0, 6, 6), words=(0,)), Outline("Dot", square(30, 30, 31, 31), words=(1,))
+    view = make_view(0, outlines=[outside, small])
+    assert view.hits("coarse") == [(1, 1, False)] and [item for item, *_ in view.hits("fine")] == [0, 1]
+    with opened(browser, write_views(tmp_path / "page.html", [view])) as page:
+        page.hover(word(0))
+        assert badge_of(page).text_content() == "✗ miss · Mass" and not badge_of(page, "coarse").is_visible()
+        assert page.locator("[role=status]").text_content().count("miss") == 1
+        page.hover(word(1))
+        assert badge_of(page, "coarse").text_content() == "✗ miss · Dot"
+
+
+def test_an_unknown_fit_is_said(browser, tmp_path):  # noqa: F811
+    view = make_view(0, outlines=[replace(NODULE, fits=False)])
+    assert view.hits("fine") == [] and view.misses("fine") == 0
+    with opened(browser, write_views(tmp_path / "page.html", [view])) as page:
+        page.hover(word(0))
+        for run in GRIDS:
+            assert badge_of(page, run).get_attribute("data-hit") == "unknown" and badge_of(page, run).text_content() == "? unknown fit · Nodule"
+        assert page.locator("[role=status]").text_content().count("unknown fit") == 2
+        assert page.locator(".judged").inner_text().startswith(DRAWN + " Unknown fit: it is not known how this picture was made square")
+        shot(page, "unknown-fit")
 
 
 def test_a_masked_report_keeps_the_places_that_it_names(drawn):
@@ -497,9 +541,83 @@ def test_a_masked_report_keeps_the_places_that_it_names(drawn):
 
 
 def test_only_what_the_report_says(browser, tmp_path):  # noqa: F811
-    view = make_view(0, outlines=[SAID])
+    view = make_view(0, outlines=[SAID], judged="said")
     assert view.hits("fine") == [(0, 0, False), (1, 0, bool(view.cells["fine"][0, planted("fine", 1)]))]
     with opened(browser, write_views(tmp_path / "page.html", [view], masked=False)) as page:
+        assert page.locator(".judged").inner_text() == REPORTED
         for item, _, hit in view.hits("fine"):
             page.hover(word(item))
             assert page.locator(".badge").first.get_attribute("data-hit") == str(hit).lower()
+
+
+# ---------------------------------------------------------------- phrases in place of sentences
+
+PHRASES = ["pulmonary nodule", "cardiomegaly", "pleural effusion", "my own phrase"]
+KINDS = ["label", "absent", "absent", "typed"]
+
+
+def test_phrases_from_labels_are_clicked_like_sentences(browser, tmp_path):  # noqa: F811
+    view = make_view(0, PHRASES, outlines=[replace(NODULE, words=(0, 1), sentences=(0,))], kinds=KINDS)
+    with opened(browser, write_views(tmp_path / "page.html", [view]), height=820) as page:
+        legends = page.locator(".report .legend").all_text_contents()
+        assert legends == ["Phrases from labels (there are no reports)", "Phrases that labels say this image does not show", "Your phrases"]
+        before = pixels(page)
+        page.click(word(0, "sentences"))
+        page.mouse.move(2, 2)
+        assert trait(page, "selection")["sentences"] == [0]
+        np.testing.assert_allclose(changed_at(before, pixels(page)), place_of("fine", planted("fine", 0)), atol=0.05)
+        assert badge_of(page).text_content() == "✓ hit · Nodule"
+        page.get_by_role("button", name="Mask the text").click()
+        assert page.locator("p[data-sentence]").all_text_contents() == PHRASES, "labels, and what was typed, are not the report's text"
+        page.hover(word(1, "sentences"))
+        assert "“cardiomegaly”" in page.locator("[role=status]").text_content() and not badge_of(page).is_visible()
+        assert page.get_by_label("A phrase of your own").count() == 0, "a page has no kernel to ask"
+        shot(page, "phrases")
+
+
+def test_neither_reports_nor_labels(browser, tmp_path):  # noqa: F811
+    with opened(browser, write_views(tmp_path / "page.html", [make_view(0, [], judged="nothing")])) as page:
+        assert page.locator(".judged").inner_text().startswith("No hits are counted")
+        assert "neither a report nor phrases" in page.locator(".report").inner_text() and "CorrespondenceWidget(run, pack)" in page.locator(".report").inner_text()
+        page.mouse.move(*at_region(page, "fine", 9))
+        page.click('canvas[data-run="fine"]')
+        assert len(trait(page, "selection")["boxes"]) == 1 and not badge_of(page).is_visible()
+
+
+ASKED = """() => { const model = document.getElementById('widget').model, [plain, ...more] = model.get('held').studies, sent = window.sent = [];
+    model.set('held', {}); let act = null; const on = model.on; model.on = (name, listener) => (name === 'msg:custom' && (act = listener), on.call(model, name, listener));
+    model.send = message => { if (message.ask !== 'study') return; sent.push(message.typed);
+        const one = more.find(({ head }) => String(head.typed) === String(message.typed)) ?? plain, late = sent.length === 2 ? 300 : 10;
+        setTimeout(() => act({ answer: 'study', study: { ...one.head, position: message.position, id: plain.head.id } }, one.buffers), late) };
+    const el = document.createElement('div'); document.getElementById('widget').replaceChildren(el); render({ model, el }); }"""
+
+
+@pytest.mark.parametrize("sentences", [REPORT, []])
+def test_a_phrase_is_typed_asked_pinned_and_left_out(browser, tmp_path, sentences):  # noqa: F811
+    "The kernel is asked with all phrases; an answer to an older list is not shown; what comes back is pinned. Without a report the box stands alone."
+    kinds, first, second = ["report"] * len(sentences), "large nodule", "left-sided mass?"
+    views = [make_view(0, sentences), *(make_view(0, [*sentences, *typed], kinds=[*kinds, *["typed"] * len(typed)]) for typed in ([first], [first, second], [second]))]
+    path = write_views(tmp_path / "page.html", views)
+    path.write_text(path.read_text().replace("render({ model: widget.model", "window.render = render;\nrender({ model: widget.model"))
+    with opened(browser, path) as page:
+        page.evaluate(ASKED)
+        box, own = page.get_by_label("A phrase of your own"), page.locator(".sentence[data-kind=typed] p")
+        box.wait_for()
+        assert ("Type a phrase below" in page.locator(".report").inner_text()) == (not sentences)
+        before = pixels(page)
+        box.fill("  large   nodule ")
+        box.press("Enter")
+        box.fill("left-sided mass?")                       # the answer to the first is still on its way
+        box.press("Enter")
+        page.locator(".sentence[data-kind=typed] p", has_text=second).wait_for()
+        assert own.all_text_contents() == [first, second] and page.evaluate("sent.at(-1)") == [first, second] and trait(page, "typed") == [first, second]
+        assert trait(page, "selection")["sentences"] == [len(sentences) + 1] and box.input_value() == ""
+        page.mouse.move(2, 2)
+        np.testing.assert_allclose(changed_at(before, pixels(page)), place_of("fine", planted("fine", len(sentences) + 1)), atol=0.05)
+        box.fill(" ?! ")
+        box.press("Enter")
+        assert "at least one word" in page.locator("[role=status]").text_content() and trait(page, "typed") == [first, second]
+        page.get_by_role("button", name="Leave this phrase out").first.click()
+        page.wait_for_function("document.querySelectorAll('.sentence[data-kind=typed]').length === 1")
+        assert own.all_text_contents() == [second] and trait(page, "selection")["sentences"] == []
+        shot(page, f"typed-{len(sentences)}")

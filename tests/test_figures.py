@@ -245,7 +245,8 @@ def scores_of(grid: tuple[int, int], frame=(0.0, 0.0, 1.0, 1.0), unread: int = 0
 RUNS = {"mine": scores_of((4, 4)), "with a name that is far too long for its picture": scores_of((3, 4), (0.125, 0.25, 0.875, 1.0), unread=2)}
 OUTLINES = [Outline("Nodule", square(20, 4, 26, 10), (1, 4), (0,)), Outline("Mass", square(0, 24, 12, 32))]
 VIEW = StudyView(2, "study-2", "p", "test", IMAGE, SENTENCES, SPANS, {"Nodule": 1.0, "Edema": 0.0, "Mass": np.nan}, OUTLINES, RUNS,
-                 {name: waves(2, run.grid[0] * run.grid[1], phase=k) > 0.5 for k, (name, run) in enumerate(RUNS.items())})
+                 {name: waves(2, run.grid[0] * run.grid[1], phase=k) > 0.5 for k, (name, run) in enumerate(RUNS.items())},
+                 {name: np.array([True, True]) for name in RUNS}, ["report"] * 3)
 PINS = {"words": [1, 3], "sentences": [1], "prototypes": [0], "boxes": [[0.25, 0.5, 0.75, 1.0]]}
 STATE = {"window": (128, 200), "selection": PINS, "scale": "common", "colours": "magma", "opacity": 0.5, "threshold": 0.25, "smooth": True, "outlines": True, "hidden": []}
 TABLE = POINTS.rename(columns={"kind": "letter"}).assign(

@@ -102,6 +102,40 @@ def test_a_threshold_is_of_validation_images_and_a_missing_side_is_no_number():
     assert np.isnan(alone["a", "auroc"]) and np.isnan(alone["macro", "specificity"]) and alone["a", "sensitivity"] == 1
 
 
+@pytest.fixture(scope="module")
+def louder(tmp_path_factory):
+    "A player whose maps of test images are five higher, and whose best threshold there is another one."
+    root = tmp_path_factory.mktemp("louder")
+    simulate("rsna", root / "raw", 90, 64)
+    pack = prepare_data(prepare_options("rsna")(read=DATASETS["rsna"].config(root=root / "raw"), build=BuildConfig(out=root / "pack", size=64, progress=False)))
+    phrases = phrases_from_labels(pack, split=None, without_boxes=True)
+    splits = [phrase.split for phrase in phrases]
+    assert {"validate", "test"} <= {phrase.split for phrase in phrases if phrase.boxes} & {phrase.split for phrase in phrases if not phrase.boxes}
+    return pack, Player(pack, phrases, lambda seen, number: seen / max(seen.max(), 1) + (seen.any() and 1) + 5 * (splits[number] == "test"))
+
+
+def test_everything_that_is_tuned_is_tuned_on_validation_images(louder):
+    "The threshold, the curve and the share: on test images each would be another, and the table much better."
+    pack, player = louder
+    _, table = presence.ground_labels(player, pack, resamples=20)
+    own, other = (presence.presence_rules(presence.presence_scores(player, pack, phrases_from_labels(pack, split=split, without_boxes=True))) for split in ("validate", "test"))
+    lines = table.set_index(["finding", "measure"])
+    for finding in ("Pneumonia", "all"):
+        assert lines.loc[(finding, "sensitivity"), "threshold"] == own.loc[finding, "threshold"] < other.loc[finding, "threshold"] - 3
+        assert lines.loc[(finding, "sensitivity"), "value"] == 1 and lines.loc[(finding, "specificity"), "value"] == 0
+        assert lines.loc[(finding, "auroc"), "value"] == 1 and lines.loc[(finding, "brier_skill"), "value"] < 0
+    rows = presence.presence_scores(player, pack, phrases_from_labels(pack, without_boxes=True))
+    chances = 1 / (1 + np.exp(-(own.loc["all", "slope"] * rows["highest"] + own.loc["all", "intercept"])))
+    skill = 1 - ((chances - rows["shown"]) ** 2).sum() / ((own.loc["all", "share"] - rows["shown"]) ** 2).sum()
+    assert lines.loc[("all", "brier_skill"), "value"] == pytest.approx(skill) and own.loc["all", "share"] != other.loc["all", "share"]
+
+
+@pytest.mark.parametrize("split", ["validate", None])
+def test_no_threshold_is_chosen_on_images_that_are_measured(louder, split):
+    _, table = presence.ground_labels(louder[1], louder[0], split=split, resamples=20)
+    assert table["threshold"].isna().all() and table.query("measure == 'f1' or measure == 'brier_skill'")["value"].isna().all()
+
+
 def test_a_region_outside_of_the_crop_is_no_answer(tmp_path):
     simulate("rsna", tmp_path / "raw", 12, 64)
     read = DATASETS["rsna"].config(root=tmp_path / "raw")

@@ -2,6 +2,7 @@
 import base64
 import json
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,10 +10,18 @@ from browser import browser, opened  # noqa: F401
 from correspondences import pixels, shot, word
 from notebooks import ROOT
 
+from medvis.data.build import ImageRecord, StudyRecord, write_pack
+from medvis.data.label_phrases import phrases_from_labels
+from medvis.data.pack import Pack
 from medvis.data.phantom import Phantom
 from medvis.data.prepare import PhantomConfig, prepare_phantom
-from medvis.evaluate.ground import pointing_hits
-from medvis.widgets import beside_random_init
+from medvis.data.sets.registry import DATASETS, prepare_data, prepare_options, simulate
+from medvis.data.source import BuildConfig
+from medvis.evaluate.ground import ground_phrases, pointing_hits
+from medvis.studies.show import show_run
+from medvis.train import Run, load_method
+from medvis.widgets import CorrespondenceWidget, beside_random_init, study_points
+from medvis.widgets.study import Studies
 
 NAMED = ("Nodule", "Consolidation", "Pleural Effusion")
 
@@ -73,8 +82,6 @@ def test_the_script_is_in_the_package():
 def test_boxes_masks_and_places_of_any_pack(tmp_path):
     "The phantom as somebody's table: its masks are outlined, named by the rules, and hit as its phrases are."
     from folders import folder_pack
-    from medvis.data.sets.registry import simulate
-    from medvis.data.label_phrases import phrases_from_labels
     from medvis.data.phrases import find_phrases, phrase_region
     simulate("folder", tmp_path / "raw", 16)
     pack = folder_pack(tmp_path / "raw" / "table.csv", tmp_path / "pack", size=64, boxes="boxes.csv", masks="masks.csv")
@@ -82,7 +89,7 @@ def test_boxes_masks_and_places_of_any_pack(tmp_path):
     assert {f"{name} (report)" for name in ("Edema", "Nodule")} <= set(shown.hidden)
     phrases = phrases_from_labels(pack, split=None)
     regions = {(phrase.image_id, phrase.category): phrase_region(phrase, pack, image) for phrase, image in zip(phrases, find_phrases(phrases, pack))}
-    seen, linked = 0, 0
+    seen, linked, silent = 0, 0, 0
     for position in range(len(shown.studies)):
         view = shown.studies[position]
         image = str(pack.image_table["image_id"][shown.studies.table["image_rows"].iloc[position][0]])
@@ -95,13 +102,129 @@ def test_boxes_masks_and_places_of_any_pack(tmp_path):
             if outline.said:
                 side = {"left": slice(32, None), "right": slice(32)}.get(outline.name.partition(": ")[2].split()[0], slice(None))
                 assert outline.mask[:, side].any() and outline.mask.sum() <= 64 * 32 and outline.sentences
+        assert all(not view.outlines[o].said for o in view.targets("trained"))
+        silent += not drawn and bool(view.outlines) and view.hits("trained", "sentences") == []
         for item, o, hit in view.hits("trained", "sentences"):
             scores = view.runs["trained"].scores["sentences"][[item]]
             assert pointing_hits(scores, view.outlines[o].mask[None], (16, 16))[0][0] == hit
             seen += 1
-    assert seen > 10 and linked > 10
+    assert seen > 10 and linked > 10 and shown.study.judged == "drawn"
     bare = folder_pack(tmp_path / "raw" / "table.csv", tmp_path / "bare", size=64)
     shown = beside_random_init(ROOT / "nbs/widgets/run", bare, split=None, name="trained")
     views = [shown.studies[position] for position in range(len(shown.studies))]
-    assert shown.hidden == [] and all(outline.said for view in views for outline in view.outlines)
+    assert shown.hidden == [] and shown.study.judged == "said" and all(outline.said for view in views for outline in view.outlines)
     assert sum(len(view.hits("trained", "sentences")) for view in views) > 5, "with reports alone, what they say is the target"
+
+
+# ---------------------------------------------------------------- without reports
+
+RUN = ROOT / "nbs/widgets/run"
+
+
+@pytest.fixture(scope="module")
+def nih(tmp_path_factory):
+    "Boxes and labels, and no reports; the pictures are larger than what an encoder of 64 pixels and crop 0.8 sees."
+    root = tmp_path_factory.mktemp("nih")
+    simulate("nih", root / "raw", 24, 80)
+    return prepare_data(prepare_options("nih")(read=DATASETS["nih"].config(root=root / "raw"), build=BuildConfig(out=root / "pack", size=80, progress=False)))
+
+
+def moved(pack, boxes):
+    "The Pack opened anew, with other places for its first boxes."
+    pack = Pack(pack.path)
+    pack.boxes.loc[pack.boxes.index[:len(boxes)], ["x0", "y0", "x1", "y1"]] = boxes
+    return pack
+
+
+def test_the_targets_are_those_of_the_pointing_game(nih):
+    "A box that the crop leaves out is none; one that holds no region's centre is missed; all others are hit as `evaluate.ground` hits them."
+    method = load_method(RUN)
+    method.image_encoder.preprocessing = replace(method.preprocessing, crop=0.8)
+    width, height = nih.image_table[["width", "height"]].iloc[int(nih.boxes["image"].iloc[0])]
+    pack = moved(nih, [[0, 0, 0.06 * width, 0.06 * height], [0.5 * width, 0.5 * height, 0.51 * width, 0.51 * height]])
+    phrases = phrases_from_labels(pack, split=None)
+    rows = ground_phrases(method, pack, phrases)
+    studies = Studies({"run": method}, pack, None)
+    hits, targets = {}, 0
+    for position in range(len(studies)):
+        view = studies[position]
+        image = str(pack.image_table["image_id"][studies.table["image_rows"].iloc[position][0]])
+        hits |= {(image, view.sentences[s]): hit for s, _, hit in view.hits("run", "sentences")}
+        targets += len(view.targets("run"))
+    expected = {(row.image_id, phrases[row.phrase].text): row.hit == 1 for row in rows.itertuples()}
+    assert hits == expected and targets == len(rows) == len(phrases) - 1 and 0 < sum(hits.values()) < len(hits)
+
+
+def test_a_pack_without_reports_is_shown_by_phrases(nih, browser, tmp_path):  # noqa: F811
+    shown = beside_random_init(RUN, nih, split=None, name="trained")
+    position = next(p for p in range(len(shown.studies)) if shown.studies.outlines(p))
+    shown.position = position
+    view = shown.study
+    (outline,) = view.outlines[:1]
+    (number,) = outline.sentences
+    assert view.kinds[number] == "label" and len(shown.studies) == len(nih.studies) and shown.studies.judged == "drawn"
+    assert position in shown.studies.find(view.sentences[number]) and shown.studies.find("zebra") == []
+    path = shown.to_html(tmp_path / "page.html", [position])
+    with opened(browser, path, height=900) as page:
+        assert page.locator("p[data-sentence]").all_text_contents() == view.sentences and "Phrases from labels" in page.locator(".report").inner_text()
+        before = pixels(page, "trained")
+        page.click(word(number, "sentences"))
+        hit = dict((s, hit) for s, _, hit in view.hits("trained", "sentences"))[number]
+        assert page.locator(".badge").first.get_attribute("data-hit") == str(hit).lower() and (pixels(page, "trained") != before).any()
+    shown.selection = {"sentences": [number]}
+    figure = shown.to_figure()
+    assert figure.axes[0].get_title("right") == f"{'hit' if hit else 'miss'} (drawn)"
+    assert sum(text.get_text() == "shown:" for text in figure.axes[-1].texts) == view.kinds.count("absent") > 0
+    with pytest.raises(ValueError, match="has no reports; expected a data set with some"):
+        study_points(shown.studies.runs["trained"], nih, None)
+
+
+def test_when_it_is_unknown_how_pictures_were_made_square(nih):
+    "A box on a picture that is not square may lie elsewhere: no hit and no miss. On a square one it lies where it lies."
+    pack = Pack(nih.path)
+    pack.image_table["width"] = (pack.image_table["width"] * 0.8).astype(int)
+    for fit, sure in (("pad", True), (None, False)):
+        pack.manifest["source"]["fit"] = fit
+        studies = Studies({"run": load_method(RUN)}, pack, None)
+        views = [studies[p] for p in range(len(studies)) if studies.outlines(p)]
+        assert all(outline.fits == sure for view in views for outline in view.outlines) and any(view.hits("run", "sentences") for view in views) == sure
+    shown = CorrespondenceWidget({"run": load_method(RUN)}, pack, None)
+    shown.position = views[0].position
+    shown.selection = {"sentences": list(views[0].outlines[0].sentences)}
+    assert shown.to_figure().axes[0].get_title("right") == "unknown fit"
+    square = Pack(nih.path)
+    square.manifest["source"]["fit"] = None
+    assert all(outline.fits for p in range(len(studies)) for outline in Studies({"run": load_method(RUN)}, square, None).outlines(p))
+
+
+@pytest.fixture(scope="module")
+def bare(tmp_path_factory):
+    "Pictures and labels, and neither reports nor boxes."
+    out = tmp_path_factory.mktemp("bare") / "pack"
+    pictures = np.random.default_rng(0).integers(0, 255, (3, 64, 64)).astype(np.uint8)
+    write_pack(out, range(3), lambda k: StudyRecord(f"s{k}", f"p{k}", "test", [ImageRecord(f"i{k}", pictures[k], width=64, height=64)], "", {"Edema": 1.0, "Mass": 0.0}),
+               64, {"kind": "other", "fit": "pad"}, ["Edema", "Mass"], require_report=False, progress=False)
+    return Pack(out)
+
+
+def test_a_pack_with_neither_is_asked_phrases(bare):
+    shown = CorrespondenceWidget({"trained": RUN}, bare)
+    assert (shown.study.sentences, shown.studies.judged, shown.study.runs["trained"].scores["words"].shape) == ([], "nothing", (0, 256))
+    assert len(shown.to_figure().axes) == 2 and shown.studies.find("s1") == [1]
+    shown.ask("pulmonary edema")
+    (scores,) = shown.study.runs["trained"].scores["sentences"]
+    assert not np.isnan(scores).any() and shown.selection["sentences"] == [0] and shown.study.kinds == ["typed"]
+    shown.position = 2
+    assert shown.study.sentences == ["pulmonary edema"] and (shown.study.runs["trained"].scores["sentences"] != scores).any()
+
+
+@pytest.mark.parametrize("which", ["nih", "bare"])
+def test_the_page_of_a_run_on_a_pack_without_reports(which, request, tmp_path, browser):  # noqa: F811
+    pack = request.getfixturevalue(which)
+    path = show_run(Run(RUN), pack, tmp_path / "page.html", studies=2)
+    expected = ["pulmonary edema", "mass"] if which == "bare" else None
+    with opened(browser, path, height=900) as page:
+        texts = page.locator("#widget p[data-sentence]").all_text_contents()
+        assert texts == expected if expected else len(texts) > 3
+        assert page.locator('#widget .number[aria-pressed="true"]').count() == 1 and "•" not in page.locator("#widget .report").inner_text()
+        shot(page, f"show-{which}")

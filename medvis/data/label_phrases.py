@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .files import DataError, read_table
+from .files import DataError, number, read_table
 from .pack import BOX_COLUMNS, Pack
 from .phrases import Phrase, tight_boxes
 from .prepare import pack_phantom
@@ -76,7 +76,7 @@ def class_prompts(
 def read_class_prompts(
     path: str | Path,  # .csv: finding, prompt, and perhaps sign; -1 is passed over
 ) -> dict[str, tuple[str, ...]]:  # class -> texts
-    """Read what classes are called in reports. DataError names the line that is wrong.
+    """Read what classes are called in reports. DataError names file, line and column that are wrong.
 
     Parameters
     ----------
@@ -90,9 +90,13 @@ def read_class_prompts(
     """
     prompts: dict[str, tuple[str, ...]] = {}
     for line, row in read_table(path, ("finding", "prompt")).to_dict("index").items():
-        if not row["finding"] or not any(map(str.isalnum, row["prompt"])):
-            raise DataError(f"{path}, line {line}: expected a finding and a prompt with words")
-        if row.get("sign") != "-1":
+        for name in ("finding", "prompt"):
+            if not any(map(str.isalnum, row[name])):
+                raise DataError(f"{path}, line {line}: {name} is {row[name]!r:.40}; expected a text with words")
+        sign = number(row.get("sign", "1"), f"{path}, line {line}: sign")
+        if sign not in (1, -1):
+            raise DataError(f"{path}, line {line}: sign is {sign:g}; expected 1 (present) or -1 (absent)")
+        if sign == 1:
             prompts[row["finding"]] = (*prompts.get(row["finding"], ()), row["prompt"])
     return prompts
 
@@ -108,7 +112,8 @@ def _drawn_boxes(pack: Pack, images: Sequence[int]) -> dict[tuple[int, str], tup
     "The boxes of images and classes, in pixels of the source; of a phantom those around what it drew."
     phantom, found = pack_phantom(pack), defaultdict(tuple)
     if phantom is None:
-        for image, name, *box in pack.boxes[list(BOX_COLUMNS)].itertuples(index=False):
+        own = pack.boxes["image"].isin(list(images))
+        for image, name, *box in pack.boxes.loc[own, list(BOX_COLUMNS)].itertuples(index=False):
             found[int(image), name] += (tuple(map(float, box)),)
         return found
     studies = pack.studies["study_id"].iloc[pack.image_table["study"].iloc[list(images)]]
@@ -171,6 +176,7 @@ def phrases_from_labels(
     prompts: Mapping[str, str | Sequence[str]] | None = None,  # class -> one or several texts; None: _PROMPTS
     split: str | None = "test",  # None: all
     without_boxes: bool = False,  # also those about images that are known not to show the class
+    images: Sequence[int] | None = None,  # rows of the image table; None: all of the split
 ) -> list[Phrase]:  # image by image, class by class
     """A phrase for every class that is drawn in an image, with its masks or boxes.
 
@@ -185,6 +191,8 @@ def phrases_from_labels(
         None: all
     without_boxes : bool, default: False
         also those about images that are known not to show the class
+    images : Sequence[int] | None, default: None
+        rows of the image table; None: all of the split
 
     Returns
     -------
@@ -193,7 +201,7 @@ def phrases_from_labels(
     """
     texts, table = _chosen_prompts(pack, prompts), pack.image_table
     splits = pack.studies["split"].to_numpy()[table["study"]]
-    images = [image for image in range(len(pack)) if split in (None, splits[image])]
+    images = [image for image in (range(len(pack)) if images is None else images) if split in (None, splits[image])]
     boxes, labels, phrases = _drawn_boxes(pack, images), _class_labels(pack, list(texts)), []
     for image in images:
         row, masked, looked = table.iloc[image], _masked_names(pack, image), _looked(pack, image)

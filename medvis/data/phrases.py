@@ -10,7 +10,7 @@ __all__ = ['Phrase', 'read_ms_cxr', 'write_ms_cxr', 'tight_boxes', 'phantom_phra
 import json
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -49,6 +49,8 @@ class Phrase:
         MS-CXR has one since version 1.1
     masks : tuple[str, ...], default: ()
         names of masks of the Pack, in place of boxes
+    source : str, default: field(default='', compare=False)
+        file and line that it was read from: errors name them
     """
 
     image_id: str  # in MS-CXR the dicom_id
@@ -60,9 +62,24 @@ class Phrase:
     path: str = ""
     split: str = ""  # MS-CXR has one since version 1.1
     masks: tuple[str, ...] = ()  # names of masks of the Pack, in place of boxes
+    source: str = field(default="", compare=False)  # file and line that it was read from: errors name them
 
 # %% ../../nbs/data/18_phrases.ipynb #03ecf752
 _COLUMNS = ("dicom_id", "category_name", "label_text", "x", "y", "w", "h", "image_width", "image_height")
+
+
+def _annotation_row(annotation: dict, image: dict, category: dict) -> dict:
+    "One annotation with the columns of the table."
+    return {
+        "path": image.get("path"),
+        "split": annotation.get("split", image.get("split")),
+        "dicom_id": Path(image["file_name"]).stem,
+        "category_name": category["name"],
+        "label_text": annotation["label_text"],
+        "image_width": image["width"],
+        "image_height": image["height"],
+        **dict(zip(("x", "y", "w", "h"), annotation["bbox"], strict=True)),
+    }
 
 
 def _json_rows(path: Path) -> dict[str, dict]:  # place, for errors -> row with the columns of the table
@@ -83,20 +100,12 @@ def _json_rows(path: Path) -> dict[str, dict]:  # place, for errors -> row with 
     for place, annotation in enumerate(annotations, 1):
         try:
             image, category = images[annotation["image_id"]], categories[annotation["category_id"]]
-            rows[f"{path}, annotation {place}"] = {
-                "path": image.get("path"),
-                "split": annotation.get("split", image.get("split")),
-                "dicom_id": Path(image["file_name"]).stem,
-                "category_name": category["name"],
-                "label_text": annotation["label_text"],
-                "image_width": image["width"],
-                "image_height": image["height"],
-                **dict(zip(("x", "y", "w", "h"), annotation["bbox"], strict=True)),
-            }
+            rows[f"{path}, annotation {place}"] = _annotation_row(annotation, image, category)
         except (KeyError, ValueError, TypeError) as error:
             raise DataError(
                 f"{path}, annotation {place} is incomplete, or of an image or category that is not listed "
-                f"({type(error).__name__} {error})"
+                f"({type(error).__name__} {error}); expected image_id and category_id of these lists, label_text, bbox "
+                "as [x, y, width, height], and of its image file_name, width and height"
             ) from error
     return rows
 
@@ -105,11 +114,13 @@ def _measures(row: dict) -> tuple[tuple[float, float, float, float], int, int]:
     """The box of a row, cut to its image, and the width and height of that.
 
     DataError if one is missing or no number, or if the box leaves the image."""
-    if not (row["dicom_id"] and row["label_text"] and row["category_name"]):
-        raise DataError("there is no image, phrase or category")
-    x, y, w, h, width, height = (number(str(row[name]), name) for name in _COLUMNS[3:])
+    for name in _COLUMNS[:3]:
+        if not (isinstance(row[name], str) and row[name].strip()):
+            raise DataError(f"{name} is {row[name]!r:.40}; expected a text")
+    x, y, w, h = (number(str(row[name]), name) for name in _COLUMNS[3:7])
+    width, height = (number(str(row[name]), name, low=1) for name in _COLUMNS[7:])
     if width % 1 or height % 1:
-        raise DataError(f"the image has {width:g} x {height:g} pixels; expected whole numbers")
+        raise DataError(f"image_width and image_height are {width:g} and {height:g}; expected whole numbers")
     boxes = check_boxes([(row["category_name"], x, y, x + w, y + h)], width, height)
     if not boxes:  # it begins where the image ends
         raise DataError(f"the box of {row['category_name']} lies outside of its image")
@@ -132,7 +143,12 @@ def read_ms_cxr(
         in order of their first box
     """
     path = Path(path)
-    if path.suffix.lower() == ".json":
+    form = Path(path.name.removesuffix(".gz")).suffix.lower()
+    if form not in (".csv", ".json"):
+        raise DataError(
+            f"{path}: a file of phrases is expected to end in .csv (columns {', '.join(_COLUMNS)}) or .json"
+        )
+    if form == ".json":
         rows = _json_rows(path)
     else:
         rows = {f"{path}, line {line}": row for line, row in read_table(path, _COLUMNS).to_dict("index").items()}
@@ -143,7 +159,8 @@ def read_ms_cxr(
         except DataError as error:
             raise DataError(f"{where} (image {row['dicom_id']}): {error}") from error
         key = row["dicom_id"], row["label_text"], row["category_name"]
-        phrase = phrases.get(key) or Phrase(*key, (), width, height, row.get("path") or "", row.get("split") or "")
+        about = dict(path=row.get("path") or "", split=row.get("split") or "", source=where)
+        phrase = phrases.get(key) or Phrase(*key, (), width, height, **about)
         phrases[key] = replace(phrase, boxes=(*phrase.boxes, box))
     return list(phrases.values())
 
@@ -237,6 +254,14 @@ def _image_names(pack: Pack) -> list[str]:
     ]
 
 # %% ../../nbs/data/18_phrases.ipynb #120288de
+_IMAGE = "dicom_id (in JSON the stem of file_name)"
+
+
+def _read_from(phrase: Phrase) -> str:
+    "Where a phrase was read, to begin an error with; blank for one that was made here."
+    return f"{phrase.source}: " if phrase.source else ""
+
+
 def find_phrases(phrases: Sequence[Phrase], pack: Pack) -> np.ndarray:  # (n,) row of each phrase's image in the Pack
     """The images of phrases. ValueError names images that the Pack does not hold, holds twice, or has in another shape.
 
@@ -254,10 +279,10 @@ def find_phrases(phrases: Sequence[Phrase], pack: Pack) -> np.ndarray:  # (n,) r
     }.items():
         if bad:
             raise ValueError(
+                f"{_read_from(next(p for p in phrases if p.image_id == bad[0]))}"
                 f"{pack.path} {what} {len(bad)} of the {len(wanted)} images that the phrases are about "
-                f"({', '.join(bad[:5])}{', …' if len(bad) > 5 else ''}); "
-                f"it has {len(pack)}, such as {next(iter(rows))}. "
-                "Take another Pack, or only the phrases whose image_id is in image_names(pack)"
+                f"({', '.join(bad[:5])}{', …' if len(bad) > 5 else ''}); {_IMAGE} is expected to be one of its "
+                f"{len(pack)} image_id, such as {next(iter(rows))}. Take another Pack, or leave these phrases out"
             )
     table = pack.image_table
     for phrase in phrases:
@@ -266,7 +291,8 @@ def find_phrases(phrases: Sequence[Phrase], pack: Pack) -> np.ndarray:  # (n,) r
         scale = max(width / phrase.width, height / phrase.height)
         if abs(phrase.width * scale - width) > 1 or abs(phrase.height * scale - height) > 1:
             raise ValueError(
-                f"image {phrase.image_id}: its boxes were drawn on {phrase.width} x {phrase.height} pixels, "
+                f"{_read_from(phrase)}image {phrase.image_id}: image_width and image_height say that its boxes were "
+                f"drawn on {phrase.width} x {phrase.height} pixels, "
                 f"but {pack.path} has it from {width} x {height}: "
                 "not the same image, or cropped, turned or padded since"
             )
@@ -278,7 +304,7 @@ def phrase_mask(
     size: int,  # of the Pack
     fit: str | None,  # how the Pack's images were made square, from its manifest
 ) -> np.ndarray:  # (size, size) bool
-    """The union of a phrase's boxes in the square that a Pack made of the image; every box has at least one pixel.
+    """The union of a phrase's boxes in a Pack's square; every box that reaches into it has at least one pixel.
 
     Parameters
     ----------
@@ -302,6 +328,7 @@ def phrase_mask(
             "square; prepare it again with this medvis"
         )
     boxes = boxes_to_square(np.array(phrase.boxes), phrase.height, phrase.width, size, fit or "pad")
+    boxes = boxes[(boxes[:, :2] < size).all(1) & (boxes[:, 2:] > 0).all(1)]  # a crop may have left some out
     start = np.ceil(boxes[:, :2] - 0.5).astype(int).clip(0, size - 1)
     end = np.maximum(np.ceil(boxes[:, 2:] - 0.5).astype(int), start + 1)
     for (x0, y0), (x1, y1) in zip(start, end):

@@ -13,6 +13,7 @@ from dataclasses import replace
 from html import escape
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import torch
 
@@ -27,6 +28,7 @@ from medvis.analyse import (
 )
 from ..analyse.page import Html, Live, exact_for
 from ..data.files import read_csv
+from ..data.label_phrases import class_prompts
 from ..data.pack import Pack
 from ..data.pairs import Pairs, collate
 from ..data.prepare import pack_phantom
@@ -94,9 +96,20 @@ def _study_cards(
 
 _CARD = (
     "Hover a word, or a sentence's number, to see where the trained network places it; click to keep it. Point at the "
-    "image to see which words belong to that place. The studies took no part in training; the first of each of the "
-    "rarest findings is shown."
+    "image to see which words belong to that place. The studies took no part in training; "
 )
+_CHOSEN = {
+    True: "the first of each of the rarest findings is shown.",
+    False: "there are no reports, and the first in which something is drawn are shown with phrases from their labels.",
+}
+
+
+def _without_reports(data: Pack, count: int) -> dict[int, list[Target]]:  # row of the Pack -> no targets
+    "The first test studies of a data set without reports; those in which something is drawn come before the others."
+    drawn, first = set(data.boxes["image"]), data.studies["image_rows"].map(lambda images: int(images[0]))
+    drawn |= {row for row, names in enumerate(data.image_table.get("masked", ())) if len(names)}
+    rows = np.flatnonzero(data.studies["split"] == "test").tolist()
+    return {row: [] for row in sorted(rows, key=lambda row: first[row] not in drawn)[:count]}
 
 
 def _live_card(
@@ -111,15 +124,21 @@ def _live_card(
     positions = [widget.studies.rows.index(row) for row in chosen]
     words = [target.word for target in next(iter(chosen.values()))][:1]
     widget.position = positions[0]
-    widget.selection = {"study": widget.study.id, "words": words}
+    if widget.studies.texts == "none":  # a page has no kernel that could be asked
+        widget.typed = [text for label in data.manifest["labels"] for text in class_prompts(label)]
+    phrases = [s for s, kind in enumerate(widget.study.kinds) if kind != "report"][:1]
+    widget.selection = {"study": widget.study.id, "words": words, "sentences": phrases}
+    about = _CARD + _CHOSEN[widget.studies.texts == "report"]
     state = {name: getattr(widget, name) for name in Display.class_own_traits(sync=True)}
-    held = page_state(state, [pack_study(widget.studies[position], widget.masked) for position in positions])
+    held = page_state(
+        state, [pack_study(widget.studies.view(position, widget.typed), widget.masked) for position in positions]
+    )
     style = static("theme.css") + static("correspondence.css")
     markup = (
         f'<style>{style}</style><div class="medvis" id="widget"></div>'
         f'<script type="application/json" id="state">{state_json(held)}</script>'
     )
-    return Live("Point at a word", _CARD, Html(markup), static("correspondence.js") + "\n" + static("standalone.js"))
+    return Live("Point at a word", about, Html(markup), static("correspondence.js") + "\n" + static("standalone.js"))
 
 # %% ../../nbs/studies/01_show.ipynb #776f4351
 def _top_numbers(
@@ -278,7 +297,7 @@ def show_run(
             )
             control = phantom_pointing(_initial_network(run), pairs)
         cards = _study_cards(method, pairs, chosen, shown)
-        rows = {pairs.items[item][0]: targets for item, targets in chosen.items()}
+        rows = {pairs.items[item][0]: targets for item, targets in chosen.items()} or _without_reports(data, studies)
         live = _live_card(run.config["method"], method, data, rows, shown) if rows else None
     if (run.path / "probe" / "probe.csv").exists():
         probe = rename_old_baselines(read_csv(run.path / "probe" / "probe.csv", ("finding",)))

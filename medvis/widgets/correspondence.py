@@ -22,12 +22,13 @@ from matplotlib.font_manager import FontProperties
 
 from ..analyse.maps import OUTLINE
 from ..data.pack import Pack, open_pack
+from ..data.reports import find_words
 from ..data.targets import TERMS
 from ..evaluate.ground import upsample_map
 from ..methods.method import Method
 from ..core.files import write_atomic
 from .shell import Pictured, standalone, static
-from .study import Outline, RunScores, Studies, StudyView, has_drawings
+from .study import Outline, RunScores, Studies, StudyView
 
 # %% ../../nbs/widgets/03_correspondence.ipynb #9a856c89
 _MASK = "•••"
@@ -41,7 +42,7 @@ def _masked_text(text: str) -> str:
 def _pieces(
     view: StudyView, masked: bool
 ) -> list[list[tuple[str, int]]]:  # for each sentence: text, number of the word or -1
-    "The sentences of a report, cut into words and the text between them."
+    "The sentences of a study, cut into words and the text between them; masked are those of a report."
     out = [[] for _ in view.sentences]
     ends = [0] * len(out)
     for word, (s, start, end) in enumerate(view.spans):
@@ -49,8 +50,8 @@ def _pieces(
         ends[s] = end
     for s, sentence in enumerate(view.sentences):
         out[s].append((sentence[ends[s] :], -1))
-    shown = _masked_text if masked else str
-    return [[(shown(text), word) for text, word in line if text] for line in out]
+    shown = [_masked_text if masked and kind == "report" else str for kind in view.kinds]
+    return [[(show(text), word) for text, word in line if text] for show, line in zip(shown, out)]
 
 
 def pack_study(
@@ -80,10 +81,11 @@ def pack_study(
             "temperature": run.temperature,
             "tokens": run.tokens,
             "cells": [np.flatnonzero(view.cells[name][o]).tolist() for o in kept],
+            "targets": [kept.index(o) for o in view.targets(name) if o in kept],
         }
         for name, run in view.runs.items()
     ]
-    fields = ("name", "kind", "said", "paths", "words", "sentences")
+    fields = ("name", "kind", "said", "fits", "paths", "words", "sentences")
     outlines = [{name: getattr(view.outlines[o], name) for name in fields} for o in kept]
     head = {
         "masked": masked,
@@ -93,6 +95,9 @@ def pack_study(
         "split": view.split,
         "side": view.picture.shape[0],
         "sentences": _pieces(view, masked),
+        "kinds": view.kinds,
+        "typed": view.typed,
+        "judged": view.judged,
         "labels": {name: value for name, value in view.labels.items() if value in (1, 0, -1)},
         "outlines": outlines,
         "runs": runs,
@@ -254,6 +259,23 @@ def _beyond(view: StudyView, shown: Sequence[str]) -> str:
 _SAID = "#d9a8ff"  # of the places that a report names
 
 
+def _verdict(
+    view: StudyView,
+    name: str,  # of the run
+    shown: Sequence[int],  # outlines
+    selection: Mapping[str, Sequence],
+    peak: int,  # the highest region of the map
+) -> str:  # "hit", "miss", "unknown fit", or blank: what is pinned has no target
+    "Whether a map of what is pinned hits one of its targets, if that is known."
+    grains = ("words", "sentences")
+    linked = [
+        o for o in shown if any(set(getattr(view.outlines[o], grain)) & set(selection[grain]) for grain in grains)
+    ]
+    if judged := [o for o in linked if o in view.targets(name)]:
+        return "hit" if any(view.cells[name][o, peak] for o in judged) else "miss"
+    return "" if all(view.outlines[o].fits for o in linked) else "unknown fit"
+
+
 def _draw_run(
     ax: Axes,
     view: StudyView,
@@ -275,16 +297,10 @@ def _draw_run(
     shown = [(o, outline) for o, outline in enumerate(view.outlines) if outline.kind not in state["hidden"]]
     if scores is not None:
         _draw_heat(ax, run, scores, state)
-        linked = [
-            (o, outline.said)
-            for o, outline in shown
-            for grain in ("words", "sentences")
-            if set(getattr(outline, grain)) & set(selection[grain])
-        ]
-        judged = [o for o, said in linked if not said] or [o for o, _ in linked]
-        hit = any(view.cells[name][o, scores.argmax()] for o in judged)
-        if linked:
-            ax.set_title("hit" if hit else "miss", size=10, loc="right", color="#00735c" if hit else "#b3401f")
+        if verdict := _verdict(view, name, [o for o, _ in shown], selection, int(scores.argmax())):
+            colour = {"hit": "#00735c", "miss": "#b3401f"}.get(verdict, "#5b6775")
+            counted = f" ({view.judged})" if verdict in ("hit", "miss") else ""
+            ax.set_title(f"{verdict}{counted}", size=10, loc="right", color=colour)
     for _, outline in shown if state["outlines"] else ():
         look = dict(edgecolor=_SAID, lw=1.2, ls="--") if outline.said else dict(edgecolor=OUTLINE, lw=1.4)
         for path in outline.paths:
@@ -314,9 +330,11 @@ def _correspondence_figure(
         left += 3.1
     text = figure.add_axes(((left + 0.1) / total, 0.05, 4.1 / total, 0.9))
     unread = {w for name in shown for w in np.flatnonzero(np.isnan(view.runs[name].scores["words"][:, 0])).tolist()}
+    marks = [[("not shown: ", -1)] if kind == "absent" else [] for kind in view.kinds]
+    lines = [mark + line for mark, line in zip(marks, _pieces(view, masked))]
     for size in (10, 9, 8, 7):
         text.clear()
-        if _draw_report(text, _pieces(view, masked), state["selection"], size, sorted(unread)):
+        if _draw_report(text, lines, state["selection"], size, sorted(unread)):
             break
     if unread:
         text.text(
@@ -380,7 +398,9 @@ class Display(anywidget.AnyWidget):
         sync=True
     )
     smooth = traitlets.Bool(True, help="blend from region to region").tag(sync=True)
-    outlines = traitlets.Bool(True, help="show the outlines").tag(sync=True)
+    outlines = traitlets.Bool(
+        True, help="show the outlines: of what is drawn, and of the places that reports name"
+    ).tag(sync=True)
     hidden = traitlets.List(traitlets.Unicode(), help="classes whose outlines are hidden").tag(sync=True)
     masked = traitlets.Bool(False, help="leave the words of the report out").tag(sync=True)
     window = traitlets.List([128, 255], help="level and width, in grey levels").tag(sync=True)
@@ -390,12 +410,13 @@ class Display(anywidget.AnyWidget):
     runs = traitlets.List(traitlets.Unicode(), help="names of all runs").tag(sync=True)
     findings = traitlets.List(help="name and number of studies").tag(sync=True)
     grains = traitlets.List(traitlets.Unicode(), help="those that some run has").tag(sync=True)
+    typed = traitlets.List(traitlets.Unicode(), help="phrases of one's own, which every study is asked").tag(sync=True)
     held = traitlets.Dict(help="in a page of its own: the studies that it holds").tag(sync=True)
 
 # %% ../../nbs/widgets/03_correspondence.ipynb #7b00ebfa
 def answer(
     studies: Studies,
-    message: Mapping,  # ask = "study": position; ask = "list": query, finding, order, run (its number)
+    message: Mapping,  # ask = "study": position, typed; ask = "list": query, finding, order, run (its number)
     masked: bool,  # leave the report's words out; the message may ask for it too
 ) -> tuple[dict, list[bytes]]:
     """The answer to a message. An order that needs numbers measures some studies at a time; the browser asks again.
@@ -404,13 +425,14 @@ def answer(
     ----------
     studies : Studies
     message : Mapping
-        ask = "study": position; ask = "list": query, finding, order, run (its number)
+        ask = "study": position, typed; ask = "list": query, finding, order, run (its number)
     masked : bool
         leave the report's words out; the message may ask for it too
     """
     try:
         if message["ask"] == "study":
-            head, body = pack_study(studies[message["position"]], masked or message.get("masked", False))
+            view = studies.view(message["position"], message.get("typed", ()))
+            head, body = pack_study(view, masked or message.get("masked", False))
             return {"answer": "study", "study": head}, body
         asked = {name: message[name] for name in ("query", "finding", "order")}
         left = 0 if asked["order"] == "data" else studies.measure()
@@ -423,6 +445,7 @@ def answer(
 class CorrespondenceWidget(Pictured, Display):
     """Words and regions of the studies of a Pack, for one or more runs: show it in a notebook.
 
+    A Pack without reports is read by phrases from its labels, any by phrases of your own: type them, or set `typed`.
     `selection` holds what is pinned: study, words, sentences, prototypes (numbers) and boxes (x0, y0, x1, y1 in shares
     of the picture). ValueError when runs, Pack and split do not go together.
 
@@ -458,14 +481,14 @@ class CorrespondenceWidget(Pictured, Display):
             "grains": [grain for grain in _PINNABLE if grain in grains],
             "findings": [[name, int(count)] for name, count in present.items() if count],
         }
-        hidden = [f"{finding} (report)" for finding in TERMS] if has_drawings(self.studies.data) else []
+        hidden = [f"{finding} (report)" for finding in TERMS] if self.studies.judged == "drawn" else []
         super().__init__(**{"shown": facts["runs"], "selection": {}, "hidden": hidden, **display, **facts})
         self.on_msg(self._answer)
 
     @property
     def study(self) -> StudyView:
         "The study that is shown."
-        return self.studies[self.position]
+        return self.studies.view(self.position, self.typed)
 
     @traitlets.validate("selection")
     def _whole_selection(self, proposal: dict) -> dict:
@@ -477,6 +500,15 @@ class CorrespondenceWidget(Pictured, Display):
         if not 0 <= proposal["value"] < len(self.studies):
             raise traitlets.TraitError(f"no study {proposal['value']}; expected 0 to {len(self.studies) - 1}")
         return proposal["value"]
+
+    @traitlets.validate("typed")
+    def _readable_phrases(self, proposal: dict) -> list[str]:
+        phrases = list(dict.fromkeys(" ".join(text.split()) for text in proposal["value"]))
+        if wordless := [text for text in phrases if not find_words(text)]:
+            raise traitlets.TraitError(
+                f"the phrase {wordless[0]!r:.60} has no words; expected one such as 'pleural effusion'"
+            )
+        return phrases
 
     def show(self, study: str) -> None:
         "Go to a study by its id, with nothing pinned. KeyError for an id that is not in the split."
@@ -490,6 +522,11 @@ class CorrespondenceWidget(Pictured, Display):
         wanted = {word.lower() for word in words}
         new = {w for w, word in enumerate(self.study.words) if word.lower() in wanted}
         self.selection = {**self.selection, "words": sorted(new | set(self.selection["words"]))}
+
+    def ask(self, phrase: str) -> None:
+        "Ask every study a phrase of your own, and pin it in this one. TraitError for a phrase without words."
+        self.typed = [*self.typed, phrase]
+        self.selection = {"study": self.study.id, "sentences": [self.study.sentences.index(" ".join(phrase.split()))]}
 
     def _answer(self, _: anywidget.AnyWidget, message: dict, buffers: list) -> None:
         self.send(*answer(self.studies, message, self.masked))
@@ -513,7 +550,8 @@ class CorrespondenceWidget(Pictured, Display):
             fitting = self.studies.find(self.query, self.finding)
             studies = [self.position, *[p for p in fitting if p > self.position][:11]]
         state = {name: getattr(self, name) for name in Display.class_own_traits(sync=True)}
-        page = page_state(state, [pack_study(self.studies[position], self.masked) for position in studies])
+        views = [self.studies.view(position, self.typed) for position in studies]
+        page = page_state(state, [pack_study(view, self.masked) for view in views])
         write_atomic(path, lambda file: file.write(standalone(title, self._esm, self._css, page).encode()))
         return Path(path)
 

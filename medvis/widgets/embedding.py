@@ -368,6 +368,8 @@ def study_points(
         points for `EmbeddingView`, with the vectors; a picture for each study
     """
     studies, rng = Studies({"run": method}, data, split), np.random.default_rng(seed)
+    if studies.texts != "report":
+        raise ValueError(f"{data.path} has no reports; expected a data set with some, as texts are points too")
     items, pairs = range(min(count, len(studies))), studies.pairs["run"]
     aligned = aligned_studies(method, pairs, items)
     grain, rows, vectors = f"{aligned.grain}s", [], []

@@ -2,7 +2,7 @@
 // The kernel sends a study when it is asked for it; from then on all scores are here, and nothing that moves waits for the kernel.
 //
 //   app    one view: its model, study, hover, zoom, and the elements that change
-//   study  picture, pieces of text, outlines, and for every run its scores, item after item (see `decode`)
+//   study  picture, pieces of text, outlines, and for every run its scores, item after item, and its targets (see `decode`)
 //   picks  { words, sentences, prototypes }, lists of items that are shown together
 //   box    [x0, y0, x1, y1] in shares of the picture; a hovered region is a box too, so that runs of any grid can answer
 
@@ -18,6 +18,12 @@ const STOPS = {
   cividis: "00224e 003170 2a3f6d 434e6c 575d6d 6a6c71 7d7c78 918b78 a59c74 bcae6c d2c060 e9d34e fee838",
 };
 const TOOLS = { select: "Select", window: "Window", pan: "Pan" };
+const JUDGED = { // what a hit is, in the whole data set
+  drawn: "Hits are counted against what is drawn.",
+  said: "Hits are counted against the places that the reports name: nothing is drawn in this data set.",
+  nothing: "No hits are counted: nothing is drawn in this data set, and there are no reports.",
+};
+const TEXTS = { report: "", label: "Phrases from labels (there are no reports)", absent: "Phrases that labels say this image does not show", typed: "Your phrases" };
 const ORDERS = { data: "As in the data", alignment: "Worst alignment first", misses: "Most misses first" };
 const KEYS = [
   ["Tab", "from control to control, to the pictures, into the report"],
@@ -54,7 +60,7 @@ function decode(head, buffers) {
   study.runs = head.runs.map((run) => {
     const scores = {};
     for (const grain of run.grains) scores[grain] = new Float32Array(bytes.shift());
-    return { ...run, scores, count: run.grid[0] * run.grid[1], range: {}, cells: run.cells.map((cells) => new Set(cells)) };
+    return { ...run, scores, count: run.grid[0] * run.grid[1], range: {}, cells: run.cells.map((cells) => new Set(cells)), targets: new Set(run.targets) };
   });
   return study;
 }
@@ -171,15 +177,16 @@ const hiddenKinds = (app) => get(app, "hidden") ?? [];
 const shownOutlines = (app) => app.study.outlines.map((outline, n) => ({ ...outline, n }))
   .filter((outline) => !hiddenKinds(app).includes(outline.kind) && !(outline.said && get(app, "masked")));
 
-// What one run says of what is hovered or pinned: map, its scale, peak, and whether it hits the outlines that the text speaks of: those that are drawn, else those that are said.
+// What one run says of what is hovered or pinned: map, its scale, peak, and whether it hits the targets that the text speaks of, or that nobody knows it.
 function answer(app, k) {
   const run = app.study.runs[k], picks = shownPicks(app), map = combine(run, picks);
   if (!map) return { run, map };
   const peak = peakOf(map), about = (o) => o.words.some((w) => picks.words.includes(w)) || o.sentences.some((s) => picks.sentences.includes(s));
-  const linked = shownOutlines(app).filter(about).map((outline) => ({ ...outline, hit: run.cells[outline.n].has(peak) }));
-  const drawn = linked.filter((outline) => !outline.said), judged = drawn.length ? drawn : linked;
+  const linked = shownOutlines(app).filter(about), targets = linked.filter((outline) => run.targets.has(outline.n));
+  const unsure = linked.filter((outline) => !outline.fits), judged = targets.length ? targets : unsure;
   const grains = GRAINS.filter((grain) => picks[grain].length && run.scores[grain]);
-  return { run, map, peak, linked, judged, scale: scaleOf(app, run, map, grains), hit: judged.some((outline) => outline.hit) };
+  const verdict = targets.length ? (targets.some((outline) => run.cells[outline.n].has(peak)) ? "hit" : "miss") : unsure.length ? "unknown fit" : "";
+  return { run, map, peak, linked, judged, scale: scaleOf(app, run, map, grains), verdict };
 }
 
 /* ------------------------------------------------------------------ pictures */
@@ -268,7 +275,8 @@ function drawNames(app, context, size) {
   context.lineWidth = 3 * unit;
   context.strokeStyle = "rgba(0,0,0,.7)";
   const taken = [];
-  for (const { name, said, paths } of shownOutlines(app)) {
+  for (const { name: of, said, fits, paths } of shownOutlines(app)) {
+    const name = fits ? of : `${of} ?`; // it may lie elsewhere
     context.fillStyle = said ? SAID : OUTLINE;
     const points = paths.flat();
     if (!points.length) continue;
@@ -310,10 +318,12 @@ function drawPanel(app, panel) {
   tellPanel(app, panel, result);
 }
 
+const SIGNS = { hit: "✓", miss: "✗", "unknown fit": "?" };
+
 // Colour bar, badge and the panel's name for those who do not see it.
-function tellPanel(app, panel, { run, map, scale, linked, judged, hit, peak }) {
+function tellPanel(app, panel, { run, map, scale, judged, verdict, peak }) {
   panel.bar.style.visibility = map ? "visible" : "hidden";
-  panel.badge.hidden = !linked?.length;
+  panel.badge.hidden = !verdict;
   if (map) {
     const threshold = get(app, "threshold");
     panel.low.textContent = scale[0].toFixed(2);
@@ -321,11 +331,10 @@ function tellPanel(app, panel, { run, map, scale, linked, judged, hit, peak }) {
     panel.tick.hidden = !threshold;
     panel.tick.style.left = `${100 * threshold}%`;
   }
-  if (linked?.length) {
-    panel.badge.dataset.hit = String(hit);
-    const also = linked.filter((outline) => !judged.includes(outline)).map((outline) => ` · ${outline.hit ? "✓" : "✗"} ${outline.name}`);
-    panel.badge.textContent = `${hit ? "✓ hit" : "✗ miss"} · ${[...new Set(judged.map((outline) => outline.name))].join(", ")}${also.join("")}`;
-    panel.badge.title = panel.badge.textContent;
+  if (verdict) {
+    panel.badge.dataset.hit = verdict === "unknown fit" ? "unknown" : String(verdict === "hit");
+    panel.badge.textContent = `${SIGNS[verdict]} ${verdict} · ${[...new Set(judged.map((outline) => outline.name))].join(", ")}`;
+    panel.badge.title = verdict === "unknown fit" ? "It is not known how this picture was made square: the outline may lie elsewhere" : `${panel.badge.textContent}. ${JUDGED[app.study.judged]}`;
   }
   const place = map ? `highest in row ${Math.floor(peak / run.grid[1]) + 1}, column ${(peak % run.grid[1]) + 1}` : "no map";
   panel.canvas.setAttribute("aria-label", `Radiograph with the map of ${get(app, "runs")[panel.k]}: ${place}. Arrow keys move over regions.`);
@@ -333,7 +342,9 @@ function tellPanel(app, panel, { run, map, scale, linked, judged, hit, peak }) {
 
 /* ------------------------------------------------------------------ report */
 
-const masked = (app, text) => (get(app, "masked") ? text.replace(/[\p{L}\p{N}\p{M}]+/gu, "•••") : text);
+const kindOf = (app, s) => app.study.kinds?.[s] ?? "report";
+const hides = (app, s) => get(app, "masked") && kindOf(app, s) === "report"; // labels and what was typed are not the report's
+const masked = (app, s, text) => (hides(app, s) ? text.replace(/[\p{L}\p{N}\p{M}]+/gu, "•••") : text);
 
 function itemElement(app, grain, item, tag, attributes, ...children) {
   const element = h(tag, {
@@ -357,22 +368,59 @@ function beyond(app, unread) {
 
 function sentenceElement(app, pieces, s) {
   const parts = pieces.map(([text, word]) => {
-    if (word < 0) return masked(app, text);
+    if (word < 0) return masked(app, s, text);
     const unread = unreadBy(app, word);
-    return itemElement(app, "words", word, "span", unread.length ? { class: "word unread", title: beyond(app, unread) } : { class: "word" }, masked(app, text));
+    return itemElement(app, "words", word, "span", unread.length ? { class: "word unread", title: beyond(app, unread) } : { class: "word" }, masked(app, s, text));
   });
   const number = itemElement(app, "sentences", s, "span", { class: "number", "aria-label": `Sentence ${s + 1}` }, String(s + 1));
   const enter = () => get(app, "grain") === "sentences" && hoverItem(app, "sentences", s);
   const leave = () => get(app, "grain") === "sentences" && setHover(app, { picks: null });
   const pin = () => get(app, "grain") === "sentences" && togglePin(app, "sentences", s);
-  return h("div", { class: "sentence" }, number,
+  const line = h("div", { class: "sentence", "data-kind": kindOf(app, s) }, number,
     h("p", { dir: "auto", "data-sentence": s, pointerenter: enter, pointerleave: leave, click: pin }, ...parts));
+  if (kindOf(app, s) === "typed" && !isPage(app)) line.append(button("×", "Leave this phrase out", () => leaveOut(app, pieces.map(([text]) => text).join(""))));
+  return line;
+}
+
+// The texts of a study, with a heading where they are not those of a report.
+function textElements(app) {
+  const { study } = app, heading = (s) => TEXTS[kindOf(app, s)] && (s === 0 || kindOf(app, s) !== kindOf(app, s - 1)) ? [h("p", { class: "legend" }, TEXTS[kindOf(app, s)])] : [];
+  const lines = study.sentences.flatMap((pieces, s) => [...heading(s), sentenceElement(app, pieces, s)]);
+  const how = isPage(app) ? "In a notebook phrases can be typed: CorrespondenceWidget(run, pack)." : "Type a phrase below.";
+  return lines.length ? lines : [h("p", { class: "legend" }, `This image has neither a report nor phrases from labels. ${how}`)];
+}
+
+/* Phrases of the reader's own: the kernel asks them of every study. A page has no kernel. */
+
+const isPage = (app) => Boolean(get(app, "held")?.studies);
+const typed = (app) => get(app, "typed") ?? [];
+
+function askPhrase(app, input) {
+  const phrase = input.value.split(/\s+/).filter(Boolean).join(" ");
+  if (!/[\p{L}\p{N}]/u.test(phrase)) return note(app, "A phrase has at least one word.");
+  input.value = "";
+  app.wanted = phrase; // is pinned when its map is here
+  note(app, `Asking for “${phrase}” …`);
+  if (typed(app).includes(phrase)) showStudy(app);
+  else put(app, { typed: [...typed(app), phrase] });
+}
+
+function leaveOut(app, phrase) {
+  put(app, { typed: typed(app).filter((one) => one !== phrase), selection: { ...NO_PICKS, boxes: [], study: app.study.id } });
+}
+
+function pinWanted(app) {
+  const s = app.study.sentences.findLastIndex((pieces, at) => kindOf(app, at) === "typed" && pieces.map(([text]) => text).join("") === app.wanted);
+  if (s < 0) return;
+  app.wanted = null;
+  note(app, "");
+  select(app, { ...NO_PICKS, boxes: [], sentences: [s] });
 }
 
 function buildReport(app) {
   const { study, parts } = app;
   app.items = { words: [], sentences: [], prototypes: [] };
-  parts.report.replaceChildren(...study.sentences.map((pieces, s) => sentenceElement(app, pieces, s)));
+  parts.report.replaceChildren(...textElements(app));
   const cut = [...new Set(app.items.words.flatMap((_, word) => unreadBy(app, word)))];
   if (cut.length) parts.report.append(h("p", { class: "legend" }, `Dimmed: ${beyond(app, cut)}.`));
   const numbers = study.runs[app.active]?.prototypes ?? [];
@@ -392,6 +440,7 @@ function buildTargets(app) {
   app.parts.targets.replaceChildren(...kinds.map(([kind, said]) =>
     button(kind, `Outline of ${kind}`, () => flip(kind), { "data-kind": kind, "data-said": String(said), "aria-pressed": String(!hiddenKinds(app).includes(kind)) })));
   app.parts.targets.hidden = !kinds.length;
+  app.parts.judged.textContent = JUDGED[app.study.judged] + (app.study.outlines.some((outline) => !outline.fits) ? " Unknown fit: it is not known how this picture was made square, and its outlines may lie elsewhere." : "");
   if (had) [...app.parts.targets.children].find((one) => one.dataset.kind === had)?.focus();
 }
 
@@ -427,7 +476,11 @@ function lightText(app) {
   }
 }
 
-const nameOf = (app, grain, item) => (grain === "words" && !get(app, "masked") ? `“${app.items.words[item].textContent}”` : `${grain.slice(0, -1)} ${item + 1}`);
+function nameOf(app, grain, item) {
+  const line = app.items[grain][item].closest(".sentence"), s = Number(line?.querySelector("p").dataset.sentence);
+  if (line && kindOf(app, s) !== "report") return `“${(grain === "words" ? app.items.words[item] : line.querySelector("p")).textContent}”`;
+  return grain === "words" && !get(app, "masked") ? `“${app.items.words[item].textContent}”` : `${grain.slice(0, -1)} ${item + 1}`;
+}
 
 // One line on what is hovered; screen readers hear it.
 function tell(app) {
@@ -435,8 +488,8 @@ function tell(app) {
   let text = "";
   if (picks) {
     const [grain] = GRAINS.filter((one) => picks[one].length);
-    text = `${nameOf(app, grain, picks[grain][0])}: ` + app.panels.map(({ k, result: { map, peak, linked, hit } }) =>
-      `${names[k]} ${map ? map[peak].toFixed(2) + (linked.length ? (hit ? ", hit" : ", miss") : "") : "does not read it"}`).join(" · ");
+    text = `${nameOf(app, grain, picks[grain][0])}: ` + app.panels.map(({ k, result: { map, peak, verdict } }) =>
+      `${names[k]} ${map ? map[peak].toFixed(2) + (verdict && `, ${verdict}`) : "does not read it"}`).join(" · ");
   } else if (box) {
     const run = app.study.runs[app.active], grain = items(run, get(app, "grain")) ? get(app, "grain") : "words";
     const scores = profile(run, grain, regionsIn(run, [box])), read = [...scores.keys()].filter((i) => !Number.isNaN(scores[i]));
@@ -635,7 +688,8 @@ function answerHere({ studies }, { ask: what, position, query, finding, order, r
 function receive(app, message, buffers) {
   if (message.answer === "study") {
     app.waiting = false;
-    if (!get(app, "held")?.studies && message.study.masked !== get(app, "masked")) return setTimeout(() => showStudy(app), 50); // asked before the switch was saved
+    const stale = message.study.masked !== get(app, "masked") || String(message.study.typed ?? []) !== String(typed(app));
+    if (!isPage(app) && stale) return setTimeout(() => showStudy(app), 50); // asked before the switch was saved, or before the last phrase
     const study = decode(message.study, buffers);
     app.studies.set(study.position, study);
     if (app.studies.size > KEPT_STUDIES) app.studies.delete(app.studies.keys().next().value);
@@ -691,13 +745,14 @@ function showStudy(app) {
   app.root.setAttribute("aria-busy", String(!study));
   if (!study && !app.waiting) {
     app.waiting = true;
-    ask(app, { ask: "study", position, masked: get(app, "masked") });
+    ask(app, { ask: "study", position, masked: get(app, "masked"), typed: typed(app) });
   }
   if (!study) return;
   app.study = study;
   app.hover = { picks: null, box: null };
   const reading = app.parts.report.contains(document.activeElement);
   if (get(app, "selection").study !== study.id) select(app, { ...NO_PICKS, boxes: [] });
+  if (app.wanted) pinWanted(app);
   showPlace(app);
   drawGrey(app);
   buildPanels(app);
@@ -820,9 +875,15 @@ function controlRow(app) {
     choice(app, "colours", "Colours", Object.keys(STOPS).map((name) => [name, name])),
     slider(app, "opacity", "Opacity", [0, 1, 0.05]), slider(app, "threshold", "Threshold", [0, 0.95, 0.05]),
     slider(app, "window", "Level", [0, 255, 1], ...level), slider(app, "window", "Width", [2, 510, 1], ...width),
-    h("div", { class: "segments" }, toggle(app, "smooth", "Smooth", "Smooth maps"), toggle(app, "outlines", "Truth", "Outlines of the findings"),
+    h("div", { class: "segments" }, toggle(app, "smooth", "Smooth", "Smooth maps"), toggle(app, "outlines", "Outlines", "Show the outlines"),
       toggle(app, "masked", "Mask text", "Mask the text of the report")),
     button("Unpin", "Unpin all", () => select(app, { ...NO_PICKS, boxes: [] })), button("Fit", "Show all of the picture", () => resetView(app)));
+}
+
+function phraseBox(app) {
+  if (isPage(app)) return [];
+  const input = h("input", { type: "text", placeholder: "Type a phrase, and Enter", "aria-label": "A phrase of your own", keydown: (event) => event.key === "Enter" && askPhrase(app, input) });
+  return [h("div", { class: "phrase" }, input, button("Ask", "Ask this phrase", () => askPhrase(app, input)))];
 }
 
 function resetView(app) {
@@ -837,11 +898,12 @@ function layOut(app) {
   parts.report = h("div", { class: "report", "aria-label": "Report" });
   parts.prototypes = h("div", { class: "prototypes", "aria-label": "Prototypes" });
   parts.targets = h("div", { class: "row targets", role: "group", "aria-label": "Outlines by class", hidden: true });
+  parts.judged = h("p", { class: "judged" });
   parts.status = h("div", { class: "status", role: "status", "aria-live": "polite" });
   const keys = h("details", { class: "keys" }, h("summary", {}, "Keys and mouse"),
     h("div", { class: "keylist" }, ...KEYS.flatMap(([key, does]) => [h("b", {}, key), h("span", {}, does)])));
   app.root.append(browserRow(app), h("div", { class: "study" }, parts.panels,
-    h("section", { class: "text" }, parts.findings, parts.report, parts.prototypes)), parts.targets, parts.status, controlRow(app), keys);
+    h("section", { class: "text" }, parts.findings, parts.report, ...phraseBox(app), parts.prototypes)), parts.targets, parts.judged, parts.status, controlRow(app), keys);
 }
 
 /* ------------------------------------------------------------------ life */
@@ -856,6 +918,7 @@ function reactions(app) {
     outlines: paint, hidden: () => app.study && (buildTargets(app), paint()), colours: () => (setColours(app), refresh(app)), window: () => app.study && (drawGrey(app), refresh(app)),
     grain: () => app.study && (setGrain(app), refresh(app)), shown: anew, query: search, finding: search, order: search,
     masked: () => (app.studies.clear(), anew(), app.study && buildTargets(app), showStudy(app)),
+    typed: () => isPage(app) || (app.studies.clear(), showStudy(app)),
   };
 }
 
@@ -863,7 +926,7 @@ function render({ model, el }) {
   const root = h("div", { class: "medvis correspondence", "data-tool": "select" });
   const app = {
     model, el, root, study: null, studies: new Map(), list: null, order: model.get("order"), hover: { picks: null, box: null }, active: 0, tool: "select",
-    zoom: { scale: 1, x: 0, y: 0 }, panels: [], parts: {}, items: { words: [], sentences: [], prototypes: [] }, waiting: false, note: "",
+    zoom: { scale: 1, x: 0, y: 0 }, panels: [], parts: {}, items: { words: [], sentences: [], prototypes: [] }, waiting: false, note: "", wanted: null,
     grey: document.createElement("canvas"), back: document.createElement("canvas"), drawn: null,
   };
   const listeners = [];
