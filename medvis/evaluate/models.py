@@ -140,7 +140,7 @@ def as_split(
     split: str | None,  # None: all
     pack: Pack,
 ) -> str | None:
-    """The split to measure on; all for the test of a Pack without training and test images. ValueError if it is missing.
+    """The split to measure on; all for the test of a Pack without training and test images. ValueError if it has none.
 
     Parameters
     ----------
