@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from scipy import ndimage
 
+from medvis.cli.commands import main
 from medvis.data.label_phrases import phrases_from_labels
 from medvis.data.phrases import find_phrases, phantom_phrases, phrase_region, write_ms_cxr
 from medvis.data.preprocessing import Preprocessing
@@ -189,6 +190,14 @@ def test_labels_at_every_door(drawn, reader, tmp_path):
         assert rows["cnr"].mean() == pytest.approx(recipes.loc[("raw", "union", "cnr", "signed, population", "bilinear"), "value"])
     for file in ("ground/phrases", "ground/findings", "audit/audit_phrases", "audit/audit", "recipes/recipes"):
         assert pd.read_csv(tmp_path / f"{file}.csv")["recipe"].str.startswith(("raw", "gaussian", "softmax", "absolute")).all(), file
+
+
+def test_help_says_what_is_asked(capsys):
+    with pytest.raises(SystemExit):
+        main(["phrases", "--help"])
+    text = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    for option, meaning in {"--audit": "what the score is owed to", "--recipes": "under every recipe and convention", "--split {train,validate,test,all}": "phrases about others are left out"}.items():
+        assert option in text and meaning in text[text.index(option):][:300], option
 
 
 def test_few_maps_are_drawn_at_a_time(monkeypatch):

@@ -162,7 +162,7 @@ def _print_phrases(table: pd.DataFrame, presence: pd.DataFrame | None, out: Path
     counts = lambda of: ", ".join(f"{name} {count}" for name, count in of.items())
     left = counts({name: count for name, count in left.items() if name not in splits})
     print(f"Phrases by split: {counts(splits)}" + (f" (left out: {left}; see --split)" if left else ""))
-    print(f"Maps: {table['recipe'].iloc[0]}")
+    print(f"Recipe of the maps: {table['recipe'].iloc[0]}")
     of_all = table[table["finding"] == "all"].drop(columns=["finding", "recipe", "definition"])
     print(of_all.round(3).to_string(index=False))
     if presence is not None:
@@ -171,18 +171,14 @@ def _print_phrases(table: pd.DataFrame, presence: pd.DataFrame | None, out: Path
 
 
 def _print_recipes(table: pd.DataFrame) -> None:
-    own = {"hit": ("-", "-"), "cnr": ("bilinear", "signed, population"), "miou": ("bilinear", "0..1")}
-    rows = table[table["boxes"] == "union"].set_index(["drawing", "convention", "measure", "recipe"])["value"]
-    columns = {measure: rows[(*ways, measure)] for measure, ways in own.items()}
-    print("The same under every recipe of the maps:")
-    print(
-        pd.DataFrame(columns)
-        .loc[table["recipe"].unique()]
-        .rename_axis("recipe")
-        .reset_index()
-        .round(3)
-        .to_string(index=False)
-    )
+    ways = {"hit": ("-", "-"), "cnr": ("bilinear", "signed, population"), "miou": ("bilinear", "0..1")}
+    union = table[table["boxes"] == "union"].set_index("recipe")
+    columns = {
+        name: union["value"][(union[["measure", "drawing", "convention"]] == (name, *way)).all(axis=1)]
+        for name, way in ways.items()
+    }
+    print("The same under every recipe:")
+    print(pd.DataFrame(columns).rename_axis("recipe").reset_index().round(3).to_string(index=False))
 
 # %% ../../nbs/cli/02_commands.ipynb #0c0d1a36
 def phrases(config: PhrasesConfig) -> pd.DataFrame:  # as returned by evaluate.ground.ground
