@@ -1110,7 +1110,7 @@ class Grounding:
                 Path(out) / f"{name}.json", describe_inputs({"method": self.method}, self.pack, **(self.facts | rules))
             )
 
-
+# %% ../../nbs/evaluate/06_ground.ipynb #cb65047c
 def open_grounding(
     run: nn.Module | Run | str | Path,  # a method (see phrase_maps) or a run folder
     data: Pack
