@@ -1,5 +1,6 @@
 """Grounding: measures against oracles written differently, MS-CXR's format there and back, and films whose boxes must be found again."""
 import json
+from copy import copy
 from dataclasses import replace
 
 import numpy as np
@@ -21,6 +22,8 @@ from medvis.data.phrases import (
     Phrase, phantom_phrases, phrase_mask, read_ms_cxr, tight_boxes, write_ms_cxr)
 from medvis.data.prepare import PhantomConfig, prepare_phantom
 from medvis.evaluate import ground
+from medvis.evaluate.audit import audit
+from medvis.evaluate.map_recipes import ground_recipes
 from medvis.evaluate.stats import resample
 from medvis.methods import MGCA
 from medvis.methods.method import Correspondence, phantom_tokenizer
@@ -270,6 +273,39 @@ def test_the_control_is_another_patients_image(films):
             assert rows[f"other_{name}"].iloc[i] == pytest.approx(expected[name])
     alone = ground.ground_phrases(method, packs["pad"], phrases[:2])                          # two films of one patient
     assert alone["other_hit"].isna().all() and alone["hit"].eq(1).all()
+
+
+def in_splits(pack, *splits):
+    "The same Pack with its studies in these splits, in turn."
+    pack = copy(pack)
+    vars(pack)["studies"] = pack.studies.assign(split=np.resize(splits, len(pack.studies)))
+    return pack
+
+
+DOORS = {"ground": (ground.ground, "phrases"), "audit": (audit, "audit_phrases"), "recipes": (ground_recipes, "recipes")}
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_phrases_are_those_of_one_split(films, tmp_path, door):
+    "Failed: phrases about training images were scored with the others."
+    packs, phrases = films
+    method, (measure, file) = Bright(Preprocessing(size=112, crop=1.0, channels=1), grid=28), DOORS[door]
+
+    def images(pack, **split):
+        measure(method, pack, phrases, tmp_path, resamples=5, **split)
+        table, facts = pd.read_csv(tmp_path / f"{file}.csv"), json.loads((tmp_path / ("phrases.json" if door == "ground" else f"{door}.json")).read_text())
+        counted = table["targets"][table["boxes"] == "union"].max() if door == "recipes" else len(table)
+        assert counted == facts["count"] and sum(facts["given"].values()) == 12
+        return counted, facts["split"]
+
+    mixed = in_splits(packs["pad"], "train", "test", "test", "validate")
+    assert images(mixed) == (6, "test") and images(mixed, split="validate") == (3, "validate") and images(mixed, split=None) == (12, None)
+    for splits, expected in {("test",): (12, "test"), ("validate",): (12, None), ("validate", "test"): (6, "test")}.items():     # for its phrases alone: no training images
+        assert images(in_splits(packs["pad"], *splits)) == expected
+    with pytest.raises(ValueError, match="unknown split of .* 'test'; choose from train"):
+        images(in_splits(packs["pad"], "train"))
+    with pytest.raises(ValueError, match="of 1 phrases none is about an image of the split 'test' of .* \\(train 1\\)"):
+        measure(method, mixed, phrases[:1])
 
 
 def test_wrong_pairings_are_refused(films):

@@ -12,6 +12,7 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 # %% ../../nbs/cli/02_commands.ipynb #096b3a34
+import json
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -146,18 +147,40 @@ def retrieve(config: RetrieveConfig) -> pd.DataFrame:  # as returned by evaluate
 # %% ../../nbs/cli/02_commands.ipynb #984fc3b7
 def _check_phrases(config: PhrasesConfig) -> None:
     "ValueError for options that do not go together."
-    given = {"--prompts": config.prompts is not None, "--split": config.split != "test"}
-    given |= {"--threshold": config.threshold is not None}
+    given = {"--prompts": config.prompts is not None, "--threshold": config.threshold is not None}
     if config.from_labels and config.phrases is not None:
         raise ValueError("phrases come from --phrases or --from-labels, not from both; leave one out")
-    if config.from_labels and (config.audit or config.recipes):
-        raise ValueError("--audit and --recipes are of phrases with boxes; leave out --from-labels")
     if not config.from_labels and any(given.values()):
         raise ValueError(
             f"{next(name for name, is_given in given.items() if is_given)} goes with --from-labels; add that"
         )
 
 
+def _print_phrases(table: pd.DataFrame, presence: pd.DataFrame | None, out: Path) -> None:
+    splits = pd.read_csv(out / "phrases.csv")["split"].value_counts()
+    left = json.loads((out / "phrases.json").read_text(encoding="utf-8")).get("given", {})
+    counts = lambda of: ", ".join(f"{name} {count}" for name, count in of.items())
+    left = counts({name: count for name, count in left.items() if name not in splits})
+    print(f"Phrases by split: {counts(splits)}" + (f" (left out: {left}; see --split)" if left else ""))
+    print(f"Recipe of the maps: {table['recipe'].iloc[0]}")
+    of_all = table[table["finding"] == "all"].drop(columns=["finding", "recipe", "definition"])
+    print(of_all.round(3).to_string(index=False))
+    if presence is not None:
+        print("Is it there? By class, of all together (one threshold), and macro:")
+        print(presence.pivot(index="finding", columns="measure", values="value").round(3).to_string())
+
+
+def _print_recipes(table: pd.DataFrame) -> None:
+    ways = {"hit": ("-", "-"), "cnr": ("bilinear", "signed, population"), "miou": ("bilinear", "0..1")}
+    union = table[table["boxes"] == "union"].set_index("recipe")
+    columns = {
+        name: union["value"][(union[["measure", "drawing", "convention"]] == (name, *way)).all(axis=1)]
+        for name, way in ways.items()
+    }
+    print("The same under every recipe:")
+    print(pd.DataFrame(columns).rename_axis("recipe").reset_index().round(3).to_string(index=False))
+
+# %% ../../nbs/cli/02_commands.ipynb #0c0d1a36
 def phrases(config: PhrasesConfig) -> pd.DataFrame:  # as returned by evaluate.ground.ground
     """Measure a run on phrases; print the numbers over all, and write them by finding and by phrase.
 
@@ -168,34 +191,34 @@ def phrases(config: PhrasesConfig) -> pd.DataFrame:  # as returned by evaluate.g
     pd.DataFrame
         as returned by evaluate.ground.ground
     """
-    data, presence = None if config.data is None else Pack(config.data), None
+    data, presence, given = None if config.data is None else Pack(config.data), None, config.phrases
     _check_phrases(config)
-    out = config.out or config.run / ("labels" if config.from_labels else "phrases")
+    from medvis.evaluate.models import as_method, as_pack, as_split
+
+    method, out = as_method(config.run), config.out or config.run / ("labels" if config.from_labels else "phrases")
+    data = as_pack(data, method)
+    split = as_split(None if config.split == "all" else config.split, data)
+    rules = dict(out=out, split=split, allow_leaks=config.allow_leaks)
     if config.from_labels:
-        from medvis.data.label_phrases import read_class_prompts
+        from medvis.data.label_phrases import phrases_from_labels, read_class_prompts
         from medvis.evaluate.presence import ground_labels
 
         prompts = None if config.prompts is None else read_class_prompts(config.prompts)
-        split = None if config.split == "all" else config.split
-        table, presence = ground_labels(
-            config.run, data, prompts, out, split, config.threshold, allow_leaks=config.allow_leaks
-        )
+        given = phrases_from_labels(data, prompts, split)
+        table, presence = ground_labels(method, data, prompts, threshold=config.threshold, **rules)
     else:
         from medvis.evaluate.ground import ground
-        from medvis.evaluate.map_recipes import map_recipe_table
 
-        recipes = map_recipe_table if config.recipes else None
-        table = ground(config.run, data, config.phrases, out, recipes, allow_leaks=config.allow_leaks)
-    splits = pd.read_csv(out / "phrases.csv")["split"].value_counts()
-    print("Phrases by split: " + ", ".join(f"{name} {count}" for name, count in splits.items()))
-    print(table[table["finding"] == "all"].drop(columns=["finding", "definition"]).round(3).to_string(index=False))
-    if presence is not None:
-        print("Is it there? By class, of all together (one threshold), and macro:")
-        print(presence.pivot(index="finding", columns="measure", values="value").round(3).to_string())
+        table = ground(method, data, given, **rules)
+    _print_phrases(table, presence, out)
+    if config.recipes:
+        from medvis.evaluate.map_recipes import ground_recipes
+
+        _print_recipes(ground_recipes(method, data, given, **rules))
     if config.audit:
         from medvis.evaluate.audit import audit, verdict
 
-        print(f"Audit: {verdict(audit(config.run, data, config.phrases, out, allow_leaks=config.allow_leaks))}")
+        print(f"Audit: {verdict(audit(method, data, given, **rules))}")
     print(f"Tables: {out}")
     return table
 

@@ -167,24 +167,24 @@ class PhrasesConfig:
 
     run: tyro.conf.Positional[Path]
     "Run folder."
-    phrases: Annotated[Path | None, default_text("the sentences of a phantom's test reports")] = None
+    phrases: Annotated[Path | None, default_text("the sentences of a phantom's reports")] = None
     "Phrases with boxes in the format of MS-CXR (.json or .csv)."
     data: _Data = None
     "Folder of the Pack that holds their images."
     out: Annotated[Path | None, default_text("the folder phrases in the run, with --from-labels: labels")] = None
     "Folder of the tables."
+    split: Annotated[Literal["train", "validate", "test", "all"], default_text("test")] = "test"
+    "Whose images; phrases about others are left out. A Pack without training and test images is measured whole."
     recipes: bool = False
-    "Measure the same maps under every recipe and convention (smoothing, softmax, drawing, boxes, CNR, mIoU) too."
+    "Measure under every recipe and convention too (smoothing, softmax, drawing, boxes, CNR, mIoU): recipes.csv."
     audit: bool = False
-    "Ask what the score is owed to (image, finding, side, 'no', box) in one line. Takes about five times as long."
+    "Ask in one line what the score is owed to (image, finding, side, 'no', box or mask). Takes five times as long."
     allow_leaks: bool = False
     "Measure even if a run was trained on patients or images of the validation or test split; the manifest lists them."
     from_labels: bool = False
     "Classes of the Pack's boxes, masks and labels are the phrases; where one is not shown, is the map silent?"
     prompts: Annotated[Path | None, default_text("those of medvis")] = None
     "With --from-labels: table (.csv: finding, prompt) of what a report calls each class."
-    split: Annotated[Literal["train", "validate", "test", "all"], default_text("test")] = "test"
-    "With --from-labels: whose images."
     threshold: Annotated[float | None, default_text("of each class, chosen on validation images")] = None
     "With --from-labels: the score above which a map says that there is something."
 

@@ -6,13 +6,13 @@
 __all__ = ['check_preprocessing', 'encode', 'linear_probe', 'paired_gain', 'probe_predictions', 'probe_table',
            'random_like', 'YoloV3', 'yolo_loss', 'Pointing', 'contrast_to_noise', 'ground_phrases', 'grounding_table',
            'phantom_pointing', 'phantom_targets', 'pointing_game', 'upsample_map', 'measure_places', 'audit_table',
-           'verdict', 'RECIPES', 'draw_maps', 'recipe_maps', 'map_recipe_table', 'Boxes', 'classification_table',
-           'count_pixels', 'detection_table', 'dice_table', 'froc', 'mean_ap', 'as_encoders', 'as_method', 'as_pack',
-           'check_unseen', 'ground_labels', 'presence_rules', 'presence_scores', 'presence_table', 'Predictions',
-           'load_predictions', 'score_table', 'compare_runs', 'evaluate', 'protocol_task', 'run_protocol',
-           'summary_table', 'PROTOCOLS', 'Protocol', 'prompt_table', 'retrieval_table', 'zero_shot', 'zero_shot_table',
-           'LinearSegmenter', 'SetrDecoder', 'SmpUNet', 'UNet', 'dice_loss', 'mixed_loss', 'Interval', 'auroc',
-           'bootstrap', 'bootstrap_auroc', 'compare', 'compare_predictions']
+           'verdict', 'RECIPES', 'draw_maps', 'ground_recipes', 'recipe_maps', 'map_recipe_table', 'Boxes',
+           'classification_table', 'count_pixels', 'detection_table', 'dice_table', 'froc', 'mean_ap', 'as_encoders',
+           'as_method', 'as_pack', 'check_unseen', 'ground_labels', 'presence_rules', 'presence_scores',
+           'presence_table', 'Predictions', 'load_predictions', 'score_table', 'compare_runs', 'evaluate',
+           'protocol_task', 'run_protocol', 'summary_table', 'PROTOCOLS', 'Protocol', 'prompt_table', 'retrieval_table',
+           'zero_shot', 'zero_shot_table', 'LinearSegmenter', 'SetrDecoder', 'SmpUNet', 'UNet', 'dice_loss',
+           'mixed_loss', 'Interval', 'auroc', 'bootstrap', 'bootstrap_auroc', 'compare', 'compare_predictions']
 
 # %% ../../nbs/evaluate/00_doors.ipynb #dcb44a08
 from typing import TYPE_CHECKING
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
         upsample_map,
     )
     from medvis.evaluate.laterality import measure_places
-    from medvis.evaluate.map_recipes import RECIPES, draw_maps, recipe_maps, map_recipe_table
+    from medvis.evaluate.map_recipes import RECIPES, draw_maps, ground_recipes, recipe_maps, map_recipe_table
     from medvis.evaluate.metrics import (
         Boxes,
         classification_table,
@@ -82,6 +82,7 @@ _all_ = [
     "verdict",
     "RECIPES",
     "draw_maps",
+    "ground_recipes",
     "recipe_maps",
     "map_recipe_table",
     "Boxes",

@@ -18,29 +18,27 @@ import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike
 from scipy import ndimage
+from scipy.signal import fftconvolve
 from torch import nn
 
 from ..core.choices import check_choice
-from ..core.files import write_atomic, write_json
 from ..data.pack import Pack
-from ..data.phrases import Phrase, phrase_mask
+from ..data.phrases import Phrase, phrase_region
 from ..data.targets import TERMS, exchange_side, negate_sentence, other_finding_sentence, sentence_targets
-from .encoder import describe_inputs, frozen
+from .encoder import frozen
 from medvis.evaluate.ground import (
     RECIPE,
     Condition,
     PlacedPhrases,
     condition_maps,
     contrast_to_noise,
-    given_phrases,
     mirrored,
     on_target,
-    place_phrases,
+    open_grounding,
     pointing_hits,
     upsample_map,
     view_region,
 )
-from .models import as_method, as_pack, check_unseen
 from .stats import interval, mean_draws, resample
 from ..train.run import Run
 
@@ -89,21 +87,31 @@ def _nonsense(
     return [" ".join(words) if words and None not in words else None for words in drawn]
 
 # %% ../../nbs/evaluate/15_audit.ipynb #141e2b30
+def _sums_under(
+    outline: np.ndarray,  # (h, w) bool
+    layers: np.ndarray,  # (L, H, W) whole numbers
+) -> np.ndarray:  # (L, H - h + 1, W - w + 1) whole numbers
+    "The sum of what lies under an outline, wherever it fits into the image."
+    return fftconvolve(layers, outline[None, ::-1, ::-1].astype(float), mode="valid", axes=(1, 2)).round()
+
+
 def _elsewhere(
     mask: np.ndarray,  # (H, W) bool, not empty
-    random: np.random.Generator,
+    pixels: np.ndarray,  # (H, W) grey levels
 ) -> np.ndarray | None:  # (H, W) bool, as many pixels, none of them in the mask; None if there is no such place
-    "The same outline elsewhere in the image: mirrored, else moved."
-    if not (mask[:, ::-1] & mask).any():
-        return np.ascontiguousarray(mask[:, ::-1])
-    (rows, columns), (height, width) = np.nonzero(mask), mask.shape
-    ups, lefts = np.arange(-rows.min(), height - rows.max()), np.arange(-columns.min(), width - columns.max())
-    for place in random.permutation(len(ups) * len(lefts))[:500]:
-        moved = np.zeros_like(mask)
-        moved[rows + ups[place // len(lefts)], columns + lefts[place % len(lefts)]] = True
-        if not (moved & mask).any():
-            return moved
-    return None
+    "The same outline, or its mirror image, where it does not touch the mask and covers what is most like it."
+    grey, count, best, found = pixels.astype(float), mask.sum(), np.inf, None
+    for outline in (mask, mask[:, ::-1]):
+        part = outline[ndimage.find_objects(outline.astype(np.uint8))[0]]
+        touched, total, squares = _sums_under(part, np.stack([mask, grey, grey**2]))
+        spread = np.sqrt((squares / count - (total / count) ** 2).clip(0))
+        distance = (total / count - grey[mask].mean()) ** 2 + (spread - grey[mask].std()) ** 2
+        distance[touched > 0] = np.inf
+        row, column = np.unravel_index(distance.argmin(), distance.shape)
+        if distance[row, column] < best:
+            best, found = distance[row, column], np.zeros_like(mask)
+            found[row : row + part.shape[0], column : column + part.shape[1]] = part
+    return found
 
 # %% ../../nbs/evaluate/15_audit.ipynb #1666622a
 _FILLS = ("mean", "blur")
@@ -112,7 +120,7 @@ _FILLS = ("mean", "blur")
 def _occluded(
     pack: Pack,  # or anything with .image(row)
     images: ArrayLike,  # (K,) rows of the Pack
-    masks: Sequence[np.ndarray | None],  # K (H, W) bool
+    masks: Sequence[np.ndarray | None],  # K (H, W) bool; None: it is not asked for
     fill: str = "mean",  # of _FILLS
 ) -> SimpleNamespace:  # .image(k)
     "Image k with what mask k covers filled: with its mean, or with it blurred by an eighth of its side."
@@ -134,10 +142,25 @@ _CONTROLS = {  # name -> what its hits are compared with, and what a loss means
     "nonsense": ("own image", "meaningless words of the same lengths: lost by one who reads"),
     "mirrored image": ("own image", "image and target mirrored: lost by habit, and by one who knows the side"),
     "mirrored image, old place": ("own image", "image mirrored, target not: lost by one who sees"),
-    "elsewhere occluded": ("own image", "an equal part outside of the boxes filled"),
-    "box occluded": ("elsewhere occluded", "the boxes filled: lost by one who looks at them"),
+    "elsewhere occluded": ("own image", "the same outline filled where it does not touch the boxes (or the mask)"),
+    "box occluded": ("elsewhere occluded", "the boxes (or the mask) filled: lost by one who looks there"),
     "best fixed map": ("own image", "for each finding where targets of the other half of the patients lie"),
 }
+
+
+def _covers(
+    method: nn.Module,  # .preprocessing
+    pack: Pack,
+    phrase: Phrase,
+    image: int,  # its row in the Pack
+) -> tuple[np.ndarray, np.ndarray | None]:  # (size, size) bool each, in the Pack's square; None: there is no such place
+    "What a phrase describes, as far as the encoder sees it, and the same outline elsewhere in what it sees."
+    view, region = method.preprocessing, np.zeros((pack.size, pack.size), bool)
+    margin = int(np.ceil(pack.size * (1 - view.size / round(view.size / view.crop)) / 2))
+    inside = (slice(margin, pack.size - margin),) * 2
+    region[inside] = phrase_region(phrase, pack, image)[inside]
+    away = _elsewhere(region[inside], pack.image(int(image))[inside]) if region.any() else None
+    return region, None if away is None else np.pad(away, margin)
 
 
 def _conditions(
@@ -148,13 +171,10 @@ def _conditions(
     seed: int,
 ) -> dict[str, tuple[Condition, np.ndarray]]:  # of _CONTROLS without the last -> and the masks (K, S, S)
     "Under which texts and images the phrases are read, and where their targets are then."
-    texts, images, own, random = placed.texts, placed.images, placed.masks, np.random.default_rng(seed)
-    fit = pack.manifest["source"].get("fit")
-    boxes = [phrase_mask(phrase, pack.size, fit) for phrase in placed.phrases]
-    outside = [_elsewhere(mask, random) for mask in boxes]
-    free, numbers = np.array([mask is not None for mask in outside]), np.arange(len(boxes))
-    follow = [view_region(method, pack, *one, np.fliplr) for one in zip(placed.phrases, placed.images)]
-    follow = np.stack(follow)
+    texts, images, own = placed.texts, placed.images, placed.masks
+    covers = [_covers(method, pack, *one) for one in zip(placed.phrases, images)]
+    free, numbers = np.array([away is not None for _, away in covers]), np.arange(len(covers))
+    follow = np.stack([view_region(method, pack, *one, np.fliplr) for one in zip(placed.phrases, images)])
     said = partial(Condition, pack, images=images)
     hidden = lambda masks: Condition(_occluded(pack, images, masks, fill), texts, np.where(free, numbers, -1))
     return {
@@ -165,8 +185,8 @@ def _conditions(
         "side exchanged": (said([exchange_side(text) for text in texts]), own),
         "nonsense": (said(_nonsense(texts, method.tokenizer.get_vocab(), seed)), own),
         "mirrored image": (Condition(mirrored(pack), texts, images), follow),
-        "elsewhere occluded": (hidden(outside), own),
-        "box occluded": (hidden(boxes), own),
+        "elsewhere occluded": (hidden([away for _, away in covers]), own),
+        "box occluded": (hidden([region for region, _ in covers]), own),
     }
 
 # %% ../../nbs/evaluate/15_audit.ipynb #9aaf4b9a
@@ -195,10 +215,14 @@ def _measured(
     maps: np.ndarray,  # (K, N)
     masks: np.ndarray,  # (K, H, W)
     grid: tuple[int, int],
+    together: int = 64,  # how many maps are drawn at a time
 ) -> np.ndarray:  # (3, K) hit, CNR, mean score in the target
-    drawn = upsample_map(maps, grid, masks.shape[1:])
-    score = (drawn * masks).sum((1, 2)) / masks.sum((1, 2))
-    return np.stack([pointing_hits(maps, masks, grid)[0], contrast_to_noise(maps, masks, grid), score])
+    parts = []
+    for start in range(0, len(maps), together):
+        some, targets = maps[start : start + together], masks[start : start + together]
+        score = (upsample_map(some, grid, masks.shape[1:]) * targets).sum((1, 2)) / targets.sum((1, 2))
+        parts.append([pointing_hits(some, targets, grid)[0], contrast_to_noise(some, targets, grid), score])
+    return np.concatenate(parts, axis=1)
 
 
 def _audit_rows(
@@ -208,8 +232,8 @@ def _audit_rows(
     fill: str = "mean",
     seed: int = 0,
     batch_size: int = 32,
-) -> pd.DataFrame:  # one row a phrase: chance, and hit, cnr and score under each control, NaN where it has none
-    rows = placed.table().assign(chance=placed.masks.mean((1, 2)))
+) -> pd.DataFrame:  # one row a phrase: chance, recipe, and hit, cnr and score under each control, NaN where it has none
+    rows = placed.table().assign(chance=placed.masks.mean((1, 2)), recipe=RECIPE)
     values = {name: np.full((3, len(rows)), np.nan) for name in _CONTROLS}
     for name, (condition, masks) in _conditions(method, pack, placed, fill, seed).items():
         maps, grid = condition_maps(method, condition, batch_size)
@@ -252,7 +276,8 @@ def _control_line(
     line |= dict(zip(("lost", "lost_low", "lost_high"), interval(lost, level)))
     line |= {"chance": draw(rows["chance"].to_numpy(float))[0]}
     line |= dict(zip(("above", "above_low", "above_high"), surplus))
-    return line | {"phrases": int(at.sum()), "patients": rows["patient"][at].nunique(), "meaning": meaning}
+    line |= {"phrases": int(at.sum()), "patients": rows["patient"][at].nunique()}
+    return line | {"recipe": RECIPE, "meaning": meaning}
 
 
 def audit_table(
@@ -330,10 +355,11 @@ def verdict(
 def audit(
     run: nn.Module | Run | str | Path,  # a method (see `condition_maps`) or a run folder
     data: Pack | str | Path | None = None,  # None: the Pack that the run was trained on
-    phrases: Sequence[Phrase] | str | Path | None = None,  # or a file as MS-CXR; None: of a phantom's test reports
+    phrases: Sequence[Phrase] | str | Path | None = None,  # or a file as MS-CXR; None: what a phantom's reports say
     out: str | Path | None = None,  # folder for audit_phrases.csv (one row a phrase), audit.csv and audit.json
-    fill: Literal["mean", "blur"] = "mean",  # what occludes a box
-    seed: int = 0,  # of nonsense, and of the places that are occluded elsewhere
+    split: str | None = "test",  # whose images are asked about; None: all
+    fill: Literal["mean", "blur"] = "mean",  # what occludes a box or mask
+    seed: int = 0,  # of nonsense
     batch_size: int = 32,
     resamples: int = 500,
     allow_leaks: bool = False,  # measure although the run was trained on patients or images that are tested here
@@ -347,13 +373,15 @@ def audit(
     data : Pack | str | Path | None, default: None
         None: the Pack that the run was trained on
     phrases : Sequence[Phrase] | str | Path | None, default: None
-        or a file as MS-CXR; None: of a phantom's test reports
+        or a file as MS-CXR; None: what a phantom's reports say
     out : str | Path | None, default: None
         folder for audit_phrases.csv (one row a phrase), audit.csv and audit.json
+    split : str | None, default: 'test'
+        whose images are asked about; None: all
     fill : Literal['mean', 'blur'], default: 'mean'
-        what occludes a box
+        what occludes a box or mask
     seed : int, default: 0
-        of nonsense, and of the places that are occluded elsewhere
+        of nonsense
     batch_size : int, default: 32
     resamples : int, default: 500
     allow_leaks : bool, default: False
@@ -365,18 +393,10 @@ def audit(
         see `audit_table`; `verdict` says it in one line
     """
     check_choice("fill", fill, _FILLS)
-    method = as_method(run)
-    pack = as_pack(data, method)
-    check_unseen(pack, [method], allow_leaks)
-    phrases, where = given_phrases(phrases, pack)
-    placed = place_phrases(method, pack, phrases)
-    with frozen(method):
-        rows = _audit_rows(method, pack, placed, fill, seed, batch_size)
+    asked = open_grounding(run, data, phrases, split, allow_leaks)
+    with frozen(asked.method):
+        rows = _audit_rows(asked.method, asked.pack, asked.placed, fill, seed, batch_size)
     table = audit_table(rows, resamples)
-    if out is not None:
-        for name, each in (("audit_phrases", rows), ("audit", table)):
-            write_atomic(Path(out) / f"{name}.csv", lambda file: each.to_csv(file, index=False))
-        rules = dict(phrases=where, count=len(phrases), recipe=RECIPE, fill=fill, seed=seed, resamples=resamples)
-        description = describe_inputs({"method": method}, pack, **rules, verdict=verdict(table))
-        write_json(Path(out) / "audit.json", description)
+    rules = dict(fill=fill, seed=seed, resamples=resamples, verdict=verdict(table))
+    asked.save(out, "audit", {"audit_phrases": rows, "audit": table}, **rules)
     return table

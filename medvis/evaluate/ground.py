@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['RECIPE', 'on_target', 'pointing_hits', 'upsample_map', 'contrast_to_noise', 'rescale_maps', 'overlap',
            'measure', 'Pointing', 'pointing_game', 'phantom_words', 'Target', 'phantom_targets', 'PhantomPointing',
-           'phantom_pointing', 'grounding_table', 'phrase_maps', 'Condition', 'condition_maps', 'mirrored',
-           'other_patient_images', 'view_region', 'PlacedPhrases', 'place_phrases', 'ground_phrases', 'given_phrases',
-           'ground']
+           'phantom_pointing', 'grounding_table', 'phrase_correspondence', 'phrase_maps', 'Condition', 'condition_maps',
+           'mirrored', 'other_patient_images', 'view_region', 'PlacedPhrases', 'place_phrases', 'ground_phrases',
+           'Grounding', 'open_grounding', 'ground']
 
 # %% ../../nbs/evaluate/06_ground.ipynb #bad3f5a9
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -30,7 +30,7 @@ from ..data.phantom import PhantomStudy
 from ..data.phrases import Phrase, find_phrases, phantom_phrases, phrase_region, read_ms_cxr
 from ..data.prepare import pack_phantom, redraw_study
 from .encoder import describe_inputs, check_preprocessing, frozen
-from .models import as_method, as_pack, check_unseen
+from .models import as_method, as_pack, as_split, check_unseen
 from .stats import Interval, bootstrap_mean, interval, mean_draws, resample
 from ..methods.method import Correspondence
 from ..core.files import write_atomic, write_json
@@ -755,13 +755,29 @@ def _next_other_patient(
     return chosen
 
 # %% ../../nbs/evaluate/06_ground.ipynb #75173eb5
-def _phrase_correspondence(
+def phrase_correspondence(
     method: nn.Module,  # .tokenizer, .preprocessing, .sampling, .correspondence(batch)
     pack: Pack,  # or anything with .image(row)
     texts: Sequence[str],
     images: Sequence[int],  # a row of the Pack for each text
 ) -> Correspondence:  # the first sentence of each is its text
-    "What a method says of texts and images. ValueError for a text without words."
+    """What a method says of texts and images. ValueError for a text without words.
+
+    Parameters
+    ----------
+    method : nn.Module
+        .tokenizer, .preprocessing, .sampling, .correspondence(batch)
+    pack : Pack
+        or anything with .image(row)
+    texts : Sequence[str]
+    images : Sequence[int]
+        a row of the Pack for each text
+
+    Returns
+    -------
+    Correspondence
+        the first sentence of each is its text
+    """
     prepare, view, samples = method.preprocessing.transform(), method.sampling, []
     for number, (text, row) in enumerate(zip(texts, images, strict=True)):
         report = tokenise([text], method.tokenizer, view.max_tokens, view.punctuation, view.overflow)
@@ -772,7 +788,7 @@ def _phrase_correspondence(
 
 # %% ../../nbs/evaluate/06_ground.ipynb #f3fadc09
 def phrase_maps(
-    method: nn.Module,  # see `_phrase_correspondence`
+    method: nn.Module,  # see `phrase_correspondence`
     pack: Pack,  # or anything with .image(row)
     texts: Sequence[str],
     images: Sequence[int],  # a row of the Pack for each text
@@ -783,7 +799,7 @@ def phrase_maps(
     Parameters
     ----------
     method : nn.Module
-        see `_phrase_correspondence`
+        see `phrase_correspondence`
     pack : Pack
         or anything with .image(row)
     texts : Sequence[str]
@@ -799,7 +815,7 @@ def phrase_maps(
     parts = []
     for start in range(0, len(texts), batch_size):
         part = slice(start, start + batch_size)
-        correspondence = _phrase_correspondence(method, pack, texts[part], images[part])
+        correspondence = phrase_correspondence(method, pack, texts[part], images[part])
         parts.append(correspondence.sentences[:, :, 0].double().cpu().numpy())
     return np.concatenate(parts), correspondence.grid
 
@@ -829,7 +845,7 @@ class Condition:
 
 # %% ../../nbs/evaluate/06_ground.ipynb #4a6701bf
 def condition_maps(
-    method: nn.Module,  # see `_phrase_correspondence`
+    method: nn.Module,  # see `phrase_correspondence`
     condition: Condition,
     batch_size: int = 32,
 ) -> tuple[np.ndarray, tuple[int, int]]:  # scores (E, N) of those that exist, in order, and the grid
@@ -838,7 +854,7 @@ def condition_maps(
     Parameters
     ----------
     method : nn.Module
-        see `_phrase_correspondence`
+        see `phrase_correspondence`
     condition : Condition
     batch_size : int, default: 32
 
@@ -989,13 +1005,11 @@ def place_phrases(
 
 # %% ../../nbs/evaluate/06_ground.ipynb #acb32a8f
 def ground_phrases(
-    method: nn.Module,  # see `_phrase_correspondence`
+    method: nn.Module,  # see `phrase_correspondence`
     pack: Pack,
     phrases: Sequence[Phrase],
     batch_size: int = 32,
-) -> (
-    pd.DataFrame
-):  # phrase (its number), image_id, patient, split, finding, boxes; MEASURES; other_..., on another's image
+) -> pd.DataFrame:  # of PlacedPhrases.table; MEASURES; other_..., on another's image; recipe
     """Measure a method on phrases with boxes or masks; those without, or of which the crop leaves none, have no row.
 
     ValueError if the Pack does not hold the images, or in another shape, or not as the encoder expects them.
@@ -1003,7 +1017,7 @@ def ground_phrases(
     Parameters
     ----------
     method : nn.Module
-        see `_phrase_correspondence`
+        see `phrase_correspondence`
     pack : Pack
     phrases : Sequence[Phrase]
     batch_size : int, default: 32
@@ -1011,15 +1025,13 @@ def ground_phrases(
     Returns
     -------
     pd.DataFrame
-        phrase (its number), image_id, patient, split, finding, boxes; MEASURES; other_..., on another's image
+        of PlacedPhrases.table; MEASURES; other_..., on another's image; recipe
     """
     placed = place_phrases(method, pack, phrases)
-    return _measure_placed(method, pack, placed, batch_size)[0]
+    return _measure_placed(method, pack, placed, batch_size)
 
 
-def _measure_placed(
-    method: nn.Module, pack: Pack, placed: PlacedPhrases, batch_size: int = 32
-) -> tuple[pd.DataFrame, np.ndarray, tuple[int, int]]:  # the rows, and the maps on the own images with their grid
+def _measure_placed(method: nn.Module, pack: Pack, placed: PlacedPhrases, batch_size: int = 32) -> pd.DataFrame:
     rows = placed.table()
     with frozen(method):
         maps, grid = phrase_maps(method, pack, placed.texts, placed.images, batch_size)
@@ -1028,39 +1040,113 @@ def _measure_placed(
     at = condition.exists
     blind = measure(control, placed.masks[at], control_grid).set_index(np.flatnonzero(at)).reindex(range(len(rows)))
     blind = blind.drop(columns="chance").add_prefix("other_")
-    return pd.concat([rows, measure(maps, placed.masks, grid), blind], axis=1), maps, grid
+    return pd.concat([rows, measure(maps, placed.masks, grid), blind], axis=1).assign(recipe=RECIPE)
 
 # %% ../../nbs/evaluate/06_ground.ipynb #e0bd193c
-def given_phrases(
-    phrases: Sequence[Phrase] | str | Path | None,  # or a file in the format of MS-CXR; None: of the test reports
+def _given_phrases(
+    phrases: Sequence[Phrase] | str | Path | None,
     pack: Pack,
-) -> tuple[list[Phrase], str]:  # the phrases, and where they come from
-    """The phrases that are meant. ValueError if none are given and the Pack is no phantom.
+    split: str | None,  # None: all
+) -> tuple[list[Phrase], dict[str, object]]:  # of the split, and where they come from
+    "The phrases that are meant. ValueError if none is of the split, or none are given and the Pack is no phantom."
+    split = as_split(split, pack)
+    if phrases is None:
+        return phantom_phrases(pack, split), dict(phrases="of the phantom's reports", split=split)
+    where = str(phrases) if isinstance(phrases, str | Path) else "given"
+    phrases = read_ms_cxr(Path(phrases)) if where != "given" else list(phrases)
+    splits = pack.studies["split"].to_numpy()[pack.image_table["study"].to_numpy()[find_phrases(phrases, pack)]]
+    counts = {str(name): int(count) for name, count in zip(*np.unique(splits, return_counts=True))}
+    if counts and split not in (None, *counts):
+        held = ", ".join(f"{name} {count}" for name, count in counts.items())
+        raise ValueError(
+            f"of {len(phrases)} phrases none is about an image of the split {split!r} of {pack.path} ({held}); "
+            "choose another with --split, or all of them (split= in Python, None = all)"
+        )
+    kept = [phrase for phrase, own in zip(phrases, splits) if split in (None, own)]
+    return kept, dict(phrases=where, split=split, given=counts)
+
+# %% ../../nbs/evaluate/06_ground.ipynb #e5b07a07
+@dataclass(frozen=True)
+class Grounding:
+    """A method, and the phrases that it is asked to ground.
 
     Parameters
     ----------
-    phrases : Sequence[Phrase] | str | Path | None
-        or a file in the format of MS-CXR; None: of the test reports
+    method : nn.Module
     pack : Pack
-
-    Returns
-    -------
-    tuple[list[Phrase], str]
-        the phrases, and where they come from
+    placed : PlacedPhrases
+    facts : dict[str, object]
+        where the phrases come from, of which split, and the recipe of the maps
     """
-    if phrases is None:
-        return phantom_phrases(pack), "of the phantom's test reports"
-    if isinstance(phrases, str | Path):
-        return read_ms_cxr(Path(phrases)), str(phrases)
-    return list(phrases), "given"
 
-# %% ../../nbs/evaluate/06_ground.ipynb #e5b07a07
-def _each_region(method: nn.Module, pack: Pack, phrase: Phrase, image: int) -> list[np.ndarray]:
-    "Each box of a phrase on its own, as the encoder sees it; the whole region where it is a mask."
-    parts = [phrase] if phrase.masks else [replace(phrase, boxes=(box,)) for box in phrase.boxes]
-    return [view_region(method, pack, part, image) for part in parts]
+    method: nn.Module
+    pack: Pack
+    placed: PlacedPhrases
+    facts: dict[str, object]  # where the phrases come from, of which split, and the recipe of the maps
 
+    def save(
+        self,
+        out: str | Path | None,  # None: nowhere
+        name: str,  # of the file that says what the tables depend on
+        tables: Mapping[str, pd.DataFrame],  # by name
+        **rules,
+    ) -> None:
+        """Write tables as <name>.csv, and what they depend on.
 
+        Parameters
+        ----------
+        out : str | Path | None
+            None: nowhere
+        name : str
+            of the file that says what the tables depend on
+        tables : Mapping[str, pd.DataFrame]
+            by name
+        **rules
+        """
+        if out is not None:
+            for each, table in tables.items():
+                write_atomic(Path(out) / f"{each}.csv", lambda file: table.to_csv(file, index=False))
+            write_json(
+                Path(out) / f"{name}.json", describe_inputs({"method": self.method}, self.pack, **(self.facts | rules))
+            )
+
+# %% ../../nbs/evaluate/06_ground.ipynb #cb65047c
+def open_grounding(
+    run: nn.Module | Run | str | Path,  # a method (see phrase_maps) or a run folder
+    data: Pack
+    | str
+    | Path
+    | None = None,  # the Pack that holds the phrases' images; None: the one that the run was trained on
+    phrases: Sequence[Phrase]
+    | str
+    | Path
+    | None = None,  # or a file in the format of MS-CXR; None: what a phantom's reports say
+    split: str | None = "test",  # whose images are asked about; None: all
+    allow_leaks: bool = False,  # measure although the run was trained on patients or images that are tested here
+) -> Grounding:
+    """What all measures of phrases begin with. ValueError for leaks, or if no phrase's place is seen.
+
+    Parameters
+    ----------
+    run : nn.Module | Run | str | Path
+        a method (see phrase_maps) or a run folder
+    data : Pack | str | Path | None, default: None
+        the Pack that holds the phrases' images; None: the one that the run was trained on
+    phrases : Sequence[Phrase] | str | Path | None, default: None
+        or a file in the format of MS-CXR; None: what a phantom's reports say
+    split : str | None, default: 'test'
+        whose images are asked about; None: all
+    allow_leaks : bool, default: False
+        measure although the run was trained on patients or images that are tested here
+    """
+    method = as_method(run)
+    pack = as_pack(data, method)
+    check_unseen(pack, [method], allow_leaks)
+    phrases, facts = _given_phrases(phrases, pack, split)
+    placed = place_phrases(method, pack, phrases)
+    return Grounding(method, pack, placed, facts | dict(count=len(phrases), recipe=RECIPE))
+
+# %% ../../nbs/evaluate/06_ground.ipynb #bb1db58a
 def ground(
     run: nn.Module | Run | str | Path,  # a method (see phrase_maps) or a run folder
     data: Pack
@@ -1070,12 +1156,11 @@ def ground(
     phrases: Sequence[Phrase]
     | str
     | Path
-    | None = None,  # or a file in the format of MS-CXR; None: what a phantom's test reports say
+    | None = None,  # or a file in the format of MS-CXR; None: what a phantom's reports say
     out: str
     | Path
     | None = None,  # folder for phrases.csv (one row a phrase), findings.csv (the table) and phrases.json
-    recipes: Callable[..., pd.DataFrame]
-    | None = None,  # such as `map_recipes.map_recipe_table`: its table of the same maps is recipes.csv in the folder
+    split: str | None = "test",  # whose images are asked about; None: all
     resamples: int = 500,
     allow_leaks: bool = False,  # measure although the run was trained on patients or images that are tested here
 ) -> pd.DataFrame:  # see grounding_table
@@ -1088,11 +1173,11 @@ def ground(
     data : Pack | str | Path | None, default: None
         the Pack that holds the phrases' images; None: the one that the run was trained on
     phrases : Sequence[Phrase] | str | Path | None, default: None
-        or a file in the format of MS-CXR; None: what a phantom's test reports say
+        or a file in the format of MS-CXR; None: what a phantom's reports say
     out : str | Path | None, default: None
         folder for phrases.csv (one row a phrase), findings.csv (the table) and phrases.json
-    recipes : Callable[..., pd.DataFrame] | None, default: None
-        such as `map_recipes.map_recipe_table`: its table of the same maps is recipes.csv in the folder
+    split : str | None, default: 'test'
+        whose images are asked about; None: all
     resamples : int, default: 500
     allow_leaks : bool, default: False
         measure although the run was trained on patients or images that are tested here
@@ -1102,21 +1187,8 @@ def ground(
     pd.DataFrame
         see grounding_table
     """
-    method = as_method(run)
-    pack = as_pack(data, method)
-    check_unseen(pack, [method], allow_leaks)
-    phrases, where = given_phrases(phrases, pack)
-    placed = place_phrases(method, pack, phrases)
-    rows, maps, grid = _measure_placed(method, pack, placed)
-    tables = {"phrases": rows, "findings": grounding_table(rows, resamples)}
-    if recipes is not None:
-        boxes = [_each_region(method, pack, *one) for one in zip(placed.phrases, placed.images)]
-        with frozen(method):
-            first = _phrase_correspondence(method, pack, placed.texts[:1], placed.images[:1])
-        tables["recipes"] = recipes(maps, boxes, grid, first.temperature, groups=placed.patients, resamples=resamples)
-    if out is not None:
-        for name, table in tables.items():
-            write_atomic(Path(out) / f"{name}.csv", lambda file: table.to_csv(file, index=False))
-        rules = dict(phrases=where, count=len(phrases), recipe=RECIPE, metrics=_MEASURES, resamples=resamples)
-        write_json(Path(out) / "phrases.json", describe_inputs({"method": method}, pack, **rules))
-    return tables["findings"]
+    asked = open_grounding(run, data, phrases, split, allow_leaks)
+    rows = _measure_placed(asked.method, asked.pack, asked.placed)
+    table = grounding_table(rows, resamples)
+    asked.save(out, "phrases", {"phrases": rows, "findings": table}, metrics=_MEASURES, resamples=resamples)
+    return table

@@ -23,7 +23,7 @@ from ..data.prepare import pack_phantom
 from ..data.targets import exchange_side, exchange_zone, report_targets
 from .encoder import describe_inputs, check_preprocessing, frozen
 from .ground import Condition, condition_maps, mirrored, other_patient_images
-from .models import as_method, as_pack, check_unseen
+from .models import as_method, as_pack, as_split, check_unseen
 from .stats import interval, mean_draws, resample
 from ..train.loop import Run
 
@@ -136,6 +136,7 @@ def _lung_extents(
 
 # %% ../../nbs/evaluate/14_laterality.ipynb #cd4fbd6c
 _CONDITIONS = ("", "mirrored_", "other_", "exchanged_")
+_RECIPE = "raw, regions, share"  # the scores as they are, not drawn; a region counts with its share in the place
 
 
 def _place_rows(
@@ -144,7 +145,7 @@ def _place_rows(
     sentences: pd.DataFrame,  # see `_find_sentences`, at least one
     exchange: Callable[[str], str | None],  # the same sentence that names the opposite place
     batch_size: int = 32,
-) -> pd.DataFrame:  # study, patient, split, sentence, finding, place, chance, hit, mass, mirrored_hit, ...
+) -> pd.DataFrame:  # study, patient, split, sentence, finding, place, recipe, chance, hit, mass, mirrored_hit, ...
     "Hit and mass of each sentence at the place it names, on its image and under each control; NaN without one."
     text, images, patients = (sentences[name].to_numpy() for name in ("text", "image", "patient"))
     controls = (
@@ -153,7 +154,9 @@ def _place_rows(
         Condition(pack, text, other_patient_images(images, patients)),
         Condition(pack, [exchange(sentence) for sentence in text], images),
     )
-    rows = sentences[["study", "patient", "split", "sentence", "finding", "place"]].assign(chance=np.nan)
+    rows = sentences[["study", "patient", "split", "sentence", "finding", "place"]].assign(
+        recipe=_RECIPE, chance=np.nan
+    )
     for name, condition in zip(_CONDITIONS, controls):
         maps, grid = condition_maps(method, condition, batch_size)
         at, scores = condition.exists, np.full((3, len(rows)), np.nan)
@@ -176,7 +179,7 @@ _CONTROLS = {  # what is shown -> columns of the rows, and what the number says
     "another image": ("other_", "another patient's image: chance for one that only sees"),
     "exchanged sentence": ("exchanged_", "left for right, upper for lower: 0 for one who reads"),
 }
-_TABLE = "of measure control value low high sentences patients".split()
+_TABLE = "of measure control value low high sentences patients recipe".split()
 
 # %% ../../nbs/evaluate/14_laterality.ipynb #962f4cfa
 def _draws(rows: pd.DataFrame, measure: str, weights: np.ndarray) -> dict[str, np.ndarray]:  # control -> (1 + R,)
@@ -216,7 +219,7 @@ def _place_table(
         balanced["best fixed map"] = np.full(len(weights), 1 / len(places))
         for name, controls in {"all": draws.pop("all"), "balanced": balanced, **draws}.items():
             lines += [
-                (name, measure, control, *interval(one, level), *sizes.get(name, sizes["all"]))
+                (name, measure, control, *interval(one, level), *sizes.get(name, sizes["all"]), _RECIPE)
                 for control, one in controls.items()
             ]
     return pd.DataFrame(lines, columns=_TABLE)
@@ -273,6 +276,7 @@ def measure_places(
     pack = as_pack(data, method)
     check_unseen(pack, [method], allow_leaks)
     check_preprocessing(method, pack)
+    split = as_split(split, pack)
     targets = report_targets(pack) if targets is None else targets
     sentences = _find_sentences(_placed_sentences(targets, what, findings), pack, split)
     if sentences.empty:
