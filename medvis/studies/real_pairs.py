@@ -9,7 +9,6 @@ __all__ = ['run_real_pairs', 'headline_table', 'verdict_table', 'draw_headlines'
 # %% ../../nbs/studies/08_real_pairs.ipynb #80e0c917
 import hashlib
 import json
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -37,8 +36,8 @@ from ..encoders.frozen import cache_images, network_hash, read_view
 from ..evaluate import linear_probe, measure_places
 from ..evaluate.audit import audit
 from ..evaluate.encoder import frozen
-from ..evaluate.ground import ground, ground_phrases, grounding_table
-from ..evaluate.map_recipes import map_recipe_table
+from ..evaluate.ground import ground_phrases, grounding_table
+from ..evaluate.map_recipes import ground_recipes
 from ..evaluate.retrieve import retrieve, zero_shot
 from ..evaluate.stats import bootstrap_mean
 from ..methods import METHODS, Method
@@ -366,10 +365,8 @@ def _no_cardiomegaly(study: _Study) -> list[Phrase]:
 
 
 def _recipe_rows(method: Method, study: _Study) -> pd.DataFrame:
-    with tempfile.TemporaryDirectory() as out:
-        how = dict(out=out, recipes=map_recipe_table, resamples=study.config.resamples)
-        ground(method, study.boxes, _no_cardiomegaly(study), **how)
-        table = read_csv(Path(out) / "recipes.csv")
+    how = dict(split=None, resamples=study.config.resamples)
+    table = ground_recipes(method, study.boxes, _no_cardiomegaly(study), **how)
     usual = {"hit": "-", "cnr": "signed, population", "miou": "0..1"}
     at = (
         (table["boxes"] == "union")
@@ -381,7 +378,7 @@ def _recipe_rows(method: Method, study: _Study) -> pd.DataFrame:
 
 
 def _audit_rows(method: Method, study: _Study) -> pd.DataFrame:
-    table = audit(method, study.boxes, _no_cardiomegaly(study), resamples=study.config.resamples)
+    table = audit(method, study.boxes, _no_cardiomegaly(study), split=None, resamples=study.config.resamples)
     table, ends = table.rename(columns={"phrases": "n"}), ("", "_low", "_high")
     parts = [
         _rows(
