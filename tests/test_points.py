@@ -230,7 +230,7 @@ class Before(MixtureMI):
 def trained(kind, pack, tokenizer, run, training=None, **changes):
     torch.manual_seed(0)
     method = kind.from_preset("tiny", tokenizer, hidden=32, dim=16, **changes)
-    settings = dict(epochs=2, batch_size=16, progress=False, device="cpu", **(training or {}))
+    settings = {"epochs": 2, "batch_size": 16, "progress": False, "device": "cpu", **(training or {})}
     loop.fit(method, pack, TrainConfig.of(method, run, **settings))
     return (run / "last.safetensors").read_bytes()
 

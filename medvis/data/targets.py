@@ -405,7 +405,7 @@ def sentence_side(sentence: str) -> str | None:  # left, right or bilateral, of 
     sides = {mention.side for mention in _find_mentions(sentence) if mention.status != "negated"} - {None}
     return sides.pop() if len(sides) == 1 else None
 
-
+# %% ../../nbs/data/14_targets.ipynb #4b217ef8
 def possible_sides(
     sentences: Iterable[str],  # of a report
 ) -> dict[str, set[str]]:  # finding -> left, right, both or none of them
