@@ -32,7 +32,7 @@ from ..data.pairs import Sample, collate, epoch_batches, tokenise
 from ..data.phrases import Phrase
 from ..data.targets import exchange_side, report_targets
 from ..encoders.features import ImageFeatures
-from ..encoders.frozen import cache_images, network_hash, read_view
+from ..encoders.frozen import FrozenImages, cache_images, network_hash, read_view
 from ..evaluate import linear_probe, measure_places
 from ..evaluate.audit import audit
 from ..evaluate.encoder import frozen
@@ -164,13 +164,13 @@ class _KeptTower(torch.nn.Module):
         self.tower, self.room, self.others = tower, room, {}
         for name in ("preprocessing", "region_dim", "whole_dim", "pyramid_dims", "pyramid_strides"):
             setattr(self, name, getattr(tower, name))
-        self.places: dict[bytes, tuple[Any, int]] = {}  # what an image looks like -> store, row
+        self.places: dict[bytes, tuple[FrozenImages, int, int]] = {}  # what an image looks like -> store, view, image
         for pack in packs:
             store = cache_images(tower, pack, views=2, augment="mirror", progress=progress)
             self.grid = store.grid
-            for row in range(2 * len(pack)):
-                view, image = divmod(row, len(pack))
-                self.places[self._look(read_view(pack, tower.preprocessing, image, view, "mirror"))] = store, row
+            for view, image in np.ndindex(2, len(pack)):
+                look = self._look(read_view(pack, tower.preprocessing, image, view, "mirror"))
+                self.places[look] = store, view, image
 
     @staticmethod
     def _look(image: Tensor) -> bytes:
@@ -185,8 +185,8 @@ class _KeptTower(torch.nn.Module):
 
     def _features(self, image: Tensor) -> tuple[np.ndarray, np.ndarray]:  # regions (N, D), whole (D'), float16
         if (key := self._look(image)) in self.places:
-            store, row = self.places[key]
-            return store.regions[row], store.whole[row]
+            store, view, image = self.places[key]
+            return store.regions[view][image], store.whole[view][image]
         if key not in self.others:
             found = self.tower(image[None])
             self.others[key] = tuple(part[0].numpy().astype(np.float16) for part in (found.regions, found.whole))
