@@ -20,10 +20,10 @@ from .targets import STATUSES, TERMS, agreement, merge_targets, sentence_targets
 
 # %% ../../nbs/data/20_coded.ipynb #471ec0b9
 _FORM = {  # part of the report: what it asks for
-    "foreign objects/objects": "contrast media; foreign bodies; medical device; breast implants; catheters, indwelling; "
-    "implanted medical device; stents; surgical instruments; sutures; tube, inserted",
-    "respiratory system/sub_areas/lung/signs": "airspace disease; consolidation; deformity; density; lucency; markings; "
-    "nipple shadow; opacity; thickening; volume loss; pneumonectomy",
+    "foreign objects/objects": "contrast media; foreign bodies; medical device; breast implants; "
+    "catheters, indwelling; implanted medical device; stents; surgical instruments; sutures; tube, inserted",
+    "respiratory system/sub_areas/lung/signs": "airspace disease; consolidation; deformity; density; lucency; "
+    "markings; nipple shadow; opacity; thickening; volume loss; pneumonectomy",
     "respiratory system/sub_areas/lung/body_regions": "lung; diaphragm; costophrenic angle; hilum; apex; azygos lobe; "
     "blood vessels",
     "respiratory system/sub_areas/lung/diseases": "blister; bronchiectasis; bronchiolitis; bronchitis; "

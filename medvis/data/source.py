@@ -226,7 +226,7 @@ class ImageItem(TypedDict):
 
 # %% ../../nbs/data/11_source.ipynb #c1d9f167
 class StudyItem(TypedDict):
-    """A study that can be read: its patient, split, images, report, labels, grades, and what people coded of its report.
+    """A study that can be read: its patient, split, images, report, labels, grades, and what people coded of it.
 
     Parameters
     ----------

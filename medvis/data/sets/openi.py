@@ -312,47 +312,6 @@ def _read_reports(root: str | Path) -> tuple[list[dict], list[RejectItem]]:
         raise DataError(f"{root}: no report in {' or '.join(_ARCHIVES)}")
     return reports, rejects
 
-# %% ../../../nbs/data/sets/14_openi.ipynb #d40c07cf
-def openi_reports(
-    path: str | Path,  # folder of the data set, or the archive of reports
-    rules: ReportRules = ReportRules(),
-) -> pd.DataFrame:  # study, the four sections, text, sentences, dropped ("" = kept), major, images (ids)
-    """The reports of Open-i as a table, damaged ones with their reason; needs no pictures.
-
-    Parameters
-    ----------
-    path : str | Path
-        folder of the data set, or the archive of reports
-    rules : ReportRules, default: ReportRules()
-
-    Returns
-    -------
-    pd.DataFrame
-        study, the four sections, text, sentences, dropped ("" = kept), major, images (ids)
-    """
-    reports, rejects = _read_reports(path)
-    damaged = [
-        ({"study": study, "sections": {}, "major": [], "images": []}, f"damaged: {reason}")
-        for item in rejects
-        for study, reason, _ in item["rejects"]
-    ]
-    rows = []
-    for report, damage in [*((report, "") for report in reports), *damaged]:
-        text = _compose_report(report["sections"])
-        sentences, code = check_report(text, rules)
-        rows.append(
-            {
-                "study": report["study"],
-                **{name: report["sections"].get(name, "") for name in _SECTIONS},
-                "text": text,
-                "sentences": sentences,
-                "dropped": damage or (code and reject_sentence(code, rules.min_words)) or "",
-                "major": report["major"],
-                "images": [image["id"] for image in report["images"]],
-            }
-        )
-    return pd.DataFrame(rows)
-
 # %% ../../../nbs/data/sets/14_openi.ipynb #9cbf3311
 _CODED = ("radrestruct.tgz", "radrestruct/new_reports", "new_reports", "data/radrestruct/new_reports", "radrestruct")
 
@@ -391,6 +350,51 @@ def _read_codes(
     if place and not coded and not faults:
         raise DataError(f"{Path(root) / place}: no report of Rad-ReStruct in it; expected files such as 1.json")
     return place, coded, faults
+
+# %% ../../../nbs/data/sets/14_openi.ipynb #d40c07cf
+def openi_reports(
+    path: str | Path,  # folder of the data set, or the archive of reports
+    rules: ReportRules = ReportRules(),
+) -> pd.DataFrame:  # study, the four sections, text, sentences, dropped ("" = kept), major, images (ids), coded
+    """The reports of Open-i as a table, damaged ones with their reason; needs no pictures.
+
+    coded: finding, region and side of each code of Rad-ReStruct, if that lies in the folder; else None.
+
+    Parameters
+    ----------
+    path : str | Path
+        folder of the data set, or the archive of reports
+    rules : ReportRules, default: ReportRules()
+
+    Returns
+    -------
+    pd.DataFrame
+        study, the four sections, text, sentences, dropped ("" = kept), major, images (ids), coded
+    """
+    (reports, rejects), (_, codes, faults) = _read_reports(path), _read_codes(path)
+    damaged = [
+        ({"study": study, "sections": {}, "major": [], "images": []}, f"damaged: {reason}")
+        for item in rejects
+        for study, reason, _ in item["rejects"]
+    ]
+    rows = []
+    for report, damage in [*((report, "") for report in reports), *damaged]:
+        text = _compose_report(report["sections"])
+        sentences, code = check_report(text, rules)
+        fault = f"damaged: {faults[report['study']]}" if report["study"] in faults else ""
+        rows.append(
+            {
+                "study": report["study"],
+                **{name: report["sections"].get(name, "") for name in _SECTIONS},
+                "text": text,
+                "sentences": sentences,
+                "dropped": damage or fault or (code and reject_sentence(code, rules.min_words)) or "",
+                "major": report["major"],
+                "images": [image["id"] for image in report["images"]],
+                "coded": None if damage else codes.get(report["study"], (None, None))[1],
+            }
+        )
+    return pd.DataFrame(rows)
 
 # %% ../../../nbs/data/sets/14_openi.ipynb #82467475
 _OPENI_RECIPES = {
@@ -439,10 +443,10 @@ class _OpeniConfig(ReadConfig):
 
     partial: bool = False
     """Leave out pictures that are not there, instead of rejecting their studies."""
-    labels: Literal["mesh", "rad-restruct"] = field(default="mesh", metadata={"later": True})
-    """What the labels are: the coders' MeSH headings, or the findings of Rad-ReStruct."""
     unsquash: bool = field(default=False, metadata={"later": True})
     """Give pictures that were squashed to squares their proportions back, by the original sizes in images.csv."""
+    labels: Literal["mesh", "rad-restruct"] = field(default="mesh", metadata={"later": True})
+    """What the labels are: the coders' MeSH headings, or the findings of Rad-ReStruct."""
 
 # %% ../../../nbs/data/sets/14_openi.ipynb #f57add85
 _PICTURE_FOLDERS = ("NLMCXR_png", "NLMCXR_dcm", "images/images_normalized", "images_normalized", "images")
