@@ -573,6 +573,22 @@ def pack_xml(change: Callable[[bytes], bytes], evil: str = "") -> Callable[[Path
     return do
 
 
+def codes(change: Callable[[bytes], bytes], number: str = "2") -> Callable[[Path], None]:
+    "The structured report of study 2, changed, or as that of another number beside it."
+    def do(root: Path) -> None:
+        with tarfile.open(root / "radrestruct.tgz") as archive:
+            files = {member.name: archive.extractfile(member).read() for member in archive}
+        files[f"radrestruct/{number}.json"] = change(files["radrestruct/2.json"])
+        out = io.BytesIO()
+        with tarfile.open(fileobj=out, mode="w:gz") as archive:
+            for name, data in files.items():
+                member = tarfile.TarInfo(name)
+                member.size = len(data)
+                archive.addfile(member, io.BytesIO(data))
+        put(root / "radrestruct.tgz", out.getvalue())
+    return do
+
+
 def openi() -> list[Damage]:
     found = [replace(damage, name=damage.name.replace("*.xml", "report")) for damage in to_any_file(XML, REJECT, "xml") if not damage.name.endswith("missing")]
     harmful = {
@@ -594,6 +610,13 @@ def openi() -> list[Damage]:
               Damage("the archive of reports is no archive", pack_xml(lambda data: b"x" * 3000), ERROR, "NLMCXR_reports"), Damage("the archive of reports has a wrong check sum", pack_xml(lambda data: data[:-8] + bytes(8)), ERROR, "NLMCXR_reports"),
               Damage("there are no reports", lambda root: [path.unlink() for path in root.glob(XML)] and None, ERROR, "no reports"), Damage("there are no pictures", lambda root: [path.unlink() for path in root.glob("NLMCXR_png/*")] and None, ERROR, "pictures"),
               Damage("two pictures have the same name", lambda root: put(root / "NLMCXR_png" / "CXR1_IM-0001-1001.jpg", b"x"), ERROR, "are the same picture"),
+              *(Damage(f"a structured report {kind}", codes(change), REJECT, message) for kind, change, message in (
+                  ("is cut off", lambda data: data[:len(data) // 2], "radrestruct/2.json: no structured report"), ("is empty", lambda data: b"", "radrestruct/2.json"), ("is not UTF-8", lambda data: data.replace(b"nodule", b"n\xf6dule"), "radrestruct/2.json"),
+                  ("is nested too deeply", lambda data: b"[" * 200_000, "radrestruct/2.json"), ("has two megabytes", lambda data: data + b" " * 2_000_000, "expected at most"), ("is no list", lambda data: b'{"area": "thorax"}', "expected a list of areas"),
+                  ("names an unknown finding", lambda data: data.replace(b'"nodule"', b'"module"', 1), "module', which is no finding"), ("has an area twice", lambda data: data[:-1] + b"," + data[1:], "answered twice"),
+                  ("names a region by a number", lambda data: re.sub(rb'"body_region": \[[^]]*\]', b'"body_region": [7]', data.replace(b'"instances": []', b'"instances": [{"body_region": ["apex"]}]', 1)), "expected lists of words"))),
+              Damage("the structured reports have one that nobody wrote", codes(lambda data: data, "777"), REJECT, "CXR777: in radrestruct.tgz, but not among the reports"), Damage("the structured reports have one twice", codes(lambda data: data, "02"), REJECT, "another file of Rad-ReStruct has its number"),
+              Damage("the structured reports are cut off", raw("radrestruct.tgz", lambda data: data[:len(data) // 2]), ERROR, "radrestruct.tgz"), Damage("the structured reports are no archive", raw("radrestruct.tgz", lambda data: b"x" * 3000), ERROR, "radrestruct.tgz"),
               Damage("the table of projections is not UTF-8", lambda root: put(root / "indiana_projections.csv", b"uid,filename,projection\n1,1_IM-0001-1001.dcm.png,Fr\xf6ntal\n"), ERROR, "indiana_projections.csv, line 2: not UTF-8"),
               Damage("the table of projections lacks a column", lambda root: put(root / "indiana_projections.csv", "uid,filename\n1,1_IM-0001-1001.dcm.png\n"), ERROR, "indiana_projections.csv: no column 'projection'")]
     return found + to_picture("NLMCXR_png/CXR1_*.png", "picture")
@@ -684,7 +707,7 @@ def read(name: str, root: Path, unchanged: dict[tuple, StudyRecord]) -> Content:
             assert image.image_id not in found.images, f"{image.image_id} is there twice"
             masks = image.masks and {what: None if mask is None else np.asarray(mask).tobytes() for what, mask in image.masks.items()}
             found.images[image.image_id] = {
-                "study": study.study_id, "patient": study.patient_id, "split": study.split, "labels": study.labels, "grades": study.grades, "report": " ".join(study.report.split()), "view": image.view, "boxes": image.boxes and sorted(image.boxes),
+                "study": study.study_id, "patient": study.patient_id, "split": study.split, "labels": study.labels, "grades": study.grades, "coded": study.coded, "report": " ".join(study.report.split()), "view": image.view, "boxes": image.boxes and sorted(image.boxes),
                 "masks": masks, "pixels": image.pixels}
     return found
 

@@ -488,3 +488,20 @@ def test_bad_shares(fractions):
 def test_bad_fractions(fraction):
     with pytest.raises(ValueError, match="fractions must be above 0 and at most 1"):
         nested_subsets(["a"], (fraction,))
+
+
+def test_codes_are_kept_hashed_and_verified(tmp_path):
+    "What people coded is part of the content; a report that nobody coded is not one without a finding; without any code nothing is as if there were some."
+    def read_coded(index: int, side: str = "left") -> StudyRecord:
+        return replace(read_study(index), coded=[None, [], [["Edema", "apex", side], ["Nodule", "", ""]]][index % 3])
+
+    packs = [write_pack(tmp_path / name, range(12), read, **SETTINGS, coded=coded) for name, read, coded in (
+        ("left", read_coded, ("Edema", "Nodule")), ("right", partial(read_coded, side="right"), ("Edema", "Nodule")), ("none", read_study, ()))]
+    for pack, side in zip(packs, ("left", "right")):
+        pack.verify()
+        assert Pack(pack.path).studies["coded"].tolist() == [None, [], [["Edema", "apex", side], ["Nodule", "", ""]]] * 4 and pack.manifest["coded"] == ["Edema", "Nodule"]
+    assert len({pack.manifest["hash"] for pack in packs}) == 3 and "coded" not in packs[2].studies
+    settings = build._Plan(tmp_path, read_study, 16, build.ReportRules(), ("Edema",), True, 8, {}).settings()
+    assert "coded" not in settings, "the key of a Pack without codes is that of before"
+    with pytest.raises(ValueError, match="study s2 has coded that were not announced: \\['Nodule'\\]"):
+        write_pack(tmp_path / "few", range(12), read_coded, **SETTINGS, coded=("Edema",))

@@ -17,12 +17,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from medvis.data.coded import CODED_FINDINGS, coded_findings, phantom_codes, read_rad_restruct, target_agreement, write_rad_restruct
 from medvis.data.sets import mimic, mimic_edema, mimic_files, openi
-from medvis.data.files import DataError
+from medvis.data.files import DataError, RejectCode
 from medvis.data.phantom import Phantom
 from medvis.data.reports import ReportRules, check_report, parse_sections
 from medvis.data.sets.plans import write_dicom
-from medvis.data.source import BuildConfig, check_source, prepare_source, read_study
+from medvis.data.source import BuildConfig, check_source, describe_pack, prepare_source, read_study
+from medvis.data.tasks import pack_task
 
 STUDIES = [Phantom()[index] for index in range(30)]
 TABLES = ("metadata", "split", "chexpert", "negbio")
@@ -525,10 +527,10 @@ def test_a_damaged_file_is_a_reject(reports_root, tmp_path):
     (folder / "7.xml").symlink_to(folder / "7.xml")
     source = openi._plan_openi(openi._OpeniConfig(root))
     names = {item["study"] for item in source.items if "rejects" in item}
-    assert names == {*(f"ecgen-radiology/{number}.xml" for number in (1, 2, 3, 4, 7)), "CXR6"}
+    assert names == {*(f"ecgen-radiology/{number}.xml" for number in (1, 2, 3, 4, 7)), "CXR6", "CXR5"}     # 5 is coded, and no longer has a report
     assert {reason for item in source.items for _, reason, _ in item.get("rejects", ()) if item["study"] == "CXR6"} == {f"ecgen-radiology/{n}.xml: 2 files have this uId" for n in (5, 6)}
     before = {item["study"]: item for item in openi._plan_openi(openi._OpeniConfig(reports_root)).items}
-    assert all(item == before[item["study"]] for item in source.items if "rejects" not in item) and len(source.items) == len(PATIENTS) - 7 + 7
+    assert all(item == before[item["study"]] for item in source.items if "rejects" not in item) and len(source.items) == len(PATIENTS) - 7 + 8
 
 
 def test_labels_by_what_was_coded():
@@ -556,6 +558,117 @@ def test_r2gen_splits(reports_root, tmp_path):
     source = openi._plan_openi(openi._OpeniConfig(root, "r2gen"))
     assert [(item["study"], item["split"]) for item in source.items] == [("CXR1", "train"), ("CXR2", "train"), ("CXR3", "validate"), ("CXR4", "test")]
     assert source.dropped["study is not in annotation.json"] == sum(len(openi._openi_images(study)) for study in PATIENTS[4:])
+
+
+codes = st.lists(st.tuples(st.sampled_from(CODED_FINDINGS), st.sampled_from(["", "apex", "middle lobe", "hilum", "aorta"]), st.sampled_from(["", "left", "right", "bilateral"]))
+                 | st.tuples(st.sampled_from(CODED_FINDINGS), st.sampled_from(["left lower lobe", "left hilum"]), st.just("left")), max_size=12)
+
+
+@quick
+@given(codes)
+def test_codes_in_are_codes_out(written):
+    labels, read = read_rad_restruct(write_rad_restruct(written), "1.json")
+    assert read == sorted(map(list, set(written)))
+    assert labels == {finding: float(finding in {name for name, *_ in written}) for finding in CODED_FINDINGS}
+
+
+@quick
+@given(st.data())
+def test_a_damaged_structured_report_is_a_data_error_or_a_report(data):
+    "Bytes changed, cut and doubled: no other error, and no label that is not 1, 0 or blank."
+    whole = bytearray(write_rad_restruct(phantom_codes(PATIENTS[0])))
+    for _ in range(data.draw(st.integers(1, 3))):
+        place = data.draw(st.integers(0, len(whole) - 1))
+        whole[place:place + data.draw(st.integers(0, 40))] = data.draw(st.binary(max_size=4) | st.sampled_from([b"[", b"]", b"{", b"}", b"null", b'"a"', b"3"]))
+    try:
+        labels, read = read_rad_restruct(bytes(whole), "1.json")
+    except DataError as error:
+        assert str(error).startswith("1.json: ") and error.code in (RejectCode.BAD_TEXT, RejectCode.BAD_LABEL)
+    else:
+        assert list(labels) == list(CODED_FINDINGS) and set(labels.values()) <= {1.0, 0.0, None} and all(len(one) == 3 for one in read)
+
+
+def structured(root: Path, number: int, change) -> None:
+    "Change one report of Rad-ReStruct, in the archive."
+    with tarfile.open(root / "radrestruct.tgz") as archive:
+        files = {member.name: archive.extractfile(member).read() for member in archive}
+    (root / "radrestruct.tgz").unlink()
+    name = f"radrestruct/{number}.json"
+    files[name] = change(files.get(name, files["radrestruct/1.json"]))
+    with tarfile.open(root / "radrestruct.tgz", "w:gz") as archive:
+        for name, content in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+
+
+def prepare_openi(root: Path, out: Path, **options):
+    return prepare_source(openi.OPENI, openi._OpeniConfig(root, **options), BuildConfig(out, size=64, progress=False))
+
+
+@pytest.mark.parametrize("number, change, code, message", [
+    (2, lambda data: data[:len(data) // 2], RejectCode.BAD_TEXT, "radrestruct/2.json: no structured report of Rad-ReStruct, or damaged"),
+    (2, lambda data: b"", RejectCode.BAD_TEXT, "radrestruct/2.json: no structured report"),
+    (2, lambda data: data + b" " * 2_000_000, RejectCode.BAD_TEXT, "radrestruct/2.json has 1000001 bytes"),
+    (2, lambda data: data.replace(b'"nodule"', b'"module"', 1), RejectCode.BAD_LABEL, "diseases/module', which is no finding of Rad-ReStruct"),
+    (2, lambda data: data.replace(b'"instances": []', b'"instances": null', 1), RejectCode.BAD_TEXT, "or in no list"),
+    (999, lambda data: data, RejectCode.CONTRADICTION, "in radrestruct.tgz, but not among the reports"),
+])
+def test_a_damaged_structured_report_costs_its_study_and_no_other(reports_root, tmp_path, number, change, code, message):
+    root = shutil.copytree(reports_root, tmp_path / "root")
+    structured(root, number, change)
+    whole, rest = prepare_openi(reports_root, tmp_path / "whole"), prepare_openi(root, tmp_path / "rest")
+    assert rest.rejects[["item", "code"]].to_numpy().tolist() == [[f"CXR{number}", str(code)]] and message in rest.rejects["reason"][0]
+    kept = whole.studies[whole.studies["study_id"] != f"CXR{number}"]
+    assert rest.studies["study_id"].tolist() == kept["study_id"].tolist() and rest.studies["coded"].tolist() == kept["coded"].tolist() and rest.labels.equals(whole.labels.loc[kept.index].reset_index(drop=True))
+    assert sum(rest.manifest["rejected"].values()) == len(whole) - len(rest), "a report that nobody has costs no picture"
+    assert any(message in problem for problem in check_source(openi.OPENI, openi._OpeniConfig(root))[1])
+
+
+def test_the_labels_are_chosen_and_the_codes_are_kept_either_way(reports_root, tmp_path):
+    packs = {labels: prepare_openi(reports_root, tmp_path / labels, labels=labels) for labels in ("mesh", "rad-restruct")}
+    assert list(packs["mesh"].labels) == list(openi._MESH.values()) and list(packs["rad-restruct"].labels) == list(CODED_FINDINGS)
+    for pack in packs.values():
+        pack.verify()
+        assert [row.tolist() for row in coded_findings(pack).to_numpy()] == [[f"CXR{number}", *one] for number, study in enumerate(PATIENTS, 1) for one in phantom_codes(study)]
+        assert target_agreement(pack).loc["finding"].loc["all", "recall"] > 0.95 and f"{len(PATIENTS)} reports were coded" in describe_pack(pack)
+    task = pack_task(packs["rad-restruct"])
+    assert task.classes == CODED_FINDINGS and set(np.unique(task.targets)) == {0, 1} and len(task) == len(packs["rad-restruct"])
+    rows = packs["rad-restruct"].image_table["study"].to_numpy()
+    assert (task.targets == packs["rad-restruct"].labels.to_numpy()[rows]).all()
+    assert pack_task(packs["rad-restruct"], classes=["Scar", "Nodule"]).classes == ("Scar", "Nodule")
+
+
+def test_a_report_without_a_structured_one_is_blank_and_not_negative(reports_root, tmp_path):
+    "Half of the reports are not coded: of those nothing is absent."
+    root = shutil.copytree(reports_root, tmp_path / "half")
+    (root / "radrestruct").mkdir()
+    for number, study in enumerate(PATIENTS, 1):
+        if number % 2:
+            (root / f"radrestruct/{number}.json").write_bytes(write_rad_restruct(phantom_codes(study)))
+    (root / "radrestruct.tgz").unlink()
+    left_out = json.loads(write_rad_restruct([]))
+    del left_out[0]["objects"]["stents"]
+    (root / "radrestruct/1.json").write_text(json.dumps(left_out))
+    pack = prepare_openi(root, tmp_path / "pack", labels="rad-restruct")
+    even = [int(study[3:]) % 2 == 0 for study in pack.studies["study_id"]]
+    assert pack.labels[even].isna().all(axis=None) and pack.studies["coded"][even].isna().all() and len(pack) == sum(len(openi._openi_images(study)) for study in PATIENTS)
+    assert pack.labels.iloc[0].isna().tolist() == [finding == "Support Devices" for finding in CODED_FINDINGS], "what was not asked is blank"
+    assert len(pack_task(pack)) == sum(len(openi._openi_images(study)) for study in PATIENTS[::2])
+    assert pack.manifest["source"]["rad_restruct"] == "radrestruct"
+
+
+def test_without_rad_restruct_all_is_as_it_was(reports_root, tmp_path):
+    "Packs of before can still be prepared: the same key and hash as when nobody knew of Rad-ReStruct."
+    root = shutil.copytree(reports_root, tmp_path / "without")
+    (root / "radrestruct.tgz").unlink()
+    pack = prepare_openi(root, tmp_path / "pack")
+    assert pack.manifest["coded"] == [] and "coded" not in pack.studies and "rad_restruct" not in pack.manifest["source"] and "coded" not in describe_pack(pack)
+    assert not any("coded" in item for item in openi._plan_openi(openi._OpeniConfig(root)).items)
+    with pytest.raises(ValueError, match="prepare Open-i with radrestruct.tgz in its folder"):
+        target_agreement(pack)
+    with pytest.raises(DataError, match="no Rad-ReStruct for its labels: no radrestruct.tgz"):
+        prepare_openi(root, tmp_path / "other", labels="rad-restruct")
 
 
 @pytest.mark.skipif(not REAL.is_dir(), reason="the real reports are not part of the repository")

@@ -1,4 +1,4 @@
-"""Report targets: long and strange texts, and the reader of Rad-ReStruct that the benchmark counts with."""
+"""Report targets: long and strange texts, and what the benchmark counts against what people coded."""
 import importlib.util
 import time
 from pathlib import Path
@@ -8,6 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from medvis.data.coded import coded_findings, compare_targets, target_agreement
+from medvis.data.sets.registry import DATASETS, command_config, prepare_data, simulate
+from medvis.data.source import BuildConfig
 from medvis.data.targets import (
     _LONGEST, ONE_SIDED, STATUSES, TERMS, agreement, exchange_side, exchange_zone, _find_mentions, mirror_sentence, negate_sentence, other_finding_sentence, sentence_side, sentence_targets, side_words)
 
@@ -112,18 +115,38 @@ def benchmark():
     return module
 
 
-def test_rad_restruct_is_read(benchmark):
-    none, many = {"infos": {}, "instances": []}, lambda *instances: {"infos": {}, "instances": list(instances)}
-    report = [{"area": "respiratory system", "sub_areas": {
-        "lung": {"signs": {"opacity": many({"body_region": ["left lower lobe"]}, {"body_region": ["right lower lobe", "middle lobe"]}), "markings": many({"body_region": None})},
-                 "diseases": {"nodule": many({"body_region": ["middle lobe"]}), "mass": none},
-                 "body_regions": {"lung": many({"localization": ["unspecified"], "degree": ["hyperdistention"]})}},
-        "pleura": {"signs": {"thickening": many({"body_region": ["apex"], "localization": ["right"]})}}}}]
-    assert benchmark.structured(report) == {
-        "Lung Opacity": ("asserted", "bilateral", None), "Nodule": ("asserted", None, "middle"), "Hyperinflation": ("asserted", None, None),
-        "Pleural Thickening": ("asserted", "right", "upper")}
-    rows = benchmark.table({"CXR1": {"Nodule": ("asserted", "left", "middle")}}, {"CXR1": {"Mass": ("asserted", None, None)}})
-    assert rows[["finding", "status", "true"]].fillna("").to_numpy().tolist() == [["Mass", "", "asserted"], ["Nodule", "asserted", ""]]
+def test_a_folder_and_its_pack_are_counted_alike(benchmark, tmp_path, monkeypatch, capsys):
+    "The tables of the benchmark: the folder as it lies there and the Pack of it have the same, and no word of a report."
+    simulate("openi", tmp_path / "root", studies=40)
+    pack = prepare_data(command_config(DATASETS["openi"])(DATASETS["openi"].config(tmp_path / "root"), BuildConfig(tmp_path / "pack", size=32, progress=False)))
+    printed = []
+    for place in ("root", "pack"):
+        monkeypatch.setattr("sys.argv", ["targets.py", str(tmp_path / place), "--half", "all"])
+        benchmark.main()
+        printed.append(capsys.readouterr().out)
+    assert printed[0] == printed[1] and f"{len(pack.studies)} coded reports" in printed[0]
+    assert not any(sentence in printed[0] for sentences in pack.studies["sentences"] for sentence in sentences)
+    found = target_agreement(pack)
+    line = next(line.split() for line in printed[0].partition("counted as there if asserted")[2].splitlines() if line.startswith("all"))
+    assert line[1:4] == [str(value) for value in found.loc[("finding", "all"), ["found", "true", "both"]].astype(int)]
+    counts = benchmark.prevalence(pack.studies.set_index("study_id")["coded"])
+    codes = coded_findings(pack)
+    assert counts["reports"].to_dict() == {name: codes[codes["finding"] == name]["study"].nunique() for name in counts.index} and counts["reports"].is_monotonic_decreasing
+    (tmp_path / "root/radrestruct.tgz").unlink()
+    with pytest.raises(ValueError, match="no coded reports"):
+        benchmark.coded_reports(tmp_path / "root")
+
+
+def test_what_is_coded_is_compared_by_finding_and_place():
+    "One report, counted by hand: a finding on both sides, one that is only possible, one that nobody coded, one that nobody wrote."
+    said = {"CXR1": ["Opacities at both bases.", "A possible left upper lobe nodule.", "There is a hiatal hernia.", "Right apical scar."]}
+    coded = {"CXR1": [["Lung Opacity", "left lower lobe", "left"], ["Lung Opacity", "right lower lobe", "right"], ["Nodule", "right upper lobe", "right"], ["Mass", "", ""]], "CXR2": []}
+    table = compare_targets(said, coded)
+    assert table.loc["finding"].loc["all", ["found", "true", "both"]].tolist() == [2, 3, 1]         # opacity and scar; opacity, nodule and mass
+    assert table.loc["side"].loc[["bilateral", "right"], "both"].tolist() == [1, 0] and table.loc["zone"].loc["all", "precision"] == 1
+    assert table.loc["one side"].loc["all", ["found", "both"]].tolist() == [1, 0], "the nodule is on the other side"
+    assert compare_targets(said, coded, statuses=STATUSES[:2]).loc["finding"].loc["all", ["found", "both"]].tolist() == [3, 2]
+    assert "Hernia" not in table.loc["finding"].index, "which the form does not ask for"
 
 
 def test_the_halves_do_not_move(benchmark):

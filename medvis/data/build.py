@@ -122,6 +122,8 @@ class StudyRecord:
     rejects : list[Reject], default: field(default_factory=list)
     grades : dict[str, int | None], default: field(default_factory=dict)
         0, 1, 2 … of an ordinal finding, None blank
+    coded : list[list[str]] | None, default: None
+        finding, region, side of each code; None = its report was not coded
     planned : int | None, default: None
         images that the data set has of it; None = those above, and one a reject
     """
@@ -134,6 +136,7 @@ class StudyRecord:
     labels: dict[str, float | None] = field(default_factory=dict)  # 1 present, 0 absent, -1 uncertain, None blank
     rejects: list[Reject] = field(default_factory=list)
     grades: dict[str, int | None] = field(default_factory=dict)  # 0, 1, 2 … of an ordinal finding, None blank
+    coded: list[list[str]] | None = None  # finding, region, side of each code; None = its report was not coded
     planned: int | None = None  # images that the data set has of it; None = those above, and one a reject
 
     def __post_init__(self) -> None:
@@ -162,6 +165,7 @@ class _Plan:
     grades: tuple[str, ...] = ()
     boxes: tuple[str, ...] = ()
     masks: tuple[str, ...] = ()
+    coded: tuple[str, ...] = ()
 
     def settings(self) -> dict:
         "What decides a build, JSON-like"
@@ -196,6 +200,7 @@ def _check_promises(record: StudyRecord, plan: _Plan) -> None:
         "grades": record.grades,
         "boxes": {box[0] for image in record.images for box in image.boxes or ()},
         "masks": {name for image in record.images for name in image.masks or ()},
+        "coded": {finding for finding, _, _ in record.coded or ()},
     }.items():
         if unknown := sorted(set(names) - set(getattr(plan, kind))):
             raise ValueError(
@@ -274,6 +279,7 @@ def _study_row(record: StudyRecord, sentences: list[str], plan: _Plan) -> dict:
         "split": record.split,
         "report": record.report,
         "sentences": sentences,
+        "coded": record.coded,
         **values,
     }
 
@@ -371,6 +377,7 @@ def _schemas(plan: _Plan, viewed: bool) -> dict[str, pa.Schema]:
             "image_rows": pa.list_(row),
             "report": text,
             "sentences": pa.list_(text),
+            **({"coded": pa.list_(pa.list_(text))} if plan.coded else {}),
             **dict.fromkeys([*(LABEL + name for name in plan.labels), *(GRADE + name for name in plan.grades)], value),
         },
         "images": {
@@ -662,6 +669,7 @@ def write_pack(
     grades: Sequence[str] = (),  # names of the ordinal grades, the boxes and the masks, in order
     boxes: Sequence[str] = (),
     masks: Sequence[str] = (),
+    coded: Sequence[str] = (),  # findings that people coded in the reports
     guarded: bool = True,  # search for leaks between splits, and to the Packs `against`; a phantom has none
     against: Sequence[str | Path] = (),
     allow_leaks: bool = False,  # list them in the manifest instead of refusing
@@ -700,6 +708,8 @@ def write_pack(
         names of the ordinal grades, the boxes and the masks, in order
     boxes : Sequence[str], default: ()
     masks : Sequence[str], default: ()
+    coded : Sequence[str], default: ()
+        findings that people coded in the reports
     guarded : bool, default: True
         search for leaks between splits, and to the Packs `against`; a phantom has none
     against : Sequence[str | Path], default: ()
@@ -711,7 +721,7 @@ def write_pack(
     out, _ = Path(out), [Pack(path) for path in against]  # a wrong path is an error before any work
     if not len(items):
         raise ValueError(f"nothing to prepare for {out}: there is no study")
-    marks = {"grades": tuple(grades), "boxes": tuple(boxes), "masks": tuple(masks)}
+    marks = {"grades": tuple(grades), "boxes": tuple(boxes), "masks": tuple(masks), "coded": tuple(coded)}
     folder = Path(f"{out}.partial")
     plan = _Plan(folder, read, size, rules, tuple(labels), require_report, part_size, source, **marks)
     key = plan.key(items)

@@ -28,7 +28,7 @@ from .files import RejectCode
 # %% ../../nbs/data/08_pack.ipynb #0c346a13
 FORMAT = 2
 _FORMATS = (1, FORMAT)  # that can be read; in the first, rejects have no code
-OPTIONAL_TABLES = ("grades", "boxes", "masks")  # the first Packs did not have them; a data set need not have them
+OPTIONAL_TABLES = ("grades", "boxes", "masks", "coded")  # a data set need not have them; the first Packs did not
 LABEL, GRADE = "label/", "grade/"  # prefixes of columns in studies.parquet
 BOX_COLUMNS = ("image", "name", "x0", "y0", "x1", "y1")
 _TABLE_COLUMNS = {
@@ -49,6 +49,8 @@ def _with_lists(table: pd.DataFrame) -> pd.DataFrame:
     "The table, changed in place: with lists in the columns that hold lists, where parquet gives arrays"
     for column in {"image_rows", "sentences", "masked"}.intersection(table):
         table[column] = [values.tolist() for values in table[column]]
+    if "coded" in table:  # lists of lists; None = nobody looked
+        table["coded"] = [codes if codes is None else [list(code) for code in codes] for codes in table["coded"]]
     return table
 
 
@@ -90,7 +92,7 @@ def write_manifest(folder: Path, manifest: dict) -> None:
 # %% ../../nbs/data/08_pack.ipynb #be9513d9
 _COUNTS = ("images", "studies", "patients", "sentences", "rejects")
 _SHAPE = dict(size=int, hash=str, build=str, source=dict, counts=dict, labels=list, files=dict)  # of every manifest
-_MAYBE = dict.fromkeys(("grades", "boxes", "masks"), list)
+_MAYBE = dict.fromkeys(OPTIONAL_TABLES, list)
 _MAYBE |= dict.fromkeys(("guard", "pixels", "lists", "rejected", "subsets", "rules"), dict)
 _FILES = ("images.u8", "studies.parquet", "images.parquet", "rejects.parquet")
 EMPTY_GUARD = {"against": {}, "leaks": {}}
@@ -266,7 +268,8 @@ class Pack:
     per image (image_id, study, path, sha256, width, height, and if the data set has them view, boxed, masked), `.boxes`
     one row per box (image, name, x0, y0, x1, y1 in pixels of the source), `.mask(index)` the masks of an image,
     `.rejects` what was left out and why (item, reason, code), `.recipe` the rules of a paper by which it was made (see
-    data.source.Recipe; empty without).
+    data.source.Recipe; empty without). If people coded the reports, `.studies` has a column coded: finding, region and
+    side of each code; None for a report that nobody coded (see data.coded).
     ValueError if the folder is not a Pack or its files do not fit the manifest.
     """
 

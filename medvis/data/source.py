@@ -226,7 +226,7 @@ class ImageItem(TypedDict):
 
 # %% ../../nbs/data/11_source.ipynb #c1d9f167
 class StudyItem(TypedDict):
-    """A study that can be read: its patient, split, images, report, labels and grades.
+    """A study that can be read: its patient, split, images, report, labels, grades, and what people coded of it.
 
     Parameters
     ----------
@@ -239,6 +239,8 @@ class StudyItem(TypedDict):
     labels : NotRequired[dict[str, float | None]]
         1 present, 0 absent, -1 uncertain, None blank
     grades : NotRequired[dict[str, int | None]]
+    coded : NotRequired[list[list[str]] | None]
+        finding, region, side of each code; None = nobody coded its report
     """
 
     study: str
@@ -248,6 +250,7 @@ class StudyItem(TypedDict):
     report: NotRequired[ReportItem | None]
     labels: NotRequired[dict[str, float | None]]  # 1 present, 0 absent, -1 uncertain, None blank
     grades: NotRequired[dict[str, int | None]]
+    coded: NotRequired[list[list[str]] | None]  # finding, region, side of each code; None = nobody coded its report
 
 # %% ../../nbs/data/11_source.ipynb #8f3011c6
 class RejectItem(TypedDict):
@@ -278,6 +281,8 @@ class Source:
     grades : tuple[str, ...], default: ()
     boxes : tuple[str, ...], default: ()
     masks : tuple[str, ...], default: ()
+    coded : tuple[str, ...], default: ()
+        findings that could be coded
     dropped : dict[str, int], default: field(default_factory=dict)
         rule -> images, or studies without any
     settings : dict, default: field(default_factory=dict)
@@ -289,6 +294,7 @@ class Source:
     grades: tuple[str, ...] = ()
     boxes: tuple[str, ...] = ()
     masks: tuple[str, ...] = ()
+    coded: tuple[str, ...] = ()  # findings that could be coded
     dropped: dict[str, int] = field(default_factory=dict)  # rule -> images, or studies without any
     settings: dict = field(default_factory=dict)  # further facts for the manifest
 
@@ -530,6 +536,7 @@ def read_study(
         rejects=rejects,
         grades=item.get("grades", {}),
         planned=len(item["images"]),
+        coded=item.get("coded"),
     )
 
 # %% ../../nbs/data/11_source.ipynb #fabc27fc
@@ -580,6 +587,7 @@ def prepare_source(data_set: DataSet, read: ReadConfig, build: BuildConfig) -> P
         grades=source.grades,
         boxes=source.boxes,
         masks=source.masks,
+        coded=source.coded,
         rules=recipe.rules or ReportRules(),
         require_report=recipe.rules is not None and recipe.require_report,
         workers=build.workers,
@@ -655,6 +663,14 @@ def _describe_reports(manifest: dict) -> list[str]:
     return lines
 
 
+def _describe_codes(pack: Pack) -> list[str]:
+    "How many reports people coded; nothing if nobody did"
+    names = pack.manifest.get("coded", [])
+    return (
+        [f"  {pack.studies['coded'].notna().sum():>8} reports were coded, for {len(names)} findings"] if names else []
+    )
+
+
 def _describe_pixels(manifest: dict) -> list[str]:
     "Mean and deviation of the training images, few grey levels, and the leaks that were allowed"
     lines = []
@@ -675,7 +691,15 @@ def describe_pack(pack: Pack) -> str:
     "What went in, what did not and why, and what is in it now: sentences of a methods section, as lines of text"
     manifest = pack.manifest
     lines = [*_describe_images(manifest), *_describe_splits(manifest.get("lists", {})), *_describe_reports(manifest)]
-    return "\n".join([*lines, *_describe_marks(pack), *_describe_pixels(manifest), f"  hash {manifest['hash']}"])
+    return "\n".join(
+        [
+            *lines,
+            *_describe_codes(pack),
+            *_describe_marks(pack),
+            *_describe_pixels(manifest),
+            f"  hash {manifest['hash']}",
+        ]
+    )
 
 # %% ../../nbs/data/11_source.ipynb #2338dca9
 def _files_of(item: StudyItem | RejectItem) -> list[str]:

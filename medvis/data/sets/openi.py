@@ -7,6 +7,7 @@ __all__ = ['OPENI', 'openi_reports']
 
 # %% ../../../nbs/data/sets/14_openi.ipynb #3ca435e5
 import html
+import io
 import json
 import re
 import tarfile
@@ -17,16 +18,18 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pandas as pd
 from PIL import Image
 
+from ..coded import CODED_FINDINGS, phantom_codes, read_rad_restruct, write_rad_restruct
 from ..files import DataError, RejectCode, find_file, number, read_table, read_text, reject_sentence
 from ..phantom import PhantomStudy
 from .plans import draw_splits, reject
 from ..reports import ReportRules, check_report, parse_sections
-from ..source import DataSet, ImageItem, ReadConfig, Recipe, RejectItem, Source, SplitRule
+from ..source import DataSet, ImageItem, ReadConfig, Recipe, RejectItem, Source, SplitRule, StudyItem
 
 # %% ../../../nbs/data/sets/14_openi.ipynb #bbd0ecb4
 _SECTIONS = ("comparison", "indication", "findings", "impression")
@@ -86,8 +89,18 @@ def _openi_images(study: PhantomStudy) -> list[tuple[str, np.ndarray]]:  # (id, 
     return [(f"CXR{number}_IM-{number % 10000:04d}-{place}001", pixels) for place, pixels in enumerate(shown, 1)]
 
 # %% ../../../nbs/data/sets/14_openi.ipynb #3ac172a4
+def _simulate_codes(root: Path, studies: Sequence[PhantomStudy]) -> None:
+    "Write what coders would write of phantom studies, as the archive of Rad-ReStruct: radrestruct/<n>.json."
+    with tarfile.open(Path(root) / "radrestruct.tgz", "w:gz") as archive:
+        for study in studies:
+            data = write_rad_restruct(phantom_codes(study))
+            member = tarfile.TarInfo(f"radrestruct/{int(study.study_id.rpartition('-')[2]) + 1}.json")
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+
+
 def _simulate_openi(root: Path, studies: Sequence[PhantomStudy]) -> None:
-    "Write phantom studies as Open-i's archives unpack: ecgen-radiology/<n>.xml and NLMCXR_png/."
+    "Write phantom studies as Open-i's archives unpack (ecgen-radiology/<n>.xml, NLMCXR_png/), and radrestruct.tgz."
     reports, pictures = Path(root) / "ecgen-radiology", Path(root) / "NLMCXR_png"
     reports.mkdir(parents=True)
     pictures.mkdir()
@@ -106,6 +119,7 @@ def _simulate_openi(root: Path, studies: Sequence[PhantomStudy]) -> None:
             Image.fromarray(np.ascontiguousarray(pixels)).save(pictures / f"{name}.png")
         ET.indent(article)
         ET.ElementTree(article).write(reports / f"{number}.xml", encoding="utf-8", xml_declaration=True)
+    _simulate_codes(root, studies)
 
 # %% ../../../nbs/data/sets/14_openi.ipynb #274c7561
 _LARGEST = 1_000_000  # bytes of a report; the published ones have up to 14 000
@@ -163,12 +177,12 @@ _XML_FOLDERS = ("ecgen-radiology", "NLMCXR_reports/ecgen-radiology", ".")
 _XML_REPORTS = (*(f"{folder}/*.xml" for folder in _XML_FOLDERS), *_ARCHIVES)
 
 
-def _archived(path: Path) -> Iterator[tuple[str, bytes]]:
-    "(name, bytes) of each XML file of a tar archive; of one that is too large only its first bytes"
+def _archived(path: Path, ending: str = ".xml") -> Iterator[tuple[str, bytes]]:
+    "(name, bytes) of each file of a tar archive that ends so; of one that is too large only its first bytes"
     try:
         with tarfile.open(path) as archive:
             for member in archive:
-                if member.isfile() and member.name.endswith(".xml"):
+                if member.isfile() and member.name.endswith(ending):
                     yield member.name, archive.extractfile(member).read(_LARGEST + 1)
             while archive.fileobj.read(1 << 20):  # to the end, where the check sum is
                 pass
@@ -298,12 +312,53 @@ def _read_reports(root: str | Path) -> tuple[list[dict], list[RejectItem]]:
         raise DataError(f"{root}: no report in {' or '.join(_ARCHIVES)}")
     return reports, rejects
 
+# %% ../../../nbs/data/sets/14_openi.ipynb #9cbf3311
+_CODED = ("radrestruct.tgz", "radrestruct/new_reports", "new_reports", "data/radrestruct/new_reports", "radrestruct")
+
+
+def _coded_files(root: Path) -> tuple[str, Iterator[tuple[str, bytes]]]:  # place below the root, (name, bytes) of each
+    "The files of Rad-ReStruct, of an archive or a folder; a blank place and no file if it is not there."
+    for place in _CODED:
+        if (root / place).is_file():
+            return place, _archived(root / place, ".json")
+        if paths := sorted((root / place).glob("*.json")):
+            return place, (
+                (path.relative_to(root).as_posix(), path.read_bytes() if path.is_file() else b"") for path in paths
+            )
+    return "", iter(())
+
+
+def _read_codes(
+    root: str | Path,
+) -> tuple[str, dict[str, tuple[dict, list]], dict[str, DataError]]:  # place, study: labels and codes, study: fault
+    "Rad-ReStruct, if it lies in a folder. DataError for an archive that is damaged, or holds none of it."
+    place, files = _coded_files(Path(root))
+    coded, faults = {}, {}
+    for name, data in files:
+        if not (numbered := re.fullmatch(r"(?:.*/)?(\d{1,9})\.json", name)):
+            continue  # lists of questions and answers, which lie beside the reports
+        study = f"CXR{int(numbered[1])}"
+        try:
+            if study in coded or study in faults:
+                raise DataError(f"{name}: another file of Rad-ReStruct has its number", RejectCode.DUPLICATE)
+            if len(data) > _LARGEST:
+                raise DataError(f"{name} has {len(data)} bytes; expected at most {_LARGEST}", RejectCode.BAD_TEXT)
+            coded[study] = read_rad_restruct(data, name)
+        except DataError as error:
+            coded.pop(study, None)
+            faults[study] = error
+    if place and not coded and not faults:
+        raise DataError(f"{Path(root) / place}: no report of Rad-ReStruct in it; expected files such as 1.json")
+    return place, coded, faults
+
 # %% ../../../nbs/data/sets/14_openi.ipynb #d40c07cf
 def openi_reports(
     path: str | Path,  # folder of the data set, or the archive of reports
     rules: ReportRules = ReportRules(),
-) -> pd.DataFrame:  # study, the four sections, text, sentences, dropped ("" = kept), major, images (ids)
+) -> pd.DataFrame:  # study, the four sections, text, sentences, dropped ("" = kept), major, images (ids), coded
     """The reports of Open-i as a table, damaged ones with their reason; needs no pictures.
+
+    coded: finding, region and side of each code of Rad-ReStruct, if that lies in the folder; else None.
 
     Parameters
     ----------
@@ -314,9 +369,9 @@ def openi_reports(
     Returns
     -------
     pd.DataFrame
-        study, the four sections, text, sentences, dropped ("" = kept), major, images (ids)
+        study, the four sections, text, sentences, dropped ("" = kept), major, images (ids), coded
     """
-    reports, rejects = _read_reports(path)
+    (reports, rejects), (_, codes, faults) = _read_reports(path), _read_codes(path)
     damaged = [
         ({"study": study, "sections": {}, "major": [], "images": []}, f"damaged: {reason}")
         for item in rejects
@@ -326,15 +381,17 @@ def openi_reports(
     for report, damage in [*((report, "") for report in reports), *damaged]:
         text = _compose_report(report["sections"])
         sentences, code = check_report(text, rules)
+        fault = f"damaged: {faults[report['study']]}" if report["study"] in faults else ""
         rows.append(
             {
                 "study": report["study"],
                 **{name: report["sections"].get(name, "") for name in _SECTIONS},
                 "text": text,
                 "sentences": sentences,
-                "dropped": damage or (code and reject_sentence(code, rules.min_words)) or "",
+                "dropped": damage or fault or (code and reject_sentence(code, rules.min_words)) or "",
                 "major": report["major"],
                 "images": [image["id"] for image in report["images"]],
+                "coded": None if damage else codes.get(report["study"], (None, None))[1],
             }
         )
     return pd.DataFrame(rows)
@@ -388,6 +445,8 @@ class _OpeniConfig(ReadConfig):
     """Leave out pictures that are not there, instead of rejecting their studies."""
     unsquash: bool = field(default=False, metadata={"later": True})
     """Give pictures that were squashed to squares their proportions back, by the original sizes in images.csv."""
+    labels: Literal["mesh", "rad-restruct"] = field(default="mesh", metadata={"later": True})
+    """What the labels are: the coders' MeSH headings, or the findings of Rad-ReStruct."""
 
 # %% ../../../nbs/data/sets/14_openi.ipynb #f57add85
 _PICTURE_FOLDERS = ("NLMCXR_png", "NLMCXR_dcm", "images/images_normalized", "images_normalized", "images")
@@ -435,11 +494,16 @@ def _wanted_images(
     return images
 
 # %% ../../../nbs/data/sets/14_openi.ipynb #e2eee4e4
-def _plan_openi(config: _OpeniConfig) -> Source:
-    "Read reports and list pictures. DataError if either is missing, or the views that the recipe needs."
-    recipe, root, dropped = config.choose(_OPENI_RECIPES), Path(config.root), Counter()
-    reports, rejects = _read_reports(root)
-    files, sizes = _picture_files(root), _original_sizes(root) if config.unsquash else {}
+def _openi_splits(config: _OpeniConfig, recipe: Recipe, studies: Sequence[str]) -> dict[str, str]:  # study -> split
+    "The splits of the recipe: R2Gen's list, or drawn by study."
+    if recipe.splits == SplitRule.R2GEN:
+        return _read_annotation(config.root)
+    return dict(zip(studies, draw_splits(studies, recipe.splits, config.split_seed), strict=True))
+
+
+def _check_needs(config: _OpeniConfig, recipe: Recipe, reports: list[dict], files: dict, coded: bool) -> None:
+    "DataError if there are no pictures, no views for a recipe that needs them, or no Rad-ReStruct for its labels."
+    root = config.root
     if not files:
         raise DataError(
             f"{root}: no pictures ({', '.join(_ENDINGS)}), neither there nor in {', '.join(_PICTURE_FOLDERS)}. "
@@ -450,31 +514,60 @@ def _plan_openi(config: _OpeniConfig) -> Source:
             f"{root}: the recipe {config.recipe!r} needs the views, and they are only in Kaggle's "
             "indiana_projections.csv: put it there"
         )
+    if config.labels not in ("mesh", "rad-restruct"):
+        raise DataError(f"labels is {config.labels!r}; expected mesh or rad-restruct")
+    if config.labels == "rad-restruct" and not coded:
+        raise DataError(f"{root}: no Rad-ReStruct for its labels: no {', no '.join(_CODED)}")
+
+
+def _openi_item(report: dict, split: str, images: list[ImageItem], labels: dict) -> StudyItem:
+    "A report with its pictures."
+    return {
+        "study": report["study"],
+        "patient": report["study"],
+        "split": split,
+        "images": images,
+        "report": {"text": _compose_report(report["sections"])},
+        "labels": labels,
+    }
+
+
+def _stray_codes(place: str, coded: set[str], studies: Sequence[str], rejects: list[RejectItem]) -> list[RejectItem]:
+    "Rejects for what people coded of reports that are neither read nor rejected; they cost no picture."
+    named = {"CXR" + Path(item["study"]).stem.removeprefix("CXR") for item in rejects}  # CXR1, ecgen-radiology/1.xml
+    why = (f"in {place}, but not among the reports", RejectCode.CONTRADICTION)
+    return [reject(study, *why, images=0) for study in sorted(coded - {*studies} - named)]
+
+
+def _plan_openi(config: _OpeniConfig) -> Source:
+    "Read reports and list pictures. DataError if either is missing, or the views that the recipe needs."
+    recipe, root, dropped = config.choose(_OPENI_RECIPES), Path(config.root), Counter()
+    (reports, rejects), files, (place, coded, faults) = _read_reports(root), _picture_files(root), _read_codes(root)
+    _check_needs(config, recipe, reports, files, bool(place))
+    sizes = _original_sizes(root) if config.unsquash else {}
     studies = [report["study"] for report in reports]
-    if recipe.splits == SplitRule.R2GEN:
-        splits = _read_annotation(root)
-    else:
-        splits = dict(zip(studies, draw_splits(studies, recipe.splits, config.split_seed), strict=True))
-    items = []
-    for report in reports:
-        if report["study"] not in splits:
+    splits, items, mesh = _openi_splits(config, recipe, studies), [], config.labels == "mesh"
+    for report, study in zip(reports, studies, strict=True):
+        if study not in splits:
             dropped["study is not in annotation.json"] += len(report["images"])
         elif images := _wanted_images(report, recipe, files, config.partial, dropped):
+            if study in faults:
+                items.append(reject(study, str(faults[study]), faults[study].code, images=len(images)))
+                continue
             for image in images:
                 if size := sizes.get(_picture_key(image["id"])):
                     image["squashed"] = size
-            items.append(
-                {
-                    "study": report["study"],
-                    "patient": report["study"],
-                    "split": splits[report["study"]],
-                    "images": images,
-                    "report": {"text": _compose_report(report["sections"])},
-                    "labels": _mesh_labels(report["major"]),
-                }
-            )
-    beside = {"reports without a picture": sum(not report["images"] for report in reports)}
-    return Source(items + rejects, labels=tuple(_MESH.values()), dropped=dict(dropped), settings={"beside": beside})
+            found, codes = coded.get(study, (dict.fromkeys(CODED_FINDINGS), None))
+            item = _openi_item(report, splits[study], images, _mesh_labels(report["major"]) if mesh else found)
+            items.append(item | ({"coded": codes} if place else {}))
+    return Source(
+        items + rejects + _stray_codes(place, {*coded, *faults}, studies, rejects),
+        labels=tuple(_MESH.values()) if mesh else CODED_FINDINGS,
+        coded=CODED_FINDINGS if place else (),
+        dropped=dict(dropped),
+        settings={"beside": {"reports without a picture": sum(not report["images"] for report in reports)}}
+        | ({"rad_restruct": place} if place else {}),
+    )
 
 # %% ../../../nbs/data/sets/14_openi.ipynb #0c1613f3
 _GET_OPENI = """\
@@ -488,12 +581,16 @@ from https://openi.nlm.nih.gov/faq#collection
   ROOT/indiana_projections.csv            (from Kaggle, for the recipe frontal: which picture is frontal)
 or from https://www.kaggle.com/datasets/raddar/chest-xrays-indiana-university
   ROOT/indiana_reports.csv, ROOT/indiana_projections.csv, ROOT/images/images_normalized/1_IM-0001-3001.dcm.png
+For --labels rad-restruct, and to keep its findings with region and side beside the reports:
+  ROOT/radrestruct.tgz                    (or a folder radrestruct or new_reports: <n>.json of
+                                           data/radrestruct/new_reports in https://github.com/ChantalMP/Rad-ReStruct;
+                                           Pellegrini et al., MICCAI 2023; MIT licence, for research)
 For the recipe r2gen also ROOT/annotation.json of https://github.com/cuhksz-nlp/R2Gen."""
 
 
 def _openi_tables(config: _OpeniConfig) -> list[tuple[str, Callable]]:
     "(what, function that reads it) of what describes Open-i, for `medvis data check`."
-    return [("reports", partial(_read_reports, config.root))]
+    return [("reports", partial(_read_reports, config.root)), ("Rad-ReStruct", partial(_read_codes, config.root))]
 
 
 OPENI = DataSet(
