@@ -110,7 +110,7 @@ def measure_runs(
     epochs: Sequence[int] | None = None,  # which of those that were kept; None: all
     split: str = "test",
 ) -> pd.DataFrame:  # run, subject, seed, lr, sentences, epoch, and the numbers of `_free_numbers` and `_true_numbers`
-    """Laterality, zone and the pointing game of finished runs, one row a run or kept epoch; goes on where it was stopped.
+    """Laterality, zone and the pointing game of finished runs, one row a run or kept epoch; goes on where it stopped.
 
     ValueError if the file holds rows of another Pack or split.
 
