@@ -128,10 +128,10 @@ def _lung_extents(
     "From where to where the lungs of each image reach; 0 and 1 for all but a phantom, where it is unknown."
     extents, phantom, view = np.tile([0.0, 1.0], (len(images), 1)), pack_phantom(pack), method.preprocessing.mask()
     if phantom is not None:
-        names = pack.studies["study_id"].iloc[pack.image_table["study"].iloc[list(images)]]
-        for k, name in enumerate(names):
+        for image in set(images):  # each is drawn once
+            name = pack.studies["study_id"].iloc[pack.image_table["study"].iloc[image]]
             rows = np.flatnonzero(view(torch.from_numpy(phantom.lungs(name))).numpy().any(1))
-            extents[k] = rows[0] / method.preprocessing.size, (rows[-1] + 1) / method.preprocessing.size
+            extents[np.equal(images, image)] = np.array([rows[0], rows[-1] + 1]) / method.preprocessing.size
     return extents
 
 # %% ../../nbs/evaluate/14_laterality.ipynb #cd4fbd6c
@@ -157,10 +157,12 @@ def _place_rows(
     rows = sentences[["study", "patient", "split", "sentence", "finding", "place"]].assign(
         recipe=_RECIPE, chance=np.nan
     )
+    zoned = sentences["place"].isin(_ZONES).any()  # a side is one whatever the lungs are
     for name, condition in zip(_CONDITIONS, controls):
         maps, grid = condition_maps(method, condition, batch_size)
         at, scores = condition.exists, np.full((3, len(rows)), np.nan)
-        extents = _lung_extents(method, pack, np.asarray(condition.images)[at])
+        shown = np.asarray(condition.images)[at]
+        extents = _lung_extents(method, pack, shown) if zoned else np.tile([0.0, 1.0], (len(shown), 1))
         areas = [_place_area(place, grid, extent) for place, extent in zip(sentences["place"][at], extents)]
         if len(areas):
             scores[:, at] = _place_scores(maps, areas)

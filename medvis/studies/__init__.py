@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['DemoConfig', 'DownstreamConfig', 'GroundingConfig', 'RealPairsConfig', 'run_demo', 'compare_families',
-           'draw_families', 'run_downstream', 'draw_examples', 'draw_findings', 'draw_summary', 'gather',
-           'run_grounding', 'run_local_mi_figures', 'FiguresConfig', 'run_lovt_figures', 'run_mgca_figures',
-           'draw_curve', 'draw_headlines', 'headline_table', 'run_real_pairs', 'verdict_table', 'show_run']
+           'draw_families', 'run_downstream', 'draw_ranks', 'epoch_correlations', 'fit_keeping_epochs', 'measure_runs',
+           'rank_correlations', 'draw_examples', 'draw_findings', 'draw_summary', 'gather', 'run_grounding',
+           'run_local_mi_figures', 'FiguresConfig', 'run_lovt_figures', 'run_mgca_figures', 'draw_curve',
+           'draw_headlines', 'headline_table', 'run_real_pairs', 'verdict_table', 'show_run']
 
 # %% ../../nbs/studies/00_doors.ipynb #d4065c6b
 from typing import TYPE_CHECKING
@@ -18,6 +19,13 @@ if TYPE_CHECKING:
     from medvis.studies.config import DemoConfig, DownstreamConfig, GroundingConfig, RealPairsConfig
     from medvis.studies.demo import run_demo
     from medvis.studies.downstream import compare_families, draw_families, run_downstream
+    from medvis.studies.free_measure import (
+        draw_ranks,
+        epoch_correlations,
+        fit_keeping_epochs,
+        measure_runs,
+        rank_correlations,
+    )
     from medvis.studies.grounding import draw_examples, draw_findings, draw_summary, gather, run_grounding
     from medvis.studies.local_mi_figures import run_local_mi_figures
     from medvis.studies.lovt_figures import FiguresConfig, run_lovt_figures
@@ -37,6 +45,11 @@ _all_ = [
     "compare_families",
     "draw_families",
     "run_downstream",
+    "draw_ranks",
+    "epoch_correlations",
+    "fit_keeping_epochs",
+    "measure_runs",
+    "rank_correlations",
     "draw_examples",
     "draw_findings",
     "draw_summary",
