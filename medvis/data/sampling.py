@@ -43,8 +43,8 @@ class Sampling:
 
     per: Literal["study", "image"] = "study"
     "One sample a study, with a random frontal view (LoVT), or one sample an image (MGCA)."
-    augment: Literal["mgca", "lovt", "local-mi", "none"] = "mgca"
-    "Image augmentation in training: mgca, lovt, local-mi or none."
+    augment: Literal["mgca", "lovt", "local-mi", "simclr", "pixelpro", "none"] = "mgca"
+    "Image augmentation in training: mgca, lovt, local-mi, simclr, pixelpro or none."
     sentences: Literal["all", "one"] = "all"
     "The whole report, or one random sentence of it (ConVIRT, CLIP, GLoRIA)."
     most_sentences: int | None = None
