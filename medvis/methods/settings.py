@@ -7,7 +7,7 @@ __all__ = ['CONVIRT_PRESETS', 'MGCA_PRESETS', 'LOVT_PRESETS', 'GLOBAL_MI_PRESETS
            'GLORIA_PRESETS', 'MIXTURE_MI_PRESETS', 'SIMCLR_PRESETS', 'BYOL_PRESETS', 'PIXELPRO_PRESETS', 'SETTINGS',
            'ImageMethodConfig', 'MethodConfig', 'ConVIRTConfig', 'MGCAConfig', 'LoVTConfig', 'MutualInformationConfig',
            'GlobalMIConfig', 'LocalMIConfig', 'CLIPConfig', 'GLoRIAConfig', 'MixtureMIConfig', 'SimCLRConfig',
-           'BYOLConfig', 'PixelProConfig', 'list_methods', 'list_presets']
+           'BYOLConfig', 'PixelProConfig', 'list_methods', 'methods_with_text', 'list_presets']
 
 # %% ../../nbs/methods/01_settings.ipynb #6f1bcdbd
 from dataclasses import dataclass
@@ -766,6 +766,11 @@ SETTINGS: dict[str, tuple[type[ImageMethodConfig], dict[str, tuple[dict, dict]]]
 def list_methods() -> list[str]:
     "Names of all methods: those of medvis, and those that were registered."
     return list(SETTINGS)
+
+# %% ../../nbs/methods/01_settings.ipynb #32f30e6a
+def methods_with_text() -> list[str]:
+    "Names of the methods that read reports: what retrieves, points or names by words is about these."
+    return [name for name, (config, _) in SETTINGS.items() if "text" in config.__dataclass_fields__]
 
 # %% ../../nbs/methods/01_settings.ipynb #da1e6e51
 def list_presets(

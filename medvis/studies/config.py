@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from ..core.choices import check_choice, default_text
-from ..methods.settings import SETTINGS
+from ..methods.settings import SETTINGS, methods_with_text
 
 # %% ../../nbs/studies/00_config.ipynb #9d370a65
 @dataclass
@@ -20,7 +20,7 @@ class DemoConfig:
 
     out: Path = Path("demo")
     "Folder of the Pack, the run and the page."
-    method: Literal[tuple(SETTINGS)] = "mixture-mi"
+    method: Literal[tuple(methods_with_text())] = "mixture-mi"
     "Method to pre-train, at its tiny preset."
     studies: int = 6000
     "Number of phantom studies; 80 % of the patients are for training, 10 % for the test."
@@ -38,7 +38,7 @@ class GroundingConfig:
 
     out: Path = Path("grounding")
     "Folder of Pack, runs and results."
-    subjects: tuple[str, ...] = ("random-init", *SETTINGS)
+    subjects: tuple[str, ...] = ("random-init", *methods_with_text())
     "Methods, each with its tiny preset or that after a colon; random-init = before the first step."
     seeds: tuple[int, ...] = (0, 1, 2)
     "Seeds of networks and training; the data stay the same."
@@ -53,7 +53,9 @@ class GroundingConfig:
 
     def __post_init__(self) -> None:
         for subject in self.subjects:
-            check_choice("method", subject.partition(":")[0], ("random-init", *SETTINGS))
+            name = subject.partition(":")[0]
+            check_choice("method", name, ("random-init", *SETTINGS))
+            check_choice("method that reads text", name, ("random-init", *methods_with_text()))
 
 # %% ../../nbs/studies/00_config.ipynb #f50bfbad
 @dataclass
