@@ -15,19 +15,7 @@ from typing import Any
 class Registry(dict):
     """Entries of one kind by name. More are added with `add`.
 
-    `find` also takes my_package.my_module:name, and imports the module.
-
-    Parameters
-    ----------
-    kind : str
-        what an entry is, for messages
-    expected : str
-        what one must be, for messages
-    valid : Callable[[Any], bool]
-        whether something is one
-    entries : Mapping[str, Any]
-        those of medvis; text is module:attribute, imported when it is asked for
-    """
+    `find` also takes my_package.my_module:name, and imports the module."""
 
     def __init__(
         self,

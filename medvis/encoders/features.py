@@ -14,19 +14,7 @@ from torch import Tensor
 # %% ../../nbs/encoders/01_features.ipynb #5d30aaf0
 @dataclass
 class ImageFeatures:
-    """What an image encoder returns; `weights` are the attention of the whole image to its regions, if any.
-
-    Parameters
-    ----------
-    regions : Tensor
-        (B, N, D) local features, row-major over the grid
-    whole : Tensor
-        (B, D') one vector an image
-    grid : tuple[int, int]
-        (h, w), N = h*w
-    weights : Tensor | None, default: None
-        (B, N) head-averaged attention CLS -> region, not normalised
-    """
+    "What an image encoder returns; `weights` are the attention of the whole image to its regions, if any."
 
     regions: Tensor  # (B, N, D) local features, row-major over the grid
     whole: Tensor  # (B, D') one vector an image
@@ -36,25 +24,7 @@ class ImageFeatures:
 # %% ../../nbs/encoders/01_features.ipynb #dac8b04b
 @dataclass
 class TextFeatures:
-    """What a text encoder returns: the same report at four grains, with the masks of the padded ones.
-
-    Parameters
-    ----------
-    tokens : Tensor
-        (B, T, D) word pieces, special tokens included
-    words : Tensor
-        (B, W, D)
-    word_mask : Tensor
-        (B, W)
-    sentences : Tensor
-        (B, M, D)
-    sentence_mask : Tensor
-        (B, M)
-    whole : Tensor
-        (B, D')
-    word_weights : Tensor | None, default: None
-        (B, W) head-averaged attention CLS -> word, summed over its pieces
-    """
+    "What a text encoder returns: the same report at four grains, with the masks of the padded ones."
 
     tokens: Tensor  # (B, T, D) word pieces, special tokens included
     words: Tensor  # (B, W, D)
@@ -68,18 +38,7 @@ class TextFeatures:
 def group_matrix(
     index: Tensor,  # (B, T) int64 group of every token, -1 = none
 ) -> Tensor:  # (B, K, T) bool, K = the largest number of groups in the batch (at least 1)
-    """One-hot membership of tokens in groups.
-
-    Parameters
-    ----------
-    index : Tensor
-        (B, T) int64 group of every token, -1 = none
-
-    Returns
-    -------
-    Tensor
-        (B, K, T) bool, K = the largest number of groups in the batch (at least 1)
-    """
+    "One-hot membership of tokens in groups."
     groups = max(int(index.max()) + 1, 1) if index.numel() else 1
     return index[:, None, :] == torch.arange(groups, device=index.device)[None, :, None]
 
@@ -89,22 +48,7 @@ def pool_tokens(
     index: Tensor,  # (B, T) int64 group of every token, -1 = none
     mode: str = "sum",  # "sum" (MGCA, GLoRIA: words), "mean", or "max" (LoVT: sentences)
 ) -> tuple[Tensor, Tensor]:  # (B, K, D) pooled, zero where empty; (B, K) mask of the groups that exist
-    """Pool the tokens of every group; raises KeyError for an unknown mode.
-
-    Parameters
-    ----------
-    tokens : Tensor
-        (B, T, D)
-    index : Tensor
-        (B, T) int64 group of every token, -1 = none
-    mode : str, default: 'sum'
-        "sum" (MGCA, GLoRIA: words), "mean", or "max" (LoVT: sentences)
-
-    Returns
-    -------
-    tuple[Tensor, Tensor]
-        (B, K, D) pooled, zero where empty; (B, K) mask of the groups that exist
-    """
+    "Pool the tokens of every group; raises KeyError for an unknown mode."
     member = group_matrix(index)
     mask = member.any(-1)
     total = member.to(tokens.dtype) @ tokens

@@ -45,19 +45,7 @@ def summed(
     accelerator: Accelerator,
     *here: float,  # numbers of this process
 ) -> list[float]:  # their sums over all processes
-    """Sums over the processes. All of them must call it at the same point.
-
-    Parameters
-    ----------
-    accelerator : Accelerator
-    *here : float
-        numbers of this process
-
-    Returns
-    -------
-    list[float]
-        their sums over all processes
-    """
+    "Sums over the processes. All of them must call it at the same point."
     if accelerator.num_processes == 1:
         return list(here)
     return accelerator.reduce(torch.tensor([float(one) for one in here], device=accelerator.device), "sum").tolist()
