@@ -25,7 +25,14 @@ def raises(
     kind: type[Exception] | tuple[type[Exception], ...],
     *texts: str,  # each must stand in the message
 ) -> Iterator[None]:
-    "The body must raise an error of this kind with these texts in its message. AssertionError if it does not."
+    """The body must raise an error of this kind with these texts in its message. AssertionError if it does not.
+
+    Parameters
+    ----------
+    kind : type[Exception] | tuple[type[Exception], ...]
+    *texts : str
+        each must stand in the message
+    """
     try:
         yield
     except kind as error:
@@ -43,7 +50,17 @@ def small_phantom(
     seed: int = 0,
     **changes,  # of PhantomConfig
 ) -> Pack:
-    "A Pack of phantoms in a temporary folder, which goes when the Pack goes."
+    """A Pack of phantoms in a temporary folder, which goes when the Pack goes.
+
+    Parameters
+    ----------
+    studies : int, default: 40
+    size : int, default: 64
+        side of the images in pixels
+    seed : int, default: 0
+    **changes
+        of PhantomConfig
+    """
     folder = tempfile.TemporaryDirectory()
     config = PhantomConfig(
         out=Path(folder.name, "phantom"),
@@ -67,7 +84,19 @@ def tiny_batch(
     size: int = 64,  # side of the images in pixels
     seed: int = 0,
 ) -> Batch:
-    "A batch of noise with these texts, as the method's encoders take them, and with views if it compares views."
+    """A batch of noise with these texts, as the method's encoders take them, and with views if it compares views.
+
+    Parameters
+    ----------
+    method : Method
+    texts : Sequence[Sequence[str]], default: _TEXTS
+        sentences of each study
+    patients : Sequence[int] | None, default: None
+        whose study each is; None = two studies a patient
+    size : int, default: 64
+        side of the images in pixels
+    seed : int, default: 0
+    """
     random = torch.Generator().manual_seed(seed)
     words = method.tokenizer if method.reads_text else None
     images = torch.rand(len(texts), method.preprocessing.channels, size, size, generator=random)

@@ -38,7 +38,13 @@ def _other_samples(
 def alignment_distances(
     aligned: Aligned,
 ) -> pd.DataFrame:  # sample, direction, distance, stranger (distance to another sample's)
-    "Distances of regions and texts from what they gathered (LoVT supplement, Fig. 2), one row a vector."
+    """Distances of regions and texts from what they gathered (LoVT supplement, Fig. 2), one row a vector.
+
+    Returns
+    -------
+    pd.DataFrame
+        sample, direction, distance, stranger (distance to another sample's)
+    """
     everywhere = torch.ones_like(aligned.regions[..., 0], dtype=torch.bool)
     sides = ((aligned.regions, aligned.from_text, everywhere), (aligned.texts, aligned.from_image, aligned.mask))
     tables = []
@@ -54,7 +60,18 @@ def alignment_distances(
 def alignment_numbers(
     distances: Mapping[str, pd.DataFrame],  # method -> as returned by `alignment_distances`
 ) -> pd.DataFrame:  # method, direction, distance, stranger, closer
-    "Mean distances of each method and direction; `closer` is the share of vectors nearer to their own."
+    """Mean distances of each method and direction; `closer` is the share of vectors nearer to their own.
+
+    Parameters
+    ----------
+    distances : Mapping[str, pd.DataFrame]
+        method -> as returned by `alignment_distances`
+
+    Returns
+    -------
+    pd.DataFrame
+        method, direction, distance, stranger, closer
+    """
     rows = []
     for name, table in distances.items():
         for direction, part in table.groupby("direction", sort=False):
@@ -67,7 +84,13 @@ def alignment_numbers(
 def draw_alignment(
     distances: Mapping[str, pd.DataFrame],  # method -> as returned by `alignment_distances`
 ) -> Figure:
-    "Box plots of the distances (5 % to 95 %), coloured by direction; in grey, distances to another study's vectors."
+    """Box plots of the distances (5 % to 95 %), coloured by direction; in grey, distances to another study's vectors.
+
+    Parameters
+    ----------
+    distances : Mapping[str, pd.DataFrame]
+        method -> as returned by `alignment_distances`
+    """
     figure = Figure(figsize=(1.4 + 1.9 * len(distances), 2.6), dpi=110)
     ax = figure.subplots()
     box = dict(widths=0.19, whis=(5, 95), showfliers=False, patch_artist=True, manage_ticks=False)

@@ -30,7 +30,18 @@ from ..core.files import write_atomic
 def as_units(
     vectors: ArrayLike,  # (n, D) array or tensor
 ) -> np.ndarray:  # (n, D) float64
-    "Vectors scaled to length 1; zero vectors stay zero. ValueError for another shape, NaN or infinity."
+    """Vectors scaled to length 1; zero vectors stay zero. ValueError for another shape, NaN or infinity.
+
+    Parameters
+    ----------
+    vectors : ArrayLike
+        (n, D) array or tensor
+
+    Returns
+    -------
+    np.ndarray
+        (n, D) float64
+    """
     vectors = np.asarray(vectors, dtype=np.float64)
     if vectors.ndim != 2:
         raise ValueError(f"vectors have shape {vectors.shape}; expected (n, D)")
@@ -50,7 +61,21 @@ def tsne(
 ) -> np.ndarray:  # (n, 2)
     """Places of vectors in the plane by t-SNE, started from their principal components. The same for the same seed.
 
-    ValueError when there is nothing to draw: fewer than 8 vectors, NaN, or all of the same direction."""
+    ValueError when there is nothing to draw: fewer than 8 vectors, NaN, or all of the same direction.
+
+    Parameters
+    ----------
+    vectors : ArrayLike
+        (n, D) array or tensor; only directions count
+    seed : int, default: 0
+    perplexity : float, default: 30.0
+        about how many neighbours a point has; lowered, with a warning, for few vectors
+
+    Returns
+    -------
+    np.ndarray
+        (n, 2)
+    """
     vectors = as_units(vectors)
     if len(vectors) < 8 or vectors.shape[1] < 2:
         raise ValueError(
@@ -87,7 +112,23 @@ def neighbour_purity(
     groups: Sequence | None = None,  # (n,) e.g. study: neighbours of the same group do not count; None = all do
     k: int = 10,
 ) -> pd.DataFrame:  # one row a kind: kind, purity, chance, vectors
-    "Share of the k nearest neighbours that are of the same kind. ValueError when fewer than k can be asked."
+    """Share of the k nearest neighbours that are of the same kind. ValueError when fewer than k can be asked.
+
+    Parameters
+    ----------
+    vectors : ArrayLike
+        (n, D)
+    kinds : Sequence
+        (n,) the kind of each vector
+    groups : Sequence | None, default: None
+        (n,) e.g. study: neighbours of the same group do not count; None = all do
+    k : int, default: 10
+
+    Returns
+    -------
+    pd.DataFrame
+        one row a kind: kind, purity, chance, vectors
+    """
     vectors, kinds = as_units(vectors), np.asarray(kinds)
     groups = np.arange(len(kinds)) if groups is None else np.asarray(groups)
     pure, chance = np.zeros(len(kinds)), np.zeros(len(kinds))
@@ -113,7 +154,23 @@ def separability(
     groups: Sequence,  # (n,) e.g. study: one group is never in both the fitted and the tested part
     folds: int = 5,
 ) -> float:  # AUROC; NaN when all positive vectors are in one fold, or without any
-    "How well a linear cut separates positive vectors from the others, on groups it has not seen."
+    """How well a linear cut separates positive vectors from the others, on groups it has not seen.
+
+    Parameters
+    ----------
+    vectors : ArrayLike
+        (n, D)
+    positive : Sequence
+        (n,) bool
+    groups : Sequence
+        (n,) e.g. study: one group is never in both the fitted and the tested part
+    folds : int, default: 5
+
+    Returns
+    -------
+    float
+        AUROC; NaN when all positive vectors are in one fold, or without any
+    """
     positive, groups = np.asarray(positive, dtype=bool), np.asarray(groups)
     parts = list(GroupKFold(folds).split(positive, groups=groups))
     if any(len(np.unique(positive[fitted])) < 2 for fitted, _ in parts):
@@ -128,7 +185,22 @@ def embedding_table(
     vectors: ArrayLike | None = None,  # (n, D) kept as a column of lists in half precision; None = left out
     **columns: Sequence,  # (n,) each: study, region, label, ...
 ) -> pd.DataFrame:  # x, y, the columns, vector
-    "Points of an embedding with their labels and other columns."
+    """Points of an embedding with their labels and other columns.
+
+    Parameters
+    ----------
+    places : np.ndarray
+        (n, 2) as returned by `tsne`
+    vectors : ArrayLike | None, default: None
+        (n, D) kept as a column of lists in half precision; None = left out
+    **columns : Sequence
+        (n,) each: study, region, label, ...
+
+    Returns
+    -------
+    pd.DataFrame
+        x, y, the columns, vector
+    """
     table = pd.DataFrame({"x": places[:, 0].astype(np.float32), "y": places[:, 1].astype(np.float32), **columns})
     return table if vectors is None else table.assign(vector=list(np.asarray(vectors, dtype=np.float16)))
 
@@ -162,7 +234,18 @@ def draw_kinds(
     kinds: Sequence | None = None,  # which are coloured, in this order; the others are grey. None = the most frequent
     size: float = 9.0,
 ) -> None:
-    "Draw points coloured by kind; colours repeat with another mark. No ticks: the axes of t-SNE have no meaning."
+    """Draw points coloured by kind; colours repeat with another mark. No ticks: the axes of t-SNE have no meaning.
+
+    Parameters
+    ----------
+    ax : Axes
+    table : pd.DataFrame
+        x, y and the column `by`
+    by : str
+    kinds : Sequence | None, default: None
+        which are coloured, in this order; the others are grey. None = the most frequent
+    size : float, default: 9.0
+    """
     _check_places(table)
     kinds = table[by].value_counts().index[: 2 * len(SERIES)] if kinds is None else kinds
     rest = table[~table[by].isin(list(kinds))]
@@ -183,7 +266,23 @@ def draw_values(
     highest: float = 1.0,  # end of the colour scale
     size: float = 9.0,
 ) -> PathCollection:  # for a colour bar
-    "Draw points coloured by a number, highest on top; zero is grey."
+    """Draw points coloured by a number, highest on top; zero is grey.
+
+    Parameters
+    ----------
+    ax : Axes
+    table : pd.DataFrame
+        x, y and the column `by`, not negative
+    by : str
+    highest : float, default: 1.0
+        end of the colour scale
+    size : float, default: 9.0
+
+    Returns
+    -------
+    PathCollection
+        for a colour bar
+    """
     _check_places(table)
     none, some = table[table[by] == 0], table[table[by] > 0].sort_values(by, kind="stable")
     ax.scatter(none.x, none.y, s=0.6 * size, color=FAINT, linewidths=0, rasterized=True)

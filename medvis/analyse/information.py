@@ -18,7 +18,13 @@ from ..train.run import Run
 
 # %% ../../nbs/analyse/09_information.ipynb #b8a0a8f2
 def information_curve(run: Run) -> pd.DataFrame:  # step, split ("train", "validate"), nats
-    "Estimates of mutual information during training. ValueError for a run that logged none."
+    """Estimates of mutual information during training. ValueError for a run that logged none.
+
+    Returns
+    -------
+    pd.DataFrame
+        step, split ("train", "validate"), nats
+    """
     metrics = run.metrics
     if "mutual_information" not in metrics:
         raise ValueError(f"{run.path.name} logged no mutual_information; local-mi, global-mi and mixture-mi do")
@@ -33,7 +39,15 @@ def draw_information(
     curves: Mapping[str, pd.DataFrame],  # name -> as returned by `information_curve`
     batch_size: int | None = None,  # draws the ceiling of CPC, its logarithm
 ) -> Figure:
-    "Estimates of mutual information during training: faint and smoothed for training batches, marked for validation."
+    """Estimates of mutual information during training: faint and smoothed for training batches, marked for validation.
+
+    Parameters
+    ----------
+    curves : Mapping[str, pd.DataFrame]
+        name -> as returned by `information_curve`
+    batch_size : int | None, default: None
+        draws the ceiling of CPC, its logarithm
+    """
     figure = Figure(figsize=(4.6, 2.7), dpi=110)
     ax = figure.subplots()
     for k, (name, curve) in enumerate(curves.items()):

@@ -55,7 +55,13 @@ def _draw_panel(
 def draw_diagnostics(
     diagnostics: pd.DataFrame,  # Run.diagnostics
 ) -> Figure:
-    "All diagnostics of a run over its epochs, and in words what is wrong after the last one."
+    """All diagnostics of a run over its epochs, and in words what is wrong after the last one.
+
+    Parameters
+    ----------
+    diagnostics : pd.DataFrame
+        Run.diagnostics
+    """
     panels = {title: names for title, names in _PANELS.items() if any(name in diagnostics for name in names)}
     rows = -(-len(panels) // 4)
     figure = Figure(figsize=(8.2, 1.85 * rows + 0.3), dpi=100)
@@ -95,7 +101,13 @@ _HEALTHY = {
 def diagnostic_figures(
     diagnostics: pd.DataFrame,  # Run.diagnostics
 ) -> list[Figure]:
-    "One small chart a panel, over the epochs, with its healthy range shaded."
+    """One small chart a panel, over the epochs, with its healthy range shaded.
+
+    Parameters
+    ----------
+    diagnostics : pd.DataFrame
+        Run.diagnostics
+    """
     out = []
     for title, names in _PANELS.items():
         if any(name in diagnostics for name in names):
@@ -114,7 +126,18 @@ def diagnostic_figures(
 def diagnostics_table(
     diagnostics: pd.DataFrame,  # Run.diagnostics
 ) -> pd.DataFrame:  # diagnostic, first, last (after the first and the last epoch), healthy, what it means
-    "What each diagnostic was, should be, and means, in words."
+    """What each diagnostic was, should be, and means, in words.
+
+    Parameters
+    ----------
+    diagnostics : pd.DataFrame
+        Run.diagnostics
+
+    Returns
+    -------
+    pd.DataFrame
+        diagnostic, first, last (after the first and the last epoch), healthy, what it means
+    """
 
     def healthy(name: str) -> str:
         low, high = _HEALTHY.get(name, (float("-inf"), float("inf")))

@@ -20,7 +20,13 @@ from ..methods.method import Correspondence
 def common_limits(
     maps: ArrayLike,  # (..., N) scores of maps that are drawn side by side
 ) -> tuple[float, float]:
-    """The lowest and the highest score of several maps: one scale for all; (0, 0) for no map."""
+    """The lowest and the highest score of several maps: one scale for all; (0, 0) for no map.
+
+    Parameters
+    ----------
+    maps : ArrayLike
+        (..., N) scores of maps that are drawn side by side
+    """
     scores = np.ravel(maps)
     return (float(scores.min()), float(scores.max())) if scores.size else (0.0, 0.0)
 
@@ -28,7 +34,18 @@ def common_limits(
 def as_picture(
     image: ArrayLike,  # (H, W) or (C, H, W), array or tensor, any scale
 ) -> np.ndarray:  # (H, W)
-    """The grey picture of an image as a pack or an encoder has it."""
+    """The grey picture of an image as a pack or an encoder has it.
+
+    Parameters
+    ----------
+    image : ArrayLike
+        (H, W) or (C, H, W), array or tensor, any scale
+
+    Returns
+    -------
+    np.ndarray
+        (H, W)
+    """
     image = torch.as_tensor(image).detach().cpu().numpy()
     return image[0] if image.ndim == 3 else image
 
@@ -62,7 +79,22 @@ def draw_map(
     limits: tuple[float, float]
     | None = None,  # scores at the ends of the colours (`common_limits`); None = of this map
 ) -> None:
-    """Draw a heat map over a radiograph, a ring around its highest region, and the outline of a mask."""
+    """Draw a heat map over a radiograph, a ring around its highest region, and the outline of a mask.
+
+    Parameters
+    ----------
+    ax : Axes
+    image : ArrayLike
+        (H, W) or (C, H, W), as the encoder saw it
+    scores : ArrayLike | None, default: None
+        (N,) one map; None = the image alone
+    grid : tuple[int, int] | None, default: None
+    mask : ArrayLike | None, default: None
+        (H, W) bool, true extent
+    title : str, default: ''
+    limits : tuple[float, float] | None, default: None
+        scores at the ends of the colours (`common_limits`); None = of this map
+    """
     picture = as_picture(image)
     height, width = picture.shape
     place = dict(extent=(0, width, height, 0))
@@ -96,7 +128,20 @@ def pick_words(
     index: int,  # row of the batch
     count: int = 5,
 ) -> list[int]:  # in reading order
-    """The words of a report whose maps stand out most."""
+    """The words of a report whose maps stand out most.
+
+    Parameters
+    ----------
+    correspondence : Correspondence
+    index : int
+        row of the batch
+    count : int, default: 5
+
+    Returns
+    -------
+    list[int]
+        in reading order
+    """
     scores = correspondence.words[index].detach().float().cpu()  # (N, W)
     pointed = (scores.max(0).values - scores.mean(0)) / scores.std(0).clamp_min(1e-6)
     pointed[~correspondence.word_mask[index].cpu()] = -torch.inf
@@ -116,7 +161,26 @@ def draw_correspondence(
 ) -> Figure:
     """A row of panels: the radiograph, then a map for each word, on one scale.
 
-    A word with a mask has its true extent outlined and says whether its highest region lies there."""
+    A word with a mask has its true extent outlined and says whether its highest region lies there.
+
+    Parameters
+    ----------
+    image : ArrayLike
+        (H, W) or (C, H, W) of this row, as the encoder saw it
+    correspondence : Correspondence
+    index : int
+        row of the batch
+    words : list[str]
+        of this row's report
+    pick : list[int] | None, default: None
+        which words; None = those with a mask, or else those that stand out
+    masks : dict | None, default: None
+        word -> (H, W) bool
+    width : float, default: 2.0
+        of a panel, in inches
+    limits : tuple[float, float] | None, default: None
+        scores at the ends of the colours; None = lowest and highest of all
+    """
     masks = masks or {}
     pick = pick if pick is not None else [w for w in masks if w < len(words)] or pick_words(correspondence, index)
     figure = Figure(figsize=(width * (len(pick) + 1), 1.2 * width), dpi=100, layout="constrained")

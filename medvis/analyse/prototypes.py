@@ -23,7 +23,20 @@ def nearest_prototype(
     vectors: ArrayLike,  # (n, d) projected images or reports
     prototypes: ArrayLike,  # (K, d)
 ) -> np.ndarray:  # (n,) int
-    "The prototype that each vector is assigned to: the one with the highest cosine."
+    """The prototype that each vector is assigned to: the one with the highest cosine.
+
+    Parameters
+    ----------
+    vectors : ArrayLike
+        (n, d) projected images or reports
+    prototypes : ArrayLike
+        (K, d)
+
+    Returns
+    -------
+    np.ndarray
+        (n,) int
+    """
     return (as_units(vectors) @ as_units(prototypes).T).argmax(1)
 
 # %% ../../nbs/analyse/08_prototypes.ipynb #f2f66b23
@@ -33,7 +46,17 @@ def cluster_agreement(
     shuffles: int = 20,
     seed: int = 0,
 ) -> dict[str, float]:
-    "Mutual information of two groupings: nmi (arithmetic mean), ami (adjusted for chance), nmi_shuffled (by chance)."
+    """Mutual information of two groupings: nmi (arithmetic mean), ami (adjusted for chance), nmi_shuffled (by chance).
+
+    Parameters
+    ----------
+    labels : Sequence
+        (n,) e.g. the disease
+    clusters : Sequence
+        (n,) e.g. the prototype
+    shuffles : int, default: 20
+    seed : int, default: 0
+    """
     labels, rng = np.asarray(labels), np.random.default_rng(seed)
     by_chance = np.mean([normalized_mutual_info_score(rng.permutation(labels), clusters) for _ in range(shuffles)])
     return {
@@ -48,7 +71,17 @@ def prototype_usage(
     texts: ArrayLike,  # (n, d) their reports
     prototypes: ArrayLike,  # (K, d)
 ) -> tuple[pd.DataFrame, dict[str, float]]:
-    "Images and reports of every prototype, and: share dead, effective number in use, how often both choose the same."
+    """Images and reports of every prototype, and: share dead, effective number in use, how often both choose the same.
+
+    Parameters
+    ----------
+    images : ArrayLike
+        (n, d) projected images
+    texts : ArrayLike
+        (n, d) their reports
+    prototypes : ArrayLike
+        (K, d)
+    """
     image, text = nearest_prototype(images, prototypes), nearest_prototype(texts, prototypes)
     count = len(prototypes)
     table = pd.DataFrame({"images": np.bincount(image, minlength=count), "reports": np.bincount(text, minlength=count)})
@@ -69,7 +102,15 @@ def draw_usage(
     table: pd.DataFrame,  # as returned by `prototype_usage`
     numbers: dict[str, float],  # likewise
 ) -> Figure:
-    "How many images and reports are nearest to each prototype, most used first."
+    """How many images and reports are nearest to each prototype, most used first.
+
+    Parameters
+    ----------
+    table : pd.DataFrame
+        as returned by `prototype_usage`
+    numbers : dict[str, float]
+        likewise
+    """
     order = (table.images + table.reports).sort_values(ascending=False, kind="stable").index
     figure = Figure(figsize=(6.0, 2.1), dpi=110)
     ax, rank = figure.subplots(), np.arange(len(order))
@@ -95,7 +136,15 @@ def draw_diseases_and_prototypes(
     points: pd.DataFrame,  # x, y, disease, prototype
     numbers: dict[str, float],  # as returned by `cluster_agreement`
 ) -> Figure:
-    "The same t-SNE of images twice: coloured by disease, and by the most used prototypes (MGCA Fig. 4)."
+    """The same t-SNE of images twice: coloured by disease, and by the most used prototypes (MGCA Fig. 4).
+
+    Parameters
+    ----------
+    points : pd.DataFrame
+        x, y, disease, prototype
+    numbers : dict[str, float]
+        as returned by `cluster_agreement`
+    """
     figure = Figure(figsize=(7.0, 3.9), dpi=110)
     for ax, by, title in zip(
         figure.subplots(1, 2), ("disease", "prototype"), ("Disease", "Nearest prototype (the eight most used)")

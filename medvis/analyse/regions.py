@@ -32,7 +32,20 @@ def region_overlap(
     masks: ArrayLike,  # (S, H, W) bool
     grid: tuple[int, int],  # (h, w)
 ) -> np.ndarray:  # (S, h*w) in 0..1, row-major
-    "Share of each region's area that lies in the mask."
+    """Share of each region's area that lies in the mask.
+
+    Parameters
+    ----------
+    masks : ArrayLike
+        (S, H, W) bool
+    grid : tuple[int, int]
+        (h, w)
+
+    Returns
+    -------
+    np.ndarray
+        (S, h*w) in 0..1, row-major
+    """
     masks = torch.as_tensor(np.asarray(masks), dtype=torch.float64)
     return adaptive_avg_pool2d(masks[:, None], grid).flatten(1).numpy()
 
@@ -42,7 +55,22 @@ def share_inside(
     masks: ArrayLike,  # (S, H, W) bool
     grid: tuple[int, int],  # (h, w), N = h*w
 ) -> tuple[np.ndarray, np.ndarray]:  # (S,) share of the weight that lies in the mask, (S,) share of the area
-    "How much of each map lies in its mask, a region's weight being spread evenly over it; an even map has the area."
+    """How much of each map lies in its mask, a region's weight being spread evenly over it; an even map has the area.
+
+    Parameters
+    ----------
+    weights : ArrayLike
+        (S, N) not negative
+    masks : ArrayLike
+        (S, H, W) bool
+    grid : tuple[int, int]
+        (h, w), N = h*w
+
+    Returns
+    -------
+    tuple[np.ndarray, np.ndarray]
+        (S,) share of the weight that lies in the mask, (S,) share of the area
+    """
     weights, overlap = np.asarray(weights, dtype=float), region_overlap(masks, grid)
     return (weights * overlap).sum(1) / weights.sum(1), overlap.mean(1)
 
@@ -51,7 +79,19 @@ def mirror_symmetry(
     weights: ArrayLike,  # (N,) not negative
     grid: tuple[int, int],
 ) -> float:  # 1 = the same as its mirror image, 0 = all on one side
-    "Share of a map that remains when it is laid over its mirror image, left and right exchanged."
+    """Share of a map that remains when it is laid over its mirror image, left and right exchanged.
+
+    Parameters
+    ----------
+    weights : ArrayLike
+        (N,) not negative
+    grid : tuple[int, int]
+
+    Returns
+    -------
+    float
+        1 = the same as its mirror image, 0 = all on one side
+    """
     share = np.asarray(weights, dtype=float).reshape(grid)
     share = share / share.sum()
     return float(np.minimum(share, share[:, ::-1]).sum())
@@ -62,7 +102,21 @@ def phantom_masks(
     items: Sequence[int],
     findings: Sequence[str] | None = None,  # which; None = the lungs instead
 ) -> np.ndarray:  # (items, size, size) bool, in the encoder's view
-    "Where the lungs or some findings of phantom studies are. ValueError for pairs of anything else."
+    """Where the lungs or some findings of phantom studies are. ValueError for pairs of anything else.
+
+    Parameters
+    ----------
+    pairs : Pairs
+        of a phantom Pack, not augmented
+    items : Sequence[int]
+    findings : Sequence[str] | None, default: None
+        which; None = the lungs instead
+
+    Returns
+    -------
+    np.ndarray
+        (items, size, size) bool, in the encoder's view
+    """
     phantom, view, masks = pack_phantom(pairs.pack), pairs.preprocessing.mask(), []
     if phantom is None or pairs.train:
         raise ValueError(
@@ -85,7 +139,16 @@ def weight_numbers(
     lungs: ArrayLike,  # (S, H, W) bool
     grid: tuple[int, int],
 ) -> dict[str, float]:
-    "What LoVT's supplement reads off its Fig. 5: weight inside the lungs, their area, and symmetry of the mean map."
+    """What LoVT's supplement reads off its Fig. 5: weight inside the lungs, their area, and symmetry of the mean map.
+
+    Parameters
+    ----------
+    weights : ArrayLike
+        (S, N) of the regions of each study
+    lungs : ArrayLike
+        (S, H, W) bool
+    grid : tuple[int, int]
+    """
     inside, area = share_inside(weights, lungs, grid)
     mean = np.asarray(weights, dtype=float).mean(0)
     return {
@@ -104,7 +167,19 @@ def draw_mean_weights(
     lungs: ArrayLike | None = None,  # (H, W) share of studies whose lung is there: outlined at one half
     label: str = "weight of a region, as a multiple of an even share",
 ) -> Figure:
-    "Mean weights of regions over the mean image, with numbers up to 64 regions (LoVT supplement, Fig. 5)."
+    """Mean weights of regions over the mean image, with numbers up to 64 regions (LoVT supplement, Fig. 5).
+
+    Parameters
+    ----------
+    weights : ArrayLike
+        (N,) mean weights
+    grid : tuple[int, int]
+    image : ArrayLike
+        (H, W) mean image
+    lungs : ArrayLike | None, default: None
+        (H, W) share of studies whose lung is there: outlined at one half
+    label : str, default: 'weight of a region, as a multiple of an even share'
+    """
     image, share = as_picture(image), np.asarray(weights, dtype=float).reshape(grid)
     share, (height, width) = share * share.size / share.sum(), image.shape
     figure = Figure(figsize=(3.6, 3.0), dpi=110)
@@ -137,7 +212,19 @@ def chosen_regions(
     correspondence: Correspondence,
     items: Sequence[int],  # (B,) names of the rows
 ) -> pd.DataFrame:  # item, sentence, region, margin (over the second-best, in standard deviations of the map)
-    "The region with the highest score for every sentence (local-mi Eq. 5)."
+    """The region with the highest score for every sentence (local-mi Eq. 5).
+
+    Parameters
+    ----------
+    correspondence : Correspondence
+    items : Sequence[int]
+        (B,) names of the rows
+
+    Returns
+    -------
+    pd.DataFrame
+        item, sentence, region, margin (over the second-best, in standard deviations of the map)
+    """
     rows = []
     for b, m in correspondence.sentence_mask.nonzero().tolist():
         scores = correspondence.sentences[b, :, m].detach().double().cpu()
@@ -151,7 +238,16 @@ def choice_numbers(
     grid: tuple[int, int],
     masks: ArrayLike | None = None,  # (K, H, W) bool: where the named findings are
 ) -> dict[str, float]:
-    "Number of regions in use (exponential of their entropy) and how often rightly; `fixed` = the best one always."
+    """Number of regions in use (exponential of their entropy) and how often rightly; `fixed` = the best one always.
+
+    Parameters
+    ----------
+    regions : Sequence[int]
+        (K,) chosen by sentences
+    grid : tuple[int, int]
+    masks : ArrayLike | None, default: None
+        (K, H, W) bool: where the named findings are
+    """
     share = np.bincount(regions, minlength=grid[0] * grid[1]) / max(len(regions), 1)
     entropy = -(share[share > 0] * np.log(share[share > 0])).sum()
     numbers = {"sentences": len(regions), "in_use": float(np.exp(entropy))}
@@ -191,7 +287,20 @@ def draw_choice(
     sentences: Sequence[str],  # of its report
     mask: ArrayLike | None = None,  # (H, W) bool, outlined
 ) -> Figure:
-    "A radiograph with the region that each sentence chose, numbered as the sentences at its side."
+    """A radiograph with the region that each sentence chose, numbered as the sentences at its side.
+
+    Parameters
+    ----------
+    image : ArrayLike
+        (H, W) or (C, H, W)
+    grid : tuple[int, int]
+    choice : pd.DataFrame
+        as returned by `chosen_regions`, rows of one study
+    sentences : Sequence[str]
+        of its report
+    mask : ArrayLike | None, default: None
+        (H, W) bool, outlined
+    """
     image, figure = as_picture(image), Figure(figsize=(7.0, 2.6), dpi=110)
     ax, text = figure.subplots(1, 2, width_ratios=(1, 1.75))
     (height, width), (h, w) = image.shape, grid

@@ -24,7 +24,21 @@ def batches(
     items: Sequence[int] | None = None,  # None = all
     batch_size: int = 64,
 ) -> Iterator[Batch]:  # on the method's device
-    "The pairs of a study, batch by batch; puts the method in evaluation mode."
+    """The pairs of a study, batch by batch; puts the method in evaluation mode.
+
+    Parameters
+    ----------
+    method : Method
+    pairs : Pairs
+    items : Sequence[int] | None, default: None
+        None = all
+    batch_size : int, default: 64
+
+    Returns
+    -------
+    Iterator[Batch]
+        on the method's device
+    """
     items = list(range(len(pairs)) if items is None else items)
     device = next(method.eval().parameters()).device
     for start in range(0, len(items), batch_size):
@@ -40,7 +54,21 @@ def image_features(
     items: Sequence[int] | None = None,  # None = all
     batch_size: int = 64,
 ) -> ImageFeatures:  # on the CPU; weights sum to 1, or are None
-    "What the image encoder returns for some studies, and the whole as the method pools it, before any projection."
+    """What the image encoder returns for some studies, and the whole as the method pools it, before any projection.
+
+    Parameters
+    ----------
+    method : Method
+    pairs : Pairs
+    items : Sequence[int] | None, default: None
+        None = all
+    batch_size : int, default: 64
+
+    Returns
+    -------
+    ImageFeatures
+        on the CPU; weights sum to 1, or are None
+    """
     parts = []
     for batch in batches(method, pairs, items, batch_size):
         features = method.image_encoder(batch.image)
@@ -59,7 +87,21 @@ def aligned_studies(
     items: Sequence[int] | None = None,  # None = all
     batch_size: int = 64,
 ) -> Aligned:  # on the CPU, reports padded to the longest
-    "Regions and texts of some studies as a method compares them. TypeError for a method without a space for both."
+    """Regions and texts of some studies as a method compares them. TypeError for a method without a space for both.
+
+    Parameters
+    ----------
+    method : Method
+    pairs : Pairs
+    items : Sequence[int] | None, default: None
+        None = all
+    batch_size : int, default: 64
+
+    Returns
+    -------
+    Aligned
+        on the CPU, reports padded to the longest
+    """
     aligned = [method.align(batch) for batch in batches(method, pairs, items, batch_size)]
     if None in aligned:
         raise TypeError(f"{type(method).__name__}, as it is configured, has no space common to regions and texts")

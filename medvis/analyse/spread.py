@@ -28,7 +28,18 @@ _SPREADS = {
 def spread_table(
     features: Mapping[str, ImageFeatures],  # by the method's name
 ) -> pd.DataFrame:  # one row a method; columns of SPREADS: 1 = over the sphere, 0 = constant
-    "Standard deviations of regions and wholes (LoVT supplement, Fig. 1)."
+    """Standard deviations of regions and wholes (LoVT supplement, Fig. 1).
+
+    Parameters
+    ----------
+    features : Mapping[str, ImageFeatures]
+        by the method's name
+
+    Returns
+    -------
+    pd.DataFrame
+        one row a method; columns of SPREADS: 1 = over the sphere, 0 = constant
+    """
     rows = {name: {**spread(part.regions), "whole": spread(part.whole)["total"]} for name, part in features.items()}
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("method").reset_index()
 
@@ -38,7 +49,15 @@ def draw_spread(
     table: pd.DataFrame,  # as returned by `spread_table`
     names: Mapping[str, str] | None = None,  # how methods are called in the figure
 ) -> Figure:
-    "Bars of the four standard deviations for each method, each with its number."
+    """Bars of the four standard deviations for each method, each with its number.
+
+    Parameters
+    ----------
+    table : pd.DataFrame
+        as returned by `spread_table`
+    names : Mapping[str, str] | None, default: None
+        how methods are called in the figure
+    """
     figure = Figure(figsize=(1.2 + 1.9 * len(table), 2.6), dpi=110)
     ax, width = figure.subplots(), 0.8 / len(_SPREADS)
     for k, (column, label) in enumerate(_SPREADS.items()):

@@ -61,7 +61,15 @@ def pretrain(
     method: str,  # a name, or my_package.my_module:MyMethod
     options: Any,  # of the class that `pretrain_options` makes
 ) -> "Run":
-    "Pre-train a method and print the run's folder."
+    """Pre-train a method and print the run's folder.
+
+    Parameters
+    ----------
+    method : str
+        a name, or my_package.my_module:MyMethod
+    options : Any
+        of the class that `pretrain_options` makes
+    """
     data = Pack(options.data)
     from accelerate import PartialState
 
@@ -74,7 +82,13 @@ def pretrain(
 
 # %% ../../nbs/cli/02_commands.ipynb #81399b93
 def probe(config: ProbeConfig) -> pd.DataFrame:  # as returned by evaluate.linear_probe
-    "Probe encoders, print the macro rows and save table and predictions."
+    """Probe encoders, print the macro rows and save table and predictions.
+
+    Returns
+    -------
+    pd.DataFrame
+        as returned by evaluate.linear_probe
+    """
     data = Pack(config.data)
     from medvis.evaluate import linear_probe, paired_gain
     from medvis.evaluate.models import as_encoders
@@ -102,7 +116,13 @@ def probe(config: ProbeConfig) -> pd.DataFrame:  # as returned by evaluate.linea
 
 # %% ../../nbs/cli/02_commands.ipynb #ce4815fd
 def retrieve(config: RetrieveConfig) -> pd.DataFrame:  # as returned by evaluate.retrieve.retrieve
-    "Retrieval and zero-shot classification of a run; print the tables and their folder."
+    """Retrieval and zero-shot classification of a run; print the tables and their folder.
+
+    Returns
+    -------
+    pd.DataFrame
+        as returned by evaluate.retrieve.retrieve
+    """
     data = None if config.data is None else Pack(config.data)
     import medvis.evaluate.retrieve as library
     from medvis.evaluate.models import as_method
@@ -141,7 +161,13 @@ def _check_phrases(config: PhrasesConfig) -> None:
 def phrases(config: PhrasesConfig) -> pd.DataFrame:  # as returned by evaluate.ground.ground
     """Measure a run on phrases; print the numbers over all, and write them by finding and by phrase.
 
-    ValueError for a file of phrases with --from-labels, or options of that without it."""
+    ValueError for a file of phrases with --from-labels, or options of that without it.
+
+    Returns
+    -------
+    pd.DataFrame
+        as returned by evaluate.ground.ground
+    """
     data, presence = None if config.data is None else Pack(config.data), None
     _check_phrases(config)
     out = config.out or config.run / ("labels" if config.from_labels else "phrases")
@@ -204,7 +230,13 @@ def _print_summary(
 
 
 def evaluate(config: EvaluateConfig) -> pd.DataFrame:  # as returned by evaluate.summary
-    "Measure encoders by a protocol, and print the headline numbers."
+    """Measure encoders by a protocol, and print the headline numbers.
+
+    Returns
+    -------
+    pd.DataFrame
+        as returned by evaluate.summary
+    """
     data = Pack(config.data)
     import medvis.evaluate.protocol as library
 

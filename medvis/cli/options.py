@@ -45,7 +45,19 @@ def pretrain_options(
     method: str,  # a key of SETTINGS, or my_package.my_module:MyMethod
     preset: str,
 ) -> type:  # dataclass: data, init, settings, train
-    "The options of pre-training a method, with the defaults of a preset; ValueError for an unknown preset."
+    """The options of pre-training a method, with the defaults of a preset; ValueError for an unknown preset.
+
+    Parameters
+    ----------
+    method : str
+        a key of SETTINGS, or my_package.my_module:MyMethod
+    preset : str
+
+    Returns
+    -------
+    type
+        dataclass: data, init, settings, train
+    """
     kind, presets = SETTINGS[method] if method in SETTINGS else _find_settings(method)
     check_choice(f"preset of {method}", preset, presets)
     config, training = presets[preset]

@@ -11,7 +11,13 @@ from collections.abc import Sequence
 
 # %% ../../nbs/cli/03_start.ipynb #a0bdca66
 def main(argv: Sequence[str] | None = None) -> int:  # the exit code
-    "Entry point of `medvis`: run a command, see `medvis.cli.commands.main`."
+    """Entry point of `medvis`: run a command, see `medvis.cli.commands.main`.
+
+    Returns
+    -------
+    int
+        the exit code
+    """
     from medvis.cli.commands import main as run
 
     return run(sys.argv[1:] if argv is None else list(argv))

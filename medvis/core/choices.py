@@ -16,12 +16,26 @@ def check_choice(
     value: object,
     choices: Iterable[object],
 ) -> None:
-    "ValueError for a value that is none of the choices; it lists them."
+    """ValueError for a value that is none of the choices; it lists them.
+
+    Parameters
+    ----------
+    kind : str
+        of thing, in the singular: "preset of MGCA"
+    value : object
+    choices : Iterable[object]
+    """
     choices = list(choices)
     if value not in choices:
         raise ValueError(f"unknown {kind} {value!r}; choose from {', '.join(map(str, choices))}")
 
 # %% ../../nbs/core/04_choices.ipynb #c2f616b3
 def default_text(text: str) -> object:  # for typing.Annotated
-    "What `--help` shows as the default of an option whose default is None or empty."
+    """What `--help` shows as the default of an option whose default is None or empty.
+
+    Returns
+    -------
+    object
+        for typing.Annotated
+    """
     return tyro.conf.arg(help_behavior_hint=f"(default: {text})")

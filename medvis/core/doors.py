@@ -21,7 +21,18 @@ from typing import Any
 def names_for_checkers(
     source: str,  # of a module
 ) -> dict[str, tuple[str, str]]:  # name -> module, and its name there
-    "What a module imports under `if TYPE_CHECKING:`, in the order of the source."
+    """What a module imports under `if TYPE_CHECKING:`, in the order of the source.
+
+    Parameters
+    ----------
+    source : str
+        of a module
+
+    Returns
+    -------
+    dict[str, tuple[str, str]]
+        name -> module, and its name there
+    """
     blocks = [
         node
         for node in ast.parse(source).body
@@ -37,7 +48,13 @@ def lazy_door(
     """`__getattr__` and `__dir__` for a package that imports its names under `if TYPE_CHECKING:`.
 
     Each name is imported when it is first asked for. The package is its own list: nothing else has to be kept in step.
-    AttributeError for a name that it does not have."""
+    AttributeError for a name that it does not have.
+
+    Parameters
+    ----------
+    package : str
+        dotted name, of the package that asks
+    """
     homes = names_for_checkers(Path(find_spec(package).origin).read_text(encoding="utf-8"))
 
     def get(name: str) -> Any:
@@ -53,7 +70,15 @@ def callable_door(
     package: str,  # dotted name, of the package that asks
     function: str,  # module:name, of the function that has the package's name
 ) -> None:
-    "Let a package be called as a function: mv.evaluate(...), and mv.evaluate.summary as before."
+    """Let a package be called as a function: mv.evaluate(...), and mv.evaluate.summary as before.
+
+    Parameters
+    ----------
+    package : str
+        dotted name, of the package that asks
+    function : str
+        module:name, of the function that has the package's name
+    """
 
     class Door(ModuleType):
         __doc__ = property(lambda self: resolve_name(function).__doc__)

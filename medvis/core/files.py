@@ -40,7 +40,14 @@ def write_atomic(
 ) -> None:
     """Write a file under another name, flush it to the disk and rename it.
 
-    OSError names the file when that fails (disk full, ...), and nothing is left behind."""
+    OSError names the file when that fails (disk full, ...), and nothing is left behind.
+
+    Parameters
+    ----------
+    path : str | Path
+    content : bytes | Callable
+        or a function that is called with the open binary file
+    """
     path = Path(path)
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
@@ -143,7 +150,15 @@ def lock_folder(
     """Be the only process that writes a folder, by a file <folder>.lock next to it.
 
     BlockingIOError (an OSError), one line with host and process id, if another process writes it. A lock whose process
-    has ended on this host is taken over."""
+    has ended on this host is taken over.
+
+    Parameters
+    ----------
+    folder : Path
+        that is to be written; need not exist
+    what : str
+        that it holds, for the error: Pack, run
+    """
     folder = Path(os.path.realpath(folder))
     folder.parent.mkdir(parents=True, exist_ok=True)
     lock, note = folder.with_name(f"{folder.name}.lock"), json.dumps(_holder()).encode()

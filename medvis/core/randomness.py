@@ -16,7 +16,18 @@ import torch
 def counter_seed(
     *numbers: int,  # non-negative, e.g. seed, epoch, index
 ) -> int:  # 0 .. 2**63 - 1
-    "A seed that depends on all the numbers and their order, and on nothing else."
+    """A seed that depends on all the numbers and their order, and on nothing else.
+
+    Parameters
+    ----------
+    *numbers : int
+        non-negative, e.g. seed, epoch, index
+
+    Returns
+    -------
+    int
+        0 .. 2**63 - 1
+    """
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
 
 # %% ../../nbs/core/05_randomness.ipynb #a2b14363

@@ -15,7 +15,19 @@ from typing import Any
 class Registry(dict):
     """Entries of one kind by name. More are added with `add`.
 
-    `find` also takes my_package.my_module:name, and imports the module."""
+    `find` also takes my_package.my_module:name, and imports the module.
+
+    Parameters
+    ----------
+    kind : str
+        what an entry is, for messages
+    expected : str
+        what one must be, for messages
+    valid : Callable[[Any], bool]
+        whether something is one
+    entries : Mapping[str, Any]
+        those of medvis; text is module:attribute, imported when it is asked for
+    """
 
     def __init__(
         self,

@@ -50,7 +50,29 @@ from .reports import ReportRules, check_report, count_headings
 # %% ../../nbs/data/10_build.ipynb #15f8a7fc
 @dataclass
 class ImageRecord:
-    "One image of a study, ready to be stored"
+    """One image of a study, ready to be stored
+
+    Parameters
+    ----------
+    image_id : str
+    pixels : np.ndarray
+        (size, size) uint8
+    path : str, default: ''
+        where it came from, relative to the data set's root
+    sha256 : str, default: ''
+        of the source file; empty = that of the pixels
+    width : int, default: 0
+        of the source; 0 = as stored
+    height : int, default: 0
+    view : str, default: ''
+        such as PA, AP or LATERAL
+    boxes : list[tuple[str, float, float, float, float]] | None, default: None
+        name, x0, y0, x1, y1 in pixels of the source; None = not annotated
+    masks : dict[str, np.ndarray | None] | None, default: None
+        name -> (size, size) bool; left out = empty; None = not annotated (for this one)
+    levels : int, default: 0
+        grey levels that its source takes; 0 = as stored
+    """
 
     image_id: str
     pixels: np.ndarray  # (size, size) uint8
@@ -67,7 +89,17 @@ class ImageRecord:
 
 # %% ../../nbs/data/10_build.ipynb #2766fbb2
 class Reject(NamedTuple):
-    "An image or a study that could not be read"
+    """An image or a study that could not be read
+
+    Parameters
+    ----------
+    item : str
+        id of the image or of the study
+    reason : str
+        in full, with what was found
+    code : str, default: RejectCode.OTHER
+        the kind of reason, of files.RejectCode
+    """
 
     item: str  # id of the image or of the study
     reason: str  # in full, with what was found
@@ -76,7 +108,23 @@ class Reject(NamedTuple):
 # %% ../../nbs/data/10_build.ipynb #a142659c
 @dataclass
 class StudyRecord:
-    "One study as a reader returns it; what of it could not be read is in `rejects`, as (item, reason, code)"
+    """One study as a reader returns it; what of it could not be read is in `rejects`, as (item, reason, code)
+
+    Parameters
+    ----------
+    study_id : str
+    patient_id : str
+    split : str
+    images : list[ImageRecord]
+    report : str, default: ''
+    labels : dict[str, float | None], default: field(default_factory=dict)
+        1 present, 0 absent, -1 uncertain, None blank
+    rejects : list[Reject], default: field(default_factory=list)
+    grades : dict[str, int | None], default: field(default_factory=dict)
+        0, 1, 2 … of an ordinal finding, None blank
+    planned : int | None, default: None
+        images that the data set has of it; None = those above, and one a reject
+    """
 
     study_id: str
     patient_id: str
@@ -623,6 +671,42 @@ def write_pack(
 
     FileExistsError if `out` (or `<out>.partial`) holds something else; BlockingIOError if another process builds it;
     ValueError if too much is rejected, or if patients or images leak between splits.
+
+    Parameters
+    ----------
+    out : str | Path
+        folder of the Pack to be
+    items : Sequence
+        one per study, JSON-like
+    read : Callable[[Any], StudyRecord]
+        item -> study; picklable if workers > 0
+    size : int
+        side of the stored images
+    source : dict
+        where the data comes from and how it is read: kept in the manifest, JSON-like
+    labels : Sequence[str], default: ()
+        names of the labels, in order
+    rules : ReportRules, default: ReportRules()
+    require_report : bool, default: True
+        drop studies whose report does not pass the rules
+    workers : int, default: 0
+        processes; 0 = this one
+    max_rejects : float, default: 0.2
+        share of images that may be lost
+    part_size : int, default: 64
+        studies per part
+    progress : bool, default: True
+    grades : Sequence[str], default: ()
+        names of the ordinal grades, the boxes and the masks, in order
+    boxes : Sequence[str], default: ()
+    masks : Sequence[str], default: ()
+    guarded : bool, default: True
+        search for leaks between splits, and to the Packs `against`; a phantom has none
+    against : Sequence[str | Path], default: ()
+    allow_leaks : bool, default: False
+        list them in the manifest instead of refusing
+    fresh : bool, default: False
+        throw away what was built of an unfinished build with other settings
     """
     out, _ = Path(out), [Pack(path) for path in against]  # a wrong path is an error before any work
     if not len(items):

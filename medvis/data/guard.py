@@ -42,7 +42,23 @@ def find_pack_leaks(
     both: bool = True,  # and what this Pack trains on and others validate or test on
     progress: bool = False,
 ) -> pd.DataFrame:  # kind, split_a, item_a (of the pack), split_b, item_b, distance
-    "Patients and images that are in two splits of a Pack, or for validation or test in it and for training in another"
+    """Patients and images that are in two splits of a Pack, or for validation or test in it and for training in another
+
+    Parameters
+    ----------
+    pack : Pack
+    against : Sequence[Pack], default: ()
+    within : bool, default: True
+        look between the splits of the Pack itself too
+    both : bool, default: True
+        and what this Pack trains on and others validate or test on
+    progress : bool, default: False
+
+    Returns
+    -------
+    pd.DataFrame
+        kind, split_a, item_a (of the pack), split_b, item_b, distance
+    """
     leaks = [leaks_within(_image_owners(pack), pack.images, progress)] if within else []
     for other in against:
         same = _numbering(pack) == _numbering(other)
@@ -55,7 +71,15 @@ def refuse_leaks(
     leaks: pd.DataFrame,  # columns leaks.LEAK_COLUMNS
     folder: Path,  # of a Pack, or of one that is being built: <out>.partial/pack
 ) -> None:
-    "DataError with the first leaks; all of them are listed in <folder>.leaks.csv"
+    """DataError with the first leaks; all of them are listed in <folder>.leaks.csv
+
+    Parameters
+    ----------
+    leaks : pd.DataFrame
+        columns leaks.LEAK_COLUMNS
+    folder : Path
+        of a Pack, or of one that is being built: <out>.partial/pack
+    """
     listed = Path(f"{folder}.leaks.csv")
     listed.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(listed, leaks.to_csv(index=False).encode())
@@ -80,7 +104,18 @@ def guard_pack(
 ) -> None:
     """Search a Pack for leaks, unless its manifest says that it was done, and note the result.
 
-    ValueError if anything leaks and is not allowed to."""
+    ValueError if anything leaks and is not allowed to.
+
+    Parameters
+    ----------
+    folder : Path
+    against : Sequence[str | Path], default: ()
+        Packs used for pre-training
+    allow_leaks : bool, default: False
+    progress : bool, default: False
+    built : bool, default: False
+        just now: its files were hashed a moment ago
+    """
     pack = trust_files(Pack(folder)) if built else Pack(folder)
     others = {other.manifest["hash"]: other for other in map(Pack, against)}
     noted = pack.manifest.get("guard", EMPTY_GUARD)
@@ -105,7 +140,17 @@ def guard_measured(
 ) -> None:
     """ValueError if patients or images for validation or test in one Pack were for training in the other.
 
-    If that is allowed, the manifest lists them."""
+    If that is allowed, the manifest lists them.
+
+    Parameters
+    ----------
+    pack : Pack
+        that an encoder is to be measured on
+    trained : Pack
+        that it was trained on
+    allow_leaks : bool, default: False
+    progress : bool, default: False
+    """
     noted, name = pack.manifest.get("guard"), trained.manifest["hash"]
     if (
         noted is None

@@ -58,14 +58,36 @@ _PROMPTS: dict[str, tuple[str, ...]] = {  # class -> what a report says; () = no
 def class_prompts(
     name: str,  # of a box, a mask or a label
 ) -> tuple[str, ...]:  # () = it is nothing that a report points at
-    "What a report says for the name of a class."
+    """What a report says for the name of a class.
+
+    Parameters
+    ----------
+    name : str
+        of a box, a mask or a label
+
+    Returns
+    -------
+    tuple[str, ...]
+        () = it is nothing that a report points at
+    """
     return _PROMPTS.get(name, (name.replace("_", " ").lower(),))
 
 # %% ../../nbs/data/19_label_phrases.ipynb #af245c4f
 def read_class_prompts(
     path: str | Path,  # .csv: finding, prompt, and perhaps sign; -1 is passed over
 ) -> dict[str, tuple[str, ...]]:  # class -> texts
-    "Read what classes are called in reports. DataError names the line that is wrong."
+    """Read what classes are called in reports. DataError names the line that is wrong.
+
+    Parameters
+    ----------
+    path : str | Path
+        .csv: finding, prompt, and perhaps sign; -1 is passed over
+
+    Returns
+    -------
+    dict[str, tuple[str, ...]]
+        class -> texts
+    """
     prompts: dict[str, tuple[str, ...]] = {}
     for line, row in read_table(path, ("finding", "prompt")).to_dict("index").items():
         if not row["finding"] or not any(map(str.isalnum, row["prompt"])):
@@ -152,7 +174,23 @@ def phrases_from_labels(
 ) -> list[Phrase]:  # image by image, class by class
     """A phrase for every class that is drawn in an image, with its masks or boxes.
 
-    ValueError if the Pack has neither, or not those of the prompts."""
+    ValueError if the Pack has neither, or not those of the prompts.
+
+    Parameters
+    ----------
+    pack : Pack
+    prompts : Mapping[str, str | Sequence[str]] | None, default: None
+        class -> one or several texts; None: _PROMPTS
+    split : str | None, default: 'test'
+        None: all
+    without_boxes : bool, default: False
+        also those about images that are known not to show the class
+
+    Returns
+    -------
+    list[Phrase]
+        image by image, class by class
+    """
     texts, table = _chosen_prompts(pack, prompts), pack.image_table
     splits = pack.studies["split"].to_numpy()[table["study"]]
     images = [image for image in range(len(pack)) if split in (None, splits[image])]

@@ -35,7 +35,26 @@ def epoch_batches(
 ) -> list[list[int]]:  # sample indices, batch by batch
     """The order of one training epoch. The last incomplete batch is left out, unless it would be the only one.
 
-    ValueError when there is nothing to train on."""
+    ValueError when there is nothing to train on.
+
+    Parameters
+    ----------
+    n : int
+        samples
+    batch_size : int
+        per process
+    seed : int
+    epoch : int
+    rank : int, default: 0
+        this process ...
+    world : int, default: 1
+        ... of this many: all together see every sample once
+
+    Returns
+    -------
+    list[list[int]]
+        sample indices, batch by batch
+    """
     if n < 1 or batch_size < 1:
         raise ValueError(f"{n} samples in batches of {batch_size}: there is nothing to train on")
     order = np.random.default_rng([seed, epoch]).permutation(n).tolist()
@@ -46,7 +65,19 @@ def epoch_batches(
 # %% ../../nbs/data/15_pairs.ipynb #9bbecaa5
 @dataclass(frozen=True)
 class Report:
-    "A tokenised report; word w is `sentences[s][start:end]` with (s, start, end) = `word_spans[w]`."
+    """A tokenised report; word w is `sentences[s][start:end]` with (s, start, end) = `word_spans[w]`.
+
+    Parameters
+    ----------
+    input_ids : list[int]
+        T tokens, [CLS] first, [SEP] last
+    word_index : list[int]
+        T, -1 = none
+    sentence_index : list[int]
+        T, -1 = none
+    sentences : list[str]
+    word_spans : list[tuple[int, int, int]]
+    """
 
     input_ids: list[int]  # T tokens, [CLS] first, [SEP] last
     word_index: list[int]  # T, -1 = none
@@ -112,7 +143,20 @@ def tokenise(
     """Tokenise sentences one by one. Sentences without words are dropped; no sentences at all give [CLS] [SEP].
 
     Without a tokenizer there are no tokens at all, for methods that read no text.
-    ValueError for a tokenizer that does not give the place of its pieces, or has no [CLS] and [SEP]."""
+    ValueError for a tokenizer that does not give the place of its pieces, or has no [CLS] and [SEP].
+
+    Parameters
+    ----------
+    sentences : Sequence[str]
+    tokenizer : PreTrainedTokenizerBase | None
+        a fast one, with cls_token and sep_token; None = nothing is read
+    max_tokens : int, default: 256
+        of the whole report, special tokens included
+    punctuation : bool, default: False
+        keep punctuation marks, as words of their own
+    overflow : str, default: 'cut'
+        how a longer report is shortened, see `tokens_kept`
+    """
     if tokenizer is None:
         return Report([], [], [], [], [])
     cls, sep = tokenizer.cls_token_id, tokenizer.sep_token_id
@@ -146,7 +190,36 @@ class Batch:
     """Tensors of B image-report pairs; padding has index -1 and attention 0.
 
     `rejects` are (study id, reason) of unreadable ones. The texts are for methods that read rules from them; nothing
-    prints them."""
+    prints them.
+
+    Parameters
+    ----------
+    image : Tensor
+        (B, C, H, W) float32; or the maps of a frozen encoder
+    input_ids : Tensor
+        (B, T) int64
+    attention_mask : Tensor
+        (B, T) int64
+    word_index : Tensor
+        (B, T) int64 word of every token, -1 = none
+    sentence_index : Tensor
+        (B, T) int64 sentence of every token, -1 = none
+    study_id : Tensor
+        (B,) int64 row in pack.studies
+    patient_id : Tensor
+        (B,) int64
+    labels : dict[str, Tensor], default: field(default_factory=dict)
+        name -> (B,) float32: 1, 0, -1, nan
+    rejects : list[tuple[str, str]], default: field(default_factory=list)
+    sentences : list[list[str]], default: field(default_factory=list, repr=False)
+        of each sample, those of sentence_index
+    reports : list[list[str]], default: field(default_factory=list, repr=False)
+        all sentences of each sample's report
+    views : Tensor | None, default: None
+        (B, V, C, H, W) float32 augmented views of each image, for methods that compare them
+    frames : Tensor | None, default: None
+        (B, V, 4) x0, y0, x1, y1 of each view on its film, as shares of the film's sides
+    """
 
     image: Tensor  # (B, C, H, W) float32; or the maps of a frozen encoder
     input_ids: Tensor  # (B, T) int64
@@ -178,7 +251,22 @@ class Batch:
 # %% ../../nbs/data/15_pairs.ipynb #bd060381
 @dataclass
 class Sample:
-    "One pair before padding; `error` says why it could not be read, and then only the ids count."
+    """One pair before padding; `error` says why it could not be read, and then only the ids count.
+
+    Parameters
+    ----------
+    study_id : int
+    patient_id : int
+    image : Tensor | None, default: None
+    report : Report | None, default: None
+    labels : dict[str, float], default: field(default_factory=dict)
+    name : str, default: ''
+    error : str, default: ''
+    whole : list[str] | None, default: field(default=None, repr=False)
+        all sentences of the report; None = those of `report`
+    views : Tensor | None, default: None
+    frames : Tensor | None, default: None
+    """
 
     study_id: int
     patient_id: int
@@ -193,7 +281,13 @@ class Sample:
 
 # %% ../../nbs/data/15_pairs.ipynb #e3f41590
 def collate(samples: list[Sample]) -> Batch:  # of length 0 when not one of the samples could be read
-    "Pad the reports of a batch to the longest of them; samples that could not be read are left out and listed."
+    """Pad the reports of a batch to the longest of them; samples that could not be read are left out and listed.
+
+    Returns
+    -------
+    Batch
+        of length 0 when not one of the samples could be read
+    """
     rejects = [(sample.name, sample.error) for sample in samples if sample.error]
     samples = [sample for sample in samples if not sample.error]
     if not samples:
@@ -277,7 +371,24 @@ def _select_samples(
 class Pairs(Dataset):
     """Image-report pairs of a Pack. `pairs[epoch, i]` depends on (seed, epoch, i) alone; `pairs[i]` is `pairs[0, i]`.
 
-    Without `train` nothing is augmented or swapped, and a study shows its first image."""
+    Without `train` nothing is augmented or swapped, and a study shows its first image.
+
+    Parameters
+    ----------
+    pack : Pack
+    tokenizer : PreTrainedTokenizerBase | None
+        None = reports are empty, for methods that read no text
+    preprocessing : Preprocessing
+    sampling : Sampling, default: Sampling()
+    split : str | None, default: None
+        "train", "validate", "test"; None = all
+    train : bool, default: False
+    seed : int, default: 0
+    need_text : bool, default: True
+        leave out studies without a report
+    maps : Any, default: None
+        of a frozen encoder, `maps.map(row, view)`, in place of images; view 1 = mirrored
+    """
 
     def __init__(
         self,
@@ -329,7 +440,13 @@ class Pairs(Dataset):
         return self._reports[row]
 
     def image(self, i: int, epoch: int = 0) -> Tensor:  # (C, size, size) float32
-        "The preprocessed image of sample i; the global random state is left as it was."
+        """The preprocessed image of sample i; the global random state is left as it was.
+
+        Returns
+        -------
+        Tensor
+            (C, size, size) float32
+        """
         row, image = self.items[i]
         mirrored = self.mirrored(i, epoch)
         with seeded(self.seed, epoch, i, 2):
@@ -359,5 +476,12 @@ def read_batch(
     pairs: Pairs,
     keys: Sequence[int | tuple[int, int]],  # indices, or (epoch, index)
 ) -> Batch:
-    "The batch of these samples."
+    """The batch of these samples.
+
+    Parameters
+    ----------
+    pairs : Pairs
+    keys : Sequence[int | tuple[int, int]]
+        indices, or (epoch, index)
+    """
     return collate([pairs[key] for key in keys])

@@ -30,7 +30,26 @@ from .source import check_boxes
 class Phrase:
     """A phrase about an image, and what it describes: boxes, or masks of the Pack.
 
-    Without either, the image does not show it."""
+    Without either, the image does not show it.
+
+    Parameters
+    ----------
+    image_id : str
+        in MS-CXR the dicom_id
+    text : str
+    category : str
+        the finding
+    boxes : tuple[tuple[float, float, float, float], ...]
+        x0, y0, x1, y1 in pixels of the original image
+    width : int
+        of the original image
+    height : int
+    path : str, default: ''
+    split : str, default: ''
+        MS-CXR has one since version 1.1
+    masks : tuple[str, ...], default: ()
+        names of masks of the Pack, in place of boxes
+    """
 
     image_id: str  # in MS-CXR the dicom_id
     text: str
@@ -100,7 +119,18 @@ def _measures(row: dict) -> tuple[tuple[float, float, float, float], int, int]:
 def read_ms_cxr(
     path: str | Path,  # .csv or .json
 ) -> list[Phrase]:  # in order of their first box
-    "Read phrases with boxes. DataError names the file and the column, line or annotation that is wrong."
+    """Read phrases with boxes. DataError names the file and the column, line or annotation that is wrong.
+
+    Parameters
+    ----------
+    path : str | Path
+        .csv or .json
+
+    Returns
+    -------
+    list[Phrase]
+        in order of their first box
+    """
     path = Path(path)
     if path.suffix.lower() == ".json":
         rows = _json_rows(path)
@@ -150,7 +180,13 @@ def write_ms_cxr(path: str | Path, phrases: Iterable[Phrase]) -> None:
 def tight_boxes(
     mask: np.ndarray,  # (H, W) bool
 ) -> tuple[tuple[float, float, float, float], ...]:
-    "The tight box of every connected part (diagonals connect) of a mask, x0, y0, x1, y1 with the last two exclusive."
+    """The tight box of every connected part (diagonals connect) of a mask, x0, y0, x1, y1 with the last two exclusive.
+
+    Parameters
+    ----------
+    mask : np.ndarray
+        (H, W) bool
+    """
     parts = ndimage.find_objects(ndimage.label(mask, structure=np.ones((3, 3)))[0])
     return tuple(tuple(map(float, (columns.start, rows.start, columns.stop, rows.stop))) for rows, columns in parts)
 
@@ -160,7 +196,16 @@ def phantom_phrases(
     split: str | None = "test",  # None: all
     findings: Sequence[str] = FINDINGS,
 ) -> list[Phrase]:
-    "The phrases of a phantom's reports with boxes, each once for a study. ValueError for another Pack."
+    """The phrases of a phantom's reports with boxes, each once for a study. ValueError for another Pack.
+
+    Parameters
+    ----------
+    pack : Pack
+        of a phantom
+    split : str | None, default: 'test'
+        None: all
+    findings : Sequence[str], default: FINDINGS
+    """
     phantom, phrases = pack_phantom(pack), {}
     if phantom is None:
         raise ValueError(
@@ -193,7 +238,13 @@ def _image_names(pack: Pack) -> list[str]:
 
 # %% ../../nbs/data/18_phrases.ipynb #120288de
 def find_phrases(phrases: Sequence[Phrase], pack: Pack) -> np.ndarray:  # (n,) row of each phrase's image in the Pack
-    "The images of phrases. ValueError names images that the Pack does not hold, holds twice, or has in another shape."
+    """The images of phrases. ValueError names images that the Pack does not hold, holds twice, or has in another shape.
+
+    Returns
+    -------
+    np.ndarray
+        (n,) row of each phrase's image in the Pack
+    """
     rows = pd.Series(range(len(pack))).groupby(_image_names(pack)).indices
     rows |= {name: [row] for row, name in enumerate(pack.image_table["image_id"].astype(str))}
     wanted = list(dict.fromkeys(phrase.image_id for phrase in phrases))
@@ -227,7 +278,21 @@ def phrase_mask(
     size: int,  # of the Pack
     fit: str | None,  # how the Pack's images were made square, from its manifest
 ) -> np.ndarray:  # (size, size) bool
-    "The union of a phrase's boxes in the square that a Pack made of the image; every box has at least one pixel."
+    """The union of a phrase's boxes in the square that a Pack made of the image; every box has at least one pixel.
+
+    Parameters
+    ----------
+    phrase : Phrase
+    size : int
+        of the Pack
+    fit : str | None
+        how the Pack's images were made square, from its manifest
+
+    Returns
+    -------
+    np.ndarray
+        (size, size) bool
+    """
     mask = np.zeros((size, size), dtype=bool)
     if not phrase.boxes:
         return mask
@@ -249,7 +314,20 @@ def phrase_region(
     pack: Pack,
     image: int,  # its row in the Pack
 ) -> np.ndarray:  # (size, size) bool
-    "What a phrase describes in the Pack's square: its masks, or its boxes. ValueError if the Pack lacks the masks."
+    """What a phrase describes in the Pack's square: its masks, or its boxes. ValueError if the Pack lacks the masks.
+
+    Parameters
+    ----------
+    phrase : Phrase
+    pack : Pack
+    image : int
+        its row in the Pack
+
+    Returns
+    -------
+    np.ndarray
+        (size, size) bool
+    """
     if not phrase.masks:
         return phrase_mask(phrase, pack.size, pack.manifest["source"].get("fit"))
     names, masks = list(pack.manifest.get("masks", ())), pack.mask(int(image))

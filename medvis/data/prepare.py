@@ -72,7 +72,15 @@ def redraw_study(
     pack: Pack,  # of a phantom
     row: int,  # of its studies
 ) -> PhantomStudy:
-    "A study of a phantom's Pack with its whole truth. ValueError if another version of the phantom wrote the Pack."
+    """A study of a phantom's Pack with its whole truth. ValueError if another version of the phantom wrote the Pack.
+
+    Parameters
+    ----------
+    pack : Pack
+        of a phantom
+    row : int
+        of its studies
+    """
     packed = pack.studies.iloc[row]
     study = pack_phantom(pack).study(packed["study_id"])
     if study.report != packed["report"]:

@@ -20,7 +20,17 @@ def tokens_kept(
     room: int,  # tokens that fit
     overflow: str = "cut",  # "cut" mid-sentence, or "drop" the first sentence that does not fit and all later ones
 ) -> int:
-    "How many tokens of a report stay. ValueError for an unknown rule."
+    """How many tokens of a report stay. ValueError for an unknown rule.
+
+    Parameters
+    ----------
+    lengths : Sequence[int]
+        tokens of every sentence
+    room : int
+        tokens that fit
+    overflow : str, default: 'cut'
+        "cut" mid-sentence, or "drop" the first sentence that does not fit and all later ones
+    """
     check_choice("overflow", overflow, ("cut", "drop"))
     ends = np.cumsum(lengths, dtype=int)
     fitting = ends[ends <= room]

@@ -244,7 +244,13 @@ def _place_of(
 # %% ../../nbs/data/14_targets.ipynb #b2d1ab0d
 @lru_cache(maxsize=100_000)
 def sentence_side(sentence: str) -> str | None:  # left, right or bilateral, of the patient
-    "The side that a sentence names."
+    """The side that a sentence names.
+
+    Returns
+    -------
+    str | None
+        left, right or bilateral, of the patient
+    """
     return _place_of(" ".join(sentence.lower().split()))[0]
 
 # %% ../../nbs/data/14_targets.ipynb #3529ed8f
@@ -330,7 +336,18 @@ def merge_targets(
 ) -> dict[str, tuple[str, str | None, str | None]]:  # finding -> status, side, zone
     """What several sentences say together.
 
-    Of each finding the first of STATUSES counts; two sides are bilateral, two zones give None."""
+    Of each finding the first of STATUSES counts; two sides are bilateral, two zones give None.
+
+    Parameters
+    ----------
+    sentences : Iterable[dict[str, tuple[str, str | None, str | None]]]
+        of each sentence, see `sentence_targets`
+
+    Returns
+    -------
+    dict[str, tuple[str, str | None, str | None]]
+        finding -> status, side, zone
+    """
     statements = defaultdict(list)
     for targets in sentences:
         for finding, (status, side, zone) in targets.items():
@@ -346,7 +363,13 @@ def merge_targets(
 
 # %% ../../nbs/data/14_targets.ipynb #ce96ff33
 def sentence_targets(sentence: str) -> dict[str, tuple[str, str | None, str | None]]:  # finding -> status, side, zone
-    "What a sentence says of each finding that it names or denies."
+    """What a sentence says of each finding that it names or denies.
+
+    Returns
+    -------
+    dict[str, tuple[str, str | None, str | None]]
+        finding -> status, side, zone
+    """
     mentions = _find_mentions(sentence)
     return merge_targets({mention.finding: (mention.status, mention.side, mention.zone)} for mention in mentions)
 
@@ -357,7 +380,13 @@ _MENTION_COLUMNS = ("study", "sentence", "finding", "status", "side", "zone")
 def report_targets(
     pack: Pack,
 ) -> pd.DataFrame:  # study, sentence (its number), finding, status, side, zone; one row a sentence and finding
-    "What the reports of a Pack say of findings and places. Rows follow the Pack's studies; the table holds no text."
+    """What the reports of a Pack say of findings and places. Rows follow the Pack's studies; the table holds no text.
+
+    Returns
+    -------
+    pd.DataFrame
+        study, sentence (its number), finding, status, side, zone; one row a sentence and finding
+    """
     rows = [
         (study, number, finding, *said)
         for study, sentences in zip(pack.studies["study_id"], pack.studies["sentences"])
@@ -372,7 +401,22 @@ def agreement(
     truth: pd.Series,  # (n,) in the same words
     groups: pd.Series,  # (n,) one line for each value, the largest first
 ) -> pd.DataFrame:  # found, true, both, precision, recall; and a line for all
-    "How often the rules are right (precision: of what they say, recall: of what is true)."
+    """How often the rules are right (precision: of what they say, recall: of what is true).
+
+    Parameters
+    ----------
+    found : pd.Series
+        (n,) what the rules say; None = nothing
+    truth : pd.Series
+        (n,) in the same words
+    groups : pd.Series
+        (n,) one line for each value, the largest first
+
+    Returns
+    -------
+    pd.DataFrame
+        found, true, both, precision, recall; and a line for all
+    """
     counts = pd.DataFrame(
         {"found": found.notna(), "true": truth.notna(), "both": found.notna() & (found == truth)}
     ).astype(int)
@@ -418,7 +462,18 @@ def mirror_sentence(sentence: str) -> str | None:
 def side_words(
     words: Sequence[str],  # of a sentence, in order; punctuation may be among them
 ) -> list[bool]:  # of each word
-    "Which words of a sentence say a side and nothing else: left, right, both, bilateral, and the `sided` after them."
+    """Which words of a sentence say a side and nothing else: left, right, both, bilateral, and the `sided` after them.
+
+    Parameters
+    ----------
+    words : Sequence[str]
+        of a sentence, in order; punctuation may be among them
+
+    Returns
+    -------
+    list[bool]
+        of each word
+    """
     lower = [word.lower() for word in words]
     flags = [
         word in ("left", "right", "both", "bilateral", "bilaterally")
@@ -455,7 +510,14 @@ def other_finding_sentence(
     sentence: str,
     other: str,  # a finding of TERMS
 ) -> str | None:
-    "The same sentence about another finding, at the same place. None unless it asserts one finding, and once."
+    """The same sentence about another finding, at the same place. None unless it asserts one finding, and once.
+
+    Parameters
+    ----------
+    sentence : str
+    other : str
+        a finding of TERMS
+    """
     mentions = _find_mentions(sentence)
     if len(mentions) != 1 or mentions[0].status != "asserted" or mentions[0].finding == other:
         return None

@@ -79,7 +79,22 @@ def read_task(
 ) -> Task:
     """A task from a file. The first column of a table of labels or grades holds image or study ids.
 
-    FileNotFoundError if it is missing, ValueError if it does not fit the Pack, or has no uncertain or blank answers."""
+    FileNotFoundError if it is missing, ValueError if it does not fit the Pack, or has no uncertain or blank answers.
+
+    Parameters
+    ----------
+    path : str | Path
+        table (.csv, .parquet), or folder of mask pictures
+    pack : Pack
+    kind : str
+        labels, classes, ordinal, masks or boxes
+    classes : Sequence[str], default: ()
+        columns, or classes of masks or boxes; () = all
+    uncertain : str | Mapping[str, str] | None, default: None
+        of labels, see tasks.label_targets; None: ignore
+    blank : str | None, default: None
+        None: negative
+    """
     path, classes = Path(path), list(classes)
     if kind != "labels" and (uncertain or blank):
         raise ValueError(f"uncertain and blank are for labels only; {path} is asked for {kind}")

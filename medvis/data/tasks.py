@@ -32,7 +32,13 @@ if TYPE_CHECKING:  # it would load torch
 
 # %% ../../nbs/data/16_tasks.ipynb #1e0f3983
 def pack_images(pack: Pack) -> pd.DataFrame:  # image (row in the pack), image_id, study_id, patient_id, split
-    "All images of a Pack with the ids and the split of their study."
+    """All images of a Pack with the ids and the split of their study.
+
+    Returns
+    -------
+    pd.DataFrame
+        image (row in the pack), image_id, study_id, patient_id, split
+    """
     table = pack.image_table
     studies = pack.studies[["study_id", "patient_id", "split"]].iloc[table["study"]].reset_index(drop=True)
     return pd.concat([pd.DataFrame({"image": np.arange(len(table)), "image_id": table["image_id"]}), studies], axis=1)
@@ -77,7 +83,21 @@ _TASK_KINDS = ("labels", "classes", "ordinal", "masks", "boxes")
 
 @dataclass(frozen=True, eq=False)
 class Task:
-    "What is to be predicted for which images of a Pack. ValueError for a patient in two splits or a wrong count."
+    """What is to be predicted for which images of a Pack. ValueError for a patient in two splits or a wrong count.
+
+    Parameters
+    ----------
+    name : str
+    kind : str
+        labels, classes, ordinal, masks or boxes
+    classes : tuple[str, ...]
+        C; of an ordinal task the grades
+    pack : Pack
+    images : pd.DataFrame
+        n rows: image (row in the pack), image_id, study_id, patient_id, split
+    targets : np.ndarray | list[np.ndarray]
+        n, as the kind says
+    """
 
     name: str
     kind: str  # labels, classes, ordinal, masks or boxes
@@ -145,7 +165,22 @@ def label_targets(
     uncertain: str | Mapping[str, str] = "ignore",  # or "positive" (U-Ones), "negative" (U-Zeros); or one per column
     blank: str = "negative",  # as with CheXpert labels; or "ignore"
 ) -> pd.DataFrame:  # 1, 0 and NaN = not used
-    """Turn CheXpert-style labels into targets. ValueError for another policy or value, naming the column."""
+    """Turn CheXpert-style labels into targets. ValueError for another policy or value, naming the column.
+
+    Parameters
+    ----------
+    labels : pd.DataFrame
+        1, 0, -1 uncertain, NaN blank
+    uncertain : str | Mapping[str, str], default: 'ignore'
+        or "positive" (U-Ones), "negative" (U-Zeros); or one per column
+    blank : str, default: 'negative'
+        as with CheXpert labels; or "ignore"
+
+    Returns
+    -------
+    pd.DataFrame
+        1, 0 and NaN = not used
+    """
     policies = uncertain if isinstance(uncertain, Mapping) else dict.fromkeys(labels, uncertain)
     for policy in policies.values():
         check_choice("policy for uncertain labels", policy, _UNCERTAIN)
@@ -165,7 +200,13 @@ def label_targets(
 
 # %% ../../nbs/data/16_tasks.ipynb #64d14c8c
 def held_kinds(pack: Pack) -> dict[str, list[str]]:  # kind of task -> names of labels, grades, masks or boxes
-    "Which tasks a Pack has answers for. Without masks, its boxes can be painted as such."
+    """Which tasks a Pack has answers for. Without masks, its boxes can be painted as such.
+
+    Returns
+    -------
+    dict[str, list[str]]
+        kind of task -> names of labels, grades, masks or boxes
+    """
     given = {
         "labels": "labels",
         "classes": "labels",
@@ -201,7 +242,15 @@ def _asked_names(
 # %% ../../nbs/data/16_tasks.ipynb #404d9dab
 @dataclass(frozen=True)
 class LabelPolicy:
-    "Which labels are used, and what uncertain and blank ones count as."
+    """Which labels are used, and what uncertain and blank ones count as.
+
+    Parameters
+    ----------
+    findings : tuple[str, ...]
+    uncertain : str | Mapping[str, str]
+        see label_targets
+    blank : str
+    """
 
     findings: tuple[str, ...]
     uncertain: str | Mapping[str, str]  # see label_targets
@@ -214,7 +263,18 @@ def label_policy(
     uncertain: str | Mapping[str, str] | None = None,  # see label_targets; None: as the recipe says, else "ignore"
     blank: str | None = None,  # None: as the recipe says, else "negative"
 ) -> LabelPolicy:
-    "How the labels of a Pack are read. ValueError names labels that it does not hold."
+    """How the labels of a Pack are read. ValueError names labels that it does not hold.
+
+    Parameters
+    ----------
+    pack : Pack
+    findings : Iterable[str] | None, default: None
+        label columns; None: as the recipe says, else all
+    uncertain : str | Mapping[str, str] | None, default: None
+        see label_targets; None: as the recipe says, else "ignore"
+    blank : str | None, default: None
+        None: as the recipe says, else "negative"
+    """
     recipe = pack.recipe
     uncertain, blank = uncertain or recipe.get("uncertain", "ignore"), blank or recipe.get("blank", "negative")
     if findings is None and isinstance(uncertain, Mapping):
@@ -247,7 +307,21 @@ def study_targets(
 ) -> pd.DataFrame:  # one row a study; 1, 0, NaN
     """Targets study by study.
 
-    A study without any label was not labelled: its blanks do not mean that a finding is absent."""
+    A study without any label was not labelled: its blanks do not mean that a finding is absent.
+
+    Parameters
+    ----------
+    pack : Pack
+    findings : Iterable[str] | None, default: None
+        see label_policy for all three
+    uncertain : str | Mapping[str, str] | None, default: None
+    blank : str | None, default: None
+
+    Returns
+    -------
+    pd.DataFrame
+        one row a study; 1, 0, NaN
+    """
     policy = label_policy(pack, findings, uncertain, blank)
     labels = pack.labels[list(policy.findings)]
     return label_targets(labels, policy.uncertain, policy.blank)[pack.labels.notna().any(axis=1)].reindex(labels.index)
@@ -261,7 +335,21 @@ def label_task(
     blank: str | None = None,  # None: see label_policy; of a table "negative"
     name: str = "labels",
 ) -> Task:
-    "Binary or multi-label: which findings are present? Images without any known label are left out."
+    """Binary or multi-label: which findings are present? Images without any known label are left out.
+
+    Parameters
+    ----------
+    pack : Pack
+    columns : Iterable[str] | None, default: None
+        None: see label_policy; of a table all
+    table : pd.DataFrame | None, default: None
+        1, 0, -1, NaN; index: image or study ids; None: the Pack's own labels
+    uncertain : str | Mapping[str, str] | None, default: None
+        None: see label_policy; of a table "ignore"
+    blank : str | None, default: None
+        None: see label_policy; of a table "negative"
+    name : str, default: 'labels'
+    """
     if table is None:
         policy = label_policy(pack, columns, uncertain, blank)
         columns, uncertain, blank = policy.findings, policy.uncertain, policy.blank
@@ -281,7 +369,17 @@ def class_task(
 ) -> Task:
     """Multi-class: which one is it? Images without any label are left out.
 
-    ValueError names those with none or several classes."""
+    ValueError names those with none or several classes.
+
+    Parameters
+    ----------
+    pack : Pack
+    columns : Iterable[str] | None, default: None
+        None: those that the recipe asks for, else all
+    table : pd.DataFrame | None, default: None
+        exactly one 1 a row; of a column of names: pd.get_dummies(column)
+    name : str, default: 'classes'
+    """
     columns = _asked_names(pack, "classes", columns) if table is None else columns
     labels, rows = _chosen_labels(pack, columns, table)
     labelled = labels.notna().any(axis=1).to_numpy()
@@ -301,7 +399,17 @@ def ordinal_task(
     classes: Iterable[str] | None = None,  # names of the grades; None: 0, 1, ... to the highest that occurs
     name: str = "grades",
 ) -> Task:
-    "Ordinal: how much of it? ValueError for a grade that does not exist."
+    """Ordinal: how much of it? ValueError for a grade that does not exist.
+
+    Parameters
+    ----------
+    pack : Pack
+    grades : pd.Series
+        0 .. C-1, NaN = left out; index: image or study ids
+    classes : Iterable[str] | None, default: None
+        names of the grades; None: 0, 1, ... to the highest that occurs
+    name : str, default: 'grades'
+    """
     grades = grades.dropna()
     rows, places = _find_images(pack, grades.index, "grades")
     values = grades.to_numpy(float)[places]
@@ -323,7 +431,16 @@ def mask_task(
 ) -> Task:
     """Segmentation: which pixels?
 
-    ValueError names masks of unknown images, of another size, or with other values than 0 and 1."""
+    ValueError names masks of unknown images, of another size, or with other values than 0 and 1.
+
+    Parameters
+    ----------
+    pack : Pack
+    masks : Mapping
+        image id -> (S, S) or (C, S, S), 0 or 1; empty = no finding
+    classes : Iterable[str], default: ('finding',)
+    name : str, default: 'masks'
+    """
     rows, places = _find_images(pack, masks, "masks")
     classes, given = tuple(classes), list(masks.items())
     targets = np.zeros((len(rows), len(classes), pack.size, pack.size), np.uint8)
@@ -366,7 +483,19 @@ def box_task(
     images: Iterable | None = None,  # ids of the annotated images; None: all of the Pack
     name: str = "boxes",
 ) -> Task:
-    "Detection: where are they? ValueError names boxes of unknown images or classes, and boxes outside of their image."
+    """Detection: where are they? ValueError names boxes of unknown images or classes, and boxes outside of their image.
+
+    Parameters
+    ----------
+    pack : Pack
+    table : pd.DataFrame
+        one row a box: image_id, x0, y0, x1, y1 in pixels of the Pack, and class if several
+    classes : Iterable[str] | None, default: None
+        None: those that occur
+    images : Iterable | None, default: None
+        ids of the annotated images; None: all of the Pack
+    name : str, default: 'boxes'
+    """
     if missing := [column for column in ("image_id", *BOX_COORDINATES) if column not in table.columns]:
         raise ValueError(f"the table of boxes lacks {', '.join(missing)}; it has {', '.join(map(str, table.columns))}")
     kinds = table["class"].astype(str) if "class" in table else pd.Series("finding", index=table.index)
@@ -423,7 +552,19 @@ def phantom_task(
 ) -> Task:
     """What a phantom's pictures show, image by image.
 
-    ValueError for another Pack, an unknown finding, or a Pack that another version of the phantom drew."""
+    ValueError for another Pack, an unknown finding, or a Pack that another version of the phantom drew.
+
+    Parameters
+    ----------
+    pack : Pack
+        of a phantom
+    kind : str, default: 'labels'
+        labels, ordinal (one finding: 0 absent, or its severity, 1 to 3), masks or boxes
+    findings : Iterable[str], default: FINDINGS
+    name : str | None, default: None
+        None: phantom-<kind>
+    progress : bool, default: True
+    """
     phantom, findings = pack_phantom(pack), tuple(findings)
     if phantom is None:
         raise ValueError(
@@ -484,7 +625,20 @@ def pack_task(
 ) -> Task:
     """A task from what a Pack holds, by the rules of its recipe.
 
-    ValueError if it holds nothing of that kind, or if that has no uncertain or blank answers."""
+    ValueError if it holds nothing of that kind, or if that has no uncertain or blank answers.
+
+    Parameters
+    ----------
+    pack : Pack
+    kind : str, default: 'labels'
+        labels, classes, ordinal, masks or boxes
+    classes : Iterable[str] | None, default: None
+        of ordinal: the one grade; None: those of the recipe or its policy, else all
+    name : str | None, default: None
+    uncertain : str | Mapping[str, str] | None, default: None
+        of labels, see label_policy
+    blank : str | None, default: None
+    """
     source = pack.manifest["source"]
     name = name or f"{source.get('kind', pack.path.name)}-{kind}"
     if kind == "labels":
@@ -545,7 +699,21 @@ def boxes_in_view(
     size: int,  # of the image they lie in, pixels
     preprocessing: "Preprocessing",
 ) -> np.ndarray:  # (k', 5) in pixels of the view
-    "Boxes through the geometry of evaluation (`Preprocessing.transform`)."
+    """Boxes through the geometry of evaluation (`Preprocessing.transform`).
+
+    Parameters
+    ----------
+    boxes : np.ndarray
+        (k, 5) x0, y0, x1, y1, class
+    size : int
+        of the image they lie in, pixels
+    preprocessing : 'Preprocessing'
+
+    Returns
+    -------
+    np.ndarray
+        (k', 5) in pixels of the view
+    """
     side = round(preprocessing.size / preprocessing.crop)
     margin = round((side - preprocessing.size) / 2)
     corners = (boxes[:, :4] * (side / size) - margin).clip(0, preprocessing.size)

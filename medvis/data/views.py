@@ -20,7 +20,20 @@ from .sampling import Sampling
 class Views(Pairs):
     """Images of a Pack, each with augmented views of it. `views[epoch, i]` depends on (seed, epoch, i) alone.
 
-    ValueError for an augmentation whose views do not know their place on the film, and for mirrored reports."""
+    ValueError for an augmentation whose views do not know their place on the film, and for mirrored reports.
+
+    Parameters
+    ----------
+    pack : Pack
+    preprocessing : Preprocessing
+    sampling : Sampling, default: Sampling(augment='simclr')
+    split : str | None, default: None
+        "train", "validate", "test"; None = all
+    train : bool, default: False
+    seed : int, default: 0
+    count : int, default: 2
+        views of an image
+    """
 
     def __init__(
         self,
@@ -48,11 +61,23 @@ class Views(Pairs):
         return torch.from_numpy(np.array(self.pack.image(image)))[None]
 
     def image(self, i: int, epoch: int = 0) -> Tensor:  # (C, size, size) float32
-        "The whole image of sample i, as evaluation shows it."
+        """The whole image of sample i, as evaluation shows it.
+
+        Returns
+        -------
+        Tensor
+            (C, size, size) float32
+        """
         return self._transform(self._film(i, epoch))
 
     def view(self, i: int, number: int, epoch: int = 0) -> tuple[Tensor, Tensor]:  # (C, size, size); (4,)
-        "A view of sample i, and its frame; the global random state is left as it was."
+        """A view of sample i, and its frame; the global random state is left as it was.
+
+        Returns
+        -------
+        tuple[Tensor, Tensor]
+            (C, size, size); (4,)
+        """
         with seeded(self.seed, epoch, i, 5, number):
             return self._draw_view(self._film(i, epoch))
 
@@ -66,7 +91,13 @@ class Views(Pairs):
 
 # %% ../../nbs/data/20_views.ipynb #8f0f0428
 def two_views(batch: Batch) -> tuple[Tensor, Tensor]:  # (B, C, H, W) each
-    "The first and the second view of every image. ValueError for a batch without two."
+    """The first and the second view of every image. ValueError for a batch without two.
+
+    Returns
+    -------
+    tuple[Tensor, Tensor]
+        (B, C, H, W) each
+    """
     if batch.views is None or batch.views.shape[1] != 2:
         found = "none" if batch.views is None else batch.views.shape[1]
         raise ValueError(

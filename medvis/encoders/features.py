@@ -14,7 +14,19 @@ from torch import Tensor
 # %% ../../nbs/encoders/01_features.ipynb #5d30aaf0
 @dataclass
 class ImageFeatures:
-    "What an image encoder returns; `weights` are the attention of the whole image to its regions, if any."
+    """What an image encoder returns; `weights` are the attention of the whole image to its regions, if any.
+
+    Parameters
+    ----------
+    regions : Tensor
+        (B, N, D) local features, row-major over the grid
+    whole : Tensor
+        (B, D') one vector an image
+    grid : tuple[int, int]
+        (h, w), N = h*w
+    weights : Tensor | None, default: None
+        (B, N) head-averaged attention CLS -> region, not normalised
+    """
 
     regions: Tensor  # (B, N, D) local features, row-major over the grid
     whole: Tensor  # (B, D') one vector an image
@@ -24,7 +36,25 @@ class ImageFeatures:
 # %% ../../nbs/encoders/01_features.ipynb #dac8b04b
 @dataclass
 class TextFeatures:
-    "What a text encoder returns: the same report at four grains, with the masks of the padded ones."
+    """What a text encoder returns: the same report at four grains, with the masks of the padded ones.
+
+    Parameters
+    ----------
+    tokens : Tensor
+        (B, T, D) word pieces, special tokens included
+    words : Tensor
+        (B, W, D)
+    word_mask : Tensor
+        (B, W)
+    sentences : Tensor
+        (B, M, D)
+    sentence_mask : Tensor
+        (B, M)
+    whole : Tensor
+        (B, D')
+    word_weights : Tensor | None, default: None
+        (B, W) head-averaged attention CLS -> word, summed over its pieces
+    """
 
     tokens: Tensor  # (B, T, D) word pieces, special tokens included
     words: Tensor  # (B, W, D)
@@ -38,7 +68,18 @@ class TextFeatures:
 def group_matrix(
     index: Tensor,  # (B, T) int64 group of every token, -1 = none
 ) -> Tensor:  # (B, K, T) bool, K = the largest number of groups in the batch (at least 1)
-    "One-hot membership of tokens in groups."
+    """One-hot membership of tokens in groups.
+
+    Parameters
+    ----------
+    index : Tensor
+        (B, T) int64 group of every token, -1 = none
+
+    Returns
+    -------
+    Tensor
+        (B, K, T) bool, K = the largest number of groups in the batch (at least 1)
+    """
     groups = max(int(index.max()) + 1, 1) if index.numel() else 1
     return index[:, None, :] == torch.arange(groups, device=index.device)[None, :, None]
 
@@ -48,7 +89,22 @@ def pool_tokens(
     index: Tensor,  # (B, T) int64 group of every token, -1 = none
     mode: str = "sum",  # "sum" (MGCA, GLoRIA: words), "mean", or "max" (LoVT: sentences)
 ) -> tuple[Tensor, Tensor]:  # (B, K, D) pooled, zero where empty; (B, K) mask of the groups that exist
-    "Pool the tokens of every group; raises KeyError for an unknown mode."
+    """Pool the tokens of every group; raises KeyError for an unknown mode.
+
+    Parameters
+    ----------
+    tokens : Tensor
+        (B, T, D)
+    index : Tensor
+        (B, T) int64 group of every token, -1 = none
+    mode : str, default: 'sum'
+        "sum" (MGCA, GLoRIA: words), "mean", or "max" (LoVT: sentences)
+
+    Returns
+    -------
+    tuple[Tensor, Tensor]
+        (B, K, D) pooled, zero where empty; (B, K) mask of the groups that exist
+    """
     member = group_matrix(index)
     mask = member.any(-1)
     total = member.to(tokens.dtype) @ tokens

@@ -27,7 +27,22 @@ def on_valid(
     x: Tensor,  # (..., D)
     mask: Tensor | None,  # (...) bool; None = all positions
 ) -> Tensor:  # (..., D'), zero where masked
-    "Apply a layer to the valid positions only, so that the others do not enter its batch statistics."
+    """Apply a layer to the valid positions only, so that the others do not enter its batch statistics.
+
+    Parameters
+    ----------
+    layer : nn.Module
+        maps rows (P, D) to rows (P, D')
+    x : Tensor
+        (..., D)
+    mask : Tensor | None
+        (...) bool; None = all positions
+
+    Returns
+    -------
+    Tensor
+        (..., D'), zero where masked
+    """
     if mask is None:
         return layer(x.reshape(-1, x.shape[-1])).unflatten(0, x.shape[:-1])
     valid = layer(x[mask])
@@ -38,14 +53,31 @@ def kaiming(
     layer: nn.Linear,
     nonlinearity: str = "linear",  # what follows: "relu" or "linear"
 ) -> nn.Linear:
-    "Initialise a layer as LoVT does (2.2), in place."
+    """Initialise a layer as LoVT does (2.2), in place.
+
+    Parameters
+    ----------
+    layer : nn.Linear
+    nonlinearity : str, default: 'linear'
+        what follows: "relu" or "linear"
+    """
     nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity=nonlinearity)
     nn.init.zeros_(layer.bias)
     return layer
 
 # %% ../../nbs/encoders/05_heads.ipynb #0d2b4197
 class ProjectionHead(nn.Module):
-    "Two-layer perceptron on the last axis, with batch normalisation where `norm` says (ConVIRT, LoVT 2.2, MGCA 5.2)."
+    """Two-layer perceptron on the last axis, with batch normalisation where `norm` says (ConVIRT, LoVT 2.2, MGCA 5.2).
+
+    Parameters
+    ----------
+    in_dim : int
+    hidden : int, default: 2048
+    out_dim : int, default: 128
+    norm : str, default: 'both'
+    init : str, default: 'torch'
+        first weights: torch's own, or kaiming (LoVT)
+    """
 
     def __init__(
         self,
@@ -73,11 +105,31 @@ class ProjectionHead(nn.Module):
         x: Tensor,  # (..., in_dim)
         mask: Tensor | None = None,  # (...) valid positions; None = all of them, padding too (released code)
     ) -> Tensor:  # (..., out_dim), zero where masked
+        """Parameters
+        ----------
+        x : Tensor
+            (..., in_dim)
+        mask : Tensor | None, default: None
+            (...) valid positions; None = all of them, padding too (released code)
+
+        Returns
+        -------
+        Tensor
+            (..., out_dim), zero where masked
+        """
         return on_valid(self.layers, x, mask)
 
 # %% ../../nbs/encoders/05_heads.ipynb #a891fa79
 class AttentionPool(nn.Module):
-    "One vector from many: multi-head attention with their mean as query, at least in single precision (LoVT 2.1)."
+    """One vector from many: multi-head attention with their mean as query, at least in single precision (LoVT 2.1).
+
+    Parameters
+    ----------
+    dim : int
+    heads : int, default: 8
+    query_mean : str, default: 'masked'
+        mean over valid positions; "padded": their sum over the padded length (released)
+    """
 
     def __init__(
         self,
@@ -94,6 +146,18 @@ class AttentionPool(nn.Module):
         local: Tensor,  # (B, N, D)
         mask: Tensor | None = None,  # (B, N) True = valid; None = all
     ) -> tuple[Tensor, Tensor]:  # (B, D) pooled; (B, N) weights, sum to 1. Both are zero where nothing is valid.
+        """Parameters
+        ----------
+        local : Tensor
+            (B, N, D)
+        mask : Tensor | None, default: None
+            (B, N) True = valid; None = all
+
+        Returns
+        -------
+        tuple[Tensor, Tensor]
+            (B, D) pooled; (B, N) weights, sum to 1. Both are zero where nothing is valid.
+        """
         mask = local.new_ones(local.shape[:2], dtype=torch.bool) if mask is None else mask
         some = mask.any(-1, keepdim=True)
         with torch.autocast(local.device.type, enabled=False):
@@ -107,5 +171,16 @@ class AttentionPool(nn.Module):
         self,
         local: Tensor,  # (..., D)
     ) -> Tensor:  # (..., D)
-        "Pool every local vector as if it were the only one, so that it can be compared with vectors of whole images."
+        """Pool every local vector as if it were the only one, so that it can be compared with vectors of whole images.
+
+        Parameters
+        ----------
+        local : Tensor
+            (..., D)
+
+        Returns
+        -------
+        Tensor
+            (..., D)
+        """
         return self(local.reshape(-1, 1, local.shape[-1]))[0].view(local.shape)

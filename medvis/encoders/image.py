@@ -32,7 +32,20 @@ def _out_channels(layer: nn.Module) -> int:
 
 
 class ResNetEncoder(nn.Module):
-    "A torchvision-style ResNet that returns one layer as regions and its pooled last layer as the whole image."
+    """A torchvision-style ResNet that returns one layer as regions and its pooled last layer as the whole image.
+
+    Parameters
+    ----------
+    body : nn.Module
+        has conv1, bn1, relu, maxpool, layer1, layer2, ..., avgpool (adaptive)
+    preprocessing : Preprocessing
+    layer : str, default: 'layer4'
+        which layer the regions come from
+    upsample : int | None, default: None
+        side in pixels the input is enlarged to, bilinear with aligned corners
+    merge : int, default: 1
+        side of the squares of cells that are stacked to one region
+    """
 
     def __init__(
         self,
@@ -59,7 +72,18 @@ class ResNetEncoder(nn.Module):
         self,
         image: Tensor,  # (B, C, H, W) preprocessed; never enlarged
     ) -> list[Tensor]:  # (B, pyramid_dims[s], H / pyramid_strides[s], ...): the image, the stem after ReLU, the layers
-        "All maps, finest first."
+        """All maps, finest first.
+
+        Parameters
+        ----------
+        image : Tensor
+            (B, C, H, W) preprocessed; never enlarged
+
+        Returns
+        -------
+        list[Tensor]
+            (B, pyramid_dims[s], H / pyramid_strides[s], ...): the image, the stem after ReLU, the layers
+        """
         maps = [image, self.body.relu(self.body.bn1(self.body.conv1(image)))]
         x = self.body.maxpool(maps[1])
         for name in self.stages:
@@ -71,6 +95,11 @@ class ResNetEncoder(nn.Module):
         self,
         image: Tensor,  # (B, C, H, W) preprocessed
     ) -> ImageFeatures:
+        """Parameters
+        ----------
+        image : Tensor
+            (B, C, H, W) preprocessed
+        """
         if self.upsample:
             image = F.interpolate(image, size=(self.upsample,) * 2, mode="bilinear", align_corners=True)
         maps = dict(zip(self.stages, self.pyramid(image)[2:]))
@@ -86,7 +115,16 @@ def residual_stage(
     stride: int,  # of the first block and its skip
     blocks: int = 1,
 ) -> nn.Sequential:
-    "Basic blocks (two 3x3 convolutions and a skip each), the first with a convolution on its skip."
+    """Basic blocks (two 3x3 convolutions and a skip each), the first with a convolution on its skip.
+
+    Parameters
+    ----------
+    width_in : int
+    width : int
+    stride : int
+        of the first block and its skip
+    blocks : int, default: 1
+    """
     skip = nn.Sequential(nn.Conv2d(width_in, width, 1, stride, bias=False), nn.BatchNorm2d(width))
     return nn.Sequential(
         BasicBlock(width_in, width, stride, skip), *[BasicBlock(width, width) for _ in range(blocks - 1)]
@@ -146,7 +184,21 @@ def cls_attention(
     x: Tensor,  # (B, P+N, D) normalised input of the block: P prefix tokens (CLS first), then N patches
     prefix: int = 1,
 ) -> Tensor:  # (B, N) attention of CLS to the patches, mean over heads; sums to at most 1
-    "Attention of the CLS token to every patch."
+    """Attention of the CLS token to every patch.
+
+    Parameters
+    ----------
+    attention : nn.Module
+        timm's Attention: qkv, q_norm, k_norm, num_heads, head_dim, scale
+    x : Tensor
+        (B, P+N, D) normalised input of the block: P prefix tokens (CLS first), then N patches
+    prefix : int, default: 1
+
+    Returns
+    -------
+    Tensor
+        (B, N) attention of CLS to the patches, mean over heads; sums to at most 1
+    """
     B, T, _ = x.shape
     q, k, _ = attention.qkv(x).view(B, T, 3, attention.num_heads, -1).permute(2, 0, 3, 1, 4)
     q, k = attention.q_norm(q[:, :, :1]), attention.k_norm(k)
@@ -168,7 +220,18 @@ class ViTEncoder(nn.Module):
         self,
         image: Tensor,  # (B, C, H, W) preprocessed
     ) -> list[Tensor]:  # (B, C, H, W), (B, D, h, w)
-        "The image, and its one map."
+        """The image, and its one map.
+
+        Parameters
+        ----------
+        image : Tensor
+            (B, C, H, W) preprocessed
+
+        Returns
+        -------
+        list[Tensor]
+            (B, C, H, W), (B, D, h, w)
+        """
         features = self(image)
         return [image, features.regions.mT.unflatten(2, features.grid)]
 
@@ -176,6 +239,11 @@ class ViTEncoder(nn.Module):
         self,
         image: Tensor,  # (B, C, H, W) preprocessed
     ) -> ImageFeatures:
+        """Parameters
+        ----------
+        image : Tensor
+            (B, C, H, W) preprocessed
+        """
         body, prefix = self.body, self.body.num_prefix_tokens
         x = body.norm_pre(body.patch_drop(body._pos_embed(body.patch_embed(image))))
         x = body.blocks[:-1](x)
@@ -241,7 +309,13 @@ IMAGE_ENCODERS = Registry(
 def register_encoder(
     name: str,  # as in image_encoder(name)
 ) -> Callable[[Callable[..., nn.Module]], Callable[..., nn.Module]]:
-    "Decorator that registers a function that makes an image encoder. ValueError if the name is taken."
+    """Decorator that registers a function that makes an image encoder. ValueError if the name is taken.
+
+    Parameters
+    ----------
+    name : str
+        as in image_encoder(name)
+    """
 
     def add(make: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
         IMAGE_ENCODERS.add(name, make)
@@ -293,7 +367,22 @@ def image_encoder(
     weights: str | None = None,  # None, "imagenet", "imagenet-v2", or a path
     **options,  # of the encoder: layer, upsample, size, ...
 ) -> nn.Module:  # forward(image) -> ImageFeatures; .preprocessing, .region_dim, .whole_dim; .pyramid(image)
-    "Build an image encoder by name. Raises ValueError for an unknown name, OSError when weights cannot be read."
+    """Build an image encoder by name. Raises ValueError for an unknown name, OSError when weights cannot be read.
+
+    Parameters
+    ----------
+    name : str, default: 'tiny_resnet'
+        a key of IMAGE_ENCODERS, or my_package.my_module:my_encoder
+    weights : str | None, default: None
+        None, "imagenet", "imagenet-v2", or a path
+    **options
+        of the encoder: layer, upsample, size, ...
+
+    Returns
+    -------
+    nn.Module
+        forward(image) -> ImageFeatures; .preprocessing, .region_dim, .whole_dim; .pyramid(image)
+    """
     make = IMAGE_ENCODERS.find(name)
     choices = inspect.signature(make).parameters
     for option in options:

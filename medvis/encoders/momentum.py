@@ -21,7 +21,19 @@ def momentum_at(
     start: float = 0.99,  # tau_0
     schedule: str = "cosine",  # or "constant"
 ) -> float:
-    "Which share of a momentum copy stays in a step: tau of BYOL (section 3.2)."
+    """Which share of a momentum copy stays in a step: tau of BYOL (section 3.2).
+
+    Parameters
+    ----------
+    step : int
+        optimiser steps done before this one
+    steps : int | None
+        of the whole run; None = not known: the share stays what it is at first
+    start : float, default: 0.99
+        tau_0
+    schedule : str, default: 'cosine'
+        or "constant"
+    """
     check_choice("momentum schedule", schedule, ("cosine", "constant"))
     if steps is None or schedule == "constant":
         return start
@@ -45,7 +57,13 @@ class MomentumCopy(nn.Module):
 
     @torch.no_grad()
     def follow(self, *networks: nn.Module) -> None:  # those it was copied from, in the same order
-        "Move towards the networks by one step."
+        """Move towards the networks by one step.
+
+        Returns
+        -------
+        None
+            those it was copied from, in the same order
+        """
         share = 1 - self.momentum
         for own, network in zip(self.networks, networks, strict=True):
             for old, new in zip(own.parameters(), network.parameters(), strict=True):

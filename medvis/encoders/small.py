@@ -26,7 +26,16 @@ LAYERS = {
 
 
 class EfficientNetEncoder(nn.Module):
-    "A timm EfficientNet: some of its maps, resized to the finest, are the regions; the classifier's input the whole."
+    """A timm EfficientNet: some of its maps, resized to the finest, are the regions; the classifier's input the whole.
+
+    Parameters
+    ----------
+    body : nn.Module
+        without its classifier (num_classes=0)
+    preprocessing : Preprocessing
+    layer : str, default: 'stride16+32'
+        which maps the regions come from
+    """
 
     def __init__(
         self,
@@ -46,13 +55,29 @@ class EfficientNetEncoder(nn.Module):
         self,
         image: Tensor,  # (B, C, H, W) preprocessed
     ) -> list[Tensor]:  # (B, pyramid_dims[s], H / pyramid_strides[s], ...)
-        "The image, and the last map of every stride, finest first."
+        """The image, and the last map of every stride, finest first.
+
+        Parameters
+        ----------
+        image : Tensor
+            (B, C, H, W) preprocessed
+
+        Returns
+        -------
+        list[Tensor]
+            (B, pyramid_dims[s], H / pyramid_strides[s], ...)
+        """
         return [image, *self.body.forward_intermediates(image, intermediates_only=True)]
 
     def forward(
         self,
         image: Tensor,  # (B, C, H, W) preprocessed
     ) -> ImageFeatures:
+        """Parameters
+        ----------
+        image : Tensor
+            (B, C, H, W) preprocessed
+        """
         maps = dict(zip(self.pyramid_strides, self.pyramid(image)))
         finest, *others = (maps[stride] for stride in LAYERS[self.layer])
         grid = tuple(finest.shape[2:])
@@ -77,7 +102,18 @@ _OTHERS = {
 def timm_name(
     name: str,  # of a weight in the package: _blocks.3._bn1.bias
 ) -> str:  # in timm: blocks.2.0.bn2.bias; other names stay as they are
-    "Where timm keeps a weight of EfficientNet-Lite0."
+    """Where timm keeps a weight of EfficientNet-Lite0.
+
+    Parameters
+    ----------
+    name : str
+        of a weight in the package: _blocks.3._bn1.bias
+
+    Returns
+    -------
+    str
+        in timm: blocks.2.0.bn2.bias; other names stay as they are
+    """
     part, *rest = name.split(".")
     if part != "_blocks" or len(rest) != 3 or not rest[0].isdigit() or int(rest[0]) >= len(_PLACES):
         return ".".join([_ENDS.get(part, part), *rest])

@@ -34,7 +34,17 @@ def train_tokenizer(
     vocab_size: int = 2000,  # at most this many word pieces (letters are always kept)
     lowercase: bool = True,  # as in all three papers (systems.md 0.1)
 ) -> PreTrainedTokenizerFast:
-    "Train a BERT-style WordPiece tokenizer; the same texts give the same vocabulary. ValueError without any text."
+    """Train a BERT-style WordPiece tokenizer; the same texts give the same vocabulary. ValueError without any text.
+
+    Parameters
+    ----------
+    texts : Iterable[str]
+        sentences or reports
+    vocab_size : int, default: 2000
+        at most this many word pieces (letters are always kept)
+    lowercase : bool, default: True
+        as in all three papers (systems.md 0.1)
+    """
     texts = [text for text in texts if text.strip()]
     if not texts:
         raise ValueError("no text to train a vocabulary on: pass at least one non-empty report")
@@ -61,7 +71,22 @@ def released_word_index(
     attention_mask: Tensor,  # (B, T)
     length: int = 112,  # tokens that the released code pads a report to, at least T
 ) -> Tensor:  # (B, T) word of every token: [CLS] is 0, [SEP] the last; -1 = lost or padding
-    "Number the words as the released MGCA does (systems.md 5.1). Raises ValueError for reports that are too long."
+    """Number the words as the released MGCA does (systems.md 5.1). Raises ValueError for reports that are too long.
+
+    Parameters
+    ----------
+    word_index : Tensor
+        (B, T) word of every token, -1 = none ([CLS], [SEP], padding)
+    attention_mask : Tensor
+        (B, T)
+    length : int, default: 112
+        tokens that the released code pads a report to, at least T
+
+    Returns
+    -------
+    Tensor
+        (B, T) word of every token: [CLS] is 0, [SEP] the last; -1 = lost or padding
+    """
     T = word_index.shape[1]
     if T > length:
         raise ValueError(f"reports of {T} tokens, but words as released need at most {length}: set max_tokens={length}")
@@ -81,7 +106,26 @@ def released_words(
     attention_mask: Tensor,  # (B, T)
     length: int = 112,  # tokens that the released code pads a report to
 ) -> tuple[Tensor, Tensor, Tensor]:  # words (B, length, D), [CLS] first; their mask and their weights (B, length)
-    "Words and word weights as the released MGCA forms them, padded with zeros to `length` words."
+    """Words and word weights as the released MGCA forms them, padded with zeros to `length` words.
+
+    Parameters
+    ----------
+    tokens : Tensor
+        (B, T, D)
+    attention : Tensor
+        (B, T) of [CLS] to every token
+    word_index : Tensor
+        (B, T) word of every token, -1 = none
+    attention_mask : Tensor
+        (B, T)
+    length : int, default: 112
+        tokens that the released code pads a report to
+
+    Returns
+    -------
+    tuple[Tensor, Tensor, Tensor]
+        words (B, length, D), [CLS] first; their mask and their weights (B, length)
+    """
     index = released_word_index(word_index, attention_mask, length)
     following = F.pad(attention[:, 1:], (0, 1))
     both, mask = pool_tokens(torch.cat([tokens, following[..., None]], -1), index, "sum")
@@ -113,7 +157,26 @@ def _pool_whole(
 
 
 class TextEncoder(nn.Module):
-    "A Hugging Face encoder whose tokens are pooled to words, sentences and the whole report."
+    """A Hugging Face encoder whose tokens are pooled to words, sentences and the whole report.
+
+    Parameters
+    ----------
+    body : nn.Module
+        returns last_hidden_state (and attentions, hidden states when asked)
+    tokenizer : PreTrainedTokenizerFast
+    words : str, default: 'sum'
+        pooling of pieces to words
+    sentences : str, default: 'max'
+        pooling of tokens to sentences
+    whole : str, default: 'cls'
+        "cls"; "pooler" of BERT; "max" or "mean" over the tokens of sentences; "mean-all"
+    word_weights : bool, default: False
+        attention of [CLS] to every word (eager attention only)
+    released_words : int | None, default: None
+        words and weights as the released MGCA, padded to this many tokens, less [CLS]
+    summed_layers : int, default: 1
+        tokens are the sum of this many last layers (GLoRIA: 4)
+    """
 
     def __init__(
         self,
@@ -141,7 +204,19 @@ class TextEncoder(nn.Module):
         word_index: Tensor,  # (B, T) word of every token, -1 = none
         sentence_index: Tensor,  # (B, T) sentence of every token, -1 = none
     ) -> TextFeatures:
-        "Encode a batch of reports."
+        """Encode a batch of reports.
+
+        Parameters
+        ----------
+        input_ids : Tensor
+            (B, T)
+        attention_mask : Tensor
+            (B, T)
+        word_index : Tensor
+            (B, T) word of every token, -1 = none
+        sentence_index : Tensor
+            (B, T) sentence of every token, -1 = none
+        """
         attend = self.word_weights or self.released_words is not None
         out = self.body(
             input_ids=input_ids,
@@ -284,7 +359,23 @@ def text_encoder(
     weights: bool = True,  # False: only the architecture of a folder or hub name, with random weights
     **pooling,  # words, sentences, whole, word_weights, released_words, summed_layers of TextEncoder
 ) -> TextEncoder:
-    "Build a text encoder by name. ValueError without a needed tokenizer or weight, OSError if not loadable."
+    """Build a text encoder by name. ValueError without a needed tokenizer or weight, OSError if not loadable.
+
+    Parameters
+    ----------
+    name : str, default: 'tiny-bert'
+        "tiny-bert", "bert-base", "minilm", a folder, or a hub name
+    tokenizer : PreTrainedTokenizerFast | None, default: None
+        needed by the first two; else the folder's own
+    layers : int | None, default: None
+        keep only the first layers (the released MGCA: 6)
+    freeze : int, default: 0
+        freeze the embeddings and this many first layers (LoVT: 6)
+    weights : bool, default: True
+        False: only the architecture of a folder or hub name, with random weights
+    **pooling
+        words, sentences, whole, word_weights, released_words, summed_layers of TextEncoder
+    """
     pooler = pooling.get("whole") == "pooler"
     if name in TEXT_CONFIGS:
         body = _random_bert(name, tokenizer, layers, pooler)
@@ -327,7 +418,25 @@ def encode_sentences(
     word_index: Tensor,  # (B, T) word of every token, -1 = none
     sentence_index: Tensor,  # (B, T) sentence of every token, -1 = none
 ) -> TextFeatures:  # tokens are zero outside sentences; `sentences` (B, M, D') are the wholes of the sentences
-    "Encode every sentence on its own as [CLS] sentence [SEP]; the whole of a report is the mean over its sentences."
+    """Encode every sentence on its own as [CLS] sentence [SEP]; the whole of a report is the mean over its sentences.
+
+    Parameters
+    ----------
+    encoder : TextEncoder
+    input_ids : Tensor
+        (B, T)
+    attention_mask : Tensor
+        (B, T)
+    word_index : Tensor
+        (B, T) word of every token, -1 = none
+    sentence_index : Tensor
+        (B, T) sentence of every token, -1 = none
+
+    Returns
+    -------
+    TextFeatures
+        tokens are zero outside sentences; `sentences` (B, M, D') are the wholes of the sentences
+    """
     inputs, row, column = _sentences_apart(encoder.tokenizer, input_ids, word_index, sentence_index)
     out, inside = encoder(*inputs), sentence_index >= 0
     tokens = out.tokens.new_zeros(*input_ids.shape, out.tokens.shape[-1])

@@ -16,13 +16,34 @@ from .small import efficientnet_lite0, lite0_state
 def coordinates(
     maps: Tensor,  # (B, D, h, w)
 ) -> Tensor:  # (B, 2, h, w): row, column
-    "Where on the picture each cell stands: -1 at the first row or column, 1 at the last."
+    """Where on the picture each cell stands: -1 at the first row or column, 1 at the last.
+
+    Parameters
+    ----------
+    maps : Tensor
+        (B, D, h, w)
+
+    Returns
+    -------
+    Tensor
+        (B, 2, h, w): row, column
+    """
     rows, columns = (torch.linspace(-1, 1, n, device=maps.device, dtype=maps.dtype) for n in maps.shape[2:])
     return torch.stack(torch.meshgrid(rows, columns, indexing="ij")).expand(len(maps), -1, -1, -1)
 
 # %% ../../nbs/encoders/09_tower.ipynb #c06783d3
 class FrozenEncoder(nn.Module):
-    "An image encoder whose weights stay as they are, and three convolutions on its map, which learn."
+    """An image encoder whose weights stay as they are, and three convolutions on its map, which learn.
+
+    Parameters
+    ----------
+    tower : nn.Module
+        image encoder with one map of regions
+    width : int, default: 128
+        of the regions
+    coordinates : bool, default: True
+        whether the head is given where on the picture it stands
+    """
 
     def __init__(
         self,
@@ -61,14 +82,31 @@ class FrozenEncoder(nn.Module):
         self,
         image: Tensor,  # (B, C, H, W) preprocessed
     ) -> list[Tensor]:
-        "The tower's maps."
+        """The tower's maps.
+
+        Parameters
+        ----------
+        image : Tensor
+            (B, C, H, W) preprocessed
+        """
         return self.tower.pyramid(image)
 
     def tower_features(
         self,
         image: Tensor,  # (B, C, H, W) preprocessed
     ) -> Tensor:  # (B, D, h, w)
-        "The tower's map of regions."
+        """The tower's map of regions.
+
+        Parameters
+        ----------
+        image : Tensor
+            (B, C, H, W) preprocessed
+
+        Returns
+        -------
+        Tensor
+            (B, D, h, w)
+        """
         with torch.no_grad():
             features = self.tower(image)
         return features.regions.mT.unflatten(2, features.grid)
@@ -77,6 +115,11 @@ class FrozenEncoder(nn.Module):
         self,
         image: Tensor,  # (B, C, H, W) preprocessed; or (B, D, h, w), `tower_features`
     ) -> ImageFeatures:
+        """Parameters
+        ----------
+        image : Tensor
+            (B, C, H, W) preprocessed; or (B, D, h, w), `tower_features`
+        """
         maps = image if image.shape[1] == self.tower.region_dim else self.tower_features(image)
         scaled = self.norm(maps)
         if self.first.in_channels > scaled.shape[1]:

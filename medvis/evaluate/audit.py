@@ -262,7 +262,20 @@ def audit_table(
 ) -> pd.DataFrame:  # one row a control of _CONTROLS
     """Hit, CNR and score under every control beside its reference, and the share of hits above chance that is lost.
 
-    Intervals draw patients; each line is about the phrases that its control has."""
+    Intervals draw patients; each line is about the phrases that its control has.
+
+    Parameters
+    ----------
+    rows : pd.DataFrame
+        one row a phrase: patient, chance, and `control: hit`, `control: cnr`, `control: score`
+    resamples : int, default: 500
+    level : float, default: 0.95
+
+    Returns
+    -------
+    pd.DataFrame
+        one row a control of _CONTROLS
+    """
     weights = resample(rows["patient"].astype(str), resamples)
     surplus = interval(mean_draws(rows["own image: hit"] - rows["chance"], weights), level)
     return pd.DataFrame([_control_line(rows, name, weights, surplus.low > 0, level) for name in _CONTROLS])
@@ -293,7 +306,13 @@ def _answer(line: pd.Series) -> str:
 def verdict(
     table: pd.DataFrame,  # of `audit_table`
 ) -> str:
-    "One line: how much of what is found above chance is seen, how much is habit, and what is read."
+    """One line: how much of what is found above chance is seen, how much is habit, and what is read.
+
+    Parameters
+    ----------
+    table : pd.DataFrame
+        of `audit_table`
+    """
     lines = table.set_index("control")
     own, other, fixed = (lines.loc[name] for name in ("own image", "another image", "best fixed map"))
     against = f"hit {own['hit']:.2f} against {own['chance']:.2f} by chance"
@@ -319,7 +338,32 @@ def audit(
     resamples: int = 500,
     allow_leaks: bool = False,  # measure although the run was trained on patients or images that are tested here
 ) -> pd.DataFrame:  # see `audit_table`; `verdict` says it in one line
-    "Measure a run on phrases under every control. ValueError for leaks, and if no phrase has a box that is seen."
+    """Measure a run on phrases under every control. ValueError for leaks, and if no phrase has a box that is seen.
+
+    Parameters
+    ----------
+    run : nn.Module | Run | str | Path
+        a method (see `condition_maps`) or a run folder
+    data : Pack | str | Path | None, default: None
+        None: the Pack that the run was trained on
+    phrases : Sequence[Phrase] | str | Path | None, default: None
+        or a file as MS-CXR; None: of a phantom's test reports
+    out : str | Path | None, default: None
+        folder for audit_phrases.csv (one row a phrase), audit.csv and audit.json
+    fill : Literal['mean', 'blur'], default: 'mean'
+        what occludes a box
+    seed : int, default: 0
+        of nonsense, and of the places that are occluded elsewhere
+    batch_size : int, default: 32
+    resamples : int, default: 500
+    allow_leaks : bool, default: False
+        measure although the run was trained on patients or images that are tested here
+
+    Returns
+    -------
+    pd.DataFrame
+        see `audit_table`; `verdict` says it in one line
+    """
     check_choice("fill", fill, _FILLS)
     method = as_method(run)
     pack = as_pack(data, method)

@@ -95,7 +95,37 @@ def probe_predictions(
 ) -> pd.DataFrame:  # study_id, patient_id, encoder, fraction, seed, finding, label, score, n, positives
     """Scores of every test study by every probe: encoders x fractions x seeds x findings.
 
-    An encoder of the baseline's name is used as it is. ValueError for unknown findings, missing splits, or leaks."""
+    An encoder of the baseline's name is used as it is. ValueError for unknown findings, missing splits, or leaks.
+
+    Parameters
+    ----------
+    encoder : object
+        an image encoder, method, run folder, ...; several in a list or dict: see models.as_encoders
+    data : Pack
+        a Pack with the splits train and test
+    fractions : tuple[float, ...], default: (0.01, 0.1, 1.0)
+        shares of the training patients
+    seeds : tuple[int, ...], default: (0, 1, 2)
+        each draws other subsets, and another random baseline
+    findings : list[str] | None, default: None
+        label columns; this and the next three: None = as the Pack's recipe says, see label_policy
+    baseline : str | None, default: 'random-init'
+        name of the randomly initialised copy of the first encoder; None: without it
+    uncertain : str | Mapping[str, str] | None, default: None
+    blank : str | None, default: None
+    subset : str | None, default: None
+        "patients": shares are drawn by patient; "first": they are the first rows
+    allow_leaks : bool, default: False
+        measure although an encoder was trained on patients or images that are tested here
+    device : str | None, default: None
+        this and cache: see encode
+    cache : str | Path | None, default: None
+
+    Returns
+    -------
+    pd.DataFrame
+        study_id, patient_id, encoder, fraction, seed, finding, label, score, n, positives
+    """
     encoders = as_encoders(encoder)
     targets = study_targets(data, findings, uncertain, blank)
     check_unseen(data, encoders.values(), allow_leaks)
@@ -190,7 +220,20 @@ def probe_table(
     n: training studies; spread: standard deviation over seeds; positives: of n, mean over seeds; n_test: labelled test
     studies; positives_test: of these; constant: how many probes saw one class only and scored every study alike (AUROC
     0.5, part of the mean), of the `probes` that the AUROC is the mean of; seeds: their number. A finding without both
-    classes in the test split has AUROC NaN and is no part of macro."""
+    classes in the test split has AUROC NaN and is no part of macro.
+
+    Parameters
+    ----------
+    predictions : pd.DataFrame
+        of probe_predictions
+    resamples : int, default: 500
+    level : float, default: 0.95
+
+    Returns
+    -------
+    pd.DataFrame
+        encoder, finding, fraction, auroc, low, high, n, and what the docstring lists
+    """
     draws = _replicates(predictions, resamples)
     means = _averages(draws)
     found = [interval(row, level) for row in means.to_numpy()]
@@ -208,7 +251,21 @@ def paired_gain(
     resamples: int = 500,
     level: float = 0.95,
 ) -> pd.DataFrame:  # encoder, fraction, gain, low, high
-    """Macro AUROC of every other encoder minus that of the baseline, with the interval of the paired difference."""
+    """Macro AUROC of every other encoder minus that of the baseline, with the interval of the paired difference.
+
+    Parameters
+    ----------
+    predictions : pd.DataFrame
+        of probe_predictions
+    baseline : str, default: 'random-init'
+    resamples : int, default: 500
+    level : float, default: 0.95
+
+    Returns
+    -------
+    pd.DataFrame
+        encoder, fraction, gain, low, high
+    """
     macro = _averages(_replicates(predictions, resamples)).xs("macro", level="finding")
     if baseline not in macro.index.get_level_values("encoder"):
         raise ValueError(f"no baseline {baseline!r} among {list(macro.index.unique('encoder'))}")
@@ -238,7 +295,38 @@ def linear_probe(
 ) -> pd.DataFrame:  # encoder, finding, fraction, auroc, low, high, n, ...: see probe_table
     """Linear classification from frozen features with few and many labels, against random initialisation.
 
-    See probe_predictions for the protocol's settings and probe_table for the columns."""
+    See probe_predictions for the protocol's settings and probe_table for the columns.
+
+    Parameters
+    ----------
+    encoder : object
+        an image encoder, method, run folder, ...; several in a list or dict: see models.as_encoders
+    data : Pack | str | Path
+        a Pack with the splits train and test
+    fractions : tuple[float, ...], default: (0.01, 0.1, 1.0)
+        shares of the training patients
+    seeds : tuple[int, ...], default: (0, 1, 2)
+    findings : list[str] | None, default: None
+        label columns; this and the three below: None = as the Pack's recipe says
+    baseline : str | None, default: 'random-init'
+    uncertain : str | Mapping[str, str] | None, default: None
+        see label_policy
+    blank : str | None, default: None
+    subset : str | None, default: None
+        see probe_predictions
+    resamples : int, default: 500
+    out : str | Path | None, default: None
+        folder for predictions.parquet, probe.csv and probe.json
+    allow_leaks : bool, default: False
+    device : str | None, default: None
+        this and cache: see encode
+    cache : str | Path | None, default: None
+
+    Returns
+    -------
+    pd.DataFrame
+        encoder, finding, fraction, auroc, low, high, n, ...: see probe_table
+    """
     data = open_pack(data)
     encoders, policy = as_encoders(encoder), label_policy(data, findings, uncertain, blank)
     subset = subset or data.recipe.get("subset", "patients")

@@ -92,7 +92,17 @@ _YOLO_RULES = {
 # %% ../../nbs/evaluate/08_detect.ipynb #8aa56c76
 @dataclass
 class Targets:
-    """K ground-truth boxes of a batch."""
+    """K ground-truth boxes of a batch.
+
+    Parameters
+    ----------
+    image : Tensor
+        (K,) int64 row of the batch
+    boxes : Tensor
+        (K, 4) centre x, y, width, height in pixels
+    classes : Tensor
+        (K,) int64
+    """
 
     image: Tensor  # (K,) int64 row of the batch
     boxes: Tensor  # (K, 4) centre x, y, width, height in pixels
@@ -104,7 +114,15 @@ class Targets:
         padded: Tensor,  # (B, R, 5) class, centre x, y, width, height as shares of the image; rows of zeros are padding
         size: int,  # of the square image, pixels
     ) -> "Targets":
-        "Targets from labels padded to the same number of boxes, as MGCA has them."
+        """Targets from labels padded to the same number of boxes, as MGCA has them.
+
+        Parameters
+        ----------
+        padded : Tensor
+            (B, R, 5) class, centre x, y, width, height as shares of the image; rows of zeros are padding
+        size : int
+            of the square image, pixels
+        """
         image, row = padded.any(-1).nonzero(as_tuple=True)
         return cls(image, padded[image, row, 1:] * size, padded[image, row, 0].long())
 
@@ -114,7 +132,14 @@ class Targets:
         boxes: Sequence,  # one (k, 5) array or tensor an image: x0, y0, x1, y1 in pixels, class
         device: str | torch.device = "cpu",
     ) -> "Targets":
-        "Targets from the boxes of each image of a batch, as a task has them."
+        """Targets from the boxes of each image of a batch, as a task has them.
+
+        Parameters
+        ----------
+        boxes : Sequence
+            one (k, 5) array or tensor an image: x0, y0, x1, y1 in pixels, class
+        device : str | torch.device, default: 'cpu'
+        """
         image = torch.repeat_interleave(torch.arange(len(boxes)), torch.tensor([len(rows) for rows in boxes]))
         table = torch.cat([torch.as_tensor(rows).reshape(-1, 5) for rows in boxes]).to(device, torch.float32)
         return cls(image.to(device), box_convert(table[:, :4], "xyxy", "cxcywh"), table[:, 4].long())
@@ -137,7 +162,19 @@ def _shape_iou(
 # %% ../../nbs/evaluate/08_detect.ipynb #2fbe12a5
 @dataclass
 class Assignment:
-    """What each anchor of each cell has to do."""
+    """What each anchor of each cell has to do.
+
+    Parameters
+    ----------
+    positive : Tensor
+        (B, A, H, W) bool: responsible for a box
+    background : Tensor
+        (B, A, H, W) bool: has to be silent
+    offsets : Tensor
+        (B, A, H, W, 4) wanted x, y within the cell, log width and height over the anchor's
+    labels : Tensor
+        (B, A, H, W, C) 1 = wanted class
+    """
 
     positive: Tensor  # (B, A, H, W) bool: responsible for a box
     background: Tensor  # (B, A, H, W) bool: has to be silent
@@ -152,7 +189,19 @@ def assign(
     size: int,  # of the square image, pixels
     rules: YoloRules = _YOLO_RULES["corrected"],
 ) -> Assignment:
-    """Share the boxes out. Of two on the same cell and anchor the later sets the place, both set their class."""
+    """Share the boxes out. Of two on the same cell and anchor the later sets the place, both set their class.
+
+    Parameters
+    ----------
+    targets : Targets
+    anchors : Tensor
+        (A, 2) pixels
+    shape : tuple[int, int, int, int, int]
+        B, A, H, W, C
+    size : int
+        of the square image, pixels
+    rules : YoloRules, default: _YOLO_RULES['corrected']
+    """
     *grid, classes = shape
     stride = size / torch.tensor([grid[3], grid[2]]).to(targets.boxes)
     centre, sides, anchors = targets.boxes[:, :2] / stride, targets.boxes[:, 2:] / stride, anchors.to(stride) / stride
@@ -212,7 +261,18 @@ def yolo_loss(
     size: int,
     rules: YoloRules = _YOLO_RULES["corrected"],
 ) -> Losses:
-    """YOLOv3's loss: the sum over its scales, part by part."""
+    """YOLOv3's loss: the sum over its scales, part by part.
+
+    Parameters
+    ----------
+    raws : Sequence[Tensor]
+        (B, A*(5+C), H, W) each, coarsest first
+    targets : Targets
+    anchors : Tensor
+        (scales, A, 2) pixels
+    size : int
+    rules : YoloRules, default: _YOLO_RULES['corrected']
+    """
     losses = [_scale_loss(raw, targets, shapes, size, rules) for raw, shapes in zip(raws, anchors, strict=True)]
     parts = {name: sum(loss.parts[name] for loss in losses) for name in losses[0].parts}
     return Losses(sum(loss.total for loss in losses), parts)
@@ -232,7 +292,24 @@ def suppress(
     overlap: float = 0.4,  # IoU from which a box is dropped
     side: float = 0.0,  # added to the sides of boxes: 1 = "+1 pixel"
 ) -> tuple[Tensor, Tensor, Tensor]:  # image (K,), row of P (K,), class (K,)
-    """Non-maximum suppression; what is kept is in order of image, class and falling objectness."""
+    """Non-maximum suppression; what is kept is in order of image, class and falling objectness.
+
+    Parameters
+    ----------
+    predictions : Tensor
+        (B, P, 5+C) of `_decode_boxes`
+    objectness : float, default: 0.2
+        least that is kept
+    overlap : float, default: 0.4
+        IoU from which a box is dropped
+    side : float, default: 0.0
+        added to the sides of boxes: 1 = "+1 pixel"
+
+    Returns
+    -------
+    tuple[Tensor, Tensor, Tensor]
+        image (K,), row of P (K,), class (K,)
+    """
     image, row = (predictions[..., 4] >= objectness).nonzero(as_tuple=True)
     chosen = predictions[image, row].double()
     kinds = chosen[:, 5:].argmax(1)
@@ -293,7 +370,16 @@ _YOLO_ANCHORS = {"corrected": "coco", "corrected-mgca": "coco", "lovt": "lovt", 
 
 
 class YoloV3(nn.Module):
-    """YOLOv3's heads on the pyramid of an encoder. ValueError for unknown rules."""
+    """YOLOv3's heads on the pyramid of an encoder. ValueError for unknown rules.
+
+    Parameters
+    ----------
+    encoder : nn.Module
+        an image encoder
+    classes : Sequence[str]
+    rules : str, default: 'corrected'
+        "corrected-mgca": MGCA's thresholds; "lovt", "mgca": as in their released codes
+    """
 
     needs = "pyramid"
 
@@ -320,6 +406,16 @@ class YoloV3(nn.Module):
         self,
         maps: Sequence[Tensor],  # of encoder.pyramid
     ) -> list[Tensor]:  # (B, 3 * (5 + C), H, W) each, coarsest first
+        """Parameters
+        ----------
+        maps : Sequence[Tensor]
+            of encoder.pyramid
+
+        Returns
+        -------
+        list[Tensor]
+            (B, 3 * (5 + C), H, W) each, coarsest first
+        """
         maps = [maps[level] for level in self.levels]
         while len(maps) < 3:
             maps.append(F.max_pool2d(maps[-1], 2, ceil_mode=True))
@@ -339,5 +435,11 @@ class YoloV3(nn.Module):
         return yolo_loss(raw, targets, self.anchors, self.size, _YOLO_RULES[self.rules])
 
     def predict(self, raw: Sequence[Tensor]) -> Boxes:  # image: row of the batch
-        "What is left after suppression."
+        """What is left after suppression.
+
+        Returns
+        -------
+        Boxes
+            image: row of the batch
+        """
         return _detect(raw, self.anchors, self.size, **_NMS[self.rules])

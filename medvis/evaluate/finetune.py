@@ -118,10 +118,21 @@ class LinearClassifier(nn.Module):
         self.kind, self.linear = kind, nn.Linear(encoder.whole_dim, len(classes) - (kind == "ordinal"))
 
     def forward(self, whole: Tensor) -> Tensor:  # (B, D') -> (B, C), of grades (B, C-1)
+        """Returns
+        -------
+        Tensor
+            (B, D') -> (B, C), of grades (B, C-1)
+        """
         return self.linear(whole)
 
     def loss(self, raw: Tensor, target: Tensor) -> Losses:  # (B, C) 1, 0, NaN; or (B,)
-        "Mean over the labelled answers."
+        """Mean over the labelled answers.
+
+        Returns
+        -------
+        Losses
+            (B, C) 1, 0, NaN; or (B,)
+        """
         if self.kind == "classes":
             return add_up(entropy=F.cross_entropy(raw, target))
         if self.kind == "ordinal":
@@ -131,6 +142,11 @@ class LinearClassifier(nn.Module):
         return add_up(entropy=(each * labelled).sum() / labelled.sum().clamp(min=1))
 
     def predict(self, raw: Tensor) -> Tensor:  # (B, C) probabilities
+        """Returns
+        -------
+        Tensor
+            (B, C) probabilities
+        """
         if self.kind == "ordinal":
             return _grade_log_probability(raw).exp()
         return raw.softmax(1) if self.kind == "classes" else raw.sigmoid()
@@ -148,7 +164,20 @@ def _trained_parts(encoder: nn.Module, trains: str) -> list[nn.Module]:
 
 # %% ../../nbs/evaluate/11_finetune.ipynb #88510c31
 class Learner:
-    "An encoder and a head that learn a task by a protocol; `live` if the encoder has to look at images all the time."
+    """An encoder and a head that learn a task by a protocol; `live` if the encoder has to look at images all the time.
+
+    Parameters
+    ----------
+    encoder : nn.Module
+    head : nn.Module
+    task : Task
+    protocol : Protocol
+    cache : str | Path | None, default: None
+        folder of features
+    seed : int, default: 0
+    limit : float, default: 50.0
+        of how many GB at most
+    """
 
     def __init__(
         self,
@@ -232,7 +261,19 @@ def predict(
     learner: Learner,
     rows: np.ndarray,  # of the task
 ) -> tuple[Predictions, float]:  # and the mean loss
-    "The head's predictions for these images, not augmented, in evaluation mode."
+    """The head's predictions for these images, not augmented, in evaluation mode.
+
+    Parameters
+    ----------
+    learner : Learner
+    rows : np.ndarray
+        of the task
+
+    Returns
+    -------
+    tuple[Predictions, float]
+        and the mean loss
+    """
     task, size, total, said, truth, sizes = learner.task, learner.protocol.batch_size, 0.0, [], [], []
     with frozen(nn.ModuleList(learner.parts)):
         for start in range(0, len(rows), size):
@@ -269,7 +310,22 @@ def fit_head(
 ) -> pd.DataFrame:  # one row an epoch: epoch, step, lr, train_loss, loss, score (larger is better)
     """Train a head (and what else the protocol says) and leave it as it was in its best epoch.
 
-    Raises Diverged if a loss is not finite before the first epoch is over; later, that ends the run."""
+    Raises Diverged if a loss is not finite before the first epoch is over; later, that ends the run.
+
+    Parameters
+    ----------
+    learner : Learner
+    lr : float
+    train : np.ndarray
+        rows of the task
+    validate : np.ndarray
+        rows of the task
+
+    Returns
+    -------
+    pd.DataFrame
+        one row an epoch: epoch, step, lr, train_loss, loss, score (larger is better)
+    """
     protocol, history, best = learner.protocol, [], None
     kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[protocol.optimizer]
     optimizer = kind(learner.parameters(), lr, weight_decay=protocol.weight_decay)

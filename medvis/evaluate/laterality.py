@@ -240,7 +240,34 @@ def measure_places(
     """Do the maps of sentences that name one place lie there? With controls.
 
     Zones are thirds of a phantom's lungs, and of the height of what the encoder sees for other images.
-    Raises ValueError for leaks, or if no sentence names one place alone."""
+    Raises ValueError for leaks, or if no sentence names one place alone.
+
+    Parameters
+    ----------
+    run : nn.Module | Run | str | Path
+        a method (see `condition_maps`) or a run folder
+    data : Pack | str | Path | None, default: None
+        None: the Pack that the run was trained on
+    what : Literal['side', 'zone'], default: 'side'
+        left and right, or upper, middle and lower
+    targets : pd.DataFrame | None, default: None
+        see `report_targets`; None: of the Pack's reports
+    split : str | None, default: 'test'
+        None: all
+    findings : Sequence[str] | None, default: None
+        sentences that assert one of these; None: any
+    out : str | Path | None, default: None
+        folder for side_sentences.csv (one row a sentence), side.csv and side.json
+    batch_size : int, default: 32
+    resamples : int, default: 500
+    allow_leaks : bool, default: False
+        measure although the run was trained on patients or images that are tested here
+
+    Returns
+    -------
+    tuple[pd.DataFrame, pd.DataFrame]
+        see `_place_rows` and `_place_table`
+    """
     check_choice("kind of place", what, _PLACES)
     method = as_method(run)
     pack = as_pack(data, method)

@@ -36,7 +36,23 @@ def recipe_maps(
     temperature: float = 1.0,
     bias: float | None = None,  # of a sigmoid; None: the method has none
 ) -> dict[str, np.ndarray]:  # of RECIPES -> (K, N)
-    "The same scores under every recipe. ValueError if the grid does not fit or the temperature is not positive."
+    """The same scores under every recipe. ValueError if the grid does not fit or the temperature is not positive.
+
+    Parameters
+    ----------
+    scores : ArrayLike
+        (K, N) regions row-major
+    grid : tuple[int, int]
+        (h, w), N = h*w
+    temperature : float, default: 1.0
+    bias : float | None, default: None
+        of a sigmoid; None: the method has none
+
+    Returns
+    -------
+    dict[str, np.ndarray]
+        of RECIPES -> (K, N)
+    """
     scores = np.asarray(scores, dtype=np.float64)
     if scores.ndim != 2 or scores.shape[1] != grid[0] * grid[1]:
         raise ValueError(f"a grid of {grid[0]} x {grid[1]} needs scores (K, {grid[0] * grid[1]}); got {scores.shape}")
@@ -57,7 +73,23 @@ def draw_maps(
     size: tuple[int, int],  # (H, W)
     drawing: str = "bilinear",  # of _DRAWINGS
 ) -> np.ndarray:  # (K, H, W) float64
-    "Maps in pixels. ValueError for another drawing."
+    """Maps in pixels. ValueError for another drawing.
+
+    Parameters
+    ----------
+    scores : ArrayLike
+        (K, N)
+    grid : tuple[int, int]
+    size : tuple[int, int]
+        (H, W)
+    drawing : str, default: 'bilinear'
+        of _DRAWINGS
+
+    Returns
+    -------
+    np.ndarray
+        (K, H, W) float64
+    """
     check_choice("drawing", drawing, _DRAWINGS)
     scores = np.asarray(scores, dtype=np.float64)
     if drawing == "bilinear":
@@ -152,7 +184,30 @@ def map_recipe_table(
     resamples: int = 500,
     level: float = 0.95,
 ) -> pd.DataFrame:  # recipe, drawing, boxes, measure, convention, value, low, high, targets, patients
-    "The same maps under every recipe and convention. ValueError if shapes do not fit."
+    """The same maps under every recipe and convention. ValueError if shapes do not fit.
+
+    Parameters
+    ----------
+    scores : ArrayLike
+        (K, N) one map a target, regions row-major
+    boxes : Sequence[ArrayLike]
+        of each target: masks of its boxes (M, H, W), or one mask (H, W)
+    grid : tuple[int, int]
+        (h, w), N = h*w
+    temperature : float, default: 1.0
+        of the method's loss, for the softmax
+    bias : float | None, default: None
+        of a sigmoid; None: the method has none
+    groups : ArrayLike | None, default: None
+        (K,) patients; None: every target is its own
+    resamples : int, default: 500
+    level : float, default: 0.95
+
+    Returns
+    -------
+    pd.DataFrame
+        recipe, drawing, boxes, measure, convention, value, low, high, targets, patients
+    """
     maps = recipe_maps(scores, grid, temperature, bias)
     if len(boxes) != len(maps["raw"]) or not len(boxes):
         raise ValueError(f"{len(maps['raw'])} maps need boxes for each, and one at least; got {len(boxes)}")

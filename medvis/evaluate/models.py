@@ -23,7 +23,18 @@ from ..train.run import RANDOM_INIT, load_encoder, load_method, training_pack
 def as_method(
     run: nn.Module | str | PathLike,  # a method, a run, or its folder
 ) -> nn.Module:  # in evaluation mode
-    "The method of a run. FileNotFoundError if the folder is not one."
+    """The method of a run. FileNotFoundError if the folder is not one.
+
+    Parameters
+    ----------
+    run : nn.Module | str | PathLike
+        a method, a run, or its folder
+
+    Returns
+    -------
+    nn.Module
+        in evaluation mode
+    """
     return load_method(run) if isinstance(run, str | PathLike) else run.eval()
 
 # %% ../../nbs/evaluate/03_models.ipynb #feef4a62
@@ -34,7 +45,17 @@ def as_encoder(
     image: str | None = None,  # architecture of state-dict files, of "random-init" and of "imagenet"
     size: int | None = None,  # side in pixels of what encoders other than runs are shown; None: their own
 ) -> nn.Module:
-    "An image encoder with its preprocessing. OSError if it is not there, ValueError if it does not fit."
+    """An image encoder with its preprocessing. OSError if it is not there, ValueError if it does not fit.
+
+    Parameters
+    ----------
+    encoder : nn.Module | str | PathLike
+        a method stands for its image encoder; a run, paths and names: see load_encoder
+    image : str | None, default: None
+        architecture of state-dict files, of "random-init" and of "imagenet"
+    size : int | None, default: None
+        side in pixels of what encoders other than runs are shown; None: their own
+    """
     if isinstance(encoder, str | PathLike):
         return load_encoder(fspath(encoder), image, **({} if size is None else {"size": size}))
     return getattr(encoder, "image_encoder", encoder)
@@ -43,7 +64,13 @@ def as_encoder(
 def rename_old_baselines(
     table: pd.DataFrame,  # as saved by the probe, a protocol or a study
 ) -> pd.DataFrame:
-    "The table with the name that randomly initialised encoders have today."
+    """The table with the name that randomly initialised encoders have today.
+
+    Parameters
+    ----------
+    table : pd.DataFrame
+        as saved by the probe, a protocol or a study
+    """
     for column, names in {"encoder": ["random", "untaught"], "subject": ["untrained"]}.items():
         if column in table:
             table = table.assign(**{column: table[column].astype(str).replace(names, RANDOM_INIT)})
@@ -55,7 +82,22 @@ def as_encoders(
     names: Sequence[str] = (),  # of those in a list; without, the names of their folders
     **loading,  # image, size: see as_encoder
 ) -> dict[str, nn.Module]:  # by name in the tables
-    "Image encoders by name. ValueError if two have the same name."
+    """Image encoders by name. ValueError if two have the same name.
+
+    Parameters
+    ----------
+    encoders : object
+        one of what as_encoder takes, several in a list, or a dict name -> encoder
+    names : Sequence[str], default: ()
+        of those in a list; without, the names of their folders
+    **loading
+        image, size: see as_encoder
+
+    Returns
+    -------
+    dict[str, nn.Module]
+        by name in the tables
+    """
     if isinstance(encoders, Mapping):
         return {str(name): as_encoder(one, **loading) for name, one in encoders.items()}
     several = list(encoders) if isinstance(encoders, list | tuple) else [encoders]
@@ -75,7 +117,14 @@ def as_pack(
     data: Pack | str | PathLike | None,  # None: the Pack that the model was trained on
     model: nn.Module,
 ) -> Pack:
-    "The Pack to measure a model on. ValueError if none is given and it is unknown or missing."
+    """The Pack to measure a model on. ValueError if none is given and it is unknown or missing.
+
+    Parameters
+    ----------
+    data : Pack | str | PathLike | None
+        None: the Pack that the model was trained on
+    model : nn.Module
+    """
     if data is not None:
         return open_pack(data)
     if (provenance := getattr(model, "provenance", None)) is None:
@@ -94,7 +143,17 @@ def check_unseen(
 ) -> None:
     """ValueError if a model was trained on patients or images of the Pack's validation or test splits.
 
-    See `data.guard.guard_measured`. Warns if the Pack that it was trained on is gone."""
+    See `data.guard.guard_measured`. Warns if the Pack that it was trained on is gone.
+
+    Parameters
+    ----------
+    pack : Pack
+        that is measured on
+    models : Iterable[nn.Module]
+        methods or encoders
+    allow_leaks : bool, default: False
+    progress : bool, default: True
+    """
     provenances = {one.run: one for model in models if (one := getattr(model, "provenance", None))}.values()
     for provenance in (replace(one, data=data) for one in provenances for data in (one.data, *one.init)):
         try:

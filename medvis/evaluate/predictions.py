@@ -32,7 +32,21 @@ from ..core.files import write_atomic
 # %% ../../nbs/evaluate/10_predictions.ipynb #2c1c694f
 @dataclass
 class Predictions:
-    "Predictions for n images, and the truth."
+    """Predictions for n images, and the truth.
+
+    Parameters
+    ----------
+    kind : str
+        of the task
+    classes : tuple[str, ...]
+        C
+    image_id : np.ndarray
+        (n,)
+    patient_id : np.ndarray
+        (n,)
+    predicted : np.ndarray | Boxes
+    truth : np.ndarray | Boxes
+    """
 
     kind: str  # of the task
     classes: tuple[str, ...]  # C
@@ -54,7 +68,15 @@ def join(
     parts: Sequence,  # arrays (b, ...), or Boxes whose images count from 0 in each batch
     sizes: Sequence[int],  # images of each batch
 ) -> np.ndarray | Boxes:
-    "Put batches together: one array, or Boxes of all images."
+    """Put batches together: one array, or Boxes of all images.
+
+    Parameters
+    ----------
+    parts : Sequence
+        arrays (b, ...), or Boxes whose images count from 0 in each batch
+    sizes : Sequence[int]
+        images of each batch
+    """
     if not isinstance(parts[0], Boxes):
         return np.concatenate(parts)
     starts = np.cumsum([0, *sizes[:-1]])
@@ -190,7 +212,19 @@ def score_table(
     predictions: Predictions,
     batch_size: int = 64,  # of the batches that MGCA's Dice is the mean of
 ) -> pd.DataFrame:  # metric, value, n, reported_by
-    "All metrics of these predictions, in all conventions."
+    """All metrics of these predictions, in all conventions.
+
+    Parameters
+    ----------
+    predictions : Predictions
+    batch_size : int, default: 64
+        of the batches that MGCA's Dice is the mean of
+
+    Returns
+    -------
+    pd.DataFrame
+        metric, value, n, reported_by
+    """
     columns = ["metric", "value", "n", "reported_by"]
     if predictions.kind == "boxes":
         table = detection_table(

@@ -34,7 +34,22 @@ def presence_scores(
 ) -> pd.DataFrame:  # image_id, patient, split, finding, shown; highest and mean score of the map
     """The heights of the maps of phrases. Regions that the encoder's crop leaves out have no row.
 
-    ValueError as of `ground_phrases`."""
+    ValueError as of `ground_phrases`.
+
+    Parameters
+    ----------
+    method : nn.Module
+        see phrase_maps
+    pack : Pack
+    phrases : Sequence[Phrase]
+        with a region, and without one about images that do not show it
+    batch_size : int, default: 32
+
+    Returns
+    -------
+    pd.DataFrame
+        image_id, patient, split, finding, shown; highest and mean score of the map
+    """
     check_preprocessing(method, pack)
     phrases, view = list(phrases), method.preprocessing.mask()
     images = find_phrases(phrases, pack)
@@ -69,7 +84,18 @@ def _best_threshold(scores: np.ndarray, shown: np.ndarray) -> float:
 def presence_rules(
     rows: pd.DataFrame,  # of validation images, as returned by presence_scores
 ) -> pd.DataFrame:  # index: findings and "all"; threshold, slope and intercept of the logistic curve, share, images
-    "What is chosen on validation images; NaN for a finding that none or all of them show."
+    """What is chosen on validation images; NaN for a finding that none or all of them show.
+
+    Parameters
+    ----------
+    rows : pd.DataFrame
+        of validation images, as returned by presence_scores
+
+    Returns
+    -------
+    pd.DataFrame
+        index: findings and "all"; threshold, slope and intercept of the logistic curve, share, images
+    """
     rules = {}
     for name in [*sorted(set(rows["finding"])), "all"]:
         own = rows if name == "all" else rows[rows["finding"] == name]
@@ -122,7 +148,22 @@ def presence_table(
     resamples: int = 500,
     level: float = 0.95,
 ) -> pd.DataFrame:  # finding, measure, value, low, high, threshold, shown, not_shown, patients, definition
-    "Every measure of every finding, of all together, and macro (mean over findings), with intervals over patients."
+    """Every measure of every finding, of all together, and macro (mean over findings), with intervals over patients.
+
+    Parameters
+    ----------
+    rows : pd.DataFrame
+        as returned by presence_scores
+    rules : pd.DataFrame | float | None, default: None
+        of presence_rules, or one threshold; None: no threshold
+    resamples : int, default: 500
+    level : float, default: 0.95
+
+    Returns
+    -------
+    pd.DataFrame
+        finding, measure, value, low, high, threshold, shown, not_shown, patients, definition
+    """
     names, lines = [*sorted(set(rows["finding"])), "all"], []
     missing = dict.fromkeys(_RULE, np.nan) | ({"threshold": float(rules)} if isinstance(rules, int | float) else {})
     given = rules.to_dict("index") if isinstance(rules, pd.DataFrame) else {}
@@ -153,7 +194,31 @@ def ground_labels(
     resamples: int = 500,
     allow_leaks: bool = False,  # measure although the run was trained on patients or images that are tested here
 ) -> tuple[pd.DataFrame, pd.DataFrame]:  # see grounding_table, and presence_table
-    "Does a run find what labels name, and say nothing where there is nothing? ValueError for leaks."
+    """Does a run find what labels name, and say nothing where there is nothing? ValueError for leaks.
+
+    Parameters
+    ----------
+    run : nn.Module | Run | str | Path
+        a method (see phrase_maps) or a run folder
+    data : Pack | str | Path | None, default: None
+        a Pack with boxes or masks; None: the one that the run was trained on
+    prompts : Mapping[str, str | Sequence[str]] | None, default: None
+        class -> texts; None: what reports call them
+    out : str | Path | None, default: None
+        folder for phrases.csv, findings.csv, images.csv, presence.csv and phrases.json
+    split : str | None, default: 'test'
+        None: all
+    threshold : float | None, default: None
+        None: of each class, chosen on validation images, if these are not measured
+    resamples : int, default: 500
+    allow_leaks : bool, default: False
+        measure although the run was trained on patients or images that are tested here
+
+    Returns
+    -------
+    tuple[pd.DataFrame, pd.DataFrame]
+        see grounding_table, and presence_table
+    """
     method = as_method(run)
     pack = as_pack(data, method)
     check_unseen(pack, [method], allow_leaks)

@@ -87,7 +87,13 @@ def _make_head(protocol: Protocol, encoder: nn.Module, task: Task) -> nn.Module:
 
 # %% ../../nbs/evaluate/12_protocol.ipynb #b730798c
 def share_rule(task: Task, protocol: Protocol) -> str:  # "patients" or "first", see Task.rows
-    "How small shares of the training images are drawn: by the protocol, else the recipe of the Pack, else by patient."
+    """How small shares of the training images are drawn: by the protocol, else the recipe of the Pack, else by patient.
+
+    Returns
+    -------
+    str
+        "patients" or "first", see Task.rows
+    """
     return protocol.subset or task.pack.recipe.get("subset", "patients")
 
 
@@ -206,7 +212,29 @@ def run_protocol(
 ) -> pd.DataFrame:  # a row for each run and metric: encoder, protocol, task, fraction, seed, metric, value, n, ...
     """Evaluate encoders on a task. Finished runs in `out` are not repeated; results.csv there gets these rows too.
 
-    ValueError if encoder, task and protocol do not fit together."""
+    ValueError if encoder, task and protocol do not fit together.
+
+    Parameters
+    ----------
+    encoders : Mapping[str, nn.Module | Sequence[nn.Module]]
+        name -> encoder, or one for each seed
+    task : Task
+    protocol : str | Protocol
+        a key of PROTOCOLS
+    out : str | Path
+        folder of runs, features and results.csv
+    fractions : Sequence[float] | None, default: None
+        None: as the protocol says
+    seeds : Sequence[int] | None, default: None
+    cache : float, default: 50.0
+        GB of a frozen encoder's features that may be kept in out; 0 = none are
+    progress : bool, default: True
+
+    Returns
+    -------
+    pd.DataFrame
+        a row for each run and metric: encoder, protocol, task, fraction, seed, metric, value, n, ...
+    """
     protocol = find_protocol(protocol)
     seeds = tuple(protocol.seeds if seeds is None else seeds)
     protocol = replace(protocol, fractions=tuple(fractions or protocol.fractions), seeds=seeds)
@@ -302,7 +330,20 @@ def summary_table(
     table: pd.DataFrame,  # of run_protocol
     baseline: str | None = None,  # encoder that the others are tested against
 ) -> pd.DataFrame:  # task, protocol, fraction, metric, encoder, mean, low, high, std, n (runs), ...: see stats.compare
-    "The headline metric of every encoder, over seeds."
+    """The headline metric of every encoder, over seeds.
+
+    Parameters
+    ----------
+    table : pd.DataFrame
+        of run_protocol
+    baseline : str | None, default: None
+        encoder that the others are tested against
+
+    Returns
+    -------
+    pd.DataFrame
+        task, protocol, fraction, metric, encoder, mean, low, high, std, n (runs), ...: see stats.compare
+    """
     chosen = table[table["metric"] == table["kind"].map(HEADLINE)]
     return compare(chosen, baseline, keys=("task", "protocol", "fraction", "metric"))
 
@@ -318,7 +359,22 @@ def compare_runs(
 ) -> pd.DataFrame:  # method, value, low, high, gain, gain_low, gain_high, p, ...: see stats.compare_predictions
     """Means over runs with intervals over test patients, and differences from a baseline.
 
-    ValueError if the runs had other test images or another truth."""
+    ValueError if the runs had other test images or another truth.
+
+    Parameters
+    ----------
+    runs : Mapping[str, Sequence[str | Path]]
+        name -> folders of its runs
+    baseline : str
+    metric : str | None, default: None
+        a key of METRICS; None: the headline of the kind of task
+    resamples : int, default: 500
+
+    Returns
+    -------
+    pd.DataFrame
+        method, value, low, high, gain, gain_low, gain_high, p, ...: see stats.compare_predictions
+    """
     predictions = {
         name: [load_predictions(Path(run) / "predictions.npz") for run in each] for name, each in runs.items()
     }
@@ -363,7 +419,22 @@ def over_patients(
     baseline: str,
     resamples: int = 500,
 ) -> pd.DataFrame:  # task, protocol, fraction, and the columns of compare_runs
-    "The headline number of every encoder, mean over seeds, with intervals over test patients."
+    """The headline number of every encoder, mean over seeds, with intervals over test patients.
+
+    Parameters
+    ----------
+    table : pd.DataFrame
+        of run_protocol
+    out : str | Path
+        its folder
+    baseline : str
+    resamples : int, default: 500
+
+    Returns
+    -------
+    pd.DataFrame
+        task, protocol, fraction, and the columns of compare_runs
+    """
     runs, tables = table.drop_duplicates(["encoder", "run"]), []
     for (task, protocol, fraction), group in runs.groupby(["task", "protocol", "fraction"], sort=False):
         folders = {
@@ -386,7 +457,24 @@ def protocol_task(
     blank: str | None = None,
     progress: bool = True,
 ) -> Task:
-    "The task of a protocol on a Pack. ValueError or FileNotFoundError if Pack, protocol and file do not fit together."
+    """The task of a protocol on a Pack. ValueError or FileNotFoundError if Pack, protocol and file do not fit together.
+
+    Parameters
+    ----------
+    pack : Pack
+    protocol : str
+        a key of PROTOCOLS
+    targets : str | Path | None, default: None
+        see data.task_files; None: what the Pack holds, or a phantom shows
+    kind : str | None, default: None
+        None: what the protocol asks first
+    classes : Sequence[str], default: ()
+        without: those of the recipe, else all
+    uncertain : str | Mapping[str, str] | None, default: None
+        labels of -1; None: as the recipe says, see label_policy
+    blank : str | None, default: None
+    progress : bool, default: True
+    """
     rules = find_protocol(protocol)
     kinds = _KINDS[rules.head]
     kind = kind or rules.kind or kinds[0]
@@ -443,7 +531,45 @@ def evaluate(
 ) -> pd.DataFrame:  # see summary_table; all metrics of all runs stand in results.csv
     """Measure encoders by a protocol of the papers or a tiny one, against randomly initialised copies.
 
-    ValueError for what does not fit together, and for leaks."""
+    ValueError for what does not fit together, and for leaks.
+
+    Parameters
+    ----------
+    encoders : object
+        run folders, methods, encoders, "random-init", ...: see models.as_encoders
+    task : Task | Pack | str | Path
+        of a Pack: what the protocol asks of it, see protocol_task
+    protocol : str | Protocol
+        a key of PROTOCOLS
+    out : str | Path
+        folder of the runs, results.csv and patients.csv; finished runs there are not repeated
+    names : Sequence[str], default: ()
+        of encoders in a list; without, the names of their folders
+    baseline : bool, default: True
+        add random-init: copies of the first encoder, one for each seed, unless one is given
+    released : bool, default: False
+        as the authors' code ran it, where that differs from the paper
+    resamples : int, default: 500
+        draws of test patients; 0: without patients.csv
+    allow_leaks : bool, default: False
+        measure although a run was trained on patients or images that are tested here
+    image : str | None, default: None
+        architecture of state-dict files, of "random-init" and of "imagenet"
+    size : int | None, default: None
+        side in pixels of what encoders other than runs are shown; None: their own
+    device : str, default: 'auto'
+        or "cpu"
+    cache : float, default: 50.0
+        GB of a frozen encoder's features that may be kept
+    progress : bool, default: True
+    **changes
+        of the protocol: lrs, fractions, subset, seeds, epochs, ...
+
+    Returns
+    -------
+    pd.DataFrame
+        see summary_table; all metrics of all runs stand in results.csv
+    """
     rules = replace(find_protocol(protocol, released), **changes)
     if not isinstance(task, Task):
         task = protocol_task(Pack(task) if isinstance(task, str | Path) else task, protocol, progress=progress)

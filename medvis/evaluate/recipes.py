@@ -203,7 +203,15 @@ def find_protocol(
     protocol: str | Protocol,  # a key of PROTOCOLS
     released: bool = False,  # as the authors' code ran it, where that differs from the paper
 ) -> Protocol:
-    "A protocol by its name. ValueError for an unknown name, or if no code was released for it."
+    """A protocol by its name. ValueError for an unknown name, or if no code was released for it.
+
+    Parameters
+    ----------
+    protocol : str | Protocol
+        a key of PROTOCOLS
+    released : bool, default: False
+        as the authors' code ran it, where that differs from the paper
+    """
     if isinstance(protocol, Protocol):
         return protocol
     check_choice("protocol", protocol, PROTOCOLS)

@@ -37,7 +37,17 @@ from ..train.run import Run
 class PairScores:
     """How well I images fit T texts (higher = better), and what they are.
 
-    Raises ValueError if the shapes do not fit or a score is not a number."""
+    Raises ValueError if the shapes do not fit or a score is not a number.
+
+    Parameters
+    ----------
+    scores : np.ndarray
+        (I, T) float32
+    images : pd.DataFrame
+        I rows: image_id, study_id, patient_id
+    texts : pd.DataFrame
+        T rows; of reports study_id, patient_id; of prompts finding, sign, pair, prompt
+    """
 
     scores: np.ndarray  # (I, T) float32
     images: pd.DataFrame  # I rows: image_id, study_id, patient_id
@@ -306,7 +316,21 @@ def retrieval_table(
     ks: Sequence[int] = (1, 5, 10),
     resamples: int = 500,
 ) -> pd.DataFrame:  # direction, relevant, metric, value, low, high, chance, n, candidates, reported_by
-    """Retrieval in both directions: R@k and median rank of the same study; precision@k and hit@k of the same class."""
+    """Retrieval in both directions: R@k and median rank of the same study; precision@k and hit@k of the same class.
+
+    Parameters
+    ----------
+    pairs : PairScores
+    classes : Mapping[str, str] | None, default: None
+        study_id -> its one finding, "" = none; None: leaves out "same class"
+    ks : Sequence[int], default: (1, 5, 10)
+    resamples : int, default: 500
+
+    Returns
+    -------
+    pd.DataFrame
+        direction, relevant, metric, value, low, high, chance, n, candidates, reported_by
+    """
     studies = [table["study_id"].to_numpy() for table in (pairs.images, pairs.texts)]
     kinds = {"same study": studies}
     if classes is not None:
@@ -352,7 +376,21 @@ def prompt_table(
     templates: Sequence[tuple[str, str]] = _TEMPLATES,  # positive and negative, {} for the name
     names: Mapping[str, Sequence[str]] = _NAMES,
 ) -> pd.DataFrame:  # finding, sign (1 or -1), pair (int, of the finding), prompt
-    """Every template with every name of a finding, in positive and negative form. ValueError for one without names."""
+    """Every template with every name of a finding, in positive and negative form. ValueError for one without names.
+
+    Parameters
+    ----------
+    findings : Sequence[str] | None, default: None
+        None: all in `names`
+    templates : Sequence[tuple[str, str]], default: _TEMPLATES
+        positive and negative, {} for the name
+    names : Mapping[str, Sequence[str]], default: _NAMES
+
+    Returns
+    -------
+    pd.DataFrame
+        finding, sign (1 or -1), pair (int, of the finding), prompt
+    """
     findings = list(names if findings is None else findings)
     for name in findings:
         check_choice("finding with names for its prompts", name, names)
@@ -367,7 +405,13 @@ def prompt_table(
 def read_prompts(
     path: str | Path,  # .csv with the columns of prompt_table
 ) -> pd.DataFrame:
-    """A table of prompts. FileNotFoundError, or ValueError that names what is missing: a column, a word, a sign."""
+    """A table of prompts. FileNotFoundError, or ValueError that names what is missing: a column, a word, a sign.
+
+    Parameters
+    ----------
+    path : str | Path
+        .csv with the columns of prompt_table
+    """
     table = read_csv(path, ("finding", "prompt"))
     if missing := [name for name in ("finding", "sign", "pair", "prompt") if name not in table]:
         raise ValueError(f"{path} lacks the columns {', '.join(missing)}; it has {', '.join(table)}")
@@ -469,7 +513,21 @@ def zero_shot_table(
 ) -> pd.DataFrame:  # finding, metric, value, low, high, chance, n, positives
     """Positive against negative prompts, finding by finding, and the macro mean of those with both classes.
 
-    Intervals draw patients. A finding without both classes is NaN."""
+    Intervals draw patients. A finding without both classes is NaN.
+
+    Parameters
+    ----------
+    pairs : PairScores
+    targets : pd.DataFrame
+        (I, findings) 1, 0, NaN
+    combine : str, default: 'mean'
+    resamples : int, default: 500
+
+    Returns
+    -------
+    pd.DataFrame
+        finding, metric, value, low, high, chance, n, positives
+    """
     scores, labels = _finding_scores(pairs, combine=combine)[list(targets)].to_numpy(), targets.to_numpy(dtype=float)
     judged = lambda rows: [_judge(scores[rows, c], labels[rows, c]) for c in range(labels.shape[1])]
     draws = bootstrap(judged, pairs.images["patient_id"], resamples)  # (1 + R, C, 3)
@@ -548,7 +606,34 @@ def retrieve(
     allow_leaks: bool = False,  # measure although the run was trained on patients or images of the split
     batch_size: int = 64,
 ) -> pd.DataFrame:  # see retrieval_table
-    """Retrieval of reports by images and back in a split: same study, same class. ValueError for leaks."""
+    """Retrieval of reports by images and back in a split: same study, same class. ValueError for leaks.
+
+    Parameters
+    ----------
+    run : Method | Run | str | Path
+        or a run folder
+    data : Pack | str | Path | None, default: None
+        None: the Pack that it was trained on
+    split : str, default: 'test'
+    findings : Sequence[str] | None, default: None
+        of "same class"; this and the next two: None = as the Pack's recipe says, see label_policy
+    uncertain : str | Mapping[str, str] | None, default: None
+    blank : str | None, default: None
+    per_class : int | None, default: None
+        at most so many studies of each class; the papers: 200
+    ks : Sequence[int], default: (1, 5, 10)
+    resamples : int, default: 500
+    out : str | Path | None, default: None
+        folder for retrieval.npz, retrieval.csv and retrieval.json
+    allow_leaks : bool, default: False
+        measure although the run was trained on patients or images of the split
+    batch_size : int, default: 64
+
+    Returns
+    -------
+    pd.DataFrame
+        see retrieval_table
+    """
     method = as_method(run)
     pack = as_pack(data, method)
     check_unseen(pack, [method], allow_leaks)
@@ -583,7 +668,34 @@ def zero_shot(
     allow_leaks: bool = False,  # measure although the run was trained on patients or images of the split
     batch_size: int = 64,
 ) -> dict[str, pd.DataFrame]:  # "findings": zero_shot_table, "prompts": prompt_breakdown, "classes": class_table
-    """Zero-shot classification of a split, by pairs of prompts, single prompts and classes. ValueError for leaks."""
+    """Zero-shot classification of a split, by pairs of prompts, single prompts and classes. ValueError for leaks.
+
+    Parameters
+    ----------
+    run : Method | Run | str | Path
+        or a run folder
+    data : Pack | str | Path | None, default: None
+        None: the Pack that it was trained on
+    prompts : pd.DataFrame | None, default: None
+        None: prompt_table of `findings`, as far as they have names
+    split : str, default: 'test'
+    findings : Sequence[str] | None, default: None
+        this and the next two: None = as the Pack's recipe says, see label_policy
+    uncertain : str | Mapping[str, str] | None, default: None
+    blank : str | None, default: None
+    combine : str, default: 'mean'
+    resamples : int, default: 500
+    out : str | Path | None, default: None
+        folder for zero_shot.npz, zero_shot.json and the three tables as zero_shot_<name>.csv
+    allow_leaks : bool, default: False
+        measure although the run was trained on patients or images of the split
+    batch_size : int, default: 64
+
+    Returns
+    -------
+    dict[str, pd.DataFrame]
+        "findings": zero_shot_table, "prompts": prompt_breakdown, "classes": class_table
+    """
     method = as_method(run)
     pack = as_pack(data, method)
     check_unseen(pack, [method], allow_leaks)

@@ -46,7 +46,22 @@ def dice_loss(
     target: Tensor,  # same shape, 0..1
     per_class: bool = False,  # the mean of a Dice for each class of axis 1; False: all in one sum (LoVT's code)
 ) -> Tensor:  # scalar in 0..1
-    """Soft Dice loss over the batch; 0, with no gradient, for a class (or batch) without a positive pixel."""
+    """Soft Dice loss over the batch; 0, with no gradient, for a class (or batch) without a positive pixel.
+
+    Parameters
+    ----------
+    logits : Tensor
+        (B, H, W) or (B, C, H, W)
+    target : Tensor
+        same shape, 0..1
+    per_class : bool, default: False
+        the mean of a Dice for each class of axis 1; False: all in one sum (LoVT's code)
+
+    Returns
+    -------
+    Tensor
+        scalar in 0..1
+    """
     dims = tuple(axis for axis in range(logits.ndim) if not (per_class and axis == 1))
     loss = 1 - _soft_dice(logits, target, dims=dims)
     return (loss * (target.sum(dims) > 0)).mean()
@@ -72,7 +87,22 @@ def mixed_loss(
     gamma: float = 2.0,
     smooth: float = 1.0,
 ) -> Losses:  # parts focal, dice
-    """Focal loss minus the logarithm of the soft Dice (MGCA, released code)."""
+    """Focal loss minus the logarithm of the soft Dice (MGCA, released code).
+
+    Parameters
+    ----------
+    logits : Tensor
+    target : Tensor
+        same shape, 0..1
+    alpha : float, default: 10.0
+    gamma : float, default: 2.0
+    smooth : float, default: 1.0
+
+    Returns
+    -------
+    Losses
+        parts focal, dice
+    """
     return add_up(focal=alpha * _focal_loss(logits, target, gamma), dice=-_soft_dice(logits, target, smooth).log())
 
 # %% ../../nbs/evaluate/09_segment.ipynb #cd1cf46e
@@ -98,19 +128,47 @@ class Segmenter(nn.Module):
         raw: Tensor,  # (B, C, H, W) logits
         target: Tensor,  # (B, C, H, W) masks, 0..1
     ) -> Losses:
-        "What it costs; ValueError for masks of another size."
+        """What it costs; ValueError for masks of another size.
+
+        Parameters
+        ----------
+        raw : Tensor
+            (B, C, H, W) logits
+        target : Tensor
+            (B, C, H, W) masks, 0..1
+        """
         return _SEGMENTATION_LOSSES[self.objective](raw, target)
 
     def predict(
         self,
         raw: Tensor,  # (B, C, H, W) logits
     ) -> Tensor:  # (B, C, H, W) probabilities, single precision at least
-        "The probability of each pixel to belong to each class."
+        """The probability of each pixel to belong to each class.
+
+        Parameters
+        ----------
+        raw : Tensor
+            (B, C, H, W) logits
+
+        Returns
+        -------
+        Tensor
+            (B, C, H, W) probabilities, single precision at least
+        """
         return at_least_float32(raw).sigmoid()
 
 # %% ../../nbs/evaluate/09_segment.ipynb #0cc15f29
 class LinearSegmenter(Segmenter):
-    """One linear layer on every region, enlarged bilinearly to the image (LoVT's linear protocol)."""
+    """One linear layer on every region, enlarged bilinearly to the image (LoVT's linear protocol).
+
+    Parameters
+    ----------
+    encoder : nn.Module
+        an image encoder
+    classes : Sequence[str]
+    objective : str, default: 'dice'
+        classes are independent as in LoVT's supplement; "dice-joint" as in its code
+    """
 
     needs = "regions"
 
@@ -127,6 +185,16 @@ class LinearSegmenter(Segmenter):
         self,
         regions: Tensor,  # (B, N, D) of a square grid, row-major
     ) -> Tensor:  # (B, C, H, W) logits
+        """Parameters
+        ----------
+        regions : Tensor
+            (B, N, D) of a square grid, row-major
+
+        Returns
+        -------
+        Tensor
+            (B, C, H, W) logits
+        """
         side = math.isqrt(regions.shape[1])
         logits = self.linear(regions).mT.unflatten(2, (side, side))
         return F.interpolate(logits, size=(self.size,) * 2, mode="bilinear", align_corners=False)
@@ -181,6 +249,16 @@ class UNet(Segmenter):
         self,
         maps: Sequence[Tensor],  # of encoder.pyramid, the image first
     ) -> Tensor:  # (B, C, H, W) logits
+        """Parameters
+        ----------
+        maps : Sequence[Tensor]
+            of encoder.pyramid, the image first
+
+        Returns
+        -------
+        Tensor
+            (B, C, H, W) logits
+        """
         x = self.bridge(maps[-1])
         for step, skip in zip(self.steps, reversed(maps[:-1]), strict=True):
             x = step(x, skip)
@@ -206,6 +284,16 @@ class SmpUNet(Segmenter):
         self,
         maps: Sequence[Tensor],  # of encoder.pyramid, the image first: only its size is used
     ) -> Tensor:  # (B, C, H, W) logits
+        """Parameters
+        ----------
+        maps : Sequence[Tensor]
+            of encoder.pyramid, the image first: only its size is used
+
+        Returns
+        -------
+        Tensor
+            (B, C, H, W) logits
+        """
         return self.head(self.decoder(list(maps)))
 
 # %% ../../nbs/evaluate/09_segment.ipynb #b136919d
@@ -233,6 +321,16 @@ class SetrDecoder(Segmenter):
         self,
         maps: Sequence[Tensor],  # of encoder.pyramid; only the coarsest is used
     ) -> Tensor:  # (B, C, H, W) logits
+        """Parameters
+        ----------
+        maps : Sequence[Tensor]
+            of encoder.pyramid; only the coarsest is used
+
+        Returns
+        -------
+        Tensor
+            (B, C, H, W) logits
+        """
         x = self.project(maps[-1])
         for left, step in zip(reversed(range(len(self.steps))), self.steps):
             side = 2 * x.shape[-1] if left else self.size

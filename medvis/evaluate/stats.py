@@ -27,7 +27,21 @@ def resample(
 ) -> np.ndarray:  # (1 + R, n) float64 weights; row 0 is all ones
     """Draw groups with replacement; each row of the result says how often each item came up.
 
-    Row 0 is the sample itself. The draws depend on the seed, the number of groups and their order of appearance."""
+    Row 0 is the sample itself. The draws depend on the seed, the number of groups and their order of appearance.
+
+    Parameters
+    ----------
+    groups : ArrayLike
+        (n,) whose row this is: the patient, or the study; drawn together
+    resamples : int, default: 500
+        R
+    seed : int, default: 0
+
+    Returns
+    -------
+    np.ndarray
+        (1 + R, n) float64 weights; row 0 is all ones
+    """
     groups = np.asarray(groups)
     _, first, inverse = np.unique(groups, return_index=True, return_inverse=True)
     codes = np.argsort(np.argsort(first))[inverse]
@@ -43,7 +57,22 @@ def auroc(
 ) -> float | np.ndarray:  # float, or (R,) one AUROC for each row of weights
     """Weighted area under the ROC curve, ties counted one half; NaN where a class has no weight.
 
-    Raises ValueError when the lengths differ or a score of a labelled row is NaN."""
+    Raises ValueError when the lengths differ or a score of a labelled row is NaN.
+
+    Parameters
+    ----------
+    scores : ArrayLike
+        (n,) higher means more likely positive
+    labels : ArrayLike
+        (n,) 1 or 0; rows of any other label (NaN, -1) are left out
+    weights : ArrayLike | None, default: None
+        (n,) or (R, n) non-negative; None counts every row once
+
+    Returns
+    -------
+    float | np.ndarray
+        float, or (R,) one AUROC for each row of weights
+    """
     scores, labels = np.asarray(scores, dtype=np.float64), np.asarray(labels, dtype=np.float64)
     weights = np.ones(len(scores)) if weights is None else np.asarray(weights, dtype=np.float64)
     if not scores.shape == labels.shape == weights.shape[-1:]:
@@ -80,7 +109,14 @@ def interval(
     replicates: ArrayLike,  # (1 + R,) the statistic on the sample, then on each draw
     level: float = 0.95,
 ) -> Interval:
-    """Percentile bootstrap interval. Draws on which the statistic does not exist (NaN) are left out."""
+    """Percentile bootstrap interval. Draws on which the statistic does not exist (NaN) are left out.
+
+    Parameters
+    ----------
+    replicates : ArrayLike
+        (1 + R,) the statistic on the sample, then on each draw
+    level : float, default: 0.95
+    """
     replicates = np.asarray(replicates, dtype=np.float64)
     drawn = replicates[1:][~np.isnan(replicates[1:])]
     if np.isnan(replicates[0]) or not len(drawn):
@@ -97,7 +133,20 @@ def bootstrap_auroc(
     seed: int = 0,
     level: float = 0.95,
 ) -> Interval:
-    """AUROC with its patient-level bootstrap interval."""
+    """AUROC with its patient-level bootstrap interval.
+
+    Parameters
+    ----------
+    scores : ArrayLike
+        (n,)
+    labels : ArrayLike
+        (n,)
+    patients : ArrayLike
+        (n,) drawn together
+    resamples : int, default: 500
+    seed : int, default: 0
+    level : float, default: 0.95
+    """
     return interval(auroc(scores, labels, resample(patients, resamples, seed)), level)
 
 # %% ../../nbs/evaluate/02_stats.ipynb #9cd9f3ee
@@ -108,7 +157,18 @@ def bootstrap_mean(
     seed: int = 0,
     level: float = 0.95,
 ) -> Interval:
-    """Mean of values with an interval from drawing whole groups; NaN without values."""
+    """Mean of values with an interval from drawing whole groups; NaN without values.
+
+    Parameters
+    ----------
+    values : ArrayLike
+        (n,)
+    groups : ArrayLike
+        (n,) drawn together
+    resamples : int, default: 500
+    seed : int, default: 0
+    level : float, default: 0.95
+    """
     values = np.asarray(values, dtype=np.float64)
     if not len(values):
         return Interval(np.nan, np.nan, np.nan)
@@ -120,7 +180,20 @@ def mean_draws(
     values: ArrayLike,  # (n,) those that are NaN are left out
     weights: np.ndarray,  # (1 + R, n) of `resample`
 ) -> np.ndarray:  # (1 + R,) NaN where no weight is left
-    "Weighted means of values on the sample and on each draw: see `interval`."
+    """Weighted means of values on the sample and on each draw: see `interval`.
+
+    Parameters
+    ----------
+    values : ArrayLike
+        (n,) those that are NaN are left out
+    weights : np.ndarray
+        (1 + R, n) of `resample`
+
+    Returns
+    -------
+    np.ndarray
+        (1 + R,) NaN where no weight is left
+    """
     values = np.asarray(values, dtype=np.float64)
     defined = ~np.isnan(values)
     total = weights[:, defined].sum(1)
@@ -149,7 +222,22 @@ def bootstrap(
 ) -> np.ndarray:  # (1 + R,) or (1 + R, K) the metric on the sample, then on each draw: see `interval`
     """Replicates of any metric of predictions: it is called with the rows of the sample, then with those of each draw.
 
-    A patient who came up twice has his rows in there twice."""
+    A patient who came up twice has his rows in there twice.
+
+    Parameters
+    ----------
+    metric : Callable
+        row numbers (n,) -> a number, or an array of K numbers
+    groups : ArrayLike
+        (n,) whose row this is; drawn together
+    resamples : int, default: 500
+    seed : int, default: 0
+
+    Returns
+    -------
+    np.ndarray
+        (1 + R,) or (1 + R, K) the metric on the sample, then on each draw: see `interval`
+    """
     rows = np.arange(len(groups))
     return np.array(
         [metric(np.repeat(rows, draw.astype(int))) for draw in resample(groups, resamples, seed)], dtype=float
@@ -200,7 +288,20 @@ def coverage(
     rule: str = "student-t",
     level: float = 0.95,
 ) -> float:  # share, to a hundredth; NaN for fewer than two
-    """How often `_seed_interval` holds the mean of normal runs, counted over 20 000 simulated experiments."""
+    """How often `_seed_interval` holds the mean of normal runs, counted over 20 000 simulated experiments.
+
+    Parameters
+    ----------
+    count : int
+        runs
+    rule : str, default: 'student-t'
+    level : float, default: 0.95
+
+    Returns
+    -------
+    float
+        share, to a hundredth; NaN for fewer than two
+    """
     if count < 2:
         return np.nan
     experiments = np.random.default_rng(0).normal(size=(20_000, count))
@@ -271,7 +372,13 @@ def _corrected(
 def fingerprint(
     predictions: pd.DataFrame | np.ndarray,  # a table, or an array
 ) -> str:
-    """SHA-256 of predictions, to tell runs apart: equal if, and only if, every number and its place are."""
+    """SHA-256 of predictions, to tell runs apart: equal if, and only if, every number and its place are.
+
+    Parameters
+    ----------
+    predictions : pd.DataFrame | np.ndarray
+        a table, or an array
+    """
     if isinstance(predictions, pd.DataFrame):
         hashes = pd.util.hash_pandas_object(predictions.reset_index(drop=True)).to_numpy()
         return hashlib.sha256(" ".join(map(str, predictions.columns)).encode() + hashes.tobytes()).hexdigest()
@@ -326,7 +433,29 @@ def compare(
     covers: how often intervals by this rule hold the truth for n normal runs (`coverage`); p_least: the smallest p,
     before correction, that the test can give for so many pairs: above 0.05 no gain can be significant.
 
-    Raises ValueError for duplicate runs, missing columns or a baseline that is not there."""
+    Raises ValueError for duplicate runs, missing columns or a baseline that is not there.
+
+    Parameters
+    ----------
+    results : pd.DataFrame
+        one row a run and metric: encoder, seed, value, and the columns in `keys`; see check_runs
+    baseline : str | None, default: None
+        encoder that the others are tested against; None: no tests
+    keys : Sequence[str], default: ('protocol', 'fraction', 'metric')
+        what is never mixed
+    rule : str, default: 'student-t'
+        of SEED_RULES
+    test : str, default: 'sign-flip'
+        of PAIRED_TESTS
+    correction : str, default: 'holm'
+        of CORRECTIONS
+    level : float, default: 0.95
+
+    Returns
+    -------
+    pd.DataFrame
+        keys, encoder, mean, low, high, std, n, covers, gain, gain_low, gain_high, pairs, p, p_least, p_corrected
+    """
     if missing := [name for name in (*keys, "encoder", "seed", "value") if name not in results]:
         raise ValueError(f"results need the columns {', '.join(missing)}; found {', '.join(map(str, results.columns))}")
     _check_runs(results, [name for name in keys if name not in _RUN])
@@ -385,7 +514,27 @@ def compare_predictions(
 ) -> pd.DataFrame:  # method, value, low, high, gain, gain_low, gain_high, p, p_corrected, n (rows), groups
     """A metric of several methods' predictions with patient-bootstrap intervals, and differences from a baseline.
 
-    Raises ValueError if numbers of rows differ or the baseline is not there. p is NaN for fewer than two groups."""
+    Raises ValueError if numbers of rows differ or the baseline is not there. p is NaN for fewer than two groups.
+
+    Parameters
+    ----------
+    predictions : Mapping[str, Sequence]
+        method -> its predictions for n rows, with the truth; indexed by rows like an array
+    groups : ArrayLike
+        (n,) patient of each row; drawn together
+    metric : Callable
+        predictions of some rows -> number
+    baseline : str
+    resamples : int, default: 500
+    seed : int, default: 0
+    correction : str, default: 'holm'
+    level : float, default: 0.95
+
+    Returns
+    -------
+    pd.DataFrame
+        method, value, low, high, gain, gain_low, gain_high, p, p_corrected, n (rows), groups
+    """
     groups, count = np.asarray(groups), len(np.unique(np.asarray(groups)))
     sizes = {name: len(rows_of) for name, rows_of in predictions.items()}
     if baseline not in sizes or {*sizes.values()} != {len(groups)}:

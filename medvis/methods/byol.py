@@ -50,4 +50,9 @@ class BYOL(Method):
         self.copy.follow(self.image_encoder, self.image_head)
 
     def embed_image(self, image: Tensor) -> Tensor:  # (B, d)
+        """Returns
+        -------
+        Tensor
+            (B, d)
+        """
         return self.image_head(self.image_encoder(image).whole)

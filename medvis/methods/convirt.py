@@ -53,13 +53,29 @@ class ConVIRT(Method):
         return super().pool_image(features) if self.pool is None else self.pool(features.regions)
 
     def project_regions(self, regions: Tensor) -> Tensor:  # (B, N, D) -> (B, N, d)
-        "Each region as an image that consists of it alone."
+        """Each region as an image that consists of it alone.
+
+        Returns
+        -------
+        Tensor
+            (B, N, D) -> (B, N, d)
+        """
         return self.image_head(regions if self.pool is None else self.pool.pool_each(regions))
 
     def embed_image(self, image: Tensor) -> Tensor:  # (B, d)
+        """Returns
+        -------
+        Tensor
+            (B, d)
+        """
         return self.image_head(self.pool_image(self.image_encoder(image))[0])
 
     def embed_text(self, batch: Batch) -> Tensor:  # (B, d)
+        """Returns
+        -------
+        Tensor
+            (B, d)
+        """
         return self.text_head(self.read(batch).whole)
 
     def correspondence(self, batch: Batch) -> Correspondence:

@@ -65,10 +65,20 @@ class GLoRIA(Method):
         return Aligned(regions, chosen.mT @ text.words, text.words, from_image, mask, image.grid, "word")
 
     def embed_image(self, image: Tensor) -> tuple[Tensor, Tensor]:  # (B, D) global; (B, N, D) regions
+        """Returns
+        -------
+        tuple[Tensor, Tensor]
+            (B, D) global; (B, N, D) regions
+        """
         features = self.image_encoder(image)
         return self.global_image(features.whole), self.local_image(features.regions)
 
     def embed_text(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:  # (B, D) global; (B, 1 + W, D) words and mask
+        """Returns
+        -------
+        tuple[Tensor, Tensor, Tensor]
+            (B, D) global; (B, 1 + W, D) words and mask
+        """
         text = self.read(batch)
         return text.whole, *_cls_and_words(text)
 

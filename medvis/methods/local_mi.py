@@ -57,11 +57,23 @@ class MutualInformation(Method):
         raise NotImplementedError
 
     def pair_scores(self, image: ImageFeatures, text: Tensor, valid: Tensor | None) -> Tensor:  # (B, B)
-        "Scores of all images with all texts (B, Dt) of the batch."
+        """Scores of all images with all texts (B, Dt) of the batch.
+
+        Returns
+        -------
+        Tensor
+            (B, B)
+        """
         raise NotImplementedError
 
     def region_inputs(self, image: ImageFeatures) -> Tensor:  # (B, N, Di)
-        "The input of the discriminator for each region."
+        """The input of the discriminator for each region.
+
+        Returns
+        -------
+        Tensor
+            (B, N, Di)
+        """
         raise NotImplementedError
 
     def forward(self, batch: Batch) -> Losses:
@@ -83,6 +95,11 @@ class MutualInformation(Method):
         return Correspondence(*scores, text.word_mask, text.sentence_mask, image.grid, learned=self.learned)
 
     def embed_text(self, batch: Batch) -> Tensor:  # (B, Dt)
+        """Returns
+        -------
+        Tensor
+            (B, Dt)
+        """
         return self.read(batch).whole
 
 # %% ../../nbs/methods/06_local_mi.ipynb #0d3675b2
@@ -100,6 +117,11 @@ class GlobalMI(MutualInformation):
         return self.discriminator.scores(image.whole, text, self.config.chunk)
 
     def embed_image(self, image: Tensor) -> Tensor:  # (B, Di)
+        """Returns
+        -------
+        Tensor
+            (B, Di)
+        """
         return self.image_encoder(image).whole
 
     def similarity(self, image: Tensor, text: Tensor) -> Tensor:
@@ -143,6 +165,11 @@ class LocalMI(MutualInformation):
         return local_scores(*pair, index, c.chunk)
 
     def embed_image(self, image: Tensor) -> Tensor:  # (B, N, Di)
+        """Returns
+        -------
+        Tensor
+            (B, N, Di)
+        """
         return self.image_encoder(image).regions
 
     def pair_vectors(self, batch: Batch) -> tuple[Tensor, Tensor]:

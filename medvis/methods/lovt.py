@@ -149,8 +149,18 @@ class LoVT(Method):
         return self.pool_image(self.image_encoder(batch.image))[0], self.read(batch).whole
 
     def embed_image(self, image: Tensor) -> Tensor:  # (B, d); ValueError without the global loss
+        """Returns
+        -------
+        Tensor
+            (B, d); ValueError without the global loss
+        """
         return _global_head(self, "image")(self.pool_image(self.image_encoder(image))[0])
 
     def embed_text(self, batch: Batch) -> Tensor:  # (B, d); ValueError without the global loss
+        """Returns
+        -------
+        Tensor
+            (B, d); ValueError without the global loss
+        """
         head, text = _global_head(self, "text"), self.read(batch)
         return head(text.whole if self.text_pool is None else self.text_pool(text.sentences, text.sentence_mask)[0])

@@ -145,7 +145,17 @@ class MGCA(Method):
         return Aligned(regions, from_text, words, from_image, mask, image.grid, "word")
 
     def embed_image(self, image: Tensor) -> Tensor:  # (B, d)
+        """Returns
+        -------
+        Tensor
+            (B, d)
+        """
         return self.global_image(self.image_encoder(image).whole)
 
     def embed_text(self, batch: Batch) -> Tensor:  # (B, d)
+        """Returns
+        -------
+        Tensor
+            (B, d)
+        """
         return self.global_text(self.read(batch).whole)

@@ -311,9 +311,19 @@ class MixtureMI(Method):
         return "sentence"
 
     def embed_image(self, image: Tensor) -> Tensor:  # (B, N, d)
+        """Returns
+        -------
+        Tensor
+            (B, N, d)
+        """
         return l2_normalize(self.critic.image(self.image_encoder(image).regions))
 
     def embed_text(self, batch: Batch) -> Tensor:  # (B, d), of texts of one sentence
+        """Returns
+        -------
+        Tensor
+            (B, d), of texts of one sentence
+        """
         return l2_normalize(self.critic.text(self.read_sentences(batch).whole))
 
     def pair_vectors(self, batch: Batch) -> tuple[Tensor, Tensor]:

@@ -73,4 +73,9 @@ class PixelPro(Method):
         self.copy.follow(self.image_encoder, self.pixel_head, self.image_head)
 
     def embed_image(self, image: Tensor) -> Tensor:  # (B, d)
+        """Returns
+        -------
+        Tensor
+            (B, d)
+        """
         return self.image_head(self.image_encoder(image).whole)

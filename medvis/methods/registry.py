@@ -46,7 +46,13 @@ METHODS = Registry(
 def register_method(
     name: str,  # by which it is asked for, as in create_method(name)
 ) -> Callable[[type[Method]], type[Method]]:
-    "Class decorator: put a method among the others. ValueError if the name is taken, or the class is no Method."
+    """Class decorator: put a method among the others. ValueError if the name is taken, or the class is no Method.
+
+    Parameters
+    ----------
+    name : str
+        by which it is asked for, as in create_method(name)
+    """
 
     def add(kind: type[Method]) -> type[Method]:
         METHODS.add(name, kind)

@@ -776,6 +776,12 @@ def methods_with_text() -> list[str]:
 def list_presets(
     name: str,  # of a method
 ) -> list[str]:
-    "Names of a method's presets. ValueError for an unknown method."
+    """Names of a method's presets. ValueError for an unknown method.
+
+    Parameters
+    ----------
+    name : str
+        of a method
+    """
     check_choice("method", name, SETTINGS)
     return list(SETTINGS[name][1])

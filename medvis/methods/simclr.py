@@ -34,4 +34,9 @@ class SimCLR(Method):
         return add_up(instance=nt_xent(first, second, self.config.temperature, negatives(batch, self.config.negatives)))
 
     def embed_image(self, image: Tensor) -> Tensor:  # (B, d)
+        """Returns
+        -------
+        Tensor
+            (B, d)
+        """
         return self.image_head(self.image_encoder(image).whole)

@@ -12,21 +12,49 @@ from torch.nn import functional as F
 
 # %% ../../nbs/objectives/01_contrastive.ipynb #d0a62a33
 def at_least_float32(x: Tensor) -> Tensor:  # float32 or float64
-    "The same numbers in single precision at least."
+    """The same numbers in single precision at least.
+
+    Returns
+    -------
+    Tensor
+        float32 or float64
+    """
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 # %% ../../nbs/objectives/01_contrastive.ipynb #0421a7b6
 def l2_normalize(
     x: Tensor,  # (..., D)
 ) -> Tensor:  # (..., D) float32 or float64
-    "Scale the last axis to length 1, in single precision at least; zero vectors stay zero."
+    """Scale the last axis to length 1, in single precision at least; zero vectors stay zero.
+
+    Parameters
+    ----------
+    x : Tensor
+        (..., D)
+
+    Returns
+    -------
+    Tensor
+        (..., D) float32 or float64
+    """
     return F.normalize(at_least_float32(x), dim=-1)
 
 # %% ../../nbs/objectives/01_contrastive.ipynb #b68721d4
 def valid_pairs(
     owner: Tensor,  # (B,) int64 study or patient of every sample
 ) -> Tensor:  # (B, B) bool: True on the diagonal and where the owners differ
-    "Pairs that may be contrasted: matched ones, and mismatched ones of different owners."
+    """Pairs that may be contrasted: matched ones, and mismatched ones of different owners.
+
+    Parameters
+    ----------
+    owner : Tensor
+        (B,) int64 study or patient of every sample
+
+    Returns
+    -------
+    Tensor
+        (B, B) bool: True on the diagonal and where the owners differ
+    """
     return (owner[:, None] != owner[None, :]) | torch.eye(len(owner), dtype=torch.bool, device=owner.device)
 
 # %% ../../nbs/objectives/01_contrastive.ipynb #ddba259e
@@ -35,7 +63,22 @@ def pair_loss(
     direction_weight: float = 0.5,  # lambda: weight of image -> text; text -> image has the rest
     valid: Tensor | None = None,  # (B, B) bool, False = this pair is not a negative
 ) -> Tensor:  # scalar, log B at chance
-    "Cross-entropy of a score table with its diagonal as the label, along the rows and down the columns."
+    """Cross-entropy of a score table with its diagonal as the label, along the rows and down the columns.
+
+    Parameters
+    ----------
+    scores : Tensor
+        (B, B) image i against text j, already divided by the temperature
+    direction_weight : float, default: 0.5
+        lambda: weight of image -> text; text -> image has the rest
+    valid : Tensor | None, default: None
+        (B, B) bool, False = this pair is not a negative
+
+    Returns
+    -------
+    Tensor
+        scalar, log B at chance
+    """
     if valid is not None:
         scores = scores.masked_fill(~valid, -torch.inf)
     target = torch.arange(len(scores), device=scores.device)
@@ -50,6 +93,25 @@ def clip_loss(
     direction_weight: float = 0.5,  # lambda: weight of image -> text; text -> image has the rest
     valid: Tensor | None = None,  # (B, B) bool, False = this pair is not a negative
 ) -> Tensor:  # scalar, log B at chance
-    "Contrast each image with its report against all others, both ways (ConVIRT; LoVT 2.4; MGCA Eq. 2-3)."
+    """Contrast each image with its report against all others, both ways (ConVIRT; LoVT 2.4; MGCA Eq. 2-3).
+
+    Parameters
+    ----------
+    image : Tensor
+        (B, d) projected images, any length
+    text : Tensor
+        (B, d) the reports of the same rows
+    temperature : float
+        tau
+    direction_weight : float, default: 0.5
+        lambda: weight of image -> text; text -> image has the rest
+    valid : Tensor | None, default: None
+        (B, B) bool, False = this pair is not a negative
+
+    Returns
+    -------
+    Tensor
+        scalar, log B at chance
+    """
     with torch.autocast(image.device.type, enabled=False):
         return pair_loss(l2_normalize(image) @ l2_normalize(text).T / temperature, direction_weight, valid)

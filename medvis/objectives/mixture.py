@@ -30,6 +30,18 @@ class CosineCritic(nn.Module):
         image: Tensor,  # (..., Di)
         text: Tensor,  # (..., Dt)
     ) -> Tensor:  # (...) scores f; the leading axes are broadcast
+        """Parameters
+        ----------
+        image : Tensor
+            (..., Di)
+        text : Tensor
+            (..., Dt)
+
+        Returns
+        -------
+        Tensor
+            (...) scores f; the leading axes are broadcast
+        """
         return (l2_normalize(self.image(image)) * l2_normalize(self.text(text))).sum(-1) / self.temperature
 
     def scores(
@@ -38,7 +50,22 @@ class CosineCritic(nn.Module):
         text: Tensor,  # (C, Dt)
         chunk: int | None = None,  # as in Discriminator; nothing here is large enough to need it
     ) -> Tensor:  # (B, C)
-        "Scores of all pairs: every image in a row, every text in a column."
+        """Scores of all pairs: every image in a row, every text in a column.
+
+        Parameters
+        ----------
+        image : Tensor
+            (B, Di); or (B, C, Di), a vector of its own for every pair
+        text : Tensor
+            (C, Dt)
+        chunk : int | None, default: None
+            as in Discriminator; nothing here is large enough to need it
+
+        Returns
+        -------
+        Tensor
+            (B, C)
+        """
         if image.ndim == 3:
             return self(image, text)
         with torch.autocast(image.device.type, enabled=False):
@@ -51,7 +78,20 @@ def mix_regions(
     scores: Tensor,  # (B, N, C) of every region
     prior: Tensor | None = None,  # (N, C) or (B, N, C) p(region | sentence), sums to 1 over regions; None = 1 / N
 ) -> Tensor:  # (B, C) F
-    "The score of an image from those of its regions: log of the mean of their exponentials, as the prior weighs them."
+    """The score of an image from those of its regions: log of the mean of their exponentials, as the prior weighs them.
+
+    Parameters
+    ----------
+    scores : Tensor
+        (B, N, C) of every region
+    prior : Tensor | None, default: None
+        (N, C) or (B, N, C) p(region | sentence), sums to 1 over regions; None = 1 / N
+
+    Returns
+    -------
+    Tensor
+        (B, C) F
+    """
     if prior is not None:
         scores = scores + prior.log()
     highest = scores.detach().amax(
@@ -67,7 +107,23 @@ def mixture_scores(
     sentence: Tensor,  # (C, Dt)
     chunk: int | None = None,  # most pairs judged at a time
 ) -> Tensor:  # (B, C) F; between the highest region score less log N and the highest region score
-    "Scores of all images with all sentences, with the region of a sentence hidden (log of a mean of exponentials)."
+    """Scores of all images with all sentences, with the region of a sentence hidden (log of a mean of exponentials).
+
+    Parameters
+    ----------
+    critic : Discriminator | CosineCritic
+    regions : Tensor
+        (B, N, Di)
+    sentence : Tensor
+        (C, Dt)
+    chunk : int | None, default: None
+        most pairs judged at a time
+
+    Returns
+    -------
+    Tensor
+        (B, C) F; between the highest region score less log N and the highest region score
+    """
     scores = critic.scores(regions.flatten(0, 1), sentence, chunk).unflatten(0, regions.shape[:2])
     return mix_regions(at_least_float32(scores))
 
@@ -77,7 +133,22 @@ def side_prior(
     grid: tuple[int, int],  # (h, w) of the regions
     floor: float = 0.05,  # weight of a region of the other half; of one on the named half it is 1
 ) -> Tensor:  # (N, C) sums to 1 over regions
-    "Where a sentence that names a side is likely to lie. A column on the midline belongs to both halves."
+    """Where a sentence that names a side is likely to lie. A column on the midline belongs to both halves.
+
+    Parameters
+    ----------
+    side : Tensor
+        (C,) integers: 0 none, 1 right, 2 left, 3 both sides of the patient
+    grid : tuple[int, int]
+        (h, w) of the regions
+    floor : float, default: 0.05
+        weight of a region of the other half; of one on the named half it is 1
+
+    Returns
+    -------
+    Tensor
+        (N, C) sums to 1 over regions
+    """
     if not 0 <= floor <= 1:
         raise ValueError(f"prior_floor is {floor}; expected 0 to 1")
     centres = (torch.arange(grid[1], device=side.device) + 0.5) / grid[1]
@@ -92,7 +163,22 @@ def twin_loss(
     twin: Tensor,  # (K,) F of the same about the other side
     sentences: int,  # of the batch, those without a side too
 ) -> Tensor:  # (); log 2 for each sentence whose side makes no difference
-    "Softplus of the twin's score over the true one's; 0 without any one-sided sentence."
+    """Softplus of the twin's score over the true one's; 0 without any one-sided sentence.
+
+    Parameters
+    ----------
+    own : Tensor
+        (K,) F of one-sided sentences with their own images
+    twin : Tensor
+        (K,) F of the same about the other side
+    sentences : int
+        of the batch, those without a side too
+
+    Returns
+    -------
+    Tensor
+        (); log 2 for each sentence whose side makes no difference
+    """
     return F.softplus(twin - own).sum() / max(sentences, 1)
 
 # %% ../../nbs/objectives/06_mixture.ipynb #1ebb10bf
@@ -101,7 +187,22 @@ def phrase_loss(
     asserted: Tensor,  # (B, K) int64: 0 asserted, 1 on the right, 2 on the left; -1 not asserted
     absent: Tensor,  # (B, K) bool: not mentioned, or only denied
 ) -> Tensor:  # ()
-    "Cross entropy of each asserted finding's image against the images without it and its own other half, over B."
+    """Cross entropy of each asserted finding's image against the images without it and its own other half, over B.
+
+    Parameters
+    ----------
+    scores : Tensor
+        (B, 3, K) F of every image with every phrase: region anywhere, on the right, on the left
+    asserted : Tensor
+        (B, K) int64: 0 asserted, 1 on the right, 2 on the left; -1 not asserted
+    absent : Tensor
+        (B, K) bool: not mentioned, or only denied
+
+    Returns
+    -------
+    Tensor
+        ()
+    """
     image, finding = (asserted >= 0).nonzero(as_tuple=True)
     half = asserted[image, finding]
     own = scores[image, half, finding]

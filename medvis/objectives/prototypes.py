@@ -20,7 +20,21 @@ def sinkhorn(
     epsilon: float = 0.05,  # smaller = harder assignment
     iterations: int = 3,
 ) -> Tensor:  # (B, K) codes, rows sum to 1; no gradient
-    "Balanced soft assignment of samples to prototypes (SwAV; MGCA 3.2)."
+    """Balanced soft assignment of samples to prototypes (SwAV; MGCA 3.2).
+
+    Parameters
+    ----------
+    scores : Tensor
+        (B, K) cosines of samples and prototypes
+    epsilon : float, default: 0.05
+        smaller = harder assignment
+    iterations : int, default: 3
+
+    Returns
+    -------
+    Tensor
+        (B, K) codes, rows sum to 1; no gradient
+    """
     B, K = scores.shape
     log_q = at_least_float32(scores) / epsilon
     for _ in range(iterations):
@@ -37,7 +51,26 @@ def prototype_loss(
     epsilon: float = 0.05,
     iterations: int = 3,
 ) -> Tensor:  # scalar
-    "Each side predicts the other side's prototype assignment (MGCA Eq. 7-9)."
+    """Each side predicts the other side's prototype assignment (MGCA Eq. 7-9).
+
+    Parameters
+    ----------
+    image : Tensor
+        (B, d) projected images
+    text : Tensor
+        (B, d) the reports of the same rows
+    prototypes : Tensor
+        (K, d)
+    temperature : float, default: 0.2
+        tau_3
+    epsilon : float, default: 0.05
+    iterations : int, default: 3
+
+    Returns
+    -------
+    Tensor
+        scalar
+    """
     with torch.autocast(image.device.type, enabled=False):
         image, text = l2_normalize(image), l2_normalize(text)
         prototypes = at_least_float32(prototypes).to(image.dtype)

@@ -19,7 +19,24 @@ def nt_xent(
     temperature: float,  # tau
     valid: Tensor | None = None,  # (B, B) bool, False = the images of this pair are no negatives
 ) -> Tensor:  # scalar, log(2B - 1) at chance
-    "Each view against the other views of its batch: which is of the same image? (SimCLR Eq. 1)"
+    """Each view against the other views of its batch: which is of the same image? (SimCLR Eq. 1)
+
+    Parameters
+    ----------
+    first : Tensor
+        (B, d) projected first views, any length
+    second : Tensor
+        (B, d) second views of the same images
+    temperature : float
+        tau
+    valid : Tensor | None, default: None
+        (B, B) bool, False = the images of this pair are no negatives
+
+    Returns
+    -------
+    Tensor
+        scalar, log(2B - 1) at chance
+    """
     count = len(first)
     with torch.autocast(first.device.type, enabled=False):
         views = l2_normalize(torch.cat([first, second]))
@@ -35,7 +52,20 @@ def regression_loss(
     prediction: Tensor,  # (B, d) q, of one view
     target: Tensor,  # (B, d) z', of the other view; a constant
 ) -> Tensor:  # scalar, 0 = the same direction, 2 = unrelated, 4 = opposite
-    "Squared distance of prediction and target on the unit sphere, without a gradient for the target (BYOL Eq. 2)."
+    """Squared distance of prediction and target on the unit sphere, without a gradient for the target (BYOL Eq. 2).
+
+    Parameters
+    ----------
+    prediction : Tensor
+        (B, d) q, of one view
+    target : Tensor
+        (B, d) z', of the other view; a constant
+
+    Returns
+    -------
+    Tensor
+        scalar, 0 = the same direction, 2 = unrelated, 4 = opposite
+    """
     return (2 - 2 * (l2_normalize(prediction) * l2_normalize(target.detach())).sum(-1)).mean()
 
 # %% ../../nbs/objectives/07_views.ipynb #bbbbbbc3
@@ -43,7 +73,20 @@ def pixel_places(
     frames: Tensor,  # (B, 4) x0, y0, x1, y1 of the views on their films, as shares of the film's sides
     grid: tuple[int, int],  # (h, w)
 ) -> Tensor:  # (B, N, 2) x, y on the film, row-major over the grid
-    "Where the middle of each pixel of a view lies on its film."
+    """Where the middle of each pixel of a view lies on its film.
+
+    Parameters
+    ----------
+    frames : Tensor
+        (B, 4) x0, y0, x1, y1 of the views on their films, as shares of the film's sides
+    grid : tuple[int, int]
+        (h, w)
+
+    Returns
+    -------
+    Tensor
+        (B, N, 2) x, y on the film, row-major over the grid
+    """
     height, width = grid
     down = (torch.arange(height, device=frames.device, dtype=frames.dtype) + 0.5) / height
     across = (torch.arange(width, device=frames.device, dtype=frames.dtype) + 0.5) / width
@@ -59,7 +102,24 @@ def same_place(
     grid: tuple[int, int],  # (h, w) of both
     threshold: float = 0.7,  # T, in diagonals of the larger pixel
 ) -> Tensor:  # (B, N, N) bool, pixels of the first by pixels of the second
-    "Which pixels of two views of a film show the same place (PixelPro Eq. 1)."
+    """Which pixels of two views of a film show the same place (PixelPro Eq. 1).
+
+    Parameters
+    ----------
+    first : Tensor
+        (B, 4) frames of the first views
+    second : Tensor
+        (B, 4) of the second views
+    grid : tuple[int, int]
+        (h, w) of both
+    threshold : float, default: 0.7
+        T, in diagonals of the larger pixel
+
+    Returns
+    -------
+    Tensor
+        (B, N, N) bool, pixels of the first by pixels of the second
+    """
     sides = torch.stack([first[:, 2:] - first[:, :2], second[:, 2:] - second[:, :2]]).abs()  # (2, B, 2)
     pixel = sides / sides.new_tensor([grid[1], grid[0]])
     diagonal = pixel.norm(dim=-1).amax(0)[:, None, None]
@@ -72,7 +132,22 @@ def propagate(
     values: Tensor,  # (B, N, d') g(x)
     sharpness: float = 2.0,  # gamma
 ) -> Tensor:  # (B, N, d') y
-    "What each pixel gathers from the pixels of its image that look like it (PixelPro Eq. 6)."
+    """What each pixel gathers from the pixels of its image that look like it (PixelPro Eq. 6).
+
+    Parameters
+    ----------
+    pixels : Tensor
+        (B, N, d) x, projected
+    values : Tensor
+        (B, N, d') g(x)
+    sharpness : float, default: 2.0
+        gamma
+
+    Returns
+    -------
+    Tensor
+        (B, N, d') y
+    """
     with torch.autocast(pixels.device.type, enabled=False):
         pixels = l2_normalize(pixels)
         return (pixels @ pixels.mT).clamp(min=0) ** sharpness @ at_least_float32(values)
@@ -83,7 +158,22 @@ def pixel_consistency_loss(
     target: Tensor,  # (B, N, d) x', of the other view; a constant
     positives: Tensor,  # (B, N, N) bool, pixels of the one by pixels of the other
 ) -> Tensor:  # scalar, -1 = all positives agree; 0 without any positive
-    "Minus the mean cosine of positive pixels, by image; images without any are left out (PixelPro Eq. 5)."
+    """Minus the mean cosine of positive pixels, by image; images without any are left out (PixelPro Eq. 5).
+
+    Parameters
+    ----------
+    propagated : Tensor
+        (B, N, d) y, of one view
+    target : Tensor
+        (B, N, d) x', of the other view; a constant
+    positives : Tensor
+        (B, N, N) bool, pixels of the one by pixels of the other
+
+    Returns
+    -------
+    Tensor
+        scalar, -1 = all positives agree; 0 without any positive
+    """
     with torch.autocast(propagated.device.type, enabled=False):
         agreement = l2_normalize(propagated) @ l2_normalize(target.detach()).mT
         count = positives.sum((1, 2))

@@ -51,7 +51,13 @@ def _demo_command(config: DemoConfig) -> str:
 
 
 def run_demo(config: DemoConfig) -> Path:  # of the page
-    "Make a phantom Pack, pre-train, probe, point, and write a page; finished steps are not repeated."
+    """Make a phantom Pack, pre-train, probe, point, and write a page; finished steps are not repeated.
+
+    Returns
+    -------
+    Path
+        of the page
+    """
     start, out = time.time(), Path(config.out)
     data = prepare_phantom(
         PhantomConfig(out=out / "pack", studies=config.studies, seed=config.seed, progress=config.progress)

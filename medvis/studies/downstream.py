@@ -108,7 +108,13 @@ def _protocol_rows(family: str, methods: dict[str, list[Method]], data: Pack, co
 def run_downstream(
     config: DownstreamConfig,
 ) -> pd.DataFrame:  # family, metric, encoder, mean, low, high, gain, ...: see stats.compare
-    "Measure all families, write the tables and return the comparison; finished runs are not repeated."
+    """Measure all families, write the tables and return the comparison; finished runs are not repeated.
+
+    Returns
+    -------
+    pd.DataFrame
+        family, metric, encoder, mean, low, high, gain, ...: see stats.compare
+    """
     data, trained = Pack(config.data), [load_method(run).eval() for run in config.runs]
     methods = {"pre-trained": trained, RANDOM_INIT: [_random_init(method, seed) for seed, method in enumerate(trained)]}
     networks = {f"{name}-{seed}": method for name, each in methods.items() for seed, method in enumerate(each)}
@@ -149,7 +155,13 @@ def _label(family: str, metric: str, fraction: float) -> str:
 def draw_families(
     comparison: pd.DataFrame,  # as returned by compare_families
 ) -> Figure:
-    "Pre-trained and random-init in every family, with intervals over seeds."
+    """Pre-trained and random-init in every family, with intervals over seeds.
+
+    Parameters
+    ----------
+    comparison : pd.DataFrame
+        as returned by compare_families
+    """
     keys = list(dict.fromkeys(zip(comparison.family, comparison.metric, comparison.fraction)))
     figure = Figure(figsize=(7.5, 0.8 + 0.42 * len(keys)), dpi=90, layout="constrained")
     ax = figure.subplots()

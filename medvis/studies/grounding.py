@@ -199,7 +199,13 @@ def _run_subject(subject: str, seed: int, data: Pack, config: GroundingConfig) -
 def gather(
     results: Path, kind: str
 ) -> pd.DataFrame:  # one table of all runs; kind is "pointing", "probe", "loss" or "maps"
-    "The results of a kind that exist, of all subjects and seeds."
+    """The results of a kind that exist, of all subjects and seeds.
+
+    Returns
+    -------
+    pd.DataFrame
+        one table of all runs; kind is "pointing", "probe", "loss" or "maps"
+    """
     read = {"maps": pd.read_parquet}.get(kind, read_csv)
     paths = sorted(results.glob(f"*/{kind}.*"))
     return rename_old_baselines(pd.concat([read(path) for path in paths], ignore_index=True))
@@ -208,7 +214,13 @@ def gather(
 def run_grounding(config: GroundingConfig) -> pd.DataFrame:  # the table of `_subject_table`
     """Train and measure all subjects with all seeds, and write the tables; goes on where it was stopped.
 
-    ValueError if the folder holds a study of another footing or other data."""
+    ValueError if the folder holds a study of another footing or other data.
+
+    Returns
+    -------
+    pd.DataFrame
+        the table of `_subject_table`
+    """
     out = Path(config.out)
     data = prepare_phantom(
         PhantomConfig(out=out / "pack", studies=config.studies, size=config.size, seed=0, progress=config.progress)

@@ -50,7 +50,19 @@ def pick_targets(
     targets: Sequence[Target],
     count: int = 4,  # studies
 ) -> dict[int, list[Target]]:  # item -> its targets whose word names a finding
-    "The first study for each of the rarest findings, rarest first: a rule, so that no study is picked by its looks."
+    """The first study for each of the rarest findings, rarest first: a rule, so that no study is picked by its looks.
+
+    Parameters
+    ----------
+    targets : Sequence[Target]
+    count : int, default: 4
+        studies
+
+    Returns
+    -------
+    dict[int, list[Target]]
+        item -> its targets whose word names a finding
+    """
     named = [target for target in targets if target.role == "name"]
     frequency = pd.Series([target.finding for target in named]).value_counts()
     chosen: dict[int, list[Target]] = {}
@@ -231,7 +243,24 @@ def show_run(
     pointing: PhantomPointing | None = None,  # None = measured now, if it is a phantom
     command: str | None = None,  # what made the run; None = `medvis pretrain`
 ) -> Path:
-    "Write the page of a run. FileNotFoundError when the run or its Pack is missing."
+    """Write the page of a run. FileNotFoundError when the run or its Pack is missing.
+
+    Parameters
+    ----------
+    run : Run
+    data : Pack | None, default: None
+        None = the Pack it was trained on
+    out : str | Path | None, default: None
+        None = page.html in the run folder
+    studies : int, default: 4
+        shown with their word maps
+    show_text : bool | None, default: None
+        None = only the phantom's reports
+    pointing : PhantomPointing | None, default: None
+        None = measured now, if it is a phantom
+    command : str | None, default: None
+        what made the run; None = `medvis pretrain`
+    """
     method = load_method(run.path)
     probe = gains = control = None
     data = training_pack(run.provenance) if data is None else data

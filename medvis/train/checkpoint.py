@@ -38,7 +38,20 @@ def read_settings(
     path: str | Path,  # config.json or manifest.json of a run
     *needed: str,  # names it must have: the value of `method` is a word, of `data` a hash and a path, of others a table
 ) -> dict[str, Any]:  # without the checksum
-    "Settings from a JSON file. ValueError names the file that is damaged, changed or foreign."
+    """Settings from a JSON file. ValueError names the file that is damaged, changed or foreign.
+
+    Parameters
+    ----------
+    path : str | Path
+        config.json or manifest.json of a run
+    *needed : str
+        names it must have: the value of `method` is a word, of `data` a hash and a path, of others a table
+
+    Returns
+    -------
+    dict[str, Any]
+        without the checksum
+    """
     try:
         content = json.loads(Path(path).read_bytes())
     except (ValueError, RecursionError) as error:
@@ -83,7 +96,13 @@ def save_weights(path: str | Path, module: torch.nn.Module) -> None:
 def read_weights(
     path: str | Path,  # a file of `save_weights`; one without a checksum is taken as it is
 ) -> dict[str, torch.Tensor]:
-    "The tensors of a file of weights. ValueError if the file is damaged."
+    """The tensors of a file of weights. ValueError if the file is damaged.
+
+    Parameters
+    ----------
+    path : str | Path
+        a file of `save_weights`; one without a checksum is taken as it is
+    """
     try:
         with safe_open(path, "pt") as file:
             noted = file.metadata() or {}
@@ -105,7 +124,16 @@ def save_checkpoint(
     state: dict[str, Any],  # tensors and plain values; has "step"
     keep: int = 2,  # newest ones that stay
 ) -> Path:
-    "Write `step_XXXXXXXX.pt` and delete older ones, in this order."
+    """Write `step_XXXXXXXX.pt` and delete older ones, in this order.
+
+    Parameters
+    ----------
+    folder : str | Path
+    state : dict[str, Any]
+        tensors and plain values; has "step"
+    keep : int, default: 2
+        newest ones that stay
+    """
     folder = Path(folder)
     path = folder / f"step_{state['step']:08d}.pt"
     write_atomic(path, lambda file: torch.save(state, file))
@@ -120,7 +148,13 @@ def _list_checkpoints(folder: str | Path) -> list[Path]:
 
 # %% ../../nbs/train/03_checkpoint.ipynb #93047102
 def load_checkpoint(folder: str | Path) -> dict[str, Any] | None:  # None when there is none
-    "The newest checkpoint; leftovers of an interrupted write are deleted. ValueError names a damaged one."
+    """The newest checkpoint; leftovers of an interrupted write are deleted. ValueError names a damaged one.
+
+    Returns
+    -------
+    dict[str, Any] | None
+        None when there is none
+    """
     for leftover in Path(folder).glob("*.partial"):
         leftover.unlink()
     paths = _list_checkpoints(folder)

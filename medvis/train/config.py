@@ -95,7 +95,17 @@ class TrainConfig(Sampling):
         run: "str | Path | TrainConfig",  # folder of the run; or all settings, instead of those of the method
         **changes,  # of single settings
     ) -> "TrainConfig":
-        "The training settings of a Method, with changes; ValueError for a setting that does not exist."
+        """The training settings of a Method, with changes; ValueError for a setting that does not exist.
+
+        Parameters
+        ----------
+        method : Any
+            a Method: it has `training_settings`
+        run : 'str | Path | TrainConfig'
+            folder of the run; or all settings, instead of those of the method
+        **changes
+            of single settings
+        """
         for name in changes:
             check_choice("training setting", name, cls.__dataclass_fields__)
         if isinstance(run, cls):

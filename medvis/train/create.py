@@ -69,7 +69,22 @@ def create_method(
 ) -> Method:
     """A new method, ready for `fit`.
 
-    ValueError for an unknown name, preset or setting, without a vocabulary, and for settings that do not fit `init`."""
+    ValueError for an unknown name, preset or setting, without a vocabulary, and for settings that do not fit `init`.
+
+    Parameters
+    ----------
+    name : str
+        of a method, see `list_methods`, or my_package.my_module:MyMethod
+    preset : str, default: 'tiny'
+    data : Pack | str | Path | None, default: None
+        Pack to be trained on: its reports give the vocabulary, if the text encoder has none
+    seed : int, default: 0
+        of the first weights; the random numbers of the caller are left as they are
+    init : str | Path | None, default: None
+        run folder whose weights and vocabulary it starts from
+    **changes
+        to the settings of the preset
+    """
     kind = METHODS.find(name)
     check_choice(f"preset of {name}", preset, kind.presets)
     with torch.random.fork_rng(devices=[]):

@@ -23,7 +23,20 @@ def spread(
     mask: Tensor
     | None = None,  # (B, N) True = valid; None = all. Samples with fewer than two valid vectors have no variance
 ) -> dict[str, float]:  # total; for local vectors per_sample and centroids too. 1 = over the sphere, 0 = constant
-    "Standard deviations of unit vectors times the root of their width (LoVT supplement, Fig. 1)."
+    """Standard deviations of unit vectors times the root of their width (LoVT supplement, Fig. 1).
+
+    Parameters
+    ----------
+    vectors : Tensor
+        (B, N, D) local vectors of samples, any length; (B, D) one a sample
+    mask : Tensor | None, default: None
+        (B, N) True = valid; None = all. Samples with fewer than two valid vectors have no variance
+
+    Returns
+    -------
+    dict[str, float]
+        total; for local vectors per_sample and centroids too. 1 = over the sphere, 0 = constant
+    """
     x, scale = l2_normalize(vectors), vectors.shape[-1] ** 0.5
     if x.ndim == 2:
         return {"total": float(x.std(0).mean() * scale)}
@@ -46,7 +59,20 @@ def alignment(
     x: Tensor,  # (B, D), any length
     y: Tensor,  # (B, D) partners
 ) -> Tensor:  # scalar, 0 to 4; about 2 for unrelated vectors
-    "Mean squared distance of partners on the unit sphere (Wang & Isola)."
+    """Mean squared distance of partners on the unit sphere (Wang & Isola).
+
+    Parameters
+    ----------
+    x : Tensor
+        (B, D), any length
+    y : Tensor
+        (B, D) partners
+
+    Returns
+    -------
+    Tensor
+        scalar, 0 to 4; about 2 for unrelated vectors
+    """
     return (l2_normalize(x) - l2_normalize(y)).square().sum(-1).mean()
 
 # %% ../../nbs/train/04_diagnostics.ipynb #af9154c1
@@ -152,7 +178,13 @@ MEANING = {
 def diagnose(
     method: Method, batches: Iterable[Batch]
 ) -> dict[str, float]:  # names as in `MEANING`; empty for fewer than three samples
-    "Diagnostics of a method's representations over some batches, in evaluation mode. The method is not changed."
+    """Diagnostics of a method's representations over some batches, in evaluation mode. The method is not changed.
+
+    Returns
+    -------
+    dict[str, float]
+        names as in `MEANING`; empty for fewer than three samples
+    """
     training, device = method.training, next(method.parameters()).device
     method.eval()
     parts: dict[str, list[Tensor]] = {}
@@ -172,7 +204,18 @@ class CollapseWarning(UserWarning):
 def collapse(
     values: Mapping[str, float],  # as returned by `diagnose`
 ) -> list[str]:  # one sentence a symptom, empty for a healthy run
-    "What is wrong with the representations, in words."
+    """What is wrong with the representations, in words.
+
+    Parameters
+    ----------
+    values : Mapping[str, float]
+        as returned by `diagnose`
+
+    Returns
+    -------
+    list[str]
+        one sentence a symptom, empty for a healthy run
+    """
     symptoms = []
     for side, many in (("image", "images"), ("text", "reports")):
         width, rank = values.get(f"{side}_std", 1.0), values.get(f"{side}_rank", 9.0)

@@ -417,7 +417,20 @@ def fit(
     """Train a method, or continue the run in the folder; a finished one is returned as it is.
 
     Raises Diverged when a loss is not finite (with a checkpoint of the step before), OSError when the disk is full,
-    ValueError for a setting that does not exist, when the folder holds another run or too many samples cannot be read."""
+    ValueError for a setting that does not exist, when the folder holds another run or too many samples cannot be read.
+
+    Parameters
+    ----------
+    method : Method
+    data : Pack | str | Path
+        its splits "train" and "validate" are used
+    run : str | Path | TrainConfig
+        folder of the run, with the method's own training settings; or all settings
+    each_epoch : Callable[[Run], None] | None, default: None
+        called after every epoch, e.g. medvis.analyse.LiveDiagnostics()
+    **changes
+        to the training settings, fields of TrainConfig: epochs=8, batch_size=32, ...
+    """
     config, data = TrainConfig.of(method, run, **changes), open_pack(data)
     trainer, last = _Trainer(method, data, config), config.run / "last.safetensors"
     a = trainer.accelerator

@@ -45,7 +45,19 @@ def summed(
     accelerator: Accelerator,
     *here: float,  # numbers of this process
 ) -> list[float]:  # their sums over all processes
-    "Sums over the processes. All of them must call it at the same point."
+    """Sums over the processes. All of them must call it at the same point.
+
+    Parameters
+    ----------
+    accelerator : Accelerator
+    *here : float
+        numbers of this process
+
+    Returns
+    -------
+    list[float]
+        their sums over all processes
+    """
     if accelerator.num_processes == 1:
         return list(here)
     return accelerator.reduce(torch.tensor([float(one) for one in here], device=accelerator.device), "sum").tolist()

@@ -18,7 +18,23 @@ def warmup_cosine(
     start: float = 0.0,  # rate at step 0 (unless there is no warm-up)
     end: float = 0.0,  # rate that the cosine ends in
 ) -> float:
-    "Linear warm-up, then one half cosine (MGCA 5.4)."
+    """Linear warm-up, then one half cosine (MGCA 5.4).
+
+    Parameters
+    ----------
+    step : int
+        0, 1, ... total - 1
+    total : int
+        steps of the whole run
+    lr : float
+        base rate
+    warmup : float, default: 0.1
+        share of the steps spent warming up
+    start : float, default: 0.0
+        rate at step 0 (unless there is no warm-up)
+    end : float, default: 0.0
+        rate that the cosine ends in
+    """
     rising = round(warmup * total)
     if step < rising:
         return start + (lr - start) * step / rising
@@ -43,7 +59,18 @@ def epoch_cosine(
     lr: float,  # base rate
     warmup: float = 0.01,  # share of the epochs spent warming up; less than half an epoch = none: the rate is always 0
 ) -> float:
-    "One rate an epoch: 0 in the first, a linear warm-up, one half cosine (pl_bolts 0.4.0 as LoVT's baselines ran it)."
+    """One rate an epoch: 0 in the first, a linear warm-up, one half cosine (pl_bolts 0.4.0 as LoVT's baselines ran it).
+
+    Parameters
+    ----------
+    epoch : int
+    epochs : int
+        of the whole run
+    lr : float
+        base rate
+    warmup : float, default: 0.01
+        share of the epochs spent warming up; less than half an epoch = none: the rate is always 0
+    """
     rising = round(warmup * epochs)
     if rising == 0 or epoch == 0:
         return 0.0
@@ -58,7 +85,18 @@ def plateau_factor(
     factor: float = 0.5,
     threshold: float = 1e-4,  # relative improvement that counts
 ) -> float:
-    "What the base rate is multiplied by after these epochs: `factor` to the power of the number of plateaus."
+    """What the base rate is multiplied by after these epochs: `factor` to the power of the number of plateaus.
+
+    Parameters
+    ----------
+    history : Sequence[float]
+        validation loss of every finished epoch
+    patience : int
+        epochs without improvement before the rate is cut
+    factor : float, default: 0.5
+    threshold : float, default: 0.0001
+        relative improvement that counts
+    """
     best, waited, scale = math.inf, 0, 1.0
     for loss in history:
         if best == math.inf or loss < best - threshold * abs(best):
@@ -75,7 +113,17 @@ def stopped_improving(
     patience: int | None,  # None = never stop
     min_delta: float = 1e-5,  # improvement that counts
 ) -> bool:
-    "Whether early stopping is due: no improvement within the last `patience` epochs."
+    """Whether early stopping is due: no improvement within the last `patience` epochs.
+
+    Parameters
+    ----------
+    history : Sequence[float]
+        validation loss of every finished epoch
+    patience : int | None
+        None = never stop
+    min_delta : float, default: 1e-05
+        improvement that counts
+    """
     best, waited = math.inf, 0
     for loss in history:
         best, waited = (loss, 0) if loss < best - min_delta else (best, waited + 1)

@@ -139,7 +139,19 @@ def _draw_film(
 # %% ../../nbs/widgets/04_augmentation.ipynb #3ef199de
 class AugmentationExplorer(Pictured, ipywidgets.VBox):
     """A study and the views of it that training will draw. Its controls are attributes (`study`, `augment`, `epoch`,
-    `seed`, `views`: set their `.value`), and so are the `name` of the study and its `looks`."""
+    `seed`, `views`: set their `.value`), and so are the `name` of the study and its `looks`.
+
+    Parameters
+    ----------
+    data : Pack
+    preprocessing : Preprocessing | None, default: None
+        None = the Pack's size, one channel
+    view : Sampling, default: Sampling()
+        of a method
+    split : str | None, default: 'train'
+    seed : int, default: 0
+    views : int, default: 4
+    """
 
     def __init__(
         self,

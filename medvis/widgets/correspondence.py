@@ -57,7 +57,19 @@ def pack_study(
     view: StudyView,
     masked: bool = False,  # leave the report's words out
 ) -> tuple[dict, list[bytes]]:  # the head; the picture and the scores of each run, grain by grain
-    "A study as it is sent to the browser."
+    """A study as it is sent to the browser.
+
+    Parameters
+    ----------
+    view : StudyView
+    masked : bool, default: False
+        leave the report's words out
+
+    Returns
+    -------
+    tuple[dict, list[bytes]]
+        the head; the picture and the scores of each run, grain by grain
+    """
     kept = [o for o, outline in enumerate(view.outlines) if not (masked and outline.said)]  # a place is a word too
     runs = [
         {
@@ -324,7 +336,15 @@ def page_state(
     state: Mapping,  # trait -> value
     studies: Sequence[tuple[dict, list[bytes]]],  # as returned by `pack_study`
 ) -> dict:
-    "The state of a page that holds these studies and shows the first."
+    """The state of a page that holds these studies and shows the first.
+
+    Parameters
+    ----------
+    state : Mapping
+        trait -> value
+    studies : Sequence[tuple[dict, list[bytes]]]
+        as returned by `pack_study`
+    """
     heads = [{**head, "position": position} for position, (head, _) in enumerate(studies)]
     counts = [(name, sum(head["labels"].get(name) == 1 for head in heads)) for name, _ in state["findings"]]
     held = {"studies": [{"head": head, "buffers": body} for head, (_, body) in zip(heads, studies)]}
@@ -378,7 +398,16 @@ def answer(
     message: Mapping,  # ask = "study": position; ask = "list": query, finding, order, run (its number)
     masked: bool,  # leave the report's words out; the message may ask for it too
 ) -> tuple[dict, list[bytes]]:
-    "The answer to a message. An order that needs numbers measures some studies at a time; the browser asks again."
+    """The answer to a message. An order that needs numbers measures some studies at a time; the browser asks again.
+
+    Parameters
+    ----------
+    studies : Studies
+    message : Mapping
+        ask = "study": position; ask = "list": query, finding, order, run (its number)
+    masked : bool
+        leave the report's words out; the message may ask for it too
+    """
     try:
         if message["ask"] == "study":
             head, body = pack_study(studies[message["position"]], masked or message.get("masked", False))
@@ -395,7 +424,20 @@ class CorrespondenceWidget(Pictured, Display):
     """Words and regions of the studies of a Pack, for one or more runs: show it in a notebook.
 
     `selection` holds what is pinned: study, words, sentences, prototypes (numbers) and boxes (x0, y0, x1, y1 in shares
-    of the picture). ValueError when runs, Pack and split do not go together."""
+    of the picture). ValueError when runs, Pack and split do not go together.
+
+    Parameters
+    ----------
+    runs : Mapping[str, Method | str | PathLike] | Method | str | PathLike
+        by name: methods, or run folders
+    data : Pack | str | Path
+    split : str | None, default: 'test'
+        None = all
+    outlines : Callable[[str], Sequence[Outline]] | None, default: None
+        of a study id; None = what is drawn and said
+    **display
+        traits of Display, e.g. grain="sentences"
+    """
 
     _esm = static("correspondence.js")
     _css = static("theme.css") + static("correspondence.css")
@@ -458,7 +500,15 @@ class CorrespondenceWidget(Pictured, Display):
         studies: Sequence[int] | None = None,  # positions; None = the shown study and the next eleven of the search
         title: str = "Words and regions",
     ) -> Path:
-        "Write one self-contained file with the present state and some studies: no server, no kernel, no network."
+        """Write one self-contained file with the present state and some studies: no server, no kernel, no network.
+
+        Parameters
+        ----------
+        path : str | Path
+        studies : Sequence[int] | None, default: None
+            positions; None = the shown study and the next eleven of the search
+        title : str, default: 'Words and regions'
+        """
         if studies is None:
             fitting = self.studies.find(self.query, self.finding)
             studies = [self.position, *[p for p in fitting if p > self.position][:11]]
@@ -471,7 +521,13 @@ class CorrespondenceWidget(Pictured, Display):
         self,
         **changes,  # e.g. scale="raw": for the figure alone
     ) -> Figure:
-        "The shown runs' pictures with the map of what is pinned, and the report. TypeError for an unknown setting."
+        """The shown runs' pictures with the map of what is pinned, and the report. TypeError for an unknown setting.
+
+        Parameters
+        ----------
+        **changes
+            e.g. scale="raw": for the figure alone
+        """
         if unknown := set(changes) - set(_SETTINGS):
             raise TypeError(f"unknown setting {', '.join(sorted(unknown))}; choose from {', '.join(_SETTINGS)}")
         return _correspondence_figure(

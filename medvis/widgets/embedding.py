@@ -208,7 +208,19 @@ def _draw_points(
 
 # %% ../../nbs/widgets/06_embedding.ipynb #d11c87ab
 class EmbeddingView(Browser):
-    "Points of a plane, each of which shows its region and its sentence."
+    """Points of a plane, each of which shows its region and its sentence.
+
+    Parameters
+    ----------
+    points : pd.DataFrame
+        x, y; perhaps text, picture, x0, y0, x1, y1; more columns
+    pictures : Sequence[np.ndarray], default: ()
+        (H, W) uint8 each
+    colour : str | None, default: None
+        a column; None = the first that offers colours
+    show_text : bool, default: True
+        False = no sentence leaves the kernel
+    """
 
     _esm = static("embedding.js")
     _css = static("theme.css") + static("embedding.css")
@@ -245,7 +257,13 @@ class EmbeddingView(Browser):
         return next((column for column in self.data["columns"] if column["name"] == self.colour), None)
 
     def shades(self) -> tuple[np.ndarray, np.ndarray]:  # (n,) colours, (n,) bool
-        "The colour of every point, and whether it is shown."
+        """The colour of every point, and whether it is shown.
+
+        Returns
+        -------
+        tuple[np.ndarray, np.ndarray]
+            (n,) colours, (n,) bool
+        """
         column = self.column()
         if column is None:
             return np.full(len(self.points), COLOURS[0]), np.ones(len(self.points), bool)
@@ -330,7 +348,25 @@ def study_points(
     regions: int = 24,  # of each study, drawn at random
     seed: int = 0,  # of the draw and of t-SNE
 ) -> tuple[pd.DataFrame, list[np.ndarray]]:  # points for `EmbeddingView`, with the vectors; a picture for each study
-    "Regions and texts of some studies as a run embeds them. TypeError for a method without a space for both."
+    """Regions and texts of some studies as a run embeds them. TypeError for a method without a space for both.
+
+    Parameters
+    ----------
+    method : Method
+    data : Pack
+    split : str | None, default: 'test'
+    count : int, default: 60
+        studies
+    regions : int, default: 24
+        of each study, drawn at random
+    seed : int, default: 0
+        of the draw and of t-SNE
+
+    Returns
+    -------
+    tuple[pd.DataFrame, list[np.ndarray]]
+        points for `EmbeddingView`, with the vectors; a picture for each study
+    """
     studies, rng = Studies({"run": method}, data, split), np.random.default_rng(seed)
     items, pairs = range(min(count, len(studies))), studies.pairs["run"]
     aligned = aligned_studies(method, pairs, items)

@@ -46,7 +46,19 @@ def plant(
     severity: int = 2,  # 1 mild or small, 2 moderate, 3 severe or large
     key: int = 0,  # another key, another spot there, another shape
 ) -> Planted:
-    "A finding as the phantom draws it, in a chosen place. ValueError when it is never drawn there."
+    """A finding as the phantom draws it, in a chosen place. ValueError when it is never drawn there.
+
+    Parameters
+    ----------
+    name : str
+        one of FINDINGS
+    where : str, default: ''
+        one of `_placements(name)`; "" = the first
+    severity : int, default: 2
+        1 mild or small, 2 moderate, 3 severe or large
+    key : int, default: 0
+        another key, another spot there, another shape
+    """
     if name not in FINDINGS or severity not in (1, 2, 3) or where and where not in _placements(name):
         choices = "; ".join(_placements(name)) if name in FINDINGS else ", ".join(FINDINGS)
         raise ValueError(f"no {name!r} at {where!r} with severity {severity}; expected 1 to 3, and one of: {choices}")
@@ -61,7 +73,17 @@ def study_with(
     index: int = 0,  # whose body and pose
     wording: int | None = None,  # another number, other words; None = those of the study
 ) -> PhantomStudy:
-    "A study of the phantom with other findings than its own."
+    """A study of the phantom with other findings than its own.
+
+    Parameters
+    ----------
+    findings : Sequence[Planted]
+    phantom : Phantom, default: Phantom(256)
+    index : int, default: 0
+        whose body and pose
+    wording : int | None, default: None
+        another number, other words; None = those of the study
+    """
     scene = phantom.scene(index)
     rng = stream(phantom.seed, 4, index if wording is None else wording)
     report, sentences = write_report(rng, list(findings), scene.pose.view, scene.patient.female)
@@ -76,7 +98,13 @@ def study_with(
 def marked(
     sentence: Sentence,
 ) -> list[tuple[str, int | None]]:  # stretches of the text, in order, and the finding each speaks of
-    "A sentence in stretches that speak of the same finding, or of none."
+    """A sentence in stretches that speak of the same finding, or of none.
+
+    Returns
+    -------
+    list[tuple[str, int | None]]
+        stretches of the text, in order, and the finding each speaks of
+    """
     runs: list[list] = []  # start, end, finding
     for start, end, finding in sentence.words:
         if runs and runs[-1][2] == finding:

@@ -27,14 +27,26 @@ from ..core.files import write_atomic
 def static(
     name: str,  # e.g. "theme.css"
 ) -> str:
-    "The text of a file that ships with medvis."
+    """The text of a file that ships with medvis.
+
+    Parameters
+    ----------
+    name : str
+        e.g. "theme.css"
+    """
     return (files("medvis.widgets") / "static" / name).read_text(encoding="utf-8")
 
 # %% ../../nbs/widgets/01_shell.ipynb #41e27cbb
 def picture_url(
     picture: np.ndarray,  # (H, W) uint8
 ) -> str:
-    "A grey picture as a `data:` address, for an `img`."
+    """A grey picture as a `data:` address, for an `img`.
+
+    Parameters
+    ----------
+    picture : np.ndarray
+        (H, W) uint8
+    """
     out = io.BytesIO()
     Image.fromarray(picture).save(out, format="png")
     return "data:image/png;base64," + base64.b64encode(out.getvalue()).decode()
@@ -47,14 +59,32 @@ def themed(
     markup: str,
     name: str,  # of its style in `static`, and of its class
 ) -> str:  # HTML
-    "Markup with medvis's theme and a style of its own."
+    """Markup with medvis's theme and a style of its own.
+
+    Parameters
+    ----------
+    markup : str
+    name : str
+        of its style in `static`, and of its class
+
+    Returns
+    -------
+    str
+        HTML
+    """
     return f'<style>{static("theme.css")}{static(name + ".css")}</style><div class="medvis {name}">{markup}</div>'
 
 # %% ../../nbs/widgets/01_shell.ipynb #b925cbfa
 def state_json(
     state: Any,  # text, numbers, bytes, lists and dicts of these
 ) -> str:
-    'A widget\'s state as JSON that may stand in a page; bytes become `{"base64": ...}`.'
+    """A widget's state as JSON that may stand in a page; bytes become `{"base64": ...}`.
+
+    Parameters
+    ----------
+    state : Any
+        text, numbers, bytes, lists and dicts of these
+    """
 
     def plain(value: Any) -> dict[str, str]:
         if isinstance(value, (bytes, bytearray, memoryview)):
@@ -78,7 +108,21 @@ def standalone(
     style: str,
     state: Mapping,
 ) -> str:  # HTML
-    "A widget as a page of its own, which loads nothing."
+    """A widget as a page of its own, which loads nothing.
+
+    Parameters
+    ----------
+    title : str
+    script : str
+        an ES module with a function `render({model, el})`
+    style : str
+    state : Mapping
+
+    Returns
+    -------
+    str
+        HTML
+    """
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'

@@ -46,7 +46,22 @@ def places_in(
     spans: Sequence[Span],
     punctuation: bool,  # whether the run keeps punctuation as words
 ) -> tuple[dict[int, int], dict[int, int]]:  # our word -> its word, our sentence -> its sentence
-    "How the words and sentences of a report are numbered by a run."
+    """How the words and sentences of a report are numbered by a run.
+
+    Parameters
+    ----------
+    report : Report
+        as the run read it
+    sentences : Sequence[str]
+    spans : Sequence[Span]
+    punctuation : bool
+        whether the run keeps punctuation as words
+
+    Returns
+    -------
+    tuple[dict[int, int], dict[int, int]]
+        our word -> its word, our sentence -> its sentence
+    """
     kept = [s for s, sentence in enumerate(sentences) if find_words(sentence, punctuation)][: len(report.sentences)]
     its = {(kept[s], start, end): word for word, (s, start, end) in enumerate(report.word_spans)}
     return {w: its[span] for w, span in enumerate(spans) if span in its}, {s: i for i, s in enumerate(kept)}
@@ -54,7 +69,23 @@ def places_in(
 # %% ../../nbs/widgets/02_study.ipynb #cdf13612
 @dataclass(frozen=True)
 class RunScores:
-    "The scores of one run for one study."
+    """The scores of one run for one study.
+
+    Parameters
+    ----------
+    grid : tuple[int, int]
+        (h, w), N = h*w
+    frame : tuple[float, float, float, float]
+        x0, y0, x1, y1: what the encoder sees, in shares of the picture
+    scores : dict[str, np.ndarray]
+        words (W, N), sentences (M, N), perhaps prototypes (K, N); NaN: not read
+    prototypes : list[int], default: field(default_factory=list)
+        numbers of the K prototypes
+    temperature : float, default: 1.0
+        what scores are divided by before a softmax over regions
+    tokens : int | None, default: None
+        the most that the run reads; None = unknown
+    """
 
     grid: tuple[int, int]  # (h, w), N = h*w
     frame: tuple[float, float, float, float]  # x0, y0, x1, y1: what the encoder sees, in shares of the picture
@@ -110,7 +141,20 @@ def _run_scores(
 # %% ../../nbs/widgets/02_study.ipynb #5bc8445e
 @dataclass(frozen=True)
 class Outline:
-    "An annotated place in the picture, and the words and sentences that name it."
+    """An annotated place in the picture, and the words and sentences that name it.
+
+    Parameters
+    ----------
+    name : str
+        e.g. of the finding
+    mask : np.ndarray
+        (H, W) bool, of the picture as the Pack holds it
+    words : tuple[int, ...], default: ()
+        numbers as in `word_spans`
+    sentences : tuple[int, ...], default: ()
+    said : bool, default: False
+        the part of the picture that the report names; else somebody drew it
+    """
 
     name: str  # e.g. of the finding
     mask: np.ndarray  # (H, W) bool, of the picture as the Pack holds it
@@ -230,7 +274,27 @@ def _study_outlines(pack: Pack, study: pd.Series) -> list[Outline]:
 # %% ../../nbs/widgets/02_study.ipynb #51bea516
 @dataclass(frozen=True)
 class StudyView:
-    "One study with the scores of all runs."
+    """One study with the scores of all runs.
+
+    Parameters
+    ----------
+    position : int
+        among the Studies
+    id : str
+    patient : str
+    split : str
+    picture : np.ndarray
+        (H, W) uint8
+    sentences : list[str]
+    spans : list[Span]
+        of the words
+    labels : dict[str, float]
+        1, 0, -1, nan
+    outlines : list[Outline]
+    runs : dict[str, RunScores]
+    cells : dict[str, np.ndarray]
+        run -> (outlines, N) bool, the regions on each outline
+    """
 
     position: int  # among the Studies
     id: str
@@ -328,7 +392,20 @@ def _fitting_rows(
 
 # %% ../../nbs/widgets/02_study.ipynb #0baad7de
 class Studies:
-    "The studies of a Pack's split as `StudyView`s, made when they are asked for; `len` and index as a list has them."
+    """The studies of a Pack's split as `StudyView`s, made when they are asked for; `len` and index as a list has them.
+
+    Parameters
+    ----------
+    runs : Mapping[str, Method | str | PathLike] | Method | str | PathLike
+        by name, or one alone
+    data : Pack
+    split : str | None, default: 'test'
+        None = all
+    outlines : Callable[[str], Sequence[Outline]] | None, default: None
+        of a study id; None = what is drawn and said
+    keep : int, default: 64
+        views in memory
+    """
 
     def __init__(
         self,

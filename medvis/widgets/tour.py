@@ -22,6 +22,18 @@ def beside_random_init(
     name: str = "trained",
     **display,  # e.g. grain="sentences"
 ) -> CorrespondenceWidget:
-    "The widget for a run and the same network with newly drawn weights."
+    """The widget for a run and the same network with newly drawn weights.
+
+    Parameters
+    ----------
+    run : Method | str | Path
+        or a run folder
+    data : Pack
+    split : str | None, default: 'test'
+        None = all
+    name : str, default: 'trained'
+    **display
+        e.g. grain="sentences"
+    """
     method = as_method(run)
     return CorrespondenceWidget({name: method, RANDOM_INIT: random_like(method)}, data, split, **display)

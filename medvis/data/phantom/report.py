@@ -16,7 +16,20 @@ from .findings import FINDINGS, LUNG_FINDINGS, Planted
 # %% ../../../nbs/data/phantom/03_report.ipynb #70457028
 @dataclass(frozen=True)
 class Sentence:
-    "One sentence of FINDINGS or IMPRESSION and the findings that it describes."
+    """One sentence of FINDINGS or IMPRESSION and the findings that it describes.
+
+    Parameters
+    ----------
+    text : str
+    finding : int | None
+        index into the study's findings
+    words : list[tuple[int, int, int | None]]
+        start, end, finding index of every word, in order
+    section : str, default: 'findings'
+        or "impression"
+    states : tuple[tuple[str, int], ...], default: ()
+        what it asserts: (name, 1 present | 0 absent | -1 uncertain)
+    """
 
     text: str
     finding: int | None  # index into the study's findings
@@ -537,7 +550,18 @@ def write(
     section: str,
     states: tuple[tuple[str, int], ...],
 ) -> Sentence:
-    "Fill a template and note which words point at which finding."
+    """Fill a template and note which words point at which finding.
+
+    Parameters
+    ----------
+    rng : np.random.Generator
+    template : str
+    specs : list[Planted]
+    indices : list[int | None]
+        which finding [..] and <..> point at
+    section : str
+    states : tuple[tuple[str, int], ...]
+    """
     text, _, also = template.partition(" @ ")
     if also:
         states = (*states, *((name, 1) for name in also.split(", ")))
@@ -711,7 +735,14 @@ def wrap(
     sentences: list[str],  # one paragraph, two spaces between its sentences
     width: int = 79,
 ) -> str:
-    "Lines that start with one space and hold at most `width` characters."
+    """Lines that start with one space and hold at most `width` characters.
+
+    Parameters
+    ----------
+    sentences : list[str]
+        one paragraph, two spaces between its sentences
+    width : int, default: 79
+    """
     lines, line = [], ""
     for sentence in sentences:
         gap = "  "
@@ -759,7 +790,17 @@ def layout(
     female: bool,
     numbered: bool,  # the impression as a list
 ) -> str:
-    "The report as MIMIC-CXR prints it: capital headers, one leading space, blank lines of one space."
+    """The report as MIMIC-CXR prints it: capital headers, one leading space, blank lines of one space.
+
+    Parameters
+    ----------
+    rng : np.random.Generator
+    sentences : list[Sentence]
+    view : str
+    female : bool
+    numbered : bool
+        the impression as a list
+    """
     lines = _header(rng, view, female)
     for section in ("findings", "impression"):
         texts = [s.text for s in sentences if s.section == section]
@@ -791,7 +832,13 @@ def write_report(
 def read_labels(
     sentences: list[Sentence],
 ) -> dict[str, int | None]:  # name -> 1 present, -1 uncertain, 0 absent, None not mentioned
-    "CheXpert's rule over all mentions: one sure mention wins over a doubtful one, and that over a denial."
+    """CheXpert's rule over all mentions: one sure mention wins over a doubtful one, and that over a denial.
+
+    Returns
+    -------
+    dict[str, int | None]
+        name -> 1 present, -1 uncertain, 0 absent, None not mentioned
+    """
     labels: dict[str, int | None] = dict.fromkeys(FINDINGS)
     rank = {None: 0, 0: 1, -1: 2, 1: 3}
     for sentence in sentences:

@@ -27,7 +27,25 @@ from .report import Sentence, read_labels, write_report
 # %% ../../../nbs/data/phantom/04_study.ipynb #380ea3d0
 @dataclass(frozen=True)
 class Finding:
-    "What is in the picture, and where."
+    """What is in the picture, and where.
+
+    Parameters
+    ----------
+    name : str
+        one of FINDINGS
+    side : str
+        of the patient: "left", "right", "both" or "none"
+    zone : str
+        "upper", "middle", "lower" or "none"
+    severity : int
+        1 mild or small, 2 moderate, 3 severe or large
+    mask : np.ndarray
+        (H, W) bool, never empty
+    box : tuple[int, int, int, int]
+        x0, y0, x1, y1: tight, x1 and y1 exclusive
+    kind : str, default: ''
+        variety, e.g. "pacemaker"
+    """
 
     name: str  # one of FINDINGS
     side: str  # of the patient: "left", "right", "both" or "none"
@@ -50,7 +68,18 @@ class Scene:
 def tight_box(
     mask: np.ndarray,  # (H, W) bool, not empty
 ) -> tuple[int, int, int, int]:  # x0, y0, x1, y1, the last two exclusive
-    "The smallest box around a mask."
+    """The smallest box around a mask.
+
+    Parameters
+    ----------
+    mask : np.ndarray
+        (H, W) bool, not empty
+
+    Returns
+    -------
+    tuple[int, int, int, int]
+        x0, y0, x1, y1, the last two exclusive
+    """
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
 
@@ -58,7 +87,13 @@ def tight_box(
 def render(
     scene: Scene, size: int = 256
 ) -> tuple[np.ndarray, list[Finding]]:  # (size, size) uint8, one finding for each of the scene's
-    "Take the radiograph of a scene, with the mask of each finding."
+    """Take the radiograph of a scene, with the mask of each finding.
+
+    Returns
+    -------
+    tuple[np.ndarray, list[Finding]]
+        (size, size) uint8, one finding for each of the scene's
+    """
     large = max([enlargement(f.severity, f.extent) for f in scene.findings if f.name == "Cardiomegaly"], default=1.0)
     chest = build_chest(scene.patient, scene.pose, size, large)
     findings = []
@@ -70,7 +105,26 @@ def render(
 # %% ../../../nbs/data/phantom/04_study.ipynb #a63059d5
 @dataclass(frozen=True)
 class PhantomStudy:
-    "A radiograph, its report, and the truth about both."
+    """A radiograph, its report, and the truth about both.
+
+    Parameters
+    ----------
+    image : np.ndarray
+        (H, W) uint8
+    report : str
+    patient_id : str
+    study_id : str
+    view : str
+        "PA" or "AP"
+    labels : dict[str, int | None]
+        what the report says: 1 present, 0 absent, -1 uncertain, None not mentioned
+    severities : dict[str, int | None]
+        what the report says: 0 absent, 1 to 3, None not mentioned
+    findings : list[Finding]
+        what the picture shows, mentioned or not
+    sentences : list[Sentence]
+        FINDINGS, then IMPRESSION
+    """
 
     image: np.ndarray  # (H, W) uint8
     report: str
@@ -93,7 +147,13 @@ _BLOCK = 10
 
 
 def patient_number(seed: int, index: int) -> int:  # the first study index of the patient
-    "Which patient a study belongs to: each ten neighbouring studies are divided among patients of one to four."
+    """Which patient a study belongs to: each ten neighbouring studies are divided among patients of one to four.
+
+    Returns
+    -------
+    int
+        the first study index of the patient
+    """
     block, place = divmod(index, _BLOCK)
     first, rng = 0, stream(seed, 1, block)
     for share in rng.random(_BLOCK).tolist():
@@ -122,7 +182,13 @@ def _plan_study(seed: int, index: int) -> tuple[Scene, int]:  # what to render, 
 def stated_severities(
     labels: dict[str, int | None], findings: list[Finding] | list[Planted], sentences: list[Sentence]
 ) -> dict[str, int | None]:  # 0 absent, 1 to 3, None not mentioned or without a degree
-    "How severe the report says each finding is."
+    """How severe the report says each finding is.
+
+    Returns
+    -------
+    dict[str, int | None]
+        0 absent, 1 to 3, None not mentioned or without a degree
+    """
     mentioned = {index for sentence in sentences for _, _, index in sentence.words if index is not None}
     severities: dict[str, int | None] = {name: 0 if state == 0 else None for name, state in labels.items()}
     for finding in (findings[index] for index in mentioned):
@@ -143,6 +209,13 @@ class Phantom:
 
     Index from 0 to 2**60, without making the others. ValueError for a size or a seed out of range, IndexError for an
     index out of range.
+
+    Parameters
+    ----------
+    size : int, default: 64
+        side of the image, 64 to 512
+    seed : int, default: 0
+        0 to 2**63
     """
 
     def __init__(
@@ -180,7 +253,13 @@ class Phantom:
         return self[_study_number(study_id)]
 
     def lungs(self, study_id: str) -> np.ndarray:  # (size, size) bool
-        "The air of the lungs of a study. ValueError for another name."
+        """The air of the lungs of a study. ValueError for another name.
+
+        Returns
+        -------
+        np.ndarray
+            (size, size) bool
+        """
         scene = self.scene(_study_number(study_id))
         return build_chest(scene.patient, scene.pose, self.size).air > 0.15
 

@@ -133,7 +133,14 @@ def find_mimic_table(
     root: str | Path,
     kind: str,  # "metadata", "split", "chexpert" or "negbio"
 ) -> Path:
-    "Where the table `mimic-cxr-2.0.0-<kind>.csv` is, packed or not. DataError names the places that were searched."
+    """Where the table `mimic-cxr-2.0.0-<kind>.csv` is, packed or not. DataError names the places that were searched.
+
+    Parameters
+    ----------
+    root : str | Path
+    kind : str
+        "metadata", "split", "chexpert" or "negbio"
+    """
     try:
         return find_file(
             root, *(f"{folder}mimic-cxr-2.*-{kind}.csv{packed}" for folder in _JPG_FOLDERS for packed in ("", ".gz"))
@@ -156,7 +163,19 @@ def read_mimic_table(
     root: str | Path,
     kind: str,  # "metadata" or "split", one row per image; "chexpert" or "negbio", labels, one row per study
 ) -> pd.DataFrame:  # text cells
-    "A table of MIMIC-CXR-JPG. DataError if it is missing or lacks a column."
+    """A table of MIMIC-CXR-JPG. DataError if it is missing or lacks a column.
+
+    Parameters
+    ----------
+    root : str | Path
+    kind : str
+        "metadata" or "split", one row per image; "chexpert" or "negbio", labels, one row per study
+
+    Returns
+    -------
+    pd.DataFrame
+        text cells
+    """
     return read_table(find_mimic_table(root, kind), _MIMIC_COLUMNS[kind])
 
 # %% ../../../nbs/data/sets/04_mimic_files.ipynb #9fd5bf22
@@ -174,7 +193,19 @@ def read_edema_table(
     root: str | Path,
     kind: str,  # "regex_report", "expert_report" or "consensus_image"
 ) -> pd.DataFrame:  # text: subject_id, study_id, dicom_id (of consensus_image), edema_severity
-    "A table of edema grades, with the column `edeme_severity` of older copies under its right name."
+    """A table of edema grades, with the column `edeme_severity` of older copies under its right name.
+
+    Parameters
+    ----------
+    root : str | Path
+    kind : str
+        "regex_report", "expert_report" or "consensus_image"
+
+    Returns
+    -------
+    pd.DataFrame
+        text: subject_id, study_id, dicom_id (of consensus_image), edema_severity
+    """
     name = f"{kind}_edema_severity.csv"
     try:
         path = find_file(root, *(f"{folder}{name}{packed}" for folder in _EDEMA_FOLDERS for packed in ("", ".gz")))
@@ -195,7 +226,14 @@ def add_problems(
     images: pd.DataFrame,
     problems: Sequence[tuple[str, str] | None],  # of each row: what is wrong and its RejectCode; None = nothing
 ) -> pd.DataFrame:
-    "The table of images, in which the rows without a problem have those of the list."
+    """The table of images, in which the rows without a problem have those of the list.
+
+    Parameters
+    ----------
+    images : pd.DataFrame
+    problems : Sequence[tuple[str, str] | None]
+        of each row: what is wrong and its RejectCode; None = nothing
+    """
     more = pd.DataFrame([problem or ("", "") for problem in problems], images.index, ["problem", "code"])
     fine = images["problem"] == ""
     return images.assign(**{name: images[name].mask(fine, more[name]) for name in more})
@@ -273,7 +311,19 @@ def leave_out(
     images: pd.DataFrame,
     rules: dict[str, pd.Series],  # rule -> True for the rows to leave out, if they have no problem
 ) -> tuple[pd.DataFrame, dict[str, int]]:  # the images that stay; rule -> number of images left out
-    "Apply rules one after another; an image counts for the first that meets it."
+    """Apply rules one after another; an image counts for the first that meets it.
+
+    Parameters
+    ----------
+    images : pd.DataFrame
+    rules : dict[str, pd.Series]
+        rule -> True for the rows to leave out, if they have no problem
+
+    Returns
+    -------
+    tuple[pd.DataFrame, dict[str, int]]
+        the images that stay; rule -> number of images left out
+    """
     dropped = {}
     for rule, met in rules.items():
         met = met[images.index] & (images["problem"] == "")
@@ -298,7 +348,19 @@ def study_items(
     reports: dict[str, ReportItem],  # by report_name; {} = they are not needed
     folder: str,  # as picture_folder names it
 ) -> list[StudyItem | RejectItem]:
-    "One item per study; of a study with a problem only the rejects."
+    """One item per study; of a study with a problem only the rejects.
+
+    Parameters
+    ----------
+    images : pd.DataFrame
+        as image_table makes it
+    facts : dict[str, dict]
+        study -> further entries of its item, such as its labels
+    reports : dict[str, ReportItem]
+        by report_name; {} = they are not needed
+    folder : str
+        as picture_folder names it
+    """
     items = []
     for (subject, study, split), group in groupby(
         images.itertuples(index=False), key=attrgetter("subject_id", "study_id", "split")

@@ -303,7 +303,19 @@ def openi_reports(
     path: str | Path,  # folder of the data set, or the archive of reports
     rules: ReportRules = ReportRules(),
 ) -> pd.DataFrame:  # study, the four sections, text, sentences, dropped ("" = kept), major, images (ids)
-    "The reports of Open-i as a table, damaged ones with their reason; needs no pictures."
+    """The reports of Open-i as a table, damaged ones with their reason; needs no pictures.
+
+    Parameters
+    ----------
+    path : str | Path
+        folder of the data set, or the archive of reports
+    rules : ReportRules, default: ReportRules()
+
+    Returns
+    -------
+    pd.DataFrame
+        study, the four sections, text, sentences, dropped ("" = kept), major, images (ids)
+    """
     reports, rejects = _read_reports(path)
     damaged = [
         ({"study": study, "sections": {}, "major": [], "images": []}, f"damaged: {reason}")
