@@ -84,7 +84,7 @@ def tiny_batch(
     size: int = 64,  # side of the images in pixels
     seed: int = 0,
 ) -> Batch:
-    """A batch of noise with these texts, as the method's encoders take them.
+    """A batch of noise with these texts, as the method's encoders take them, and with views if it compares views.
 
     Parameters
     ----------
@@ -98,11 +98,18 @@ def tiny_batch(
     seed : int, default: 0
     """
     random = torch.Generator().manual_seed(seed)
+    words = method.tokenizer if method.reads_text else None
     images = torch.rand(len(texts), method.preprocessing.channels, size, size, generator=random)
     patients = [index // 2 for index in range(len(texts))] if patients is None else patients
-    return collate(
+    batch = collate(
         [
-            Sample(index, patient, image, tokenise(list(sentences), method.tokenizer))
+            Sample(index, patient, image, tokenise(list(sentences), words))
             for index, (patient, image, sentences) in enumerate(zip(patients, images, texts, strict=True))
         ]
     )
+    if method.views > 1:
+        shape = (len(texts), method.views)
+        batch.views = torch.rand(*shape, *images.shape[1:], generator=random)
+        corners = torch.rand(*shape, 2, generator=random) / 4
+        batch.frames = torch.cat([corners, corners + 0.7], -1)
+    return batch

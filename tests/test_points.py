@@ -305,10 +305,10 @@ def test_a_flip_of_the_picture_alone_is_refused_where_sides_are_read(pack, token
     if augment not in FLIPS:
         return trained(MixtureMI, pack, tokenizer, tmp_path / "run", dict(settings, mirror=True), **ALL)
     for door in (Sampling, lambda **changes: TrainConfig(run=tmp_path, **changes)):
-        with pytest.raises(ValueError, match=f"augment '{augment}' mirrors half"):
+        with pytest.raises(ValueError, match=f"augment '{augment}' mirrors"):
             door(augment=augment, mirror=True)
     for option in (dict(region_prior="side"), dict(side_negatives=0.5)):
-        with pytest.raises(ValueError, match=f"MixtureMI takes the side .* augment '{augment}' mirrors half"):
+        with pytest.raises(ValueError, match=f"MixtureMI takes the side .* augment '{augment}' mirrors"):
             trained(MixtureMI, pack, tokenizer, tmp_path / "run", settings, **option)
     assert not (tmp_path / "run").exists()
     trained(MixtureMI, pack, tokenizer, tmp_path / "run", settings, side_words="remove", finding_phrases=1.0)

@@ -238,8 +238,8 @@ def test_bad_preprocessing(bad):
 
 
 def test_unknown_augmentation():
-    with pytest.raises(ValueError, match="unknown augmentation 'simclr'; choose from mgca, lovt, local-mi, none"):
-        Preprocessing().transform("simclr")
+    with pytest.raises(ValueError, match="unknown augmentation 'moco'; choose from mgca, lovt, local-mi, simclr, pixelpro, none"):
+        Preprocessing().transform("moco")
 
 
 # tables

@@ -13,7 +13,7 @@ from medvis.data.prepare import PhantomConfig, prepare_phantom
 from medvis.encoders.frozen import read_view
 from medvis.encoders.image import image_encoder
 from medvis.encoders.tower import FrozenEncoder
-from medvis.methods import METHODS
+from medvis.methods.settings import methods_with_text
 from medvis.studies import real_pairs
 from medvis.studies.config import RealPairsConfig
 from medvis.studies.real_pairs import _Job, _KeptTower, _Study
@@ -45,7 +45,7 @@ def test_every_subject_is_measured_once_before_the_next_seed(config):
 
 
 def test_only_the_objective_differs(tmp_path, data, monkeypatch):
-    made = {name: real_pairs._make_method(_Job(name, 0), data, "tiny", 6) for name in METHODS}
+    made = {name: real_pairs._make_method(_Job(name, 0), data, "tiny", 6) for name in methods_with_text()}
     settings = [vars(TrainConfig.of(method, tmp_path)) for method in made.values()]
     assert all(one == settings[0] for one in settings)
     assert (settings[0]["batch_size"], settings[0]["mirror"], settings[0]["augment"], settings[0]["swap"], settings[0]["epochs"]) == (64, True, "none", 0, 6)

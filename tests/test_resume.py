@@ -12,7 +12,7 @@ import torch
 
 from medvis.data.pack import Pack
 from medvis.data.prepare import PhantomConfig, prepare_phantom
-from medvis.methods import MGCA, GLoRIA, LoVT
+from medvis.methods import BYOL, MGCA, GLoRIA, LoVT, PixelPro, SimCLR
 from medvis.methods.method import phantom_tokenizer
 from medvis.train import Run, TrainConfig, checkpoint, loop
 
@@ -126,6 +126,21 @@ def test_killed_run_resumes_exactly(point, pack, tokenizer, tmp_path, undisturbe
     assert not (run / "last.safetensors").exists()
     assert in_process(pack, tokenizer, run, **changes) == 0
     same_run(run, wanted)
+
+
+@pytest.mark.parametrize("kind, point", [(SimCLR, "take_step"), (BYOL, "after_step"), (PixelPro, "after_step")], ids=lambda value: getattr(value, "__name__", value))
+def test_views_and_slow_copies_resume_exactly(kind, point, pack, tokenizer, tmp_path, undisturbed):
+    "Killed between two checkpoints, once between the optimiser's step and the slow copy's: the same copies and steps in the end."
+    changes, run = dict(kind=kind, augment="pixelpro"), tmp_path / "run"
+    wanted = undisturbed(**changes)
+    sabotage = die_at_call(loop._Trainer, point, 9) if point == "take_step" else die_at_call(kind, point, 9)
+    assert in_process(pack, tokenizer, run, sabotage, **changes) == -signal.SIGKILL, "the run was to be killed"
+    assert not (run / "last.safetensors").exists() and in_process(pack, tokenizer, run, **changes) == 0
+    same_run(run, wanted)
+    if kind is not SimCLR:
+        copy = Run(run).method("last").copy
+        assert copy.step == Run(run).metrics.query("split == 'train'").step.max() > 9
+        assert not torch.equal(*(network.state_dict()["body.conv1.weight"] for network in (copy.networks[0], Run(run).method("last").image_encoder)))
 
 
 def test_killed_from_outside_and_again(pack, tokenizer, tmp_path, undisturbed):

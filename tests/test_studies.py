@@ -12,6 +12,7 @@ from medvis.data.phantom import Phantom
 from medvis.data.prepare import PhantomConfig, prepare_phantom
 from medvis.evaluate import phantom_pointing, phantom_targets
 from medvis.methods import METHODS
+from medvis.methods.settings import methods_with_text
 from medvis.studies import demo, grounding, lovt_figures, mgca_figures, show
 from medvis.train import TrainConfig
 from medvis.studies.config import DemoConfig, GroundingConfig
@@ -120,7 +121,7 @@ def test_a_subject_is_trained_and_measured_once(data, tmp_path, monkeypatch):
 
 def test_on_equal_footing_only_the_objective_differs(tmp_path, data, monkeypatch):
     "Every method, at whichever preset, gets the same encoder and the same of everything else that trains it; the settings that point best are used for all seeds."
-    made = {subject: grounding._make_subject(subject, data, 0, "equal") for subject in METHODS}
+    made = {subject: grounding._make_subject(subject, data, 0, "equal") for subject in methods_with_text()}
     assert {(method.config.image, type(method.image_encoder), method.image_encoder.region_dim) for method in made.values()} == {
         ("tiny_resnet_fine", type(made["clip"].image_encoder), 64)}
     settings = {name: {key: value for key, value in vars(TrainConfig.of(method, tmp_path)).items()} for name, method in made.items()}

@@ -15,6 +15,7 @@ from torch import nn
 
 from medvis.data.pairs import Pairs, collate, tokenise
 from medvis.data.prepare import PhantomConfig, prepare_phantom
+from medvis.data.views import Views
 from medvis.encoders import image_encoder, pretrained_encoder, text_encoder
 from medvis.encoders.text import train_tokenizer
 from medvis.evaluate import retrieve
@@ -409,7 +410,7 @@ def batch_of(pack):
     def build(name, **changes):
         torch.manual_seed(0)
         method = METHODS[name].from_preset("tiny", tokenizer, **changes)
-        pairs = Pairs(pack, method.tokenizer, method.preprocessing, method.sampling)
+        pairs = Pairs(pack, method.tokenizer, method.preprocessing, method.sampling) if method.reads_text else Views(pack, method.preprocessing, method.sampling)
         samples = {sample.patient_id: sample for sample in (pairs[i] for i in range(len(pairs)))}
         return method, collate(list(samples.values())[:6])     # of six patients
 
@@ -430,6 +431,8 @@ def test_every_method_in_half_precision(batch_of, name, dtype):
     grads = [p.grad for p in method.parameters() if p.grad is not None]
     assert any(grad.any() for grad in grads) and all(grad.isfinite().all() for grad in grads)
     assert half.item() == pytest.approx(whole, abs=0.15 * max(1.0, abs(whole)))
+    if not method.reads_text:
+        return
     with torch.autocast("cpu", dtype=dtype), torch.no_grad():
         correspondence = method.correspondence(batch)
     assert correspondence.words.isfinite().all() and correspondence.sentences.isfinite().all()

@@ -10,7 +10,7 @@ __all__ = ['DATASETS', 'simulate', 'list_datasets', 'recipe_table', 'coded_findi
            'PhantomConfig', 'prepare_phantom', 'Preprocessing', 'ReportRules', 'parse_sections', 'report_sentences',
            'split_sentences', 'BuildConfig', 'DataSet', 'ReadConfig', 'Recipe', 'Source', 'check_source',
            'prepare_source', 'describe_pack', 'nested_subsets', 'patient_splits', 'Task', 'box_task', 'class_task',
-           'label_task', 'mask_task', 'ordinal_task', 'pack_task', 'phantom_task', 'Sampling']
+           'label_task', 'mask_task', 'ordinal_task', 'pack_task', 'phantom_task', 'Sampling', 'Views']
 
 # %% ../../nbs/data/00_doors.ipynb #9d538aa7
 from typing import TYPE_CHECKING
@@ -56,6 +56,7 @@ if TYPE_CHECKING:
         phantom_task,
     )
     from medvis.data.sampling import Sampling
+    from medvis.data.views import Views
 else:
     __getattr__, __dir__ = lazy_door("medvis.data")
 
@@ -117,4 +118,5 @@ _all_ = [
     "pack_task",
     "phantom_task",
     "Sampling",
+    "Views",
 ]

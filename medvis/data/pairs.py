@@ -135,20 +135,21 @@ def _encode_words(
 
 def tokenise(
     sentences: Sequence[str],
-    tokenizer: PreTrainedTokenizerBase,  # a fast one (it gives the place of each piece), with cls_token and sep_token
+    tokenizer: PreTrainedTokenizerBase | None,  # a fast one, with cls_token and sep_token; None = nothing is read
     max_tokens: int = 256,  # of the whole report, special tokens included
     punctuation: bool = False,  # keep punctuation marks, as words of their own
     overflow: str = "cut",  # how a longer report is shortened, see `tokens_kept`
 ) -> Report:
     """Tokenise sentences one by one. Sentences without words are dropped; no sentences at all give [CLS] [SEP].
 
+    Without a tokenizer there are no tokens at all, for methods that read no text.
     ValueError for a tokenizer that does not give the place of its pieces, or has no [CLS] and [SEP].
 
     Parameters
     ----------
     sentences : Sequence[str]
-    tokenizer : PreTrainedTokenizerBase
-        a fast one (it gives the place of each piece), with cls_token and sep_token
+    tokenizer : PreTrainedTokenizerBase | None
+        a fast one, with cls_token and sep_token; None = nothing is read
     max_tokens : int, default: 256
         of the whole report, special tokens included
     punctuation : bool, default: False
@@ -156,6 +157,8 @@ def tokenise(
     overflow : str, default: 'cut'
         how a longer report is shortened, see `tokens_kept`
     """
+    if tokenizer is None:
+        return Report([], [], [], [], [])
     cls, sep = tokenizer.cls_token_id, tokenizer.sep_token_id
     if cls is None or sep is None or not tokenizer.is_fast:
         raise ValueError(
@@ -212,6 +215,10 @@ class Batch:
         of each sample, those of sentence_index
     reports : list[list[str]], default: field(default_factory=list, repr=False)
         all sentences of each sample's report
+    views : Tensor | None, default: None
+        (B, V, C, H, W) float32 augmented views of each image, for methods that compare them
+    frames : Tensor | None, default: None
+        (B, V, 4) x0, y0, x1, y1 of each view on its film, as shares of the film's sides
     """
 
     image: Tensor  # (B, C, H, W) float32; or the maps of a frozen encoder
@@ -225,6 +232,8 @@ class Batch:
     rejects: list[tuple[str, str]] = field(default_factory=list)
     sentences: list[list[str]] = field(default_factory=list, repr=False)  # of each sample, those of sentence_index
     reports: list[list[str]] = field(default_factory=list, repr=False)  # all sentences of each sample's report
+    views: Tensor | None = None  # (B, V, C, H, W) float32 augmented views of each image, for methods that compare them
+    frames: Tensor | None = None  # (B, V, 4) x0, y0, x1, y1 of each view on its film, as shares of the film's sides
 
     def __len__(self) -> int:
         return len(self.image)
@@ -255,6 +264,8 @@ class Sample:
     error : str, default: ''
     whole : list[str] | None, default: field(default=None, repr=False)
         all sentences of the report; None = those of `report`
+    views : Tensor | None, default: None
+    frames : Tensor | None, default: None
     """
 
     study_id: int
@@ -265,6 +276,8 @@ class Sample:
     name: str = ""
     error: str = ""
     whole: list[str] | None = field(default=None, repr=False)  # all sentences of the report; None = those of `report`
+    views: Tensor | None = None
+    frames: Tensor | None = None
 
 # %% ../../nbs/data/15_pairs.ipynb #e3f41590
 def collate(samples: list[Sample]) -> Batch:  # of length 0 when not one of the samples could be read
@@ -283,7 +296,10 @@ def collate(samples: list[Sample]) -> Batch:  # of length 0 when not one of the 
 
     def padded(name: str, fill: int) -> Tensor:
         rows = [getattr(sample.report, name) for sample in samples]
-        return torch.tensor([row + [fill] * (longest - len(row)) for row in rows])
+        return torch.tensor([row + [fill] * (longest - len(row)) for row in rows], dtype=torch.long)
+
+    def stacked(name: str) -> Tensor | None:
+        return None if getattr(samples[0], name) is None else torch.stack([getattr(sample, name) for sample in samples])
 
     word_index = padded("word_index", -1)
     lengths = torch.tensor([len(sample.report.input_ids) for sample in samples])
@@ -299,6 +315,8 @@ def collate(samples: list[Sample]) -> Batch:  # of length 0 when not one of the 
         rejects=rejects,
         sentences=[sample.report.sentences for sample in samples],
         reports=[sample.report.sentences if sample.whole is None else sample.whole for sample in samples],
+        views=stacked("views"),
+        frames=stacked("frames"),
     )
 
 # %% ../../nbs/data/15_pairs.ipynb #d3e83d84
@@ -358,7 +376,8 @@ class Pairs(Dataset):
     Parameters
     ----------
     pack : Pack
-    tokenizer : PreTrainedTokenizerBase
+    tokenizer : PreTrainedTokenizerBase | None
+        None = reports are empty, for methods that read no text
     preprocessing : Preprocessing
     sampling : Sampling, default: Sampling()
     split : str | None, default: None
@@ -374,7 +393,7 @@ class Pairs(Dataset):
     def __init__(
         self,
         pack: Pack,
-        tokenizer: PreTrainedTokenizerBase,
+        tokenizer: PreTrainedTokenizerBase | None,  # None = reports are empty, for methods that read no text
         preprocessing: Preprocessing,
         sampling: Sampling = Sampling(),
         split: str | None = None,  # "train", "validate", "test"; None = all

@@ -12,7 +12,7 @@ from functools import partial
 from typing import Literal
 
 import torch
-from torchvision.transforms import InterpolationMode, v2
+from torchvision.transforms import InterpolationMode, RandomResizedCrop, v2
 
 from ..core.choices import check_choice
 from .images import FITS
@@ -40,6 +40,60 @@ def _local_mi_augmentation(size: int, crop: float) -> list[Callable]:
     motion = v2.RandomAffine(20, translate=(0.1, 0.1), interpolation=InterpolationMode.NEAREST, fill=0)
     return [v2.Resize(round(size / crop), antialias=True), motion, v2.CenterCrop(size)]
 
+# %% ../../nbs/data/04_preprocessing.ipynb #67f6b2e4
+@dataclass(frozen=True)
+class _FramedCrop:
+    "A random part of a film as a square, mirrored or not, which can say where it lies"
+
+    size: int
+    choose: Callable[[int, int], tuple[int, int, int, int]]  # height, width of a film -> top, left, height, width
+    flip: float  # probability
+
+    def framed(
+        self,
+        film: torch.Tensor,  # (..., H, W)
+    ) -> tuple[torch.Tensor, torch.Tensor]:  # (..., size, size); (4,) x0, y0, x1, y1 as shares of the film's sides
+        "The part, and its frame; x0 > x1 where it is mirrored"
+        height, width = film.shape[-2:]
+        top, left, tall, wide = self.choose(height, width)
+        view = v2.functional.resized_crop(film, top, left, tall, wide, [self.size] * 2, antialias=True)
+        frame = torch.tensor([left / width, top / height, (left + wide) / width, (top + tall) / height])
+        if torch.rand(()) < self.flip:
+            return v2.functional.horizontal_flip(view), frame[[2, 1, 0, 3]]
+        return view, frame
+
+    def __call__(self, film: torch.Tensor) -> torch.Tensor:
+        return self.framed(film)[0]
+
+# %% ../../nbs/data/04_preprocessing.ipynb #6bb49a72
+def _area_part(height: int, width: int) -> tuple[int, int, int, int]:
+    "SimCLR's part: 8 to 100 % of the area, its sides 3:4 to 4:3"
+    return RandomResizedCrop.get_params(torch.empty(1, height, width), [0.08, 1.0], [3 / 4, 4 / 3])
+
+
+def _side_part(height: int, width: int) -> tuple[int, int, int, int]:
+    "PixelPro's part: 60 to 80 % of both sides (released code)"
+    share = 0.6 + 0.2 * torch.rand(()).item()
+    tall, wide = int(share * height), int(share * width)
+    return int(torch.randint(height - tall + 1, ())), int(torch.randint(width - wide + 1, ())), tall, wide
+
+
+def _grey_changes(size: int) -> list[Callable]:
+    "SimCLR's changes that make sense without colour; the blur kernel, 23 pixels at 224, follows the size"
+    kernel = int(0.1 * size) // 2 * 2 + 1
+    jitter, blur = v2.ColorJitter(brightness=0.8, contrast=0.8), v2.GaussianBlur(kernel, sigma=(0.1, 2.0))
+    return [v2.RandomApply([jitter], p=0.8), v2.RandomApply([blur], p=0.5)]
+
+
+def _simclr_augmentation(size: int, crop: float) -> list[Callable]:
+    "A view of SimCLR and BYOL, as LoVT ran them"
+    return [_FramedCrop(size, _area_part, flip=0.5), *_grey_changes(size)]
+
+
+def _pixelpro_augmentation(size: int, crop: float) -> list[Callable]:
+    "A view of PixelPro, as LoVT ran it"
+    return [_FramedCrop(size, _side_part, flip=0.25), *_grey_changes(size)]
+
 # %% ../../nbs/data/04_preprocessing.ipynb #7cacf690
 def _no_augmentation(size: int, crop: float) -> list[Callable]:
     "What evaluation does: the whole image resized, its centre kept"
@@ -50,6 +104,8 @@ AUGMENTATIONS = {
     "mgca": _mgca_augmentation,
     "lovt": _lovt_augmentation,
     "local-mi": _local_mi_augmentation,
+    "simclr": _simclr_augmentation,
+    "pixelpro": _pixelpro_augmentation,
     "none": _no_augmentation,
 }
 
@@ -73,6 +129,17 @@ def _on_stack(
 def _values(of: float | tuple[float, ...]) -> list[float]:
     "One number as a list of one"
     return list(of) if isinstance(of, tuple) else [of]
+
+# %% ../../nbs/data/04_preprocessing.ipynb #4e82263f
+_FRAMED = ("simclr", "pixelpro")
+
+
+def _framed_view(
+    crop: _FramedCrop, finish: Callable, film: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:  # view, frame
+    "The part of a film after all that does not move it"
+    view, frame = crop.framed(film)
+    return finish(view), frame
 
 # %% ../../nbs/data/04_preprocessing.ipynb #1e8fcc86
 @dataclass(frozen=True)
@@ -124,6 +191,14 @@ class Preprocessing:
         name."""
         check_choice("augmentation", augment, AUGMENTATIONS)
         return v2.Compose(AUGMENTATIONS[augment](self.size, self.crop) + self._finish())
+
+    def framed(self, augment: str) -> Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
+        """(1, H, W) uint8 -> an augmented view (channels, size, size) and its frame (4,): x0, y0, x1, y1 on the film.
+
+        ValueError for an augmentation whose views do not know their frame."""
+        check_choice("augmentation whose views know their place on the film", augment, _FRAMED)
+        crop, *rest = AUGMENTATIONS[augment](self.size, self.crop)
+        return partial(_framed_view, crop, v2.Compose(rest + self._finish()))
 
     def mask(self) -> v2.Compose:
         "(..., H, W) bool or uint8 mask -> (..., size, size), same type, through the geometry of evaluation (nearest)"

@@ -37,7 +37,7 @@ def tokens_kept(
     return int(fitting[-1]) if overflow == "drop" and len(fitting) else min(sum(lengths), room)
 
 # %% ../../nbs/data/13_sampling.ipynb #490d1922
-FLIPS = ("lovt",)  # augmentations that mirror half of the pictures, and no word
+FLIPS = ("lovt", "simclr", "pixelpro")  # augmentations that mirror pictures, and no word
 
 
 @dataclass(frozen=True)
@@ -46,8 +46,8 @@ class Sampling:
 
     per: Literal["study", "image"] = "study"
     "One sample a study, with a random frontal view (LoVT), or one sample an image (MGCA)."
-    augment: Literal["mgca", "lovt", "local-mi", "none"] = "mgca"
-    "Image augmentation in training: mgca, lovt, local-mi or none."
+    augment: Literal["mgca", "lovt", "local-mi", "simclr", "pixelpro", "none"] = "mgca"
+    "Image augmentation in training: mgca, lovt, local-mi, simclr, pixelpro or none."
     sentences: Literal["all", "one"] = "all"
     "The whole report, or one random sentence of it (ConVIRT, CLIP, GLoRIA)."
     most_sentences: int | None = None
@@ -67,6 +67,6 @@ class Sampling:
         tokens_kept((), 0, self.overflow)  # ValueError for an unknown rule
         if self.mirror and self.augment in FLIPS:
             raise ValueError(
-                f"mirror exchanges left and right with the picture, but augment {self.augment!r} mirrors half of the "
+                f"mirror exchanges left and right with the picture, but augment {self.augment!r} mirrors "
                 "pictures and leaves their words: take another augment, or mirror=False"
             )

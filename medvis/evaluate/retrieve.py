@@ -178,8 +178,9 @@ def _retrieval_scores(
         np.concatenate([np.asarray(pack.studies["image_rows"].iloc[row], dtype=int) for row in rows])
     ]
     studies = pack.studies.iloc[rows]
+    said = _embed_texts(method, studies["sentences"].tolist(), batch_size)  # first: a method without text ends here
     seen = _embed_images(method, pack, images["image"].to_numpy(), batch_size)
-    scores = _similarity_table(method, seen, *_embed_texts(method, studies["sentences"].tolist(), batch_size))
+    scores = _similarity_table(method, seen, *said)
     return PairScores(
         scores, images[_IMAGE].reset_index(drop=True), studies[["study_id", "patient_id"]].reset_index(drop=True)
     )
@@ -444,10 +445,9 @@ def _zero_shot_scores(
         raise ValueError(
             f"no image in the split {split!r}; the pack has {pack.studies['split'].value_counts().to_dict()}"
         )
+    said = _embed_texts(method, [[prompt] for prompt in prompts["prompt"]], batch_size)
     seen = _embed_images(method, pack, images["image"].to_numpy(), batch_size)
-    scores = _similarity_table(
-        method, seen, *_embed_texts(method, [[prompt] for prompt in prompts["prompt"]], batch_size)
-    )
+    scores = _similarity_table(method, seen, *said)
     return PairScores(scores, images[_IMAGE].reset_index(drop=True), prompts.reset_index(drop=True))
 
 # %% ../../nbs/evaluate/13_retrieve.ipynb #b7aa0677

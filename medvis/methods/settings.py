@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['CONVIRT_PRESETS', 'MGCA_PRESETS', 'LOVT_PRESETS', 'GLOBAL_MI_PRESETS', 'LOCAL_MI_PRESETS', 'CLIP_PRESETS',
-           'GLORIA_PRESETS', 'MIXTURE_MI_PRESETS', 'SETTINGS', 'MethodConfig', 'ConVIRTConfig', 'MGCAConfig',
-           'LoVTConfig', 'MutualInformationConfig', 'GlobalMIConfig', 'LocalMIConfig', 'CLIPConfig', 'GLoRIAConfig',
-           'MixtureMIConfig', 'list_methods', 'list_presets']
+           'GLORIA_PRESETS', 'MIXTURE_MI_PRESETS', 'SIMCLR_PRESETS', 'BYOL_PRESETS', 'PIXELPRO_PRESETS', 'SETTINGS',
+           'ImageMethodConfig', 'MethodConfig', 'ConVIRTConfig', 'MGCAConfig', 'LoVTConfig', 'MutualInformationConfig',
+           'GlobalMIConfig', 'LocalMIConfig', 'CLIPConfig', 'GLoRIAConfig', 'MixtureMIConfig', 'SimCLRConfig',
+           'BYOLConfig', 'PixelProConfig', 'list_methods', 'methods_with_text', 'list_presets']
 
 # %% ../../nbs/methods/01_settings.ipynb #6f1bcdbd
 from dataclasses import dataclass
@@ -16,8 +17,8 @@ from ..core.choices import check_choice
 
 # %% ../../nbs/methods/01_settings.ipynb #16628fec
 @dataclass(frozen=True)
-class MethodConfig:
-    "Encoders and projections of a method."
+class ImageMethodConfig:
+    "Image encoder and projection of a method: all that one without text has."
 
     image: str = "resnet50"
     "Image encoder: resnet50, vit_base_patch16_224, tiny_resnet, tiny_vit, or my_module:my_encoder."
@@ -27,6 +28,24 @@ class MethodConfig:
     "ResNet layer that the regions come from; None = the encoder's default."
     upsample: int | None = None
     "Side in pixels that a ResNet's input is enlarged to."
+    coordinates: bool | None = None
+    "Whether the head on a frozen tower is given where it stands; None = the encoder's default, yes."
+    hidden: int = 2048
+    "Hidden width of the projection heads."
+    dim: int = 128
+    "Width of the shared space."
+
+    @property
+    def image_options(self) -> dict[str, Any]:
+        "The options of the image encoder: those of these settings that are not None."
+        options = {"layer": self.layer, "upsample": self.upsample, "coordinates": self.coordinates}
+        return {name: value for name, value in options.items() if value is not None}
+
+# %% ../../nbs/methods/01_settings.ipynb #acb807f0
+@dataclass(frozen=True)
+class MethodConfig(ImageMethodConfig):
+    "Encoders and projections of a method."
+
     text: str = "emilyalsentzer/Bio_ClinicalBERT"
     "Text encoder: a Hugging Face folder or name, or bert-base or tiny-bert for random weights."
     text_weights: bool = True
@@ -35,20 +54,8 @@ class MethodConfig:
     "Keep only this many layers of the text encoder."
     freeze_text: int | Literal["all"] = 0
     "Freeze the embeddings and this many first layers of the text encoder; all = the whole, without dropout."
-    coordinates: bool | None = None
-    "Whether the head on a frozen tower is given where it stands; None = the encoder's default, yes."
-    hidden: int = 2048
-    "Hidden width of the projection heads."
-    dim: int = 128
-    "Width of the shared space."
     negatives: Literal["all", "other-study", "other-patient"] = "all"
     "Which mismatched pairs are contrasted: all, other-study, other-patient."
-
-    @property
-    def image_options(self) -> dict[str, Any]:
-        "The options of the image encoder: those of these settings that are not None."
-        options = {"layer": self.layer, "upsample": self.upsample, "coordinates": self.coordinates}
-        return {name: value for name, value in options.items() if value is not None}
 
 # %% ../../nbs/methods/01_settings.ipynb #20b432a1
 _LAPTOP = dict(
@@ -662,9 +669,103 @@ MIXTURE_MI_PRESETS = {
     "tiny": (_MIXTURE_MI_TINY, _MIXTURE_MI_TINY_RECIPE),
 }
 
+# %% ../../nbs/methods/01_settings.ipynb #29359c1d
+@dataclass(frozen=True)
+class SimCLRConfig(ImageMethodConfig):
+    "Settings of SimCLR."
+
+    layer: str | None = "layer4"
+    "ResNet layer that the regions come from; the loss sees the whole image alone."
+    hidden: int = 4096
+    "Hidden width of the projection head."
+    temperature: float = 0.1
+    "tau"
+    negatives: Literal["all", "other-study", "other-patient"] = "all"
+    "Whose views an image is contrasted with: all others, other-study, other-patient."
+
+# %% ../../nbs/methods/01_settings.ipynb #f9397247
+@dataclass(frozen=True)
+class BYOLConfig(ImageMethodConfig):
+    "Settings of BYOL."
+
+    layer: str | None = "layer4"
+    "ResNet layer that the regions come from; the loss sees the whole image alone."
+    hidden: int = 4096
+    "Hidden width of the projection head and of the predictor."
+    momentum: float = 0.99
+    "tau: share of the momentum encoder that stays in a step, at first."
+    momentum_schedule: Literal["cosine", "constant"] = "cosine"
+    "How that share goes on: to 1 along a cosine, or constant."
+
+# %% ../../nbs/methods/01_settings.ipynb #785869eb
+@dataclass(frozen=True)
+class PixelProConfig(BYOLConfig):
+    "Settings of PixelPro."
+
+    layer: str | None = "layer4"
+    "ResNet layer whose regions are the pixels."
+    hidden: int = 2048
+    "Hidden width of the projection heads and of the predictor."
+    dim: int = 512
+    "Width of the shared spaces."
+    pixels: Literal["regions", "whole"] = "regions"
+    "The map of pixels: the regions, or the pooled image as a map of one pixel, as released."
+    distance: float = 0.7
+    "T: how far apart two pixels that show the same place may lie, in diagonals of the larger pixel."
+    sharpness: float = 2.0
+    "gamma of the propagation: how much more similar pixels count."
+    pixel_weight: float = 1.0
+    "alpha: weight of the pixels."
+    instance_weight: float = 1.0
+    "Weight of the whole images; 0 leaves them out."
+
+# %% ../../nbs/methods/01_settings.ipynb #77f1b58e
+_SIMCLR_RECIPE = dict(
+    optimizer="adam",
+    lr=3e-4,
+    weight_decay=1e-4,
+    batch_size=128,
+    epochs=100,
+    schedule="warmup-cosine",
+    warmup=0.01,
+    augment="simclr",
+    per="image",
+    keep="last",
+)
+_BYOL_RECIPE = {**_SIMCLR_RECIPE, "lr": 1e-4, "batch_size": 64}
+_PIXELPRO_RECIPE = {**_BYOL_RECIPE, "lr": 1e-3, "weight_decay": 1e-5, "augment": "pixelpro"}
+_BY_EPOCH = {"schedule": "epoch-cosine"}
+_VIEWS_TINY = dict(image="tiny_resnet", image_weights=None, hidden=256, dim=128)
+_VIEWS_TINY_RECIPE = dict(
+    lr=1e-3,
+    weight_decay=0.05,
+    batch_size=64,
+    epochs=8,
+    schedule="warmup-cosine",
+    warmup=0.1,
+    augment="simclr",
+    keep="last",
+)
+SIMCLR_PRESETS = {
+    "paper": ({}, _SIMCLR_RECIPE),
+    "released": (dict(hidden=2048), {**_SIMCLR_RECIPE, **_BY_EPOCH}),
+    "tiny": (dict(_VIEWS_TINY, negatives="other-patient"), _VIEWS_TINY_RECIPE),
+}
+BYOL_PRESETS = {
+    "paper": ({}, _BYOL_RECIPE),
+    "paper-30": ({}, {**_BYOL_RECIPE, "lr": 3e-5}),
+    "released": (dict(momentum_schedule="constant"), {**_BYOL_RECIPE, **_BY_EPOCH}),
+    "tiny": (dict(_VIEWS_TINY, momentum=0.95), _VIEWS_TINY_RECIPE),
+}
+PIXELPRO_PRESETS = {
+    "paper": ({}, _PIXELPRO_RECIPE),
+    "released": (dict(momentum_schedule="constant", pixels="whole"), {**_PIXELPRO_RECIPE, **_BY_EPOCH, "warmup": 0.0}),
+    "tiny": (dict(_VIEWS_TINY, layer="layer3", momentum=0.95), {**_VIEWS_TINY_RECIPE, "augment": "pixelpro"}),
+}
+
 # %% ../../nbs/methods/01_settings.ipynb #685f7276
 # method -> dataclass, presets: what is built, how it is trained
-SETTINGS: dict[str, tuple[type[MethodConfig], dict[str, tuple[dict, dict]]]] = {
+SETTINGS: dict[str, tuple[type[ImageMethodConfig], dict[str, tuple[dict, dict]]]] = {
     "convirt": (ConVIRTConfig, CONVIRT_PRESETS),
     "clip": (CLIPConfig, CLIP_PRESETS),
     "gloria": (GLoRIAConfig, GLORIA_PRESETS),
@@ -673,12 +774,20 @@ SETTINGS: dict[str, tuple[type[MethodConfig], dict[str, tuple[dict, dict]]]] = {
     "global-mi": (GlobalMIConfig, GLOBAL_MI_PRESETS),
     "local-mi": (LocalMIConfig, LOCAL_MI_PRESETS),
     "mixture-mi": (MixtureMIConfig, MIXTURE_MI_PRESETS),
+    "simclr": (SimCLRConfig, SIMCLR_PRESETS),
+    "byol": (BYOLConfig, BYOL_PRESETS),
+    "pixelpro": (PixelProConfig, PIXELPRO_PRESETS),
 }
 
 # %% ../../nbs/methods/01_settings.ipynb #3de3af80
 def list_methods() -> list[str]:
     "Names of all methods: those of medvis, and those that were registered."
     return list(SETTINGS)
+
+# %% ../../nbs/methods/01_settings.ipynb #32f30e6a
+def methods_with_text() -> list[str]:
+    "Names of the methods that read reports: what retrieves, points or names by words is about these."
+    return [name for name, (config, _) in SETTINGS.items() if "text" in config.__dataclass_fields__]
 
 # %% ../../nbs/methods/01_settings.ipynb #da1e6e51
 def list_presets(

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from ..core.choices import check_choice, default_text
-from ..methods.settings import SETTINGS
+from ..methods.settings import SETTINGS, methods_with_text
 
 # %% ../../nbs/studies/00_config.ipynb #9d370a65
 @dataclass
@@ -20,7 +20,7 @@ class DemoConfig:
 
     out: Path = Path("demo")
     "Folder of the Pack, the run and the page."
-    method: Literal[tuple(SETTINGS)] = "mixture-mi"
+    method: Literal[tuple(methods_with_text())] = "mixture-mi"
     "Method to pre-train, at its tiny preset."
     studies: int = 6000
     "Number of phantom studies; 80 % of the patients are for training, 10 % for the test."
@@ -32,13 +32,23 @@ class DemoConfig:
     "Show progress bars."
 
 # %% ../../nbs/studies/00_config.ipynb #006a42f3
+def _check_subjects(
+    subjects: tuple[str, ...],  # "method", "method:preset", or the control
+    control: str,
+) -> None:
+    "ValueError for a subject that is no method, or one that reads no text."
+    for name in (subject.partition(":")[0] for subject in subjects):
+        check_choice("method", name, (control, *SETTINGS))
+        check_choice("method that reads text", name, (control, *methods_with_text()))
+
+
 @dataclass
 class GroundingConfig:
     "Train methods on the phantom, and measure what each has learned and where it points."
 
     out: Path = Path("grounding")
     "Folder of Pack, runs and results."
-    subjects: tuple[str, ...] = ("random-init", *SETTINGS)
+    subjects: tuple[str, ...] = ("random-init", *methods_with_text())
     "Methods, each with its tiny preset or that after a colon; random-init = before the first step."
     seeds: tuple[int, ...] = (0, 1, 2)
     "Seeds of networks and training; the data stay the same."
@@ -52,8 +62,7 @@ class GroundingConfig:
     "Show progress bars."
 
     def __post_init__(self) -> None:
-        for subject in self.subjects:
-            check_choice("method", subject.partition(":")[0], ("random-init", *SETTINGS))
+        _check_subjects(self.subjects, "random-init")
 
 # %% ../../nbs/studies/00_config.ipynb #f50bfbad
 @dataclass
@@ -120,5 +129,4 @@ class RealPairsConfig:
     "Show progress bars."
 
     def __post_init__(self) -> None:
-        for subject in self.subjects:
-            check_choice("subject", subject.partition(":")[0], ("imagenet", *SETTINGS))
+        _check_subjects(self.subjects, "imagenet")

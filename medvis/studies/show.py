@@ -38,7 +38,7 @@ from ..evaluate.models import rename_old_baselines
 from ..methods import Method
 from ..train import Run, load_method
 from ..train.diagnostics import collapse
-from ..train.run import RANDOM_INIT, training_pack
+from ..train.run import RANDOM_INIT, own_weights, training_pack
 from ..widgets.correspondence import CorrespondenceWidget, Display, pack_study, page_state
 from ..widgets.shell import state_json, static
 
@@ -181,9 +181,7 @@ def _initial_network(run: Run) -> Method:
     with torch.random.fork_rng():
         method = load_method(run.path)
         torch.manual_seed(run.manifest["seed"])
-        return type(method)(
-            replace(method.config, image_weights=None, text=str(run.path / "text"), text_weights=False)
-        ).eval()
+        return type(method)(replace(method.config, **own_weights(type(method), run.path / "text"))).eval()
 
 # %% ../../nbs/studies/01_show.ipynb #9d2e41b2
 def _diagnostics_section(run: Run) -> list[Section]:

@@ -14,7 +14,7 @@ from ..core.choices import check_choice
 from ..data.sampling import Sampling
 
 # %% ../../nbs/train/01_config.ipynb #51fec0cb
-Schedule = Literal["warmup-cosine", "warmup-linear", "cyclic-cosine", "plateau", "constant"]
+Schedule = Literal["warmup-cosine", "warmup-linear", "cyclic-cosine", "plateau", "epoch-cosine", "constant"]
 
 # %% ../../nbs/train/01_config.ipynb #488bdfbd
 def _check_words(config: Sampling) -> None:
@@ -63,6 +63,8 @@ class TrainConfig(Sampling):
     "Epochs without improvement before the rate is halved (plateau)."
     patience: int | None = None
     "Epochs without improvement before the run stops early; None = never."
+    keep: Literal["best", "last"] = "best"
+    "Weights that the run is known by: those with the lowest validation loss, or the last."
     clip_norm: float | None = None
     "Largest norm of the gradient; None = any finite one."
     seed: int = 0

@@ -16,7 +16,7 @@ from ..data.pack import Pack, open_pack
 from ..encoders.text import TEXT_CONFIGS, train_tokenizer
 from ..methods import METHODS
 from ..methods.method import Method
-from .run import load_method, note_provenance
+from .run import load_method, note_provenance, own_weights
 
 # %% ../../nbs/train/08_create.ipynb #0c83f7c4
 def _pack_tokenizer(data: Pack) -> PreTrainedTokenizerFast:
@@ -40,13 +40,11 @@ def _differences(start: Method, method: Method) -> str:
     return "; ".join(([] if was == wanted else [f"it is a {was}, not a {wanted}"]) + changed)
 
 # %% ../../nbs/train/08_create.ipynb #87a34f5e
-_FRESH = dict(image_weights=None, text_weights=False)  # no pre-trained weights: those of the run take their place
-
-
 def _continue(kind: type[Method], preset: str, init: str | Path, changes: dict) -> Method:
     "A method with the vocabulary and the weights of a run. ValueError names the settings that differ."
     start = load_method(init)
-    method = kind.from_preset(preset, start.tokenizer, **{**changes, **_FRESH})
+    words = start.tokenizer if start.reads_text else None
+    method = kind.from_preset(preset, words, **{**changes, **own_weights(kind)})
     method.config = kind.Config(**{**kind.presets[preset][0], **changes})
     try:
         method.load_state_dict(start.state_dict())
@@ -93,7 +91,7 @@ def create_method(
         torch.default_generator.manual_seed(seed)
         if init is not None:
             return _continue(kind, preset, init, changes)
-        text = {**kind.presets[preset][0], **changes}.get("text", kind.Config.text)
+        text = {**kind.presets[preset][0], **changes}.get("text", kind.Config.text) if kind.reads_text else None
         if data is None or text not in TEXT_CONFIGS:
             return kind.from_preset(preset, **changes)
         data = open_pack(data)

@@ -112,12 +112,21 @@ def _dead_prototypes(
     return 1 - len(nearest.unique()) / len(prototypes), (1 - 1 / len(prototypes)) ** len(vectors)
 
 # %% ../../nbs/train/04_diagnostics.ipynb #d7de4984
+def _image_vectors(method: Method, batch: Batch) -> Tensor | None:  # (B, D)
+    "The embeddings of images alone, for methods without text; None where these are not vectors."
+    with suppress(NotImplementedError):
+        image = method.embed_image(batch.image)
+        return image if isinstance(image, Tensor) and image.ndim == 2 else None
+
+
 def _vectors_of(method: Method, batch: Batch) -> dict[str, Tensor]:  # image, text, whole, regions, entropy
     "The vectors of a batch that `_measures` needs; what a method does not have is missing."
     features = method.image_encoder(batch.image)
     vectors = {"whole": method.pool_image(features)[0], "regions": features.regions}
     if (pair := method.pair_vectors(batch)) is not None:
         vectors["image"], vectors["text"] = pair
+    elif (image := _image_vectors(method, batch)) is not None:
+        vectors["image"] = image
     with suppress(NotImplementedError):  # NoCorrespondence, as it is configured
         scores = method.correspondence(batch)
         maps = (scores.sentences / scores.temperature).float().softmax(1).mT

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from ..core.randomness import counter_seed
 from ..data.pack import Pack, open_pack
 from ..data.pairs import Batch, Pairs, collate, epoch_batches
 from ..data.sampling import FLIPS
+from ..data.views import Views
 from ..encoders.frozen import FrozenImages, cache_images
 from ..methods.method import Method
 from .checkpoint import load_checkpoint, read_weights, save_checkpoint, save_weights
@@ -33,7 +35,14 @@ from .config import Diverged, Schedule, TrainConfig
 from .diagnostics import diagnose, warn_of_collapse
 from .processes import anywhere, from_all, make_accelerator, on_main, summed
 from .run import Run, append_log, cut_log, hold_run, note_provenance, open_run
-from .schedules import cyclic_cosine, plateau_factor, stopped_improving, warmup_cosine, warmup_linear
+from medvis.train.schedules import (
+    cyclic_cosine,
+    epoch_cosine,
+    plateau_factor,
+    stopped_improving,
+    warmup_cosine,
+    warmup_linear,
+)
 
 # %% ../../nbs/train/07_loop.ipynb #7143660d
 _all_ = ["Schedule"]  # made elsewhere, found here too
@@ -52,6 +61,7 @@ def _learning_rate(
         "warmup-linear": lambda: warmup_linear(step, total, config.lr, config.warmup),
         "cyclic-cosine": lambda: cyclic_cosine(step, steps_per_epoch, config.lr),
         "plateau": lambda: config.lr * plateau_factor(history, config.plateau_patience),
+        "epoch-cosine": lambda: epoch_cosine(step // steps_per_epoch, config.epochs, config.lr, config.warmup),
         "constant": lambda: config.lr,
     }
     return rules[config.schedule]()
@@ -149,8 +159,8 @@ def _frozen_maps(method: Method, data: Pack, config: TrainConfig, accelerator: A
     return cache_images(tower, data, **views)
 
 # %% ../../nbs/train/07_loop.ipynb #2c466b1c
-def _open_pairs(method: Method, data: Pack, config: TrainConfig, accelerator: Accelerator) -> dict[str, Pairs]:
-    "The samples of both splits. ValueError where method, Pack and settings do not fit together."
+def _check_text(method: Method, data: Pack, config: TrainConfig) -> None:
+    "ValueError where vocabulary, Pack and longest report of a method that reads text do not fit together."
     if method.vocabulary_of not in (None, data.manifest["hash"]):
         raise ValueError(
             f"the vocabulary of this {type(method).__name__} is from the reports of another Pack than {data.path}: "
@@ -159,23 +169,30 @@ def _open_pairs(method: Method, data: Pack, config: TrainConfig, accelerator: Ac
     if method.reads_sides and config.augment in FLIPS:
         raise ValueError(
             f"this {type(method).__name__} takes the side of a finding from its report (region_prior, side_negatives), "
-            f"but augment {config.augment!r} mirrors half of the pictures and leaves their words: take another augment"
+            f"but augment {config.augment!r} mirrors pictures and leaves their words: take another augment"
         )
     room = getattr(method.text_encoder.body.config, "max_position_embeddings", config.max_tokens)
     if config.max_tokens > room:
         raise ValueError(
             f"max_tokens is {config.max_tokens}; the text encoder {method.config.text} reads at most {room}"
         )
-    settings = dict(
-        preprocessing=method.preprocessing,
-        tokenizer=method.tokenizer,
-        sampling=config,
-        seed=config.seed,
-        maps=_frozen_maps(method, data, config, accelerator),
-    )
-    pairs = {split: Pairs(data, split=split, train=split == "train", **settings) for split in ("train", "validate")}
+
+
+def _open_pairs(method: Method, data: Pack, config: TrainConfig, accelerator: Accelerator) -> dict[str, Pairs]:
+    "The samples of both splits. ValueError where method, Pack and settings do not fit together."
+    settings = dict(preprocessing=method.preprocessing, sampling=config, seed=config.seed)
+    if method.reads_text:
+        _check_text(method, data, config)
+    if method.views > 1:
+        make = partial(Views, data, **settings, count=method.views)
+    else:
+        words, maps = method.tokenizer if method.reads_text else None, _frozen_maps(method, data, config, accelerator)
+        make = partial(Pairs, data, **settings, tokenizer=words, maps=maps, need_text=method.reads_text)
+    pairs = {split: make(split=split, train=split == "train") for split in ("train", "validate")}
     if len(pairs["train"]) == 0:
-        raise ValueError(f"{data.path} has no study with text in its train split")
+        raise ValueError(
+            f"{data.path} has no study with {'text' if method.reads_text else 'an image'} in its train split"
+        )
     return pairs
 
 # %% ../../nbs/train/07_loop.ipynb #cb76f06a
@@ -292,6 +309,7 @@ class _Trainer(_RunState):
         "All epochs that are not done yet."
         c, a = self.config, self.accelerator
         total, hidden = c.epochs * self.steps_per_epoch, not (c.progress and a.is_main_process)
+        self.method.start_run(total)
         with tqdm(total=total, initial=self.step, desc=c.run.name, disable=hidden) as bar:
             while len(self.history) < c.epochs and not stopped_improving(self.history, c.patience):
                 self.train_epoch(bar)
@@ -351,7 +369,7 @@ class _Trainer(_RunState):
             loss = self.validate_epoch()["loss"]
             self.diagnose_epoch()
         self.history.append(loss)
-        if not loss > min(self.history):
+        if self.config.keep == "last" or not loss > min(self.history):
             on_main(self.accelerator, lambda: save_weights(self.config.run / "weights.safetensors", self.method))
         self.save()
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RANDOM_INIT', 'open_run', 'hold_run', 'append_log', 'cut_log', 'Provenance', 'note_provenance',
-           'load_method', 'Run', 'load_run', 'training_pack', 'load_encoder']
+           'own_weights', 'load_method', 'Run', 'load_run', 'training_pack', 'load_encoder']
 
 # %% ../../nbs/train/05_run.ipynb #2589a601
 import json
@@ -109,6 +109,16 @@ def _describe_data(data: Pack) -> dict[str, Any]:
     }
 
 
+def _save_text(method: Method, folder: Path) -> None:
+    "The vocabulary and the architecture of the text encoder. OSError when the disk is full."
+    try:
+        method.tokenizer.save_pretrained(folder)
+        method.text_encoder.body.config.save_pretrained(folder)
+    except Exception as error:  # tokenizers has no exception of its own for a full disk
+        shutil.rmtree(folder, ignore_errors=True)
+        raise OSError(f"could not write {folder}: {error}. Free some space, then run again.") from error
+
+
 def open_run(
     method: Method,
     data: Pack,
@@ -131,12 +141,8 @@ def open_run(
     if (config.run / "config.json").exists():
         _check_same_run(method, data, config.run, settings, processes)
         return
-    try:
-        method.tokenizer.save_pretrained(config.run / "text")
-        method.text_encoder.body.config.save_pretrained(config.run / "text")
-    except Exception as error:  # tokenizers has no exception of its own for a full disk
-        shutil.rmtree(config.run / "text", ignore_errors=True)
-        raise OSError(f"could not write {config.run / 'text'}: {error}. Free some space, then run again.") from error
+    if method.reads_text:
+        _save_text(method, config.run / "text")
     manifest = {"started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "data": _describe_data(data)}
     manifest |= {"seed": config.seed, "processes": processes, **describe_machine()}
     if method.provenance is not None:
@@ -226,6 +232,22 @@ def note_provenance(method: Method, provenance: Provenance) -> None:
     "Note on a method and on its image encoder where the weights come from; copies keep the note."
     method.provenance = method.image_encoder.provenance = provenance
 
+# %% ../../nbs/train/05_run.ipynb #f73abd7d
+def own_weights(
+    kind: type[Method],
+    text: Path | None = None,  # folder of the text encoder, for methods that read text; None = as it is set
+) -> dict[str, Any]:
+    """The settings that make a method without pre-trained weights, because its own are loaded afterwards.
+
+    Parameters
+    ----------
+    kind : type[Method]
+    text : Path | None, default: None
+        folder of the text encoder, for methods that read text; None = as it is set
+    """
+    fresh = {"image_weights": None, "text_weights": False} | ({} if text is None else {"text": str(text)})
+    return {name: value for name, value in fresh.items() if name in kind.Config.__dataclass_fields__}
+
 # %% ../../nbs/train/05_run.ipynb #43e353ff
 def load_method(
     path: str | os.PathLike,  # a run, or its folder
@@ -253,9 +275,9 @@ def load_method(
     settings = read_settings(path / "config.json", "method", "config", "train")
     kind, state = _find_kind(path / "config.json", settings), read_weights(weights)
     settings = _update_settings(settings, kind)
-    own_text = {"image_weights": None, "text": str(path / "text"), "text_weights": False}
+    own = own_weights(kind, path / "text")
     try:
-        method = kind(kind.Config(**settings["config"] | own_text))
+        method = kind(kind.Config(**settings["config"] | own))
         method.load_state_dict(state)
     except (TypeError, RuntimeError, AttributeError, KeyError) as error:
         reason = str(error).splitlines()[0][:160]
@@ -273,7 +295,7 @@ def load_method(
 # %% ../../nbs/train/05_run.ipynb #308b2f1b
 def _is_run(path: str | os.PathLike) -> bool:
     "Whether this is a run folder, and not a state dict or a Hugging Face folder."
-    return (Path(path) / "config.json").exists() and (Path(path) / "text").is_dir()
+    return all((Path(path) / name).exists() for name in ("config.json", "manifest.json"))
 
 # %% ../../nbs/train/05_run.ipynb #58dcdfb1
 @dataclass(frozen=True)
