@@ -13,7 +13,7 @@ from medvis.data.prepare import PhantomConfig, prepare_phantom
 from medvis.encoders.frozen import read_view
 from medvis.encoders.image import image_encoder
 from medvis.encoders.tower import FrozenEncoder
-from medvis.methods.settings import methods_with_text
+from medvis.methods.settings import SETTINGS, methods_with_text
 from medvis.studies import real_pairs
 from medvis.studies.config import RealPairsConfig
 from medvis.studies.real_pairs import _Job, _KeptTower, _Study
@@ -54,6 +54,39 @@ def test_only_the_objective_differs(tmp_path, data, monkeypatch):
     monkeypatch.setattr(real_pairs, "create_method", lambda *args, **changes: asked.append(args[1]) or SimpleNamespace(training_settings={"mirror": False}))
     assert real_pairs._make_method(_Job("mixture-mi:laptop-no-mirror", 0), data, "laptop", 6).training_settings["mirror"] is False, "an ablation keeps what it leaves out"
     assert asked == ["laptop-no-mirror"]
+
+
+def test_laptop_stands_on_one_network_whatever_the_method():
+    "Read from the settings: a method that names no weights would stand on noise, and every seed on another."
+    towers, shared = set(), ("image", "image_weights", "text", "text_weights", "freeze_text")
+    for name in methods_with_text():
+        kind, presets = SETTINGS[name]
+        for preset in presets:
+            if preset.startswith("laptop"):
+                config = kind(**presets[preset][0])
+                towers.add(tuple(getattr(config, field) for field in shared))
+    assert towers == {("efficientnet_lite0_frozen", "imagenet", "minilm", True, "all")}
+
+
+def test_results_of_other_settings_are_refused(config, trained, monkeypatch):
+    real_pairs.run_real_pairs(config)
+    with monkeypatch.context() as patched:
+        patched.setitem(real_pairs._TRAINING, "weight_decay", 0.5)
+        with pytest.raises(ValueError, match="clip-3 is of other settings of clip: delete it"):
+            real_pairs.run_real_pairs(config)
+        for folder in (config.out / "results").iterdir():
+            (folder / "results.csv").unlink()
+        with pytest.raises(ValueError, match="clip.csv is of other settings of clip: delete it"):
+            real_pairs.run_real_pairs(config)
+    real_pairs.run_real_pairs(config)
+
+
+def test_a_control_reads_texts_as_the_tuned_method(config, trained, monkeypatch):
+    seen = []
+    monkeypatch.setattr(real_pairs, "_measure", lambda method, study: seen.append(getattr(method, "training_settings", None)) or real_pairs._rows(
+        "side", pd.DataFrame({"value": [0.5]}), of="all", measure="hit", control="own image"))
+    real_pairs.run_real_pairs(replace(config, seeds=(3,)))
+    assert seen[0] is None and seen[1]["sentences"] == "all" and seen[1]["lr"] == 0.001
 
 
 def test_fewer_pairs_are_part_of_more_and_take_as_many_steps(data):

@@ -60,6 +60,7 @@ class MethodConfig(ImageMethodConfig):
 # %% ../../nbs/methods/01_settings.ipynb #20b432a1
 _LAPTOP = dict(
     image="efficientnet_lite0_frozen",
+    image_weights="imagenet",
     layer=None,
     coordinates=False,
     text="minilm",

@@ -99,6 +99,7 @@ class RealPairsConfig:
     "Folder of results: tables of numbers, no text and no picture."
     subjects: tuple[str, ...] = (
         "mixture-mi",
+        "mixture-mi:laptop-no-phrases",
         "gloria",
         "mgca",
         "lovt",
