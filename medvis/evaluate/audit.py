@@ -333,7 +333,7 @@ def _share(line: pd.Series) -> str:
 def _answer(line: pd.Series) -> str:
     if not _asked(line):
         return "not asked"
-    share = f"{_share(line)} of {line['phrases']}"
+    share = f"{_share(line)} of {line['phrases']:.0f}"
     if line["lost"] >= 0.1 and line["lost_low"] > 0:
         return f"yes, {share}"
     return f"{'no' if line['lost'] < 0.1 and line['lost_high'] < 0.25 else 'unclear'}, {share}"
@@ -345,7 +345,7 @@ def _answers(
     answers = {question: _answer(lines.loc[name]) for question, name in _QUESTIONS.items()}
     patch = lines.loc["elsewhere occluded"]
     if _asked(patch) and patch["lost"] >= 0.25:
-        answers["needs the box"] = f"unclear (any occlusion loses {_share(patch)} of {patch['phrases']})"
+        answers["needs the box"] = f"unclear (any occlusion loses {_share(patch)} of {patch['phrases']:.0f})"
     return answers
 
 
@@ -367,7 +367,7 @@ def verdict(
     seen = "has too few phrases on other patients' images to compare with"
     if _asked(other):
         habit = 1 - other["lost"], 1 - other["lost_high"], 1 - other["lost_low"]
-        seen = f"sees {_share(other)} of what it finds above chance, habit {_percent(*habit)} of {other['phrases']}"
+        seen = f"sees {_share(other)} of what it finds above chance, habit {_percent(*habit)} of {other['phrases']:.0f}"
     best = "" if np.isnan(fixed["hit"]) else f", best fixed map {fixed['hit']:.2f}"
     answers = "; ".join(f"{question}: {answer}" for question, answer in _answers(lines).items())
     return f"{seen} ({against}{best}); {answers}"
