@@ -1,7 +1,11 @@
 """Grounding: measures against oracles written differently, MS-CXR's format there and back, and films whose boxes must be found again."""
+import hashlib
 import json
+import shutil
+import warnings
 from copy import copy
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -15,7 +19,9 @@ from PIL import Image
 from sklearn.metrics import f1_score, jaccard_score
 from torch import nn
 
+from medvis.core.files import write_json
 from medvis.data.images import to_square
+from medvis.data.pack import Pack
 from medvis.data.preprocessing import Preprocessing
 from medvis.data.pairs import Sampling
 from medvis.data.phrases import (
@@ -24,9 +30,11 @@ from medvis.data.prepare import PhantomConfig, prepare_phantom
 from medvis.evaluate import ground
 from medvis.evaluate.audit import audit
 from medvis.evaluate.map_recipes import ground_recipes
+from medvis.evaluate.presence import ground_labels
 from medvis.evaluate.stats import resample
 from medvis.methods import MGCA
 from medvis.methods.method import Correspondence, phantom_tokenizer
+from medvis.train.run import Provenance
 
 
 # ---------------------------------------------------------------- measures
@@ -296,6 +304,8 @@ def test_phrases_are_those_of_one_split(films, tmp_path, door):
         table, facts = pd.read_csv(tmp_path / f"{file}.csv"), json.loads((tmp_path / ("phrases.json" if door == "ground" else f"{door}.json")).read_text())
         counted = table["targets"][table["boxes"] == "union"].max() if door == "recipes" else len(table)
         assert counted == facts["count"] and sum(facts["given"].values()) == 12
+        assert facts["recipe"] == ground.RECIPE or door == "recipes"
+        assert all("recipe" in pd.read_csv(path) for path in tmp_path.glob("*.csv"))
         return counted, facts["split"]
 
     mixed = in_splits(packs["pad"], "train", "test", "test", "validate")
@@ -304,8 +314,52 @@ def test_phrases_are_those_of_one_split(films, tmp_path, door):
         assert images(in_splits(packs["pad"], *splits)) == expected
     with pytest.raises(ValueError, match="unknown split of .* 'test'; choose from train"):
         images(in_splits(packs["pad"], "train"))
+    with pytest.raises(ValueError, match="unknown split of .* 'tset'; choose from"):
+        images(mixed, split="tset")
     with pytest.raises(ValueError, match="of 1 phrases none is about an image of the split 'test' of .* \\(train 1\\)"):
         measure(method, mixed, phrases[:1])
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_phrases_that_are_left_out_are_said(films, door):
+    "Failed: of a file about training images too, the others were measured without a word."
+    packs, phrases = films
+    method, mixed = Bright(Preprocessing(size=112, crop=1.0, channels=1)), in_splits(packs["pad"], "train", "test", "test", "validate")
+    with pytest.warns(UserWarning, match="6 of 12 phrases are not about images of the split 'test' of .*train 3.*--split"):
+        DOORS[door][0](method, mixed, phrases, resamples=5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        DOORS[door][0](method, mixed, phrases, split=None, resamples=5)
+        DOORS[door][0](method, mixed, [phrases[1]], resamples=5)
+
+
+@pytest.mark.parametrize("door", [*DOORS, "labels"])
+def test_options_are_named(films, door):
+    measure = {**DOORS, "labels": (ground_labels, "")}[door][0]
+    with pytest.raises(TypeError, match="positional"):
+        measure(None, films[0]["pad"], films[1], None, "test")
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_images_that_a_run_was_trained_on_are_refused(films, tmp_path, door):
+    "Failed: split=None measured a run on its own training patients, and nobody said so."
+    packs, phrases = films
+    path = Path(shutil.copytree(packs["pad"].path, tmp_path / "pack"))
+    table = pd.read_parquet(path / "studies.parquet").assign(split=np.repeat(["train", "test", "validate"], 4))
+    table.to_parquet(path / "studies.parquet", index=False)
+    content = (path / "studies.parquet").read_bytes()
+    manifest = {key: value for key, value in packs["pad"].manifest.items() if key != "checksum"} | {"guard": {"against": {}, "leaks": {}}}
+    manifest["files"] = manifest["files"] | {"studies.parquet": {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}}
+    write_json(path / "manifest.json", manifest)
+    pack, measure = Pack(path), DOORS[door][0]
+    method = Bright(Preprocessing(size=112, crop=1.0, channels=1), grid=28)
+    method.provenance = Provenance(tmp_path / "run", {"hash": pack.manifest["hash"], "path": str(path)})
+    for split in (None, "train"):
+        with pytest.raises(ValueError, match=f"4 of the {12 if split is None else 4} images to measure on are of patients .*--allow-leaks"):
+            measure(method, pack, phrases, split=split, resamples=5)
+        measure(method, pack, phrases, split=split, resamples=5, allow_leaks=True)
+    measure(method, pack, phrases, split="validate", resamples=5)
+    measure(method, pack, [phrase for phrase in phrases[4:]], split=None, resamples=5)      # all of these, which are not for training
 
 
 def test_wrong_pairings_are_refused(films):

@@ -75,11 +75,11 @@ def test_a_split_without_a_sentence_is_refused(pack, method):
 
 def test_runs_that_saw_the_images_are_refused(pack, method, monkeypatch):
     asked = []
-    def refuse(of, models, allow_leaks):
-        asked.append((of, models, allow_leaks))
+    def refuse(of, models, allow_leaks, images):
+        asked.append((of, models, allow_leaks, set(of.studies["split"].iloc[of.image_table["study"].iloc[images]])))
         raise ValueError("seen in training")
     monkeypatch.setattr("medvis.evaluate.laterality.check_unseen", refuse)
     for what in ("side", "zone"):
         with pytest.raises(ValueError, match="seen in training"):
             measure_places(method, pack, what)
-    assert asked == [(pack, [method], False)] * 2
+    assert asked == [(pack, [method], False, {"test"})] * 2

@@ -1,4 +1,6 @@
 """Phrases from labels on simulated copies of the public sets: planted players who see, boast, or see nothing, and numbers written differently."""
+from copy import copy
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -134,6 +136,16 @@ def test_everything_that_is_tuned_is_tuned_on_validation_images(louder):
 def test_no_threshold_is_chosen_on_images_that_are_measured(louder, split):
     _, table = presence.ground_labels(louder[1], louder[0], split=split, resamples=20)
     assert table["threshold"].isna().all() and table.query("measure == 'f1' or measure == 'brier_skill'")["value"].isna().all()
+
+
+def test_a_pack_of_validation_images_alone_is_measured_whole(louder):
+    "Failed: `ground` measured all of it, and labels were told that of 0 phrases none has a box."
+    pack = copy(louder[0])
+    vars(pack)["studies"] = pack.studies.assign(split="validate")
+    _, table = presence.ground_labels(louder[1], pack, resamples=5)
+    assert table["threshold"].isna().all() and set(table["recipe"]) == {"raw, bilinear, union"}
+    with pytest.raises(ValueError, match="unknown split of .* 'tset'; choose from validate"):
+        presence.ground_labels(louder[1], pack, split="tset")
 
 
 def test_a_region_outside_of_the_crop_is_no_answer(tmp_path):

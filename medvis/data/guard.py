@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from ..core.files import write_atomic
@@ -132,15 +133,38 @@ def guard_pack(
     _note_guard(pack, new, leaks)
 
 # %% ../../nbs/data/09_guard.ipynb #27ce5873
+def _refuse_learned(
+    pack: Pack,
+    trained: Pack,
+    images: Sequence[int],  # rows of the Pack
+) -> None:
+    "ValueError if the images are of patients, or the very files, of the training split of another Pack."
+    same = _numbering(pack) == _numbering(trained)
+    measured, learned = _image_owners(pack, same).iloc[np.unique(images)], _image_owners(trained, same)
+    learned = learned[learned["split"] == "train"]
+    found = np.zeros(len(measured), bool)
+    for column in ("patient_id", "sha256"):
+        found |= (measured[column].isin(learned[column]) & (measured[column] != "")).to_numpy()
+    if found.any():
+        named = ", ".join(f"{row.image_id} ({row.split})" for row in measured[found].head(6).itertuples())
+        raise ValueError(
+            f"{pack.path}: {found.sum()} of the {len(found)} images to measure on are of patients or files that were "
+            f"trained on (split train of {trained.path}): {named}{', ...' if found.sum() > 6 else ''}. Measure another "
+            "split (--split, split= in Python), or go on with --allow-leaks (allow_leaks=True)"
+        )
+
+
 def guard_measured(
     pack: Pack,  # that an encoder is to be measured on
     trained: Pack,  # that it was trained on
     allow_leaks: bool = False,
     progress: bool = False,
+    images: Sequence[int] = (),  # rows of the Pack that are measured, whatever their split
 ) -> None:
     """ValueError if patients or images for validation or test in one Pack were for training in the other.
 
-    If that is allowed, the manifest lists them.
+    So too if images that are measured are of patients, or the very files, that it was trained on.
+    If that is allowed, the manifest lists the former.
 
     Parameters
     ----------
@@ -150,14 +174,15 @@ def guard_measured(
         that it was trained on
     allow_leaks : bool, default: False
     progress : bool, default: False
+    images : Sequence[int], default: ()
+        rows of the Pack that are measured, whatever their split
     """
     noted, name = pack.manifest.get("guard"), trained.manifest["hash"]
-    if (
-        noted is None
-        or "guard" not in trained.manifest
-        or name == pack.manifest["hash"]
-        or (name in noted["against"] and not noted["leaks"])
-    ):
+    if noted is None or "guard" not in trained.manifest:
+        return
+    if len(images) and not allow_leaks:
+        _refuse_learned(pack, trained, images)
+    if name == pack.manifest["hash"] or (name in noted["against"] and not noted["leaks"]):
         return
     leaks = find_pack_leaks(pack, [trained], within=False, both=False, progress=progress)
     if len(leaks) and not allow_leaks:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ..core.choices import check_choice
 from .files import DataError, number, read_table
 from .pack import BOX_COLUMNS, Pack
 from .phrases import Phrase, tight_boxes
@@ -180,7 +181,7 @@ def phrases_from_labels(
 ) -> list[Phrase]:  # image by image, class by class
     """A phrase for every class that is drawn in an image, with its masks or boxes.
 
-    ValueError if the Pack has neither, or not those of the prompts.
+    ValueError if the Pack has neither, or not those of the prompts, or no such split.
 
     Parameters
     ----------
@@ -199,6 +200,8 @@ def phrases_from_labels(
     list[Phrase]
         image by image, class by class
     """
+    if split is not None:
+        check_choice(f"split of {pack.path}", split, pack.studies["split"].unique())
     texts, table = _chosen_prompts(pack, prompts), pack.image_table
     splits = pack.studies["split"].to_numpy()[table["study"]]
     images = [image for image in (range(len(pack)) if images is None else images) if split in (None, splits[image])]

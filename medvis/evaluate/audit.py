@@ -264,7 +264,7 @@ def _control_line(
     of = lambda control, what: rows[f"{control}: {what}"].to_numpy(float)
     at = ~np.isnan(of(name, "hit"))
     draw = lambda values: mean_draws(np.where(at, values, np.nan), weights)
-    above = draw(of("own image", "hit")) - draw(rows["chance"].to_numpy(float))
+    above = draw(of(reference, "hit")) - draw(rows["chance"].to_numpy(float))
     surplus = interval(above, level)
     share = np.where((above > 0) & (found and surplus.low > 0), above, np.nan)
     lost = (draw(of(reference, "hit")) - draw(of(name, "hit"))) / share
@@ -285,7 +285,7 @@ def audit_table(
     resamples: int = 500,
     level: float = 0.95,
 ) -> pd.DataFrame:  # one row a control of _CONTROLS
-    """Hit, CNR and score under every control beside its reference, and the share of hits above chance that is lost.
+    """Hit, CNR and score under every control beside its reference, and the share of its hits above chance that is lost.
 
     Intervals draw patients; each line is about the phrases that its control has.
 
@@ -319,13 +319,34 @@ def _percent(value: float, low: float, high: float) -> str:
     return f"{value:.0f} % [{low:.0f}, {high:.0f}]"
 
 
+_FEWEST = {"phrases": 20, "patients": 10}  # that an answer is given on
+
+
+def _asked(line: pd.Series) -> bool:
+    return not np.isnan(line["lost"]) and all(line[name] >= least for name, least in _FEWEST.items())
+
+
+def _share(line: pd.Series) -> str:
+    return _percent(line["lost"], line["lost_low"], line["lost_high"])
+
+
 def _answer(line: pd.Series) -> str:
-    if np.isnan(line["lost"]):
+    if not _asked(line):
         return "not asked"
-    share = _percent(line["lost"], line["lost_low"], line["lost_high"])
+    share = f"{_share(line)} of {line['phrases']:.0f}"
     if line["lost"] >= 0.1 and line["lost_low"] > 0:
         return f"yes, {share}"
     return f"{'no' if line['lost'] < 0.1 and line['lost_high'] < 0.25 else 'unclear'}, {share}"
+
+
+def _answers(
+    lines: pd.DataFrame,  # of `audit_table`, by control
+) -> dict[str, str]:  # question -> answer
+    answers = {question: _answer(lines.loc[name]) for question, name in _QUESTIONS.items()}
+    patch = lines.loc["elsewhere occluded"]
+    if _asked(patch) and patch["lost"] >= 0.25:
+        answers["needs the box"] = f"unclear (any occlusion loses {_share(patch)} of {patch['phrases']:.0f})"
+    return answers
 
 
 def verdict(
@@ -343,13 +364,13 @@ def verdict(
     against = f"hit {own['hit']:.2f} against {own['chance']:.2f} by chance"
     if not own["above_low"] > 0:
         return f"finds nothing above chance ({against})"
-    seen = "has no other patient's image to compare with"
-    if not np.isnan(other["lost"]):
+    seen = "has too few phrases on other patients' images to compare with"
+    if _asked(other):
         habit = 1 - other["lost"], 1 - other["lost_high"], 1 - other["lost_low"]
-        seen = f"sees {_percent(other['lost'], other['lost_low'], other['lost_high'])} of what it finds above chance"
-        seen += f", habit {_percent(*habit)}"
-    answers = "; ".join(f"{question}: {_answer(lines.loc[name])}" for question, name in _QUESTIONS.items())
-    return f"{seen} ({against}, best fixed map {fixed['hit']:.2f}); {answers}"
+        seen = f"sees {_share(other)} of what it finds above chance, habit {_percent(*habit)} of {other['phrases']:.0f}"
+    best = "" if np.isnan(fixed["hit"]) else f", best fixed map {fixed['hit']:.2f}"
+    answers = "; ".join(f"{question}: {answer}" for question, answer in _answers(lines).items())
+    return f"{seen} ({against}{best}); {answers}"
 
 # %% ../../nbs/evaluate/15_audit.ipynb #f8a2e346
 def audit(
@@ -357,6 +378,7 @@ def audit(
     data: Pack | str | Path | None = None,  # None: the Pack that the run was trained on
     phrases: Sequence[Phrase] | str | Path | None = None,  # or a file as MS-CXR; None: what a phantom's reports say
     out: str | Path | None = None,  # folder for audit_phrases.csv (one row a phrase), audit.csv and audit.json
+    *,
     split: str | None = "test",  # whose images are asked about; None: all
     fill: Literal["mean", "blur"] = "mean",  # what occludes a box or mask
     seed: int = 0,  # of nonsense

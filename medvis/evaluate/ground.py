@@ -10,6 +10,7 @@ __all__ = ['RECIPE', 'on_target', 'pointing_hits', 'upsample_map', 'contrast_to_
            'Grounding', 'open_grounding', 'ground']
 
 # %% ../../nbs/evaluate/06_ground.ipynb #bad3f5a9
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -1048,7 +1049,9 @@ def _given_phrases(
     pack: Pack,
     split: str | None,  # None: all
 ) -> tuple[list[Phrase], dict[str, object]]:  # of the split, and where they come from
-    "The phrases that are meant. ValueError if none is of the split, or none are given and the Pack is no phantom."
+    """The phrases that are meant; warns if some that are given are not of the test split, and left out.
+
+    ValueError if none is of the split, or none are given and the Pack is no phantom."""
     split = as_split(split, pack)
     if phrases is None:
         return phantom_phrases(pack, split), dict(phrases="of the phantom's reports", split=split)
@@ -1056,13 +1059,19 @@ def _given_phrases(
     phrases = read_ms_cxr(Path(phrases)) if where != "given" else list(phrases)
     splits = pack.studies["split"].to_numpy()[pack.image_table["study"].to_numpy()[find_phrases(phrases, pack)]]
     counts = {str(name): int(count) for name, count in zip(*np.unique(splits, return_counts=True))}
+    held = ", ".join(f"{name} {count}" for name, count in counts.items())
     if counts and split not in (None, *counts):
-        held = ", ".join(f"{name} {count}" for name, count in counts.items())
         raise ValueError(
             f"of {len(phrases)} phrases none is about an image of the split {split!r} of {pack.path} ({held}); "
             "choose another with --split, or all of them (split= in Python, None = all)"
         )
     kept = [phrase for phrase, own in zip(phrases, splits) if split in (None, own)]
+    if split == "test" and len(kept) < len(phrases):
+        warnings.warn(
+            f"{len(phrases) - len(kept)} of {len(phrases)} phrases are not about images of the split 'test' of "
+            f"{pack.path} ({held}), and are left out; ask about others with --split (split= in Python, None = all)",
+            stacklevel=4,
+        )
     return kept, dict(phrases=where, split=split, given=counts)
 
 # %% ../../nbs/evaluate/06_ground.ipynb #e5b07a07
@@ -1141,8 +1150,8 @@ def open_grounding(
     """
     method = as_method(run)
     pack = as_pack(data, method)
-    check_unseen(pack, [method], allow_leaks)
     phrases, facts = _given_phrases(phrases, pack, split)
+    check_unseen(pack, [method], allow_leaks, images=find_phrases(phrases, pack))
     placed = place_phrases(method, pack, phrases)
     return Grounding(method, pack, placed, facts | dict(count=len(phrases), recipe=RECIPE))
 
@@ -1160,6 +1169,7 @@ def ground(
     out: str
     | Path
     | None = None,  # folder for phrases.csv (one row a phrase), findings.csv (the table) and phrases.json
+    *,
     split: str | None = "test",  # whose images are asked about; None: all
     resamples: int = 500,
     allow_leaks: bool = False,  # measure although the run was trained on patients or images that are tested here

@@ -276,11 +276,11 @@ def measure_places(
     check_choice("kind of place", what, _PLACES)
     method = as_method(run)
     pack = as_pack(data, method)
-    check_unseen(pack, [method], allow_leaks)
     check_preprocessing(method, pack)
     split = as_split(split, pack)
     targets = report_targets(pack) if targets is None else targets
     sentences = _find_sentences(_placed_sentences(targets, what, findings), pack, split)
+    check_unseen(pack, [method], allow_leaks, images=sentences["image"])
     if sentences.empty:
         raise ValueError(
             f"no sentence of {pack.path} (split {split}) asserts findings at one {what} alone: nothing to measure"

@@ -257,6 +257,7 @@ def ground_recipes(
     | Path
     | None = None,  # or a file in the format of MS-CXR; None: what a phantom's reports say
     out: str | Path | None = None,  # folder for recipes.csv and recipes.json
+    *,
     split: str | None = "test",  # whose images are asked about; None: all
     batch_size: int = 32,
     resamples: int = 500,

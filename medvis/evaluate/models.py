@@ -160,8 +160,9 @@ def check_unseen(
     models: Iterable[nn.Module],  # methods or encoders
     allow_leaks: bool = False,
     progress: bool = True,
+    images: Sequence[int] = (),  # rows of the Pack that are measured, whatever their split
 ) -> None:
-    """ValueError if a model was trained on patients or images of the Pack's validation or test splits.
+    """ValueError if a model was trained on patients or images of the Pack's validation or test splits, or on `images`.
 
     See `data.guard.guard_measured`. Warns if the Pack that it was trained on is gone.
 
@@ -173,16 +174,19 @@ def check_unseen(
         methods or encoders
     allow_leaks : bool, default: False
     progress : bool, default: True
+    images : Sequence[int], default: ()
+        rows of the Pack that are measured, whatever their split
     """
     provenances = {one.run: one for model in models if (one := getattr(model, "provenance", None))}.values()
     for provenance in (replace(one, data=data) for one in provenances for data in (one.data, *one.init)):
         try:
-            trained = training_pack(provenance)
+            own = provenance.data["hash"] == pack.manifest["hash"]
+            trained = pack if own else training_pack(provenance)
         except ValueError:
             trained = None
         if trained is not None:
-            guard_measured(pack, trained, allow_leaks, progress)
-        elif provenance.data["hash"] not in (pack.manifest["hash"], *pack.manifest.get("guard", {}).get("against", ())):
+            guard_measured(pack, trained, allow_leaks, progress, images)
+        elif provenance.data["hash"] not in pack.manifest.get("guard", {}).get("against", ()):
             warnings.warn(
                 f"{provenance.run} was trained on a Pack that is not at {provenance.data['path']} any more: "
                 f"it cannot be checked for images of {pack.path}",

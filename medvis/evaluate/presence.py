@@ -20,8 +20,8 @@ from ..data.label_phrases import phrases_from_labels
 from ..data.pack import Pack
 from ..data.phrases import Phrase, find_phrases, phrase_region
 from .encoder import check_preprocessing, describe_inputs, frozen
-from .ground import ground_phrases, grounding_table, phrase_maps
-from .models import as_method, as_pack, check_unseen
+from .ground import RECIPE, ground_phrases, grounding_table, phrase_maps
+from .models import as_method, as_pack, as_split, check_unseen
 from .stats import auroc, interval, resample
 from ..train.run import Run
 
@@ -31,7 +31,7 @@ def presence_scores(
     pack: Pack,
     phrases: Sequence[Phrase],  # with a region, and without one about images that do not show it
     batch_size: int = 32,
-) -> pd.DataFrame:  # image_id, patient, split, finding, shown; highest and mean score of the map
+) -> pd.DataFrame:  # image_id, patient, split, finding, shown; highest and mean score of the map; recipe
     """The heights of the maps of phrases. Regions that the encoder's crop leaves out have no row.
 
     ValueError as of `ground_phrases`.
@@ -48,7 +48,7 @@ def presence_scores(
     Returns
     -------
     pd.DataFrame
-        image_id, patient, split, finding, shown; highest and mean score of the map
+        image_id, patient, split, finding, shown; highest and mean score of the map; recipe
     """
     check_preprocessing(method, pack)
     phrases, view = list(phrases), method.preprocessing.mask()
@@ -67,7 +67,7 @@ def presence_scores(
     rows |= {"finding": [phrase.category for phrase in chosen], "shown": shown[kept]}
     by = list(rows)
     rows |= {"highest": maps.max(1), "mean": maps.mean(1)}
-    return pd.DataFrame(rows).groupby(by, as_index=False, sort=False).mean()
+    return pd.DataFrame(rows).groupby(by, as_index=False, sort=False).mean().assign(recipe=RECIPE)
 
 # %% ../../nbs/evaluate/17_presence.ipynb #5293ed63
 _RULE = ("threshold", "slope", "intercept", "share", "images")
@@ -147,7 +147,7 @@ def presence_table(
     rules: pd.DataFrame | float | None = None,  # of presence_rules, or one threshold; None: no threshold
     resamples: int = 500,
     level: float = 0.95,
-) -> pd.DataFrame:  # finding, measure, value, low, high, threshold, shown, not_shown, patients, definition
+) -> pd.DataFrame:  # finding, measure, value, low, high, threshold, shown, not_shown, patients, definition, recipe
     """Every measure of every finding, of all together, and macro (mean over findings), with intervals over patients.
 
     Parameters
@@ -162,7 +162,7 @@ def presence_table(
     Returns
     -------
     pd.DataFrame
-        finding, measure, value, low, high, threshold, shown, not_shown, patients, definition
+        finding, measure, value, low, high, threshold, shown, not_shown, patients, definition, recipe
     """
     names, lines = [*sorted(set(rows["finding"])), "all"], []
     missing = dict.fromkeys(_RULE, np.nan) | ({"threshold": float(rules)} if isinstance(rules, int | float) else {})
@@ -181,7 +181,8 @@ def presence_table(
         mean = _ratio(np.where(held, draws, 0).sum(0), held.sum(0))
         lines.append(("macro", measure, *interval(mean, level), np.nan, *lines[-1][6:9]))
     columns = ["finding", "measure", "value", "low", "high", "threshold", "shown", "not_shown", "patients"]
-    return pd.DataFrame(lines, columns=columns).assign(definition=lambda table: table["measure"].map(_MEASURES))
+    table = pd.DataFrame(lines, columns=columns)
+    return table.assign(definition=table["measure"].map(_MEASURES), recipe=RECIPE)
 
 # %% ../../nbs/evaluate/17_presence.ipynb #e916ca81
 def ground_labels(
@@ -189,6 +190,7 @@ def ground_labels(
     data: Pack | str | Path | None = None,  # a Pack with boxes or masks; None: the one that the run was trained on
     prompts: Mapping[str, str | Sequence[str]] | None = None,  # class -> texts; None: what reports call them
     out: str | Path | None = None,  # folder for phrases.csv, findings.csv, images.csv, presence.csv and phrases.json
+    *,
     split: str | None = "test",  # None: all
     threshold: float | None = None,  # None: of each class, chosen on validation images, if these are not measured
     resamples: int = 500,
@@ -221,11 +223,12 @@ def ground_labels(
     """
     method = as_method(run)
     pack = as_pack(data, method)
-    check_unseen(pack, [method], allow_leaks)
+    split = as_split(split, pack)
     phrases = phrases_from_labels(pack, prompts, split, without_boxes=True)
+    check_unseen(pack, [method], allow_leaks, images=find_phrases(phrases, pack))
     rows = ground_phrases(method, pack, [phrase for phrase in phrases if phrase.boxes or phrase.masks])
     images, rules = presence_scores(method, pack, phrases), threshold
-    if threshold is None and split not in (None, "validate"):
+    if threshold is None and split not in (None, "validate") and (pack.studies["split"] == "validate").any():
         validate = phrases_from_labels(pack, prompts, "validate", without_boxes=True)
         rules = presence_rules(presence_scores(method, pack, validate)) if validate else None
     tables = grounding_table(rows, resamples), presence_table(images, rules, resamples)
@@ -236,6 +239,7 @@ def ground_labels(
         said = {
             phrase.category: sorted({p.text for p in phrases if p.category == phrase.category}) for phrase in phrases
         }
-        facts = dict(phrases="from labels", prompts=said, split=split, threshold=threshold, resamples=resamples)
+        facts = dict(phrases="from labels", prompts=said, split=split, count=len(phrases), recipe=RECIPE)
+        facts |= dict(threshold=threshold, resamples=resamples)
         write_json(Path(out) / "phrases.json", describe_inputs({"method": method}, pack, **facts))
     return tables
