@@ -575,7 +575,7 @@ def test_codes_in_are_codes_out(written):
 @quick
 @given(st.data())
 def test_a_damaged_structured_report_is_a_data_error_or_a_report(data):
-    "Bytes changed, cut and doubled: no other error, and no label that is not 1, 0 or blank."
+    "Bytes changed, cut and doubled: no other error, and no label that is not 1, 0, -1 or blank."
     whole = bytearray(write_rad_restruct(phantom_codes(PATIENTS[0])))
     for _ in range(data.draw(st.integers(1, 3))):
         place = data.draw(st.integers(0, len(whole) - 1))
@@ -585,7 +585,7 @@ def test_a_damaged_structured_report_is_a_data_error_or_a_report(data):
     except DataError as error:
         assert str(error).startswith("1.json: ") and error.code in (RejectCode.BAD_TEXT, RejectCode.BAD_LABEL)
     else:
-        assert list(labels) == list(CODED_FINDINGS) and set(labels.values()) <= {1.0, 0.0, None} and all(len(one) == 3 for one in read)
+        assert list(labels) == list(CODED_FINDINGS) and set(labels.values()) <= {1.0, 0.0, -1.0, None} and all(len(one) == 3 for one in read)
 
 
 def structured(root: Path, number: int, change) -> None:
@@ -606,6 +606,69 @@ def prepare_openi(root: Path, out: Path, **options):
     return prepare_source(openi.OPENI, openi._OpeniConfig(root, **options), BuildConfig(out, size=64, progress=False))
 
 
+@pytest.mark.parametrize("degree", [3, True, "borderline", {"hyperdistention": 1}, [7]])
+@pytest.mark.parametrize("question", ["cardiovascular system/diseases/cardiomegaly", "respiratory system/sub_areas/lung/body_regions/lung"])
+def test_a_degree_that_is_no_list_of_words_is_a_data_error(question, degree):
+    area, *parts, last = question.split("/")
+    node = {last: {"instances": [{"degree": degree}]}}
+    for part in reversed(parts):
+        node = {part: node}
+    with pytest.raises(DataError, match="^1.json: an instance of .*expected lists of words"):
+        read_rad_restruct(json.dumps([{"area": area} | node]).encode(), "1.json")
+
+
+def answered(path: str, *instances: dict) -> dict[str, float | None]:
+    "The labels of a structured report in which one question is answered with these instances, and all others with no."
+    report = json.loads(write_rad_restruct([]))
+    area, *parts = path.split("/")
+    node = next(one for one in report if one["area"] == area)
+    for part in parts:
+        node = node[part]
+    node["instances"] = list(instances)
+    return read_rad_restruct(json.dumps(report).encode(), "1.json")[0]
+
+
+LUNGS = ("Lung Opacity", "Nodule", "Mass", "Granuloma", "Scar")
+
+
+@pytest.mark.parametrize("path, finding", [(path, None) for path in (
+    "skeletal system/signs/opacity", "skeletal system/diseases/granuloma", "skeletal system/diseases/cicatrix", "breast/diseases/mass", "breast/diseases/cicatrix", "mediastinum/signs/opacity", "mediastinum/diseases/calcified granuloma",
+    "cardiovascular system/signs/opacity", "cardiovascular system/diseases/nodule", "cardiovascular system/diseases/cicatrix", "cardiovascular system/diseases/calcified granuloma",
+    "respiratory system/sub_areas/trachea/signs/opacity", "respiratory system/sub_areas/trachea/diseases/calcified granuloma")] + [
+    ("respiratory system/sub_areas/lung/signs/opacity", "Lung Opacity"), ("respiratory system/sub_areas/lung/diseases/infiltrate", "Lung Opacity"), ("respiratory system/sub_areas/pleura/diseases/cicatrix", "Scar"), ("thorax/diseases/mass", "Mass"),
+    ("thorax/diseases/calcified granuloma", "Granuloma"), ("cardiovascular system/diseases/heart failure", "Edema"), ("skeletal system/diseases/fractures, bone", "Fracture")])
+def test_what_lies_outside_the_lungs_is_no_finding_of_lungs(path, finding):
+    labels = answered(path, {"body_region": ["unspecified"]})
+    assert [name for name, value in labels.items() if value] == [finding] * (finding is not None) and set(labels.values()) <= {0.0, 1.0}
+
+
+@pytest.mark.parametrize("path, finding", [("cardiovascular system/diseases/cardiomegaly", "Cardiomegaly"), ("respiratory system/sub_areas/pleura/diseases/pleural effusion", "Pleural Effusion")])
+def test_what_is_only_borderline_is_uncertain(path, finding):
+    "As by the coders' MeSH headings: -1 if it is borderline wherever it is."
+    for degrees, label in (([["borderline"]], -1), ([["borderline"], ["borderline"]], -1), ([["borderline"], ["no selection"]], 1), ([["mild"]], 1), ([None], 1), ([], 0)):
+        assert answered(path, *({"degree": degree} for degree in degrees))[finding] == label
+    assert openi._mesh_labels([f"{finding}/borderline"])[finding] == -1 and openi._mesh_labels([f"{finding}/borderline", f"{finding}/mild"])[finding] == 1
+
+
+def test_an_archive_packed_as_the_repository_has_it(reports_root, tmp_path):
+    "Lists of questions bear the numbers of reports: they are passed over, whatever stands first."
+    root = shutil.copytree(reports_root, tmp_path / "root")
+    with tarfile.open(root / "radrestruct.tgz") as archive:
+        files = {Path(member.name).name: archive.extractfile(member).read() for member in archive}
+    (root / "radrestruct.tgz").unlink()
+    with tarfile.open(root / "radrestruct.tgz", "w:gz") as archive:
+        for folder in ("a_qa_pairs", "new_reports", "train_qa_pairs"):
+            for name, content in files.items():
+                content = content if folder == "new_reports" else b'[[["Is there a nodule?"], ["no"], [], {}]]'
+                member = tarfile.TarInfo(f"data/radrestruct/{folder}/{name}")
+                member.size = len(content)
+                archive.addfile(member, io.BytesIO(content))
+    for labels in ("mesh", "rad-restruct"):
+        expected = openi._plan_openi(openi._OpeniConfig(reports_root, labels=labels))
+        assert openi._plan_openi(openi._OpeniConfig(root, labels=labels)) == expected
+
+
+@pytest.mark.parametrize("labels", ["mesh", "rad-restruct"])
 @pytest.mark.parametrize("number, change, code, message", [
     (2, lambda data: data[:len(data) // 2], RejectCode.BAD_TEXT, "radrestruct/2.json: no structured report of Rad-ReStruct, or damaged"),
     (2, lambda data: b"", RejectCode.BAD_TEXT, "radrestruct/2.json: no structured report"),
@@ -614,15 +677,21 @@ def prepare_openi(root: Path, out: Path, **options):
     (2, lambda data: data.replace(b'"instances": []', b'"instances": null', 1), RejectCode.BAD_TEXT, "or in no list"),
     (999, lambda data: data, RejectCode.CONTRADICTION, "in radrestruct.tgz, but not among the reports"),
 ])
-def test_a_damaged_structured_report_costs_its_study_and_no_other(reports_root, tmp_path, number, change, code, message):
+def test_a_damaged_structured_report_costs_its_codes_or_its_study(reports_root, tmp_path, number, change, code, message, labels):
+    "The study only where its codes are its labels; all others stay as they are, and the fault is named either way."
     root = shutil.copytree(reports_root, tmp_path / "root")
     structured(root, number, change)
-    whole, rest = prepare_openi(reports_root, tmp_path / "whole"), prepare_openi(root, tmp_path / "rest")
+    whole, rest = prepare_openi(reports_root, tmp_path / "whole", labels=labels), prepare_openi(root, tmp_path / "rest", labels=labels)
     assert rest.rejects[["item", "code"]].to_numpy().tolist() == [[f"CXR{number}", str(code)]] and message in rest.rejects["reason"][0]
-    kept = whole.studies[whole.studies["study_id"] != f"CXR{number}"]
-    assert rest.studies["study_id"].tolist() == kept["study_id"].tolist() and rest.studies["coded"].tolist() == kept["coded"].tolist() and rest.labels.equals(whole.labels.loc[kept.index].reset_index(drop=True))
-    assert sum(rest.manifest["rejected"].values()) == len(whole) - len(rest), "a report that nobody has costs no picture"
-    assert any(message in problem for problem in check_source(openi.OPENI, openi._OpeniConfig(root))[1])
+    faulty = whole.studies["study_id"] == f"CXR{number}"
+    kept = whole.studies[~faulty] if labels == "rad-restruct" else whole.studies
+    codes = [None if study == f"CXR{number}" else coded for study, coded in zip(kept["study_id"], kept["coded"])]
+    assert rest.studies["study_id"].tolist() == kept["study_id"].tolist() and rest.studies["coded"].tolist() == codes and rest.labels.equals(whole.labels.loc[kept.index].reset_index(drop=True))
+    assert sum(rest.manifest["rejected"].values()) == len(whole) - len(rest), "what costs no study costs no picture"
+    assert any(message in problem for problem in check_source(openi.OPENI, openi._OpeniConfig(root, labels=labels))[1])
+    table = openi.openi_reports(root).set_index("study")
+    assert (table["dropped"] == openi.openi_reports(reports_root).set_index("study")["dropped"]).all(), "a report is none the worse for it"
+    assert {study: fault for study, fault in table["fault"].items() if fault}.keys() == {f"CXR{number}"} & {*table.index} and table["coded"].isna().sum() == (number == 2)
 
 
 def test_the_labels_are_chosen_and_the_codes_are_kept_either_way(reports_root, tmp_path):

@@ -149,5 +149,25 @@ def test_what_is_coded_is_compared_by_finding_and_place():
     assert "Hernia" not in table.loc["finding"].index, "which the form does not ask for"
 
 
+@pytest.mark.parametrize("codes, side", [
+    ([("Nodule", "middle lobe", "")], None), ([("Nodule", "left lower lobe", "left"), ("Nodule", "middle lobe", "")], None), ([("Nodule", "right lower lobe", "right"), ("Nodule", "middle lobe", "")], None),
+    ([("Nodule", "left lower lobe", "left"), ("Nodule", "middle lobe", ""), ("Nodule", "right lower lobe", "right")], "bilateral"), ([("Nodule", "apex", "bilateral"), ("Nodule", "middle lobe", "")], "bilateral"),
+    ([("Nodule", "middle lobe", "left")], "left"), ([("Nodule", "left lower lobe", "left"), ("Mass", "middle lobe", "")], "left")])
+def test_a_middle_lobe_without_a_side_is_right_or_the_lingula(codes, side):
+    "Rad-ReStruct has no lingula: whatever a report says of it, and of the other lung, is not counted as wrong."
+    for said in ("A nodule in the middle lobe.", "A lingular nodule.", "Bilateral nodules.", "A left nodule."):
+        table = compare_targets({"a": [said]}, {"a": codes})
+        found = sentence_targets(said)["Nodule"][1]
+        assert table.loc["side"].loc["all", ["true", "both"]].tolist() == [side is not None, side is not None and found == side]
+        assert table.loc["one side"].loc["all", "true"] == (side == "left" and found != "bilateral")
+
+
+def test_codes_may_be_read_once():
+    "Codes are an Iterable: those of an iterator have their zones too."
+    codes = [("Nodule", "left lower lobe", "left"), ("Scar", "apex", "right")]
+    said = {"a": ["A left basal nodule.", "Right apical scar."]}
+    assert compare_targets(said, {"a": iter(codes)}).equals(compare_targets(said, {"a": codes})) and compare_targets(said, {"a": iter(codes)}).loc["zone"].loc["all", "both"] == 2
+
+
 def test_the_halves_do_not_move(benchmark):
     assert [benchmark.half(f"CXR{number}") for number in range(1, 9)] == ["develop", "develop", "report", "report", "report", "report", "develop", "report"]

@@ -87,13 +87,21 @@ _PLACES = {  # the same of one part of the report alone; "lung" asks for its hyp
     "respiratory system/sub_areas/pleura/signs/thickening": "Pleural Thickening",
 }
 _FINDINGS = {name: finding for finding, names in _MEANINGS.items() for name in names.split("; ")}
+_OF_LUNGS = ("Lung Opacity", "Nodule", "Mass", "Granuloma", "Scar")  # are asked for of bones and breasts too
+_LUNGS = ("respiratory system/sub_areas/lung/", "respiratory system/sub_areas/pleura/", "thorax/")
+
+
+def _meaning(path: str) -> str | None:
+    "The finding that a question asks for; None = no finding of ours, or not one of lungs."
+    finding = _PLACES.get(path, _FINDINGS.get(path.rpartition("/")[2]))
+    return finding if finding not in _OF_LUNGS or path.startswith(_LUNGS) else None
+
+
 _ASKED = {  # question, as a path: the finding that it asks for; None = no finding of ours
-    f"{part}/{name}": _PLACES.get(f"{part}/{name}", _FINDINGS.get(name))
-    for part, names in _FORM.items()
-    for name in names.split("; ")
+    f"{part}/{name}": _meaning(f"{part}/{name}") for part, names in _FORM.items() for name in names.split("; ")
 }
 CODED_FINDINGS = tuple(name for name in TERMS if name in _ASKED.values())
-_DISTENDED = "hyperdistention"
+_DISTENDED, _DOUBTFUL = "hyperdistention", "borderline"
 
 # %% ../../nbs/data/20_coded.ipynb #4bf4399b
 _SIDES = ("left", "right", "bilateral")
@@ -110,15 +118,21 @@ def _answers(node: object, path: str, name: str) -> Iterator[tuple[str, list]]: 
         yield from _answers(below, f"{path}/{part}", name)
 
 
-def _instance_places(instance: object, path: str, name: str) -> list[tuple[str, str]]:  # region, side; "" = not said
-    "Where an instance lies. DataError if that is not said in lists of words."
+def _instance_words(instance: object, path: str, name: str) -> list[list[str]]:  # regions, sides, degrees
+    "What is said of an instance. DataError if that is not in lists of words."
     words = [
-        (instance.get(key) or []) if isinstance(instance, dict) else None for key in ("body_region", "localization")
+        (instance.get(key) or []) if isinstance(instance, dict) else None
+        for key in ("body_region", "localization", "degree")
     ]
     if not all(isinstance(listed, list) and all(isinstance(word, str) for word in listed) for listed in words):
         raise DataError(f"{name}: an instance of {path!r:.80} is damaged; expected lists of words", RejectCode.BAD_TEXT)
-    regions = [region for region in words[0] if region != "unspecified"] or [""]
-    sides = [side for side in words[1] if side in _SIDES] or [""]
+    return words
+
+
+def _places_of(regions: list[str], sides: list[str]) -> list[tuple[str, str]]:  # region, side; "" = not said
+    "Where an instance lies; a region that is named with a side has that side."
+    regions = [region for region in regions if region != "unspecified"] or [""]
+    sides = [side for side in sides if side in _SIDES] or [""]
     return [
         (region, side)
         for region in regions
@@ -153,10 +167,11 @@ def _read_form(data: bytes, name: str) -> dict[str, list]:  # question: instance
 def read_rad_restruct(
     data: bytes,
     name: str,  # of the file, for errors
-) -> tuple[dict[str, float | None], list[list[str]]]:  # finding: 1, 0 or None; finding, region, side of each code
+) -> tuple[dict[str, float | None], list[list[str]]]:  # finding: 1, 0, -1 or None; finding, region, side of each code
     """A structured report of Rad-ReStruct as labels, and as codes with places.
 
-    A finding is absent (0) if all that asks for it is answered with no; None if a file leaves one out.
+    A finding is absent (0) if all that asks for it is answered with no; None if a file leaves one out; uncertain (-1)
+    if it is borderline wherever it is.
     DataError says what is wrong with the file.
 
     Parameters
@@ -168,19 +183,19 @@ def read_rad_restruct(
     Returns
     -------
     tuple[dict[str, float | None], list[list[str]]]
-        finding: 1, 0 or None; finding, region, side of each code
+        finding: 1, 0, -1 or None; finding, region, side of each code
     """
-    answers, codes, labels = _read_form(data, name), set(), {}
+    answers, codes, firm, labels = _read_form(data, name), set(), set(), {}
     for path, instances in answers.items():
         for instance in instances:
-            places = _instance_places(instance, path, name)
-            if (finding := _ASKED[path]) and (
-                finding != "Hyperinflation" or _DISTENDED in (instance.get("degree") or ())
-            ):
-                codes |= {(finding, *place) for place in places}
+            regions, sides, degrees = _instance_words(instance, path, name)
+            if (finding := _ASKED[path]) and (finding != "Hyperinflation" or _DISTENDED in degrees):
+                codes |= {(finding, *place) for place in _places_of(regions, sides)}
+                firm |= {finding} if _DOUBTFUL not in degrees else set()
     present, unasked = {finding for finding, *_ in codes}, {_ASKED[path] for path in _ASKED.keys() - answers.keys()}
     for finding in CODED_FINDINGS:
-        labels[finding] = 1.0 if finding in present else None if finding in unasked else 0.0
+        absent = None if finding in unasked else 0.0
+        labels[finding] = 1.0 if finding in firm else -1.0 if finding in present else absent
     return labels, sorted(map(list, codes))
 
 # %% ../../nbs/data/20_coded.ipynb #a0baf4c5
@@ -277,10 +292,19 @@ _ZONES = {
 }
 
 
+_EITHER = "middle lobe"  # of the right lung, or the lingula, which the form does not have
+
+
 def _coded_targets(codes: Iterable[Sequence[str]]) -> dict[str, tuple[str, str | None, str | None]]:
     "Codes of one report in the words of its targets: finding -> asserted, side, zone."
+    codes = list(codes)
     zones = {region: zone for _, region, _ in codes for name, zone in _ZONES.items() if region.endswith(name)}
-    return merge_targets({finding: ("asserted", side or None, zones.get(region))} for finding, region, side in codes)
+    unsure = {finding for finding, region, side in codes if region == _EITHER and not side}
+    targets = merge_targets({finding: ("asserted", side or None, zones.get(region))} for finding, region, side in codes)
+    return {
+        finding: (status, None if finding in unsure and side != "bilateral" else side, zone)
+        for finding, (status, side, zone) in targets.items()
+    }
 
 # %% ../../nbs/data/20_coded.ipynb #c331414e
 _MET = STATUSES[:2]  # a finding that may be there has a place too

@@ -335,7 +335,8 @@ def _read_codes(
     place, files = _coded_files(Path(root))
     coded, faults = {}, {}
     for name, data in files:
-        if not (numbered := re.fullmatch(r"(?:.*/)?(\d{1,9})\.json", name)):
+        numbered = re.fullmatch(r"(?:.*/)?(\d{1,9})\.json", name)
+        if not numbered or Path(name).parent.name.endswith("_qa_pairs"):
             continue  # lists of questions and answers, which lie beside the reports
         study = f"CXR{int(numbered[1])}"
         try:
@@ -355,10 +356,11 @@ def _read_codes(
 def openi_reports(
     path: str | Path,  # folder of the data set, or the archive of reports
     rules: ReportRules = ReportRules(),
-) -> pd.DataFrame:  # study, the four sections, text, sentences, dropped ("" = kept), major, images (ids), coded
+) -> pd.DataFrame:  # study, the four sections, text, sentences, dropped ("" = kept), major, images (ids), coded, fault
     """The reports of Open-i as a table, damaged ones with their reason; needs no pictures.
 
     coded: finding, region and side of each code of Rad-ReStruct, if that lies in the folder; else None.
+    fault: why the codes of a report cannot be read, else blank.
 
     Parameters
     ----------
@@ -369,7 +371,7 @@ def openi_reports(
     Returns
     -------
     pd.DataFrame
-        study, the four sections, text, sentences, dropped ("" = kept), major, images (ids), coded
+        study, the four sections, text, sentences, dropped ("" = kept), major, images (ids), coded, fault
     """
     (reports, rejects), (_, codes, faults) = _read_reports(path), _read_codes(path)
     damaged = [
@@ -381,17 +383,17 @@ def openi_reports(
     for report, damage in [*((report, "") for report in reports), *damaged]:
         text = _compose_report(report["sections"])
         sentences, code = check_report(text, rules)
-        fault = f"damaged: {faults[report['study']]}" if report["study"] in faults else ""
         rows.append(
             {
                 "study": report["study"],
                 **{name: report["sections"].get(name, "") for name in _SECTIONS},
                 "text": text,
                 "sentences": sentences,
-                "dropped": damage or fault or (code and reject_sentence(code, rules.min_words)) or "",
+                "dropped": damage or (code and reject_sentence(code, rules.min_words)) or "",
                 "major": report["major"],
                 "images": [image["id"] for image in report["images"]],
                 "coded": None if damage else codes.get(report["study"], (None, None))[1],
+                "fault": str(faults.get(report["study"], "")),
             }
         )
     return pd.DataFrame(rows)
@@ -532,6 +534,11 @@ def _openi_item(report: dict, split: str, images: list[ImageItem], labels: dict)
     }
 
 
+def _faulty_codes(study: str, fault: DataError, lost: int) -> RejectItem:
+    "The reject for a structured report that cannot be read: it costs these pictures, or the codes alone."
+    return reject(study, f"{fault}{'' if lost else '; the study is kept without codes'}", fault.code, lost)
+
+
 def _stray_codes(place: str, coded: set[str], studies: Sequence[str], rejects: list[RejectItem]) -> list[RejectItem]:
     "Rejects for what people coded of reports that are neither read nor rejected; they cost no picture."
     named = {"CXR" + Path(item["study"]).stem.removeprefix("CXR") for item in rejects}  # CXR1, ecgen-radiology/1.xml
@@ -551,9 +558,10 @@ def _plan_openi(config: _OpeniConfig) -> Source:
         if study not in splits:
             dropped["study is not in annotation.json"] += len(report["images"])
         elif images := _wanted_images(report, recipe, files, config.partial, dropped):
-            if study in faults:
-                items.append(reject(study, str(faults[study]), faults[study].code, images=len(images)))
-                continue
+            if fault := faults.get(study):
+                items.append(_faulty_codes(study, fault, 0 if mesh else len(images)))
+                if not mesh:
+                    continue
             for image in images:
                 if size := sizes.get(_picture_key(image["id"])):
                     image["squashed"] = size
