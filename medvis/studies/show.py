@@ -101,8 +101,8 @@ _CARD = (
 _CHOSEN = {
     "rarest": "the first of each of the rarest findings is shown.",
     "report": "the first of them are shown.",
-    "label": "there are no reports: phrases from labels, boxes and masks stand in their place, and the studies in which "
-    "something is drawn come first.",
+    "label": "there are no reports: phrases from labels, boxes and masks stand in their place, and the studies in "
+    "which something is drawn come first.",
     "none": "there are no reports and nothing is drawn: the first are shown, with what reports call the labels.",
 }
 

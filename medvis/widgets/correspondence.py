@@ -283,7 +283,7 @@ def _draw_run(
     state: Mapping,  # setting -> value, see _SETTINGS
     masked: bool = False,  # leave out the places that the report names
 ) -> None:
-    "Draw one run's picture: radiograph, map of what is pinned, outlines, boxes, and whether it hits a target, drawn or hidden."
+    "Draw one run's picture: radiograph, map of what is pinned, outlines, boxes, and whether it hits a target."
     (level, width), run, selection = state["window"], view.runs[name], state["selection"]
     ax.imshow(
         view.picture,
