@@ -7,7 +7,15 @@ from browser import browser, opened  # noqa: F401
 from correspondences import (
     GRIDS, NODULE, REPORT, at_region, changed_at, lit, make_view, pixels, place_of, planted, shot, square, trait, word, write_views)
 
+from medvis.data.reports import find_words
 from medvis.widgets.study import Outline, RunScores, word_spans
+
+
+def with_names(path, *names):
+    "The page with functions of the script, and `render`, within reach of a test."
+    path.write_text(path.read_text().replace("render({ model: widget.model", f"Object.assign(window, {{ {', '.join(('render', *names))} }});\nrender({{ model: widget.model"))
+    return path
+
 
 @pytest.fixture(scope="module")
 def views():
@@ -205,6 +213,21 @@ def test_worst_alignment_first(page, views):
         page.get_by_role("button", name="Next study").click()
 
 
+def test_most_misses_first(browser, tmp_path):  # noqa: F811
+    "As `Studies.find` has them; a word of a phrase that the reader typed is no miss of the study."
+    good, bad = replace(NODULE, words=(0,)), replace(NODULE, words=(0, 1, 4))
+    asked = replace(NODULE, words=(0, *range(13, 17)))
+    views = [make_view(0, outlines=[good]), make_view(1, outlines=[bad]), make_view(2), make_view(3, outlines=[replace(NODULE, words=(1,))])]
+    views.append(make_view(4, [*REPORT, "a b c d"], outlines=[asked], kinds=["report"] * 3 + ["typed"]))
+    assert [round(view.misses("fine"), 2) for view in views] == [0, 0.67, 0, 1, 0] and len(views[4].hits("fine")) == 5
+    with opened(browser, write_views(tmp_path / "page.html", views)) as page:
+        page.get_by_label("Order").select_option("misses")
+        for k, position in enumerate((3, 1, 0, 2, 4)):
+            page.wait_for_selector(f"[data-ready={views[position].id}]")
+            page.locator(".place", has_text=f"{k + 1} of 5").wait_for()
+            page.get_by_role("button", name="Next study").click()
+
+
 def test_window_zoom_and_pan_by_mouse(page):
     plain = pixels(page)
     x, y = at_region(page, "fine", 27)
@@ -318,8 +341,7 @@ KERNEL = """() => { const model = document.getElementById('widget').model, held 
 
 
 def test_mask_with_a_kernel_that_answers_before_it_saves(browser, views, tmp_path):  # noqa: F811
-    path = write_views(tmp_path / "page.html", views)
-    path.write_text(path.read_text().replace("render({ model: widget.model", "window.render = render;\nrender({ model: widget.model"))
+    path = with_names(write_views(tmp_path / "page.html", views))
     with opened(browser, path) as page:
         page.evaluate(KERNEL)
         page.wait_for_selector(word(0))
@@ -492,8 +514,21 @@ def test_what_is_drawn_counts_and_what_is_said_does_not(drawn):
     drawn.mouse.move(2, 2)
     toggle(drawn, "Nodule").click()
     drawn.hover(word(0))
-    assert not badge.is_visible(), "a hidden outline is not replaced by what the report says"
+    assert badge.text_content() == "✓ hit · Nodule", "an outline that is hidden is judged all the same"
     shot(drawn, "targets")
+
+
+def test_hiding_a_class_changes_no_verdict(browser, tmp_path):  # noqa: F811
+    "A word with two targets, of which one is hit: it stays a hit when that one is hidden, and a miss stays a miss."
+    view = make_view(0, outlines=[NODULE, replace(LUNG, words=(0, 1))])
+    expected = {0: "✓ hit · Nodule, left_lung", 1: "✗ miss · Nodule, left_lung"}
+    assert [hit for item, _, hit in view.hits("fine") if item == 0] == [True, False] and not any(hit for item, _, hit in view.hits("fine") if item == 1)
+    with opened(browser, write_views(tmp_path / "page.html", [view])) as page:
+        for hidden in ([], ["Nodule"], ["left_lung"], ["Nodule", "left_lung"]):
+            page.evaluate("hidden => document.getElementById('widget').model.set('hidden', hidden)", hidden)
+            for item, text in expected.items():
+                page.hover(word(item))
+                assert badge_of(page).text_content() == text and badge_of(page).is_visible(), hidden
 
 
 def test_a_study_without_boxes_does_not_switch_to_what_is_said(browser, tmp_path):  # noqa: F811
@@ -592,13 +627,53 @@ ASKED = """() => { const model = document.getElementById('widget').model, [plain
     const el = document.createElement('div'); document.getElementById('widget').replaceChildren(el); render({ model, el }); }"""
 
 
+def test_a_word_is_what_find_words_says(browser, tmp_path):  # noqa: F811
+    texts = ["XXXX", "XXXXX", "xxxx", "XXX", "XXXX.", "XXXX XXXX", "the XXXX lobe", "XXXXa", "___", "_a_", "_", " ?! ", "3", "½", "é", "e\u0301", "\u0301", "قلب", "肺",
+             "XXXX\u200d", "\u200dXXXX", "_\u00ad", "XX\u00adXX", "🫁", "X-XXXX", ""]
+    with opened(browser, with_names(write_views(tmp_path / "page.html", [make_view(0)]), "hasWord")) as page:
+        assert page.evaluate("texts => texts.map(window.hasWord)", texts) == [bool(find_words(text)) for text in texts]
+
+
+FAILING = """bad => { const model = document.getElementById('widget').model, [plain, other] = model.get('held').studies, sent = window.sent = [];
+    model.set('held', {}); let act = null; const on = model.on; model.on = (name, listener) => (name === 'msg:custom' && (act = listener), on.call(model, name, listener));
+    model.send = message => { if (message.ask !== 'study') return; sent.push(message.typed);
+        const { head, buffers } = message.typed.length ? other : plain, of = { answer: 'study', study: { ...head, position: message.position, id: plain.head.id, typed: message.typed } };
+        const failed = message.typed.includes(bad) || message.position > 0;
+        setTimeout(() => failed ? act({ answer: 'error', reason: `ValueError: no ${message.position}`, typed: message.typed }, []) : act(of, buffers), 10) };
+    const el = document.createElement('div'); document.getElementById('widget').replaceChildren(el); render({ model, el }); }"""
+
+
+def test_a_phrase_that_cannot_be_read_is_dropped(browser, tmp_path):  # noqa: F811
+    "Blanks are not asked for; a phrase with which the kernel fails is left out, its message stays, and the widget goes on. A study that cannot be read drops none."
+    views = [make_view(0), make_view(0, [*REPORT, "mass"], kinds=["report"] * 3 + ["typed"])]
+    with opened(browser, with_names(write_views(tmp_path / "page.html", views))) as page:
+        page.evaluate(FAILING, "unreadable")
+        box, status, own = page.get_by_label("A phrase of your own"), page.locator("[role=status]"), page.locator(".sentence[data-kind=typed] p")
+        box.wait_for()
+        box.fill("XXXX")
+        box.press("Enter")
+        assert "at least one word" in status.text_content() and not trait(page, "typed") and page.evaluate("sent") == [[]]
+        box.fill("unreadable")
+        box.press("Enter")
+        page.wait_for_function("sent.length === 3")
+        assert page.evaluate("sent") == [[], ["unreadable"], []] and trait(page, "typed") == []
+        page.wait_for_timeout(50)
+        assert status.text_content() == "ValueError: no 0"
+        box.fill("mass")
+        box.press("Enter")
+        own.wait_for()
+        assert own.all_text_contents() == ["mass"] and trait(page, "selection")["sentences"] == [3]
+        page.evaluate("document.getElementById('widget').model.set('position', 1)")
+        page.locator("[role=status]", has_text="no 1").wait_for()
+        assert trait(page, "typed") == ["mass"], "a phrase that was answered before is not to blame"
+
+
 @pytest.mark.parametrize("sentences", [REPORT, []])
 def test_a_phrase_is_typed_asked_pinned_and_left_out(browser, tmp_path, sentences):  # noqa: F811
     "The kernel is asked with all phrases; an answer to an older list is not shown; what comes back is pinned. Without a report the box stands alone."
     kinds, first, second = ["report"] * len(sentences), "large nodule", "left-sided mass?"
     views = [make_view(0, sentences), *(make_view(0, [*sentences, *typed], kinds=[*kinds, *["typed"] * len(typed)]) for typed in ([first], [first, second], [second]))]
-    path = write_views(tmp_path / "page.html", views)
-    path.write_text(path.read_text().replace("render({ model: widget.model", "window.render = render;\nrender({ model: widget.model"))
+    path = with_names(write_views(tmp_path / "page.html", views))
     with opened(browser, path) as page:
         page.evaluate(ASKED)
         box, own = page.get_by_label("A phrase of your own"), page.locator(".sentence[data-kind=typed] p")

@@ -7,9 +7,11 @@ from browser import browser, opened  # noqa: F401
 
 from medvis.data.pack import Pack
 from medvis.data.prepare import PhantomConfig, prepare_phantom
+from medvis.data.sets.registry import DATASETS, prepare_data, prepare_options, simulate
+from medvis.data.source import BuildConfig
 from medvis.encoders import train_tokenizer
 from medvis.methods import ConVIRT
-from medvis.studies.show import show_run
+from medvis.studies.show import _live_card, _without_reports, show_run
 from medvis.train import Run, TrainConfig, fit
 
 
@@ -65,3 +67,31 @@ def test_withheld_reports_are_not_in_the_live_card(run, tmp_path):
     text = show_run(run, out=tmp_path / "page.html", show_text=False).read_text()
     assert "Point at a word" in text and r"\u2022\u2022\u2022" in text
     assert not any(sentence in text for sentence in sentences)
+
+
+@pytest.fixture(scope="module")
+def siim(tmp_path_factory):
+    "Masks without reports: every image is annotated, and in half of them nothing is drawn."
+    root = tmp_path_factory.mktemp("siim")
+    simulate("siim", root / "raw", 60)
+    read = DATASETS["siim"].config(root=root / "raw")
+    return prepare_data(prepare_options("siim")(read=read, build=BuildConfig(out=root / "pack", size=64, progress=False)))
+
+
+def test_studies_in_which_a_mask_is_drawn_come_first(siim, run, tmp_path):
+    "An image that was annotated and shows nothing is none of them; where they are too few, the others follow, and the page says so."
+    first = siim.studies["image_rows"].map(lambda images: int(images[0]))
+    test = [row for row, split in enumerate(siim.studies["split"]) if split == "test"]
+    drawn = [row for row in test if siim.mask(first[row]).any()]
+    assert 1 < len(drawn) < len(test) and all(len(siim.image_table["masked"][first[row]]) for row in test), "annotated, all of them"
+    empty = [row for row in test if row not in drawn]
+    for count in (1, len(drawn), len(drawn) + 1):
+        assert list(_without_reports(siim, count)) == [*drawn, *empty][:count]
+    text = show_run(run, siim, tmp_path / "page.html", studies=len(drawn) + 1).read_text()
+    assert "the studies in which something is drawn come first" in text and "rarest findings" not in text
+
+
+def test_how_the_studies_of_reports_were_chosen(run):
+    data = Pack(run.manifest["data"]["path"])
+    row = int((data.studies["split"] == "test").to_numpy().argmax())
+    assert _live_card("convirt", run.method(), data, {row: []}, True).about.endswith("; the first of them are shown.")

@@ -67,6 +67,49 @@ def test_the_page_without_a_network(browser, widget, page_path):  # noqa: F811
         shot(page, "page-light")
 
 
+def test_what_is_typed_changes_no_order(widget):
+    "The reader's phrases have hits of their own, and are no misses of the studies."
+    typed = ["pulmonary nodule", "tubes and lines", "left pleural effusion"]
+    position = next(p for p in range(60) if widget.studies.view(p, typed).misses("trained") != 1 and len(widget.studies.view(p, typed).hits("trained")) > len(widget.studies[p].hits("trained")))
+    for p in {position, *range(12)}:
+        plain, asked = widget.studies[p], widget.studies.view(p, typed)
+        assert [asked.misses(name) for name in asked.runs] == [plain.misses(name) for name in plain.runs]
+        linked = {asked.words[w].lower() for outline in asked.outlines for w in outline.words if w >= len(plain.words)}
+        assert "and" not in linked, "it names nothing"
+
+
+def test_a_typed_sentence_is_pinned_where_it_was_typed(widget):
+    widget.position = 5
+    own = widget.study.sentences
+    try:
+        for text in (own[-1], own[0], own[-1]):
+            widget.ask(text)
+            (number,) = widget.selection["sentences"]
+            assert number >= len(own) and widget.study.sentences[number] == text and widget.study.kinds[number] == "typed"
+    finally:
+        widget.typed, widget.selection = [], {}
+
+
+def test_the_figure_judges_what_is_hidden(widget):
+    "A class that is not drawn over the picture is hit or missed as before; a masked report keeps its places."
+    position = widget.studies.find(finding="Pleural Effusion")[0]
+    widget.position, hidden = position, widget.hidden
+    view = widget.study
+    pins = {"sentences": [view.hits("trained", "sentences")[0][0]]}
+    widget.selection = pins
+    shown, bare = widget.to_figure(), widget.to_figure(hidden=[outline.kind for outline in view.outlines])
+    verdicts = [[ax.get_title("right") for ax in figure.axes[:2]] for figure in (shown, bare)]
+    assert verdicts[0] == verdicts[1] and all("(drawn)" in verdict for verdict in verdicts[0])
+    assert len(bare.axes[0].patches) < len(shown.axes[0].patches)
+    said = next(p for p in range(60) if any(outline.said for outline in widget.studies[p].outlines))
+    widget.position, widget.selection = said, {}
+    widget.masked = True
+    masked, plain = widget.to_figure(hidden=[]), None
+    widget.masked = False
+    plain = widget.to_figure(hidden=[])
+    assert len(masked.axes[0].patches) < len(plain.axes[0].patches) and widget.hidden == hidden
+
+
 def test_dark_page(browser, page_path):  # noqa: F811
     with opened(browser, page_path, color_scheme="dark", height=900) as page:
         page.hover(word(0, "sentences"))
@@ -226,5 +269,7 @@ def test_the_page_of_a_run_on_a_pack_without_reports(which, request, tmp_path, b
     with opened(browser, path, height=900) as page:
         texts = page.locator("#widget p[data-sentence]").all_text_contents()
         assert texts == expected if expected else len(texts) > 3
+        about = "nothing is drawn: the first are shown, with what reports call the labels" if which == "bare" else "the studies in which something is drawn come first"
+        assert about in page.locator("section.live").inner_text()
         assert page.locator('#widget .number[aria-pressed="true"]').count() == 1 and "•" not in page.locator("#widget .report").inner_text()
         shot(page, f"show-{which}")

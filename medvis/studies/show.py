@@ -99,17 +99,23 @@ _CARD = (
     "image to see which words belong to that place. The studies took no part in training; "
 )
 _CHOSEN = {
-    True: "the first of each of the rarest findings is shown.",
-    False: "there are no reports, and the first in which something is drawn are shown with phrases from their labels.",
+    "rarest": "the first of each of the rarest findings is shown.",
+    "report": "the first of them are shown.",
+    "label": "there are no reports: phrases from labels, boxes and masks stand in their place, and the studies in "
+    "which something is drawn come first.",
+    "none": "there are no reports and nothing is drawn: the first are shown, with what reports call the labels.",
 }
 
 
 def _without_reports(data: Pack, count: int) -> dict[int, list[Target]]:  # row of the Pack -> no targets
     "The first test studies of a data set without reports; those in which something is drawn come before the others."
-    drawn, first = set(data.boxes["image"]), data.studies["image_rows"].map(lambda images: int(images[0]))
-    drawn |= {row for row, names in enumerate(data.image_table.get("masked", ())) if len(names)}
+    boxed, first = set(data.boxes["image"]), data.studies["image_rows"].map(lambda images: int(images[0]))
+
+    def drawn(row: int) -> bool:  # a mask may be annotated and empty
+        return first[row] in boxed or ((masks := data.mask(first[row])) is not None and bool(masks.any()))
+
     rows = np.flatnonzero(data.studies["split"] == "test").tolist()
-    return {row: [] for row in sorted(rows, key=lambda row: first[row] not in drawn)[:count]}
+    return {row: [] for row in sorted(rows, key=drawn, reverse=True)[:count]}
 
 
 def _live_card(
@@ -128,7 +134,7 @@ def _live_card(
         widget.typed = [text for label in data.manifest["labels"] for text in class_prompts(label)]
     phrases = [s for s, kind in enumerate(widget.study.kinds) if kind != "report"][:1]
     widget.selection = {"study": widget.study.id, "words": words, "sentences": phrases}
-    about = _CARD + _CHOSEN[widget.studies.texts == "report"]
+    about = _CARD + _CHOSEN["rarest" if any(chosen.values()) else widget.studies.texts]
     state = {name: getattr(widget, name) for name in Display.class_own_traits(sync=True)}
     held = page_state(
         state, [pack_study(widget.studies.view(position, widget.typed), widget.masked) for position in positions]

@@ -262,14 +262,14 @@ _SAID = "#d9a8ff"  # of the places that a report names
 def _verdict(
     view: StudyView,
     name: str,  # of the run
-    shown: Sequence[int],  # outlines
+    outlines: Sequence[int],  # numbers of those that may be spoken of
     selection: Mapping[str, Sequence],
     peak: int,  # the highest region of the map
 ) -> str:  # "hit", "miss", "unknown fit", or blank: what is pinned has no target
     "Whether a map of what is pinned hits one of its targets, if that is known."
     grains = ("words", "sentences")
     linked = [
-        o for o in shown if any(set(getattr(view.outlines[o], grain)) & set(selection[grain]) for grain in grains)
+        o for o in outlines if any(set(getattr(view.outlines[o], grain)) & set(selection[grain]) for grain in grains)
     ]
     if judged := [o for o in linked if o in view.targets(name)]:
         return "hit" if any(view.cells[name][o, peak] for o in judged) else "miss"
@@ -281,8 +281,9 @@ def _draw_run(
     view: StudyView,
     name: str,  # of the run
     state: Mapping,  # setting -> value, see _SETTINGS
+    masked: bool = False,  # leave out the places that the report names
 ) -> None:
-    "Draw one run's picture: radiograph, map of what is pinned, outlines, boxes, and whether it hits."
+    "Draw one run's picture: radiograph, map of what is pinned, outlines, boxes, and whether it hits a target."
     (level, width), run, selection = state["window"], view.runs[name], state["selection"]
     ax.imshow(
         view.picture,
@@ -294,14 +295,15 @@ def _draw_run(
     )
     ax.set_title(_shorten_text(name, 10, 2.45)[0], size=10, loc="left", parse_math=False)
     scores = _combined(run, selection)
-    shown = [(o, outline) for o, outline in enumerate(view.outlines) if outline.kind not in state["hidden"]]
+    outlines = [(o, outline) for o, outline in enumerate(view.outlines) if not (masked and outline.said)]
     if scores is not None:
         _draw_heat(ax, run, scores, state)
-        if verdict := _verdict(view, name, [o for o, _ in shown], selection, int(scores.argmax())):
+        if verdict := _verdict(view, name, [o for o, _ in outlines], selection, int(scores.argmax())):
             colour = {"hit": "#00735c", "miss": "#b3401f"}.get(verdict, "#5b6775")
             counted = f" ({view.judged})" if verdict in ("hit", "miss") else ""
             ax.set_title(f"{verdict}{counted}", size=10, loc="right", color=colour)
-    for _, outline in shown if state["outlines"] else ():
+    shown = [one for _, one in outlines if one.kind not in state["hidden"]] if state["outlines"] else []
+    for outline in shown:
         look = dict(edgecolor=_SAID, lw=1.2, ls="--") if outline.said else dict(edgecolor=OUTLINE, lw=1.4)
         for path in outline.paths:
             ax.fill(*zip(*path), fill=False, **look)
@@ -323,10 +325,8 @@ def _correspondence_figure(
     figure = Figure(figsize=(3.1 * len(shown) + 4.4, 3.5), dpi=80)
     FigureCanvasAgg(figure)  # which can measure text
     left, total = 0.1, 3.1 * len(shown) + 4.4
-    if masked:
-        state = {**state, "hidden": [*state["hidden"], *(o.kind for o in view.outlines if o.said)]}
     for name in shown:
-        _draw_run(figure.add_axes((left / total, 0.1, 2.9 / total, 2.9 / 3.5)), view, name, state)
+        _draw_run(figure.add_axes((left / total, 0.1, 2.9 / total, 2.9 / 3.5)), view, name, state, masked)
         left += 3.1
     text = figure.add_axes(((left + 0.1) / total, 0.05, 4.1 / total, 0.9))
     unread = {w for name in shown for w in np.flatnonzero(np.isnan(view.runs[name].scores["words"][:, 0])).tolist()}
@@ -439,7 +439,8 @@ def answer(
         positions = [] if left else studies.find(**asked, run=list(studies.runs)[message["run"]])
         return {"answer": "list", "positions": positions, "left": left, **asked}, []
     except (ValueError, OSError, IndexError, RuntimeError) as error:
-        return {"answer": "error", "reason": f"{type(error).__name__}: {error}"}, []
+        asked = {"typed": list(message.get("typed", ()))}  # an unread phrase among them is dropped by the browser
+        return {"answer": "error", "reason": f"{type(error).__name__}: {error}", **asked}, []
 
 # %% ../../nbs/widgets/03_correspondence.ipynb #6990d16c
 class CorrespondenceWidget(Pictured, Display):
@@ -526,7 +527,9 @@ class CorrespondenceWidget(Pictured, Display):
     def ask(self, phrase: str) -> None:
         "Ask every study a phrase of your own, and pin it in this one. TraitError for a phrase without words."
         self.typed = [*self.typed, phrase]
-        self.selection = {"study": self.study.id, "sentences": [self.study.sentences.index(" ".join(phrase.split()))]}
+        view = self.study  # what was typed stands after its own sentences, which may say the same
+        number = len(view.sentences) - len(view.typed) + view.typed.index(" ".join(phrase.split()))
+        self.selection = {"study": view.id, "sentences": [number]}
 
     def _answer(self, _: anywidget.AnyWidget, message: dict, buffers: list) -> None:
         self.send(*answer(self.studies, message, self.masked))

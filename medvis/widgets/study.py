@@ -221,6 +221,9 @@ def _class_texts(pack: Pack) -> dict[str, set[str]]:  # text -> classes
     return dict(texts)
 
 
+_GLUE = frozenset("a an and at by for in of on or the to with".split())  # words that name nothing
+
+
 def _links(
     name: str,  # of a class
     sentences: Sequence[str],
@@ -230,7 +233,11 @@ def _links(
     own = [classes.get(sentence.lower().strip(" ."), set()) for sentence in sentences]
     words, numbers = _naming(sentences, {of for text in class_prompts(name) for of in sentence_targets(text)})
     spoken = [name in of if of else s in numbers for s, of in enumerate(own)]
-    kept = [w for w, (s, *_) in enumerate(word_spans(sentences)) if spoken[s] and (own[s] or w in words)]
+    kept = (
+        w
+        for w, (s, start, end) in enumerate(word_spans(sentences))
+        if spoken[s] and (w in words or own[s] and sentences[s][start:end].lower() not in _GLUE)
+    )
     return tuple(kept), tuple(s for s, speaks in enumerate(spoken) if speaks)
 
 
@@ -432,9 +439,9 @@ class StudyView:
         ]
 
     def misses(self, run: str) -> float:
-        "Share of the words with an outline that point elsewhere; 0 without such words."
-        hits = self.hits(run)
-        return 1 - sum(hit for *_, hit in hits) / len(hits) if hits else 0.0
+        "Share of the words with an outline that point elsewhere, without those that were typed; 0 without such words."
+        hits = [hit for word, _, hit in self.hits(run) if self.kinds[self.spans[word][0]] != "typed"]
+        return 1 - sum(hits) / len(hits) if hits else 0.0
 
     def alignment(self, run: str) -> float:
         "Mean of the highest score over sentences, or over what labels show; 0 when the run read none."

@@ -172,17 +172,17 @@ function scaleOf(app, run, values, grains) {
   return [mean, mean + (run.temperature ?? 1) * Math.log(Math.max(run.count, 2))];
 }
 
-// The outlines of the classes that are not hidden, each with its number; a masked report keeps the places that it names.
+// The outlines, each with its number; a masked report keeps the places that it names. Those of hidden classes are judged, and not drawn.
 const hiddenKinds = (app) => get(app, "hidden") ?? [];
-const shownOutlines = (app) => app.study.outlines.map((outline, n) => ({ ...outline, n }))
-  .filter((outline) => !hiddenKinds(app).includes(outline.kind) && !(outline.said && get(app, "masked")));
+const judgedOutlines = (app) => app.study.outlines.map((outline, n) => ({ ...outline, n })).filter((outline) => !(outline.said && get(app, "masked")));
+const shownOutlines = (app) => judgedOutlines(app).filter((outline) => !hiddenKinds(app).includes(outline.kind));
 
 // What one run says of what is hovered or pinned: map, its scale, peak, and whether it hits the targets that the text speaks of, or that nobody knows it.
 function answer(app, k) {
   const run = app.study.runs[k], picks = shownPicks(app), map = combine(run, picks);
   if (!map) return { run, map };
   const peak = peakOf(map), about = (o) => o.words.some((w) => picks.words.includes(w)) || o.sentences.some((s) => picks.sentences.includes(s));
-  const linked = shownOutlines(app).filter(about), targets = linked.filter((outline) => run.targets.has(outline.n));
+  const linked = judgedOutlines(app).filter(about), targets = linked.filter((outline) => run.targets.has(outline.n));
   const unsure = linked.filter((outline) => !outline.fits), judged = targets.length ? targets : unsure;
   const grains = GRAINS.filter((grain) => picks[grain].length && run.scores[grain]);
   const verdict = targets.length ? (targets.some((outline) => run.cells[outline.n].has(peak)) ? "hit" : "miss") : unsure.length ? "unknown fit" : "";
@@ -395,18 +395,29 @@ function textElements(app) {
 const isPage = (app) => Boolean(get(app, "held")?.studies);
 const typed = (app) => get(app, "typed") ?? [];
 
+// Whether there is a word as `find_words` of data.reports has it: the blanks ___ and XXXX are none.
+const hasWord = (text) => (text.match(/[\p{L}\p{N}_][\p{L}\p{N}_\p{M}\p{Cf}]*/gu) ?? []).some((word) => !/^(_+|X{4,})\p{Cf}*$/u.test(word));
+
 function askPhrase(app, input) {
   const phrase = input.value.split(/\s+/).filter(Boolean).join(" ");
-  if (!/[\p{L}\p{N}]/u.test(phrase)) return note(app, "A phrase has at least one word.");
+  if (!hasWord(phrase)) return note(app, "A phrase has at least one word; XXXX and ___ are blanks.");
   input.value = "";
   app.wanted = phrase; // is pinned when its map is here
   note(app, `Asking for “${phrase}” …`);
-  if (typed(app).includes(phrase)) showStudy(app);
-  else put(app, { typed: [...typed(app), phrase] });
+  if (typed(app).includes(phrase)) return showStudy(app);
+  app.unread.add(phrase);
+  put(app, { typed: [...typed(app), phrase] });
 }
 
 function leaveOut(app, phrase) {
   put(app, { typed: typed(app).filter((one) => one !== phrase), selection: { ...NO_PICKS, boxes: [], study: app.study.id } });
+}
+
+// A phrase that could not be answered: with it nothing else would be.
+function dropPhrase(app, phrase) {
+  app.unread.delete(phrase);
+  if (app.wanted === phrase) app.wanted = null;
+  put(app, { typed: typed(app).filter((one) => one !== phrase) });
 }
 
 function pinWanted(app) {
@@ -680,8 +691,7 @@ function answerHere({ studies }, { ask: what, position, query, finding, order, r
   const texts = studies.map(({ head }) => `${head.id} ${head.sentences.flat().map(([text]) => text).join("")}`.toLowerCase());
   const words = query.toLowerCase().split(/\s+/).filter(Boolean);
   const positions = [...studies.keys()].filter((i) => words.every((word) => texts[i].includes(word)) && (!finding || studies[i].head.labels[finding] === 1));
-  const rank = { alignment: ({ head }) => head.alignment[run], misses: ({ head }) => -head.misses[run] }[order];
-  if (rank) positions.sort((a, b) => rank(studies[a]) - rank(studies[b]));
+  if (order !== "data") positions.sort((a, b) => studies[a].head[order][run] - studies[b].head[order][run]); // misses have a minus, as in `Studies.find`
   return [{ answer: "list", positions, left: 0, query, finding, order }, []];
 }
 
@@ -691,11 +701,14 @@ function receive(app, message, buffers) {
     const stale = message.study.masked !== get(app, "masked") || String(message.study.typed ?? []) !== String(typed(app));
     if (!isPage(app) && stale) return setTimeout(() => showStudy(app), 50); // asked before the switch was saved, or before the last phrase
     const study = decode(message.study, buffers);
+    typed(app).forEach((phrase) => app.unread.delete(phrase));
     app.studies.set(study.position, study);
     if (app.studies.size > KEPT_STUDIES) app.studies.delete(app.studies.keys().next().value);
     showStudy(app);
   } else if (message.answer === "error") {
     app.waiting = false;
+    const last = message.typed?.at(-1);
+    if (app.unread.has(last)) dropPhrase(app, last);
     note(app, message.reason);
   } else if (["query", "finding", "order"].every((name) => message[name] === get(app, name))) showList(app, message);
 }
@@ -926,7 +939,7 @@ function render({ model, el }) {
   const root = h("div", { class: "medvis correspondence", "data-tool": "select" });
   const app = {
     model, el, root, study: null, studies: new Map(), list: null, order: model.get("order"), hover: { picks: null, box: null }, active: 0, tool: "select",
-    zoom: { scale: 1, x: 0, y: 0 }, panels: [], parts: {}, items: { words: [], sentences: [], prototypes: [] }, waiting: false, note: "", wanted: null,
+    zoom: { scale: 1, x: 0, y: 0 }, panels: [], parts: {}, items: { words: [], sentences: [], prototypes: [] }, waiting: false, note: "", wanted: null, unread: new Set(),
     grey: document.createElement("canvas"), back: document.createElement("canvas"), drawn: null,
   };
   const listeners = [];
