@@ -655,7 +655,8 @@ def test_a_phrase_that_cannot_be_read_is_dropped(browser, tmp_path):  # noqa: F8
         assert "at least one word" in status.text_content() and not trait(page, "typed") and page.evaluate("sent") == [[]]
         box.fill("unreadable")
         box.press("Enter")
-        page.wait_for_function("sent.length === 3")
+        page.locator("[role=status]", has_text="no 0").wait_for()
+        page.wait_for_timeout(300)
         assert page.evaluate("sent") == [[], ["unreadable"], []] and trait(page, "typed") == []
         page.wait_for_timeout(50)
         assert status.text_content() == "ValueError: no 0"
