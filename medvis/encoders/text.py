@@ -278,9 +278,9 @@ class _Memory:
 class FrozenTextEncoder(TextEncoder):
     """A text encoder that is frozen as a whole: always in evaluation mode, and it remembers what its body has read.
 
-    It forgets when weights are loaded or changed in place, and when a setting of what is read changes. It does not notice
-    a write to `.data`, nor one to weights that were made in inference mode: call `memory.clear()`. Copies begin with an
-    empty memory.
+    It forgets when weights are loaded or changed in place, and when a setting of what is read changes. It does not
+    notice a write to `.data`, nor one to weights that were made in inference mode: call `memory.clear()`. Copies begin
+    with an empty memory.
 
     Parameters
     ----------
