@@ -333,7 +333,8 @@ class FrozenTextEncoder(TextEncoder):
     def _read(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
         "As `TextEncoder` does it, to the last bits; zeros where there is padding."
         if not len(input_ids):
-            return super()._read(input_ids, attention_mask)
+            blank = input_ids.new_zeros(1, input_ids.shape[1])  # a body may refuse none
+            return tuple(part if part is None else part[:0] for part in super()._read(blank, blank + 1))
         state = self._valid_for()
         if state != self._state:  # other weights read otherwise
             self.memory.clear()
