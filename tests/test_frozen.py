@@ -1,5 +1,7 @@
 """Training on the kept features of a frozen tower: what is computed once, what is learned, and whether it is the same as looking anew."""
+import copy
 import json
+import pickle
 import shutil
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,6 +13,8 @@ from medvis.data.pairs import Pairs, read_batch
 from medvis.data.prepare import PhantomConfig, prepare_phantom
 from medvis.encoders.frozen import cache_images
 from medvis.train.checkpoint import read_weights
+from medvis.encoders.text import text_encoder
+from medvis.methods.method import phantom_tokenizer
 from medvis.methods.settings import list_methods
 from medvis.train.create import create_method
 from medvis.train import TrainConfig, fit, load_method
@@ -101,6 +105,57 @@ def test_every_method_trains_both_sides_on_the_same_frozen_networks(pack, name):
     sides = {"image": lambda key: "image" in key, "text": lambda key: "text" in key or key.startswith("discriminator")}
     assert all(any(map(side, changed)) for side in sides.values()), changed
     assert not any(key.startswith(("text_encoder", "image_encoder.tower")) for key in changed) and not encoder.training
+
+
+def still_encoder(**pooling):
+    torch.manual_seed(0)
+    return text_encoder("tiny-bert", phantom_tokenizer(200), freeze="all", **pooling)
+
+
+INPUTS = (torch.tensor([[2, 10, 11, 3], [2, 12, 3, 0]]), torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]]), torch.tensor([[-1, 0, 1, -1], [-1, 0, -1, -1]]), torch.tensor([[-1, 0, 0, -1], [-1, 0, -1, -1]]))
+
+
+@pytest.mark.parametrize("changes", [dict(summed_layers=2), dict(whole="pooler"), dict(word_weights=True), dict(released_words=9)], ids=str)
+def test_the_memory_of_texts_is_valid_for_what_is_read_of_the_body(changes):
+    pooler = dict(whole="pooler") if "whole" in changes else {}
+    wanted, encoder = still_encoder(**changes)(*INPUTS), still_encoder(**pooler)
+    encoder.whole = "cls"
+    encoder(*INPUTS)
+    for name, value in changes.items():
+        setattr(encoder, name, value)
+    found = encoder(*INPUTS)
+    for name in ("tokens", "words", "whole", "word_weights"):
+        one, other = getattr(found, name), getattr(wanted, name)
+        assert one is other is None or torch.equal(one, other), name
+
+
+def test_a_frozen_text_encoder_made_in_inference_mode_reads_and_remembers():
+    with torch.inference_mode():
+        encoder = still_encoder()
+        read = encoder(*INPUTS)
+    encoder.body.forward = lambda **_: pytest.fail("a text was read again")
+    assert torch.equal(encoder(*INPUTS).tokens, read.tokens)
+
+
+@pytest.mark.parametrize("pooling", [{}, dict(whole="pooler", word_weights=True)], ids=str)
+def test_no_text_has_no_features(pooling):
+    found = still_encoder(**pooling)(*(rows[:0] for rows in INPUTS))
+    assert found.tokens.shape == (0, 4, 96) and found.whole.shape == (0, 96)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda one: pickle.loads(pickle.dumps(one))], ids=["deepcopy", "pickle"])
+def test_a_copy_carries_no_memory(copied):
+    encoder = still_encoder()
+    encoder(*INPUTS)
+    other = copied(encoder)
+    assert len(encoder.memory.texts) == 2 and not other.memory.texts and other.memory.held == 0 and other.memory.room == encoder.memory.room
+    assert torch.equal(other(*INPUTS).tokens, encoder(*INPUTS).tokens)
+
+
+@pytest.mark.parametrize("freeze", ["1", 1])
+def test_layers_to_freeze_may_be_written_as_digits(freeze):
+    encoder = text_encoder("tiny-bert", phantom_tokenizer(200), freeze=freeze)
+    assert [all(p.requires_grad for p in layer.parameters()) for layer in encoder.body.encoder.layer] == [False, True]
 
 
 @pytest.mark.skipif(not SMALL, reason="medvis[small] is not installed")

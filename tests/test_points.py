@@ -15,11 +15,11 @@ from medvis.data.pairs import Pairs, Sample, collate, read_batch, tokenise
 from medvis.data.preprocessing import AUGMENTATIONS, Preprocessing
 from medvis.data.prepare import PhantomConfig, prepare_phantom
 from medvis.data.sampling import FLIPS, Sampling
-from medvis.data.targets import PHRASES, RELATIVES, exchange_side, merge_targets, mirror_sentence, sentence_side, sentence_targets
+from medvis.data.targets import PHRASES, RELATIVES, exchange_side, merge_targets, mirror_sentence, possible_sides, sentence_side, sentence_targets
 from medvis.encoders.image import image_encoder, register_encoder
 from medvis.encoders.tower import FrozenEncoder
 from medvis.methods.method import Method, add_up, phantom_tokenizer
-from medvis.methods.mixture_mi import MixtureMI, _report_findings
+from medvis.methods.mixture_mi import MixtureMI, _Asked, _has_side_negative, _report_findings
 from medvis.objectives.mutual_information import cpc_bound
 from medvis.train import TrainConfig, loop
 from test_resume import die_at_call, in_process, same_run
@@ -92,7 +92,7 @@ def by_loops(method: MixtureMI, batch, reports) -> dict[str, float]:
     said = [(i, text) for i, report in enumerate(reports) for text in report]
     phrases = {finding: ways[0] for finding, ways in PHRASES.items()}
     vectors = {text: vector(text) for text in {*(text for _, text in said), *phrases.values(), *(exchange_side(text) or text for _, text in said)}}
-    negatives = asked = 0.0
+    negatives, sided, asked = 0.0, 0, 0.0
     for i, text in said:
         own = score(i, text, sentence_side(text))
         spoken = [name for name, (status, where, _) in sentence_targets(text).items() if where and status != "negated"]
@@ -100,6 +100,7 @@ def by_loops(method: MixtureMI, batch, reports) -> dict[str, float]:
             side = other[sentence_side(text)] if config.region_prior == "side" else None
             negative = score(i, exchange_side(text) if keep else text, side)
             negatives += math.log(1 + math.exp(negative - own))
+            sided += 1
     for finding, phrase in phrases.items():
         targets = [merge_targets(map(sentence_targets, report)) for report in reports]
         states = [one.get(finding) for one in targets]
@@ -110,7 +111,7 @@ def by_loops(method: MixtureMI, batch, reports) -> dict[str, float]:
                 rivals = [score(i, phrase, side)] + [score(j, phrase, side) for j in without if config.negatives == "all" or batch.patient_id[j] != batch.patient_id[i]]
                 rivals += [score(i, phrase, other[side])] if side else []
                 asked += math.log(sum(map(math.exp, rivals))) - rivals[0]
-    return {"side_negatives": config.side_negatives * negatives / len(said), "finding_phrases": config.finding_phrases * asked / len(reports)}
+    return {"side_negatives": config.side_negatives * negatives / sided, "finding_phrases": config.finding_phrases * asked / len(reports)}
 
 
 @pytest.mark.parametrize("changes", [ALL, KEPT, dict(KEPT, region_prior="uniform"), dict(ALL, prior_floor=0.3), dict(ALL, negatives="all")], ids=["removed", "kept", "uniform", "floor", "all negatives"])
@@ -156,6 +157,51 @@ def test_bounds_have_the_prior_and_no_repeated_sentence(tokenizer):
     wanted = -(cpc_bound(scores, valid) + cpc_bound(scores.T, valid.T)) / 2
     assert math.isclose(method(batch).parts["mutual_information"], wanted, abs_tol=1e-6)
     assert math.isclose(wanted, -bounds / 5 / 2, abs_tol=1e-6)
+
+
+@pytest.mark.parametrize("words", ["keep", "remove"])
+@torch.no_grad()
+def test_what_the_report_says_beside_the_sample_is_no_negative(tokenizer, words):
+    "It used to be one: with one sentence an image, four of five that the other report says too."
+    method = method_of(tokenizer, mask_identical=True, side_words=words)
+    batch = batch_of([["Small left effusion."], ["No pneumothorax."], ["The heart is enlarged."]], tokenizer)
+    batch = replace(batch, reports=[["Small left effusion.", "no  pneumothorax"], ["No pneumothorax.", "Small right effusion."], ["The heart is enlarged."]])
+    pairs = _Asked(method.config, batch, torch.arange(3), False).pairs(None)
+    alike = words == "remove"       # the right effusion reads like the left one
+    assert pairs.tolist() == [[True, False, True], [not alike, True, True], [True, True, True]]
+    rows = torch.tensor([0, 1, 2])
+    scores = method.critic.scores(method.image_encoder(batch.image).regions.flatten(0, 1), method.read_sentences(batch).sentences[:, 0])
+    mixed = scores.unflatten(0, (3, -1)).exp().mean(1).log()[rows]
+    wanted = -(cpc_bound(mixed, pairs) + cpc_bound(mixed.T, pairs.T)) / 2
+    assert math.isclose(method(batch).parts["mutual_information"], wanted, abs_tol=1e-6)
+
+
+@torch.no_grad()
+def test_the_weight_of_one_sided_sentences_does_not_change_with_what_is_sampled_beside_them(tokenizer):
+    method = method_of(tokenizer, region_prior="side", side_negatives=1.0)
+    few, many = (batch_of([["Small left effusion.", *rest], ["Right nodule.", *rest]], tokenizer) for rest in ([], ["No pneumothorax.", "The heart is enlarged."]))
+    losses = [method(replace(batch, image=batch.image)).parts["side_negatives"] for batch in (few, many)]
+    assert losses[0] > 0.1 and math.isclose(*losses, abs_tol=1e-6)
+
+
+@pytest.mark.parametrize("report", [
+    ["There are pleural effusions.", "The left effusion is larger."],
+    ["Multiple nodules throughout the lungs.", "The largest nodule is in the left lung."],
+    ["Diffuse interstitial opacities.", "Opacity is densest in the left lung."]])
+def test_what_is_on_both_sides_without_saying_so_has_no_side(report):
+    "Neither a side negative nor a one-sided phrase; of one nodule they are as before."
+    finding = next(iter(sentence_targets(report[1])))
+    column = list(PHRASES).index(finding)
+    assert not _has_side_negative(report[1], possible_sides(report), True)
+    assert _report_findings([report])[0][0, column] == 0 and _report_findings([report[1:]])[0][0, column] == 2
+    assert _has_side_negative(report[1], possible_sides(report[1:]), True)
+
+
+def test_a_blunted_angle_is_no_image_without_effusion():
+    column = list(PHRASES).index("Pleural Effusion")
+    said = ["Blunting of the left costophrenic angle.", "The costophrenic angle is blunted.", "No blunting of the costophrenic angles.", "Normal."]
+    asserted, absent = (found[:, column].tolist() for found in _report_findings([[one] for one in said]))
+    assert asserted == [-1] * 4 and absent == [False, False, True, True]
 
 
 @pytest.mark.parametrize("changes", [ALL, KEPT], ids=["removed", "kept"])
@@ -303,7 +349,8 @@ def test_a_flip_of_the_picture_alone_is_refused_where_sides_are_read(pack, token
     assert flips(augment) == (augment in FLIPS)
     settings = dict(augment=augment, epochs=1, batch_size=48, progress=False, device="cpu")
     if augment not in FLIPS:
-        return trained(MixtureMI, pack, tokenizer, tmp_path / "run", dict(settings, mirror=True), **ALL)
+        assert trained(MixtureMI, pack, tokenizer, tmp_path / "run", dict(settings, mirror=True), **ALL)
+        return
     for door in (Sampling, lambda **changes: TrainConfig(run=tmp_path, **changes)):
         with pytest.raises(ValueError, match=f"augment '{augment}' mirrors"):
             door(augment=augment, mirror=True)

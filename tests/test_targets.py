@@ -12,7 +12,7 @@ from medvis.data.coded import coded_findings, compare_targets, target_agreement
 from medvis.data.sets.registry import DATASETS, command_config, prepare_data, simulate
 from medvis.data.source import BuildConfig
 from medvis.data.targets import (
-    _LONGEST, ONE_SIDED, STATUSES, TERMS, agreement, exchange_side, exchange_zone, _find_mentions, mirror_sentence, negate_sentence, other_finding_sentence, sentence_side, sentence_targets, side_words)
+    _LONGEST, ONE_SIDED, STATUSES, TERMS, agreement, exchange_side, exchange_zone, _find_mentions, mirror_sentence, negate_sentence, other_finding_sentence, possible_sides, sentence_side, sentence_targets, side_words)
 
 WORDS = ("no", "possible", "prior", "versus", "effusion", "opacity", "nodule", "heart", "is", "enlarged", "normal", "lungs", "clear", "left", "right", "upper", "lobe",
          "bases", "or", "and", "but", ",", "/", ";", "may", "not", "seen", "has", "resolved", "there", "costophrenic", "angles", "sharp", "XXXX", "é", "5 mm", "lingula")
@@ -53,6 +53,10 @@ def test_a_cue_reaches_no_further_than_a_clause():
 
 @pytest.mark.parametrize("sentence, name, target", [
     ("Blunting of the costophrenic angles by small effusions.", "Pleural Effusion", ("asserted", "bilateral", "lower")),
+    ("Blunting of the left costophrenic angle.", "Pleural Effusion", ("uncertain", "left", "lower")),
+    ("The right costophrenic sulcus is blunted.", "Pleural Effusion", ("uncertain", "right", "lower")),
+    ("No blunting of the costophrenic angles.", "Pleural Effusion", ("negated", "bilateral", "lower")),
+    ("The costophrenic angles are not blunted.", "Pleural Effusion", ("negated", "bilateral", "lower")),
     ("Right PICC ends in the mid SVC.", "Support Devices", ("asserted", "right", None)),
     ("Leads in the right atrium and ventricle from a left pacemaker.", "Support Devices", ("asserted", "left", None)),
     ("Lingular scar.", "Scar", ("asserted", "left", "middle")),
@@ -78,6 +82,19 @@ def test_single_sentences(sentence, name, target):
     ("Bibasilar atelectasis.", "bilateral"), ("Possible lingular opacity, no right effusion.", "left"), ("Nodule.", None)])
 def test_the_side_of_a_sentence_is_that_of_what_it_does_not_deny(sentence, side):
     assert sentence_side(sentence) == side
+
+
+BOTH = {"left", "right"}
+
+
+@pytest.mark.parametrize("sentence, finding, sides", [
+    ("Pleural effusions.", "Pleural Effusion", BOTH), ("A pleural effusion.", "Pleural Effusion", set()), ("Scattered opacity.", "Lung Opacity", BOTH),
+    ("Multiple left nodules.", "Nodule", {"left"}), ("Lung mass.", "Mass", set()), ("Masses.", "Mass", BOTH), ("Fibrosis.", "Fibrosis", set()),
+    ("Left effusion and diffuse opacity.", "Lung Opacity", BOTH), ("Left effusion and diffuse opacity.", "Pleural Effusion", {"left"}),
+    ("Possible infiltrates.", "Pneumonia", BOTH), ("Pneumothoraces.", "Pneumothorax", BOTH)])
+def test_several_of_no_side_may_be_on_both(sentence, finding, sides):
+    assert possible_sides([sentence])[finding] == sides
+    assert finding not in possible_sides([f"No {sentence.lower()}"])
 
 
 @pytest.mark.parametrize("side", ONE_SIDED)

@@ -109,6 +109,10 @@ NORMAL = {  # finding -> what denies it without naming it
     "Pleural Effusion": r"costophrenic \w+(?: \w+){0,2} (?:sharp|clear)",
     "Edema": r"vascula\w+(?: \w+){0,3} (?:normal|unremarkable)",
 }
+_SIGNS = {  # finding -> what may be it, and does not name it
+    "Pleural Effusion": r"blunt(?:ing|ed|s)?\b[^.;,]{0,40}?\bcostophrenic(?: (?:angles?|sulc(?:us|i)|recess(?:es)?))?"
+    r"|costophrenic\b[^.;,]{0,40}?\bblunt(?:ing|ed)"
+}
 
 # %% ../../nbs/data/14_targets.ipynb #d589def1
 _LONGEST = 500  # characters that a cue reaches at most
@@ -210,6 +214,9 @@ PARTS = (
     r"|may|could)\b"
 )
 _MIDLINE = ("Cardiomegaly", "Edema")  # take no place from their neighbours
+_SPREAD = (  # on both sides, where no side is named
+    r"multiple|numerous|several|scattered|diffuse(?:ly)?|widespread|throughout|multi-?(?:focal|lobar)|innumerable"
+)
 STATUSES = ("asserted", "uncertain", "historical", "negated")  # the first that a sentence gives wins
 
 
@@ -217,9 +224,13 @@ def _words(pattern: str, flags: int = 0) -> re.Pattern:
     return re.compile(rf"(?<!\w)(?:{pattern})(?!\w)", flags)
 
 
-_TERMS, _NORMAL = ({name: _words(pattern) for name, pattern in table.items()} for table in (TERMS, NORMAL))
+_TERMS, _NORMAL, _SIGN_WORDS = (
+    {name: _words(pattern) for name, pattern in table.items()} for table in (TERMS, NORMAL, _SIGNS)
+)
 _CUES = _words("|".join(f"(?P<c{number}>{pattern})" for number, (*_, pattern) in enumerate(CUES)))
 _PLACES = [(kind, value, _words(pattern)) for kind, value, pattern in _PLACE_PATTERNS]
+_MANY = re.compile(r"(?<![sui])s$")  # the end of a plural, not of mass, fibrosis, emphysematous
+_SPREAD_WORDS = _words(_SPREAD)
 _NOT_A_PLACE, _ENDS, _OPENS, _PARTS = (
     re.compile(rf"\b(?:{NOT_A_PLACE})"),
     re.compile(ENDS),
@@ -244,9 +255,10 @@ def _status_of(
     start: int,  # of the finding's words
     end: int,
     cues: list[tuple[int, int, int]],  # of its clause: number in CUES, start, end
+    plain: str = "asserted",  # without a cue
 ) -> str:  # of STATUSES
-    "The status of a finding by its cues: negated before historical before uncertain; asserted without a cue."
-    given = {"asserted"}
+    "The status of a finding by its cues: negated before historical before uncertain."
+    given = {plain}
     for number, first, last in cues:
         status, governs, reach, _ = CUES[number]
         ahead = governs in ("after", "both") and first < end and start - last <= reach
@@ -276,9 +288,10 @@ def _place_of(
 # %% ../../nbs/data/14_targets.ipynb #3529ed8f
 def _named(
     sentence: str,  # in small letters
+    table: dict[str, re.Pattern],  # finding -> how it is named
 ) -> list[tuple[str, int, int]]:  # finding, start, end, in order
     "The findings that a sentence names, and where. A name within a longer one of the same finding counts once."
-    named = {(name, match.start(), match.end()) for name, words in _TERMS.items() for match in words.finditer(sentence)}
+    named = {(name, match.start(), match.end()) for name, words in table.items() for match in words.finditer(sentence)}
     return sorted(named, key=lambda term: term[1:])
 
 
@@ -307,6 +320,7 @@ class _Mention:
     status: str  # of STATUSES
     side: str | None = None  # left, right or bilateral, of the patient
     zone: str | None = None  # upper, middle or lower
+    spread: bool = False  # no side is named, but it is a plural, or said to be diffuse: on both
 
 
 def _placed(sentence: str, mentions: list[_Mention]) -> list[_Mention]:
@@ -327,7 +341,9 @@ def _placed(sentence: str, mentions: list[_Mention]) -> list[_Mention]:
         ]
         if lent and not (any(place) or mention.finding in _MIDLINE):
             place = lent[0]
-        placed.append(replace(mention, side=place[0], zone=place[1]))
+        many = not place[0] and _MANY.search(sentence, mention.start, mention.end)
+        spread = not places[k][0] and bool(many or _SPREAD_WORDS.search(sentence, *parts[k]))
+        placed.append(replace(mention, side=place[0], zone=place[1], spread=spread))
     return placed
 
 
@@ -339,8 +355,9 @@ def _find_mentions(sentence: str) -> tuple[_Mention, ...]:  # in order
     for cue in _CUES.finditer(text):
         cues[bisect(starts, cue.start())].append((int(cue.lastgroup[1:]), cue.start(), cue.end()))
     mentions = [
-        _Mention(name, start, end, _status_of(start, end, cues[bisect(starts, start)]))
-        for name, start, end in _named(text)
+        _Mention(name, start, end, _status_of(start, end, cues[bisect(starts, start)], plain))
+        for table, plain in ((_TERMS, "asserted"), (_SIGN_WORDS, "uncertain"))
+        for name, start, end in _named(text, table)
     ]
     mentions += [
         _Mention(name, match.start(), match.end(), "negated")
@@ -411,6 +428,8 @@ def possible_sides(
 ) -> dict[str, set[str]]:  # finding -> left, right, both or none of them
     """The sides where a report does not deny a finding, or one of its relatives; only of findings that it speaks of.
 
+    Several, or something diffuse, of no side are on both.
+
     Parameters
     ----------
     sentences : Iterable[str]
@@ -424,7 +443,8 @@ def possible_sides(
     sides = defaultdict(set)
     for mention in chain.from_iterable(map(_find_mentions, sentences)):
         if mention.status != "negated":
-            named = ("left", "right") if mention.side == "bilateral" else (mention.side,)
+            both = mention.spread or mention.side == "bilateral"
+            named = ("left", "right") if both else (mention.side,)
             for finding in (mention.finding, *RELATIVES[mention.finding]):
                 sides[finding].update(side for side in named if side)
     return dict(sides)

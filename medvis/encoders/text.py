@@ -9,7 +9,7 @@ __all__ = ['TEXT_CONFIGS', 'TEXT_PACKAGES', 'VOCABULARIES', 'train_tokenizer', '
 # %% ../../nbs/encoders/04_text.ipynb #a4098f46
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -278,6 +278,10 @@ class _Memory:
 class FrozenTextEncoder(TextEncoder):
     """A text encoder that is frozen as a whole: always in evaluation mode, and it remembers what its body has read.
 
+    It forgets when weights are loaded or changed in place, and when a setting of what is read changes. It does not
+    notice a write to `.data`, nor one to weights that were made in inference mode: call `memory.clear()`. Copies begin
+    with an empty memory.
+
     Parameters
     ----------
     body : nn.Module
@@ -299,6 +303,9 @@ class FrozenTextEncoder(TextEncoder):
         self.requires_grad_(False).eval()
         self.memory, self._state = _Memory(memory), []
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "memory": _Memory(self.memory.room), "_state": []}
+
     def train(self, mode: bool = True) -> "FrozenTextEncoder":
         return super().train(False)
 
@@ -316,10 +323,19 @@ class FrozenTextEncoder(TextEncoder):
         self.memory.keep(key, parts)
         return parts
 
+    def _valid_for(self) -> list:
+        "What the memory depends on: what is read of the body, and its weights."
+        weights = (*self.body.parameters(), *self.body.buffers())
+        versions = [(one.data_ptr(), None if one.is_inference() else one._version) for one in weights]
+        return [self.summed_layers, self.whole, self.word_weights, self.released_words, *versions]
+
     @torch.no_grad()
     def _read(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
         "As `TextEncoder` does it, to the last bits; zeros where there is padding."
-        state = [(one.data_ptr(), one._version) for one in (*self.body.parameters(), *self.body.buffers())]
+        if not len(input_ids):
+            blank = input_ids.new_zeros(1, input_ids.shape[1])  # a body may refuse none
+            return tuple(part if part is None else part[:0] for part in super()._read(blank, blank + 1))
+        state = self._valid_for()
         if state != self._state:  # other weights read otherwise
             self.memory.clear()
             self._state = state
@@ -473,6 +489,7 @@ def text_encoder(
     """
     if freeze != "all" and not str(freeze).isdigit():
         raise ValueError(f"freeze is {freeze!r}; expected a number of layers, or all")
+    freeze = freeze if freeze == "all" else int(freeze)
     pooler = pooling.get("whole") == "pooler"
     if name in TEXT_CONFIGS:
         body = _random_bert(name, tokenizer, layers, pooler)

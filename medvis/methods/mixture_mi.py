@@ -118,12 +118,15 @@ def _as_read(
 def _repeated(
     texts: Sequence[str],  # S sentences as they are read
     owner: Tensor,  # (S,) int64 image of every sentence
-) -> Tensor:  # (S, S) bool: whether the image of sentence s has a sentence that reads like the one of the column
+    reports: Sequence[Sequence[str]],  # of each image, all sentences as they are read, not only those of `texts`
+) -> Tensor:  # (S, S) bool: whether the report of sentence s has a sentence that reads like the one of the column
     "Which sentences say what another image's report says too."
     numbers = {text: number for number, text in enumerate(dict.fromkeys(texts))}
-    own = torch.zeros(int(owner.max()) + 1, len(numbers), dtype=torch.bool, device=owner.device)
-    number = torch.tensor([numbers[text] for text in texts], device=owner.device)
-    own[owner, number] = True
+    own = torch.zeros(len(reports), len(numbers), dtype=torch.bool)
+    for image, report in enumerate(reports):
+        own[image, [numbers[text] for text in report if text in numbers]] = True
+    own, number = own.to(owner.device), torch.tensor([numbers[text] for text in texts], device=owner.device)
+    own[owner, number] = True  # a sampled text may be cut short, and then read otherwise than in the report
     return own[owner][:, number]
 
 # %% ../../nbs/methods/09_mixture_mi.ipynb #9578ebfc
@@ -137,7 +140,7 @@ class _Asked:
         owner: Tensor,  # (S,) int64 image of every sentence
         training: bool,  # draw the phrases; else the first of each finding
     ) -> None:
-        self.config, self.owner = config, owner
+        self.config, self.owner, self.reports = config, owner, batch.reports
         self.said, self.texts, self.phrases = [], [], 0
         self.sides = self.sided = torch.zeros(0, dtype=torch.long, device=owner.device)
         if config.region_prior == "side" or config.side_negatives or config.finding_phrases or config.mask_identical:
@@ -173,8 +176,13 @@ class _Asked:
         pairs = _sentence_pairs(self.owner, valid)
         if not self.config.mask_identical:
             return pairs
-        texts = [_as_read(sentence, not self.exchange) for sentence in self.said]
-        return pairs & ~_repeated(texts, self.owner) | torch.eye(len(texts), dtype=torch.bool, device=pairs.device)
+        texts, *reports = (
+            [_as_read(sentence, not self.exchange) for sentence in sentences]
+            for sentences in (self.said, *self.reports)
+        )
+        return pairs & ~_repeated(texts, self.owner, reports) | torch.eye(
+            len(texts), dtype=torch.bool, device=pairs.device
+        )
 
     def losses(
         self,
@@ -190,7 +198,7 @@ class _Asked:
             own = scores[self.owner[sided], :, places][..., None]  # (K, N, 1)
             prior = self.prior(3 - self.sides[sided], grid)
             other = mix_regions(own, None if prior is None else prior.T[..., None])[:, 0]
-            loss = side_negative_loss(mixed[sided, sided], other, sentences)
+            loss = side_negative_loss(mixed[sided, sided], other)
             parts["side_negatives"] = self.config.side_negatives * loss
         if self.phrases:
             table, halves = scores[..., -self.phrases :], torch.arange(3, device=scores.device)

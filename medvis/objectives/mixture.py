@@ -161,9 +161,8 @@ def side_prior(
 def side_negative_loss(
     own: Tensor,  # (K,) F of one-sided sentences with their own images
     other: Tensor,  # (K,) F of the same about the other side
-    sentences: int,  # of the batch, those without a side too
-) -> Tensor:  # (); log 2 for each sentence whose side makes no difference
-    """Softplus of the other side's score over the true one's; 0 without any one-sided sentence.
+) -> Tensor:  # (); log 2 where the side makes no difference
+    """Mean softplus of the other side's score over the true one's; 0 without any one-sided sentence.
 
     Parameters
     ----------
@@ -171,15 +170,13 @@ def side_negative_loss(
         (K,) F of one-sided sentences with their own images
     other : Tensor
         (K,) F of the same about the other side
-    sentences : int
-        of the batch, those without a side too
 
     Returns
     -------
     Tensor
-        (); log 2 for each sentence whose side makes no difference
+        (); log 2 where the side makes no difference
     """
-    return F.softplus(other - own).sum() / max(sentences, 1)
+    return F.softplus(other - own).sum() / max(len(own), 1)
 
 # %% ../../nbs/objectives/06_mixture.ipynb #1ebb10bf
 def phrase_loss(

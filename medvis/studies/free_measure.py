@@ -20,7 +20,7 @@ from scipy.stats import ConstantInputWarning, spearmanr
 from ..core.files import write_atomic, write_json
 from ..core.machine import describe_machine
 from ..data.files import read_csv
-from ..data.pack import Pack, open_pack
+from ..data.pack import Pack, hash_file, open_pack
 from ..data.targets import report_targets
 from ..evaluate import phantom_pointing
 from ..evaluate.ground import RECIPE
@@ -44,6 +44,8 @@ def fit_keeping_epochs(
 ) -> Run:
     """Train as `fit` does, and keep the weights before the first step and after every epoch.
 
+    FileNotFoundError if a training that was killed and goes on has lost those of an epoch.
+
     Parameters
     ----------
     method : Method
@@ -56,9 +58,16 @@ def fit_keeping_epochs(
     folder = Path(run) / "epochs"
     if not (folder / "0.safetensors").exists():
         save_weights(folder / "0.safetensors", method)
-    return fit(
+    done = fit(
         method, data, run, lambda done: save_weights(folder / f"{_epochs_done(done)}.safetensors", method), **changes
     )
+    wanted = range(_epochs_done(done) + 1)
+    if missing := [str(epoch) for epoch in wanted if not (folder / f"{epoch}.safetensors").exists()]:
+        raise FileNotFoundError(
+            f"{folder} lacks the weights of epoch {', '.join(missing)} of 0 to {wanted[-1]}: the training was stopped "
+            f"before they were kept; train anew in another folder"
+        )
+    return done
 
 # %% ../../nbs/studies/09_free_measure.ipynb #53816658
 _FINDINGS = {"all": None, "focal": ("Nodule", "Consolidation", "Pleural Effusion")}
@@ -103,16 +112,30 @@ def _check_same_inputs(out: Path, inputs: Mapping[str, str]) -> None:
     write_json(path, {**inputs, **describe_machine()})
 
 
+def _check_same_weights(out: Path, table: pd.DataFrame, run: str, weights: Mapping[int, str]) -> None:
+    "ValueError if a table has rows of a run whose weights are others, or not known."
+    rows = table[table["run"] == run]
+    for epoch, measured in zip(rows["epoch"], rows["weights"] if "weights" in rows else [None] * len(rows)):
+        if epoch in weights and weights[epoch] != measured:
+            found = "does not say its weights" if pd.isna(measured) else f"was measured with other weights, {measured}"
+            raise ValueError(
+                f"{out}: epoch {epoch} of the run {run} {found}; found {weights[epoch]}. It is another folder of this "
+                f"name, was trained anew, or the table is an old one: rename the folder or choose another file"
+            )
+
+
 def measure_runs(
     runs: Sequence[str | Path],  # folders; of those that are not finished, the epochs that were kept
     data: Pack | str | Path,  # a phantom's Pack
     out: str | Path,  # .csv; what it was measured on is written beside it, as .json
     epochs: Sequence[int] | None = None,  # which of those that were kept; None: all
     split: str = "test",
-) -> pd.DataFrame:  # run, subject, seed, lr, sentences, epoch, and the numbers of `_free_numbers` and `_true_numbers`
+) -> (
+    pd.DataFrame
+):  # run, subject, seed, lr, sentences, epoch, weights (hash), the numbers of `_free_numbers` and `_true_numbers`
     """Laterality, zone and the pointing game of finished runs, one row a run or kept epoch; goes on where it stopped.
 
-    ValueError if the file holds rows of another Pack or split.
+    ValueError if the file holds rows of another Pack or split, or of a run of the same name with other weights.
 
     Parameters
     ----------
@@ -129,21 +152,24 @@ def measure_runs(
     Returns
     -------
     pd.DataFrame
-        run, subject, seed, lr, sentences, epoch, and the numbers of `_free_numbers` and `_true_numbers`
+        run, subject, seed, lr, sentences, epoch, weights (hash), the numbers of `_free_numbers` and `_true_numbers`
     """
     data, out = open_pack(data), Path(out)
     _check_same_inputs(out, {"data": data.manifest["hash"], "split": split, "recipe": RECIPE})
     targets, table = report_targets(data), read_csv(out) if out.exists() else pd.DataFrame(columns=["run", "epoch"])
     for run in map(load_run, runs):
         train, measured = run.config["train"], set(table["epoch"][table["run"] == run.path.name])
-        wanted = {epoch for epoch in _kept_weights(run) if epochs is None or epoch in epochs} - measured
+        kept = {epoch: path for epoch, path in _kept_weights(run).items() if epochs is None or epoch in epochs}
+        weights = {epoch: hash_file(path)[:16] for epoch, path in kept.items()}
+        _check_same_weights(out, table, run.path.name, weights)
         settings = {"run": run.path.name, "subject": run.config["method"]}
         settings |= {name: train[name] for name in ("seed", "lr", "sentences")}
-        for epoch in sorted(wanted):
+        for epoch in sorted(kept.keys() - measured):
             method = run.method()
-            method.load_state_dict(read_weights(_kept_weights(run)[epoch]))
+            method.load_state_dict(read_weights(kept[epoch]))
             numbers = _free_numbers(method, data, split, targets) | _true_numbers(method, data, split)
-            table = pd.concat([table, pd.DataFrame([{**settings, "epoch": epoch, **numbers}])], ignore_index=True)
+            line = {**settings, "epoch": epoch, "weights": weights[epoch], **numbers}
+            table = pd.concat([table, pd.DataFrame([line])], ignore_index=True)
             write_atomic(out, lambda file: table.round(6).to_csv(file, index=False))
     return table
 
