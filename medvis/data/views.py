@@ -20,7 +20,7 @@ from .sampling import Sampling
 class Views(Pairs):
     """Images of a Pack, each with augmented views of it. `views[epoch, i]` depends on (seed, epoch, i) alone.
 
-    ValueError for an augmentation whose views do not know their place on the film, and for mirrored reports.
+    ValueError for an augmentation whose views do not know their place on the film.
 
     Parameters
     ----------
@@ -45,8 +45,6 @@ class Views(Pairs):
         seed: int = 0,
         count: int = 2,  # views of an image
     ) -> None:
-        if sampling.mirror:
-            raise ValueError("mirror exchanges left and right in reports; views have none, and augment mirrors them")
         super().__init__(pack, None, preprocessing, sampling, split, train, seed, need_text=False)
         self.count, self._transform = count, preprocessing.transform()
         self._draw_view = preprocessing.framed(sampling.augment)

@@ -26,7 +26,7 @@ from ..data.tasks import Task, boxes_in_view
 from .encoder import FrozenFeatures, frozen, head_inputs, read_images
 from .metrics import Boxes
 from .predictions import Predictions, join, validation_score
-from .recipes import SWITCHES, Protocol
+from .recipes import AUGMENTS, SWITCHES, Protocol
 from ..methods.method import Losses, add_up
 from ..train.config import Diverged
 from ..train.schedules import plateau_factor, stopped_improving
@@ -62,7 +62,8 @@ def _turned(size: int, crop: float) -> list:
     return [*AUGMENTATIONS["none"](size, crop), v2.RandomApply([motion], 0.5)]
 
 
-_HEAD_AUGMENTATIONS = AUGMENTATIONS | {"moco2": _jittered, "shift-scale-rotate": _turned}
+_ALL_AUGMENTATIONS = AUGMENTATIONS | {"moco2": _jittered, "shift-scale-rotate": _turned}
+_HEAD_AUGMENTATIONS = {name: _ALL_AUGMENTATIONS[name] for name in AUGMENTS}
 
 # %% ../../nbs/evaluate/11_finetune.ipynb #389cd1d0
 def _augment_batch(
