@@ -179,8 +179,8 @@ ROW = {"dicom_id": "a", "category_name": "Edema", "label_text": "secret haze", "
 
 @pytest.mark.parametrize("change, complaint", [
     ({"x": 48.5}, r"line 3 \(image a\): the box .* of Edema lies outside of its image"), ({"y": -2}, "outside"), ({"h": 59.5}, "outside"), ({"w": 0}, "no extent"),
-    ({"w": -3}, "no extent"), ({"x": "left"}, "expected a number"), ({"image_width": None}, "expected a number"), ({"dicom_id": None}, "no image"),
-    ({"label_text": ""}, "no image, phrase"), ({"category_name": None}, "no image, phrase or category")])
+    ({"w": -3}, "no extent"), ({"x": "left"}, "expected a number"), ({"image_width": None}, "expected a number"), ({"dicom_id": None}, "dicom_id is ''; expected a text"),
+    ({"label_text": ""}, "label_text is ''; expected a text"), ({"category_name": None}, "category_name is ''; expected a text")])
 def test_bad_rows_are_named(tmp_path, change, complaint):
     pd.DataFrame([ROW, {**ROW, **change}]).to_csv(tmp_path / "a.csv", index=False)
     with pytest.raises(ValueError, match=complaint) as told:
