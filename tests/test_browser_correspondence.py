@@ -1,5 +1,6 @@
 """The correspondence widget in a real browser, its script alone in a page without a kernel: pointing, pinning, keys, hostile text, speed."""
 from dataclasses import replace
+from itertools import groupby
 
 import numpy as np
 import pytest
@@ -657,7 +658,7 @@ def test_a_phrase_that_cannot_be_read_is_dropped(browser, tmp_path):  # noqa: F8
         box.press("Enter")
         page.locator("[role=status]", has_text="no 0").wait_for()
         page.wait_for_timeout(300)
-        assert page.evaluate("sent") == [[], ["unreadable"], []] and trait(page, "typed") == []
+        assert [asked for asked, _ in groupby(page.evaluate("sent"))] == [[], ["unreadable"], []] and trait(page, "typed") == []
         page.wait_for_timeout(50)
         assert status.text_content() == "ValueError: no 0"
         box.fill("mass")
