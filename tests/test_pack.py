@@ -432,11 +432,11 @@ def test_one_takes_over_a_stale_lock(tmp_path):
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="limits a process of its own")
 def test_a_full_disk_names_the_file(tmp_path):
     script = (f"import resource, signal, sys\nsys.path.insert(0, {str(HERE)!r})\nfrom test_pack import *\nsignal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-              "for limit in (1500, 4500):\n    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, -1))\n"
+              "for limit in (1500, 9000):\n    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, -1))\n"
               "    try:\n        write_pack(f'{sys.argv[1]}/pack{limit}', range(40), read_study, **SETTINGS)\n    except (OSError, ValueError) as error:\n        print(error)\n")
     done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, timeout=120)
     part, whole = done.stdout.splitlines()
-    assert "pack1500.partial/parts/000000.u8" in part and "pack4500.partial/pack/images.u8" in whole and "large" in part and "large" in whole, done
+    assert "pack1500.partial/parts/000000.u8" in part and "pack9000.partial/pack/images.u8" in whole and "large" in part and "large" in whole, done
 
 
 IDS = st.lists(st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\0"), max_size=6), min_size=1, max_size=60)      # no table has a NUL, and numpy drops it
