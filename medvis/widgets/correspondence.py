@@ -208,7 +208,7 @@ def _draw_report(
             ground = _PINNED if on and text.strip() else None
             for token in re.findall(r"\S+\s*|\s+", text):
                 shown, width = _shorten_text(token.rstrip(), size, wide)
-                if x and x + width > wide:
+                if x and x + width > wide and any(map(str.isalnum, shown)):  # a full stop stays with its word
                     x, y = 0.0, y + step
                 if y > high:
                     if last is not None:
