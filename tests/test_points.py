@@ -376,7 +376,11 @@ def test_frozen_text_gives_the_same_losses_and_is_read_once(tokenizer, changes):
     assert len(calls) == len(memory.texts) - read, "only phrases that were not drawn before"
     method.load_state_dict(method.state_dict())
     assert method.eval()(batch_of([[], []], tokenizer)).total == 0
-    assert len(memory.texts) == 1 < read, "other weights would read otherwise"
+    assert method.text_encoder.memory is memory, "the same weights, loaded anew"
+    with torch.no_grad():
+        next(body.parameters()).add_(1)
+    assert method(batch_of([[], []], tokenizer)).total == 0
+    assert len(method.text_encoder.memory.texts) == 1 < read, "other weights read otherwise"
 
 
 @register_encoder("toy_frozen_points")

@@ -7,6 +7,7 @@ __all__ = ['TEXT_CONFIGS', 'TEXT_PACKAGES', 'VOCABULARIES', 'train_tokenizer', '
            'TextEncoder', 'FrozenTextEncoder', 'check_tokenizer', 'text_encoder', 'encode_sentences']
 
 # %% ../../nbs/encoders/04_text.ipynb #a4098f46
+import hashlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
@@ -275,12 +276,23 @@ class _Memory:
         self.held = 0
 
 
+_MEMORIES: dict[bytes, _Memory] = {}  # the memory that was asked for last, by the digest of what reads
+
+
+def _find_memory(digest: bytes, room: int) -> _Memory:
+    "The memory of all encoders that read alike. Others are dropped here, and go when no encoder uses them."
+    if digest not in _MEMORIES:
+        _MEMORIES.clear()
+        _MEMORIES[digest] = _Memory(room)
+    return _MEMORIES[digest]
+
+
 class FrozenTextEncoder(TextEncoder):
     """A text encoder that is frozen as a whole: always in evaluation mode, and it remembers what its body has read.
 
-    It forgets when weights are loaded or changed in place, and when a setting of what is read changes. It does not
-    notice a write to `.data`, nor one to weights that were made in inference mode: call `memory.clear()`. Copies begin
-    with an empty memory.
+    Encoders that read alike share a memory. It takes another when weights are loaded or changed in place, and when a
+    setting of what is read changes. It does not notice a write to `.data`, nor one to weights that were made in
+    inference mode: call `memory.clear()`. Copies carry no memory with them.
 
     Parameters
     ----------
@@ -329,6 +341,15 @@ class FrozenTextEncoder(TextEncoder):
         versions = [(one.data_ptr(), None if one.is_inference() else one._version) for one in weights]
         return [self.summed_layers, self.whole, self.word_weights, self.released_words, *versions]
 
+    def _digest(self) -> bytes:
+        "The same for encoders that read alike: settings, architecture, device and every byte of the weights."
+        settings = [self.summed_layers, self.whole, self.word_weights, self.released_words, self.memory.room]
+        told = hashlib.blake2b(repr([settings, self.body, getattr(self.body, "config", None)]).encode())
+        for name, weight in (*self.body.named_parameters(), *self.body.named_buffers()):
+            told.update(repr([name, weight.shape, weight.dtype, weight.device]).encode())
+            told.update(weight.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        return told.digest()
+
     @torch.no_grad()
     def _read(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
         "As `TextEncoder` does it, to the last bits; zeros where there is padding."
@@ -337,8 +358,7 @@ class FrozenTextEncoder(TextEncoder):
             return tuple(part if part is None else part[:0] for part in super()._read(blank, blank + 1))
         state = self._valid_for()
         if state != self._state:  # other weights read otherwise
-            self.memory.clear()
-            self._state = state
+            self.memory, self._state = _find_memory(self._digest(), self.memory.room), state
         real = attention_mask > 0
         parts = zip(*(self._read_alone(ids[own]) for ids, own in zip(input_ids, real)), strict=True)
         tokens, attention, pooled = (None if part[0] is None else part for part in parts)
