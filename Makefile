@@ -37,8 +37,8 @@ demo: .venv/.demo
 	@medvis demo
 
 # The tree is only read: uncommitted work stays as it is. Two notebooks at a time on two cores, so one thread each; nothing is fetched.
-# Notebooks run on the processor's own kernels; their replay and the tests on the plainest ones (no AVX), and what trains once more on two threads
-# and the processor's own: no result may depend on the last bits.
+# No result may depend on the last bits: notebooks and tests run on the processor's own kernels; the notebooks' replay against the installed module,
+# and what trains, on two threads, once more on the plainest ones (no AVX).
 test: export OMP_NUM_THREADS := 1
 test: export MKL_NUM_THREADS := 1
 test: export TOKENIZERS_PARALLELISM := false
@@ -51,10 +51,12 @@ test: .venv/.dev
 	@python tools/format.py --check
 	@echo "== notebooks"
 	@timeout -s INT -k 60 1300 nbdev_test --n_workers 2 --timing
-	@echo "== tests, and the notebooks replayed against the installed module, on other kernels"
-	@ATEN_CPU_CAPABILITY=default timeout -s INT -k 60 2400 pytest -q -n 2 --dist loadfile --durations 10 tests
-	@echo "== what trains, on two threads"
-	@OMP_NUM_THREADS=2 MKL_NUM_THREADS=2 timeout -s INT -k 60 900 pytest -q -m trains tests
+	@echo "== notebooks, replayed against the installed module, on other kernels"
+	@ATEN_CPU_CAPABILITY=default timeout -s INT -k 60 1300 pytest -q -n 2 --dist worksteal --durations 5 tests/test_replay.py
+	@echo "== tests"
+	@timeout -s INT -k 60 2400 pytest -q -n 2 --dist loadfile --durations 20 --ignore tests/test_replay.py tests
+	@echo "== what trains, on two threads and other kernels"
+	@ATEN_CPU_CAPABILITY=default OMP_NUM_THREADS=2 MKL_NUM_THREADS=2 timeout -s INT -k 60 900 pytest -q -m trains tests
 	@echo "medvis: every check passed"
 
 # Apart from the tests, which it makes a third slower: how much of medvis the notebooks' own cells run.
