@@ -7,7 +7,6 @@ __all__ = ['TEXT_CONFIGS', 'TEXT_PACKAGES', 'VOCABULARIES', 'train_tokenizer', '
            'TextEncoder', 'FrozenTextEncoder', 'check_tokenizer', 'text_encoder', 'encode_sentences']
 
 # %% ../../nbs/encoders/04_text.ipynb #a4098f46
-import hashlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
@@ -27,7 +26,7 @@ from transformers import (
 )
 
 from .features import TextFeatures, group_matrix, pool_tokens
-from .weights import complete, package_folder, read_state, refuse_code
+from .weights import complete, network_hash, package_folder, read_state, refuse_code
 
 # %% ../../nbs/encoders/04_text.ipynb #9080de95
 def train_tokenizer(
@@ -276,15 +275,17 @@ class _Memory:
         self.held = 0
 
 
-_MEMORIES: dict[bytes, _Memory] = {}  # the memory that was asked for last, by the digest of what reads
+_MEMORIES: dict[str, _Memory] = {}  # the memory that was asked for last, by the hash of what reads
 
 
-def _find_memory(digest: bytes, room: int) -> _Memory:
+def _find_memory(encoder: "FrozenTextEncoder") -> _Memory:
     "The memory of all encoders that read alike. Others are dropped here, and go when no encoder uses them."
-    if digest not in _MEMORIES:
+    place, room = next(encoder.body.parameters()).device, encoder.memory.room
+    reader = network_hash(encoder, getattr(encoder.body, "config", None), place, room)
+    if reader not in _MEMORIES:
         _MEMORIES.clear()
-        _MEMORIES[digest] = _Memory(room)
-    return _MEMORIES[digest]
+        _MEMORIES[reader] = _Memory(room)
+    return _MEMORIES[reader]
 
 
 class FrozenTextEncoder(TextEncoder):
@@ -341,15 +342,6 @@ class FrozenTextEncoder(TextEncoder):
         versions = [(one.data_ptr(), None if one.is_inference() else one._version) for one in weights]
         return [self.summed_layers, self.whole, self.word_weights, self.released_words, *versions]
 
-    def _digest(self) -> bytes:
-        "The same for encoders that read alike: settings, architecture, device and every byte of the weights."
-        settings = [self.summed_layers, self.whole, self.word_weights, self.released_words, self.memory.room]
-        told = hashlib.blake2b(repr([settings, self.body, getattr(self.body, "config", None)]).encode())
-        for name, weight in (*self.body.named_parameters(), *self.body.named_buffers()):
-            told.update(repr([name, weight.shape, weight.dtype, weight.device]).encode())
-            told.update(weight.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-        return told.digest()
-
     @torch.no_grad()
     def _read(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
         "As `TextEncoder` does it, to the last bits; zeros where there is padding."
@@ -358,7 +350,7 @@ class FrozenTextEncoder(TextEncoder):
             return tuple(part if part is None else part[:0] for part in super()._read(blank, blank + 1))
         state = self._valid_for()
         if state != self._state:  # other weights read otherwise
-            self.memory, self._state = _find_memory(self._digest(), self.memory.room), state
+            self.memory, self._state = _find_memory(self), state
         real = attention_mask > 0
         parts = zip(*(self._read_alone(ids[own]) for ids, own in zip(input_ids, real)), strict=True)
         tokens, attention, pooled = (None if part[0] is None else part for part in parts)

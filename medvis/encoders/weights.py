@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['unwrap_state', 'weight_files', 'read_state', 'package_folder', 'ManyPrefixes', 'strip_prefix',
-           'check_numbers', 'refuse_code', 'complete']
+           'check_numbers', 'refuse_code', 'complete', 'network_hash']
 
 # %% ../../nbs/encoders/02_weights.ipynb #f1985ad0
+import hashlib
 import json
 import re
 from collections import Counter
@@ -299,3 +300,17 @@ def complete(
     model = filled or model
     check_numbers({key: value for key, value in model.state_dict().items() if needed(key)}, name)
     return model
+
+# %% ../../nbs/encoders/02_weights.ipynb #fc5fb338
+def network_hash(network: nn.Module, *settings: object) -> str:
+    "Hash of a network's architecture, plain settings, parameters and buffers, and of all else its features depend on."
+    plain = {
+        name: value
+        for name, value in sorted(vars(network).items())
+        if isinstance(value, int | float | str | tuple | None) and name[0] != "_"
+    }
+    digest = hashlib.sha256(f"{type(network)} {network!r} {plain} {settings}".encode())
+    for name, value in sorted(network.state_dict().items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()[:32]

@@ -32,7 +32,8 @@ from ..data.pairs import Sample, collate, epoch_batches, tokenise
 from ..data.phrases import Phrase
 from ..data.targets import exchange_side, report_targets
 from ..encoders.features import ImageFeatures
-from ..encoders.frozen import FrozenImages, cache_images, network_hash, read_view
+from ..encoders.frozen import FrozenImages, cache_images, read_view
+from ..encoders.weights import network_hash
 from ..evaluate import linear_probe, measure_places
 from ..evaluate.audit import audit
 from ..evaluate.encoder import frozen
