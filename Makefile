@@ -11,11 +11,10 @@ install = set -o pipefail; pip install --progress-bar off -e $(1) | awk '\
 	/\([0-9][0-9][0-9]+\.[0-9] MB\)| GB\)/ {print; fflush()} \
 	/^Installing collected/ {print "  Unpacking ..."; fflush()}'
 
-.PHONY: help demo test coverage lab export
+.PHONY: help demo test lab export
 help:
 	@echo "make demo    install, make phantom pairs, pre-train, probe; prints a table and the path of a page"
 	@echo "make test    install the development tools too, and run every check"
-	@echo "make coverage  how much of medvis its notebooks run; has a floor in pyproject.toml"
 	@echo "make lab     JupyterLab on the notebooks, with nbdev's hooks, which keep them clean"
 	@echo "make export  notebooks -> medvis/, its docstrings, and README.md; cleans the notebooks"
 
@@ -37,7 +36,7 @@ demo: .venv/.demo
 	@medvis demo
 
 # The tree is only read: uncommitted work stays as it is. Two notebooks at a time on two cores, so one thread each; nothing is fetched.
-# No result may depend on the last bits: notebooks and tests run on the processor's own kernels; the notebooks' replay against the installed module,
+# Coverage, which makes tests a third slower, is measured over the replay. No result may depend on the last bits: notebooks and tests run on the processor's own kernels; the notebooks' replay against the installed module,
 # and what trains, on two threads, once more on the plainest ones (no AVX).
 test: export OMP_NUM_THREADS := 1
 test: export MKL_NUM_THREADS := 1
@@ -52,16 +51,12 @@ test: .venv/.dev
 	@echo "== notebooks"
 	@timeout -s INT -k 60 1300 nbdev_test --n_workers 2 --timing
 	@echo "== notebooks, replayed against the installed module, on other kernels"
-	@ATEN_CPU_CAPABILITY=default timeout -s INT -k 60 1300 pytest -q -n 2 --dist worksteal --durations 5 tests/test_replay.py
+	@ATEN_CPU_CAPABILITY=default timeout -s INT -k 60 1300 pytest -q -n 2 --dist worksteal --durations 5 --cov=medvis tests/test_replay.py
 	@echo "== tests"
 	@timeout -s INT -k 60 2400 pytest -q -n 2 --dist loadfile --durations 20 --ignore tests/test_replay.py tests
 	@echo "== what trains, on two threads and other kernels"
-	@ATEN_CPU_CAPABILITY=default OMP_NUM_THREADS=2 MKL_NUM_THREADS=2 timeout -s INT -k 60 900 pytest -q -m trains tests
+	@ATEN_CPU_CAPABILITY=default OMP_NUM_THREADS=2 MKL_NUM_THREADS=2 timeout -s INT -k 60 900 pytest -q -n 2 -m trains tests
 	@echo "medvis: every check passed"
-
-# Apart from the tests, which it makes a third slower: how much of medvis the notebooks' own cells run.
-coverage: .venv/.dev
-	@OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 pytest -q -n 2 --cov=medvis tests/test_replay.py
 
 lab: .venv/.dev
 	@nbdev_install_hooks

@@ -250,24 +250,24 @@ def estimate(bound, judge, nats: float, images: int, texts: int) -> float:
     return (bound(judge.scores(x[:images], y, chunk=2**15)) - luck).item()
 
 
-PLAN = {  # bound, batch size, hidden widths, and by nats: steps, and images and texts of the estimate
-    "cpc": (cpc_bound, 64, (192, 24), {2.0: (400, 512, 512), 4.0: (300, 256, 2048), 6.0: (700, 256, 8192)}),
-    "mine": (dv_bound, 80, (192, 32), {2.0: (400, 512, 512), 4.0: (300, 512, 1024)}),
+PLAN = {  # bound, batch size, and by nats: steps, and images and texts of the estimate
+    "cpc": (cpc_bound, 64, {2.0: (400, 512, 512), 4.0: (300, 256, 2048), 6.0: (600, 256, 8192)}),
+    "mine": (dv_bound, 96, {2.0: (400, 512, 512), 4.0: (300, 512, 1024), 6.0: (600, 512, 2048)}),
 }
 
 
 @pytest.mark.parametrize("name", PLAN)
 @pytest.mark.trains
 def test_a_learned_discriminator_estimates_gaussians(name):
-    "20 dimensions, within 12 % in seconds; the notebook shows 10 % at leisure, and 6 nats for MINE, which needs four times as long."
+    "20 dimensions, 2, 4 and 6 nats, within 10 %: the notebook shows it at leisure."
     torch.manual_seed(0)
-    bound, size, hidden, plan = PLAN[name]
-    judge, estimates = Discriminator(20, 20, hidden=hidden), {}
+    bound, size, plan = PLAN[name]
+    judge, estimates = Discriminator(20, 20, hidden=(256, 32)), {}
     for nats, (steps, *sample) in plan.items():
         learn(bound, judge, nats, steps, size)
         estimates[nats] = estimate(bound, judge, nats, *sample)
     print(estimates)
-    assert all(abs(value / nats - 1) < 0.12 for nats, value in estimates.items()), estimates
+    assert all(abs(value / nats - 1) < 0.1 for nats, value in estimates.items()), estimates
 
 
 def test_cpc_saturates():
