@@ -55,7 +55,7 @@ test: .venv/.dev
 	@echo "== tests"
 	@timeout -s INT -k 60 2400 pytest -q -n 2 --dist loadfile --durations 20 --ignore tests/test_replay.py tests
 	@echo "== what trains, on two threads and other kernels"
-	@ATEN_CPU_CAPABILITY=default OMP_NUM_THREADS=2 MKL_NUM_THREADS=2 timeout -s INT -k 60 900 pytest -q -n 2 -m trains tests
+	@ATEN_CPU_CAPABILITY=default OMP_NUM_THREADS=2 MKL_NUM_THREADS=2 timeout -s INT -k 60 900 pytest -q -m trains tests
 	@echo "medvis: every check passed"
 
 lab: .venv/.dev
