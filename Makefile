@@ -7,7 +7,8 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 unexport PYTHONPATH PYTHONHOME
 
 # pip's hundreds of lines, cut down to those which tell that something large is under way; its errors are not touched.
-install = set -o pipefail; pip install --progress-bar off -e $(1) | awk '\
+# What is imported is compiled then: most of what is installed never is, and compiling it all takes a minute.
+install = set -o pipefail; pip install --no-compile --progress-bar off -e $(1) | awk '\
 	/\([0-9][0-9][0-9]+\.[0-9] MB\)| GB\)/ {print; fflush()} \
 	/^Installing collected/ {print "  Unpacking ..."; fflush()}'
 

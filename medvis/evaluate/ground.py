@@ -14,6 +14,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -779,12 +780,13 @@ def phrase_correspondence(
     Correspondence
         the first sentence of each is its text
     """
-    prepare, view, samples = method.preprocessing.transform(), method.sampling, []
+    transform, view, samples = method.preprocessing.transform(), method.sampling, []
+    look = cache(lambda row: transform(torch.from_numpy(pack.image(row))[None]))  # many phrases are of one image
+    read = cache(lambda text: tokenise([text], method.tokenizer, view.max_tokens, view.punctuation, view.overflow))
     for number, (text, row) in enumerate(zip(texts, images, strict=True)):
-        report = tokenise([text], method.tokenizer, view.max_tokens, view.punctuation, view.overflow)
-        if not report.sentences:
+        if not read(text).sentences:
             raise ValueError(f"a phrase about image {row} of the Pack has no words; leave it out")
-        samples.append(Sample(number, number, prepare(torch.from_numpy(pack.image(int(row)))[None]), report))
+        samples.append(Sample(number, number, look(int(row)), read(text)))
     return method.correspondence(collate(samples).to(next(method.parameters()).device))
 
 # %% ../../nbs/evaluate/06_ground.ipynb #f3fadc09
