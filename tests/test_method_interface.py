@@ -224,6 +224,7 @@ SAYS = [
     ("mgca", dict(learned_attention=True), 1.0, ("words",), True, "word"),
     ("mgca", dict(token_weight=0.0, layer="layer4", tau_instance=0.4), 0.4, (), True, "word"),
     ("global-mi", {}, 1.0, (), False, None),
+    ("contrastive-binary", {}, 1.0, (), False, None),
     ("local-mi", {}, 1.0, ("sentences",), False, None),
     ("mixture-mi", {}, 0.1, ("sentences",), True, "sentence"),
 ]
