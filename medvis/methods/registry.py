@@ -11,6 +11,7 @@ from collections.abc import Callable
 from ..core.registry import Registry
 from .byol import BYOL
 from .clip import CLIP
+from .contrastive_binary import ContrastiveBinary
 from .convirt import ConVIRT
 from .dsve import DSVE
 from .gloria import GLoRIA
@@ -40,6 +41,7 @@ METHODS = Registry(
         "mixture-mi": MixtureMI,
         "vse": VSE,
         "dsve": DSVE,
+        "contrastive-binary": ContrastiveBinary,
         "simclr": SimCLR,
         "byol": BYOL,
         "pixelpro": PixelPro,

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['CONVIRT_PRESETS', 'MGCA_PRESETS', 'LOVT_PRESETS', 'GLOBAL_MI_PRESETS', 'LOCAL_MI_PRESETS', 'CLIP_PRESETS',
            'GLORIA_PRESETS', 'MIXTURE_MI_PRESETS', 'SIMCLR_PRESETS', 'BYOL_PRESETS', 'PIXELPRO_PRESETS', 'VSE_PRESETS',
-           'DSVE_PRESETS', 'SETTINGS', 'ImageMethodConfig', 'MethodConfig', 'ConVIRTConfig', 'MGCAConfig', 'LoVTConfig',
-           'MutualInformationConfig', 'GlobalMIConfig', 'LocalMIConfig', 'CLIPConfig', 'GLoRIAConfig',
-           'MixtureMIConfig', 'SimCLRConfig', 'BYOLConfig', 'PixelProConfig', 'VSEConfig', 'DSVEConfig', 'list_methods',
-           'methods_with_text', 'list_presets']
+           'DSVE_PRESETS', 'CONTRASTIVE_BINARY_PRESETS', 'SETTINGS', 'ImageMethodConfig', 'MethodConfig',
+           'ConVIRTConfig', 'MGCAConfig', 'LoVTConfig', 'MutualInformationConfig', 'GlobalMIConfig', 'LocalMIConfig',
+           'CLIPConfig', 'GLoRIAConfig', 'MixtureMIConfig', 'SimCLRConfig', 'BYOLConfig', 'PixelProConfig', 'VSEConfig',
+           'DSVEConfig', 'ContrastiveBinaryConfig', 'list_methods', 'methods_with_text', 'list_presets']
 
 # %% ../../nbs/methods/01_settings.ipynb #6f1bcdbd
 from dataclasses import dataclass
@@ -392,8 +392,8 @@ class MutualInformationConfig(MethodConfig):
     "Hidden widths of the discriminator."
     dim: None = None
     "There is no shared space."
-    bound: Literal["cpc", "mine", "cpc-released"] = "cpc"
-    "Bound on the mutual information: cpc (at most log of the batch size), mine, cpc-released (mine minus a constant)."
+    bound: Literal["cpc", "mine", "cpc-released", "binary"] = "cpc"
+    "Bound: cpc (at most log of the batch size), mine, cpc-released (mine minus a constant), binary (real or false?)."
     negatives: Literal["all", "other-study", "other-patient"] = "other-study"
     "Which mismatched pairs are contrasted: all, other-study, other-patient."
     chunk: int = 65_536
@@ -837,6 +837,46 @@ DSVE_PRESETS = {
     "tiny": (dict(_VSE_TINY, map_channels=None), _VSE_TINY_RECIPE),
 }
 
+# %% ../../nbs/methods/01_settings.ipynb #da2043ff
+@dataclass(frozen=True)
+class ContrastiveBinaryConfig(GlobalMIConfig):
+    "Settings of Contrastive-Binary."
+
+    image: str = "resnet50"
+    "Image encoder."
+    image_weights: str | None = "imagenet"
+    "Initial weights: imagenet, imagenet-v2, a state-dict file or folder, or None for random."
+    layer: str | None = "layer4"
+    "Regions from the layer that is pooled, so that the judge fits them too."
+    local_grid: str | None = None
+    "Regions of ResNet-256; None = the encoder's own."
+    text_feature: Literal["pooler", "cls", "mean", "max"] = "max"
+    "Text vector: max or mean over tokens, cls, or pooler (with its dropout)."
+    bound: Literal["cpc", "mine", "cpc-released", "binary"] = "binary"
+    "What the judge is trained with: binary = is this pair real; or a bound on the mutual information."
+    negatives: Literal["all", "other-study", "other-patient"] = "all"
+    "Which mismatched pairs are contrasted: all, other-study, other-patient."
+
+# %% ../../nbs/methods/01_settings.ipynb #b8125335
+_BINARY_RECIPE = dict(
+    optimizer="adam",
+    lr=1e-4,
+    weight_decay=1e-6,
+    batch_size=32,
+    epochs=200,
+    schedule="plateau",
+    plateau_patience=5,
+    patience=10,
+    augment="lovt",
+    sentences="one",
+    per="study",
+)
+CONTRASTIVE_BINARY_PRESETS = {
+    "paper": (dict(freeze_text=6), _BINARY_RECIPE),
+    "laptop": (dict(_MI_LAPTOP), _LAPTOP_SENTENCE),
+    "tiny": (_MI_TINY, {**_MI_TINY_RECIPE, "sentences": "one"}),
+}
+
 # %% ../../nbs/methods/01_settings.ipynb #685f7276
 # method -> dataclass, presets: what is built, how it is trained
 SETTINGS: dict[str, tuple[type[ImageMethodConfig], dict[str, tuple[dict, dict]]]] = {
@@ -850,6 +890,7 @@ SETTINGS: dict[str, tuple[type[ImageMethodConfig], dict[str, tuple[dict, dict]]]
     "mixture-mi": (MixtureMIConfig, MIXTURE_MI_PRESETS),
     "vse": (VSEConfig, VSE_PRESETS),
     "dsve": (DSVEConfig, DSVE_PRESETS),
+    "contrastive-binary": (ContrastiveBinaryConfig, CONTRASTIVE_BINARY_PRESETS),
     "simclr": (SimCLRConfig, SIMCLR_PRESETS),
     "byol": (BYOLConfig, BYOL_PRESETS),
     "pixelpro": (PixelProConfig, PIXELPRO_PRESETS),
