@@ -811,17 +811,22 @@ _VSE_RECIPE = dict(
     max_tokens=112,
 )
 _VSE_TINY = dict(
-    image="tiny_resnet", image_weights=None, text="tiny-bert", whole_text="mean", dim=128, negatives="other-patient"
+    image="tiny_resnet",
+    image_weights=None,
+    text="tiny-bert",
+    whole_text="mean",
+    dim=128,
+    hardest=False,
+    negatives="other-patient",
 )
 _VSE_TINY_RECIPE = dict(
     lr=1e-3,
     weight_decay=0.05,
-    batch_size=64,
+    batch_size=32,
     epochs=8,
     schedule="warmup-cosine",
     warmup=0.1,
     augment="mgca",
-    sentences="one",
     max_tokens=128,
 )
 _VSE_LAPTOP = dict({name: value for name, value in _LAPTOP.items() if name != "hidden"}, whole_text="mean")
@@ -874,7 +879,7 @@ _BINARY_RECIPE = dict(
 CONTRASTIVE_BINARY_PRESETS = {
     "paper": (dict(freeze_text=6), _BINARY_RECIPE),
     "laptop": (dict(_MI_LAPTOP), _LAPTOP_SENTENCE),
-    "tiny": (_MI_TINY, {**_MI_TINY_RECIPE, "sentences": "one"}),
+    "tiny": (_MI_TINY, {**_MI_TINY_RECIPE, "batch_size": 16}),
 }
 
 # %% ../../nbs/methods/01_settings.ipynb #685f7276
