@@ -785,7 +785,7 @@ class VSEConfig(MethodConfig):
     temperature: float = 0.1
     "Of the maps that are drawn; the loss has none."
 
-
+# %% ../../nbs/methods/01_settings.ipynb #e1b6c0a7
 @dataclass(frozen=True)
 class DSVEConfig(VSEConfig):
     "Settings of DSVE. Its heads are linear: `hidden` has no meaning here."
@@ -833,12 +833,12 @@ _VSE_LAPTOP = dict({name: value for name, value in _LAPTOP.items() if name != "h
 VSE_PRESETS = {
     "paper": ({}, _VSE_RECIPE),
     "all-negatives": (dict(hardest=False), _VSE_RECIPE),
-    "laptop": (_VSE_LAPTOP, _LAPTOP_SENTENCE),
+    "laptop": (_VSE_LAPTOP, dict(_LAPTOP_RECIPE, max_tokens=128)),
     "tiny": (_VSE_TINY, _VSE_TINY_RECIPE),
 }
 DSVE_PRESETS = {
     "paper": ({}, _VSE_RECIPE),
-    "laptop": (dict(_VSE_LAPTOP, map_channels=None), _LAPTOP_SENTENCE),
+    "laptop": (dict(_VSE_LAPTOP, map_channels=None), dict(_LAPTOP_RECIPE, max_tokens=128)),
     "tiny": (dict(_VSE_TINY, map_channels=None), _VSE_TINY_RECIPE),
 }
 
@@ -878,7 +878,7 @@ _BINARY_RECIPE = dict(
 )
 CONTRASTIVE_BINARY_PRESETS = {
     "paper": (dict(freeze_text=6), _BINARY_RECIPE),
-    "laptop": (dict(_MI_LAPTOP), _LAPTOP_SENTENCE),
+    "laptop": (_MI_LAPTOP, dict(_LAPTOP_RECIPE, max_tokens=128)),
     "tiny": (_MI_TINY, {**_MI_TINY_RECIPE, "batch_size": 16}),
 }
 
