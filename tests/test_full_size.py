@@ -12,7 +12,7 @@ from medvis.data.prepare import PhantomConfig, prepare_phantom
 from medvis.encoders.image import image_encoder
 from medvis.evaluate.detect import YoloV3
 from medvis.evaluate.segment import LinearSegmenter, SetrDecoder, SmpUNet, UNet
-from medvis.methods import CLIP, METHODS, MGCA, ConVIRT, GlobalMI, GLoRIA, LocalMI, LoVT, MixtureMI
+from medvis.methods import CLIP, DSVE, METHODS, MGCA, VSE, ContrastiveBinary, ConVIRT, GlobalMI, GLoRIA, LocalMI, LoVT, MixtureMI
 from medvis.methods.method import phantom_tokenizer
 from medvis.train import TrainConfig, load_encoder
 from medvis.train.loop import _parameter_groups
@@ -22,6 +22,9 @@ FULL = {
     "MGCA with ResNet-50": (MGCA, "paper-resnet50", (19, 19)),
     "ConVIRT with ResNet-50": (ConVIRT, "paper", (7, 7)),
     "CLIP with ResNet-50": (CLIP, "paper", (7, 7)),
+    "VSE++ with ResNet-50": (VSE, "paper", (7, 7)),
+    "DSVE with ResNet-50": (DSVE, "paper", (7, 7)),
+    "Contrastive-Binary with ResNet-50": (ContrastiveBinary, "paper", (7, 7)),
     "GLoRIA with ResNet-50": (GLoRIA, "paper", (19, 19)),
     "LoVT with ResNet-50": (LoVT, "paper", (7, 7)),
     "global-mi with ResNet-256": (GlobalMI, "paper", (4, 4)),

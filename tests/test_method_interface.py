@@ -213,6 +213,8 @@ SAYS = [
     ("convirt", {}, 0.1, (), True, "sentence"),
     ("convirt", dict(whole_image="attention", temperature=0.3), 0.3, (), True, "sentence"),
     ("clip", {}, 0.1, (), True, "sentence"),
+    ("vse", {}, 0.1, (), True, "sentence"),
+    ("dsve", {}, 1.0, (), True, "sentence"),
     ("gloria", {}, 0.25, ("words",), True, "word"),
     ("gloria", dict(local_weight=0.0), 0.25, (), True, "word"),
     ("lovt", {}, 1.0, ("sentences",), True, "sentence"),
@@ -222,6 +224,7 @@ SAYS = [
     ("mgca", dict(learned_attention=True), 1.0, ("words",), True, "word"),
     ("mgca", dict(token_weight=0.0, layer="layer4", tau_instance=0.4), 0.4, (), True, "word"),
     ("global-mi", {}, 1.0, (), False, None),
+    ("contrastive-binary", {}, 1.0, (), False, None),
     ("local-mi", {}, 1.0, ("sentences",), False, None),
     ("mixture-mi", {}, 0.1, ("sentences",), True, "sentence"),
 ]
@@ -237,7 +240,7 @@ def test_what_a_method_says_of_itself(name, changes, temperature, learned, share
     image, text = method.pair_vectors(batch)
     assert image.ndim == text.ndim == 2 and len(image) == len(text) == 12 and (not shared or image.shape == text.shape)
     pooled, shares = method.pool_image(method.image_encoder(batch.image))
-    assert pooled.ndim == 2 and (shares is not None) == (name == "clip" or "attention" in changes.values() or name == "lovt" and "global_weight" not in changes)
+    assert pooled.ndim == 2 and (shares is not None) == (name in ("clip", "dsve") or "attention" in changes.values() or name == "lovt" and "global_weight" not in changes)
     assert shares is None or torch.allclose(shares.sum(1), torch.ones(12), atol=1e-5)
 
 

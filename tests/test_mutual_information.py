@@ -319,7 +319,9 @@ def test_local_loss(bound, region_select, negatives_regions, tokenizer):
                                        for j in range(4)]) for i in range(4)])
     shuffled = torch.stack([scores[i, j] for i in range(4) for j in count[i] if i != j])
     matched = scores.diagonal().mean()
+    false = [scores[i, next(j % 4 for j in range(i + 1, i + 4) if j % 4 in count[i])] for i in range(4)]
     wanted = {
+        "binary": (matched - scores.diagonal().exp().add(1).log().mean() - torch.stack(false).exp().add(1).log().mean()) / 2,
         "cpc": torch.stack([scores[i, i] - scores[i, count[i]].exp().mean().log() for i in range(4)]).mean(),
         "mine": matched - shuffled.exp().mean().log(),
         "cpc-released": matched - shuffled.exp().sum().log()}[bound]

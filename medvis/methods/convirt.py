@@ -6,13 +6,13 @@
 __all__ = ['ConVIRT']
 
 # %% ../../nbs/methods/03_convirt.ipynb #5a62080c
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from ..core.choices import check_choice
 from ..data.pairs import Batch
 from ..encoders.features import ImageFeatures
-from ..encoders.heads import AttentionPool, ProjectionHead
+from ..encoders.heads import AttentionPool, ProjectionHead, SelectivePool
 from medvis.methods.method import (
     Aligned,
     Correspondence,
@@ -35,12 +35,19 @@ class ConVIRT(Method):
 
     def __init__(self, config: ConVIRTConfig, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
         super().__init__(config, tokenizer, whole=config.whole_text)
-        check_choice("image vector", config.whole_image, ("encoder", "attention"))
-        attends, image, size = config.whole_image == "attention", self.image_encoder, (config.hidden, config.dim)
-        width = image.region_dim if attends else image.whole_dim
-        self.pool = AttentionPool(image.region_dim) if attends else None
-        self.image_head = ProjectionHead(width, *size, config.norm, config.head_init)
-        self.text_head = ProjectionHead(self.text_encoder.dim, *size, config.norm, config.head_init)
+        check_choice("image vector", config.whole_image, ("encoder", "attention", "selective"))
+        local, width = self.image_encoder.region_dim, self.image_encoder.whole_dim
+        self.pool = None
+        if config.whole_image == "attention":
+            self.pool, width = AttentionPool(local), local
+        if config.whole_image == "selective":
+            self.pool, width = SelectivePool(local, config.dim), config.dim
+        self.image_head, self.text_head = self.head(width), self.head(self.text_encoder.dim)
+
+    def head(self, width: int) -> nn.Module:
+        "The map of vectors of this width to the shared space."
+        config = self.config
+        return ProjectionHead(width, config.hidden, config.dim, config.norm, config.head_init)
 
     def forward(self, batch: Batch) -> Losses:
         "The contrastive loss of a batch."

@@ -34,9 +34,15 @@ from medvis.objectives.mutual_information import (
     select_by_bound,
     select_regions,
 )
+from ..objectives.ranking import matching_loss
 
 # %% ../../nbs/methods/06_local_mi.ipynb #655ec710
-BOUNDS = {"cpc": cpc_bound, "mine": dv_bound, "cpc-released": released_cpc}
+BOUNDS = {
+    "cpc": cpc_bound,
+    "mine": dv_bound,
+    "cpc-released": released_cpc,
+    "binary": lambda *table: -matching_loss(*table),
+}
 
 
 class MutualInformation(Method):

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['CONVIRT_PRESETS', 'MGCA_PRESETS', 'LOVT_PRESETS', 'GLOBAL_MI_PRESETS', 'LOCAL_MI_PRESETS', 'CLIP_PRESETS',
-           'GLORIA_PRESETS', 'MIXTURE_MI_PRESETS', 'SIMCLR_PRESETS', 'BYOL_PRESETS', 'PIXELPRO_PRESETS', 'SETTINGS',
-           'ImageMethodConfig', 'MethodConfig', 'ConVIRTConfig', 'MGCAConfig', 'LoVTConfig', 'MutualInformationConfig',
-           'GlobalMIConfig', 'LocalMIConfig', 'CLIPConfig', 'GLoRIAConfig', 'MixtureMIConfig', 'SimCLRConfig',
-           'BYOLConfig', 'PixelProConfig', 'list_methods', 'methods_with_text', 'list_presets']
+           'GLORIA_PRESETS', 'MIXTURE_MI_PRESETS', 'SIMCLR_PRESETS', 'BYOL_PRESETS', 'PIXELPRO_PRESETS', 'VSE_PRESETS',
+           'DSVE_PRESETS', 'CONTRASTIVE_BINARY_PRESETS', 'SETTINGS', 'ImageMethodConfig', 'MethodConfig',
+           'ConVIRTConfig', 'MGCAConfig', 'LoVTConfig', 'MutualInformationConfig', 'GlobalMIConfig', 'LocalMIConfig',
+           'CLIPConfig', 'GLoRIAConfig', 'MixtureMIConfig', 'SimCLRConfig', 'BYOLConfig', 'PixelProConfig', 'VSEConfig',
+           'DSVEConfig', 'ContrastiveBinaryConfig', 'list_methods', 'methods_with_text', 'list_presets']
 
 # %% ../../nbs/methods/01_settings.ipynb #6f1bcdbd
 from dataclasses import dataclass
@@ -90,8 +91,8 @@ class ConVIRTConfig(MethodConfig):
 
     layer: str | None = "layer4"
     "Regions from the layer that is pooled, so that the image head fits them too."
-    whole_image: Literal["encoder", "attention"] = "encoder"
-    "Image vector: the encoder's own (mean, CLS), or attention pooling of its regions (CLIP)."
+    whole_image: Literal["encoder", "attention", "selective"] = "encoder"
+    "Image vector: the encoder's own (mean, CLS), attention pooling of regions (CLIP), or their extremes (DSVE)."
     whole_text: Literal["cls", "pooler", "max", "mean", "mean-all"] = "max"
     "Report vector: max over all tokens, mean, or cls."
     norm: Literal["none", "hidden", "both"] = "none"
@@ -391,8 +392,8 @@ class MutualInformationConfig(MethodConfig):
     "Hidden widths of the discriminator."
     dim: None = None
     "There is no shared space."
-    bound: Literal["cpc", "mine", "cpc-released"] = "cpc"
-    "Bound on the mutual information: cpc (at most log of the batch size), mine, cpc-released (mine minus a constant)."
+    bound: Literal["cpc", "mine", "cpc-released", "binary"] = "cpc"
+    "Bound: cpc (at most log of the batch size), mine, cpc-released (mine minus a constant), binary (real or false?)."
     negatives: Literal["all", "other-study", "other-patient"] = "other-study"
     "Which mismatched pairs are contrasted: all, other-study, other-patient."
     chunk: int = 65_536
@@ -478,8 +479,8 @@ LOCAL_MI_PRESETS = {
 class CLIPConfig(ConVIRTConfig):
     "Settings of CLIP as LoVT configured it."
 
-    whole_image: Literal["encoder", "attention"] = "attention"
-    "Image vector: attention pooling of the regions, or the encoder's own."
+    whole_image: Literal["encoder", "attention", "selective"] = "attention"
+    "Image vector: attention pooling of the regions, the encoder's own, or the regions' extremes (DSVE)."
     norm: Literal["none", "hidden", "both"] = "hidden"
     "Batch normalisation of the heads: none, hidden or both."
     head_init: Literal["torch", "kaiming"] = "kaiming"
@@ -764,6 +765,123 @@ PIXELPRO_PRESETS = {
     "tiny": (dict(_VIEWS_TINY, layer="layer3", momentum=0.95), {**_VIEWS_TINY_RECIPE, "augment": "pixelpro"}),
 }
 
+# %% ../../nbs/methods/01_settings.ipynb #c9d88605
+@dataclass(frozen=True)
+class VSEConfig(MethodConfig):
+    "Settings of VSE++. Its heads are linear: `hidden` has no meaning here."
+
+    layer: str | None = "layer4"
+    "Regions from the layer that is pooled, so that the image head fits them too."
+    whole_image: Literal["encoder", "attention", "selective"] = "encoder"
+    "Image vector: the encoder's own, attention pooling of its regions, or their largest and smallest values (DSVE)."
+    whole_text: Literal["cls", "pooler", "max", "mean", "mean-all"] = "cls"
+    "Report vector: cls, or mean or max over all tokens."
+    dim: int = 1024
+    "Width of the shared space."
+    margin: float = 0.2
+    "alpha: how much better the own text must fit than any other."
+    hardest: bool = True
+    "Only the closest negative of a batch counts; False = the sum over all of them (VSE0)."
+    temperature: float = 0.1
+    "Of the maps that are drawn; the loss has none."
+
+# %% ../../nbs/methods/01_settings.ipynb #e1b6c0a7
+@dataclass(frozen=True)
+class DSVEConfig(VSEConfig):
+    "Settings of DSVE. Its heads are linear: `hidden` has no meaning here."
+
+    whole_image: Literal["encoder", "attention", "selective"] = "selective"
+    "Image vector: the largest and smallest values of the regions (DSVE), attention pooling, or the encoder's own."
+    dim: int = 2400
+    "Width of the shared space."
+    map_channels: int | None = 180
+    "Channels of a text that make up its map, the largest first; None = all."
+
+# %% ../../nbs/methods/01_settings.ipynb #c41579f4
+_VSE_RECIPE = dict(
+    optimizer="adam",
+    lr=2e-5,
+    batch_size=128,
+    epochs=30,
+    schedule="warmup-cosine",
+    warmup=0.1,
+    clip_norm=2.0,
+    augment="mgca",
+    per="image",
+    max_tokens=112,
+)
+_VSE_TINY = dict(
+    image="tiny_resnet",
+    image_weights=None,
+    text="tiny-bert",
+    whole_text="mean",
+    dim=128,
+    hardest=False,
+    negatives="other-patient",
+)
+_VSE_TINY_RECIPE = dict(
+    lr=1e-3,
+    weight_decay=0.05,
+    batch_size=32,
+    epochs=8,
+    schedule="warmup-cosine",
+    warmup=0.1,
+    augment="mgca",
+    max_tokens=128,
+)
+_VSE_LAPTOP = dict({name: value for name, value in _LAPTOP.items() if name != "hidden"}, whole_text="mean")
+VSE_PRESETS = {
+    "paper": ({}, _VSE_RECIPE),
+    "all-negatives": (dict(hardest=False), _VSE_RECIPE),
+    "laptop": (_VSE_LAPTOP, dict(_LAPTOP_RECIPE, max_tokens=128)),
+    "tiny": (_VSE_TINY, _VSE_TINY_RECIPE),
+}
+DSVE_PRESETS = {
+    "paper": ({}, _VSE_RECIPE),
+    "laptop": (dict(_VSE_LAPTOP, map_channels=None), dict(_LAPTOP_RECIPE, max_tokens=128)),
+    "tiny": (dict(_VSE_TINY, map_channels=None), _VSE_TINY_RECIPE),
+}
+
+# %% ../../nbs/methods/01_settings.ipynb #da2043ff
+@dataclass(frozen=True)
+class ContrastiveBinaryConfig(GlobalMIConfig):
+    "Settings of Contrastive-Binary."
+
+    image: str = "resnet50"
+    "Image encoder."
+    image_weights: str | None = "imagenet"
+    "Initial weights: imagenet, imagenet-v2, a state-dict file or folder, or None for random."
+    layer: str | None = "layer4"
+    "Regions from the layer that is pooled, so that the judge fits them too."
+    local_grid: str | None = None
+    "Regions of ResNet-256; None = the encoder's own."
+    text_feature: Literal["pooler", "cls", "mean", "max"] = "max"
+    "Text vector: max or mean over tokens, cls, or pooler (with its dropout)."
+    bound: Literal["cpc", "mine", "cpc-released", "binary"] = "binary"
+    "What the judge is trained with: binary = is this pair real; or a bound on the mutual information."
+    negatives: Literal["all", "other-study", "other-patient"] = "all"
+    "Which mismatched pairs are contrasted: all, other-study, other-patient."
+
+# %% ../../nbs/methods/01_settings.ipynb #b8125335
+_BINARY_RECIPE = dict(
+    optimizer="adam",
+    lr=1e-4,
+    weight_decay=1e-6,
+    batch_size=32,
+    epochs=200,
+    schedule="plateau",
+    plateau_patience=5,
+    patience=10,
+    augment="lovt",
+    sentences="one",
+    per="study",
+)
+CONTRASTIVE_BINARY_PRESETS = {
+    "paper": (dict(freeze_text=6), _BINARY_RECIPE),
+    "laptop": (_MI_LAPTOP, dict(_LAPTOP_RECIPE, max_tokens=128)),
+    "tiny": (_MI_TINY, {**_MI_TINY_RECIPE, "batch_size": 16}),
+}
+
 # %% ../../nbs/methods/01_settings.ipynb #685f7276
 # method -> dataclass, presets: what is built, how it is trained
 SETTINGS: dict[str, tuple[type[ImageMethodConfig], dict[str, tuple[dict, dict]]]] = {
@@ -775,6 +893,9 @@ SETTINGS: dict[str, tuple[type[ImageMethodConfig], dict[str, tuple[dict, dict]]]
     "global-mi": (GlobalMIConfig, GLOBAL_MI_PRESETS),
     "local-mi": (LocalMIConfig, LOCAL_MI_PRESETS),
     "mixture-mi": (MixtureMIConfig, MIXTURE_MI_PRESETS),
+    "vse": (VSEConfig, VSE_PRESETS),
+    "dsve": (DSVEConfig, DSVE_PRESETS),
+    "contrastive-binary": (ContrastiveBinaryConfig, CONTRASTIVE_BINARY_PRESETS),
     "simclr": (SimCLRConfig, SIMCLR_PRESETS),
     "byol": (BYOLConfig, BYOL_PRESETS),
     "pixelpro": (PixelProConfig, PIXELPRO_PRESETS),
