@@ -8,11 +8,13 @@ __all__ = ['CONVIRT_PRESETS', 'MGCA_PRESETS', 'LOVT_PRESETS', 'GLOBAL_MI_PRESETS
            'DSVE_PRESETS', 'CONTRASTIVE_BINARY_PRESETS', 'SETTINGS', 'ImageMethodConfig', 'MethodConfig',
            'ConVIRTConfig', 'MGCAConfig', 'LoVTConfig', 'MutualInformationConfig', 'GlobalMIConfig', 'LocalMIConfig',
            'CLIPConfig', 'GLoRIAConfig', 'MixtureMIConfig', 'SimCLRConfig', 'BYOLConfig', 'PixelProConfig', 'VSEConfig',
-           'DSVEConfig', 'ContrastiveBinaryConfig', 'list_methods', 'methods_with_text', 'list_presets']
+           'DSVEConfig', 'ContrastiveBinaryConfig', 'list_methods', 'methods_with_text', 'preset_table', 'list_presets']
 
 # %% ../../nbs/methods/01_settings.ipynb #6f1bcdbd
 from dataclasses import dataclass
 from typing import Any, Literal
+
+import pandas as pd
 
 from ..core.choices import check_choice
 
@@ -163,13 +165,28 @@ _CONVIRT_TINY_RECIPE = dict(
     sentences="one",
     max_tokens=128,
 )
+_CONVIRT_CYCLIC_RECIPE = {**_CONVIRT_PAPER_RECIPE, "schedule": "cyclic-cosine", "patience": 10}
+_CONVIRT_ATTENTION = dict(_CONVIRT_PAPER, whole_image="attention")
+_ALL_SENTENCES = dict(sentences="all", swap=0.4, max_tokens=512, overflow="drop")  # how LoVT reads a report
 CONVIRT_PRESETS = {
     "paper": (_CONVIRT_PAPER, _CONVIRT_PAPER_RECIPE),
     "paper-30": (_CONVIRT_PAPER, {**_CONVIRT_PAPER_RECIPE, "lr": 1e-5}),
-    "cyclic": (_CONVIRT_PAPER, {**_CONVIRT_PAPER_RECIPE, "schedule": "cyclic-cosine", "patience": 10}),
+    "cyclic": (_CONVIRT_PAPER, _CONVIRT_CYCLIC_RECIPE),
+    "cyclic-all-sentences": (_CONVIRT_PAPER, {**_CONVIRT_CYCLIC_RECIPE, **_ALL_SENTENCES}),
+    "cyclic-attention": (_CONVIRT_ATTENTION, _CONVIRT_CYCLIC_RECIPE),
+    "cyclic-attention-all-sentences": (_CONVIRT_ATTENTION, {**_CONVIRT_CYCLIC_RECIPE, **_ALL_SENTENCES}),
     "released": (_CONVIRT_MGCA, _CONVIRT_MGCA_RECIPE),
     "laptop": (dict(_LAPTOP, whole_text="mean"), _LAPTOP_SENTENCE),
     "tiny": (_CONVIRT_TINY, _CONVIRT_TINY_RECIPE),
+}
+_CONVIRT_ORIGINS = {  # preset -> the preset that it changes, and where that stands
+    "paper": (None, "LoVT, supplement 5.2"),
+    "paper-30": ("paper", "LoVT, supplement 5.2; Table 1, row 12"),
+    "cyclic": ("paper", "LoVT, supplement Table 1, row 11 (no learning rate given)"),
+    "cyclic-all-sentences": ("cyclic", "LoVT, supplement Table 1, row 9 against 11"),
+    "cyclic-attention": ("cyclic", "LoVT, supplement Table 1, row 10 against 11"),
+    "cyclic-attention-all-sentences": ("cyclic-attention", "LoVT, supplement Table 1, row 8 against 10"),
+    "released": (None, "MGCA's code, models/convirt"),
 }
 
 # %% ../../nbs/methods/01_settings.ipynb #ad880518
@@ -287,6 +304,18 @@ MGCA_PRESETS = {
     "laptop": (_MGCA_LAPTOP, dict(_LAPTOP_RECIPE, max_tokens=128)),
     "tiny": (_MGCA_TINY, _MGCA_TINY_RECIPE),
 }
+_MGCA_ORIGINS = {
+    "paper": (None, "MGCA, 4.1; Table 4, row 4 (CheXpert, RSNA)"),
+    "paper-resnet50": ("paper", "MGCA, Table 4, row 4 (SIIM)"),
+    "ita": ("paper", "MGCA, Table 4, row 1 (CheXpert, RSNA)"),
+    "ita-resnet50": ("paper-resnet50", "MGCA, Table 4, row 1 (SIIM)"),
+    "ita-cta": ("paper", "MGCA, Table 4, row 2 (CheXpert, RSNA)"),
+    "ita-cta-resnet50": ("paper-resnet50", "MGCA, Table 4, row 2 (SIIM)"),
+    "ita-cpa": ("paper", "MGCA, Table 4, row 3 (CheXpert, RSNA)"),
+    "ita-cpa-resnet50": ("paper-resnet50", "MGCA, Table 4, row 3 (SIIM)"),
+    "released": ("paper", "MGCA's code"),
+    "released-resnet50": ("released", "MGCA's code"),
+}
 
 # %% ../../nbs/methods/01_settings.ipynb #c0d5ef1c
 @dataclass(frozen=True)
@@ -376,6 +405,20 @@ LOVT_PRESETS = {
     "laptop": (_LAPTOP, dict(_LAPTOP_RECIPE, swap=0.4, max_tokens=128, overflow="drop")),
     "tiny": (_LOVT_TINY, _LOVT_TINY_RECIPE),
 }
+_LOVT_ORIGINS = {
+    "paper": (None, "LoVT, supplement 5.1; Table 1, row 1"),
+    "released": ("paper", "LoVT's code"),
+    "no-weights": ("paper", "LoVT, supplement Table 1, row 2"),
+    "no-attention-pooling": ("no-weights", "LoVT, supplement Table 1, row 3; rate: its code"),
+    "no-global": ("no-weights", "LoVT, supplement Table 1, row 4"),
+    "non-smooth": ("paper", "LoVT, supplement Table 1, row 5"),
+    "report-only": ("paper", "LoVT, supplement Table 1, row 6"),
+    "image-only": ("paper", "LoVT, supplement Table 1, row 7"),
+    "no-local": ("paper", "LoVT, supplement Table 1, row 8; rate: its code"),
+    "avg-max": ("no-local", "LoVT, supplement Table 1, row 9"),
+    "no-cyclic": ("paper", "LoVT's code (no row in a table)"),
+    "convirt-lr": ("paper", "LoVT's code (no row in a table)"),
+}
 
 # %% ../../nbs/methods/01_settings.ipynb #8342a488
 @dataclass(frozen=True)
@@ -464,14 +507,25 @@ _MI_TINY_RECIPE = dict(
 _MI_LAPTOP = dict(_LAPTOP, local_grid=None, text_feature="mean", hidden=(256, 128), dim=None)
 GLOBAL_MI_PRESETS = {
     "paper": ({}, _MI_RECIPE),
+    "mine": (dict(bound="mine"), _MI_RECIPE),
     "released": (dict(bound="cpc-released"), {**_MI_RECIPE, "epochs": 100}),
     "laptop": (_MI_LAPTOP, dict(_LAPTOP_RECIPE, max_tokens=128)),
     "tiny": (_MI_TINY, _MI_TINY_RECIPE),
 }
 LOCAL_MI_PRESETS = {
     "paper": ({}, {**_MI_RECIPE, "sentences": "one"}),
+    "mine": (dict(bound="mine"), {**_MI_RECIPE, "sentences": "one"}),
     "laptop": (dict(_MI_LAPTOP, negatives_regions="max"), _LAPTOP_SENTENCE),
     "tiny": (dict(_MI_TINY, negatives_regions="max"), {**_MI_TINY_RECIPE, "sentences": "one"}),
+}
+_GLOBAL_MI_ORIGINS = {
+    "paper": (None, "local-mi, section 4; Tables 2 and 3, global-mi, CPC"),
+    "mine": ("paper", "local-mi, Tables 2 and 3, global-mi, MINE"),
+    "released": ("paper", "local-mi's code"),
+}
+_LOCAL_MI_ORIGINS = {
+    "paper": (None, "local-mi, section 4; Tables 2 and 3, local-mi, CPC"),
+    "mine": ("paper", "local-mi, Tables 2 and 3, local-mi, MINE"),
 }
 
 # %% ../../nbs/methods/01_settings.ipynb #f0b680e5
@@ -517,8 +571,13 @@ _CLIP_TINY_RECIPE = dict(
 )
 CLIP_PRESETS = {
     "paper": (dict(freeze_text=6), _CLIP_RECIPE),
+    "all-sentences": (dict(freeze_text=6), {**_CLIP_RECIPE, **_ALL_SENTENCES}),
     "laptop": (dict(_LAPTOP, whole_text="mean"), _LAPTOP_SENTENCE),
     "tiny": (_CLIP_TINY, _CLIP_TINY_RECIPE),
+}
+_CLIP_ORIGINS = {
+    "paper": (None, "LoVT, supplement 5.2; Table 1, row 10"),
+    "all-sentences": ("paper", "LoVT, supplement Table 1, row 8 against 10"),
 }
 
 # %% ../../nbs/methods/01_settings.ipynb #4468fc52
@@ -670,6 +729,9 @@ MIXTURE_MI_PRESETS = {
     "laptop-no-mirror": (_MIXTURE_MI_LAPTOP, {**_MIXTURE_MI_LAPTOP_RECIPE, "mirror": False}),
     "tiny": (_MIXTURE_MI_TINY, _MIXTURE_MI_TINY_RECIPE),
 }
+_OPENI = "medvis, benchmarks/real_pairs.md"
+_MIXTURE_MI_ORIGINS = {"full": (None, "medvis"), "small": (None, "medvis"), "laptop-no-mirror": ("laptop", _OPENI)}
+_MIXTURE_MI_ORIGINS |= {preset: ("laptop", _OPENI) for preset in _MIXTURE_MI_ABLATIONS}
 
 # %% ../../nbs/methods/01_settings.ipynb #29359c1d
 @dataclass(frozen=True)
@@ -763,6 +825,11 @@ PIXELPRO_PRESETS = {
     "paper": ({}, _PIXELPRO_RECIPE),
     "released": (dict(momentum_schedule="constant", pixels="whole"), {**_PIXELPRO_RECIPE, **_BY_EPOCH, "warmup": 0.0}),
     "tiny": (dict(_VIEWS_TINY, layer="layer3", momentum=0.95), {**_VIEWS_TINY_RECIPE, "augment": "pixelpro"}),
+}
+_VIEWS_ORIGINS = {
+    "paper": (None, "LoVT, supplement 5.2"),
+    "paper-30": ("paper", "LoVT, supplement 5.2"),
+    "released": ("paper", "LoVT's code"),
 }
 
 # %% ../../nbs/methods/01_settings.ipynb #c9d88605
@@ -906,16 +973,83 @@ def methods_with_text() -> list[str]:
     "Names of the methods that read reports: what retrieves, points or names by words is about these."
     return [name for name, (config, _) in SETTINGS.items() if "text" in config.__dataclass_fields__]
 
-# %% ../../nbs/methods/01_settings.ipynb #da1e6e51
-def list_presets(
-    name: str,  # of a method
-) -> list[str]:
-    """Names of a method's presets. ValueError for an unknown method.
+# %% ../../nbs/methods/01_settings.ipynb #f5debdd6
+_COMMON_ORIGINS = {
+    "paper": (None, "the method's paper"),
+    "released": ("paper", "the method's code"),
+    "laptop": (None, _OPENI),
+    "tiny": (None, "medvis"),
+}
+_OWN_ORIGINS: dict[str, dict[str, tuple[str | None, str]]] = {
+    "convirt": _CONVIRT_ORIGINS,
+    "clip": _CLIP_ORIGINS,
+    "lovt": _LOVT_ORIGINS,
+    "mgca": _MGCA_ORIGINS,
+    "global-mi": _GLOBAL_MI_ORIGINS,
+    "local-mi": _LOCAL_MI_ORIGINS,
+    "mixture-mi": _MIXTURE_MI_ORIGINS,
+    "vse": {"all-negatives": ("paper", "VSE++, its VSE0")},
+    **dict.fromkeys(("simclr", "byol", "pixelpro"), _VIEWS_ORIGINS),
+}
+# method -> preset -> the preset that it changes (None: it stands for itself), and where it comes from
+_ORIGINS = {name: _COMMON_ORIGINS | _OWN_ORIGINS.get(name, {}) for name in SETTINGS}
+
+
+def _changes(method: str, preset: str, parent: str | None) -> dict[str, Any]:
+    "The settings in which a preset differs from another of its method, as the preset has them."
+    if parent is None:
+        return {}
+    kind, presets = SETTINGS[method]
+    (built, trained), (built_before, trained_before) = presets[preset], presets[parent]
+    before = vars(kind(**built_before)) | trained_before
+    now = vars(kind(**built)) | dict.fromkeys(trained_before, "default") | trained
+    return {name: value for name, value in now.items() if value != before.get(name, "default")}
+
+
+def preset_table(
+    method: str | None = None,  # None = all
+) -> pd.DataFrame:  # one row a preset: method, preset, parent, changes, source
+    """The presets of one method or of all, which preset each changes, in what, and where it comes from.
+
+    ValueError for an unknown method.
 
     Parameters
     ----------
-    name : str
-        of a method
+    method : str | None, default: None
+        None = all
+
+    Returns
+    -------
+    pd.DataFrame
+        one row a preset: method, preset, parent, changes, source
     """
+    if method is not None:
+        check_choice("method", method, SETTINGS)
+    rows = []
+    for name in list_methods() if method is None else [method]:
+        for preset in SETTINGS[name][1]:
+            parent, source = _ORIGINS.get(name, {}).get(preset, (None, ""))
+            changes = ", ".join(f"{key}={value}" for key, value in _changes(name, preset, parent).items())
+            rows.append((name, preset, parent or "", changes, source))
+    return pd.DataFrame(rows, columns=["method", "preset", "parent", "changes", "source"])
+
+# %% ../../nbs/methods/01_settings.ipynb #da1e6e51
+def list_presets(
+    name: str | None = None,  # of a method
+) -> list[str] | pd.DataFrame:  # names of its presets; of no method: `preset_table`
+    """Names of a method's presets; without a method, the table of all. ValueError for an unknown method.
+
+    Parameters
+    ----------
+    name : str | None, default: None
+        of a method
+
+    Returns
+    -------
+    list[str] | pd.DataFrame
+        names of its presets; of no method: `preset_table`
+    """
+    if name is None:
+        return preset_table()
     check_choice("method", name, SETTINGS)
     return list(SETTINGS[name][1])
