@@ -569,11 +569,11 @@ def _plan_share(data_set: DataSet, read: ReadConfig) -> Source:
     patients = [source.items[row]["patient"] for row in rows]
     kept = nested_subsets(patients, (recipe.train_share,), read.split_seed, recipe.subset)[recipe.train_share]
     left = set(rows) - {rows[place] for place in kept}
-    share = {"patients": "% of the training patients", "first": "% of the training studies, the first"}[recipe.subset]
+    share = f"{100 * recipe.train_share:.4g} % of the training"
+    rule = {"patients": f"not of {share} patients", "first": f"not among the first {share} studies"}[recipe.subset]
     count = sum(len(source.items[row]["images"]) for row in left)
     items = [item for row, item in enumerate(source.items) if row not in left]
-    dropped = source.dropped | {f"not among {100 * recipe.train_share:.4g} {share}": count}
-    return replace(source, items=items, dropped=dropped)
+    return replace(source, items=items, dropped=source.dropped | {rule: count})
 
 # %% ../../nbs/data/11_source.ipynb #0a8057f6
 def _options(chosen: ReadConfig | Recipe) -> dict:  # JSON-like

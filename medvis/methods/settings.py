@@ -415,8 +415,8 @@ _LOVT_ORIGINS = {
     "report-only": ("paper", "LoVT, supplement Table 1, row 6"),
     "image-only": ("paper", "LoVT, supplement Table 1, row 7"),
     "no-local": ("paper", "LoVT, supplement Table 1, row 8; rate: its code"),
-    "avg-max": ("no-local", "LoVT, supplement Table 1, row 9"),
-    "no-cyclic": ("paper", "LoVT's code (no row in a table)"),
+    "avg-max": ("no-local", "LoVT, supplement Table 1, row 9; rate inferred"),
+    "no-cyclic": ("paper", "LoVT's code (no row in a table); schedule inferred"),
     "convirt-lr": ("paper", "LoVT's code (no row in a table)"),
 }
 
