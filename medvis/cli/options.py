@@ -101,8 +101,10 @@ PretrainConfig.__doc__ += _LAUNCH
 class PresetsConfig:
     "List the presets of all methods: which preset each changes, in what, and the table and row of the paper."
 
-    method: tyro.conf.Positional[Annotated[Literal[tuple(SETTINGS)] | None, default_text("all")]] = None
-    "One method."
+    method: tyro.conf.Positional[
+        Annotated[str | None, tyro.conf.arg(metavar="METHOD", help_behavior_hint="(default: all)")]
+    ] = None
+    "One method; a wrong name is answered with the choices."
 
 # %% ../../nbs/cli/01_options.ipynb #e47db040
 _Uncertain = Annotated[
