@@ -102,7 +102,7 @@ class PresetsConfig:
     "List the presets of all methods: which preset each changes, in what, and the table and row of the paper."
 
     method: tyro.conf.Positional[
-        Annotated[str | None, tyro.conf.arg(metavar="METHOD", help_behavior_hint="(default: all)")]
+        Annotated[str | None, tyro.conf.arg(metavar="[METHOD]", help_behavior_hint="(default: all)")]
     ] = None
     "One method; a wrong name is answered with the choices."
 
