@@ -341,6 +341,34 @@ def test_every_method_pretrains(method, home, tmp_path, capsys):
     assert code == 0 and all(preset in out for preset in full)
 
 
+def test_presets_are_listed(capsys):
+    "The same table as in Python, of all methods or of one, without a Pack."
+    every, one = succeeds(capsys, "presets"), succeeds(capsys, "presets", "lovt")
+    table = medvis.list_presets()
+    assert [line for line in every.splitlines() if not line.startswith(" ")] == list(METHODS) and one.splitlines()[0] == "lovt" and one in every
+    assert len(every.splitlines()) == len(METHODS) + len(table) and len(one.splitlines()) == 1 + len(medvis.list_presets("lovt"))
+    for row in table.itertuples():
+        line = next(line for line in succeeds(capsys, "presets", row.method).splitlines() if line.split()[0] == row.preset)
+        assert row.source in line and (f"; {row.parent} with {row.changes}" in line) == bool(row.parent)
+    assert fails(capsys, "presets", "mcga") == f"medvis: unknown method 'mcga'; choose from {', '.join(METHODS)}"
+
+
+@pytest.mark.parametrize("method", ["global-mi", "local-mi"])
+def test_the_four_rows_of_local_mi(method, home, tmp_path, capsys):
+    "Each method with either bound, measured with the encoder frozen and tuned: eight plain lines, here at the tiny preset."
+    for bound in ("cpc", "mine"):
+        pretrained = tmp_path / bound
+        succeeds(capsys, "pretrain", method, "--preset", "tiny", "--bound", bound, "--data", home / "pack", "--run", pretrained, "--epochs", "1", "--batch-size", "16", "--no-progress")
+        assert Run(pretrained).config["config"]["bound"] == bound == METHODS[method].Config(**METHODS[method].presets["paper" if bound == "cpc" else "mine"][0]).bound
+        for how in ("frozen", "tuned"):
+            out = tmp_path / f"{bound}-{how}"
+            succeeds(capsys, "evaluate", f"localmi_{how}", "--data", home / "pack", "--encoder", pretrained, "--out", out, "--epochs", "1", "--seeds", "0", "--resamples", "0", "--no-baseline", "--no-progress")
+            results = pd.read_csv(out / "results.csv")
+            assert set(results["encoder"]) == {bound} and set(results["protocol"]) == {f"localmi_{how}"} and results["value"].notna().any()
+    scores = [pd.read_csv(tmp_path / f"{bound}-{how}" / "results.csv")["value"] for bound in ("cpc", "mine") for how in ("frozen", "tuned")]
+    assert all(not one.equals(other) for place, one in enumerate(scores) for other in scores[:place])
+
+
 # ---- help, and the command that pip installed
 
 HELP = {(name,): kind.__doc__ for name, (kind, _) in _COMMANDS.items()} | {

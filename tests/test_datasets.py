@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as some
 
 from medvis.cli.commands import main
-from medvis.data.sets.registry import DATASETS, command_config, simulate, prepare_data
+from medvis.data.sets.registry import DATASETS, command_config, prepare, prepare_data, simulate
 from medvis.data.images import FITS, boxes_to_square, mask_to_square
 from medvis.data.pack import Pack
 from medvis.data.phantom import tight_box
@@ -49,7 +49,7 @@ def test_from_the_command_line(name, tmp_path, capsys):
 
 CONSENSUS = "consensus test; else train as in MIMIC-CXR, the others validate"
 SPLITS = {      # data set -> the split rule of each recipe, as Packs have it in their manifests
-    "mimic-cxr": ["official", "official", "official, test joined to validate", "official, edema test patients not in training"],
+    "mimic-cxr": ["official", "official", "official", "official", "official, test joined to validate", "official, edema test patients not in training"],
     "mimic-edema": [CONSENSUS, f"{CONSENSUS}; without MIMIC's test patients"],
     "chexpert": ["patients 90/10", "lovt", "mgca", "mgca"],
     "rsna": ["patients", "lovt 60/20/20", "mgca 70/15/15", "mgca 60/20/20"],
@@ -230,6 +230,54 @@ def test_tasks_come_out_of_packs(name, kinds, tmp_path):
     for kind in kinds:
         task = pack_task(pack, kind)
         assert task.kind == kind and len(task) and task.rows("train", 0.1).size <= task.rows("train").size
+
+
+@pytest.fixture(scope="module")
+def mimic(tmp_path_factory):
+    "Files of MIMIC-CXR, and LoVT's Packs of them by recipe: with all training studies, the first 30 %, 30 % of the patients."
+    root = tmp_path_factory.mktemp("mimic")
+    simulate("mimic-cxr", root / "files", studies=120)
+    for recipe in ("lovt", "lovt-30", "lovt-30-patients"):
+        assert main(["prepare", "mimic-cxr", "--root", str(root / "files"), "--out", str(root / recipe), "--recipe", recipe, "--size", "32", "--no-progress"]) == 0
+    return root
+
+
+def test_thirty_percent_of_the_data(mimic, tmp_path):
+    "Nested, of whole patients where patients are drawn; what validates and tests stays; the same at every door; the manifest says what was left out."
+    packs = {recipe: Pack(mimic / recipe) for recipe in ("lovt", "lovt-30", "lovt-30-patients")}
+    tables = {recipe: pack.studies.set_index("study_id") for recipe, pack in packs.items()}
+    train = {recipe: table[table["split"] == "train"] for recipe, table in tables.items()}
+    whole, first, drawn = train.values()
+    assert list(first.index) == list(whole.index)[:round(0.3 * len(whole))] and drawn["patient_id"].nunique() == round(0.3 * whole["patient_id"].nunique())
+    assert set(drawn.index) == set(whole.index[whole["patient_id"].isin(drawn["patient_id"])]) < set(whole.index) and set(drawn.index) != set(first.index)
+    for recipe, table in tables.items():
+        packs[recipe].verify()
+        held = [one[one["split"] != "train"].drop(columns="image_rows") for one in (table, tables["lovt"])]
+        pd.testing.assert_frame_equal(*held)
+        rows = {table.index[row]: packs[recipe].images[images].tobytes() for row, images in enumerate(table["image_rows"])}
+        assert all(rows[study] == packs["lovt"].images[tables["lovt"].loc[study, "image_rows"]].tobytes() for study in table.index)
+        lost = packs["lovt"].manifest["counts"]["images"] - packs[recipe].manifest["counts"]["images"]
+        named = [count for rule, count in packs[recipe].manifest["source"]["dropped"].items() if "30 %" in rule]
+        assert named == ([] if recipe == "lovt" else [lost]) and packs[recipe].recipe.get("train_share", 1) == (1 if recipe == "lovt" else 0.3)
+        assert ("30 % of the training" in describe_pack(packs[recipe])) == (recipe != "lovt")
+    half = prepare("mimic-cxr", mimic / "files", tmp_path / "half", recipe="lovt", train_share=0.5, subset="patients", size=32, progress=False)
+    third = prepare("mimic-cxr", mimic / "files", tmp_path / "third", recipe="lovt-30-patients", size=32, progress=False)
+    assert third.manifest["hash"] == packs["lovt-30-patients"].manifest["hash"] and set(drawn.index) < set(half.studies["study_id"][half.studies["split"] == "train"]) < set(whole.index)
+
+
+def test_a_pack_of_before_shares_is_the_same_build(mimic):
+    "All of the training studies is no new setting: the manifest does not name it."
+    source = Pack(mimic / "lovt").manifest["source"]
+    assert "train_share" not in source["recipe"] and source["read"].keys() == {"recipe", "split_seed", "labeler", "edema"}
+
+
+def test_a_share_that_is_none_is_told(mimic, capsys):
+    for door in (["data", "check"], ["prepare"]):
+        assert main([*door, "mimic-cxr", "--root", str(mimic / "files"), "--train-share", "30", *["--out", str(mimic / "none")] * (door == ["prepare"])]) == 1
+        assert "train_share 30.0; expected" in (said := capsys.readouterr().err) and "above 0 and at most 1" in said
+    assert main(["data", "check", "mimic-cxr", "--root", str(mimic / "files"), "--recipe", "lovt-30"]) == 0
+    seen = {recipe: check_source(DATASETS["mimic-cxr"], DATASETS["mimic-cxr"].config(mimic / "files", recipe))[0] for recipe in ("lovt", "lovt-30")}
+    assert seen["lovt-30"]["images"] == len(Pack(mimic / "lovt-30")) < seen["lovt"]["images"] and sum(seen["lovt"][what] for what in ("images", "dropped by rules")) == sum(seen["lovt-30"][what] for what in ("images", "dropped by rules"))
 
 
 def test_the_readme_lists_data_sets_and_recipes():

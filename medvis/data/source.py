@@ -42,6 +42,7 @@ from .leaks import patients_within
 from .pack import Pack
 from .phantom import PhantomStudy
 from .reports import ReportRules
+from .splits import nested_subsets
 
 # %% ../../nbs/data/11_source.ipynb #0fa80845
 class SplitRule(StrEnum):
@@ -98,9 +99,11 @@ class Recipe:
     blank : str, default: 'negative'
         what a blank becomes
     subset : str, default: 'patients'
-        small shares of labels: of "patients", nested, or the "first" rows (LoVT)
+        small shares: of "patients", nested, or the "first" rows (LoVT)
     notes : tuple[str, ...], default: ()
         what else differs
+    train_share : float, default: field(default=1.0, metadata={'later': True})
+        of the training studies, as `subset` says
     """
 
     size: int = 256  # side of the stored squares
@@ -113,8 +116,9 @@ class Recipe:
     classes: tuple[str, ...] = ()  # the labels that its task asks for; () = all
     uncertain: str | dict[str, str] = "ignore"  # what -1 becomes in a task, see tasks.label_targets
     blank: str = "negative"  # what a blank becomes
-    subset: str = "patients"  # small shares of labels: of "patients", nested, or the "first" rows (LoVT)
+    subset: str = "patients"  # small shares: of "patients", nested, or the "first" rows (LoVT)
     notes: tuple[str, ...] = ()  # what else differs
+    train_share: float = field(default=1.0, metadata={"later": True})  # of the training studies, as `subset` says
 
     def __post_init__(self) -> None:
         if not isinstance(self.splits, StrEnum):
@@ -124,11 +128,13 @@ class Recipe:
             self.fit not in FITS
             or self.subset not in ("patients", "first")
             or policies - {"ignore", "positive", "negative"}
+            or not 0 < self.train_share <= 1
         ):
             raise DataError(
-                f"fit is {self.fit!r}, uncertain {self.uncertain!r}, subset {self.subset!r}; "
-                f"expected fit one of {', '.join(FITS)}, "
-                "uncertain ignore, positive or negative (for all labels or each), subset patients or first"
+                f"fit is {self.fit!r}, uncertain {self.uncertain!r}, subset {self.subset!r}, "
+                f"train_share {self.train_share}; expected fit one of {', '.join(FITS)}, "
+                "uncertain ignore, positive or negative (for all labels or each), subset patients or first, "
+                "train_share above 0 and at most 1"
             )
 
 # %% ../../nbs/data/11_source.ipynb #c6d0df33
@@ -141,7 +147,15 @@ class ReadConfig:
     recipe: str = "medvis"
     """Whose rules: medvis, or lovt, mgca, local-mi where that paper used the data set (nbs/data/sets/15_registry)."""
     split_seed: int = 0
-    """Seed of the splits that are drawn by patient, where the recipe draws any."""
+    """Seed of what is drawn by patient: the splits, where the recipe draws any, and shares."""
+    train_share: Annotated[float | None, default_text("as the recipe says")] = field(
+        default=None, metadata={"later": True}
+    )
+    """Share of the training studies that is kept; smaller shares lie within larger ones."""
+    subset: Annotated[Literal["patients", "first"] | None, default_text("as the recipe says")] = field(
+        default=None, metadata={"later": True}
+    )
+    """Shares are of the patients, whole ones, or the first rows."""
 
     def choose(self, recipes: dict[str, Recipe]) -> Recipe:
         """The recipe, with the changes of this config (fields of the same name that are not None).
@@ -545,12 +559,30 @@ def _find_shared_patients(source: Source) -> pd.DataFrame:  # columns leaks.LEAK
     owners = [(item["patient"], item["split"]) for item in source.items if "images" in item]
     return patients_within(pd.DataFrame(owners, columns=["patient_id", "split"]))
 
+# %% ../../nbs/data/11_source.ipynb #486441b8
+def _plan_share(data_set: DataSet, read: ReadConfig) -> Source:
+    "The plan, with the share of the training studies that the recipe keeps; images of the others count as dropped"
+    recipe, source = read.choose(data_set.recipes), data_set.plan(read)
+    rows = [row for row, item in enumerate(source.items) if item.get("split") == "train"]
+    if recipe.train_share == 1 or not rows:
+        return source
+    patients = [source.items[row]["patient"] for row in rows]
+    kept = nested_subsets(patients, (recipe.train_share,), read.split_seed, recipe.subset)[recipe.train_share]
+    left = set(rows) - {rows[place] for place in kept}
+    share = f"{100 * recipe.train_share:.4g} % of the training"
+    rule = {"patients": f"not of {share} patients", "first": f"not among the first {share} studies"}[recipe.subset]
+    count = sum(len(source.items[row]["images"]) for row in left)
+    items = [item for row, item in enumerate(source.items) if row not in left]
+    return replace(source, items=items, dropped=source.dropped | {rule: count})
+
 # %% ../../nbs/data/11_source.ipynb #0a8057f6
-def _options(read: ReadConfig) -> dict:  # JSON-like
-    "What was asked for, but for the root: for the manifest"
+def _options(chosen: ReadConfig | Recipe) -> dict:  # JSON-like
+    "What was asked for, or the rules, but for the root: for the manifest"
     # an option that came later is left out at its default: Packs of before it are still the same
-    later = {one.name for one in fields(read) if one.metadata.get("later") and getattr(read, one.name) == one.default}
-    values = {name: value for name, value in vars(read).items() if name not in {"root", *later}}
+    later = {
+        one.name for one in fields(chosen) if one.metadata.get("later") and getattr(chosen, one.name) == one.default
+    }
+    values = {name: value for name, value in vars(chosen).items() if name not in {"root", *later}}
     return {
         name: str(value) if isinstance(value, Path) else asdict(value) if is_dataclass(value) else value
         for name, value in values.items()
@@ -563,7 +595,7 @@ def prepare_source(data_set: DataSet, read: ReadConfig, build: BuildConfig) -> P
     Damaged rows and files are in `Pack.rejects`; what a rule dropped is in the manifest's source."""
     if not Path(read.root).is_dir():
         raise DataError(f"{read.root}: no such folder. {data_set.get}")
-    recipe, source, root = read.choose(data_set.recipes), data_set.plan(read), Path(read.root).absolute()
+    recipe, source, root = read.choose(data_set.recipes), _plan_share(data_set, read), Path(read.root).absolute()
     recipe = replace(recipe, size=recipe.size if build.size is None else build.size, fit=build.fit or recipe.fit)
     if not build.allow_leaks and len(shared := _find_shared_patients(source)):
         refuse_leaks(shared, Path(f"{build.out}.partial/pack"))
@@ -572,7 +604,7 @@ def prepare_source(data_set: DataSet, read: ReadConfig, build: BuildConfig) -> P
         "root": str(root),
         "patients_known": data_set.follow_ups,
         "fit": recipe.fit,
-        "recipe": asdict(recipe),
+        "recipe": _options(recipe),
         "read": _options(read),
         "dropped": source.dropped,
         **source.settings,
@@ -750,7 +782,7 @@ def check_source(data_set: DataSet, read: ReadConfig) -> tuple[dict[str, int], l
         except DataError as error:
             problems.append(f"{what}: {error}")
     try:
-        source = data_set.plan(read)
+        source = _plan_share(data_set, read)
     except DataError as error:
         return {}, problems or [str(error)]
     problems += _bad_items(source, Path(read.root))

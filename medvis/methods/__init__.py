@@ -6,7 +6,7 @@
 __all__ = ['BYOL', 'CLIP', 'ConVIRT', 'ContrastiveBinary', 'DSVE', 'GLoRIA', 'GlobalMI', 'LocalMI', 'LoVT', 'Aligned',
            'Correspondence', 'Losses', 'Method', 'add_up', 'cosine_correspondence', 'negatives', 'MGCA', 'MixtureMI',
            'PixelPro', 'SimCLR', 'VSE', 'METHODS', 'register_method', 'ImageMethodConfig', 'MethodConfig',
-           'list_methods', 'list_presets']
+           'list_methods', 'list_presets', 'preset_table']
 
 # %% ../../nbs/methods/00_doors.ipynb #322d5f56
 from typing import TYPE_CHECKING
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from medvis.methods.mixture_mi import MixtureMI
     from medvis.methods.pixelpro import PixelPro
     from medvis.methods.registry import METHODS, register_method
-    from medvis.methods.settings import ImageMethodConfig, MethodConfig, list_methods, list_presets
+    from medvis.methods.settings import ImageMethodConfig, MethodConfig, list_methods, list_presets, preset_table
     from medvis.methods.simclr import SimCLR
     from medvis.methods.vse import VSE
 else:
@@ -63,4 +63,5 @@ _all_ = [
     "MethodConfig",
     "list_methods",
     "list_presets",
+    "preset_table",
 ]

@@ -8,7 +8,7 @@ __all__ = ['MIMIC_CXR']
 # %% ../../../nbs/data/sets/05_mimic.ipynb #25ccc27c
 import zipfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
@@ -143,22 +143,26 @@ _PATHOLOGY9 = (
     "Atelectasis",
 )
 _WITHOUT_ODD = "54 studies that the section parser misreads are left out"
+_PLANNED = "30 % of the studies with a usable report there, of all that are planned here"
+_LOVT_RECIPE = Recipe(
+    fit="pad-first",
+    views=_FRONTAL,
+    rules=LOVT_RULES,
+    splits=SplitRule.OFFICIAL,
+    classes=_FIVE,
+    uncertain="positive",
+    subset="first",
+    notes=(
+        _WITHOUT_ODD,
+        "sentences by Stanza there, by our splitter here",
+        "training crops are cut from the full resolution there",
+    ),
+)
 _MIMIC_RECIPES = {
     "medvis": Recipe(views=_FRONTAL, rules=ReportRules(), splits=SplitRule.OFFICIAL, notes=(_WITHOUT_ODD,)),
-    "lovt": Recipe(
-        fit="pad-first",
-        views=_FRONTAL,
-        rules=LOVT_RULES,
-        splits=SplitRule.OFFICIAL,
-        classes=_FIVE,
-        uncertain="positive",
-        subset="first",
-        notes=(
-            _WITHOUT_ODD,
-            "sentences by Stanza there, by our splitter here",
-            "training crops are cut from the full resolution there",
-        ),
-    ),
+    "lovt": _LOVT_RECIPE,
+    "lovt-30": replace(_LOVT_RECIPE, train_share=0.3, notes=(*_LOVT_RECIPE.notes, _PLANNED)),
+    "lovt-30-patients": replace(_LOVT_RECIPE, train_share=0.3, subset="patients"),
     "mgca": Recipe(
         views=_FRONTAL,
         rules=MGCA_RULES,

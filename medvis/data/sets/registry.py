@@ -85,7 +85,7 @@ def _describe_recipe(recipe: Recipe) -> dict[str, str]:
         "size": str(recipe.size),
         "square": recipe.fit + ", equalised" * recipe.equalise,
         "views": ", ".join(recipe.views) or "all",
-        "splits": recipe.splits.value,
+        "splits": recipe.splits.value + f"; {100 * recipe.train_share:.4g} % of train" * (recipe.train_share < 1),
         "labels": ", ".join(recipe.classes) or "all",
         "sections": sections,
         "sentences": sentences,
