@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BYOL', 'CLIP', 'ConVIRT', 'ContrastiveBinary', 'DSVE', 'GLoRIA', 'GlobalMI', 'LocalMI', 'LoVT', 'Aligned',
            'Correspondence', 'Losses', 'Method', 'add_up', 'cosine_correspondence', 'negatives', 'MGCA', 'MixtureMI',
-           'PixelPro', 'SimCLR', 'VSE', 'METHODS', 'register_method', 'ImageMethodConfig', 'MethodConfig',
+           'PixelPro', 'SimCLR', 'Supervised', 'VSE', 'METHODS', 'register_method', 'ImageMethodConfig', 'MethodConfig',
            'list_methods', 'list_presets']
 
 # %% ../../nbs/methods/00_doors.ipynb #322d5f56
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from medvis.methods.registry import METHODS, register_method
     from medvis.methods.settings import ImageMethodConfig, MethodConfig, list_methods, list_presets
     from medvis.methods.simclr import SimCLR
+    from medvis.methods.supervised import Supervised
     from medvis.methods.vse import VSE
 else:
     __getattr__, __dir__ = lazy_door("medvis.methods")
@@ -56,6 +57,7 @@ _all_ = [
     "MixtureMI",
     "PixelPro",
     "SimCLR",
+    "Supervised",
     "VSE",
     "METHODS",
     "register_method",

@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['CONVIRT_PRESETS', 'MGCA_PRESETS', 'LOVT_PRESETS', 'GLOBAL_MI_PRESETS', 'LOCAL_MI_PRESETS', 'CLIP_PRESETS',
            'GLORIA_PRESETS', 'MIXTURE_MI_PRESETS', 'SIMCLR_PRESETS', 'BYOL_PRESETS', 'PIXELPRO_PRESETS', 'VSE_PRESETS',
-           'DSVE_PRESETS', 'CONTRASTIVE_BINARY_PRESETS', 'SETTINGS', 'ImageMethodConfig', 'MethodConfig',
-           'ConVIRTConfig', 'MGCAConfig', 'LoVTConfig', 'MutualInformationConfig', 'GlobalMIConfig', 'LocalMIConfig',
-           'CLIPConfig', 'GLoRIAConfig', 'MixtureMIConfig', 'SimCLRConfig', 'BYOLConfig', 'PixelProConfig', 'VSEConfig',
-           'DSVEConfig', 'ContrastiveBinaryConfig', 'list_methods', 'methods_with_text', 'list_presets']
+           'DSVE_PRESETS', 'CONTRASTIVE_BINARY_PRESETS', 'SUPERVISED_PRESETS', 'SETTINGS', 'ImageMethodConfig',
+           'MethodConfig', 'ConVIRTConfig', 'MGCAConfig', 'LoVTConfig', 'MutualInformationConfig', 'GlobalMIConfig',
+           'LocalMIConfig', 'CLIPConfig', 'GLoRIAConfig', 'MixtureMIConfig', 'SimCLRConfig', 'BYOLConfig',
+           'PixelProConfig', 'VSEConfig', 'DSVEConfig', 'ContrastiveBinaryConfig', 'SupervisedConfig', 'list_methods',
+           'methods_with_text', 'list_presets']
 
 # %% ../../nbs/methods/01_settings.ipynb #6f1bcdbd
 from dataclasses import dataclass
@@ -877,6 +878,77 @@ CONTRASTIVE_BINARY_PRESETS = {
     "tiny": (_MI_TINY, {**_MI_TINY_RECIPE, "sentences": "one"}),
 }
 
+# %% ../../nbs/methods/01_settings.ipynb #7d1c5e03
+_FIVE = ("Cardiomegaly", "Edema", "Consolidation", "Atelectasis", "Pleural Effusion")
+_PATHOLOGY9 = (
+    "Support Devices",
+    "Cardiomegaly",
+    "Consolidation",
+    "Edema",
+    "Lung Opacity",
+    "Pleural Effusion",
+    "Pneumonia",
+    "Pneumothorax",
+    "Atelectasis",
+)
+
+
+@dataclass(frozen=True)
+class SupervisedConfig(ImageMethodConfig):
+    "Settings of Supervised."
+
+    layer: str | None = "layer4"
+    "ResNet layer that the regions come from; the loss sees the whole image alone."
+    hidden: None = None
+    "The head is one linear layer."
+    dim: None = None
+    "There is no shared space."
+    classes: tuple[str, ...] | None = _FIVE
+    "Labels that are learned; None = those of the Pack's recipe, else all of the Pack."
+    uncertain: Literal["positive", "negative", "ignore"] = "positive"
+    "What an uncertain label counts as: positive (U-Ones), negative (U-Zeros), or left out."
+    blank: Literal["negative", "ignore"] = "negative"
+    "What a missing label counts as: negative, or left out; a study without any label is always left out."
+
+# %% ../../nbs/methods/01_settings.ipynb #7d1c5e04
+_CHEXPERT_RECIPE = dict(
+    optimizer="adam",
+    lr=3e-4,
+    weight_decay=1e-6,
+    batch_size=64,
+    epochs=500,
+    schedule="plateau",
+    plateau_patience=3,
+    patience=10,
+    augment="lovt",
+    per="image",
+)
+_SUPERVISED_LOCAL_MI = dict(
+    image="resnet256", image_weights=None, layer=None, classes=_PATHOLOGY9, uncertain="ignore", blank="ignore"
+)
+_SUPERVISED_LOCAL_MI_RECIPE = dict(
+    optimizer="adam",
+    lr=5e-4,
+    batch_size=8,
+    epochs=100,
+    schedule="constant",
+    augment="local-mi",
+    per="image",
+    keep="last",
+)
+_SUPERVISED_LAPTOP = {name: _LAPTOP[name] for name in ("image", "image_weights", "layer", "coordinates")}
+_SUPERVISED_TINY = dict(image="tiny_resnet", image_weights=None, classes=_PATHOLOGY9, uncertain="ignore")
+_SUPERVISED_TINY_RECIPE = dict(
+    lr=1e-3, weight_decay=0.05, batch_size=64, epochs=8, schedule="warmup-cosine", warmup=0.1, augment="mgca"
+)
+SUPERVISED_PRESETS = {
+    "paper": ({}, _CHEXPERT_RECIPE),
+    "paper-30": ({}, {**_CHEXPERT_RECIPE, "lr": 1e-4}),
+    "local-mi": (_SUPERVISED_LOCAL_MI, _SUPERVISED_LOCAL_MI_RECIPE),
+    "laptop": (dict(_SUPERVISED_LAPTOP, classes=_PATHOLOGY9, uncertain="ignore"), _LAPTOP_RECIPE),
+    "tiny": (_SUPERVISED_TINY, _SUPERVISED_TINY_RECIPE),
+}
+
 # %% ../../nbs/methods/01_settings.ipynb #685f7276
 # method -> dataclass, presets: what is built, how it is trained
 SETTINGS: dict[str, tuple[type[ImageMethodConfig], dict[str, tuple[dict, dict]]]] = {
@@ -894,6 +966,7 @@ SETTINGS: dict[str, tuple[type[ImageMethodConfig], dict[str, tuple[dict, dict]]]
     "simclr": (SimCLRConfig, SIMCLR_PRESETS),
     "byol": (BYOLConfig, BYOL_PRESETS),
     "pixelpro": (PixelProConfig, PIXELPRO_PRESETS),
+    "supervised": (SupervisedConfig, SUPERVISED_PRESETS),
 }
 
 # %% ../../nbs/methods/01_settings.ipynb #3de3af80
