@@ -119,8 +119,8 @@ def test_against_plain_loops(check):
 MUTANTS = [     # what is written, what a slip would write, which check must notice
     ("masked_fill(given == -1,", "masked_fill(given == 1,", check_targets), ("masked_fill(given.isnan(), BLANK[blank])", "masked_fill(given.isnan(), 0.0)", check_targets),
     ("UNCERTAIN[uncertain])", "UNCERTAIN['ignore'])", check_targets), (".isnan().all(0)", ".isnan().any(0)", check_targets), ("unlabelled[:, None], math.nan", "unlabelled[:, None], 0.0", check_targets),
-    ("targets.nan_to_num(0)", "1 - targets.nan_to_num(0)", check_loss), ("(losses * known)", "losses", check_loss), ("~targets.isnan()", "targets.isnan()", check_loss),
-    ("known.sum().clamp(min=1)", "known.numel()", check_loss), (".clamp(min=1)", "", check_loss), ("at_least_float32(logits), ~", "logits, ~", check_loss),
+    ("targets.nan_to_num(0)", "1 - targets.nan_to_num(0)", check_loss), ("(losses * counted)", "losses", check_loss), ("~targets.isnan()", "targets.isnan()", check_loss),
+    ("counted.sum().clamp(min=1)", "counted.numel()", check_loss), (".clamp(min=1)", "", check_loss), ("at_least_float32(logits), ~", "logits, ~", check_loss),
     ("scores[targets == 1], scores[targets == 0]", "scores[targets == 0], scores[targets == 1]", check_auroc), ("(below + up_to)", "(below + below)", check_auroc),
     ("scores[targets == 0].sort().values", "scores[targets == 0]", check_auroc), ("if not math.isnan(value)]", "if True]", check_auroc)]
 

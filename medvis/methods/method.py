@@ -228,6 +228,11 @@ def _embedded_pair(method: "Method", batch: Batch) -> tuple[Tensor, Tensor] | No
 NEGATIVES = ("all", "other-study", "other-patient")
 
 
+def _tokens(batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    "What a text encoder is given of a batch."
+    return batch.input_ids, batch.attention_mask, batch.word_index, batch.sentence_index
+
+
 class Method(nn.Module):
     "Base of all methods: encoders from a configuration, presets, `forward`, `correspondence` and `similarity`."
 
@@ -235,7 +240,7 @@ class Method(nn.Module):
     presets: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {}  # name -> (configuration, training settings)
     reads_text = True  # False: there is no text encoder, and what needs words raises NoText
     views = 1  # of each image that the loss compares; with more, batches are those of `data.Views`
-    label_names: tuple[str, ...] = ()  # labels of a Pack that its losses read and `classify` scores
+    label_names: tuple[str, ...] = ()  # labels of a Pack that its losses read, and its `classify(images)` scores
     least_batch = 2  # samples of one batch, so that there is something to contrast with; 1 = each stands for itself
     reads_sides = False  # whether its losses take left and right from reports: no picture may be flipped alone
     shared_space = True  # whether the vectors of `pair_vectors` live in one space, so that their distance has a meaning
@@ -251,9 +256,8 @@ class Method(nn.Module):
         self.image_encoder = image_encoder(config.image, config.image_weights, **config.image_options)
         self.text_encoder = None
         if self.reads_text:
-            self.text_encoder = text_encoder(
-                config.text, tokenizer, config.text_layers, config.freeze_text, config.text_weights, **pooling
-            )
+            options = config.text_layers, config.freeze_text, config.text_weights
+            self.text_encoder = text_encoder(config.text, tokenizer, *options, **pooling)
 
     @classmethod
     def from_preset(cls, preset: str, tokenizer: PreTrainedTokenizerBase | None = None, **changes) -> "Method":
@@ -297,13 +301,11 @@ class Method(nn.Module):
 
     def read(self, batch: Batch) -> TextFeatures:
         "Run the text encoder."
-        return self.text_encoder(batch.input_ids, batch.attention_mask, batch.word_index, batch.sentence_index)
+        return self.text_encoder(*_tokens(batch))
 
     def read_sentences(self, batch: Batch) -> TextFeatures:
         "Run the text encoder on every sentence alone."
-        return encode_sentences(
-            self.text_encoder, batch.input_ids, batch.attention_mask, batch.word_index, batch.sentence_index
-        )
+        return encode_sentences(self.text_encoder, *_tokens(batch))
 
     def encode(self, batch: Batch) -> tuple[ImageFeatures, TextFeatures]:
         "Run both encoders."
@@ -342,14 +344,6 @@ class Method(nn.Module):
     def monitor(self, values: dict[str, float]) -> float:
         "What plateaus, early stopping and the best weights go by, of the numbers of a validation; lower is better."
         return values["loss"]
-
-    def classify(self, image: Tensor) -> Tensor:  # (B, C) logits of `label_names`
-        """Returns
-        -------
-        Tensor
-            (B, C) logits of `label_names`
-        """
-        raise NotImplementedError(f"{type(self).__name__} is trained on no labels")
 
     def correspondence(self, batch: Batch) -> Correspondence:
         no_scores = NoCorrespondence(f"{type(self).__name__} does not define a correspondence")

@@ -71,9 +71,9 @@ def label_loss(
         scalar, log 2 where nothing is known of the images; 0 if nothing is known of the targets
     """
     with torch.autocast(logits.device.type, enabled=False):
-        logits, known = at_least_float32(logits), ~targets.isnan()
+        logits, counted = at_least_float32(logits), ~targets.isnan()
         losses = F.binary_cross_entropy_with_logits(logits, targets.nan_to_num(0).to(logits), reduction="none")
-        return (losses * known).sum() / known.sum().clamp(min=1)
+        return (losses * counted).sum() / counted.sum().clamp(min=1)
 
 # %% ../../nbs/objectives/09_labels.ipynb #548cc2ff
 def _auroc(
