@@ -84,7 +84,7 @@ def tiny_batch(
     size: int = 64,  # side of the images in pixels
     seed: int = 0,
 ) -> Batch:
-    """A batch of noise with these texts, as the method's encoders take them, and with views if it compares views.
+    """A batch of noise with these texts, as the method takes them: with views, or labels in turn, if it needs them.
 
     Parameters
     ----------
@@ -107,6 +107,8 @@ def tiny_batch(
             for index, (patient, image, sentences) in enumerate(zip(patients, images, texts, strict=True))
         ]
     )
+    here = enumerate(method.label_names)
+    batch.labels = {name: torch.arange(place, place + len(texts)).remainder(2).float() for place, name in here}
     if method.views > 1:
         shape = (len(texts), method.views)
         batch.views = torch.rand(*shape, *images.shape[1:], generator=random)

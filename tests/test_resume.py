@@ -12,7 +12,7 @@ import torch
 
 from medvis.data.pack import Pack
 from medvis.data.prepare import PhantomConfig, prepare_phantom
-from medvis.methods import BYOL, MGCA, GLoRIA, LoVT, PixelPro, SimCLR
+from medvis.methods import BYOL, MGCA, GLoRIA, LoVT, PixelPro, SimCLR, Supervised
 from medvis.methods.method import phantom_tokenizer
 from medvis.train import Run, TrainConfig, checkpoint, loop
 
@@ -141,6 +141,19 @@ def test_views_and_slow_copies_resume_exactly(kind, point, pack, tokenizer, tmp_
         copy = Run(run).method("last").copy
         assert copy.step == Run(run).metrics.query("split == 'train'").step.max() > 9
         assert not torch.equal(*(network.state_dict()["body.conv1.weight"] for network in (copy.networks[0], Run(run).method("last").image_encoder)))
+
+
+@pytest.mark.parametrize("point, call", [("take_step", 9), ("take_step", 14), ("save", 5), ("diagnose_epoch", 2)])
+def test_what_is_monitored_is_resumed_exactly(point, call, pack, tokenizer, tmp_path, undisturbed):
+    "Of a run judged by its AUROC: rate, best weights and log, killed in an epoch, after its validation, or before the checkpoint that tells of it."
+    changes, run = dict(kind=Supervised, schedule="plateau", plateau_patience=0, patience=2, augment="lovt", lr=5e-3, epochs=4), tmp_path / "run"
+    wanted = undisturbed(**changes)
+    assert in_process(pack, tokenizer, run, die_at_call(loop._Trainer, point, call), **changes) == -signal.SIGKILL, "the run was to be killed"
+    assert not (run / "last.safetensors").exists() and in_process(pack, tokenizer, run, **changes) == 0
+    same_run(run, wanted)
+    seen = Run(run).metrics
+    judged = seen[seen["split"] == "validate"].auroc
+    assert judged.notna().all() and judged.nunique() > 1 and seen.lr.nunique() > 1, "the AUROC changes, and the rate with it"
 
 
 def test_killed_from_outside_and_again(pack, tokenizer, tmp_path, undisturbed):

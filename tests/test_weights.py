@@ -410,7 +410,8 @@ def batch_of(pack):
     def build(name, **changes):
         torch.manual_seed(0)
         method = METHODS[name].from_preset("tiny", tokenizer, **changes)
-        pairs = Pairs(pack, method.tokenizer, method.preprocessing, method.sampling) if method.reads_text else Views(pack, method.preprocessing, method.sampling)
+        words = method.tokenizer if method.reads_text else None
+        pairs = Pairs(pack, words, method.preprocessing, method.sampling) if method.views == 1 else Views(pack, method.preprocessing, method.sampling)
         samples = {sample.patient_id: sample for sample in (pairs[i] for i in range(len(pairs)))}
         return method, collate(list(samples.values())[:6])     # of six patients
 

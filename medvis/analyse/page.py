@@ -139,7 +139,7 @@ def _draw_curve(
     metrics: pd.DataFrame,  # step, split ("train", "validate"), and the column named
     name: str,
 ) -> None:
-    """Draw one loss over the steps, for training and validation."""
+    """Draw one loss over the steps, for training and validation; or a number that only validation has."""
     for split, colour in (("train", GREY), ("validate", SERIES[0])):
         rows = metrics.loc[metrics["split"] == split, ["step", name]].dropna().sort_values("step")
         if rows.empty:
@@ -150,7 +150,9 @@ def _draw_curve(
             ax.plot(rows["step"], smooth, color=colour, lw=1.8, label=split)
         else:
             ax.plot(rows["step"], rows[name], color=colour, lw=1.8, marker="o", ms=3.5, label=split)
-    ax.set(title=short(name), xlabel="step of the optimiser", ylabel="loss" if name == "loss" else "part of the loss")
+    trained = metrics.loc[metrics["split"] == "train", name].notna().any()
+    what = "loss" if name == "loss" else "part of the loss" if trained else "of the validation split"
+    ax.set(title=short(name), xlabel="step of the optimiser", ylabel=what)
     if ax.lines:
         ax.legend(loc="upper right")
 
@@ -172,7 +174,7 @@ def curves_figure(
     metrics: pd.DataFrame,  # step, epoch, split, loss, parts by name
     names: Sequence[str] | None = None,  # None = the loss and its parts
 ) -> Figure:
-    """Losses by name over the steps, side by side.
+    """Losses by name over the steps, side by side, and what else validation measured.
 
     Parameters
     ----------

@@ -32,8 +32,9 @@ def epoch_batches(
     epoch: int,
     rank: int = 0,  # this process ...
     world: int = 1,  # ... of this many: all together see every sample once
+    rest: bool = False,  # keep the last incomplete batch
 ) -> list[list[int]]:  # sample indices, batch by batch
-    """The order of one training epoch. The last incomplete batch is left out, unless it would be the only one.
+    """The order of one training epoch. An incomplete batch at its end is kept for `rest`, or as the only one.
 
     ValueError when there is nothing to train on.
 
@@ -49,6 +50,8 @@ def epoch_batches(
         this process ...
     world : int, default: 1
         ... of this many: all together see every sample once
+    rest : bool, default: False
+        keep the last incomplete batch
 
     Returns
     -------
@@ -59,7 +62,7 @@ def epoch_batches(
         raise ValueError(f"{n} samples in batches of {batch_size}: there is nothing to train on")
     order = np.random.default_rng([seed, epoch]).permutation(n).tolist()
     whole = batch_size * world
-    starts = range(0, max(n - whole, 0) + 1, whole)
+    starts = range(0, n if rest else max(n - whole, 0) + 1, whole)
     return [order[start : start + whole][rank::world] for start in starts]
 
 # %% ../../nbs/data/15_pairs.ipynb #9bbecaa5

@@ -8,13 +8,15 @@ __all__ = ['NEGATIVES', 'Losses', 'add_up', 'Correspondence', 'NoCorrespondence'
 
 # %% ../../nbs/methods/02_method.ipynb #6569ec1b
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from ..core.choices import check_choice
+from ..data.pack import Pack
 from ..data.pairs import Batch, Sampling
 from ..data.preprocessing import Preprocessing
 from ..data.phantom import Phantom
@@ -28,10 +30,19 @@ from ..objectives.tokens import gather_context
 # %% ../../nbs/methods/02_method.ipynb #e9f81e30
 @dataclass
 class Losses:
-    "The scalar to minimise, and its weighted parts by name; the parts add up to the total."
+    """The scalar to minimise, and its weighted parts by name; the parts add up to the total.
+
+    Parameters
+    ----------
+    total : Tensor
+    parts : dict[str, Tensor]
+    judged : Tensor | None, default: field(default=None, repr=False)
+        (B, ...) of each sample, for `Method.measure`
+    """
 
     total: Tensor
     parts: dict[str, Tensor]
+    judged: Tensor | None = field(default=None, repr=False)  # (B, ...) of each sample, for `Method.measure`
 
 # %% ../../nbs/methods/02_method.ipynb #ae96f149
 def add_up(
@@ -217,6 +228,11 @@ def _embedded_pair(method: "Method", batch: Batch) -> tuple[Tensor, Tensor] | No
 NEGATIVES = ("all", "other-study", "other-patient")
 
 
+def _tokens(batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    "What a text encoder is given of a batch."
+    return batch.input_ids, batch.attention_mask, batch.word_index, batch.sentence_index
+
+
 class Method(nn.Module):
     "Base of all methods: encoders from a configuration, presets, `forward`, `correspondence` and `similarity`."
 
@@ -224,7 +240,8 @@ class Method(nn.Module):
     presets: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {}  # name -> (configuration, training settings)
     reads_text = True  # False: there is no text encoder, and what needs words raises NoText
     views = 1  # of each image that the loss compares; with more, batches are those of `data.Views`
-    least_batch = 2  # samples of one batch, so that there is something to contrast with
+    label_names: tuple[str, ...] = ()  # labels of a Pack that its losses read, and its `classify(images)` scores
+    least_batch = 2  # samples of one batch, so that there is something to contrast with; 1 = each stands for itself
     reads_sides = False  # whether its losses take left and right from reports: no picture may be flipped alone
     shared_space = True  # whether the vectors of `pair_vectors` live in one space, so that their distance has a meaning
     provenance: Any = None  # the run and data that the weights come from, noted by `fit` and `load_method`
@@ -239,9 +256,8 @@ class Method(nn.Module):
         self.image_encoder = image_encoder(config.image, config.image_weights, **config.image_options)
         self.text_encoder = None
         if self.reads_text:
-            self.text_encoder = text_encoder(
-                config.text, tokenizer, config.text_layers, config.freeze_text, config.text_weights, **pooling
-            )
+            options = config.text_layers, config.freeze_text, config.text_weights
+            self.text_encoder = text_encoder(config.text, tokenizer, *options, **pooling)
 
     @classmethod
     def from_preset(cls, preset: str, tokenizer: PreTrainedTokenizerBase | None = None, **changes) -> "Method":
@@ -255,6 +271,11 @@ class Method(nn.Module):
         method = cls(cls.Config(**{**config, **changes}), tokenizer)
         method.training_settings, method.preset = dict(training), preset
         return method
+
+    @classmethod
+    def settings_of(cls, settings: dict[str, Any], data: Pack | str | Path) -> dict[str, Any]:
+        "Settings that the Pack decides and these leave open (None); most methods have none."
+        return {}
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -280,13 +301,11 @@ class Method(nn.Module):
 
     def read(self, batch: Batch) -> TextFeatures:
         "Run the text encoder."
-        return self.text_encoder(batch.input_ids, batch.attention_mask, batch.word_index, batch.sentence_index)
+        return self.text_encoder(*_tokens(batch))
 
     def read_sentences(self, batch: Batch) -> TextFeatures:
         "Run the text encoder on every sentence alone."
-        return encode_sentences(
-            self.text_encoder, batch.input_ids, batch.attention_mask, batch.word_index, batch.sentence_index
-        )
+        return encode_sentences(self.text_encoder, *_tokens(batch))
 
     def encode(self, batch: Batch) -> tuple[ImageFeatures, TextFeatures]:
         "Run both encoders."
@@ -317,6 +336,14 @@ class Method(nn.Module):
 
     def forward(self, batch: Batch) -> Losses:
         raise NotImplementedError(f"{type(self).__name__} does not define a loss")
+
+    def measure(self, judged: Tensor) -> dict[str, float]:
+        "Numbers by name of a whole validation split, from `Losses.judged` of all its samples; most methods have none."
+        return {}
+
+    def monitor(self, values: dict[str, float]) -> float:
+        "What plateaus, early stopping and the best weights go by, of the numbers of a validation; lower is better."
+        return values["loss"]
 
     def correspondence(self, batch: Batch) -> Correspondence:
         no_scores = NoCorrespondence(f"{type(self).__name__} does not define a correspondence")

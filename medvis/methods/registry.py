@@ -23,6 +23,7 @@ from .mixture_mi import MixtureMI
 from .pixelpro import PixelPro
 from .settings import SETTINGS
 from .simclr import SimCLR
+from .supervised import Supervised
 from .vse import VSE
 
 # %% ../../nbs/methods/20_registry.ipynb #e1902746
@@ -45,6 +46,7 @@ METHODS = Registry(
         "simclr": SimCLR,
         "byol": BYOL,
         "pixelpro": PixelPro,
+        "supervised": Supervised,
     },
 )
 

@@ -8,8 +8,9 @@ __all__ = ['clip_loss', 'pair_loss', 'l2_normalize', 'valid_pairs', 'clip_weight
            'token_alignment_loss', 'prototype_loss', 'sinkhorn', 'CrossModalAttention', 'both_ways', 'local_image_loss',
            'local_report_loss', 'positiveness', 'share_weights', 'soft_cross_entropy', 'Discriminator', 'cpc_bound',
            'dv_bound', 'local_scores', 'region_scores', 'released_cpc', 'reselect_negatives', 'select_by_bound',
-           'select_regions', 'CosineCritic', 'mixture_scores', 'hinge_loss', 'matching_loss', 'nt_xent',
-           'pixel_consistency_loss', 'pixel_places', 'propagate', 'regression_loss', 'same_place']
+           'select_regions', 'CosineCritic', 'mixture_scores', 'batch_targets', 'label_loss', 'macro_auroc',
+           'hinge_loss', 'matching_loss', 'nt_xent', 'pixel_consistency_loss', 'pixel_places', 'propagate',
+           'regression_loss', 'same_place']
 
 # %% ../../nbs/objectives/00_doors.ipynb #18452387
 from typing import TYPE_CHECKING
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
         select_regions,
     )
     from medvis.objectives.mixture import CosineCritic, mixture_scores
+    from medvis.objectives.labels import batch_targets, label_loss, macro_auroc
     from medvis.objectives.ranking import hinge_loss, matching_loss
     from medvis.objectives.views import (
         nt_xent,
@@ -97,6 +99,9 @@ _all_ = [
     "select_regions",
     "CosineCritic",
     "mixture_scores",
+    "batch_targets",
+    "label_loss",
+    "macro_auroc",
     "hinge_loss",
     "matching_loss",
     "nt_xent",

@@ -290,10 +290,10 @@ def show_run(
     probe = gains = control = None
     data = training_pack(run.provenance) if data is None else data
     phantom = pack_phantom(data) is not None
-    pairs = held_out_pairs(method, data)
-    chosen = {item: [] for item in range(min(studies, len(pairs)))}
     cards, live, shown = [], None, phantom if show_text is None else show_text
-    with suppress(NotImplementedError):  # a method without maps
+    with suppress(NotImplementedError):  # a method without maps, or without text
+        pairs = held_out_pairs(method, data)
+        chosen = {item: [] for item in range(min(studies, len(pairs)))}
         if phantom:
             pointing, chosen = (
                 pointing or phantom_pointing(method, pairs),
@@ -306,14 +306,10 @@ def show_run(
     if (run.path / "probe" / "probe.csv").exists():
         probe = rename_old_baselines(read_csv(run.path / "probe" / "probe.csv", ("finding",)))
         gains = _known_gains(run.path / "probe" / "predictions.parquet")
-    sections = run_sections(
-        run.metrics,
-        probe,
-        None if pointing is None else pointing.by_finding(),
-        cards,
-        {"Configuration": run.config, "Machine and data": run.manifest},
-    )
-    sections = _ordered_sections(sections, run, command)
+    facts = {"Configuration": run.config, "Machine and data": run.manifest}
+    found = None if pointing is None else pointing.by_finding()
+    sections = _ordered_sections(run_sections(run.metrics, probe, found, cards, facts), run, command)
     subtitle = f"{len(data.studies)} studies in {data.path.name}. {exact_for(run.manifest)}"
+    subtitle += "" if method.reads_text else " This method reads no text: there are no words to look up in the images."
     top = _top_numbers(probe, gains, pointing, control)
     return write_page(out or run.path / "page.html", _run_title(run, data), sections, subtitle, top, live)

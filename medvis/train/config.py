@@ -64,7 +64,7 @@ class TrainConfig(Sampling):
     patience: int | None = None
     "Epochs without improvement before the run stops early; None = never."
     keep: Literal["best", "last"] = "best"
-    "Weights that the run is known by: those with the lowest validation loss, or the last."
+    "Weights that the run is known by: those that validated best (lowest loss; supervised: highest AUROC), or the last."
     clip_norm: float | None = None
     "Largest norm of the gradient; None = any finite one."
     seed: int = 0

@@ -62,7 +62,7 @@ def create_method(
     data: Pack
     | str
     | Path
-    | None = None,  # Pack to be trained on: its reports give the vocabulary, if the text encoder has none
+    | None = None,  # Pack to be trained on: gives the vocabulary, if the text encoder has none, and settings left open
     seed: int = 0,  # of the first weights; the random numbers of the caller are left as they are
     init: str | Path | None = None,  # run folder whose weights and vocabulary it starts from
     **changes,  # to the settings of the preset
@@ -77,7 +77,7 @@ def create_method(
         of a method, see `list_methods`, or my_package.my_module:MyMethod
     preset : str, default: 'tiny'
     data : Pack | str | Path | None, default: None
-        Pack to be trained on: its reports give the vocabulary, if the text encoder has none
+        Pack to be trained on: gives the vocabulary, if the text encoder has none, and settings left open
     seed : int, default: 0
         of the first weights; the random numbers of the caller are left as they are
     init : str | Path | None, default: None
@@ -87,6 +87,8 @@ def create_method(
     """
     kind = METHODS.find(name)
     check_choice(f"preset of {name}", preset, kind.presets)
+    if data is not None:
+        changes |= kind.settings_of({**kind.presets[preset][0], **changes}, data)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         if init is not None:

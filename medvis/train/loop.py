@@ -52,7 +52,7 @@ def _learning_rate(
     config: TrainConfig,
     step: int,  # optimiser steps done
     steps_per_epoch: int,
-    history: list[float],  # validation losses so far
+    history: list[float],  # what the method monitors, of the epochs so far
 ) -> float:
     "The learning rate of the next step."
     total = config.epochs * steps_per_epoch
@@ -125,12 +125,14 @@ def _optimise(
 # %% ../../nbs/train/07_loop.ipynb #4b140311
 @torch.no_grad()
 def validate(method: torch.nn.Module, loader: Iterable[Batch], accelerator: Accelerator) -> dict[str, float]:
-    """Mean losses over the samples of all processes, without dropout; the method is left in training mode.
+    """Mean losses over the samples of all processes, and what the method measures on all of them, without dropout.
+
+    The method is left in training mode.
 
     Raises Diverged, in every process. A process may have no samples; the loss is NaN if none has any."""
     method.eval()
     inner = accelerator.unwrap_model(method)  # the bare method: processes may have different numbers of batches
-    total, count, bad = Counter(), 0, None
+    total, count, bad, judged = Counter(), 0, None, []
     for buffer in inner.buffers() if accelerator.num_processes > 1 else ():
         torch.distributed.broadcast(buffer, 0)  # the statistics that the main process saves
     for batch in filter(None, loader):
@@ -141,12 +143,14 @@ def validate(method: torch.nn.Module, loader: Iterable[Batch], accelerator: Acce
         for name, part in (("loss", losses.total), *losses.parts.items()):
             total[name] += float(part) * len(batch)
         count += len(batch)
+        judged += [] if losses.judged is None else [losses.judged.cpu()]
     method.train()
-    totals, counts, bads = zip(*gather_object([(total, count, bad)]))
+    totals, counts, bads, parts = zip(*gather_object([(total, count, bad, judged)]))
     if any(loss is not None for loss in bads):
         raise Diverged(f"loss {next(loss for loss in bads if loss is not None):g}")
-    names = sorted(set().union(*totals)) or ["loss"]
-    return {name: sum(total[name] for total in totals) / sum(counts) if sum(counts) else math.nan for name in names}
+    names, judged = sorted(set().union(*totals)) or ["loss"], sum(parts, [])
+    means = {name: sum(total[name] for total in totals) / sum(counts) if sum(counts) else math.nan for name in names}
+    return means | (inner.measure(torch.cat(judged)) if judged else {})
 
 # %% ../../nbs/train/07_loop.ipynb #6065525f
 def _frozen_maps(method: Method, data: Pack, config: TrainConfig, accelerator: Accelerator) -> FrozenImages | None:
@@ -178,9 +182,26 @@ def _check_text(method: Method, data: Pack, config: TrainConfig) -> None:
         )
 
 
+def _check_labels(method: Method, data: Pack) -> None:
+    "ValueError where a Pack lacks the labels that a method is trained on."
+    held = list(data.labels.columns)
+    if missing := [name for name in method.label_names if name not in held]:
+        raise ValueError(
+            f"{data.path} has no label {', '.join(missing)}, on which this {type(method).__name__} is trained; its "
+            f"labels are {', '.join(held) or 'none'}: choose among them (classes=)"
+        )
+    train = data.labels[data.studies["split"] == "train"]
+    if method.label_names and train[list(method.label_names)].isna().to_numpy().all():
+        raise ValueError(
+            f"no study in the train split of {data.path} has a label of {', '.join(method.label_names)}: "
+            f"there is nothing to train this {type(method).__name__} on"
+        )
+
+
 def _open_pairs(method: Method, data: Pack, config: TrainConfig, accelerator: Accelerator) -> dict[str, Pairs]:
     "The samples of both splits. ValueError where method, Pack and settings do not fit together."
     settings = dict(preprocessing=method.preprocessing, sampling=config, seed=config.seed)
+    _check_labels(method, data)
     if method.reads_text:
         _check_text(method, data, config)
     if method.views > 1:
@@ -204,7 +225,7 @@ class _RunState:
     data: Pack
     config: TrainConfig
     step: int = 0  # optimiser steps done
-    history: list[float] = field(default_factory=list)  # validation loss of every epoch done
+    history: list[float] = field(default_factory=list)  # what the method monitors, of every epoch done
 
     def __post_init__(self) -> None:
         c, method = self.config, self.method
@@ -228,7 +249,9 @@ class _RunState:
     def batches(self, split: str, epoch: int) -> list[list[tuple[int, int]]]:
         "Keys of this process's batches in an epoch."
         a, c = self.accelerator, self.config
-        order = epoch_batches(len(self.pairs[split]), c.batch_size, c.seed, epoch, a.process_index, a.num_processes)
+        rest = split == "validate" and self.method.least_batch == 1  # no sample needs others: all are judged
+        count, share = len(self.pairs[split]), (a.process_index, a.num_processes)
+        order = epoch_batches(count, c.batch_size, c.seed, epoch, *share, rest=rest)
         return [[(epoch, i) for i in batch] for batch in order]
 
     def load(self, split: str, batches: list) -> DataLoader:
@@ -364,17 +387,17 @@ class _Trainer(_RunState):
 
     def end_epoch(self) -> None:
         "Validate, keep the weights if they are the best so far, log diagnostics, and write a checkpoint."
-        loss = math.nan
+        monitored = math.nan
         if len(self.pairs["validate"]):
-            loss = self.validate_epoch()["loss"]
+            monitored = self.method.monitor(self.validate_epoch())
             self.diagnose_epoch()
-        self.history.append(loss)
-        if self.config.keep == "last" or not loss > min(self.history):
+        self.history.append(monitored)
+        if self.config.keep == "last" or not monitored > min(self.history):
             on_main(self.accelerator, lambda: save_weights(self.config.run / "weights.safetensors", self.method))
         self.save()
 
     def validate_epoch(self) -> dict[str, float]:
-        "Log and return the validation losses. Diverged names the studies; ValueError when too many cannot be read."
+        "Log and return the numbers of a validation. Diverged names the studies; ValueError if too many cannot be read."
         c, keys, rejects, rows = self.config, self.batches("validate", 0), [], []
 
         def noted() -> Iterable[Batch]:  # the rejects of all batches, and the studies of the running one
