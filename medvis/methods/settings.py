@@ -5,10 +5,12 @@
 # %% auto #0
 __all__ = ['CONVIRT_PRESETS', 'MGCA_PRESETS', 'LOVT_PRESETS', 'GLOBAL_MI_PRESETS', 'LOCAL_MI_PRESETS', 'CLIP_PRESETS',
            'GLORIA_PRESETS', 'MIXTURE_MI_PRESETS', 'SIMCLR_PRESETS', 'BYOL_PRESETS', 'PIXELPRO_PRESETS', 'VSE_PRESETS',
-           'DSVE_PRESETS', 'CONTRASTIVE_BINARY_PRESETS', 'SETTINGS', 'ImageMethodConfig', 'MethodConfig',
-           'ConVIRTConfig', 'MGCAConfig', 'LoVTConfig', 'MutualInformationConfig', 'GlobalMIConfig', 'LocalMIConfig',
-           'CLIPConfig', 'GLoRIAConfig', 'MixtureMIConfig', 'SimCLRConfig', 'BYOLConfig', 'PixelProConfig', 'VSEConfig',
-           'DSVEConfig', 'ContrastiveBinaryConfig', 'list_methods', 'methods_with_text', 'list_presets']
+           'DSVE_PRESETS', 'CONTRASTIVE_BINARY_PRESETS', 'CAPTION_LSTM_PRESETS', 'CAPTION_TRANSFORMER_PRESETS',
+           'SETTINGS', 'ImageMethodConfig', 'MethodConfig', 'ConVIRTConfig', 'MGCAConfig', 'LoVTConfig',
+           'MutualInformationConfig', 'GlobalMIConfig', 'LocalMIConfig', 'CLIPConfig', 'GLoRIAConfig',
+           'MixtureMIConfig', 'SimCLRConfig', 'BYOLConfig', 'PixelProConfig', 'VSEConfig', 'DSVEConfig',
+           'ContrastiveBinaryConfig', 'CaptionConfig', 'CaptionLSTMConfig', 'CaptionTransformerConfig', 'list_methods',
+           'methods_with_text', 'list_presets']
 
 # %% ../../nbs/methods/01_settings.ipynb #6f1bcdbd
 from dataclasses import dataclass
@@ -877,6 +879,101 @@ CONTRASTIVE_BINARY_PRESETS = {
     "tiny": (_MI_TINY, {**_MI_TINY_RECIPE, "sentences": "one"}),
 }
 
+# %% ../../nbs/methods/01_settings.ipynb #b03b7e27
+@dataclass(frozen=True)
+class CaptionConfig(MethodConfig):
+    "Settings that Caption-LSTM and Caption-Transformer share. Nothing is contrasted: `negatives` has no meaning here."
+
+    layer: str | None = "layer4"
+    "Regions from the layer that is pooled, so that all of the network learns."
+    text_layers: int | None = 0
+    "Layers of the text encoder: 0, its word vectors alone, since a layer would read ahead."
+    hidden: int = 2048
+    "Width of the LSTM's state, or of the transformer's perceptrons."
+    dim: int = 512
+    "Width of regions and words in the decoder."
+    dropout: float = 0.1
+    "Share of the decoder's units that is left out in training."
+    smoothing: float = 0.0
+    "Share of each next token that is spread over the vocabulary."
+    chunk: int = 64
+    "Most pairs of an image and a text that are scored at a time."
+
+
+@dataclass(frozen=True)
+class CaptionLSTMConfig(CaptionConfig):
+    "Settings of Caption-LSTM. Nothing is contrasted: `negatives` has no meaning here."
+
+    hidden: int = 1800
+    "Width of the LSTM's state."
+    dropout: float = 0.5
+    "Share of the state, and of what the next token is told from, that is left out in training."
+    coverage: float = 1.0
+    "lambda: weight of looking at every region alike over a report; 0 leaves it out."
+
+
+@dataclass(frozen=True)
+class CaptionTransformerConfig(CaptionConfig):
+    "Settings of Caption-Transformer. Nothing is contrasted: `negatives` has no meaning here."
+
+    hidden: int = 2048
+    "Width of the perceptrons."
+    decoder_layers: int = 3
+    "Layers of the decoder."
+    heads: int = 8
+    "Heads of every attention."
+    shown: int = -1
+    "Layer whose attention to the regions is the correspondence; -1 = the last."
+
+# %% ../../nbs/methods/01_settings.ipynb #0c3f761a
+_CAPTION_RECIPE = dict(
+    optimizer="adam",
+    lr=2e-4,
+    batch_size=64,
+    epochs=50,
+    schedule="constant",
+    patience=10,
+    augment="mgca",
+    per="image",
+    max_tokens=112,
+    punctuation=True,
+)
+_CAPTION_TRANSFORMER_RECIPE = {
+    **_CAPTION_RECIPE,
+    "lr": 4.4e-4,
+    "betas": (0.9, 0.98),
+    "batch_size": 50,
+    "schedule": "warmup-cosine",
+    "warmup": 0.1,
+}
+_CAPTION_TINY = dict(
+    image="tiny_resnet", image_weights=None, text="tiny-bert", hidden=256, dim=128, dropout=0.1, chunk=512
+)
+_CAPTION_TINY_RECIPE = dict(
+    lr=2e-3,
+    weight_decay=0.05,
+    batch_size=32,
+    epochs=12,
+    schedule="warmup-cosine",
+    warmup=0.1,
+    clip_norm=1.0,
+    augment="mgca",
+    max_tokens=128,
+    punctuation=True,
+)
+_CAPTION_LAPTOP = dict(_LAPTOP, dim=256, dropout=0.1)
+CAPTION_LSTM_PRESETS = {
+    "paper": ({}, _CAPTION_RECIPE),
+    "no-coverage": (dict(coverage=0.0), _CAPTION_RECIPE),
+    "laptop": (dict(_CAPTION_LAPTOP, coverage=0.01), _LAPTOP_SENTENCE),
+    "tiny": (dict(_CAPTION_TINY, coverage=0.01), _CAPTION_TINY_RECIPE),
+}
+CAPTION_TRANSFORMER_PRESETS = {
+    "paper": ({}, _CAPTION_TRANSFORMER_RECIPE),
+    "laptop": (dict(_CAPTION_LAPTOP, heads=4), _LAPTOP_SENTENCE),
+    "tiny": (dict(_CAPTION_TINY, heads=4, decoder_layers=2), _CAPTION_TINY_RECIPE),
+}
+
 # %% ../../nbs/methods/01_settings.ipynb #685f7276
 # method -> dataclass, presets: what is built, how it is trained
 SETTINGS: dict[str, tuple[type[ImageMethodConfig], dict[str, tuple[dict, dict]]]] = {
@@ -891,6 +988,8 @@ SETTINGS: dict[str, tuple[type[ImageMethodConfig], dict[str, tuple[dict, dict]]]
     "vse": (VSEConfig, VSE_PRESETS),
     "dsve": (DSVEConfig, DSVE_PRESETS),
     "contrastive-binary": (ContrastiveBinaryConfig, CONTRASTIVE_BINARY_PRESETS),
+    "caption-lstm": (CaptionLSTMConfig, CAPTION_LSTM_PRESETS),
+    "caption-transformer": (CaptionTransformerConfig, CAPTION_TRANSFORMER_PRESETS),
     "simclr": (SimCLRConfig, SIMCLR_PRESETS),
     "byol": (BYOLConfig, BYOL_PRESETS),
     "pixelpro": (PixelProConfig, PIXELPRO_PRESETS),
