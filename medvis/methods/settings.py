@@ -947,17 +947,18 @@ _CAPTION_TRANSFORMER_RECIPE = {
     "warmup": 0.1,
 }
 _CAPTION_TINY = dict(
-    image="tiny_resnet", image_weights=None, text="tiny-bert", hidden=256, dim=128, dropout=0.1, chunk=512
+    image="tiny_resnet", image_weights=None, text="tiny-bert", hidden=128, dim=128, dropout=0.1, chunk=512
 )
 _CAPTION_TINY_RECIPE = dict(
-    lr=2e-3,
+    lr=3e-3,
     weight_decay=0.05,
     batch_size=32,
-    epochs=12,
+    epochs=10,
     schedule="warmup-cosine",
     warmup=0.1,
     clip_norm=1.0,
     augment="mgca",
+    most_sentences=4,
     max_tokens=128,
     punctuation=True,
 )
@@ -971,7 +972,7 @@ CAPTION_LSTM_PRESETS = {
 CAPTION_TRANSFORMER_PRESETS = {
     "paper": ({}, _CAPTION_TRANSFORMER_RECIPE),
     "laptop": (dict(_CAPTION_LAPTOP, heads=4), _LAPTOP_SENTENCE),
-    "tiny": (dict(_CAPTION_TINY, heads=4, decoder_layers=2), _CAPTION_TINY_RECIPE),
+    "tiny": (dict(_CAPTION_TINY, hidden=256, heads=4, decoder_layers=2), _CAPTION_TINY_RECIPE),
 }
 
 # %% ../../nbs/methods/01_settings.ipynb #685f7276
