@@ -66,14 +66,14 @@ class LSTMDecoder(nn.Module):
         """
         seen, heard = self.see(regions), self.hear(words)
         keys, (state, memory) = self.key(seen), self.first(seen.mean(1)).chunk(2, -1)
-        told, shares = [], []
+        outputs, shares = [], []
         for word in heard.unbind(1):
             share = self.energy(torch.tanh(keys + self.query(state)[:, None]))[..., 0].softmax(1)
             context = torch.sigmoid(self.gate(state)) * (share.to(seen.dtype)[:, None] @ seen)[:, 0]
             state, memory = self.cell(torch.cat([word, context], -1), (state, memory))
-            told.append(word + self.tell_state(self.dropout(state)) + self.tell_context(context))
+            outputs.append(word + self.tell_state(self.dropout(state)) + self.tell_context(context))
             shares.append(share)
-        return self.tell(self.dropout(torch.tanh(torch.stack(told, 1)))), torch.stack(shares, 1)
+        return self.tell(self.dropout(torch.tanh(torch.stack(outputs, 1)))), torch.stack(shares, 1)
 
 # %% ../../nbs/encoders/11_decoders.ipynb #b307fa18
 class _Layer(nn.TransformerDecoderLayer):
@@ -148,9 +148,9 @@ class TransformerDecoder(nn.Module):
         tuple[Tensor, Tensor]
             (B, T, V) logits of the token behind each; (B, T, N) shares of the regions for it
         """
-        seen, told, looks = self.see(regions), self.hear(words), []
+        seen, outputs, looks = self.see(regions), self.hear(words), []
         ahead = torch.ones(words.shape[1], words.shape[1], dtype=torch.bool, device=words.device).triu(1)
         for layer in self.layers:
-            told, shares = layer(told, seen, ahead)
+            outputs, shares = layer(outputs, seen, ahead)
             looks.append(shares)
-        return self.tell(told), looks[self.shown]
+        return self.tell(outputs), looks[self.shown]

@@ -33,7 +33,7 @@ def _token_maps(
     scores = (shares.clamp(min=1e-20).log().mT for shares in (words, sentences))
     return Correspondence(*scores, word_mask, sentence_mask, grid, learned=("words",))
 
-# %% ../../nbs/methods/17_caption_lstm.ipynb #e69767c3
+# %% ../../nbs/methods/17_caption_lstm.ipynb #06986c43
 class Captioner(Method):
     "What methods that write the report share: a decoder of the regions, taught by the next token."
 
@@ -104,8 +104,8 @@ class Captioner(Method):
         return torch.cat(scores).view(len(image), -1)
 
     def pair_vectors(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        "The mean region as the decoder sees it, and the mean word."
-        return self.text_decoder.see(self.embed_image(batch.image)).mean(1), self.read(batch).whole
+        "The mean region and the mean word, as the decoder gets them."
+        return self.embed_image(batch.image).mean(1), self.read(batch).whole
 
     @torch.no_grad()
     def caption(

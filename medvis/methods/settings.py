@@ -879,7 +879,7 @@ CONTRASTIVE_BINARY_PRESETS = {
     "tiny": (_MI_TINY, {**_MI_TINY_RECIPE, "sentences": "one"}),
 }
 
-# %% ../../nbs/methods/01_settings.ipynb #b03b7e27
+# %% ../../nbs/methods/01_settings.ipynb #d4fe3ddc
 @dataclass(frozen=True)
 class CaptionConfig(MethodConfig):
     "Settings that Caption-LSTM and Caption-Transformer share. Nothing is contrasted: `negatives` has no meaning here."
@@ -899,7 +899,7 @@ class CaptionConfig(MethodConfig):
     chunk: int = 64
     "Most pairs of an image and a text that are scored at a time."
 
-
+# %% ../../nbs/methods/01_settings.ipynb #1845b814
 @dataclass(frozen=True)
 class CaptionLSTMConfig(CaptionConfig):
     "Settings of Caption-LSTM. Nothing is contrasted: `negatives` has no meaning here."
@@ -911,7 +911,7 @@ class CaptionLSTMConfig(CaptionConfig):
     coverage: float = 1.0
     "lambda: weight of looking at every region alike over a report; 0 leaves it out."
 
-
+# %% ../../nbs/methods/01_settings.ipynb #524c8125
 @dataclass(frozen=True)
 class CaptionTransformerConfig(CaptionConfig):
     "Settings of Caption-Transformer. Nothing is contrasted: `negatives` has no meaning here."
@@ -952,13 +952,13 @@ _CAPTION_TINY = dict(
 _CAPTION_TINY_RECIPE = dict(
     lr=3e-3,
     weight_decay=0.05,
-    batch_size=32,
-    epochs=10,
+    batch_size=64,
+    epochs=24,
     schedule="warmup-cosine",
     warmup=0.1,
     clip_norm=1.0,
     augment="mgca",
-    most_sentences=4,
+    sentences="one",
     max_tokens=128,
     punctuation=True,
 )
