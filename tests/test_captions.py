@@ -10,7 +10,7 @@ from medvis.encoders.text import text_encoder
 from medvis.evaluate.retrieve import retrieve
 from medvis.methods import METHODS
 from medvis.methods.method import phantom_tokenizer
-from medvis.objectives.captions import caption_likelihood
+from medvis.objectives.captions import caption_likelihood, coverage_loss
 from medvis.studies.show import show_run
 from medvis.train import TrainConfig, create_method, fit
 from medvis.widgets.study import Studies
@@ -76,6 +76,28 @@ def test_padding_is_nothing(method, batch):
     torch.testing.assert_close(method.similarity(regions, method.embed_text(longer)), method.similarity(regions, method.embed_text(batch)))
     alone = collate([Sample(1, 1, batch.image[1], tokenise(TEXTS[1], method.tokenizer, punctuation=True))])
     torch.testing.assert_close(method.correspondence(alone).words[0], found.words[1, :, :int(found.word_mask[1].sum())])
+
+
+def test_maps_are_shares_whatever_the_grain(method, batch):
+    "A word of many pieces, and a sentence of many words, looked as much as any other: the means, by hand."
+    found, looks = method.correspondence(batch), token_scores(method, batch)[1]
+    words = batch.word_index[3]
+    assert (torch.bincount(words[words >= 0]) > 1).any(), "a word of several pieces"
+    by_hand = torch.stack([looks[3, (words == word).nonzero()[:, 0] - 1].mean(0) for word in range(int(words.max()) + 1)])
+    torch.testing.assert_close(found.words[3, :, :len(by_hand)].exp().T, by_hand)
+    for sentence in range(3):
+        own = words[batch.sentence_index[3] == sentence].unique()
+        torch.testing.assert_close(found.sentences[3, :, sentence].exp(), by_hand[own].mean(0))
+
+
+def test_an_even_look_is_asked_for_by_its_weight(tokenizer, batch):
+    torch.manual_seed(0)
+    lstm = METHODS["caption-lstm"].from_preset("tiny", tokenizer, coverage=0.5).eval()
+    words, _, mask = lstm.embed_text(batch)
+    looks = lstm.text_decoder(lstm.embed_image(batch.image), words)[1]
+    losses = lstm(batch)
+    torch.testing.assert_close(losses.parts["coverage"], 0.5 * coverage_loss(looks, mask).detach())
+    torch.testing.assert_close(losses.total.detach(), losses.parts["caption"] + losses.parts["coverage"])
 
 
 def test_the_image_counts(method, batch):
