@@ -12,7 +12,7 @@ from medvis.data.prepare import PhantomConfig, prepare_phantom
 from medvis.encoders.image import image_encoder
 from medvis.evaluate.detect import YoloV3
 from medvis.evaluate.segment import LinearSegmenter, SetrDecoder, SmpUNet, UNet
-from medvis.methods import CLIP, DSVE, METHODS, MGCA, VSE, ContrastiveBinary, ConVIRT, GlobalMI, GLoRIA, LocalMI, LoVT, MixtureMI
+from medvis.methods import CLIP, DSVE, METHODS, MGCA, VSE, CaptionLSTM, CaptionTransformer, ContrastiveBinary, ConVIRT, GlobalMI, GLoRIA, LocalMI, LoVT, MixtureMI
 from medvis.methods.method import phantom_tokenizer
 from medvis.train import TrainConfig, load_encoder
 from medvis.train.loop import _parameter_groups
@@ -25,6 +25,8 @@ FULL = {
     "VSE++ with ResNet-50": (VSE, "paper", (7, 7)),
     "DSVE with ResNet-50": (DSVE, "paper", (7, 7)),
     "Contrastive-Binary with ResNet-50": (ContrastiveBinary, "paper", (7, 7)),
+    "Caption-LSTM with ResNet-50": (CaptionLSTM, "paper", (7, 7)),
+    "Caption-Transformer with ResNet-50": (CaptionTransformer, "paper", (7, 7)),
     "GLoRIA with ResNet-50": (GLoRIA, "paper", (19, 19)),
     "LoVT with ResNet-50": (LoVT, "paper", (7, 7)),
     "global-mi with ResNet-256": (GlobalMI, "paper", (4, 4)),
@@ -32,6 +34,7 @@ FULL = {
     "mixture-mi with ResNet-50": (MixtureMI, "full", (14, 14)),
 }
 BEHIND_THE_REGIONS = {LocalMI: ("layer6",), MixtureMI: ("layer4",)}  # these regions come from an earlier layer
+TEXT_LAYERS = {CaptionLSTM: 0, CaptionTransformer: 0}    # words alone: a decoder must not have read ahead
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +55,7 @@ def test_one_step(name, pack, tokenizer):
     kind, preset, grid = FULL[name]
     method = kind.from_preset(preset, tokenizer, text="bert-base", image_weights=None)
     body = method.text_encoder.body.config
-    assert (body.num_hidden_layers, body.hidden_size, body.num_attention_heads) == (12, 768, 12)
+    assert (body.num_hidden_layers, body.hidden_size, body.num_attention_heads) == (TEXT_LAYERS.get(kind, 12), 768, 12)
     pairs = Pairs(pack, method.tokenizer, method.preprocessing, method.sampling, train=True)
     batch = collate([pairs[0], pairs[len(pairs) - 1]])
     assert batch.patient_id[0] != batch.patient_id[1], "two patients, since some methods contrast only these"
@@ -167,7 +170,8 @@ def test_presets_are_complete(name, tmp_path):
     parameters = sum(value.numel() for value in method.parameters())
     least = {"tiny_resnet": 2e5, "resnet256": 1.9e6, "efficientnet_lite0_frozen": 3e6}.get(method.config.image, 2e7)
     assert parameters > (2e5 if preset == "tiny" else 5e7 if kind.reads_text else least)
-    assert not kind.reads_text or len(method.text_encoder.body.encoder.layer) == (config.get("text_layers") or 12)
+    wanted = config.get("text_layers", TEXT_LAYERS.get(kind))
+    assert not kind.reads_text or len(method.text_encoder.body.encoder.layer) == (12 if wanted is None else wanted)
 
 
 @pytest.fixture

@@ -102,6 +102,34 @@ def test_weights_are_those_of_the_folder(shelf):
     assert {value.dtype for value in load_encoder(shelf / "half").state_dict().values() if value.is_floating_point()} == {torch.float32}
 
 
+BLIP = dict(vision_config=TINY, text_config={**TEXT, "encoder_hidden_size": 32})
+
+
+@pytest.mark.parametrize("kind", ["BlipVisionModel", "BlipModel", "BlipForConditionalGeneration", "BlipForImageTextRetrieval"])
+def test_blip_by_its_folder(kind, tmp_path, no_network):
+    "Whatever BLIP is in the folder, its vision model on images of its own preprocessing: the features of transformers."
+    torch.manual_seed(3)
+    config = transformers.BlipVisionConfig(**TINY) if kind == "BlipVisionModel" else transformers.BlipConfig(**BLIP)
+    model = getattr(transformers, kind)(config).eval()
+    for part in model.modules():
+        if isinstance(part, torch.nn.LayerNorm):        # so that what is normalised twice is another
+            part.weight.data.uniform_(0.5, 1.5)
+            part.bias.data.normal_()
+    model.save_pretrained(tmp_path)
+    processor = transformers.BlipImageProcessor(size={"height": 32, "width": 32})
+    processor.save_pretrained(tmp_path)
+    encoder, body = load_encoder(tmp_path), getattr(model, "vision_model", model)
+    assert type(encoder.body).__name__ == "BlipVisionModel" and encoder.grid == (4, 4)
+    grey = np.random.default_rng(0).integers(0, 256, (2, 32, 32), dtype=np.uint8)
+    theirs = torch.stack([torch.as_tensor(processor(Image.fromarray(image).convert("RGB"), return_tensors="np")["pixel_values"][0]) for image in grey])
+    ours = encoder.preprocessing.transform()(torch.from_numpy(grey)[:, None])
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
+    with torch.no_grad():
+        out, wanted = encoder(ours), body(pixel_values=theirs).last_hidden_state
+    torch.testing.assert_close(out.regions, wanted[:, 1:], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(out.whole, wanted[:, 0], rtol=1e-6, atol=1e-6)
+
+
 def test_hash_and_random_twin(shelf):
     for name in ("vit", "resnet", "blip", "swin"):
         encoder, x = load_encoder(shelf / name), torch.rand(1, 3, 32, 32)

@@ -225,6 +225,9 @@ SAYS = [
     ("mgca", dict(token_weight=0.0, layer="layer4", tau_instance=0.4), 0.4, (), True, "word"),
     ("global-mi", {}, 1.0, (), False, None),
     ("contrastive-binary", {}, 1.0, (), False, None),
+    ("caption-lstm", {}, 1.0, ("words",), False, None),
+    ("caption-transformer", {}, 1.0, ("words",), False, None),
+    ("caption-transformer", dict(shown=0), 1.0, ("words",), False, None),
     ("local-mi", {}, 1.0, ("sentences",), False, None),
     ("mixture-mi", {}, 0.1, ("sentences",), True, "sentence"),
 ]

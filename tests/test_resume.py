@@ -12,7 +12,7 @@ import torch
 
 from medvis.data.pack import Pack
 from medvis.data.prepare import PhantomConfig, prepare_phantom
-from medvis.methods import BYOL, MGCA, GLoRIA, LoVT, PixelPro, SimCLR, Supervised
+from medvis.methods import BYOL, MGCA, CaptionLSTM, CaptionTransformer, GLoRIA, LoVT, PixelPro, SimCLR, Supervised
 from medvis.methods.method import phantom_tokenizer
 from medvis.train import Run, TrainConfig, checkpoint, loop
 
@@ -125,6 +125,15 @@ def test_killed_run_resumes_exactly(point, pack, tokenizer, tmp_path, undisturbe
     assert in_process(pack, tokenizer, run, sabotage, **changes) == -signal.SIGKILL, "the run was to be killed"
     assert not (run / "last.safetensors").exists()
     assert in_process(pack, tokenizer, run, **changes) == 0
+    same_run(run, wanted)
+
+
+@pytest.mark.parametrize("kind", [CaptionLSTM, CaptionTransformer], ids=lambda kind: kind.__name__)
+def test_captioners_resume_exactly(kind, pack, tokenizer, tmp_path, undisturbed):
+    "Dropout in every step of the decoder, a random choice of sentences: the same words in the end."
+    wanted, run = undisturbed(kind=kind), tmp_path / "run"
+    assert in_process(pack, tokenizer, run, die_at_call(loop._Trainer, "take_step", 9), kind=kind) == -signal.SIGKILL, "the run was to be killed"
+    assert not (run / "last.safetensors").exists() and in_process(pack, tokenizer, run, kind=kind) == 0
     same_run(run, wanted)
 
 

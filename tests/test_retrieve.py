@@ -172,7 +172,7 @@ def test_every_method_compares_images_with_texts(name, pack, tokenizer):
         parts = [[sentence] for sentence in texts[t]] if method.text_unit == "sentence" else [texts[t]]
         alone = [retrieve._similarity_table(method, image, *retrieve._embed_texts(method, [part]))[0, 0] for part in parts]
         np.testing.assert_allclose(table[i, t], np.mean(alone), atol=2e-5, rtol=1e-4)
-    assert method.text_unit == ("sentence" if name in ("convirt", "clip", "gloria", "local-mi", "mixture-mi") else "report")
+    assert method.text_unit == ("sentence" if name in ("convirt", "clip", "gloria", "local-mi", "mixture-mi", "caption-lstm", "caption-transformer") else "report")
 
 
 def test_what_cannot_be_compared_is_refused(pack, tokenizer):

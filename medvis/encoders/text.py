@@ -140,7 +140,7 @@ def _check_pooling(body: nn.Module, whole: str, summed_layers: int) -> None:
         raise ValueError(f"whole text is {whole!r}; expected cls, pooler, max, mean or mean-all")
     if whole == "pooler" and getattr(body, "pooler", None) is None:
         raise ValueError(f"whole text is 'pooler', but {type(body).__name__} has none: choose cls, max or mean")
-    if not 1 <= summed_layers <= body.config.num_hidden_layers:
+    if not 1 <= summed_layers <= max(body.config.num_hidden_layers, 1):
         raise ValueError(f"summed_layers is {summed_layers}; the text encoder has {body.config.num_hidden_layers}")
 
 
@@ -383,7 +383,7 @@ def _random_bert(
             f"of a Pack, or pass tokenizer=train_tokenizer(reports)"
         )
     config = BertConfig(vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, **TEXT_CONFIGS[name])
-    config.num_hidden_layers = layers or config.num_hidden_layers
+    config.num_hidden_layers = config.num_hidden_layers if layers is None else layers
     config._attn_implementation = "eager"
     return BertModel(config, add_pooling_layer=pooler)
 
@@ -446,7 +446,7 @@ def _pretrained(
         raise ValueError(f"{name} is a file: pass the folder with config.json, the weights and the tokenizer")
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
-        if layers:
+        if layers is not None:
             config.num_hidden_layers = layers
         options, report = dict(config=config, attn_implementation="eager", trust_remote_code=False), None
         if weights:
@@ -476,7 +476,7 @@ def _pretrained(
 def text_encoder(
     name: str = "tiny-bert",  # "tiny-bert", "bert-base", "minilm", a folder, or a hub name
     tokenizer: PreTrainedTokenizerFast | None = None,  # needed by the first two; else the folder's own
-    layers: int | None = None,  # keep only the first layers (the released MGCA: 6)
+    layers: int | None = None,  # keep only the first layers (the released MGCA: 6); 0 = word vectors alone
     freeze: int
     | Literal["all"] = 0,  # freeze the embeddings and this many first layers (LoVT: 6); all of it, without dropout
     weights: bool = True,  # False: only the architecture of a folder or hub name, with random weights
@@ -491,7 +491,7 @@ def text_encoder(
     tokenizer : PreTrainedTokenizerFast | None, default: None
         needed by the first two; else the folder's own
     layers : int | None, default: None
-        keep only the first layers (the released MGCA: 6)
+        keep only the first layers (the released MGCA: 6); 0 = word vectors alone
     freeze : int | Literal['all'], default: 0
         freeze the embeddings and this many first layers (LoVT: 6); all of it, without dropout
     weights : bool, default: True
