@@ -10,6 +10,8 @@ from collections.abc import Callable
 
 from ..core.registry import Registry
 from .byol import BYOL
+from .caption_lstm import CaptionLSTM
+from .caption_transformer import CaptionTransformer
 from .clip import CLIP
 from .contrastive_binary import ContrastiveBinary
 from .convirt import ConVIRT
@@ -43,6 +45,8 @@ METHODS = Registry(
         "vse": VSE,
         "dsve": DSVE,
         "contrastive-binary": ContrastiveBinary,
+        "caption-lstm": CaptionLSTM,
+        "caption-transformer": CaptionTransformer,
         "simclr": SimCLR,
         "byol": BYOL,
         "pixelpro": PixelPro,

@@ -5,14 +5,18 @@
 # %% auto #0
 __all__ = ['CONVIRT_PRESETS', 'MGCA_PRESETS', 'LOVT_PRESETS', 'GLOBAL_MI_PRESETS', 'LOCAL_MI_PRESETS', 'CLIP_PRESETS',
            'GLORIA_PRESETS', 'MIXTURE_MI_PRESETS', 'SIMCLR_PRESETS', 'BYOL_PRESETS', 'PIXELPRO_PRESETS', 'VSE_PRESETS',
-           'DSVE_PRESETS', 'CONTRASTIVE_BINARY_PRESETS', 'SETTINGS', 'ImageMethodConfig', 'MethodConfig',
-           'ConVIRTConfig', 'MGCAConfig', 'LoVTConfig', 'MutualInformationConfig', 'GlobalMIConfig', 'LocalMIConfig',
-           'CLIPConfig', 'GLoRIAConfig', 'MixtureMIConfig', 'SimCLRConfig', 'BYOLConfig', 'PixelProConfig', 'VSEConfig',
-           'DSVEConfig', 'ContrastiveBinaryConfig', 'list_methods', 'methods_with_text', 'list_presets']
+           'DSVE_PRESETS', 'CONTRASTIVE_BINARY_PRESETS', 'SUPERVISED_PRESETS', 'CAPTION_LSTM_PRESETS',
+           'CAPTION_TRANSFORMER_PRESETS', 'SETTINGS', 'ImageMethodConfig', 'MethodConfig', 'ConVIRTConfig',
+           'MGCAConfig', 'LoVTConfig', 'MutualInformationConfig', 'GlobalMIConfig', 'LocalMIConfig', 'CLIPConfig',
+           'GLoRIAConfig', 'MixtureMIConfig', 'SimCLRConfig', 'BYOLConfig', 'PixelProConfig', 'VSEConfig', 'DSVEConfig',
+           'ContrastiveBinaryConfig', 'SupervisedConfig', 'CaptionConfig', 'CaptionLSTMConfig',
+           'CaptionTransformerConfig', 'list_methods', 'methods_with_text', 'preset_table', 'list_presets']
 
 # %% ../../nbs/methods/01_settings.ipynb #6f1bcdbd
 from dataclasses import dataclass
 from typing import Any, Literal
+
+import pandas as pd
 
 from ..core.choices import check_choice
 
@@ -163,13 +167,28 @@ _CONVIRT_TINY_RECIPE = dict(
     sentences="one",
     max_tokens=128,
 )
+_CONVIRT_CYCLIC_RECIPE = {**_CONVIRT_PAPER_RECIPE, "schedule": "cyclic-cosine", "patience": 10}
+_CONVIRT_ATTENTION = dict(_CONVIRT_PAPER, whole_image="attention")
+_ALL_SENTENCES = dict(sentences="all", swap=0.4, max_tokens=512, overflow="drop")  # how LoVT reads a report
 CONVIRT_PRESETS = {
     "paper": (_CONVIRT_PAPER, _CONVIRT_PAPER_RECIPE),
     "paper-30": (_CONVIRT_PAPER, {**_CONVIRT_PAPER_RECIPE, "lr": 1e-5}),
-    "cyclic": (_CONVIRT_PAPER, {**_CONVIRT_PAPER_RECIPE, "schedule": "cyclic-cosine", "patience": 10}),
+    "cyclic": (_CONVIRT_PAPER, _CONVIRT_CYCLIC_RECIPE),
+    "cyclic-all-sentences": (_CONVIRT_PAPER, {**_CONVIRT_CYCLIC_RECIPE, **_ALL_SENTENCES}),
+    "cyclic-attention": (_CONVIRT_ATTENTION, _CONVIRT_CYCLIC_RECIPE),
+    "cyclic-attention-all-sentences": (_CONVIRT_ATTENTION, {**_CONVIRT_CYCLIC_RECIPE, **_ALL_SENTENCES}),
     "released": (_CONVIRT_MGCA, _CONVIRT_MGCA_RECIPE),
     "laptop": (dict(_LAPTOP, whole_text="mean"), _LAPTOP_SENTENCE),
     "tiny": (_CONVIRT_TINY, _CONVIRT_TINY_RECIPE),
+}
+_CONVIRT_ORIGINS = {  # preset -> the preset that it changes, and where that stands
+    "paper": (None, "LoVT, supplement 5.2"),
+    "paper-30": ("paper", "LoVT, supplement 5.2; Table 1, row 12"),
+    "cyclic": ("paper", "LoVT, supplement Table 1, row 11 (no learning rate given)"),
+    "cyclic-all-sentences": ("cyclic", "LoVT, supplement Table 1, row 9 against 11"),
+    "cyclic-attention": ("cyclic", "LoVT, supplement Table 1, row 10 against 11"),
+    "cyclic-attention-all-sentences": ("cyclic-attention", "LoVT, supplement Table 1, row 8 against 10"),
+    "released": (None, "MGCA's code, models/convirt"),
 }
 
 # %% ../../nbs/methods/01_settings.ipynb #ad880518
@@ -287,6 +306,18 @@ MGCA_PRESETS = {
     "laptop": (_MGCA_LAPTOP, dict(_LAPTOP_RECIPE, max_tokens=128)),
     "tiny": (_MGCA_TINY, _MGCA_TINY_RECIPE),
 }
+_MGCA_ORIGINS = {
+    "paper": (None, "MGCA, 4.1; Table 4, row 4 (CheXpert, RSNA)"),
+    "paper-resnet50": ("paper", "MGCA, Table 4, row 4 (SIIM)"),
+    "ita": ("paper", "MGCA, Table 4, row 1 (CheXpert, RSNA)"),
+    "ita-resnet50": ("paper-resnet50", "MGCA, Table 4, row 1 (SIIM)"),
+    "ita-cta": ("paper", "MGCA, Table 4, row 2 (CheXpert, RSNA)"),
+    "ita-cta-resnet50": ("paper-resnet50", "MGCA, Table 4, row 2 (SIIM)"),
+    "ita-cpa": ("paper", "MGCA, Table 4, row 3 (CheXpert, RSNA)"),
+    "ita-cpa-resnet50": ("paper-resnet50", "MGCA, Table 4, row 3 (SIIM)"),
+    "released": ("paper", "MGCA's code"),
+    "released-resnet50": ("released", "MGCA's code"),
+}
 
 # %% ../../nbs/methods/01_settings.ipynb #c0d5ef1c
 @dataclass(frozen=True)
@@ -376,6 +407,20 @@ LOVT_PRESETS = {
     "laptop": (_LAPTOP, dict(_LAPTOP_RECIPE, swap=0.4, max_tokens=128, overflow="drop")),
     "tiny": (_LOVT_TINY, _LOVT_TINY_RECIPE),
 }
+_LOVT_ORIGINS = {
+    "paper": (None, "LoVT, supplement 5.1; Table 1, row 1"),
+    "released": ("paper", "LoVT's code"),
+    "no-weights": ("paper", "LoVT, supplement Table 1, row 2"),
+    "no-attention-pooling": ("no-weights", "LoVT, supplement Table 1, row 3; rate: its code"),
+    "no-global": ("no-weights", "LoVT, supplement Table 1, row 4"),
+    "non-smooth": ("paper", "LoVT, supplement Table 1, row 5"),
+    "report-only": ("paper", "LoVT, supplement Table 1, row 6"),
+    "image-only": ("paper", "LoVT, supplement Table 1, row 7"),
+    "no-local": ("paper", "LoVT, supplement Table 1, row 8; rate: its code"),
+    "avg-max": ("no-local", "LoVT, supplement Table 1, row 9; rate inferred"),
+    "no-cyclic": ("paper", "LoVT's code (no row in a table); schedule inferred"),
+    "convirt-lr": ("paper", "LoVT's code (no row in a table)"),
+}
 
 # %% ../../nbs/methods/01_settings.ipynb #8342a488
 @dataclass(frozen=True)
@@ -464,14 +509,25 @@ _MI_TINY_RECIPE = dict(
 _MI_LAPTOP = dict(_LAPTOP, local_grid=None, text_feature="mean", hidden=(256, 128), dim=None)
 GLOBAL_MI_PRESETS = {
     "paper": ({}, _MI_RECIPE),
+    "mine": (dict(bound="mine"), _MI_RECIPE),
     "released": (dict(bound="cpc-released"), {**_MI_RECIPE, "epochs": 100}),
     "laptop": (_MI_LAPTOP, dict(_LAPTOP_RECIPE, max_tokens=128)),
     "tiny": (_MI_TINY, _MI_TINY_RECIPE),
 }
 LOCAL_MI_PRESETS = {
     "paper": ({}, {**_MI_RECIPE, "sentences": "one"}),
+    "mine": (dict(bound="mine"), {**_MI_RECIPE, "sentences": "one"}),
     "laptop": (dict(_MI_LAPTOP, negatives_regions="max"), _LAPTOP_SENTENCE),
     "tiny": (dict(_MI_TINY, negatives_regions="max"), {**_MI_TINY_RECIPE, "sentences": "one"}),
+}
+_GLOBAL_MI_ORIGINS = {
+    "paper": (None, "local-mi, section 4; Tables 2 and 3, global-mi, CPC"),
+    "mine": ("paper", "local-mi, Tables 2 and 3, global-mi, MINE"),
+    "released": ("paper", "local-mi's code"),
+}
+_LOCAL_MI_ORIGINS = {
+    "paper": (None, "local-mi, section 4; Tables 2 and 3, local-mi, CPC"),
+    "mine": ("paper", "local-mi, Tables 2 and 3, local-mi, MINE"),
 }
 
 # %% ../../nbs/methods/01_settings.ipynb #f0b680e5
@@ -517,8 +573,13 @@ _CLIP_TINY_RECIPE = dict(
 )
 CLIP_PRESETS = {
     "paper": (dict(freeze_text=6), _CLIP_RECIPE),
+    "all-sentences": (dict(freeze_text=6), {**_CLIP_RECIPE, **_ALL_SENTENCES}),
     "laptop": (dict(_LAPTOP, whole_text="mean"), _LAPTOP_SENTENCE),
     "tiny": (_CLIP_TINY, _CLIP_TINY_RECIPE),
+}
+_CLIP_ORIGINS = {
+    "paper": (None, "LoVT, supplement 5.2; Table 1, row 10"),
+    "all-sentences": ("paper", "LoVT, supplement Table 1, row 8 against 10"),
 }
 
 # %% ../../nbs/methods/01_settings.ipynb #4468fc52
@@ -670,6 +731,9 @@ MIXTURE_MI_PRESETS = {
     "laptop-no-mirror": (_MIXTURE_MI_LAPTOP, {**_MIXTURE_MI_LAPTOP_RECIPE, "mirror": False}),
     "tiny": (_MIXTURE_MI_TINY, _MIXTURE_MI_TINY_RECIPE),
 }
+_OPENI = "medvis, benchmarks/real_pairs.md"
+_MIXTURE_MI_ORIGINS = {"full": (None, "medvis"), "small": (None, "medvis"), "laptop-no-mirror": ("laptop", _OPENI)}
+_MIXTURE_MI_ORIGINS |= {preset: ("laptop", _OPENI) for preset in _MIXTURE_MI_ABLATIONS}
 
 # %% ../../nbs/methods/01_settings.ipynb #29359c1d
 @dataclass(frozen=True)
@@ -763,6 +827,11 @@ PIXELPRO_PRESETS = {
     "paper": ({}, _PIXELPRO_RECIPE),
     "released": (dict(momentum_schedule="constant", pixels="whole"), {**_PIXELPRO_RECIPE, **_BY_EPOCH, "warmup": 0.0}),
     "tiny": (dict(_VIEWS_TINY, layer="layer3", momentum=0.95), {**_VIEWS_TINY_RECIPE, "augment": "pixelpro"}),
+}
+_VIEWS_ORIGINS = {
+    "paper": (None, "LoVT, supplement 5.2"),
+    "paper-30": ("paper", "LoVT, supplement 5.2"),
+    "released": ("paper", "LoVT's code"),
 }
 
 # %% ../../nbs/methods/01_settings.ipynb #c9d88605
@@ -882,6 +951,173 @@ CONTRASTIVE_BINARY_PRESETS = {
     "tiny": (_MI_TINY, {**_MI_TINY_RECIPE, "batch_size": 16}),
 }
 
+# %% ../../nbs/methods/01_settings.ipynb #7d1c5e03
+_FIVE = ("Cardiomegaly", "Edema", "Consolidation", "Atelectasis", "Pleural Effusion")
+_PATHOLOGY9 = (
+    "Support Devices",
+    "Cardiomegaly",
+    "Consolidation",
+    "Edema",
+    "Lung Opacity",
+    "Pleural Effusion",
+    "Pneumonia",
+    "Pneumothorax",
+    "Atelectasis",
+)
+
+
+@dataclass(frozen=True)
+class SupervisedConfig(ImageMethodConfig):
+    "Settings of Supervised."
+
+    layer: str | None = "layer4"
+    "ResNet layer that the regions come from; the loss sees the whole image alone."
+    hidden: None = None
+    "The head is one linear layer."
+    dim: None = None
+    "There is no shared space."
+    classes: tuple[str, ...] | None = _FIVE
+    "Labels that are learned; None = those of the Pack's recipe, else all of the Pack."
+    uncertain: Literal["positive", "negative", "ignore"] = "positive"
+    "What an uncertain label counts as: positive (U-Ones), negative (U-Zeros), or left out."
+    blank: Literal["negative", "ignore"] = "negative"
+    "What a missing label counts as: negative, or left out; a study without any label is always left out."
+
+# %% ../../nbs/methods/01_settings.ipynb #7d1c5e04
+_CHEXPERT_RECIPE = dict(
+    optimizer="adam",
+    lr=3e-4,
+    weight_decay=1e-6,
+    batch_size=64,
+    epochs=500,
+    schedule="plateau",
+    plateau_patience=3,
+    patience=10,
+    augment="lovt",
+    per="image",
+)
+_SUPERVISED_LOCAL_MI = dict(
+    image="resnet256", image_weights=None, layer=None, classes=_PATHOLOGY9, uncertain="ignore", blank="ignore"
+)
+_SUPERVISED_LOCAL_MI_RECIPE = dict(
+    optimizer="adam",
+    lr=5e-4,
+    batch_size=8,
+    epochs=100,
+    schedule="constant",
+    augment="local-mi",
+    per="image",
+    keep="last",
+)
+_SUPERVISED_LAPTOP = {name: _LAPTOP[name] for name in ("image", "image_weights", "layer", "coordinates")}
+_SUPERVISED_TINY = dict(image="tiny_resnet", image_weights=None, classes=_PATHOLOGY9, uncertain="ignore")
+_SUPERVISED_TINY_RECIPE = dict(
+    lr=1e-3, weight_decay=0.05, batch_size=64, epochs=8, schedule="warmup-cosine", warmup=0.1, augment="mgca"
+)
+SUPERVISED_PRESETS = {
+    "paper": ({}, _CHEXPERT_RECIPE),
+    "paper-30": ({}, {**_CHEXPERT_RECIPE, "lr": 1e-4}),
+    "local-mi": (_SUPERVISED_LOCAL_MI, _SUPERVISED_LOCAL_MI_RECIPE),
+    "laptop": (dict(_SUPERVISED_LAPTOP, classes=_PATHOLOGY9, uncertain="ignore"), _LAPTOP_RECIPE),
+    "tiny": (_SUPERVISED_TINY, _SUPERVISED_TINY_RECIPE),
+}
+
+# %% ../../nbs/methods/01_settings.ipynb #d4fe3ddc
+@dataclass(frozen=True)
+class CaptionConfig(MethodConfig):
+    "Settings that Caption-LSTM and Caption-Transformer share. Nothing is contrasted: `negatives` has no meaning here."
+
+    layer: str | None = "layer4"
+    "Regions from the layer that is pooled, so that all of the network learns."
+    text_layers: int | None = 0
+    "Layers of the text encoder: 0, its word vectors alone, since a layer would read ahead."
+    hidden: int = 2048
+    "Width of the LSTM's state, or of the transformer's perceptrons."
+    dim: int = 512
+    "Width of regions and words in the decoder."
+    dropout: float = 0.1
+    "Share of the decoder's units that is left out in training."
+    smoothing: float = 0.0
+    "Share of each next token that is spread over the vocabulary."
+    chunk: int = 64
+    "Most pairs of an image and a text that are scored at a time."
+
+# %% ../../nbs/methods/01_settings.ipynb #1845b814
+@dataclass(frozen=True)
+class CaptionLSTMConfig(CaptionConfig):
+    "Settings of Caption-LSTM. Nothing is contrasted: `negatives` has no meaning here."
+
+    hidden: int = 1800
+    "Width of the LSTM's state."
+    dropout: float = 0.5
+    "Share of the state, and of what the next token is told from, that is left out in training."
+    coverage: float = 1.0
+    "lambda: weight of looking at every region alike over a report; 0 leaves it out."
+
+# %% ../../nbs/methods/01_settings.ipynb #524c8125
+@dataclass(frozen=True)
+class CaptionTransformerConfig(CaptionConfig):
+    "Settings of Caption-Transformer. Nothing is contrasted: `negatives` has no meaning here."
+
+    hidden: int = 2048
+    "Width of the perceptrons."
+    decoder_layers: int = 3
+    "Layers of the decoder."
+    heads: int = 8
+    "Heads of every attention."
+    shown: int = -1
+    "Layer whose attention to the regions is the correspondence; -1 = the last."
+
+# %% ../../nbs/methods/01_settings.ipynb #0c3f761a
+_CAPTION_RECIPE = dict(
+    optimizer="adam",
+    lr=2e-4,
+    batch_size=64,
+    epochs=50,
+    schedule="constant",
+    patience=10,
+    augment="mgca",
+    per="image",
+    max_tokens=112,
+    punctuation=True,
+)
+_CAPTION_TRANSFORMER_RECIPE = {
+    **_CAPTION_RECIPE,
+    "lr": 4.4e-4,
+    "betas": (0.9, 0.98),
+    "batch_size": 50,
+    "schedule": "warmup-cosine",
+    "warmup": 0.1,
+}
+_CAPTION_TINY = dict(
+    image="tiny_resnet", image_weights=None, text="tiny-bert", hidden=128, dim=128, dropout=0.1, chunk=512
+)
+_CAPTION_TINY_RECIPE = dict(
+    lr=3e-3,
+    weight_decay=0.05,
+    batch_size=64,
+    epochs=24,
+    schedule="warmup-cosine",
+    warmup=0.1,
+    clip_norm=1.0,
+    augment="mgca",
+    sentences="one",
+    max_tokens=128,
+    punctuation=True,
+)
+_CAPTION_LAPTOP = dict(_LAPTOP, dim=256, dropout=0.1)
+CAPTION_LSTM_PRESETS = {
+    "paper": ({}, _CAPTION_RECIPE),
+    "no-coverage": (dict(coverage=0.0), _CAPTION_RECIPE),
+    "laptop": (dict(_CAPTION_LAPTOP, coverage=0.01), _LAPTOP_SENTENCE),
+    "tiny": (dict(_CAPTION_TINY, coverage=0.01), _CAPTION_TINY_RECIPE),
+}
+CAPTION_TRANSFORMER_PRESETS = {
+    "paper": ({}, _CAPTION_TRANSFORMER_RECIPE),
+    "laptop": (dict(_CAPTION_LAPTOP, heads=4), _LAPTOP_SENTENCE),
+    "tiny": (dict(_CAPTION_TINY, hidden=256, heads=4, decoder_layers=2), _CAPTION_TINY_RECIPE),
+}
+
 # %% ../../nbs/methods/01_settings.ipynb #685f7276
 # method -> dataclass, presets: what is built, how it is trained
 SETTINGS: dict[str, tuple[type[ImageMethodConfig], dict[str, tuple[dict, dict]]]] = {
@@ -896,9 +1132,12 @@ SETTINGS: dict[str, tuple[type[ImageMethodConfig], dict[str, tuple[dict, dict]]]
     "vse": (VSEConfig, VSE_PRESETS),
     "dsve": (DSVEConfig, DSVE_PRESETS),
     "contrastive-binary": (ContrastiveBinaryConfig, CONTRASTIVE_BINARY_PRESETS),
+    "caption-lstm": (CaptionLSTMConfig, CAPTION_LSTM_PRESETS),
+    "caption-transformer": (CaptionTransformerConfig, CAPTION_TRANSFORMER_PRESETS),
     "simclr": (SimCLRConfig, SIMCLR_PRESETS),
     "byol": (BYOLConfig, BYOL_PRESETS),
     "pixelpro": (PixelProConfig, PIXELPRO_PRESETS),
+    "supervised": (SupervisedConfig, SUPERVISED_PRESETS),
 }
 
 # %% ../../nbs/methods/01_settings.ipynb #3de3af80
@@ -911,16 +1150,83 @@ def methods_with_text() -> list[str]:
     "Names of the methods that read reports: what retrieves, points or names by words is about these."
     return [name for name, (config, _) in SETTINGS.items() if "text" in config.__dataclass_fields__]
 
-# %% ../../nbs/methods/01_settings.ipynb #da1e6e51
-def list_presets(
-    name: str,  # of a method
-) -> list[str]:
-    """Names of a method's presets. ValueError for an unknown method.
+# %% ../../nbs/methods/01_settings.ipynb #f5debdd6
+_COMMON_ORIGINS = {
+    "paper": (None, "the method's paper"),
+    "released": ("paper", "the method's code"),
+    "laptop": (None, _OPENI),
+    "tiny": (None, "medvis"),
+}
+_OWN_ORIGINS: dict[str, dict[str, tuple[str | None, str]]] = {
+    "convirt": _CONVIRT_ORIGINS,
+    "clip": _CLIP_ORIGINS,
+    "lovt": _LOVT_ORIGINS,
+    "mgca": _MGCA_ORIGINS,
+    "global-mi": _GLOBAL_MI_ORIGINS,
+    "local-mi": _LOCAL_MI_ORIGINS,
+    "mixture-mi": _MIXTURE_MI_ORIGINS,
+    "vse": {"all-negatives": ("paper", "VSE++, its VSE0")},
+    **dict.fromkeys(("simclr", "byol", "pixelpro"), _VIEWS_ORIGINS),
+}
+# method -> preset -> the preset that it changes (None: it stands for itself), and where it comes from
+_ORIGINS = {name: _COMMON_ORIGINS | _OWN_ORIGINS.get(name, {}) for name in SETTINGS}
+
+
+def _changes(method: str, preset: str, parent: str | None) -> dict[str, Any]:
+    "The settings in which a preset differs from another of its method, as the preset has them."
+    if parent is None:
+        return {}
+    kind, presets = SETTINGS[method]
+    (built, trained), (built_before, trained_before) = presets[preset], presets[parent]
+    before = vars(kind(**built_before)) | trained_before
+    now = vars(kind(**built)) | dict.fromkeys(trained_before, "default") | trained
+    return {name: value for name, value in now.items() if value != before.get(name, "default")}
+
+
+def preset_table(
+    method: str | None = None,  # None = all
+) -> pd.DataFrame:  # one row a preset: method, preset, parent, changes, source
+    """The presets of one method or of all, which preset each changes, in what, and where it comes from.
+
+    ValueError for an unknown method.
 
     Parameters
     ----------
-    name : str
-        of a method
+    method : str | None, default: None
+        None = all
+
+    Returns
+    -------
+    pd.DataFrame
+        one row a preset: method, preset, parent, changes, source
     """
+    if method is not None:
+        check_choice("method", method, SETTINGS)
+    rows = []
+    for name in list_methods() if method is None else [method]:
+        for preset in SETTINGS[name][1]:
+            parent, source = _ORIGINS.get(name, {}).get(preset, (None, ""))
+            changes = ", ".join(f"{key}={value}" for key, value in _changes(name, preset, parent).items())
+            rows.append((name, preset, parent or "", changes, source))
+    return pd.DataFrame(rows, columns=["method", "preset", "parent", "changes", "source"])
+
+# %% ../../nbs/methods/01_settings.ipynb #da1e6e51
+def list_presets(
+    name: str | None = None,  # of a method
+) -> list[str] | pd.DataFrame:  # names of its presets; of no method: `preset_table`
+    """Names of a method's presets; without a method, the table of all. ValueError for an unknown method.
+
+    Parameters
+    ----------
+    name : str | None, default: None
+        of a method
+
+    Returns
+    -------
+    list[str] | pd.DataFrame
+        names of its presets; of no method: `preset_table`
+    """
+    if name is None:
+        return preset_table()
     check_choice("method", name, SETTINGS)
     return list(SETTINGS[name][1])
