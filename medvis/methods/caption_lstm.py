@@ -26,10 +26,11 @@ def _token_maps(
     grid: tuple[int, int],
 ) -> Correspondence:
     "Words as means over their pieces, sentences as means over their words."
-    words, word_mask = pool_tokens(at_least_float32(attention), batch.word_index, "mean")
-    a_token = group_matrix(batch.word_index).int().argmax(-1)  # (B, W) of every word
-    sentence_index = batch.sentence_index.gather(1, a_token).masked_fill(~word_mask, -1)
-    sentences, sentence_mask = pool_tokens(words, sentence_index, "mean")
+    with torch.autocast(attention.device.type, enabled=False):
+        words, word_mask = pool_tokens(at_least_float32(attention), batch.word_index, "mean")
+        a_token = group_matrix(batch.word_index).int().argmax(-1)  # (B, W) of every word
+        sentence_index = batch.sentence_index.gather(1, a_token).masked_fill(~word_mask, -1)
+        sentences, sentence_mask = pool_tokens(words, sentence_index, "mean")
     scores = (shares.clamp(min=1e-20).log().mT for shares in (words, sentences))
     return Correspondence(*scores, word_mask, sentence_mask, grid, learned=("words",))
 
