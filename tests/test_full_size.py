@@ -168,7 +168,7 @@ def test_presets_are_complete(name, tmp_path):
     method.training_settings = dict(recipe)
     assert TrainConfig.of(method, tmp_path).batch_size > 1
     parameters = sum(value.numel() for value in method.parameters())
-    assert parameters > (2e5 if preset == "tiny" else 5e7 if kind.reads_text else 2e7)
+    assert parameters > (2e5 if preset == "tiny" else 3e6 if kind in TEXT_LAYERS else 5e7 if kind.reads_text else 2e7)
     wanted = config.get("text_layers", TEXT_LAYERS.get(kind))
     assert not kind.reads_text or len(method.text_encoder.body.encoder.layer) == (12 if wanted is None else wanted)
 
