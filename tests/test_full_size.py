@@ -169,7 +169,8 @@ def test_presets_are_complete(name, tmp_path):
     assert TrainConfig.of(method, tmp_path).batch_size > 1
     parameters = sum(value.numel() for value in method.parameters())
     least = {"tiny_resnet": 2e5, "resnet256": 1.9e6, "efficientnet_lite0_frozen": 3e6}.get(method.config.image, 2e7)
-    assert parameters > (2e5 if preset == "tiny" else 5e7 if kind.reads_text else least)
+    encodes_text = kind.reads_text and kind not in TEXT_LAYERS
+    assert parameters > (2e5 if preset == "tiny" else 5e7 if encodes_text else least)
     wanted = config.get("text_layers", TEXT_LAYERS.get(kind))
     assert not kind.reads_text or len(method.text_encoder.body.encoder.layer) == (12 if wanted is None else wanted)
 
