@@ -204,4 +204,6 @@ def test_a_run_goes_through_every_door(name, data, tmp_path):
     assert shares.temperature == 1 and torch.allclose(torch.as_tensor(shares.scores["words"]).float().exp().sum(1), torch.ones(len(shares.scores["words"])), atol=1e-4)
     page = show_run(run, out=tmp_path / "page.html").read_text()
     assert f"{name} tiny" in page and "Point at a word" in page and "Pointing game" in page
-    assert again.caption(again.preprocessing.transform()(torch.from_numpy(data.image(0).copy())[None, None]), longest=5)[0] is not None
+    film = again.preprocessing.transform()(torch.from_numpy(data.image(0).copy())[None, None])
+    (short,), (long,) = (again.caption(film, longest=count) for count in (1, 8))
+    assert short and long.startswith(short) and all(len(again.tokenizer.encode(said, add_special_tokens=False)) <= count for said, count in ((short, 1), (long, 8)))

@@ -209,8 +209,9 @@ class SelectivePool(nn.Module):
         """
         channels = self.adapt(local)
         (most, where), (least, elsewhere) = channels.max(1), channels.min(1)
-        chosen = F.one_hot(torch.cat([where, elsewhere], 1), local.shape[1]).to(channels.dtype)
-        return most + least, chosen.mean(1)
+        chosen = torch.cat([where, elsewhere], 1)
+        each = channels.new_full((), 1 / chosen.shape[1]).expand(chosen.shape)
+        return most + least, channels.new_zeros(local.shape[:2]).scatter_add_(1, chosen, each)
 
     def pool_each(
         self,

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TEXT_CONFIGS', 'TEXT_PACKAGES', 'VOCABULARIES', 'train_tokenizer', 'released_word_index', 'released_words',
-           'TextEncoder', 'FrozenTextEncoder', 'check_tokenizer', 'text_encoder', 'encode_sentences']
+           'TextEncoder', 'FrozenTextEncoder', 'check_tokenizer', 'text_encoder', 'sentences_apart', 'encode_sentences']
 
 # %% ../../nbs/encoders/04_text.ipynb #a4098f46
 from collections.abc import Iterable
@@ -518,10 +518,29 @@ def text_encoder(
     return TextEncoder(body, tokenizer, **pooling)
 
 # %% ../../nbs/encoders/04_text.ipynb #1d1a64b9
-def _sentences_apart(
-    tokenizer: PreTrainedTokenizerBase, input_ids: Tensor, word_index: Tensor, sentence_index: Tensor
-) -> tuple[tuple, Tensor, Tensor]:
-    "Inputs (S, L) of a batch of all sentences, in order; row and column in it of every token of a sentence."
+def sentences_apart(
+    tokenizer: PreTrainedTokenizerBase,
+    input_ids: Tensor,  # (B, T)
+    word_index: Tensor,  # (B, T) word of every token, -1 = none
+    sentence_index: Tensor,  # (B, T) sentence of every token, -1 = none
+) -> tuple[tuple, Tensor, Tensor]:  # inputs (S, L) of an encoder; (K,) row and (K,) column in them of K tokens
+    """A batch of all sentences, each as [CLS] sentence [SEP], in order; and where in it every token of a sentence is.
+
+    Parameters
+    ----------
+    tokenizer : PreTrainedTokenizerBase
+    input_ids : Tensor
+        (B, T)
+    word_index : Tensor
+        (B, T) word of every token, -1 = none
+    sentence_index : Tensor
+        (B, T) sentence of every token, -1 = none
+
+    Returns
+    -------
+    tuple[tuple, Tensor, Tensor]
+        inputs (S, L) of an encoder; (K,) row and (K,) column in them of K tokens
+    """
     inside, member = sentence_index >= 0, group_matrix(sentence_index)
     exists, own = member.any(-1), sentence_index.clamp(min=0)
     row = (exists.flatten().cumsum(0) - 1).view_as(exists).gather(1, own)[inside]
@@ -565,7 +584,7 @@ def encode_sentences(
     TextFeatures
         tokens are zero outside sentences; `sentences` (B, M, D') are the wholes of the sentences
     """
-    inputs, row, column = _sentences_apart(encoder.tokenizer, input_ids, word_index, sentence_index)
+    inputs, row, column = sentences_apart(encoder.tokenizer, input_ids, word_index, sentence_index)
     out, inside = encoder(*inputs), sentence_index >= 0
     tokens = out.tokens.new_zeros(*input_ids.shape, out.tokens.shape[-1])
     tokens[inside] = out.tokens[row, column]

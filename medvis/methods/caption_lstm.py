@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from ..data.pairs import Batch
 from ..encoders.decoders import LSTMDecoder
 from ..encoders.features import group_matrix, pool_tokens
+from ..encoders.text import sentences_apart
 from .method import Correspondence, Losses, Method, add_up
 from .settings import CAPTION_LSTM_PRESETS, CaptionConfig, CaptionLSTMConfig
 from ..objectives.captions import caption_likelihood, caption_loss, coverage_loss
@@ -73,11 +74,24 @@ class Captioner(Method):
         """
         return {}
 
+    def _looks(self, regions: Tensor, *inputs: Tensor) -> Tensor:  # (S, N, D), (S, L) each -> (S, L, N)
+        "Where is looked for each token, given those before it in its text; for the first nowhere."
+        words = self.text_encoder(*inputs).tokens[:, :-1]
+        return F.pad(self.text_decoder(regions, words)[1], (0, 0, 1, 0))
+
     def correspondence(self, batch: Batch) -> Correspondence:
-        "Where is looked for each word of the own report, given the words before it."
-        image = self.image_encoder(batch.image)
-        attention = self.text_decoder(image.regions, self.embed_text(batch)[0])[1]
-        return _token_maps(F.pad(attention, (0, 0, 1, 0)), batch, image.grid)
+        "Where is looked for each word of the own report, given the words before it in what is one text to the method."
+        image, inputs = self.image_encoder(batch.image), (batch.word_index, batch.sentence_index)
+        if self.text_unit == "report":
+            looks = self._looks(image.regions, batch.input_ids, batch.attention_mask, *inputs)
+            return _token_maps(looks, batch, image.grid)
+        inside = batch.sentence_index >= 0
+        inputs, row, column = sentences_apart(self.tokenizer, batch.input_ids, *inputs)
+        owner = row.new_zeros(len(inputs[0])).index_put((row,), inside.nonzero()[:, 0])  # image of every sentence
+        alone = self._looks(image.regions[owner], *inputs)
+        looks = alone.new_zeros(*inside.shape, alone.shape[-1])
+        looks[inside] = alone[row, column]
+        return _token_maps(looks, batch, image.grid)
 
     def embed_image(self, image: Tensor) -> Tensor:  # (B, N, D)
         """Returns

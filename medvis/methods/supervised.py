@@ -66,13 +66,15 @@ class Supervised(Method):
         if math.isnan(found):
             names = ", ".join(self.label_names)
             warnings.warn(
-                f"AUROC is not defined: none of {names} is both present and absent in validation", stacklevel=2
+                f"AUROC is not defined: none of {names} is both present and absent in validation; the loss is watched",
+                stacklevel=2,
             )
         return {"auroc": found}
 
     def monitor(self, values: dict[str, float]) -> float:
-        "The AUROC, which is to rise."
-        return -values.get("auroc", math.nan)
+        "The AUROC, which is to rise; the loss where no label of the validation studies has one."
+        found = values.get("auroc", math.nan)
+        return values["loss"] if math.isnan(found) else -found
 
     def classify(self, image: Tensor) -> Tensor:  # (B, C) logits
         """Returns
