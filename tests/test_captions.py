@@ -79,15 +79,16 @@ def test_padding_is_nothing(method, batch):
 
 
 def test_maps_are_shares_whatever_the_grain(method, batch):
-    "A word of many pieces, and a sentence of many words, looked as much as any other: the means, by hand."
-    found, looks = method.correspondence(batch), token_scores(method, batch)[1]
-    words = batch.word_index[3]
-    assert (torch.bincount(words[words >= 0]) > 1).any(), "a word of several pieces"
-    by_hand = torch.stack([looks[3, (words == word).nonzero()[:, 0] - 1].mean(0) for word in range(int(words.max()) + 1)])
-    torch.testing.assert_close(found.words[3, :, :len(by_hand)].exp().T, by_hand)
+    "A word of many pieces, and a sentence of many words, looked as much as any other: the means, by hand. Trained on sentences, it reads each alone."
+    alone = collate([Sample(i, i, batch.image[3], tokenise([text], method.tokenizer, punctuation=True)) for i, text in enumerate(TEXTS[3])])
+    found, looks = method.correspondence(batch), token_scores(method, alone)[1]
+    words, sentences = batch.word_index[3], batch.sentence_index[3]
+    assert method.text_unit == "sentence" and (torch.bincount(words[words >= 0]) > 1).any(), "a word of several pieces"
     for sentence in range(3):
-        own = words[batch.sentence_index[3] == sentence].unique()
-        torch.testing.assert_close(found.sentences[3, :, sentence].exp(), by_hand[own].mean(0))
+        start, own = (sentences == sentence).nonzero()[0], words[sentences == sentence].unique()
+        by_hand = torch.stack([looks[sentence, (words == word).nonzero()[:, 0] - start].mean(0) for word in own])
+        torch.testing.assert_close(found.words[3, :, own].exp().T, by_hand)
+        torch.testing.assert_close(found.sentences[3, :, sentence].exp(), by_hand.mean(0))
 
 
 def test_an_even_look_is_asked_for_by_its_weight(tokenizer, batch):
