@@ -139,7 +139,10 @@ def test_a_pack_of_mimic_holds_what_went_in(simulated, tmp_path, recipe):
     rules, splits = mimic._MIMIC_RECIPES[recipe].rules, mimic_files._mimic_splits(STUDIES)
     by_study = {mimic_files._mimic_ids(study)[1]: study for study in STUDIES}
     held_out = {study.patient_id for study in STUDIES if splits[study.patient_id] == "test" and study.severities["Edema"] is not None}
-    assert set(pack.studies.study_id) == set(by_study), "in the simulated copy the edema test patients are test patients of MIMIC"
+    missing, share = set(by_study) - set(pack.studies.study_id), mimic._MIMIC_RECIPES[recipe].train_share
+    train = {name for name, study in by_study.items() if splits[study.patient_id] == "train"}
+    assert set(pack.studies.study_id) <= set(by_study) and missing <= train, "in the simulated copy the edema test patients are test patients of MIMIC"
+    assert abs(1 - len(missing) / len(train) - share) < 0.05 if share < 1 else not missing
     assert held_out
     for row in pack.studies.itertuples():
         study = by_study[row.study_id]
