@@ -17,6 +17,7 @@ from medvis.analyse.spread import draw_spread, spread_table
 from medvis.data.pairs import Pairs, read_batch
 from medvis.data.prepare import PhantomConfig, prepare_phantom
 from medvis.methods import METHODS, Correspondence, Method
+from medvis.methods.settings import SETTINGS
 from medvis.methods.method import NoCorrespondence, add_up, cosine_correspondence, cross_attend, phantom_tokenizer
 from medvis.objectives.contrastive import clip_loss, l2_normalize
 from medvis.studies.lovt_figures import _weights_table
@@ -309,3 +310,10 @@ def test_questions_are_found(source):
     "getattr(method.config, 'lr')", "@singledispatch\ndef render(part: object): pass"])
 def test_other_questions_are_none_of_our_business(source):
     assert class_questions(source) == []
+
+
+@pytest.mark.parametrize("name, setting", [(name, setting) for name, (config, _) in SETTINGS.items() for setting, field in config.__dataclass_fields__.items() if field.type is None])
+def test_a_setting_without_a_meaning_is_refused(name, setting):
+    "As the command line does, which takes None alone."
+    with pytest.raises(ValueError, match=f"{setting} is 5, but has no meaning for {METHODS[name].__name__}"):
+        METHODS[name].from_preset("tiny", **{setting: 5})

@@ -346,11 +346,15 @@ def linear_probe(
     return table
 
 # %% ../../nbs/evaluate/05_classify.ipynb #5e1f0a02
-def _own_scores(method: Method, pack: Pack, images: list[int], batch_size: int) -> np.ndarray:  # (m, C) logits
+def _own_scores(method: Method, pack: Pack, rows: np.ndarray, batch_size: int) -> np.ndarray:
+    "(n, C) logits of studies, means over their images."
+    of_study = pack.studies["image_rows"].iloc[rows]
+    images, counts = [image for some in of_study for image in some], of_study.map(len).to_numpy()
     with frozen(method):
         starts = range(0, len(images), batch_size)
         parts = [method.classify(read_images(method, pack, images[start : start + batch_size])) for start in starts]
-    return torch.cat(parts).float().cpu().numpy()
+    scores = torch.cat(parts).float().cpu().numpy()
+    return np.add.reduceat(scores, counts.cumsum() - counts) / counts[:, None]
 
 
 def head_predictions(
@@ -362,7 +366,7 @@ def head_predictions(
     allow_leaks: bool = False,  # measure although the run was trained on patients or images of the split
     batch_size: int = 64,
 ) -> pd.DataFrame:  # the columns of probe_predictions: probe_table makes a table of them
-    """Scores of a method's own layer for the labels that it is trained on, study by study.
+    """Scores of a method's own layer for the labels that it is trained on, study by study: means over its images.
 
     ValueError for a method that is trained on none, a Pack without these labels, or leaks.
 
@@ -397,7 +401,7 @@ def head_predictions(
     check_unseen(pack, [method], allow_leaks)
     check_preprocessing(method, pack)
     rows = np.flatnonzero(pack.studies["split"].isin([split]) | (split is None))
-    scores = _own_scores(method, pack, [pack.studies["image_rows"].iloc[row][0] for row in rows], batch_size)
+    scores = _own_scores(method, pack, rows, batch_size)
     studies = pack.studies[["study_id", "patient_id"]].iloc[rows].astype(str)
     studies = studies.assign(encoder=type(method).__name__, fraction=0.0, seed=0, n=0, positives=0)
     parts = (

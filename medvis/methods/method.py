@@ -233,6 +233,14 @@ def _tokens(batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return batch.input_ids, batch.attention_mask, batch.word_index, batch.sentence_index
 
 
+def _check_changes(kind: type["Method"], changes: dict[str, Any]) -> None:
+    "ValueError for settings that a method does not have, or that have no meaning for it and can only be None."
+    for name, value in changes.items():
+        check_choice(f"setting of {kind.__name__}", name, kind.Config.__dataclass_fields__)
+        if kind.Config.__dataclass_fields__[name].type is None and value is not None:
+            raise ValueError(f"{name} is {value!r}, but has no meaning for {kind.__name__}: leave it out")
+
+
 class Method(nn.Module):
     "Base of all methods: encoders from a configuration, presets, `forward`, `correspondence` and `similarity`."
 
@@ -265,8 +273,7 @@ class Method(nn.Module):
 
         Raises ValueError for a name that does not exist."""
         check_choice(f"preset of {cls.__name__}", preset, cls.presets)
-        for name in changes:
-            check_choice(f"setting of {cls.__name__}", name, cls.Config.__dataclass_fields__)
+        _check_changes(cls, changes)
         config, training = cls.presets[preset]
         method = cls(cls.Config(**{**config, **changes}), tokenizer)
         method.training_settings, method.preset = dict(training), preset

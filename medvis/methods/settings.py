@@ -19,6 +19,7 @@ from typing import Any, Literal
 import pandas as pd
 
 from ..core.choices import check_choice
+from ..data.sets.mimic import CHEXPERT_FIVE, PATHOLOGY9
 
 # %% ../../nbs/methods/01_settings.ipynb #16628fec
 @dataclass(frozen=True)
@@ -837,8 +838,10 @@ _VIEWS_ORIGINS = {
 # %% ../../nbs/methods/01_settings.ipynb #c9d88605
 @dataclass(frozen=True)
 class VSEConfig(MethodConfig):
-    "Settings of VSE++. Its heads are linear: `hidden` has no meaning here."
+    "Settings of VSE++."
 
+    hidden: None = None
+    "The heads are linear."
     layer: str | None = "layer4"
     "Regions from the layer that is pooled, so that the image head fits them too."
     whole_image: Literal["encoder", "attention", "selective"] = "encoder"
@@ -857,7 +860,7 @@ class VSEConfig(MethodConfig):
 # %% ../../nbs/methods/01_settings.ipynb #e1b6c0a7
 @dataclass(frozen=True)
 class DSVEConfig(VSEConfig):
-    "Settings of DSVE. Its heads are linear: `hidden` has no meaning here."
+    "Settings of DSVE."
 
     whole_image: Literal["encoder", "attention", "selective"] = "selective"
     "Image vector: the largest and smallest values of the regions (DSVE), attention pooling, or the encoder's own."
@@ -952,20 +955,6 @@ CONTRASTIVE_BINARY_PRESETS = {
 }
 
 # %% ../../nbs/methods/01_settings.ipynb #7d1c5e03
-_FIVE = ("Cardiomegaly", "Edema", "Consolidation", "Atelectasis", "Pleural Effusion")
-_PATHOLOGY9 = (
-    "Support Devices",
-    "Cardiomegaly",
-    "Consolidation",
-    "Edema",
-    "Lung Opacity",
-    "Pleural Effusion",
-    "Pneumonia",
-    "Pneumothorax",
-    "Atelectasis",
-)
-
-
 @dataclass(frozen=True)
 class SupervisedConfig(ImageMethodConfig):
     "Settings of Supervised."
@@ -976,7 +965,7 @@ class SupervisedConfig(ImageMethodConfig):
     "The head is one linear layer."
     dim: None = None
     "There is no shared space."
-    classes: tuple[str, ...] | None = _FIVE
+    classes: tuple[str, ...] | None = CHEXPERT_FIVE
     "Labels that are learned; None = those of the Pack's recipe, else all of the Pack."
     uncertain: Literal["positive", "negative", "ignore"] = "positive"
     "What an uncertain label counts as: positive (U-Ones), negative (U-Zeros), or left out."
@@ -997,7 +986,7 @@ _CHEXPERT_RECIPE = dict(
     per="image",
 )
 _SUPERVISED_LOCAL_MI = dict(
-    image="resnet256", image_weights=None, layer=None, classes=_PATHOLOGY9, uncertain="ignore", blank="ignore"
+    image="resnet256", image_weights=None, layer=None, classes=PATHOLOGY9, uncertain="ignore", blank="ignore"
 )
 _SUPERVISED_LOCAL_MI_RECIPE = dict(
     optimizer="adam",
@@ -1010,7 +999,7 @@ _SUPERVISED_LOCAL_MI_RECIPE = dict(
     keep="last",
 )
 _SUPERVISED_LAPTOP = {name: _LAPTOP[name] for name in ("image", "image_weights", "layer", "coordinates")}
-_SUPERVISED_TINY = dict(image="tiny_resnet", image_weights=None, classes=_PATHOLOGY9, uncertain="ignore")
+_SUPERVISED_TINY = dict(image="tiny_resnet", image_weights=None, classes=PATHOLOGY9, uncertain="ignore")
 _SUPERVISED_TINY_RECIPE = dict(
     lr=1e-3, weight_decay=0.05, batch_size=64, epochs=8, schedule="warmup-cosine", warmup=0.1, augment="mgca"
 )
@@ -1018,7 +1007,7 @@ SUPERVISED_PRESETS = {
     "paper": ({}, _CHEXPERT_RECIPE),
     "paper-30": ({}, {**_CHEXPERT_RECIPE, "lr": 1e-4}),
     "local-mi": (_SUPERVISED_LOCAL_MI, _SUPERVISED_LOCAL_MI_RECIPE),
-    "laptop": (dict(_SUPERVISED_LAPTOP, classes=_PATHOLOGY9, uncertain="ignore"), _LAPTOP_RECIPE),
+    "laptop": (dict(_SUPERVISED_LAPTOP, classes=PATHOLOGY9, uncertain="ignore"), _LAPTOP_RECIPE),
     "tiny": (_SUPERVISED_TINY, _SUPERVISED_TINY_RECIPE),
 }
 
