@@ -12,11 +12,12 @@ import torch
 
 from medvis.data.pack import Pack
 from medvis.data.prepare import PhantomConfig, prepare_phantom
-from medvis.methods import BYOL, MGCA, CaptionLSTM, CaptionTransformer, GLoRIA, LoVT, PixelPro, SimCLR, Supervised
+from medvis.methods import BYOL, DSVE, MGCA, CaptionLSTM, CaptionTransformer, ContrastiveBinary, GLoRIA, LoVT, PixelPro, SimCLR, Supervised
 from medvis.methods.method import phantom_tokenizer
 from medvis.train import Run, TrainConfig, checkpoint, loop
 
 FORK = multiprocessing.get_context("fork")
+SIZES = {Supervised: {}, ContrastiveBinary: {}, DSVE: {"dim": 16}}  # of those without a projection of their own
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +34,7 @@ def train(pack: Path, tokenizer, run: Path, sabotage=None, kind=MGCA, **changes)
     "Three epochs of 6 batches of a small method with every kind of randomness: crops, swapped sentences, dropout."
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    method = kind.from_preset("tiny", tokenizer, hidden=32, dim=16)
+    method = kind.from_preset("tiny", tokenizer, **SIZES.get(kind, {"hidden": 32, "dim": 16}))
     settings = dict(epochs=3, batch_size=16, save_every=4, augment="lovt", swap=0.4, progress=False, device="cpu")
     if sabotage:
         sabotage()
@@ -128,9 +129,9 @@ def test_killed_run_resumes_exactly(point, pack, tokenizer, tmp_path, undisturbe
     same_run(run, wanted)
 
 
-@pytest.mark.parametrize("kind", [CaptionLSTM, CaptionTransformer], ids=lambda kind: kind.__name__)
-def test_captioners_resume_exactly(kind, pack, tokenizer, tmp_path, undisturbed):
-    "Dropout in every step of the decoder, a random choice of sentences: the same words in the end."
+@pytest.mark.parametrize("kind", [CaptionLSTM, CaptionTransformer, ContrastiveBinary, DSVE], ids=lambda kind: kind.__name__)
+def test_baselines_resume_exactly(kind, pack, tokenizer, tmp_path, undisturbed):
+    "Dropout in every step of a decoder, random sentences, other reports drawn as negatives: the same words in the end."
     wanted, run = undisturbed(kind=kind), tmp_path / "run"
     assert in_process(pack, tokenizer, run, die_at_call(loop._Trainer, "take_step", 9), kind=kind) == -signal.SIGKILL, "the run was to be killed"
     assert not (run / "last.safetensors").exists() and in_process(pack, tokenizer, run, kind=kind) == 0
