@@ -1,4 +1,4 @@
-"""What every method learns at a preset: its loss, a linear probe beside its own network before training, retrieval, and processor minutes.
+"""What every method learns at a preset: its loss, a linear probe beside its own network before training, retrieval in both directions, and processor seconds a step.
 
 `python benchmarks/baselines.py --data PACK --runs runs --out baselines.csv` trains what is not trained yet (a killed run goes on), one line a method."""
 import argparse
@@ -27,13 +27,21 @@ ENDS = 10  # steps that the loss is averaged over at the start and at the end
 FRACTIONS = (0.01, 0.1, 1.0)
 
 
-def train(name: str, preset: str, data: Pack, runs: Path) -> tuple[Run, int]:
-    "The run of a method, and how many warnings of collapse it gave in this process."
+def steps_of(folder: Path) -> int:
+    "Steps that are in a run's log; 0 if there is none."
+    return int(Run(folder).metrics["step"].max()) if (folder / "metrics.jsonl").exists() else 0
+
+
+def train(name: str, preset: str, data: Pack, runs: Path) -> tuple[Run, dict[str, float]]:
+    "The run of a method; its steps, and of those made by this process the processor seconds of one and the warnings of collapse."
+    before, start = steps_of(runs / name), time.process_time()
     method = create_method(name, preset, data, seed=0)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         run = fit(method, data, TrainConfig.of(method, runs / name, seed=0, progress=False))
-    return run, sum(issubclass(one.category, CollapseWarning) for one in caught)
+    steps, seconds = steps_of(runs / name), time.process_time() - start
+    collapsed = sum(issubclass(one.category, CollapseWarning) for one in caught)
+    return run, {"steps": steps, "seconds a step": seconds / (steps - before) if steps > before else float("nan"), "collapse warnings": collapsed}
 
 
 def losses(run: Run) -> dict[str, float]:
@@ -57,20 +65,19 @@ def probed(run: Run, data: Pack, out: Path) -> dict[str, float]:
 
 
 def ranked(run: Run, data: Pack) -> dict[str, float]:
-    "Median rank of the own report, and what chance gives."
+    "Median rank of the own report and of the own image, and what chance gives."
     table = retrieve(run, data, resamples=1)
-    at = (table["relevant"] == "same study") & (table["metric"] == "median rank") & (table["direction"] == "image -> report")
-    return {"median rank": table["value"][at].item(), "rank by chance": table["chance"][at].item()}
+    at = table[(table["relevant"] == "same study") & (table["metric"] == "median rank")].set_index("direction")
+    ranks = {f"median rank {direction}": float(value) for direction, value in at["value"].items()}
+    return ranks | {"rank by chance": float(at["chance"].iloc[0])}
 
 
 def measure(name: str, preset: str, data: Pack, runs: Path) -> dict[str, object]:
     "One line of the table; from its file if it is there."
     file = runs / f"{name}.json"
     if not file.exists():
-        start = time.process_time()
-        run, collapsed = train(name, preset, data, runs)
-        minutes = (time.process_time() - start) / 60
-        line = {"method": name, "preset": preset, "steps": int(run.metrics["step"].max()), "minutes": minutes, "collapse warnings": collapsed, **losses(run)}
+        run, spent = train(name, preset, data, runs)
+        line = {"method": name, "preset": preset, **spent, **losses(run)}
         line |= probed(run, data, runs / f"{name}-probe") | (ranked(run, data) if name in methods_with_text() else {})
         file.write_text(json.dumps(line, indent=1, default=float))
     return json.loads(file.read_text())
