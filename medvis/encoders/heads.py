@@ -162,10 +162,27 @@ class AttentionPool(nn.Module):
         some = mask.any(-1, keepdim=True)
         with torch.autocast(local.device.type, enabled=False):
             local = local.to(self.attention.in_proj_weight.dtype).masked_fill(~mask[..., None], 0)
-            count = mask.shape[1] if self.query_mean == "padded" else mask.sum(-1)[:, None, None].clamp(min=1)
-            query = local.sum(1, keepdim=True) / count
-            pooled, weights = self.attention(query, local, local, key_padding_mask=~(mask | ~some))
-        return pooled[:, 0].masked_fill(~some, 0), weights[:, 0].masked_fill(~mask, 0)
+            count = mask.shape[1] if self.query_mean == "padded" else mask.sum(-1, keepdim=True).clamp(min=1)
+            pooled, weights = self._ask(local.sum(1) / count, local, mask | ~some)
+        return pooled.masked_fill(~some, 0), weights.masked_fill(~mask, 0)
+
+    def _ask(
+        self,
+        query: Tensor,  # (B, D)
+        local: Tensor,  # (B, N, D)
+        mask: Tensor,  # (B, N)
+    ) -> tuple[Tensor, Tensor]:  # (B, D); (B, N)
+        "Attention with one query, for which no local vector need be projected. The keys' bias adds the same to all scores of a query, and drops out."
+        heads = self.attention.num_heads
+        (ask, key, value), (ask_bias, _, value_bias) = (
+            self.attention.in_proj_weight.chunk(3),
+            self.attention.in_proj_bias.chunk(3),
+        )
+        asked = F.linear(query, ask, ask_bias).unflatten(-1, (heads, -1))  # (B, H, D / H)
+        asked = torch.einsum("bhc,hcd->bhd", asked, key.unflatten(0, (heads, -1))) / asked.shape[-1] ** 0.5
+        weights = (asked @ local.mT).masked_fill(~mask[:, None], -torch.inf).softmax(-1)  # (B, H, N)
+        answer = torch.einsum("bhd,hcd->bhc", weights @ local, value.unflatten(0, (heads, -1))).flatten(1) + value_bias
+        return self.attention.out_proj(answer), weights.mean(1)
 
     def pool_each(
         self,
@@ -183,7 +200,11 @@ class AttentionPool(nn.Module):
         Tensor
             (..., D)
         """
-        return self(local.reshape(-1, 1, local.shape[-1]))[0].view(local.shape)
+        with torch.autocast(
+            local.device.type, enabled=False
+        ):  # a vector alone has all the weight: only its value counts
+            value, bias = (part.chunk(3)[2] for part in (self.attention.in_proj_weight, self.attention.in_proj_bias))
+            return self.attention.out_proj(F.linear(local.to(value.dtype), value, bias))
 
 # %% ../../nbs/encoders/05_heads.ipynb #42e37cff
 class SelectivePool(nn.Module):
