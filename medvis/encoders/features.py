@@ -65,6 +65,10 @@ class TextFeatures:
     word_weights: Tensor | None = None  # (B, W) head-averaged attention CLS -> word, summed over its pieces
 
 # %% ../../nbs/encoders/01_features.ipynb #b72cc825
+def _count_groups(index: Tensor) -> int:
+    return max(int(index.max()) + 1, 1) if index.numel() else 1
+
+
 def group_matrix(
     index: Tensor,  # (B, T) int64 group of every token, -1 = none
 ) -> Tensor:  # (B, K, T) bool, K = the largest number of groups in the batch (at least 1)
@@ -80,8 +84,7 @@ def group_matrix(
     Tensor
         (B, K, T) bool, K = the largest number of groups in the batch (at least 1)
     """
-    groups = max(int(index.max()) + 1, 1) if index.numel() else 1
-    return index[:, None, :] == torch.arange(groups, device=index.device)[None, :, None]
+    return index[:, None, :] == torch.arange(_count_groups(index), device=index.device)[None, :, None]
 
 # %% ../../nbs/encoders/01_features.ipynb #4ccef6ff
 def pool_tokens(
@@ -105,13 +108,16 @@ def pool_tokens(
     tuple[Tensor, Tensor]
         (B, K, D) pooled, zero where empty; (B, K) mask of the groups that exist
     """
-    member = group_matrix(index)
-    mask = member.any(-1)
-    total = member.to(tokens.dtype) @ tokens
+    batch, groups = len(index), _count_groups(index) + 1
+    slot = (index.clamp(min=-1) + 1 + groups * torch.arange(batch, device=index.device)[:, None]).flatten()
+    flat = tokens.flatten(0, 1).to(
+        torch.promote_types(tokens.dtype, torch.float32)
+    )  # a sum of bfloat16 loses its last words
+    per_slot = flat.new_zeros(batch * groups, flat.shape[-1])
+    size = slot.new_zeros(batch * groups, 1).index_add(0, slot, torch.ones_like(slot)[:, None])
     if mode == "max":
-        slot = index.clamp(min=0)[..., None].expand_as(tokens)
-        low = tokens.masked_fill((index < 0)[..., None], -torch.inf)
-        top = tokens.new_full(total.shape, -torch.inf).scatter_reduce(1, slot, low, "amax")
-        return top.masked_fill(~mask[..., None], 0), mask
-    size = member.sum(-1, keepdim=True).clamp(min=1)
-    return {"sum": total, "mean": total / size}[mode], mask
+        pooled = per_slot.scatter_reduce(0, slot[:, None].expand_as(flat), flat, "amax", include_self=False)
+    else:
+        pooled = per_slot.index_add(0, slot, flat) / {"sum": 1, "mean": size.clamp(min=1)}[mode]
+    pooled, size = (value.unflatten(0, (batch, groups))[:, 1:] for value in (pooled, size))  # the first: of no group
+    return pooled.to(tokens.dtype), size[..., 0] > 0
