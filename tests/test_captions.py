@@ -124,7 +124,24 @@ def test_pairs_are_scored_in_any_chunks(method, batch):
     for i in range(3):
         for j in range(4):
             logits = method.text_decoder(regions[i:i + 1], words[j:j + 1])[0]
-            torch.testing.assert_close(table[i, j], caption_likelihood(logits, targets[j:j + 1], mask[j:j + 1])[0])
+            inside = mask[j:j + 1]
+            torch.testing.assert_close(table[i, j], caption_likelihood(logits[inside], targets[j:j + 1][inside], inside)[0])
+
+
+def test_logits_are_computed_only_where_they_are_read(method, batch):
+    "The widest layer sees the valid tokens for a loss and a likelihood, one token an image for a caption, and none for a map."
+    asked, tokens = [], int(batch.attention_mask[:, 1:].sum())
+    hook = method.text_decoder.tell.register_forward_hook(lambda layer, given, said: asked.append(said[..., 0].numel()))
+    try:
+        method.correspondence(batch)
+        assert asked == []
+        method(batch)
+        method.similarity(method.embed_image(batch.image), method.embed_text(batch))
+        assert asked == [tokens, 4 * tokens] and tokens < batch.attention_mask[:, 1:].numel()
+        method.caption(batch.image, longest=3)
+        assert asked[2:] == [4, 4, 4]
+    finally:
+        hook.remove()
 
 
 def test_what_is_said_is_the_likeliest_token_every_time(method, batch):

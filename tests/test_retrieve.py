@@ -1,5 +1,6 @@
 """Retrieval and zero-shot classification against enumeration, loops and scikit-learn, on ties and on degenerate input; the door of every method."""
 import itertools
+import json
 from types import SimpleNamespace
 
 import numpy as np
@@ -244,6 +245,30 @@ def test_one_who_knows_is_perfect(tokenizer, tmp_path):
     assert table.loc[("same class", _DIRECTIONS[0], "precision@1"), "n"] == 7 and sorted(path.name for path in tmp_path.iterdir()) == ["retrieval.csv", "retrieval.json", "retrieval.npz"]
     saved = pd.read_csv(tmp_path / "retrieval.csv").set_index(["relevant", "direction", "metric"])
     np.testing.assert_allclose(saved["value"], table["value"])
+
+
+def test_fewer_studies_are_whole_patients_of_a_seed_with_their_own_chance(tokenizer, pack, tmp_path):
+    method = METHODS["clip"].from_preset("tiny", tokenizer)
+    split = pack.studies[pack.studies["split"] == "test"]
+    assert len(split) > 12 and (split["sentences"].map(len) > 0).all()
+    ask = lambda **how: retrieve.retrieve(method, pack, resamples=5, out=tmp_path, **how).set_index(["relevant", "direction", "metric"]).loc["same study"]
+    whole, few = ask(), ask(studies=9, seed=3)
+    drawn = retrieve._load_pairs(tmp_path / "retrieval.npz")
+    assert (whole["candidates"] == len(split)).all() and drawn.scores.shape == (9, 9) and (few["candidates"] == 9).all()
+    at_one = few.xs("R@1", level="metric")["chance"]
+    np.testing.assert_allclose(at_one, 1 / 9)
+    assert (few.xs("median rank", level="metric")["chance"] == 5).all()
+    own = drawn.texts.groupby("patient_id").size()
+    all_of = split.groupby(split["patient_id"].astype(str)).size()
+    assert (own < all_of[own.index]).sum() <= 1, "patients are drawn whole, but for the last"
+    assert json.loads((tmp_path / "retrieval.json").read_text()).items() >= {"studies": 9, "seed": 3}.items()
+    again, other = (retrieve._retrieval_scores(method, pack, studies=9, seed=seed) for seed in (3, 4))
+    np.testing.assert_array_equal(again.scores, drawn.scores)
+    assert set(other.texts["study_id"]) != set(drawn.texts["study_id"])
+    named = retrieve.zero_shot(method, pack, resamples=5, out=tmp_path, studies=9, seed=3)
+    assert (named["findings"]["n"] <= 9).all() and set(retrieve._load_pairs(tmp_path / "zero_shot.npz").images["study_id"]) == set(drawn.texts["study_id"])
+    with pytest.raises(ValueError, match="studies is 0; expected at least 1"):
+        retrieve.zero_shot(method, pack, studies=0)
 
 
 # ---------------------------------------------------------------- zero-shot

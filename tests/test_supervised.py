@@ -308,3 +308,18 @@ def test_one_step_at_full_size(preset, side, encoder, count):
     torch.optim.Adam([{"params": group["params"], "weight_decay": group["weight_decay"]} for group in groups], settings.lr).step()
     moved = {name for name, value in weights.items() if not torch.equal(value, before[name])}
     assert moved == weights.keys() - unused and {"head.weight", "head.bias"} <= moved
+
+
+# ---------------------------------------------------------------- an epoch that measured nothing
+
+@pytest.mark.parametrize("seen, kept", [([math.nan, 0.5, 0.7], 0.5), ([0.5, math.nan, 0.4], 0.4), ([0.5, 0.4, math.nan], 0.4), ([0.5, math.nan, 0.6], 0.5), ([math.nan] * 3, math.nan)])
+def test_an_epoch_without_a_number_is_not_the_best(seen, kept, pack, tmp_path, monkeypatch):
+    "The weights of the best number are kept, whatever epochs without one stand around it; without any, the last."
+    method, left = create_method("supervised", data=pack), iter(seen)
+    monkeypatch.setattr(Supervised, "monitor", lambda self, values: next(left))
+    states = []
+    run = fit(method, pack, tmp_path / "run", each_epoch=lambda run: states.append({name: value.clone() for name, value in method.state_dict().items()}),
+              epochs=3, batch_size=32, lr=1e-3, progress=False, schedule="plateau", plateau_patience=1, patience=2)
+    wanted = states[2 if math.isnan(kept) else seen.index(kept)]
+    best = read_weights(run.path / "weights.safetensors")
+    assert len(states) == 3 and all(torch.equal(value, wanted[name]) for name, value in best.items())

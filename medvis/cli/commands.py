@@ -152,6 +152,8 @@ def retrieve(config: RetrieveConfig) -> pd.DataFrame:  # as returned by evaluate
         findings=config.findings or None,
         uncertain=config.uncertain,
         blank=config.blank,
+        studies=config.studies,
+        seed=config.seed,
         allow_leaks=config.allow_leaks,
         out=out,
     )

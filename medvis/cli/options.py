@@ -166,6 +166,10 @@ class RetrieveConfig:
     "Largest number of studies of each class that are searched for their class."
     prompts: Annotated[Path | None, default_text("those of medvis")] = None
     "Table (.csv: finding, sign, pair, prompt) of prompts."
+    studies: Annotated[int | None, default_text("all")] = None
+    "Largest number of studies, drawn by patient: a method that judges every pair anew takes long for many."
+    seed: int = 0
+    "Of the draw of studies."
     out: Annotated[Path | None, default_text("the folder retrieval in the run")] = None
     "Folder of the scores and tables."
     allow_leaks: bool = False

@@ -10,7 +10,20 @@ import torch
 from torch import Tensor, nn
 
 # %% ../../nbs/encoders/11_decoders.ipynb #c05427ca
-class LSTMDecoder(nn.Module):
+class _Decoder(nn.Module):
+    "What both share: `states`, and the layer `tell` that makes logits of them."
+
+    def forward(
+        self,
+        regions: Tensor,  # (B, N, D)
+        words: Tensor,  # (B, T, E) the tokens so far
+    ) -> tuple[Tensor, Tensor]:  # (B, T, V) logits of the token behind each; (B, T, N) shares of the regions for it
+        "What is said next, and where is looked before."
+        states, shares = self.states(regions, words)
+        return self.tell(states), shares
+
+
+class LSTMDecoder(_Decoder):
     """An LSTM with soft attention to regions (show, attend and tell).
 
     Parameters
@@ -45,12 +58,12 @@ class LSTMDecoder(nn.Module):
         self.tell_state, self.tell_context = nn.Linear(hidden, dim), nn.Linear(dim, dim, bias=False)
         self.dropout, self.tell = nn.Dropout(dropout), nn.Linear(dim, vocabulary)
 
-    def forward(
+    def states(
         self,
         regions: Tensor,  # (B, N, D)
         words: Tensor,  # (B, T, E) the tokens so far
-    ) -> tuple[Tensor, Tensor]:  # (B, T, V) logits of the token behind each; (B, T, N) shares of the regions for it
-        """What is said next, and where is looked before.
+    ) -> tuple[Tensor, Tensor]:  # (B, T, d) what `tell` makes logits of; (B, T, N) shares of the regions
+        """What the next token is told from, and where is looked before.
 
         Parameters
         ----------
@@ -62,7 +75,7 @@ class LSTMDecoder(nn.Module):
         Returns
         -------
         tuple[Tensor, Tensor]
-            (B, T, V) logits of the token behind each; (B, T, N) shares of the regions for it
+            (B, T, d) what `tell` makes logits of; (B, T, N) shares of the regions
         """
         seen, heard = self.see(regions), self.hear(words)
         keys, (state, memory) = self.key(seen), self.first(seen.mean(1)).chunk(2, -1)
@@ -73,7 +86,7 @@ class LSTMDecoder(nn.Module):
             state, memory = self.cell(torch.cat([word, context], -1), (state, memory))
             outputs.append(word + self.tell_state(self.dropout(state)) + self.tell_context(context))
             shares.append(share)
-        return self.tell(self.dropout(torch.tanh(torch.stack(outputs, 1)))), torch.stack(shares, 1)
+        return self.dropout(torch.tanh(torch.stack(outputs, 1))), torch.stack(shares, 1)
 
 # %% ../../nbs/encoders/11_decoders.ipynb #b307fa18
 class _Layer(nn.TransformerDecoderLayer):
@@ -92,7 +105,7 @@ class _Layer(nn.TransformerDecoderLayer):
         return self.norm3(words + self._ff_block(words)), shares
 
 
-class TransformerDecoder(nn.Module):
+class TransformerDecoder(_Decoder):
     """A transformer that attends to regions.
 
     Parameters
@@ -129,12 +142,12 @@ class TransformerDecoder(nn.Module):
         self.layers = nn.ModuleList(_Layer(dim, heads, hidden, dropout, batch_first=True) for _ in range(layers))
         self.tell = nn.Linear(dim, vocabulary)
 
-    def forward(
+    def states(
         self,
         regions: Tensor,  # (B, N, D)
         words: Tensor,  # (B, T, E) the tokens so far
-    ) -> tuple[Tensor, Tensor]:  # (B, T, V) logits of the token behind each; (B, T, N) shares of the regions for it
-        """What is said next, and where is looked before.
+    ) -> tuple[Tensor, Tensor]:  # (B, T, d) what `tell` makes logits of; (B, T, N) shares of the regions
+        """What the next token is told from, and where is looked before.
 
         Parameters
         ----------
@@ -146,11 +159,11 @@ class TransformerDecoder(nn.Module):
         Returns
         -------
         tuple[Tensor, Tensor]
-            (B, T, V) logits of the token behind each; (B, T, N) shares of the regions for it
+            (B, T, d) what `tell` makes logits of; (B, T, N) shares of the regions
         """
         seen, outputs, looks = self.see(regions), self.hear(words), []
         ahead = torch.ones(words.shape[1], words.shape[1], dtype=torch.bool, device=words.device).triu(1)
         for layer in self.layers:
             outputs, shares = layer(outputs, seen, ahead)
             looks.append(shares)
-        return self.tell(outputs), looks[self.shown]
+        return outputs, looks[self.shown]

@@ -339,7 +339,7 @@ def fit_head(
         score = -loss if protocol.metric == "loss" else validation_score(protocol.metric, predictions)
         row = {"epoch": epoch, "step": step + len(losses), "lr": rate, "train_loss": np.mean(losses)}
         history.append(row | {"loss": loss, "score": score})
-        if best is None or score > best[0]:
+        if best is None or score > best[0] or np.isnan(best[0]):
             best = score, [copy.deepcopy(part.state_dict()) for part in learner.parts]
         if stopped_improving([-row["score"] for row in history], protocol.patience, 0.0):
             break

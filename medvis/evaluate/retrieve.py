@@ -155,35 +155,54 @@ def _similarity_table(
     return np.concatenate(blocks)
 
 # %% ../../nbs/evaluate/13_retrieve.ipynb #957aa924
+def _drawn_studies(
+    pack: Pack,
+    split: str,
+    studies: int | None,  # at most so many; None: all
+    seed: int = 0,
+    reports: bool = False,  # only studies with a report
+) -> np.ndarray:  # rows of studies with an image, rising
+    "Studies of a split: all, or those of patients in an order that the seed decides."
+    if studies is not None and studies < 1:
+        raise ValueError(f"studies is {studies}; expected at least 1, or None for all of the split")
+    table = pack.studies
+    rows = np.flatnonzero((table["split"] == split) & (table["image_rows"].map(len) > 0))
+    patients = pd.factorize(table["patient_id"].iloc[rows])[0]
+    place = np.random.default_rng(seed).permutation(patients.max(initial=-1) + 1)[patients]
+    rows = rows[np.argsort(place, kind="stable")]
+    if reports:
+        rows = rows[table["sentences"].iloc[rows].map(len).to_numpy() > 0]
+    return np.sort(rows[:studies])
+
+
 def _retrieval_scores(
     method: Method,
     pack: Pack,
     split: str = "test",
-    studies: int | None = None,  # the first so many of the split; None: all
+    studies: int | None = None,  # at most so many, drawn by patient; None: all of the split
+    seed: int = 0,  # of the draw
     batch_size: int = 64,
 ) -> PairScores:
     """Images of a split against its reports. Studies without a report, or without an image, are left out.
 
     Raises ValueError if nothing remains."""
-    wanted = (
-        (pack.studies["split"] == split)
-        & (pack.studies["sentences"].map(len) > 0)
-        & (pack.studies["image_rows"].map(len) > 0)
-    )
-    rows = np.flatnonzero(wanted)[:studies]
+    rows = _drawn_studies(pack, split, studies, seed, reports=True)
     if not len(rows):
         found = pack.studies["split"].value_counts().to_dict()
         raise ValueError(f"no study of the split {split!r} has an image and a report; the splits are {found}")
-    images = pack_images(pack).iloc[
-        np.concatenate([np.asarray(pack.studies["image_rows"].iloc[row], dtype=int) for row in rows])
-    ]
-    studies = pack.studies.iloc[rows]
+    images, studies = _images_of(pack, rows), pack.studies.iloc[rows]
     said = _embed_texts(method, studies["sentences"].tolist(), batch_size)  # first: a method without text ends here
     seen = _embed_images(method, pack, images["image"].to_numpy(), batch_size)
     scores = _similarity_table(method, seen, *said)
     return PairScores(
         scores, images[_IMAGE].reset_index(drop=True), studies[["study_id", "patient_id"]].reset_index(drop=True)
     )
+
+
+def _images_of(pack: Pack, rows: np.ndarray) -> pd.DataFrame:  # as pack_images has them
+    "All images of some studies, study by study."
+    own = pack.studies["image_rows"].iloc[rows]
+    return pack_images(pack).iloc[np.concatenate([np.asarray(some, dtype=int) for some in own])]
 
 
 _IMAGE = ["image_id", "study_id", "patient_id"]
@@ -436,15 +455,17 @@ def _zero_shot_scores(
     pack: Pack,
     prompts: pd.DataFrame,  # of prompt_table, or your own: finding, sign, pair, prompt
     split: str = "test",
+    studies: int | None = None,  # this and the next: as of _retrieval_scores
+    seed: int = 0,
     batch_size: int = 64,
 ) -> PairScores:
-    """All images of a split against all prompts. ValueError if the split has no image."""
-    images = pack_images(pack)
-    images = images[images["split"] == split]
-    if not len(images):
+    """All images of a split, or of some of its studies, against all prompts. ValueError if the split has no image."""
+    rows = _drawn_studies(pack, split, studies, seed)
+    if not len(rows):
         raise ValueError(
             f"no image in the split {split!r}; the pack has {pack.studies['split'].value_counts().to_dict()}"
         )
+    images = _images_of(pack, rows)
     said = _embed_texts(method, [[prompt] for prompt in prompts["prompt"]], batch_size)
     seen = _embed_images(method, pack, images["image"].to_numpy(), batch_size)
     scores = _similarity_table(method, seen, *said)
@@ -605,6 +626,8 @@ def retrieve(
     out: str | Path | None = None,  # folder for retrieval.npz, retrieval.csv and retrieval.json
     allow_leaks: bool = False,  # measure although the run was trained on patients or images of the split
     batch_size: int = 64,
+    studies: int | None = None,  # measure at most so many studies, drawn by patient; None: all of the split
+    seed: int = 0,  # of the draw
 ) -> pd.DataFrame:  # see retrieval_table
     """Retrieval of reports by images and back in a split: same study, same class. ValueError for leaks.
 
@@ -628,6 +651,10 @@ def retrieve(
     allow_leaks : bool, default: False
         measure although the run was trained on patients or images of the split
     batch_size : int, default: 64
+    studies : int | None, default: None
+        measure at most so many studies, drawn by patient; None: all of the split
+    seed : int, default: 0
+        of the draw
 
     Returns
     -------
@@ -637,17 +664,26 @@ def retrieve(
     method = as_method(run)
     pack = as_pack(data, method)
     check_unseen(pack, [method], allow_leaks)
-    pairs = _retrieval_scores(method, pack, split, batch_size=batch_size)
-    studies = pack.studies["study_id"].astype(str)
-    here = studies.isin(pairs.texts["study_id"].astype(str)).to_numpy()
+    pairs = _retrieval_scores(method, pack, split, studies, seed, batch_size)
+    names = pack.studies["study_id"].astype(str)
+    here = names.isin(pairs.texts["study_id"].astype(str)).to_numpy()
     policy = vars(label_policy(pack, findings, uncertain, blank)) if len(pack.labels.columns) else {}
     targets = study_targets(pack, **policy) if policy else pack.labels
-    classes = dict(zip(studies[here], _exclusive_class(targets[here], per_class)))
+    classes = dict(zip(names[here], _exclusive_class(targets[here], per_class)))
     table = retrieval_table(pairs, classes, ks, resamples)
     if out is not None:
         _save_pairs(Path(out) / "retrieval.npz", pairs)
         write_atomic(Path(out) / "retrieval.csv", lambda file: table.to_csv(file, index=False))
-        rules = dict(split=split, **policy, per_class=per_class, ks=ks, resamples=resamples, metrics=_DEFINITIONS)
+        rules = dict(
+            split=split,
+            studies=studies,
+            seed=seed,
+            **policy,
+            per_class=per_class,
+            ks=ks,
+            resamples=resamples,
+            metrics=_DEFINITIONS,
+        )
         write_json(Path(out) / "retrieval.json", describe_inputs({"method": method}, pack, **rules))
     return table
 
@@ -667,6 +703,8 @@ def zero_shot(
     | None = None,  # folder for zero_shot.npz, zero_shot.json and the three tables as zero_shot_<name>.csv
     allow_leaks: bool = False,  # measure although the run was trained on patients or images of the split
     batch_size: int = 64,
+    studies: int | None = None,  # measure at most so many studies, drawn by patient; None: all of the split
+    seed: int = 0,  # of the draw
 ) -> dict[str, pd.DataFrame]:  # "findings": zero_shot_table, "prompts": prompt_breakdown, "classes": class_table
     """Zero-shot classification of a split, by pairs of prompts, single prompts and classes. ValueError for leaks.
 
@@ -690,6 +728,10 @@ def zero_shot(
     allow_leaks : bool, default: False
         measure although the run was trained on patients or images of the split
     batch_size : int, default: 64
+    studies : int | None, default: None
+        measure at most so many studies, drawn by patient; None: all of the split
+    seed : int, default: 0
+        of the draw
 
     Returns
     -------
@@ -701,7 +743,7 @@ def zero_shot(
     check_unseen(pack, [method], allow_leaks)
     policy = label_policy(pack, findings if prompts is None else list(pd.unique(prompts["finding"])), uncertain, blank)
     prompts = prompt_table([name for name in policy.findings if name in _NAMES]) if prompts is None else prompts
-    pairs = _zero_shot_scores(method, pack, prompts, split, batch_size)
+    pairs = _zero_shot_scores(method, pack, prompts, split, studies, seed, batch_size)
     targets = _zero_shot_targets(pairs, pack, policy.uncertain, policy.blank)
     tables = {
         "findings": zero_shot_table(pairs, targets, combine, resamples),
@@ -712,7 +754,15 @@ def zero_shot(
         _save_pairs(Path(out) / "zero_shot.npz", pairs)
         for name, table in tables.items():
             write_atomic(Path(out) / f"zero_shot_{name}.csv", lambda file: table.to_csv(file, index=False))
-        rules = dict(split=split, uncertain=policy.uncertain, blank=policy.blank, combine=combine, resamples=resamples)
+        rules = dict(
+            split=split,
+            studies=studies,
+            seed=seed,
+            uncertain=policy.uncertain,
+            blank=policy.blank,
+            combine=combine,
+            resamples=resamples,
+        )
         rules |= dict(prompts=prompts.to_dict("records"), metrics=_ZERO_SHOT)
         write_json(Path(out) / "zero_shot.json", describe_inputs({"method": method}, pack, **rules))
     return tables

@@ -60,8 +60,8 @@ class Captioner(Method):
     def forward(self, batch: Batch) -> Losses:
         "The loss of the next token, in nats, and those of `attention_losses`."
         (words, targets, mask), regions = self.embed_text(batch), self.embed_image(batch.image)
-        logits, attention = self.text_decoder(regions, words)
-        caption = caption_loss(logits, targets, mask, self.config.smoothing)
+        states, attention = self.text_decoder.states(regions, words)
+        caption = caption_loss(self.text_decoder.tell(states[mask]), targets[mask], self.config.smoothing)
         return add_up(caption=caption, **self.attention_losses(attention, mask))
 
     def attention_losses(self, attention: Tensor, mask: Tensor) -> dict[str, Tensor]:  # (B, T, N), (B, T); weighted
@@ -77,7 +77,7 @@ class Captioner(Method):
     def _looks(self, regions: Tensor, *inputs: Tensor) -> Tensor:  # (S, N, D), (S, L) each -> (S, L, N)
         "Where is looked for each token, given those before it in its text; for the first nowhere."
         words = self.text_encoder(*inputs).tokens[:, :-1]
-        return F.pad(self.text_decoder(regions, words)[1], (0, 0, 1, 0))
+        return F.pad(self.text_decoder.states(regions, words)[1], (0, 0, 1, 0))
 
     def correspondence(self, batch: Batch) -> Correspondence:
         "Where is looked for each word of the own report, given the words before it in what is one text to the method."
@@ -115,7 +115,8 @@ class Captioner(Method):
         scores = []
         for i, j in (part.T for part in pairs.split(self.config.chunk)):
             words, targets, mask = (part[j] for part in text)
-            scores.append(caption_likelihood(self.text_decoder(image[i], words)[0], targets, mask))
+            states = self.text_decoder.states(image[i], words)[0][mask]
+            scores.append(caption_likelihood(self.text_decoder.tell(states), targets[mask], mask))
         return torch.cat(scores).view(len(image), -1)
 
     def pair_vectors(self, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -142,7 +143,7 @@ class Captioner(Method):
         for _ in range(longest):
             nowhere = torch.full_like(ids, -1)
             words = self.text_encoder(ids, torch.ones_like(ids), nowhere, nowhere).tokens
-            following = self.text_decoder(regions, words)[0][:, -1].argmax(-1)
+            following = self.text_decoder.tell(self.text_decoder.states(regions, words)[0][:, -1]).argmax(-1)
             following[(ids == tokens.sep_token_id).any(1)] = tokens.pad_token_id
             ids = torch.cat([ids, following[:, None]], 1)
         return tokens.batch_decode(ids, skip_special_tokens=True)

@@ -43,6 +43,7 @@ BOUNDS = {
     "cpc-released": released_cpc,
     "binary": lambda *table: -matching_loss(*table),
 }
+_TERMS = {"binary": "matching"}  # bound -> name of its loss, of all others `mutual_information`
 
 
 class MutualInformation(Method):
@@ -83,11 +84,11 @@ class MutualInformation(Method):
         raise NotImplementedError
 
     def forward(self, batch: Batch) -> Losses:
-        "Minus the bound, in nats; with a bound of `cpc-released` minus a bound less a constant."
+        "Minus the bound, in nats (`cpc-released`: less a constant); named `matching` if pairs are told real or false."
         image, text = self.encode(batch)
         valid = negatives(batch, self.config.negatives)
-        scores = self.pair_scores(image, text.whole, valid)
-        return add_up(mutual_information=-BOUNDS[self.config.bound](scores, valid))
+        scores, bound = self.pair_scores(image, text.whole, valid), self.config.bound
+        return add_up(**{_TERMS.get(bound, "mutual_information"): -BOUNDS[bound](scores, valid)})
 
     def correspondence(self, batch: Batch) -> Correspondence:
         "The discriminator's scores of every region with every sentence and every word, each encoded on its own."

@@ -10,12 +10,13 @@ __all__ = ['NEGATIVES', 'Losses', 'add_up', 'Correspondence', 'NoCorrespondence'
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from types import NoneType
+from typing import Any, get_type_hints
 
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from ..core.choices import check_choice
+from ..core.choices import check_choice, check_setting
 from ..data.pack import Pack
 from ..data.pairs import Batch, Sampling
 from ..data.preprocessing import Preprocessing
@@ -234,11 +235,13 @@ def _tokens(batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def _check_changes(kind: type["Method"], changes: dict[str, Any]) -> None:
-    "ValueError for settings that a method does not have, or that have no meaning for it and can only be None."
+    "ValueError for settings that a method does not have, that have no meaning for it (only None), or of a wrong type."
+    hints = get_type_hints(kind.Config)
     for name, value in changes.items():
         check_choice(f"setting of {kind.__name__}", name, kind.Config.__dataclass_fields__)
-        if kind.Config.__dataclass_fields__[name].type is None and value is not None:
+        if hints[name] is NoneType and value is not None:
             raise ValueError(f"{name} is {value!r}, but has no meaning for {kind.__name__}: leave it out")
+        check_setting(f"{name} of {kind.__name__}", value, hints[name])
 
 
 class Method(nn.Module):
@@ -257,7 +260,7 @@ class Method(nn.Module):
 
     def __init__(self, config: ImageMethodConfig, tokenizer: PreTrainedTokenizerBase | None = None, **pooling) -> None:
         super().__init__()
-        check_choice("rule for negatives", vars(config).get("negatives", "all"), NEGATIVES)
+        check_choice("rule for negatives", vars(config).get("negatives") or "all", NEGATIVES)
         self.config, self.preset = config, None
         self.training_settings: dict[str, Any] = {}
         self.prototypes = None  # (K, D) in the space of `pair_vectors`
@@ -271,7 +274,7 @@ class Method(nn.Module):
     def from_preset(cls, preset: str, tokenizer: PreTrainedTokenizerBase | None = None, **changes) -> "Method":
         """Build the method from a preset and named changes to it; one that reads no text needs no tokenizer.
 
-        Raises ValueError for a name that does not exist."""
+        Raises ValueError for a name that does not exist, and for a value of a wrong type."""
         check_choice(f"preset of {cls.__name__}", preset, cls.presets)
         _check_changes(cls, changes)
         config, training = cls.presets[preset]

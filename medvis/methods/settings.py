@@ -586,8 +586,12 @@ _CLIP_ORIGINS = {
 # %% ../../nbs/methods/01_settings.ipynb #4468fc52
 @dataclass(frozen=True)
 class GLoRIAConfig(MethodConfig):
-    "Settings of GLoRIA. The shared space is the text encoder's own, or `dim` wide; `hidden` has no meaning here."
+    "Settings of GLoRIA."
 
+    hidden: None = None
+    "The projections are linear."
+    dim: int = 128
+    "Width of the shared space with `project_text`; without, it is the text encoder's own."
     layer: str | None = "layer3"
     "ResNet layer that the regions come from."
     upsample: int | None = 299
@@ -650,7 +654,7 @@ _GLORIA_TINY_RECIPE = dict(
 GLORIA_PRESETS = {
     "paper": ({}, _GLORIA_RECIPE),
     "released": ({}, {**_GLORIA_RECIPE, "precision": "fp16", "clip_norm": 0.25}),
-    "laptop": (dict(_LAPTOP, upsample=None, project_text=True), dict(_LAPTOP_SENTENCE, max_tokens=97)),
+    "laptop": (dict(_LAPTOP, hidden=None, upsample=None, project_text=True), dict(_LAPTOP_SENTENCE, max_tokens=97)),
     "tiny": (_GLORIA_TINY, _GLORIA_TINY_RECIPE),
 }
 
@@ -1014,8 +1018,10 @@ SUPERVISED_PRESETS = {
 # %% ../../nbs/methods/01_settings.ipynb #d4fe3ddc
 @dataclass(frozen=True)
 class CaptionConfig(MethodConfig):
-    "Settings that Caption-LSTM and Caption-Transformer share. Nothing is contrasted: `negatives` has no meaning here."
+    "Settings that Caption-LSTM and Caption-Transformer share."
 
+    negatives: None = None
+    "Nothing is contrasted."
     layer: str | None = "layer4"
     "Regions from the layer that is pooled, so that all of the network learns."
     text_layers: int | None = 0
@@ -1034,7 +1040,7 @@ class CaptionConfig(MethodConfig):
 # %% ../../nbs/methods/01_settings.ipynb #1845b814
 @dataclass(frozen=True)
 class CaptionLSTMConfig(CaptionConfig):
-    "Settings of Caption-LSTM. Nothing is contrasted: `negatives` has no meaning here."
+    "Settings of Caption-LSTM."
 
     hidden: int = 1800
     "Width of the LSTM's state."
@@ -1046,7 +1052,7 @@ class CaptionLSTMConfig(CaptionConfig):
 # %% ../../nbs/methods/01_settings.ipynb #524c8125
 @dataclass(frozen=True)
 class CaptionTransformerConfig(CaptionConfig):
-    "Settings of Caption-Transformer. Nothing is contrasted: `negatives` has no meaning here."
+    "Settings of Caption-Transformer."
 
     hidden: int = 2048
     "Width of the perceptrons."
@@ -1094,7 +1100,7 @@ _CAPTION_TINY_RECIPE = dict(
     max_tokens=128,
     punctuation=True,
 )
-_CAPTION_LAPTOP = dict(_LAPTOP, dim=256, dropout=0.1)
+_CAPTION_LAPTOP = dict(_LAPTOP, negatives=None, dim=256, dropout=0.1)
 CAPTION_LSTM_PRESETS = {
     "paper": ({}, _CAPTION_RECIPE),
     "no-coverage": (dict(coverage=0.0), _CAPTION_RECIPE),

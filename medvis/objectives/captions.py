@@ -14,9 +14,8 @@ from .contrastive import at_least_float32
 
 # %% ../../nbs/objectives/10_captions.ipynb #bdc14f73
 def caption_loss(
-    logits: Tensor,  # (B, T, V) of each token, from those before it
-    targets: Tensor,  # (B, T) int64, the tokens
-    mask: Tensor,  # (B, T) bool, True = valid
+    logits: Tensor,  # (n, V) of the valid tokens of all reports, each from those before it
+    targets: Tensor,  # (n,) int64, these tokens
     smoothing: float = 0.0,  # share of each target that all V tokens get alike
 ) -> Tensor:  # scalar in nats per token, log V for blind guesses; 0 without any token
     """Cross-entropy of the next token, mean over the valid tokens of all reports.
@@ -24,11 +23,9 @@ def caption_loss(
     Parameters
     ----------
     logits : Tensor
-        (B, T, V) of each token, from those before it
+        (n, V) of the valid tokens of all reports, each from those before it
     targets : Tensor
-        (B, T) int64, the tokens
-    mask : Tensor
-        (B, T) bool, True = valid
+        (n,) int64, these tokens
     smoothing : float, default: 0.0
         share of each target that all V tokens get alike
 
@@ -38,26 +35,25 @@ def caption_loss(
         scalar in nats per token, log V for blind guesses; 0 without any token
     """
     with torch.autocast(logits.device.type, enabled=False):
-        given = at_least_float32(logits[mask])
-        total = F.cross_entropy(given, targets[mask], reduction="sum", label_smoothing=smoothing)
-        return total / mask.sum().clamp(min=1)
+        total = F.cross_entropy(at_least_float32(logits), targets, reduction="sum", label_smoothing=smoothing)
+        return total / max(len(targets), 1)
 
 # %% ../../nbs/objectives/10_captions.ipynb #758c24ca
 def caption_likelihood(
-    logits: Tensor,  # (B, T, V) of each token, from those before it
-    targets: Tensor,  # (B, T) int64
-    mask: Tensor,  # (B, T) bool
+    logits: Tensor,  # (n, V) of the valid tokens, text after text, each from those before it
+    targets: Tensor,  # (n,) int64, these tokens
+    mask: Tensor,  # (B, T) bool, the places of these n
 ) -> Tensor:  # (B,) in nats per token, at most 0; 0 for a text without tokens
     """Mean log-likelihood of each text's tokens.
 
     Parameters
     ----------
     logits : Tensor
-        (B, T, V) of each token, from those before it
+        (n, V) of the valid tokens, text after text, each from those before it
     targets : Tensor
-        (B, T) int64
+        (n,) int64, these tokens
     mask : Tensor
-        (B, T) bool
+        (B, T) bool, the places of these n
 
     Returns
     -------
@@ -65,8 +61,9 @@ def caption_likelihood(
         (B,) in nats per token, at most 0; 0 for a text without tokens
     """
     with torch.autocast(logits.device.type, enabled=False):
-        losses = F.cross_entropy(at_least_float32(logits).mT, targets, reduction="none").masked_fill(~mask, 0)
-        return -losses.sum(1) / mask.sum(1).clamp(min=1)
+        losses = F.cross_entropy(at_least_float32(logits), targets, reduction="none")
+        placed = losses.new_zeros(mask.shape).masked_scatter(mask, losses)
+        return -placed.sum(1) / mask.sum(1).clamp(min=1)
 
 # %% ../../nbs/objectives/10_captions.ipynb #8f0ae573
 def coverage_loss(

@@ -51,7 +51,7 @@ def hinge_loss(
 def matching_loss(
     logits: Tensor,  # (B, B) of image i and text j being a pair
     valid: Tensor | None = None,  # (B, B) bool, False = this pair is not a negative
-) -> Tensor:  # scalar, log 2 at chance
+) -> Tensor:  # scalar; log 2 if all logits are 0, half of it if no image has a negative
     """Tell each real pair from one false pair of the same image (Contrastive-Binary).
 
     Parameters
@@ -64,7 +64,7 @@ def matching_loss(
     Returns
     -------
     Tensor
-        scalar, log 2 at chance
+        scalar; log 2 if all logits are 0, half of it if no image has a negative
     """
     with torch.autocast(logits.device.type, enabled=False):
         logits, count = at_least_float32(logits), len(logits)

@@ -8,21 +8,19 @@ __all__ = ['Schedule', 'TrainConfig', 'Diverged']
 # %% ../../nbs/train/01_config.ipynb #4c81c377
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_type_hints
 
-from ..core.choices import check_choice
+from ..core.choices import check_choice, check_setting
 from ..data.sampling import Sampling
 
 # %% ../../nbs/train/01_config.ipynb #51fec0cb
 Schedule = Literal["warmup-cosine", "warmup-linear", "cyclic-cosine", "plateau", "epoch-cosine", "constant"]
 
 # %% ../../nbs/train/01_config.ipynb #488bdfbd
-def _check_words(config: Sampling) -> None:
-    "ValueError for a value that is none of the choices of its field: a Literal, or that or None."
+def _check_types(config: Sampling) -> None:
+    "ValueError for a value that is not of its field's type, or none of its choices."
     for name, hint in get_type_hints(type(config)).items():
-        kinds = (hint, *get_args(hint))
-        if words := [word for kind in kinds if get_origin(kind) is Literal for word in get_args(kind)]:
-            check_choice(name, getattr(config, name), words + [None] * (type(None) in kinds))
+        check_setting(name, getattr(config, name), hint)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,10 +81,10 @@ class TrainConfig(Sampling):
     "Show a progress bar."
 
     def __post_init__(self) -> None:
+        _check_types(self)
         for name, least in {"epochs": 1, "batch_size": 1, "accumulate": 1, "save_every": 1, "max_tokens": 3}.items():
             if getattr(self, name) < least:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected at least {least}")
-        _check_words(self)
         super().__post_init__()
 
     @classmethod

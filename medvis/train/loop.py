@@ -325,6 +325,12 @@ class _RunState:
 _DIAGNOSED = 128  # validation samples
 
 
+def _is_best(history: list[float]) -> bool:
+    "Whether the last epoch is the best so far. One that measured nothing (NaN) is not, unless none before did."
+    measured = [value for value in history if not math.isnan(value)]
+    return not measured or history[-1] == min(measured)
+
+
 class _Trainer(_RunState):
     "What happens to a run, in this order: epochs, their steps, the end of each."
 
@@ -392,7 +398,7 @@ class _Trainer(_RunState):
             monitored = self.method.monitor(self.validate_epoch())
             self.diagnose_epoch()
         self.history.append(monitored)
-        if self.config.keep == "last" or not monitored > min(self.history):
+        if self.config.keep == "last" or _is_best(self.history):
             on_main(self.accelerator, lambda: save_weights(self.config.run / "weights.safetensors", self.method))
         self.save()
 

@@ -99,10 +99,10 @@ def plateau_factor(
     """
     best, waited, scale = math.inf, 0, 1.0
     for loss in history:
-        if best == math.inf or loss < best - threshold * abs(best):
+        if loss < (best if best == math.inf else best - threshold * abs(best)):
             best, waited = loss, 0
         else:
-            waited += 1
+            waited += best < math.inf  # before the first number nothing is waited for
         if waited > patience:
             scale, waited = scale * factor, 0
     return scale
@@ -126,5 +126,5 @@ def stopped_improving(
     """
     best, waited = math.inf, 0
     for loss in history:
-        best, waited = (loss, 0) if loss < best - min_delta else (best, waited + 1)
+        best, waited = (loss, 0) if loss < best - min_delta else (best, waited + (best < math.inf))
     return patience is not None and waited >= patience
