@@ -67,6 +67,20 @@ def die_at_call(owner, name: str, call: int):
     return sabotage
 
 
+def ask_at_step(number: int, call: int):
+    "A signal that asks the run to stop, in the middle of its nth step."
+    def sabotage():
+        real, calls = loop._optimise, [0]
+
+        def asked(*args, **kwargs):
+            calls[0] += 1
+            if calls[0] == call:
+                os.kill(os.getpid(), number)
+            return real(*args, **kwargs)
+        loop._optimise = asked
+    return sabotage
+
+
 def die_in_write(call: int):
     "Kill the process when half of the nth checkpoint's bytes are in the file."
     def sabotage():
@@ -126,6 +140,17 @@ def test_killed_run_resumes_exactly(point, pack, tokenizer, tmp_path, undisturbe
     assert in_process(pack, tokenizer, run, sabotage, **changes) == -signal.SIGKILL, "the run was to be killed"
     assert not (run / "last.safetensors").exists()
     assert in_process(pack, tokenizer, run, **changes) == 0
+    same_run(run, wanted)
+
+
+@pytest.mark.parametrize("number, call, code, workers", [(signal.SIGTERM, 9, 128 + signal.SIGTERM, 2), (signal.SIGINT, 6, 1, 0)])
+def test_who_is_asked_to_stop_loses_no_step(number, call, code, workers, pack, tokenizer, tmp_path, undisturbed):
+    "A cluster's SIGTERM within an epoch, while workers load; Ctrl-C in an epoch's last step."
+    wanted, run = undisturbed(), tmp_path / "run"
+    signal.signal(signal.SIGINT, signal.default_int_handler)    # a shell's background job, such as CI, is started without
+    assert in_process(pack, tokenizer, run, ask_at_step(number, call), workers=workers) == code
+    assert checkpoint.load_checkpoint(run / "checkpoints")["step"] == call == Run(run).metrics.query("split == 'train'").step.max()
+    assert in_process(pack, tokenizer, run) == 0
     same_run(run, wanted)
 
 

@@ -8,10 +8,12 @@ __all__ = ['validate', 'fit', 'Schedule']
 # %% ../../nbs/train/07_loop.ipynb #27fcb0f8
 import math
 import os
+import signal
+import threading
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable
-from contextlib import ExitStack, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -321,6 +323,33 @@ class _RunState:
                 f"delete it to go on from the one before"
             ) from error
 
+# %% ../../nbs/train/07_loop.ipynb #c41e0b97
+@contextmanager
+def _noted_signals() -> Iterator[list[int]]:
+    "Ctrl-C and SIGTERM are noted in a list; the second of them does what it does elsewhere. Signals that a shell ignores stay ignored."
+    asked, owner, before = [], os.getpid(), {}
+
+    def note(number: int, _: object) -> None:
+        if os.getpid() != owner and number == signal.SIGINT:
+            return  # a worker that loads images: it ends with its owner
+        if asked or os.getpid() != owner:
+            signal.signal(number, before[number])
+            os.kill(os.getpid(), number)
+        else:
+            asked.append(number)
+            os.write(2, b"\nmedvis: stops after this step, with a checkpoint; once more to stop at once\n")
+
+    numbers = [signal.SIGINT, signal.SIGTERM] if threading.current_thread() is threading.main_thread() else []
+    for number in numbers:
+        if (handler := signal.getsignal(number)) not in (signal.SIG_IGN, None):
+            before[number] = handler
+            signal.signal(number, note)
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
 # %% ../../nbs/train/07_loop.ipynb #ab57665d
 _DIAGNOSED = 128  # validation samples
 
@@ -334,17 +363,27 @@ def _is_best(history: list[float]) -> bool:
 class _Trainer(_RunState):
     "What happens to a run, in this order: epochs, their steps, the end of each."
 
+    asked: Sequence[int] = ()  # signals that want the run to stop
+
     def train(self, each_epoch: Callable[[Run], None] | None = None) -> None:
         "All epochs that are not done yet."
         c, a = self.config, self.accelerator
         total, hidden = c.epochs * self.steps_per_epoch, not (c.progress and a.is_main_process)
         self.method.start_run(total)
-        with tqdm(total=total, initial=self.step, desc=c.run.name, disable=hidden) as bar:
+        held = _noted_signals() if a.num_processes == 1 else nullcontext([])  # several would stop at different steps
+        with tqdm(total=total, initial=self.step, desc=c.run.name, disable=hidden) as bar, held as self.asked:
             while len(self.history) < c.epochs and not stopped_improving(self.history, c.patience):
                 self.train_epoch(bar)
                 self.end_epoch()
                 if each_epoch:
                     on_main(a, lambda: each_epoch(Run(c.run)))
+                self.stop_if_asked()
+
+    def stop_if_asked(self) -> None:
+        "End with a checkpoint of the steps done, if a signal asked for it: as KeyboardInterrupt or SystemExit."
+        if self.asked:
+            self.save()
+            raise KeyboardInterrupt if self.asked[0] == signal.SIGINT else SystemExit(128 + self.asked[0])
 
     def train_epoch(self, bar: tqdm) -> None:
         "The steps of the running epoch that are not done yet. ValueError when too many samples cannot be read."
@@ -370,6 +409,8 @@ class _Trainer(_RunState):
             bar.set_postfix({name: f"{value:.3f}" for name, value in losses.items() if name != "lr"}, refresh=False)
             if self.step % c.save_every == 0 and self.step < (epoch + 1) * self.steps_per_epoch:
                 self.save()  # the end of an epoch saves by itself
+            if self.step < (epoch + 1) * self.steps_per_epoch:
+                self.stop_if_asked()
 
     def take_step(self, keys: list[list[tuple[int, int]]], batches: list[Batch]) -> dict[str, float]:
         "One optimiser step from the batches that could be read. Diverged names the studies, and leaves a checkpoint."
