@@ -409,8 +409,7 @@ class _Trainer(_RunState):
             bar.set_postfix({name: f"{value:.3f}" for name, value in losses.items() if name != "lr"}, refresh=False)
             if self.step % c.save_every == 0 and self.step < (epoch + 1) * self.steps_per_epoch:
                 self.save()  # the end of an epoch saves by itself
-            if self.step < (epoch + 1) * self.steps_per_epoch:
-                self.stop_if_asked()
+            self.stop_if_asked()
 
     def take_step(self, keys: list[list[tuple[int, int]]], batches: list[Batch]) -> dict[str, float]:
         "One optimiser step from the batches that could be read. Diverged names the studies, and leaves a checkpoint."
