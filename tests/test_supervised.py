@@ -1,5 +1,6 @@
 """The supervised baseline: its targets and loss against plain loops, the AUROC that its run is judged by, its doors, a step at full size."""
 import copy
+import json
 import math
 import random
 from itertools import product
@@ -17,7 +18,8 @@ from medvis.data.pairs import Pairs, collate, read_batch
 from medvis.data.prepare import PhantomConfig, prepare_phantom
 from medvis.data.tasks import BLANK, UNCERTAIN, label_targets, study_targets
 from medvis.encoders.image import image_encoder
-from medvis.evaluate import head_predictions, linear_probe, paired_gain, probe_table
+from medvis.cli.commands import main
+from medvis.evaluate import head_predictions, head_table, linear_probe, paired_gain, probe_table
 from medvis.evaluate.ground import phrase_maps
 from medvis.evaluate.retrieve import retrieve, zero_shot
 from medvis.methods import METHODS, SimCLR, Supervised
@@ -366,3 +368,22 @@ def test_a_rule_that_is_set_is_kept_and_said(pack, tmp_path):
     assert paper.label_rule == {"uncertain": "positive", "blank": "negative"}
     with pytest.raises(ValueError, match="uncertain has 2 words; expected one, or one of each"):
         Supervised.from_preset("tiny", uncertain=("positive", "ignore"))
+
+
+# ---------------------------------------------------------------- the layer itself, at every door
+
+def test_the_layer_of_a_run_is_measured_at_the_command_line_as_in_python(pack, tmp_path, capsys):
+    classes = ("Edema", "Cardiomegaly")
+    taught = fit(create_method("supervised", data=pack, classes=classes), pack, tmp_path / "taught", epochs=1, batch_size=32, progress=False)
+    alone = fit(create_method("simclr", data=pack), pack, tmp_path / "alone", epochs=1, batch_size=32, progress=False)
+    probe = ["probe", "--data", str(pack.path), "--fractions", "1.0", "--seeds", "0", "--out", str(tmp_path / "out"), "--encoders"]
+    assert main([*probe, str(alone.path), str(taught.path), "--heads"]) == 0
+    said, found = capsys.readouterr().out, pd.read_csv(tmp_path / "out" / "heads.csv")
+    wanted = head_table({"taught": taught}, pack)
+    pd.testing.assert_frame_equal(found, wanted)
+    pd.testing.assert_frame_equal(wanted[["auroc", "low", "high"]], probe_table(head_predictions(taught))[["auroc", "low", "high"]])
+    assert found["finding"].tolist() == [*classes, "macro"] and (found["low"] <= found["auroc"]).all() and "Layers of their own" in said
+    rules = json.loads((tmp_path / "out" / "heads.json").read_text())
+    assert (rules["findings"], rules["uncertain"], rules["blank"]) == (list(classes), "ignore", "negative")
+    assert main([*probe, str(alone.path), "--heads"]) == 1
+    assert "--heads: none of" in capsys.readouterr().err and not (tmp_path / "alone" / "probe").exists()

@@ -130,6 +130,8 @@ class ProbeConfig:
     "How missing labels count."
     out: Annotated[Path | None, default_text("the folder probe in the first run")] = None
     "Folder for the table and the predictions."
+    heads: bool = False
+    "Measure the layers too that runs were themselves trained with on labels (supervised), on the test split."
     subset: Annotated[Literal["patients", "first"] | None, default_text("as in the Pack's recipe, else patients")] = (
         None
     )
