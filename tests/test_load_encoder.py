@@ -18,9 +18,10 @@ from medvis.data.preprocessing import Preprocessing
 from medvis.data.prepare import PhantomConfig, prepare_phantom
 from medvis.encoders.pretrained import PretrainedEncoder, is_pretrained, pretrained_encoder, read_preprocessing
 from medvis.evaluate.encoder import check_preprocessing, encode, encoder_hash, random_like
-from medvis.methods import MGCA
+from medvis.methods import MGCA, SimCLR
 from medvis.methods.method import phantom_tokenizer
-from medvis.train import TrainConfig, fit, load_encoder
+from medvis.testing import small_phantom
+from medvis.train import TrainConfig, create_method, fit, load_encoder, load_method
 
 TINY = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, image_size=32, patch_size=8)
 TEXT = dict(vocab_size=50, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
@@ -282,3 +283,21 @@ def test_a_run_remembers_how_its_images_were_made_square(tmp_path):
         check_preprocessing(encoder, packs["pad"])
     with pytest.raises(ValueError, match="resizes images to 256 x 256, but those of .* have 64 x 64 pixels and would be enlarged"):
         check_preprocessing(load_encoder("random-init"), packs["pad"])
+
+
+def test_a_method_is_trained_with_a_hugging_face_model_by_a_function_of_ones_own(shelf, tmp_path, no_network, monkeypatch):
+    "A folder itself is no `image=`: the error says what to write, and what it says works, with BLIP, for a run and its reload."
+    with pytest.raises(ValueError, match="is no image encoder of medvis.*def my_encoder.*image = my_module:my_encoder"):
+        SimCLR.from_preset("tiny", image=str(shelf / "blip"), layer=None)
+    with pytest.raises(ValueError, match="is no image encoder of medvis"):
+        SimCLR.from_preset("tiny", image="Salesforce/blip-image-captioning-base", layer=None)
+    (tmp_path / "my_module.py").write_text(f"from medvis.encoders.pretrained import pretrained_encoder\n\ndef my_encoder():\n    return pretrained_encoder({str(shelf / 'blip')!r})\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    pack = small_phantom(40)
+    method = create_method("simclr", "tiny", data=pack, image="my_module:my_encoder", layer=None)
+    before = pretrained_encoder(shelf / "blip").body.state_dict()
+    assert all(torch.equal(value, before[name]) for name, value in method.image_encoder.body.state_dict().items()), "it starts from its weights"
+    run = fit(method, pack, tmp_path / "run", epochs=1, batch_size=16, progress=False)
+    again = load_encoder(run.path)
+    moved = [not torch.equal(value, before[name]) for name, value in again.body.state_dict().items() if value.is_floating_point()]
+    assert all(torch.equal(value, method.image_encoder.state_dict()[name]) for name, value in load_method(run.path, "last").image_encoder.state_dict().items()) and any(moved)

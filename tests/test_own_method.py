@@ -125,7 +125,7 @@ def home(tmp_path_factory) -> Path:
         "medvis pretrain mgca --data packs/phantom --run runs/mgca --image their_package.own:Patches --dim 8 --hidden 16 --prototypes 5 --epochs 1 --batch-size 16 --no-progress",
         "medvis prepare their_package.own:WARD --root files --out packs/ward --size 64 --max-rejects 1 --no-progress"]
     measure = [line for line in lines if line not in train] + [
-        "medvis probe --data packs/phantom --encoders runs/mine runs/mgca --fractions 1.0 --seeds 0", "medvis phrases runs/mine"]
+        "medvis probe --data packs/phantom --encoders runs/mine runs/mgca --fractions 1.0 --seeds 0", "medvis phrases runs/mine", "medvis presets their_package.own:Mine"]
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(home)
         patch.setenv("COLUMNS", "200")
@@ -145,6 +145,15 @@ def own(home, monkeypatch):
     monkeypatch.syspath_prepend(home / "code")
     yield importlib.import_module("their_package.own")
     forget()
+
+
+def test_its_presets_are_listed(home, own):
+    said = json.loads((home / "output.json").read_text())["medvis presets their_package.own:Mine"]
+    assert said.split() == ["their_package.own:Mine", "tiny"]
+    assert list_presets("their_package.own:Mine") == ["tiny"]
+    for name, missing in (("their_package.own:Nothing", "Nothing"), ("nowhere:Mine", "which cannot be imported"), ("their_package.own:Patches", "is no method")):
+        code, said = run_line(f"medvis presets {name}")
+        assert code == 1 and missing in said and "Traceback" not in said, said
 
 
 def test_the_command_line_knows_it(home):

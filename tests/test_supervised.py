@@ -1,4 +1,6 @@
 """The supervised baseline: its targets and loss against plain loops, the AUROC that its run is judged by, its doors, a step at full size."""
+import copy
+import json
 import math
 import random
 from itertools import product
@@ -16,7 +18,8 @@ from medvis.data.pairs import Pairs, collate, read_batch
 from medvis.data.prepare import PhantomConfig, prepare_phantom
 from medvis.data.tasks import BLANK, UNCERTAIN, label_targets, study_targets
 from medvis.encoders.image import image_encoder
-from medvis.evaluate import head_predictions, linear_probe, paired_gain, probe_table
+from medvis.cli.commands import main
+from medvis.evaluate import head_predictions, head_table, linear_probe, paired_gain, probe_table
 from medvis.evaluate.ground import phrase_maps
 from medvis.evaluate.retrieve import retrieve, zero_shot
 from medvis.methods import METHODS, SimCLR, Supervised
@@ -117,8 +120,8 @@ def test_against_plain_loops(check):
 
 
 MUTANTS = [     # what is written, what a slip would write, which check must notice
-    ("masked_fill(given == -1,", "masked_fill(given == 1,", check_targets), ("masked_fill(given.isnan(), BLANK[blank])", "masked_fill(given.isnan(), 0.0)", check_targets),
-    ("UNCERTAIN[uncertain])", "UNCERTAIN['ignore'])", check_targets), (".isnan().all(0)", ".isnan().any(0)", check_targets), ("unlabelled[:, None], math.nan", "unlabelled[:, None], 0.0", check_targets),
+    ("torch.where(given == -1,", "torch.where(given == 1,", check_targets), ("masked_fill(given.isnan(), BLANK[blank])", "masked_fill(given.isnan(), 0.0)", check_targets),
+    ("UNCERTAIN[policy] for", "UNCERTAIN['ignore'] for", check_targets), (".isnan().all(0)", ".isnan().any(0)", check_targets), ("unlabelled[:, None], math.nan", "unlabelled[:, None], 0.0", check_targets),
     ("targets.nan_to_num(0)", "1 - targets.nan_to_num(0)", check_loss), ("(losses * counted)", "losses", check_loss), ("~targets.isnan()", "targets.isnan()", check_loss),
     ("counted.sum().clamp(min=1)", "counted.numel()", check_loss), (".clamp(min=1)", "", check_loss), ("at_least_float32(logits), ~", "logits, ~", check_loss),
     ("scores[targets == 1], scores[targets == 0]", "scores[targets == 0], scores[targets == 1]", check_auroc), ("(below + up_to)", "(below + below)", check_auroc),
@@ -323,3 +326,64 @@ def test_an_epoch_without_a_number_is_not_the_best(seen, kept, pack, tmp_path, m
     wanted = states[2 if math.isnan(kept) else seen.index(kept)]
     best = read_weights(run.path / "weights.safetensors")
     assert len(states) == 3 and all(torch.equal(value, wanted[name]) for name, value in best.items())
+
+
+# ---------------------------------------------------------------- one rule for uncertain and blank labels, the recipe's
+
+def asking(pack, **recipe):
+    "The same Pack with a recipe."
+    other = copy.copy(pack)
+    other.manifest = pack.manifest | {"source": pack.manifest["source"] | {"recipe": recipe}}
+    return other
+
+
+def trained_targets(method, pack):
+    "What a method's loss takes for the targets of all studies."
+    pairs = Pairs(pack, None, method.preprocessing, need_text=False)
+    batch = read_batch(pairs, range(len(pairs)))
+    with torch.no_grad():
+        return method(batch).judged[..., 1].numpy(), batch.study_id.numpy()
+
+
+@pytest.mark.parametrize("recipe", [{}, dict(uncertain="positive"), dict(uncertain="negative", blank="ignore"), dict(uncertain=dict(Edema="positive", Cardiomegaly="negative"))], ids=str)
+def test_it_trains_on_the_targets_that_a_probe_of_the_same_pack_has(recipe, pack, tmp_path, recwarn):
+    data, names = asking(pack, **recipe), ["Edema", "Cardiomegaly"]
+    method = create_method("supervised", "tiny", data=data, classes=names)
+    found, rows = trained_targets(method, data)
+    np.testing.assert_array_equal(found, study_targets(data, names).iloc[rows].to_numpy(np.float32))
+    assert (pack.labels[names] == -1).to_numpy().any() and (method.config.classes, method.config.blank) == (names, recipe.get("blank", "negative"))
+    run = fit(method, data, tmp_path / "run", epochs=1, batch_size=32, progress=False)
+    assert not [one for one in recwarn if "rules" in str(one.message)] and load_method(run.path).label_rule == method.label_rule
+
+
+def test_a_rule_that_is_set_is_kept_and_said(pack, tmp_path):
+    data = asking(pack, uncertain="ignore")
+    method = create_method("supervised", "tiny", data=data, classes=("Edema", "Cardiomegaly"), uncertain=("positive", "ignore"))
+    found, rows = trained_targets(method, data)
+    wanted = study_targets(data, ["Edema", "Cardiomegaly"], {"Edema": "positive", "Cardiomegaly": "ignore"}).iloc[rows]
+    np.testing.assert_array_equal(found, wanted.to_numpy(np.float32))
+    with pytest.warns(UserWarning, match="uncertain labels of Edema count as positive, not ignore. Leave them out"):
+        fit(method, data, tmp_path / "run", epochs=1, batch_size=32, progress=False)
+    paper = Supervised(Supervised.Config(**{**Supervised.presets["paper"][0], "image": "tiny_resnet", "image_weights": None}))
+    assert paper.label_rule == {"uncertain": "positive", "blank": "negative"}
+    with pytest.raises(ValueError, match="uncertain has 2 words; expected one, or one of each"):
+        Supervised.from_preset("tiny", uncertain=("positive", "ignore"))
+
+
+# ---------------------------------------------------------------- the layer itself, at every door
+
+def test_the_layer_of_a_run_is_measured_at_the_command_line_as_in_python(pack, tmp_path, capsys):
+    classes = ("Edema", "Cardiomegaly")
+    taught = fit(create_method("supervised", data=pack, classes=classes), pack, tmp_path / "taught", epochs=1, batch_size=32, progress=False)
+    alone = fit(create_method("simclr", data=pack), pack, tmp_path / "alone", epochs=1, batch_size=32, progress=False)
+    probe = ["probe", "--data", str(pack.path), "--fractions", "1.0", "--seeds", "0", "--out", str(tmp_path / "out"), "--encoders"]
+    assert main([*probe, str(alone.path), str(taught.path), "--heads"]) == 0
+    said, found = capsys.readouterr().out, pd.read_csv(tmp_path / "out" / "heads.csv")
+    wanted = head_table({"taught": taught}, pack)
+    pd.testing.assert_frame_equal(found, wanted)
+    pd.testing.assert_frame_equal(wanted[["auroc", "low", "high"]], probe_table(head_predictions(taught))[["auroc", "low", "high"]])
+    assert found["finding"].tolist() == [*classes, "macro"] and (found["low"] <= found["auroc"]).all() and "Layers of their own" in said
+    rules = json.loads((tmp_path / "out" / "heads.json").read_text())
+    assert (rules["findings"], rules["uncertain"], rules["blank"]) == (list(classes), "ignore", "negative")
+    assert main([*probe, str(alone.path), "--heads"]) == 1
+    assert "--heads: none of" in capsys.readouterr().err and not (tmp_path / "alone" / "probe").exists()

@@ -100,6 +100,20 @@ def presets(config: PresetsConfig) -> pd.DataFrame:  # as returned by methods.se
     return table
 
 # %% ../../nbs/cli/02_commands.ipynb #81399b93
+def _taught_runs(config: ProbeConfig, names: Sequence[str]) -> dict[str, Any]:  # name -> Method
+    "The encoders that are runs with a layer of their own for labels. ValueError if there are none."
+    from medvis.evaluate.models import as_method
+
+    runs = [(name, path) for name, path in zip(names, config.encoders) if (Path(path) / "manifest.json").exists()]
+    taught = {name: method for name, path in runs if (method := as_method(path)).label_names}
+    if not taught:
+        raise ValueError(
+            f"--heads: none of {', '.join(config.encoders)} is a run that was trained on labels and has a layer of its "
+            "own (medvis pretrain supervised); leave --heads out"
+        )
+    return taught
+
+
 def probe(config: ProbeConfig) -> pd.DataFrame:  # as returned by evaluate.linear_probe
     """Probe encoders, print the macro rows and save table and predictions.
 
@@ -109,28 +123,30 @@ def probe(config: ProbeConfig) -> pd.DataFrame:  # as returned by evaluate.linea
         as returned by evaluate.linear_probe
     """
     data = Pack(config.data)
-    from medvis.evaluate import linear_probe, paired_gain
+    from medvis.evaluate import head_table, linear_probe, paired_gain
     from medvis.evaluate.models import as_encoders
     from medvis.studies.demo import probe_lines
 
     encoders = as_encoders(config.encoders, config.names, image=config.image, size=config.size)
     first = Path(config.encoders[0])
     out = config.out or (first / "probe" if first.is_dir() else Path("probe"))
+    taught = _taught_runs(config, list(encoders)) if config.heads else {}
+    rules = dict(uncertain=config.uncertain, blank=config.blank, allow_leaks=config.allow_leaks, out=out)
     table = linear_probe(
         encoders,
         data,
         config.fractions,
         config.seeds,
         config.findings or None,
-        uncertain=config.uncertain,
-        blank=config.blank,
         subset=config.subset,
-        out=out,
-        allow_leaks=config.allow_leaks,
         cache=out / "features",
+        **rules,
     )
     print("\n".join(probe_lines(table, paired_gain(pd.read_parquet(out / "predictions.parquet")))))
     print(f"Table: {out / 'probe.csv'}")
+    if taught:
+        heads = head_table(taught, data, **rules).round(3)
+        print("Layers of their own:", heads.to_string(index=False), f"Table: {out / 'heads.csv'}", sep="\n")
     return table
 
 # %% ../../nbs/cli/02_commands.ipynb #ce4815fd

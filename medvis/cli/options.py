@@ -17,7 +17,7 @@ import tyro
 
 from ..core.choices import check_choice, default_text
 from ..data.sets.registry import DATASETS, command_config, list_datasets, prepare_options
-from ..methods.settings import SETTINGS
+from ..methods.settings import SETTINGS, find_settings
 from ..train.config import TrainConfig
 
 # %% ../../nbs/cli/01_options.ipynb #3a155f98
@@ -30,16 +30,6 @@ accelerate launch --multi_gpu --num_processes 2 -m medvis pretrain ...
 torchrun --nproc_per_node 2 -m -- medvis pretrain ...
 
 (without the two dashes of their own torchrun takes --run for an option of its own)"""
-
-
-def _find_settings(
-    method: str,  # my_package.my_module:MyMethod
-) -> tuple[type, dict]:
-    "Configuration class and presets of a method outside medvis, whose module is imported. ValueError if it is missing."
-    from medvis.methods import METHODS
-
-    kind = METHODS.find(method)
-    return kind.Config, kind.presets
 
 
 def pretrain_options(
@@ -59,7 +49,7 @@ def pretrain_options(
     type
         dataclass: data, init, settings, train
     """
-    kind, presets = SETTINGS[method] if method in SETTINGS else _find_settings(method)
+    kind, presets = find_settings(method)
     check_choice(f"preset of {method}", preset, presets)
     config, training = presets[preset]
     flat = tyro.conf.arg(name="")
@@ -104,7 +94,7 @@ class PresetsConfig:
     method: tyro.conf.Positional[
         Annotated[str | None, tyro.conf.arg(metavar="[METHOD]", help_behavior_hint="(default: all)")]
     ] = None
-    "One method; a wrong name is answered with the choices."
+    "One method, or one of your own as my_package.my_module:MyMethod; a wrong name is answered with the choices."
 
 # %% ../../nbs/cli/01_options.ipynb #e47db040
 _Uncertain = Annotated[
@@ -140,6 +130,8 @@ class ProbeConfig:
     "How missing labels count."
     out: Annotated[Path | None, default_text("the folder probe in the first run")] = None
     "Folder for the table and the predictions."
+    heads: bool = False
+    "Measure the layers too that runs were themselves trained with on labels (supervised), on the test split."
     subset: Annotated[Literal["patients", "first"] | None, default_text("as in the Pack's recipe, else patients")] = (
         None
     )

@@ -208,11 +208,26 @@ class AttentionPool(nn.Module):
 
 # %% ../../nbs/encoders/05_heads.ipynb #42e37cff
 class SelectivePool(nn.Module):
-    "One vector from many: each channel of a linear map where it is largest, plus where it is smallest (DSVE)."
+    """One vector from many: each channel of a linear map where it is largest, plus where it is smallest (DSVE).
 
-    def __init__(self, dim: int, out_dim: int) -> None:
+    Parameters
+    ----------
+    dim : int
+    out_dim : int
+    extremes : int, default: 1
+        places whose mean is taken, of either kind; at most half of all, so that none is both
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        out_dim: int,
+        extremes: int = 1,  # places whose mean is taken, of either kind; at most half of all, so that none is both
+    ) -> None:
         super().__init__()
-        self.adapt = nn.Linear(dim, out_dim)
+        if extremes < 1:
+            raise ValueError(f"extremes is {extremes}; expected at least 1")
+        self.adapt, self.extremes = nn.Linear(dim, out_dim), extremes
 
     def forward(
         self,
@@ -228,11 +243,11 @@ class SelectivePool(nn.Module):
         tuple[Tensor, Tensor]
             (B, D'); (B, N) shares of the choices that fell on a region, sum to 1
         """
-        channels = self.adapt(local)
-        (most, where), (least, elsewhere) = channels.max(1), channels.min(1)
-        chosen = torch.cat([where, elsewhere], 1)
+        channels, count = self.adapt(local), min(self.extremes, max(local.shape[1] // 2, 1))
+        (most, where), (least, elsewhere) = (channels.topk(count, 1, largest=largest) for largest in (True, False))
+        chosen = torch.cat([where, elsewhere], 1).flatten(1)
         each = channels.new_full((), 1 / chosen.shape[1]).expand(chosen.shape)
-        return most + least, channels.new_zeros(local.shape[:2]).scatter_add_(1, chosen, each)
+        return most.mean(1) + least.mean(1), channels.new_zeros(local.shape[:2]).scatter_add_(1, chosen, each)
 
     def pool_each(
         self,

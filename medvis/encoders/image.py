@@ -12,6 +12,7 @@ import math
 import operator
 from collections.abc import Callable
 from itertools import accumulate
+from pathlib import Path
 
 import timm
 import torchvision
@@ -383,6 +384,13 @@ def image_encoder(
     nn.Module
         forward(image) -> ImageFeatures; .preprocessing, .region_dim, .whole_dim; .pyramid(image)
     """
+    if name not in IMAGE_ENCODERS and ":" not in name and ("/" in name or Path(name, "config.json").exists()):
+        raise ValueError(
+            f"{name!r} is no image encoder of medvis. A Hugging Face model is measured as it is (medvis evaluate "
+            "--encoder, medvis probe --encoders); to train with it, make it in a function of a module of yours, "
+            "def my_encoder(): return pretrained_encoder(FOLDER) (medvis.encoders.pretrained), "
+            "and name that: image = my_module:my_encoder"
+        )
     make = IMAGE_ENCODERS.find(name)
     choices = inspect.signature(make).parameters
     for option in options:

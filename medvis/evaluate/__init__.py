@@ -22,7 +22,14 @@ from ..core.doors import callable_door, lazy_door
 # %% ../../nbs/evaluate/00_doors.ipynb #ab1d0f36
 if TYPE_CHECKING:
     from medvis.evaluate.audit import audit_table, verdict
-    from medvis.evaluate.classify import head_predictions, linear_probe, paired_gain, probe_predictions, probe_table
+    from medvis.evaluate.classify import (
+        head_predictions,
+        head_table,
+        linear_probe,
+        paired_gain,
+        probe_predictions,
+        probe_table,
+    )
     from medvis.evaluate.detect import YoloV3, yolo_loss
     from medvis.evaluate.encoder import check_preprocessing, encode, random_like
     from medvis.evaluate.ground import (

@@ -32,6 +32,7 @@ class ConVIRT(Method):
 
     Config = ConVIRTConfig
     presets = PRESETS
+    extremes = 1  # largest and smallest values of a channel that a selective image vector is made of
 
     def __init__(self, config: ConVIRTConfig, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
         super().__init__(config, tokenizer, whole=config.whole_text)
@@ -41,7 +42,7 @@ class ConVIRT(Method):
         if config.whole_image == "attention":
             self.pool, width = AttentionPool(local), local
         if config.whole_image == "selective":
-            self.pool, width = SelectivePool(local, config.dim), config.dim
+            self.pool, width = SelectivePool(local, config.dim, self.extremes), config.dim
         self.image_head, self.text_head = self.head(width), self.head(self.text_encoder.dim)
 
     def head(self, width: int) -> nn.Module:

@@ -21,6 +21,11 @@ class DSVE(VSE):
     Config = DSVEConfig
     presets = PRESETS
 
+    @property
+    def extremes(self) -> int:
+        "Largest and smallest values of a channel that an image's vector is made of."
+        return self.config.extremes
+
     def largest_channels(self, texts: Tensor) -> Tensor:  # (..., d) -> (..., d)
         """Unit vectors of texts, zero but for their largest channels.
 

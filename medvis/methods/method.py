@@ -10,7 +10,6 @@ __all__ = ['NEGATIVES', 'Losses', 'add_up', 'Correspondence', 'NoCorrespondence'
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import NoneType
 from typing import Any, get_type_hints
 
 from torch import Tensor, nn
@@ -24,7 +23,7 @@ from ..data.phantom import Phantom
 from ..encoders.features import ImageFeatures, TextFeatures
 from ..encoders.image import image_encoder
 from ..encoders.text import encode_sentences, text_encoder, train_tokenizer
-from .settings import ImageMethodConfig, MethodConfig
+from .settings import ImageMethodConfig, MethodConfig, idle_settings
 from ..objectives.contrastive import l2_normalize, valid_pairs
 from ..objectives.tokens import gather_context
 
@@ -236,10 +235,10 @@ def _tokens(batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 def _check_changes(kind: type["Method"], changes: dict[str, Any]) -> None:
     "ValueError for settings that a method does not have, that have no meaning for it (only None), or of a wrong type."
-    hints = get_type_hints(kind.Config)
+    hints, idle = get_type_hints(kind.Config), idle_settings(kind.Config)
     for name, value in changes.items():
         check_choice(f"setting of {kind.__name__}", name, kind.Config.__dataclass_fields__)
-        if hints[name] is NoneType and value is not None:
+        if name in idle and value is not None:
             raise ValueError(f"{name} is {value!r}, but has no meaning for {kind.__name__}: leave it out")
         check_setting(f"{name} of {kind.__name__}", value, hints[name])
 
@@ -252,6 +251,7 @@ class Method(nn.Module):
     reads_text = True  # False: there is no text encoder, and what needs words raises NoText
     views = 1  # of each image that the loss compares; with more, batches are those of `data.Views`
     label_names: tuple[str, ...] = ()  # labels of a Pack that its losses read, and its `classify(images)` scores
+    label_rule: dict[str, Any] = {}  # what uncertain and blank ones count as to them: of `data.tasks.label_policy`
     least_batch = 2  # samples of one batch, so that there is something to contrast with; 1 = each stands for itself
     reads_sides = False  # whether its losses take left and right from reports: no picture may be flipped alone
     shared_space = True  # whether the vectors of `pair_vectors` live in one space, so that their distance has a meaning

@@ -10,15 +10,18 @@ __all__ = ['CONVIRT_PRESETS', 'MGCA_PRESETS', 'LOVT_PRESETS', 'GLOBAL_MI_PRESETS
            'MGCAConfig', 'LoVTConfig', 'MutualInformationConfig', 'GlobalMIConfig', 'LocalMIConfig', 'CLIPConfig',
            'GLoRIAConfig', 'MixtureMIConfig', 'SimCLRConfig', 'BYOLConfig', 'PixelProConfig', 'VSEConfig', 'DSVEConfig',
            'ContrastiveBinaryConfig', 'SupervisedConfig', 'CaptionConfig', 'CaptionLSTMConfig',
-           'CaptionTransformerConfig', 'list_methods', 'methods_with_text', 'preset_table', 'list_presets']
+           'CaptionTransformerConfig', 'list_methods', 'find_settings', 'idle_settings', 'methods_with_text',
+           'preset_table', 'list_presets']
 
 # %% ../../nbs/methods/01_settings.ipynb #6f1bcdbd
 from dataclasses import dataclass
-from typing import Any, Literal
+from types import NoneType
+from typing import Any, Literal, get_type_hints
 
 import pandas as pd
 
 from ..core.choices import check_choice
+from ..core.registry import Registry
 from ..data.sets.mimic import CHEXPERT_FIVE, PATHOLOGY9
 
 # %% ../../nbs/methods/01_settings.ipynb #16628fec
@@ -870,6 +873,8 @@ class DSVEConfig(VSEConfig):
     "Image vector: the largest and smallest values of the regions (DSVE), attention pooling, or the encoder's own."
     dim: int = 2400
     "Width of the shared space."
+    extremes: int = 15
+    "Largest and smallest values of a channel whose means are added up; at most half of the regions each."
     map_channels: int | None = 180
     "Channels of a text that make up its map, the largest first; None = all."
 
@@ -914,8 +919,8 @@ VSE_PRESETS = {
 }
 DSVE_PRESETS = {
     "paper": ({}, _VSE_RECIPE),
-    "laptop": (dict(_VSE_LAPTOP, map_channels=None), dict(_LAPTOP_RECIPE, max_tokens=128)),
-    "tiny": (dict(_VSE_TINY, map_channels=None), _VSE_TINY_RECIPE),
+    "laptop": (dict(_VSE_LAPTOP, extremes=1, map_channels=None), dict(_LAPTOP_RECIPE, max_tokens=128)),
+    "tiny": (dict(_VSE_TINY, extremes=1, map_channels=None), _VSE_TINY_RECIPE),
 }
 
 # %% ../../nbs/methods/01_settings.ipynb #da2043ff
@@ -959,6 +964,9 @@ CONTRASTIVE_BINARY_PRESETS = {
 }
 
 # %% ../../nbs/methods/01_settings.ipynb #7d1c5e03
+_Uncertain = Literal["positive", "negative", "ignore"]
+
+
 @dataclass(frozen=True)
 class SupervisedConfig(ImageMethodConfig):
     "Settings of Supervised."
@@ -971,10 +979,10 @@ class SupervisedConfig(ImageMethodConfig):
     "There is no shared space."
     classes: tuple[str, ...] | None = CHEXPERT_FIVE
     "Labels that are learned; None = those of the Pack's recipe, else all of the Pack."
-    uncertain: Literal["positive", "negative", "ignore"] = "positive"
-    "What an uncertain label counts as: positive (U-Ones), negative (U-Zeros), or left out."
-    blank: Literal["negative", "ignore"] = "negative"
-    "What a missing label counts as: negative, or left out; a study without any label is always left out."
+    uncertain: _Uncertain | tuple[_Uncertain, ...] | None = None
+    "What an uncertain label counts as: positive (U-Ones), negative, ignore; or one of each class; None = by the recipe."
+    blank: Literal["negative", "ignore"] | None = None
+    "What a missing label counts as: negative, or left out (a study without any always is); None = by the Pack's recipe."
 
 # %% ../../nbs/methods/01_settings.ipynb #7d1c5e04
 _CHEXPERT_RECIPE = dict(
@@ -989,6 +997,7 @@ _CHEXPERT_RECIPE = dict(
     augment="lovt",
     per="image",
 )
+_SUPERVISED_LOVT = dict(uncertain="positive", blank="negative")
 _SUPERVISED_LOCAL_MI = dict(
     image="resnet256", image_weights=None, layer=None, classes=PATHOLOGY9, uncertain="ignore", blank="ignore"
 )
@@ -1003,15 +1012,15 @@ _SUPERVISED_LOCAL_MI_RECIPE = dict(
     keep="last",
 )
 _SUPERVISED_LAPTOP = {name: _LAPTOP[name] for name in ("image", "image_weights", "layer", "coordinates")}
-_SUPERVISED_TINY = dict(image="tiny_resnet", image_weights=None, classes=PATHOLOGY9, uncertain="ignore")
+_SUPERVISED_TINY = dict(image="tiny_resnet", image_weights=None, classes=PATHOLOGY9)
 _SUPERVISED_TINY_RECIPE = dict(
     lr=1e-3, weight_decay=0.05, batch_size=64, epochs=8, schedule="warmup-cosine", warmup=0.1, augment="mgca"
 )
 SUPERVISED_PRESETS = {
-    "paper": ({}, _CHEXPERT_RECIPE),
-    "paper-30": ({}, {**_CHEXPERT_RECIPE, "lr": 1e-4}),
+    "paper": (_SUPERVISED_LOVT, _CHEXPERT_RECIPE),
+    "paper-30": (_SUPERVISED_LOVT, {**_CHEXPERT_RECIPE, "lr": 1e-4}),
     "local-mi": (_SUPERVISED_LOCAL_MI, _SUPERVISED_LOCAL_MI_RECIPE),
-    "laptop": (dict(_SUPERVISED_LAPTOP, classes=PATHOLOGY9, uncertain="ignore"), _LAPTOP_RECIPE),
+    "laptop": (dict(_SUPERVISED_LAPTOP, classes=PATHOLOGY9), _LAPTOP_RECIPE),
     "tiny": (_SUPERVISED_TINY, _SUPERVISED_TINY_RECIPE),
 }
 
@@ -1140,6 +1149,42 @@ def list_methods() -> list[str]:
     "Names of all methods: those of medvis, and those that were registered."
     return list(SETTINGS)
 
+
+_OUTSIDE = Registry(
+    "method",
+    "a subclass of medvis.methods.Method",
+    lambda kind: isinstance(kind, type) and {"Config", "presets"} <= set(dir(kind)),
+    {},
+)
+
+
+def find_settings(
+    method: str,  # a key of SETTINGS, or my_package.my_module:MyMethod
+) -> tuple[type[ImageMethodConfig], dict[str, tuple[dict, dict]]]:  # dataclass, presets
+    """Settings of a method; the module of one outside medvis is imported. ValueError for one that does not exist.
+
+    Parameters
+    ----------
+    method : str
+        a key of SETTINGS, or my_package.my_module:MyMethod
+
+    Returns
+    -------
+    tuple[type[ImageMethodConfig], dict[str, tuple[dict, dict]]]
+        dataclass, presets
+    """
+    if ":" not in method:
+        check_choice("method", method, SETTINGS)
+    if method in SETTINGS:
+        return SETTINGS[method]
+    kind = _OUTSIDE.find(method)
+    return kind.Config, kind.presets
+
+
+def idle_settings(kind: type[ImageMethodConfig]) -> set[str]:
+    "Settings that have no meaning for a method of this configuration: they can only be None."
+    return {name for name, hint in get_type_hints(kind).items() if hint is NoneType}
+
 # %% ../../nbs/methods/01_settings.ipynb #32f30e6a
 def methods_with_text() -> list[str]:
     "Names of the methods that read reports: what retrieves, points or names by words is about these."
@@ -1183,7 +1228,7 @@ def _changes(method: str, preset: str, parent: str | None) -> dict[str, Any]:
     "The settings in which a preset differs from another of its method, as the preset has them."
     if parent is None:
         return {}
-    kind, presets = SETTINGS[method]
+    kind, presets = find_settings(method)
     (built, trained), (built_before, trained_before) = presets[preset], presets[parent]
     before = vars(kind(**built_before)) | trained_before
     now = vars(kind(**built)) | dict.fromkeys(trained_before, "default") | trained
@@ -1191,7 +1236,7 @@ def _changes(method: str, preset: str, parent: str | None) -> dict[str, Any]:
 
 
 def preset_table(
-    method: str | None = None,  # None = all
+    method: str | None = None,  # a name, or my_package.my_module:MyMethod; None = all
 ) -> pd.DataFrame:  # one row a preset: method, preset, parent, changes, source
     """The presets of one method or of all, which preset each changes, in what, and where it comes from.
 
@@ -1200,18 +1245,16 @@ def preset_table(
     Parameters
     ----------
     method : str | None, default: None
-        None = all
+        a name, or my_package.my_module:MyMethod; None = all
 
     Returns
     -------
     pd.DataFrame
         one row a preset: method, preset, parent, changes, source
     """
-    if method is not None:
-        check_choice("method", method, SETTINGS)
     rows = []
     for name in list_methods() if method is None else [method]:
-        for preset in SETTINGS[name][1]:
+        for preset in find_settings(name)[1]:
             parent, source = _ORIGINS.get(name, {}).get(preset, (None, ""))
             changes = ", ".join(f"{key}={value}" for key, value in _changes(name, preset, parent).items())
             rows.append((name, preset, parent or "", changes, source))
@@ -1219,14 +1262,14 @@ def preset_table(
 
 # %% ../../nbs/methods/01_settings.ipynb #da1e6e51
 def list_presets(
-    name: str | None = None,  # of a method
+    name: str | None = None,  # of a method, or my_package.my_module:MyMethod
 ) -> list[str] | pd.DataFrame:  # names of its presets; of no method: `preset_table`
     """Names of a method's presets; without a method, the table of all. ValueError for an unknown method.
 
     Parameters
     ----------
     name : str | None, default: None
-        of a method
+        of a method, or my_package.my_module:MyMethod
 
     Returns
     -------
@@ -1235,5 +1278,4 @@ def list_presets(
     """
     if name is None:
         return preset_table()
-    check_choice("method", name, SETTINGS)
-    return list(SETTINGS[name][1])
+    return list(find_settings(name)[1])

@@ -8,6 +8,7 @@ __all__ = ['Supervised']
 # %% ../../nbs/methods/16_supervised.ipynb #737730ea
 import math
 import warnings
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,20 @@ from .settings import SUPERVISED_PRESETS as PRESETS, SupervisedConfig
 from ..objectives.labels import batch_targets, label_loss, macro_auroc
 
 # %% ../../nbs/methods/16_supervised.ipynb #2d470557
+def _label_rule(config: SupervisedConfig) -> dict[str, Any]:
+    "What uncertain and blank labels count as. ValueError for what is no rule, or not one of each class."
+    uncertain, blank = config.uncertain or "ignore", config.blank or "negative"
+    words = (uncertain,) if isinstance(uncertain, str) else tuple(uncertain)
+    for word in words:
+        check_choice("policy for uncertain labels", word, UNCERTAIN)
+    check_choice("policy for blank labels", blank, BLANK)
+    if not isinstance(uncertain, str):
+        if len(words) != len(config.classes):
+            raise ValueError(f"uncertain has {len(words)} words; expected one, or one of each of {config.classes}")
+        uncertain = dict(zip(config.classes, words))
+    return {"uncertain": uncertain, "blank": blank}
+
+
 class Supervised(Method):
     "A linear layer says which labels an image has (CheXpert pre-training of LoVT, image-only of local-mi)."
 
@@ -33,24 +48,30 @@ class Supervised(Method):
     reads_text, least_batch = False, 1
 
     def __init__(self, config: SupervisedConfig, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
-        check_choice("policy for uncertain labels", config.uncertain, UNCERTAIN)
-        check_choice("policy for blank labels", config.blank, BLANK)
         if not config.classes:
             raise ValueError("Supervised needs labels: name them (classes=), or give create_method their Pack (data=)")
         super().__init__(config, tokenizer)
-        self.label_names = tuple(config.classes)
+        self.label_names, self.label_rule = tuple(config.classes), _label_rule(config)
         self.head = nn.Linear(self.image_encoder.whole_dim, len(self.label_names))
 
     @classmethod
     def settings_of(cls, settings: dict[str, Any], data: Pack | str | Path) -> dict[str, Any]:
-        "The labels of the Pack's recipe, else all of the Pack, if none are named."
-        named = settings.get("classes", cls.Config.classes)
-        return {} if named is not None else {"classes": label_policy(open_pack(data)).findings}
+        "Classes, and what uncertain and blank labels count as, by the Pack's recipe where they are left open."
+        asked = {name: settings.get(name, getattr(cls.Config, name)) for name in ("classes", "uncertain", "blank")}
+        pack = open_pack(data)
+        if asked["classes"] is not None and not len(pack.labels.columns):
+            return {}  # `fit` says what the Pack lacks
+        policy = label_policy(pack)
+        classes, uncertain = asked["classes"] or policy.findings, policy.uncertain
+        if isinstance(uncertain, Mapping):
+            uncertain = tuple(uncertain.get(name, "ignore") for name in classes)
+        found = {"classes": classes, "uncertain": uncertain, "blank": policy.blank}
+        return {name: found[name] for name, value in asked.items() if value is None}
 
     def forward(self, batch: Batch) -> Losses:
         "Cross-entropy of the known labels; the logits and targets of each sample are kept for the AUROC."
-        c, logits = self.config, self.classify(batch.image)
-        targets = batch_targets(batch.labels, self.label_names, c.uncertain, c.blank)
+        logits = self.classify(batch.image)
+        targets = batch_targets(batch.labels, self.label_names, **self.label_rule)
         losses = add_up(labels=label_loss(logits, targets))
         return replace(losses, judged=torch.stack([logits.detach().float(), targets], -1))
 

@@ -21,7 +21,7 @@ from .contrastive import at_least_float32
 def batch_targets(
     labels: Mapping[str, Tensor],  # of a Batch: all labels of its studies by name, (B,) 1, 0, -1 uncertain, NaN blank
     classes: Sequence[str],  # C names
-    uncertain: str = "ignore",  # or "positive" (U-Ones), "negative" (U-Zeros)
+    uncertain: str | Mapping[str, str] = "ignore",  # or "positive" (U-Ones), "negative" (U-Zeros); or one of each class
     blank: str = "negative",  # or "ignore"
 ) -> Tensor:  # (B, C) 1, 0, NaN = not used
     """Turn the labels of a batch into targets. ValueError for another policy, or a class that has no label.
@@ -32,8 +32,8 @@ def batch_targets(
         of a Batch: all labels of its studies by name, (B,) 1, 0, -1 uncertain, NaN blank
     classes : Sequence[str]
         C names
-    uncertain : str, default: 'ignore'
-        or "positive" (U-Ones), "negative" (U-Zeros)
+    uncertain : str | Mapping[str, str], default: 'ignore'
+        or "positive" (U-Ones), "negative" (U-Zeros); or one of each class
     blank : str, default: 'negative'
         or "ignore"
 
@@ -42,12 +42,14 @@ def batch_targets(
     Tensor
         (B, C) 1, 0, NaN = not used
     """
-    check_choice("policy for uncertain labels", uncertain, UNCERTAIN)
+    policies = [uncertain[name] if isinstance(uncertain, Mapping) else uncertain for name in classes]
     check_choice("policy for blank labels", blank, BLANK)
-    for name in classes:
+    for name, policy in zip(classes, policies, strict=True):
+        check_choice("policy for uncertain labels", policy, UNCERTAIN)
         check_choice("label of the batch", name, labels)
     given = torch.stack([labels[name] for name in classes], 1)
-    targets = given.masked_fill(given == -1, UNCERTAIN[uncertain]).masked_fill(given.isnan(), BLANK[blank])
+    unsure = given.new_tensor([UNCERTAIN[policy] for policy in policies])
+    targets = torch.where(given == -1, unsure, given).masked_fill(given.isnan(), BLANK[blank])
     unlabelled = torch.stack(list(labels.values())).isnan().all(0)
     return targets.masked_fill(unlabelled[:, None], math.nan)
 

@@ -41,6 +41,7 @@ from ..evaluate.ground import ground_phrases, grounding_table
 from ..evaluate.map_recipes import ground_recipes
 from ..evaluate.retrieve import retrieve, zero_shot
 from ..evaluate.stats import bootstrap_mean
+from ..methods.settings import idle_settings
 from ..methods import METHODS, Method
 from .config import RealPairsConfig
 from .grounding import gather
@@ -106,7 +107,9 @@ def _jobs(config: RealPairsConfig) -> Iterator[_Job]:
 # %% ../../nbs/studies/08_real_pairs.ipynb #b146adbb
 def _shared(job: _Job) -> dict[str, Any]:
     "The settings that a job's method has in common with all others that have them."
-    return {"negatives": "other-patient"} if "negatives" in METHODS[job.method].Config.__dataclass_fields__ else {}
+    kind = METHODS[job.method].Config
+    count = kind.__dataclass_fields__.keys() - idle_settings(kind)
+    return {"negatives": "other-patient"} if "negatives" in count else {}
 
 
 def _make_method(

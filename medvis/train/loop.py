@@ -12,7 +12,7 @@ import signal
 import threading
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -198,6 +198,28 @@ def _check_labels(method: Method, data: Pack) -> None:
             f"no study in the train split of {data.path} has a label of {', '.join(method.label_names)}: "
             f"there is nothing to train this {type(method).__name__} on"
         )
+    if method.label_names and (differ := _other_rules(method, data)):
+        warnings.warn(
+            f"this {type(method).__name__} is trained with other rules than those of the recipe of {data.path}, by which "
+            f"probe and head are measured: {differ}. Leave them out (None) in create_method(..., data=) to follow it",
+            stacklevel=6,
+        )
+
+
+def _other_rules(method: Method, data: Pack) -> str:  # empty = none
+    "Where what uncertain and blank labels count as is not what the Pack's recipe says."
+    found = []
+    for kind, own in method.label_rule.items():
+        each, said = (
+            rule if isinstance(rule, Mapping) else dict.fromkeys(method.label_names, rule)
+            for rule in (own, data.recipe.get(kind, own))
+        )
+        found += [
+            f"{kind} labels of {name} count as {each[name]}, not {said[name]}"
+            for name in method.label_names
+            if name in said and each[name] != said[name]
+        ]
+    return "; ".join(found)
 
 
 def _open_pairs(method: Method, data: Pack, config: TrainConfig, accelerator: Accelerator) -> dict[str, Pairs]:

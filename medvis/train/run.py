@@ -27,6 +27,7 @@ from ..encoders.image import IMAGE_ENCODERS, image_encoder, load_weights
 from ..encoders.pretrained import architecture_of, is_pretrained, pretrained_encoder
 from ..encoders.weights import read_state
 from ..methods import METHODS
+from ..methods.settings import idle_settings
 from ..methods.method import Method
 from .checkpoint import read_settings, read_weights, save_weights, write_settings
 from .config import TrainConfig
@@ -54,7 +55,10 @@ _RENAMED = {  # setting of a method in older runs -> its name today
     "weight_token": "token_weight",
     "weight_prototype": "prototype_weight",
 }
-_ADDED = {"local_grid": None}  # settings that older runs do not have, and the value that means what those runs did
+_ADDED = {
+    "local_grid": None,
+    "extremes": 1,
+}  # settings that older runs do not have, and the value that means what those runs did
 
 
 def _update_settings(
@@ -67,7 +71,8 @@ def _update_settings(
     today = kind.Config.__dataclass_fields__
     added = {name: value for name, value in _ADDED.items() if name in today}
     renamed = {name if name in today else _RENAMED.get(name, name): value for name, value in settings["config"].items()}
-    return settings | {"config": added | renamed}
+    idle = dict.fromkeys(idle_settings(kind.Config) & renamed.keys())  # they had a value before, which nothing read
+    return settings | {"config": added | renamed | idle}
 
 # %% ../../nbs/train/05_run.ipynb #89b802b1
 _FREE = ("run", "workers", "progress", "save_every", "device")  # may differ when a run goes on
