@@ -612,6 +612,22 @@ def _class_table(
     return table[~table["name"].isin(["expected calibration error", "Brier score"])].reset_index(drop=True)
 
 # %% ../../nbs/evaluate/13_retrieve.ipynb #e3ba79b8
+def _write_answers(
+    out: str | Path | None,  # None: nothing is written
+    name: str,
+    pairs: PairScores,
+    tables: Mapping[str, pd.DataFrame],  # by file name
+    rules: dict[str, Any],  # for the manifest
+) -> None:
+    "Scores, tables and how they were made, in a folder."
+    if out is None:
+        return
+    _save_pairs(Path(out) / f"{name}.npz", pairs)
+    for file, table in tables.items():
+        write_atomic(Path(out) / f"{file}.csv", lambda file: table.to_csv(file, index=False))
+    write_json(Path(out) / f"{name}.json", rules)
+
+
 def retrieve(
     run: Method | Run | str | Path,  # or a run folder
     data: Pack | str | Path | None = None,  # None: the Pack that it was trained on
@@ -671,20 +687,9 @@ def retrieve(
     targets = study_targets(pack, **policy) if policy else pack.labels
     classes = dict(zip(names[here], _exclusive_class(targets[here], per_class)))
     table = retrieval_table(pairs, classes, ks, resamples)
-    if out is not None:
-        _save_pairs(Path(out) / "retrieval.npz", pairs)
-        write_atomic(Path(out) / "retrieval.csv", lambda file: table.to_csv(file, index=False))
-        rules = dict(
-            split=split,
-            studies=studies,
-            seed=seed,
-            **policy,
-            per_class=per_class,
-            ks=ks,
-            resamples=resamples,
-            metrics=_DEFINITIONS,
-        )
-        write_json(Path(out) / "retrieval.json", describe_inputs({"method": method}, pack, **rules))
+    rules = dict(split=split, studies=studies, seed=seed, **policy, per_class=per_class, ks=ks, resamples=resamples)
+    described = describe_inputs({"method": method}, pack, **rules, metrics=_DEFINITIONS)
+    _write_answers(out, "retrieval", pairs, {"retrieval": table}, described)
     return table
 
 # %% ../../nbs/evaluate/13_retrieve.ipynb #62b7ad7e
@@ -750,19 +755,8 @@ def zero_shot(
         "prompts": _prompt_breakdown(pairs, targets),
         "classes": _class_table(pairs, _exclusive_class(targets), combine),
     }
-    if out is not None:
-        _save_pairs(Path(out) / "zero_shot.npz", pairs)
-        for name, table in tables.items():
-            write_atomic(Path(out) / f"zero_shot_{name}.csv", lambda file: table.to_csv(file, index=False))
-        rules = dict(
-            split=split,
-            studies=studies,
-            seed=seed,
-            uncertain=policy.uncertain,
-            blank=policy.blank,
-            combine=combine,
-            resamples=resamples,
-        )
-        rules |= dict(prompts=prompts.to_dict("records"), metrics=_ZERO_SHOT)
-        write_json(Path(out) / "zero_shot.json", describe_inputs({"method": method}, pack, **rules))
+    rules = dict(split=split, studies=studies, seed=seed, uncertain=policy.uncertain, blank=policy.blank)
+    rules |= dict(combine=combine, resamples=resamples, prompts=prompts.to_dict("records"), metrics=_ZERO_SHOT)
+    files = {f"zero_shot_{name}": table for name, table in tables.items()}
+    _write_answers(out, "zero_shot", pairs, files, describe_inputs({"method": method}, pack, **rules))
     return tables

@@ -10,7 +10,7 @@ __all__ = ['CONVIRT_PRESETS', 'MGCA_PRESETS', 'LOVT_PRESETS', 'GLOBAL_MI_PRESETS
            'MGCAConfig', 'LoVTConfig', 'MutualInformationConfig', 'GlobalMIConfig', 'LocalMIConfig', 'CLIPConfig',
            'GLoRIAConfig', 'MixtureMIConfig', 'SimCLRConfig', 'BYOLConfig', 'PixelProConfig', 'VSEConfig', 'DSVEConfig',
            'ContrastiveBinaryConfig', 'SupervisedConfig', 'CaptionConfig', 'CaptionLSTMConfig',
-           'CaptionTransformerConfig', 'list_methods', 'find_settings', 'idle_settings', 'methods_with_text',
+           'CaptionTransformerConfig', 'list_methods', 'methods_with_text', 'find_settings', 'idle_settings',
            'preset_table', 'list_presets']
 
 # %% ../../nbs/methods/01_settings.ipynb #6f1bcdbd
@@ -980,9 +980,9 @@ class SupervisedConfig(ImageMethodConfig):
     classes: tuple[str, ...] | None = CHEXPERT_FIVE
     "Labels that are learned; None = those of the Pack's recipe, else all of the Pack."
     uncertain: _Uncertain | tuple[_Uncertain, ...] | None = None
-    "What an uncertain label counts as: positive (U-Ones), negative, ignore; or one of each class; None = by the recipe."
+    "What an uncertain label counts as: positive (U-Ones), negative, ignore; one of each class; None = by the recipe."
     blank: Literal["negative", "ignore"] | None = None
-    "What a missing label counts as: negative, or left out (a study without any always is); None = by the Pack's recipe."
+    "What a missing label counts as: negative, or left out (a study without any is); None = by the Pack's recipe."
 
 # %% ../../nbs/methods/01_settings.ipynb #7d1c5e04
 _CHEXPERT_RECIPE = dict(
@@ -1149,7 +1149,12 @@ def list_methods() -> list[str]:
     "Names of all methods: those of medvis, and those that were registered."
     return list(SETTINGS)
 
+# %% ../../nbs/methods/01_settings.ipynb #32f30e6a
+def methods_with_text() -> list[str]:
+    "Names of the methods that read reports: what retrieves, points or names by words is about these."
+    return [name for name, (config, _) in SETTINGS.items() if "text" in config.__dataclass_fields__]
 
+# %% ../../nbs/methods/01_settings.ipynb #d094b170
 _OUTSIDE = Registry(
     "method",
     "a subclass of medvis.methods.Method",
@@ -1180,15 +1185,10 @@ def find_settings(
     kind = _OUTSIDE.find(method)
     return kind.Config, kind.presets
 
-
+# %% ../../nbs/methods/01_settings.ipynb #53e24fde
 def idle_settings(kind: type[ImageMethodConfig]) -> set[str]:
     "Settings that have no meaning for a method of this configuration: they can only be None."
     return {name for name, hint in get_type_hints(kind).items() if hint is NoneType}
-
-# %% ../../nbs/methods/01_settings.ipynb #32f30e6a
-def methods_with_text() -> list[str]:
-    "Names of the methods that read reports: what retrieves, points or names by words is about these."
-    return [name for name, (config, _) in SETTINGS.items() if "text" in config.__dataclass_fields__]
 
 # %% ../../nbs/methods/01_settings.ipynb #f5debdd6
 _VSE_ORIGINS = {"all-negatives": ("paper", "VSE++, its VSE0")}
