@@ -200,7 +200,7 @@ def _check_labels(method: Method, data: Pack) -> None:
         )
     if method.label_names and (differ := _other_rules(method, data)):
         warnings.warn(
-            f"this {type(method).__name__} is trained with other rules than those of the recipe of {data.path}, by which "
+            f"this {type(method).__name__} is trained by other rules than the recipe of {data.path}, by which "
             f"probe and head are measured: {differ}. Leave them out (None) in create_method(..., data=) to follow it",
             stacklevel=6,
         )
