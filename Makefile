@@ -57,7 +57,7 @@ test: .venv/.dev
 	@echo "== tests"
 	@timeout -s INT -k 60 2400 pytest -q -n 3 --dist loadfile --no-loadscope-reorder --durations 20 $(addprefix --ignore tests/,test_replay.py test_sync.py test_house.py) tests
 	@echo "== what trains, on two threads and other kernels"
-	@ATEN_CPU_CAPABILITY=default OMP_NUM_THREADS=2 MKL_NUM_THREADS=2 timeout -s INT -k 60 900 pytest -q -m trains tests
+	@ATEN_CPU_CAPABILITY=default OMP_NUM_THREADS=2 MKL_NUM_THREADS=2 timeout -s INT -k 60 900 pytest -q -m trains $$(grep -l "mark.trains" tests/test_*.py)
 	@echo "medvis: every check passed"
 
 lab: .venv/.dev
