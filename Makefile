@@ -37,6 +37,7 @@ demo: .venv/.demo
 	@medvis demo
 
 # The tree is only read: uncommitted work stays as it is. Two notebooks at a time on two cores, so one thread each; nothing is fetched.
+# Three of the other tests, since those with a browser or with processes of their own wait as long as they work; the longest files first (tests/conftest.py).
 # Coverage, which makes tests a third slower, is measured over the replay. No result may depend on the last bits: notebooks and tests run on the processor's own kernels; the notebooks' replay against the installed module,
 # and what trains, on two threads, once more on the plainest ones (no AVX).
 test: export OMP_NUM_THREADS := 1
@@ -45,7 +46,7 @@ test: export TOKENIZERS_PARALLELISM := false
 test: export HF_HUB_OFFLINE := 1
 test: .venv/.dev
 	@echo "== in step, house style, lint"
-	@pytest -q tests/test_sync.py tests/test_house.py
+	@pytest -q -n 2 --dist worksteal tests/test_sync.py tests/test_house.py
 	@ruff check medvis tests tools setup.py
 	@ruff check --select F821 nbs
 	@python tools/format.py --check
@@ -54,9 +55,9 @@ test: .venv/.dev
 	@echo "== notebooks, replayed against the installed module, on other kernels"
 	@ATEN_CPU_CAPABILITY=default timeout -s INT -k 60 1300 pytest -q -n 2 --dist worksteal --durations 5 --cov=medvis tests/test_replay.py
 	@echo "== tests"
-	@timeout -s INT -k 60 2400 pytest -q -n 2 --dist loadfile --durations 20 --ignore tests/test_replay.py tests
+	@timeout -s INT -k 60 2400 pytest -q -n 3 --dist loadfile --no-loadscope-reorder --durations 20 $(addprefix --ignore tests/,test_replay.py test_sync.py test_house.py) tests
 	@echo "== what trains, on two threads and other kernels"
-	@ATEN_CPU_CAPABILITY=default OMP_NUM_THREADS=2 MKL_NUM_THREADS=2 timeout -s INT -k 60 900 pytest -q -m trains tests
+	@ATEN_CPU_CAPABILITY=default OMP_NUM_THREADS=2 MKL_NUM_THREADS=2 timeout -s INT -k 60 900 pytest -q -m trains $$(grep -l "mark.trains" tests/test_*.py)
 	@echo "medvis: every check passed"
 
 lab: .venv/.dev

@@ -1,6 +1,7 @@
 """The notebooks as the house's checks see them: cells with their directives, and the module they export to."""
 import json
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 from execnb.nbio import mk_cell
@@ -17,7 +18,7 @@ class Cell:
     source: str
     outputs: list = field(default_factory=list)
 
-    @property
+    @cached_property
     def directives(self) -> dict[str, list[str]]:
         "`#| name values` lines at the head of a code cell, as nbdev reads them; a Quarto name keeps its colon (`eval:`)."
         return extract_directives(mk_cell(self.source), remove=False) if self.kind == "code" else {}

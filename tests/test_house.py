@@ -249,9 +249,10 @@ def defined(tree: ast.Module) -> dict[str, ast.stmt]:
 
 def mentioned(tree: ast.AST) -> set[str]:
     "Names that a file fetches from elsewhere: imports, attributes, `medvis.room.module:name`."
-    names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for alias in node.names}
-    names |= {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
-    texts = (node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str))
+    nodes = list(ast.walk(tree))
+    names = {alias.name for node in nodes if isinstance(node, ast.ImportFrom) for alias in node.names}
+    names |= {node.attr for node in nodes if isinstance(node, ast.Attribute)}
+    texts = (node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str))
     return names | {match[1] for text in texts if (match := re.fullmatch(r"medvis[\w.]*[.:](\w+)", text))}
 
 
@@ -279,6 +280,7 @@ def unused_names(modules: dict[str, ast.Module], others: dict[str, set[str]]) ->
     return found
 
 
+@functools.cache
 def package_modules() -> dict[str, ast.Module]:
     "The modules of the package without doors, by their names without `medvis.`"
     paths = [path for path in (ROOT / "medvis").rglob("*.py") if path.name not in ("__init__.py", "_modidx.py")]

@@ -22,7 +22,7 @@ SIZES = {Supervised: {}, ContrastiveBinary: {}, DSVE: {"dim": 16}}  # of those w
 
 @pytest.fixture(scope="module")
 def pack(tmp_path_factory) -> Path:
-    return prepare_phantom(PhantomConfig(out=tmp_path_factory.mktemp("data") / "pack", studies=120, progress=False)).path
+    return prepare_phantom(PhantomConfig(out=tmp_path_factory.mktemp("data") / "pack", studies=60, progress=False)).path
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,7 @@ def train(pack: Path, tokenizer, run: Path, sabotage=None, kind=MGCA, **changes)
     torch.set_num_threads(1)
     torch.manual_seed(0)
     method = kind.from_preset("tiny", tokenizer, **SIZES.get(kind, {"hidden": 32, "dim": 16}))
-    settings = dict(epochs=3, batch_size=16, save_every=4, augment="lovt", swap=0.4, progress=False, device="cpu")
+    settings = dict(epochs=3, batch_size=8, save_every=4, augment="lovt", swap=0.4, progress=False, device="cpu")
     if sabotage:
         sabotage()
     loop.fit(method, Pack(pack), TrainConfig.of(method, run, **{**settings, **changes}))
