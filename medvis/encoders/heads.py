@@ -172,7 +172,7 @@ class AttentionPool(nn.Module):
         local: Tensor,  # (B, N, D)
         mask: Tensor,  # (B, N)
     ) -> tuple[Tensor, Tensor]:  # (B, D); (B, N)
-        "Attention with one query, for which no local vector need be projected. The keys' bias adds the same to all scores of a query, and drops out."
+        "Attention with one query: no local vector need be projected, and the keys' bias, the same for all, drops out."
         heads = self.attention.num_heads
         (ask, key, value), (ask_bias, _, value_bias) = (
             self.attention.in_proj_weight.chunk(3),

@@ -348,7 +348,7 @@ class _RunState:
 # %% ../../nbs/train/07_loop.ipynb #c41e0b97
 @contextmanager
 def _noted_signals() -> Iterator[list[int]]:
-    "Ctrl-C and SIGTERM are noted in a list; the second of them does what it does elsewhere. Signals that a shell ignores stay ignored."
+    "Ctrl-C and SIGTERM are noted in a list; the second does what it does elsewhere. Ignored ones stay ignored."
     asked, owner, before = [], os.getpid(), {}
 
     def note(number: int, _: object) -> None:
