@@ -17,7 +17,7 @@ from medvis.methods.method import phantom_tokenizer
 from medvis.train import Run, TrainConfig, checkpoint, loop
 
 FORK = multiprocessing.get_context("fork")
-SIZES = {Supervised: {}, ContrastiveBinary: {}, DSVE: {"dim": 16}}  # of those without a projection of their own
+SIZES = {Supervised: {}, GLoRIA: {"dim": 16}, ContrastiveBinary: {}, DSVE: {"dim": 16}}  # of those without a projection of their own
 
 
 @pytest.fixture(scope="module")
