@@ -110,9 +110,8 @@ def pool_tokens(
     """
     batch, groups = len(index), _count_groups(index) + 1
     slot = (index.clamp(min=-1) + 1 + groups * torch.arange(batch, device=index.device)[:, None]).flatten()
-    flat = tokens.flatten(0, 1).to(
-        torch.promote_types(tokens.dtype, torch.float32)
-    )  # a sum of bfloat16 loses its last words
+    # a sum of bfloat16 loses its last words
+    flat = tokens.flatten(0, 1).to(torch.promote_types(tokens.dtype, torch.float32))
     per_slot = flat.new_zeros(batch * groups, flat.shape[-1])
     size = slot.new_zeros(batch * groups, 1).index_add(0, slot, torch.ones_like(slot)[:, None])
     if mode == "max":

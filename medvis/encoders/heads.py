@@ -200,9 +200,8 @@ class AttentionPool(nn.Module):
         Tensor
             (..., D)
         """
-        with torch.autocast(
-            local.device.type, enabled=False
-        ):  # a vector alone has all the weight: only its value counts
+        # a vector alone has all the weight: only its value counts
+        with torch.autocast(local.device.type, enabled=False):
             value, bias = (part.chunk(3)[2] for part in (self.attention.in_proj_weight, self.attention.in_proj_bias))
             return self.attention.out_proj(F.linear(local.to(value.dtype), value, bias))
 
