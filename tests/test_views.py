@@ -9,6 +9,7 @@ import torch
 from torch.nn import functional as F
 
 import medvis.objectives.views as objectives
+from medvis.data.augment import apply_numbers
 from medvis.data.pairs import Pairs, read_batch
 from medvis.data.prepare import PhantomConfig, prepare_phantom
 from medvis.data.preprocessing import AUGMENTATIONS, Preprocessing
@@ -169,12 +170,14 @@ def test_order_and_half_precision():
 def test_frames_are_true_on_coordinate_images(augment):
     "A film whose pixels hold their own coordinates: away from the edge, views show what frame and grid promise, also of two views of one film."
     axis = (torch.arange(24.0) + 0.5) / 24
-    film, crop = torch.stack(torch.meshgrid(axis, axis, indexing="xy")), AUGMENTATIONS[augment](56, 1.0)[0]
+    film, view_of = torch.stack(torch.meshgrid(axis, axis, indexing="xy"))[:, None], Preprocessing(size=56, crop=1.0)
+    part_and_flip = AUGMENTATIONS[augment](56, 1.0)[1:3]
     mirrored = set()
     for seed in range(20):
         torch.manual_seed(seed)
         shown = []
-        for view, frame in (crop.framed(film), crop.framed(film)):
+        for draws in (view_of.draw(augment, 24), view_of.draw(augment, 24)):
+            view, frame = apply_numbers(part_and_flip, film, draws[:5].expand(2, -1))[:, 0], view_of.frames(augment, draws, 24)
             read = view.unfold(1, 8, 8).unfold(2, 8, 8).mean((-1, -2)).flatten(1).T      # (49, 2)
             inside = F.pad(torch.ones(5, 5, dtype=torch.bool), (1, 1, 1, 1)).flatten()
             torch.testing.assert_close(read[inside], pixel_places(frame[None], (7, 7))[0][inside], atol=1e-5, rtol=0)

@@ -6,14 +6,15 @@
 __all__ = ['Views', 'two_views']
 
 # %% ../../nbs/data/20_views.ipynb #42f2fe44
-import numpy as np
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from ..core.randomness import seeded
 from .pack import Pack
-from .pairs import Batch, Pairs, Sample
-from .preprocessing import Preprocessing
+from .pairs import Batch, Pairs
+from .preprocessing import Preprocessing, check_framed
 from .sampling import Sampling
 
 # %% ../../nbs/data/20_views.ipynb #354d7fdf
@@ -33,6 +34,8 @@ class Views(Pairs):
     seed : int, default: 0
     count : int, default: 2
         views of an image
+    labels : Sequence[str] | None, default: None
+        names of the labels that are read along; None = all
     """
 
     def __init__(
@@ -44,48 +47,25 @@ class Views(Pairs):
         train: bool = False,
         seed: int = 0,
         count: int = 2,  # views of an image
+        labels: Sequence[str] | None = None,  # names of the labels that are read along; None = all
     ) -> None:
-        super().__init__(pack, None, preprocessing, sampling, split, train, seed, need_text=False)
-        self.count, self._transform = count, preprocessing.transform()
-        self._draw_view = preprocessing.framed(sampling.augment)
+        super().__init__(pack, None, preprocessing, sampling, split, train, seed, need_text=False, labels=labels)
+        self.augment, self.count = sampling.augment, count
+        check_framed(self.augment)
 
-    def _film(self, i: int, epoch: int) -> Tensor:  # (1, H, W) uint8
-        "The stored image of sample i; in training a random one of its study, if a sample is a study."
-        row, image = self.items[i]
-        if self.train and self.sampling.per == "study":
-            images = self.pack.studies["image_rows"].iloc[row]
-            with seeded(self.seed, epoch, i, 2):
-                image = int(images[int(torch.randint(len(images), ()))])
-        return torch.from_numpy(np.array(self.pack.image(image)))[None]
+    def _draw(self, film: Tensor, mirrored: bool, epoch: int, i: int) -> Tensor:  # (V, n)
+        draws = []
+        for number in range(self.count):
+            with seeded(self.seed, epoch, i, 5, number):
+                draws.append(self.preprocessing.draw(self.augment, film.shape[-1]))
+        return torch.stack(draws)
 
-    def image(self, i: int, epoch: int = 0) -> Tensor:  # (C, size, size) float32
-        """The whole image of sample i, as evaluation shows it.
-
-        Returns
-        -------
-        Tensor
-            (C, size, size) float32
-        """
-        return self._transform(self._film(i, epoch))
-
-    def view(self, i: int, number: int, epoch: int = 0) -> tuple[Tensor, Tensor]:  # (C, size, size); (4,)
-        """A view of sample i, and its frame; the global random state is left as it was.
-
-        Returns
-        -------
-        tuple[Tensor, Tensor]
-            (C, size, size); (4,)
-        """
-        with seeded(self.seed, epoch, i, 5, number):
-            return self._draw_view(self._film(i, epoch))
-
-    def __getitem__(self, key: int | tuple[int, int]) -> Sample:
-        epoch, i = key if isinstance(key, tuple) else (0, key)
-        sample = super().__getitem__(key)
-        if not sample.error:
-            views, frames = zip(*(self.view(i, number, epoch) for number in range(self.count)), strict=True)
-            sample.views, sample.frames = torch.stack(views), torch.stack(frames)
-        return sample
+    def _pictures(self, films: Tensor, draws: Tensor) -> dict[str, Tensor]:  # (B, 1, H, W) uint8; (B, V, n)
+        "The whole images, their views, and where those lie."
+        each = films.repeat_interleave(self.count, 0)
+        views = self.preprocessing.develop(each, draws.flatten(0, 1), self.augment).unflatten(0, draws.shape[:2])
+        frames = self.preprocessing.frames(self.augment, draws, films.shape[-1])
+        return {"image": self.preprocessing.develop(films), "views": views, "frames": frames}
 
 # %% ../../nbs/data/20_views.ipynb #8f0f0428
 def two_views(batch: Batch) -> tuple[Tensor, Tensor]:  # (B, C, H, W) each

@@ -16,18 +16,19 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from ..core.randomness import counter_seed
 from ..data.pack import Pack, open_pack
-from ..data.pairs import Batch, Pairs, collate, epoch_batches
+from ..data.loader import BatchLoader
+from ..data.pairs import Batch, Pairs, epoch_batches
 from ..data.sampling import FLIPS
 from ..data.views import Views
 from ..encoders.frozen import FrozenImages, cache_images
@@ -224,7 +225,7 @@ def _other_rules(method: Method, data: Pack) -> str:  # empty = none
 
 def _open_pairs(method: Method, data: Pack, config: TrainConfig, accelerator: Accelerator) -> dict[str, Pairs]:
     "The samples of both splits. ValueError where method, Pack and settings do not fit together."
-    settings = dict(preprocessing=method.preprocessing, sampling=config, seed=config.seed)
+    settings = dict(preprocessing=method.preprocessing, sampling=config, seed=config.seed, labels=method.label_names)
     _check_labels(method, data)
     if method.reads_text:
         _check_text(method, data, config)
@@ -256,6 +257,7 @@ class _RunState:
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         self.accelerator = make_accelerator(c)
         self.pairs = _open_pairs(method, self.data, c, self.accelerator)
+        self.load = BatchLoader(self.pairs, self.accelerator.device, c.workers)
         groups = _parameter_groups(method, c)
         self.sides = [group.pop("config") for group in groups]
         optimizer = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[c.optimizer](groups, lr=c.lr, betas=c.betas)
@@ -277,17 +279,6 @@ class _RunState:
         count, share = len(self.pairs[split]), (a.process_index, a.num_processes)
         order = epoch_batches(count, c.batch_size, c.seed, epoch, *share, rest=rest)
         return [[(epoch, i) for i in batch] for batch in order]
-
-    def load(self, split: str, batches: list) -> DataLoader:
-        "The batches of these keys."
-        return DataLoader(
-            self.pairs[split],
-            batch_sampler=batches,
-            collate_fn=collate,
-            num_workers=self.config.workers,
-            generator=torch.Generator(),
-            pin_memory=self.accelerator.device.type == "cuda",
-        )
 
     def log(self, split: str, **values) -> None:
         "Add a line to the log."
@@ -415,7 +406,7 @@ class _Trainer(_RunState):
         batches = self.batches("train", epoch)
         groups = [batches[i : i + c.accumulate] for i in range(0, len(batches), c.accumulate)]
         groups = groups[self.step - epoch * self.steps_per_epoch :]
-        loader = iter(self.load("train", sum(groups, [])))
+        loader = self.load("train", chain.from_iterable(groups))
         for keys in groups:
             loaded = [next(loader) for _ in keys]
             losses = self.take_step(keys, loaded)

@@ -6,9 +6,7 @@
 __all__ = ['AugmentationExplorer']
 
 # %% ../../nbs/widgets/04_augmentation.ipynb #27caec1d
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
-from functools import partial
+from dataclasses import dataclass, replace
 from html import escape
 
 import ipywidgets
@@ -18,9 +16,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Polygon
 from scipy.spatial import ConvexHull
-from torchvision import tv_tensors
-from torchvision.transforms import v2
 
+from ..data.augment import apply_numbers
 from ..data.preprocessing import AUGMENTATIONS, Preprocessing
 from ..data.pack import Pack
 from ..data.pairs import Pairs, Sampling
@@ -60,22 +57,15 @@ class _AugmentedView:
     caption: str  # the same in words
 
 
-def _draw_view(
-    film: torch.Tensor,  # (1, H, W) uint8
-    preprocessing: Preprocessing,
-    augment: str,
-) -> _AugmentedView:
-    "One view of a film; draws from torch's generator exactly what `preprocessing.transform(augment)` draws."
-    before = torch.get_rng_state()
-    image = preprocessing.transform(augment)(film)
-    after = torch.get_rng_state()
-    rows, columns = torch.meshgrid(*map(torch.arange, film.shape[1:]), indexing="ij")
-    places = tv_tensors.Mask(torch.stack([columns, rows, torch.ones_like(rows)]))
-    torch.set_rng_state(before)
-    places = v2.Compose(AUGMENTATIONS[augment](preprocessing.size, preprocessing.crop))(places).as_subclass(
-        torch.Tensor
-    )
-    torch.set_rng_state(after)
+def _augmented_view(pairs: Pairs, item: int, epoch: int) -> _AugmentedView:
+    "What a sample of an epoch shows, and of which part of its film."
+    film, draws = pairs.film(item, epoch)
+    image, (height, width) = pairs.image(item, epoch), film.shape[1:]
+    rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    places = torch.stack([columns, rows, torch.ones_like(rows)])[:, None].float()
+    steps = AUGMENTATIONS[pairs.augment](pairs.preprocessing.size, pairs.preprocessing.crop)
+    places = apply_numbers(steps, places, draws[:-1].expand(3, -1), moves_only=True)[:, 0]
+    places = places.flip(-1) if draws[-1] else places
     part = _outline(places)
     if not len(part):
         return _AugmentedView(film[0].numpy(), image, part, "nothing of the film")
@@ -83,14 +73,6 @@ def _draw_view(
     words = [f"{ConvexHull(part).volume / film[0].numel():.0%} of the film"]
     words += [f"turned {turn:+.0f}°"] * (abs(turn) >= 0.5) + ["mirrored"] * mirrored
     return _AugmentedView(film[0].numpy(), image, part, ", ".join(words))
-
-# %% ../../nbs/widgets/04_augmentation.ipynb #2909e508
-class _TracedPreprocessing(Preprocessing):
-    "A preprocessing whose views know the part of the film that they show."
-
-    def transform(self, augment: str = "none") -> Callable[[torch.Tensor], _AugmentedView]:
-        "From (1, H, W) uint8 to an `_AugmentedView`."
-        return partial(_draw_view, preprocessing=Preprocessing(**asdict(self)), augment=augment)
 
 # %% ../../nbs/widgets/04_augmentation.ipynb #834afe68
 def _picture_tile(
@@ -181,12 +163,11 @@ class AugmentationExplorer(Pictured, ipywidgets.VBox):
         self._show()
 
     def _show(self, _: dict | None = None) -> None:
-        traced = _TracedPreprocessing(**asdict(self.preprocessing))
         view = replace(self.view, augment=self.augment.value)
-        pairs = Pairs(self.data, None, traced, view, self.split, True, self.seed.value, need_text=False)
+        pairs = Pairs(self.data, None, self.preprocessing, view, self.split, True, self.seed.value, need_text=False)
         item, first = self.study.value, self.epoch.value
         self.name = str(self.data.studies["study_id"].iloc[pairs.items[item][0]])
-        self.looks = [pairs.image(item, epoch) for epoch in range(first, first + self.views.value)]
+        self.looks = [_augmented_view(pairs, item, epoch) for epoch in range(first, first + self.views.value)]
         self.captions = [f"epoch {epoch}: {look.caption}" for epoch, look in enumerate(self.looks, first)]
         tiles = [_picture_tile(film, f"film of {self.name}", self.name, outlines=parts) for film, parts in self.films()]
         for look, caption, colour in zip(self.looks, self.captions, COLOURS):
