@@ -170,7 +170,7 @@ class SentenceTokens:
         coded = iter(_encode_words(*zip(*spoken), self.tokenizer) if spoken else [])
         for sentence, words in zip(new, spans):
             ids, word_of, places = next(coded) if words else ([], [], [])
-            numbers = [len(ids), len(places), *ids, *word_of, *(end for place in places for end in place)]
+            numbers = [len(ids), *ids, *word_of, *(end for place in places for end in place)]
             self.kept[sentence] = np.array(numbers, np.int32).tobytes() if words else b""
 
     def __call__(
@@ -181,12 +181,12 @@ class SentenceTokens:
         "The tokens of a sentence."
         if sentence not in self.kept:
             self.learn([sentence])
-        row = np.frombuffer(self.kept[sentence], np.int32)
-        if not len(row):
+        row = np.frombuffer(self.kept[sentence], np.int32).tolist()
+        if not row:
             return None
-        tokens, words = row[:2].tolist()
-        ids, word_of, places = np.split(row[2:], [tokens, 2 * tokens])
-        return ids.tolist(), word_of.tolist(), places.reshape(words, 2).tolist()
+        tokens, *numbers = row
+        ends = numbers[2 * tokens :]
+        return numbers[:tokens], numbers[tokens : 2 * tokens], list(zip(ends[::2], ends[1::2]))
 
 # %% ../../nbs/data/15_pairs.ipynb #bd15e303
 def tokenise(
@@ -505,8 +505,10 @@ class Pairs(Dataset):
 
     def report(self, i: int, epoch: int = 0) -> Report:
         "The tokenised report of sample i, as the batch sees it."
-        s, rng = self.sampling, np.random.default_rng(counter_seed(self.seed, epoch, i, 1))
-        sentences = _choose_sentences(self.sentences(i, epoch), s, rng, self.train)
+        s, sentences = self.sampling, self.sentences(i, epoch)
+        if s.sentences == "one" or self.train and (s.swap or s.most_sentences):
+            rng = np.random.default_rng(counter_seed(self.seed, epoch, i, 1))
+            sentences = _choose_sentences(sentences, s, rng, self.train)
         return tokenise(sentences, self.tokens, s.max_tokens, s.punctuation, s.overflow)
 
     def film(self, i: int, epoch: int = 0) -> tuple[Tensor, Tensor | None]:  # (1, H, W) uint8; (n,) or (V, n)

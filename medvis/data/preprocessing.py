@@ -8,7 +8,7 @@ __all__ = ['AUGMENTATIONS', 'check_framed', 'Preprocessing']
 # %% ../../nbs/data/04_preprocessing.ipynb #97d52ce7
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any, Literal
 
 import torch
@@ -91,6 +91,13 @@ AUGMENTATIONS = {
     "none": _no_augmentation,
 }
 
+
+@cache
+def _augmentation(augment: str, size: int, crop: float) -> list[v2.Transform]:
+    "The steps of an augmentation, made once. ValueError for an unknown one."
+    check_choice("augmentation", augment, AUGMENTATIONS)
+    return AUGMENTATIONS[augment](size, crop)
+
 # %% ../../nbs/data/04_preprocessing.ipynb #aea59bca
 def _by_own_maximum(
     image: torch.Tensor,  # (..., C, H, W)
@@ -158,8 +165,7 @@ class Preprocessing:
             )
 
     def _steps(self, augment: str) -> list[v2.Transform]:
-        check_choice("augmentation", augment, AUGMENTATIONS)
-        return AUGMENTATIONS[augment](self.size, self.crop)
+        return _augmentation(augment, self.size, self.crop)
 
     def _finish(self) -> list[Callable]:
         scaled = {"unit": [v2.ToDtype(torch.float32, scale=True)], "max": [v2.ToDtype(torch.float32), _by_own_maximum]}
