@@ -101,8 +101,11 @@ def _optimise(
 ) -> dict[str, float]:  # loss and its parts, averaged over the batches
     "One optimiser step. Raises Diverged, with weights and statistics as before the step."
     inner = accelerator.unwrap_model(method)
-    kept = [buffer.clone() for buffer in inner.buffers()]
-    mean: dict[str, float] = {}
+    buffers = list(inner.buffers())
+    kept = [torch.empty_like(buffer) for buffer in buffers]
+    if buffers:
+        torch._foreach_copy_(kept, buffers)
+    sums: dict[str, torch.Tensor] = {}
     optimizer.zero_grad()
     for i, (batch, seed) in enumerate(zip(batches, seeds, strict=True)):
         last = i == len(batches) - 1
@@ -112,12 +115,15 @@ def _optimise(
         with nullcontext() if last else accelerator.no_sync(method):
             losses = method(batch.to(accelerator.device))
             accelerator.backward(losses.total / len(batches))
-        for name, part in (("loss", losses.total.detach()), *losses.parts.items()):
-            mean[name] = mean.get(name, 0.0) + float(part) / len(batches)
+        for name, part in (("loss", losses.total), *losses.parts.items()):
+            sums[name] = sums.get(name, 0) + part.detach() / len(batches)
     scaled = accelerator.scaler is not None
     norm = accelerator.clip_grad_norm_(method.parameters(), float("inf") if clip_norm is None else clip_norm)
-    if anywhere(accelerator, not math.isfinite(mean["loss"]) or not (scaled or torch.isfinite(norm))):
-        for buffer, old in zip(inner.buffers(), kept, strict=True):
+    fetched = torch.stack([value.float() for value in (*sums.values(), norm)])
+    *values, norm = fetched.tolist()  # the one time that a step waits for the device
+    mean = dict(zip(sums, values, strict=True))
+    if anywhere(accelerator, not math.isfinite(mean["loss"]) or not (scaled or math.isfinite(norm))):
+        for buffer, old in zip(buffers, kept, strict=True):
             buffer.copy_(old)
         optimizer.zero_grad()
         raise Diverged(", ".join(f"{name} {value:g}" for name, value in mean.items()))
@@ -260,7 +266,8 @@ class _RunState:
         self.load = BatchLoader(self.pairs, self.accelerator.device, c.workers)
         groups = _parameter_groups(method, c)
         self.sides = [group.pop("config") for group in groups]
-        optimizer = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[c.optimizer](groups, lr=c.lr, betas=c.betas)
+        kind = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[c.optimizer]
+        optimizer = kind(groups, lr=c.lr, betas=c.betas, fused=True)
         self.prepared, self.optimizer = self.accelerator.prepare(method, optimizer)
         batches = self.batches("train", 0)
         self.steps_per_epoch = -(-len(batches) // c.accumulate)
