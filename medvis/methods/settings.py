@@ -814,10 +814,10 @@ _VIEWS_TINY_RECIPE = dict(
     lr=1e-3,
     weight_decay=0.05,
     batch_size=64,
-    epochs=8,
+    epochs=24,
     schedule="warmup-cosine",
     warmup=0.1,
-    augment="simclr",
+    augment="pixelpro",
     keep="last",
 )
 SIMCLR_PRESETS = {
@@ -834,7 +834,7 @@ BYOL_PRESETS = {
 PIXELPRO_PRESETS = {
     "paper": ({}, _PIXELPRO_RECIPE),
     "released": (dict(momentum_schedule="constant", pixels="whole"), {**_PIXELPRO_RECIPE, **_BY_EPOCH, "warmup": 0.0}),
-    "tiny": (dict(_VIEWS_TINY, layer="layer3", momentum=0.95), {**_VIEWS_TINY_RECIPE, "augment": "pixelpro"}),
+    "tiny": (dict(_VIEWS_TINY, layer="layer3", momentum=0.95), _VIEWS_TINY_RECIPE),
 }
 _VIEWS_ORIGINS = {
     "paper": (None, "LoVT, supplement 5.2"),
