@@ -324,13 +324,15 @@ def test_a_report_that_cannot_be_mirrored_is_shown_whole(pack, tokenizer, lost):
     "It used to be shown mirrored and without the sentence, so that what this asserts counted as absent."
     odd = Pack(pack.path)
     odd.studies["sentences"] = [["Left effusion.", lost, "The heart is normal."]] * len(odd.studies)
-    pairs = Pairs(odd, tokenizer, method_of(tokenizer).preprocessing, Sampling(augment="none", mirror=True, most_sentences=1), "train", True)
+    settings = method_of(tokenizer).preprocessing, Sampling(augment="none", mirror=True, most_sentences=1), "train", True
+    pairs = Pairs(odd, tokenizer, *settings)
     column = list(PHRASES).index("Consolidation")
     for batch in (read_batch(pairs, [(epoch, i) for i in range(8)]) for epoch in range(4)):
         asserted, absent = _report_findings(batch.reports)
         assert not absent[:, column].any() and (asserted[:, column] >= 0).all()
     assert not any(pairs.mirrored(i, epoch) for i in range(8) for epoch in range(4))
     odd.studies["sentences"] = [["Left effusion.", "The heart is normal."]] * len(odd.studies)
+    pairs = Pairs(odd, tokenizer, *settings)
     assert {pairs.mirrored(i, epoch) for i in range(8) for epoch in range(4)} == {True, False}, "what can be said of both is no hindrance"
 
 

@@ -192,5 +192,10 @@ class AugmentationExplorer(Pictured, ipywidgets.VBox):
             for colour, corners in parts.items():
                 ax.add_patch(Polygon(corners - 0.5, fill=False, color=colour, lw=1.6))
         for look, caption, colour, ax in zip(self.looks, self.captions, COLOURS, axes):
-            _draw_film(ax, _grey_levels(look.image, self.preprocessing), caption.replace(": ", "\n"), colour)
+            _draw_film(
+                ax,
+                _grey_levels(look.image, self.preprocessing),
+                caption.replace(": ", "\n").replace(", ", "\n"),
+                colour,
+            )
         return figure
