@@ -5,6 +5,8 @@ PYTHON ?= python3
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 unexport PYTHONPATH PYTHONHOME
+# Many container images forbid to keep compiled modules; every process of its own would compile torch again, 8 s of its 15.
+unexport PYTHONDONTWRITEBYTECODE
 
 # pip's hundreds of lines, cut down to those which tell that something large is under way; its errors are not touched.
 # What is imported is compiled then: most of what is installed never is, and compiling it all takes a minute.
