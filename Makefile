@@ -5,6 +5,8 @@ PYTHON ?= python3
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 unexport PYTHONPATH PYTHONHOME
+# Many container images forbid to keep compiled modules; every process of its own would compile torch again, 8 s of its 15.
+unexport PYTHONDONTWRITEBYTECODE
 
 # pip's hundreds of lines, cut down to those which tell that something large is under way; its errors are not touched.
 # What is imported is compiled then: most of what is installed never is, and compiling it all takes a minute.
@@ -39,7 +41,7 @@ demo: .venv/.demo
 # The tree is only read: uncommitted work stays as it is. Two notebooks at a time on two cores, so one thread each; nothing is fetched.
 # Three of the other tests, since those with a browser or with processes of their own wait as long as they work; the longest files first (tests/conftest.py).
 # Coverage, which makes tests a third slower, is measured over the replay. No result may depend on the last bits: notebooks and tests run on the processor's own kernels; the notebooks' replay against the installed module,
-# and what trains, on two threads, once more on the plainest ones (no AVX).
+# and what trains, on two threads, once more on the plainest ones (no AVX). A second thread shortens so small a training by little: two workers, whose threads sleep while they wait (passive).
 test: export OMP_NUM_THREADS := 1
 test: export MKL_NUM_THREADS := 1
 test: export TOKENIZERS_PARALLELISM := false
@@ -57,7 +59,7 @@ test: .venv/.dev
 	@echo "== tests"
 	@timeout -s INT -k 60 2400 pytest -q -n 3 --dist loadfile --no-loadscope-reorder --durations 20 $(addprefix --ignore tests/,test_replay.py test_sync.py test_house.py) tests
 	@echo "== what trains, on two threads and other kernels"
-	@ATEN_CPU_CAPABILITY=default OMP_NUM_THREADS=2 MKL_NUM_THREADS=2 timeout -s INT -k 60 900 pytest -q -m trains $$(grep -l "mark.trains" tests/test_*.py)
+	@ATEN_CPU_CAPABILITY=default OMP_NUM_THREADS=2 MKL_NUM_THREADS=2 OMP_WAIT_POLICY=passive timeout -s INT -k 60 900 pytest -q -n 2 --dist worksteal -m trains $$(grep -l "mark.trains" tests/test_*.py)
 	@echo "medvis: every check passed"
 
 lab: .venv/.dev

@@ -1,6 +1,8 @@
-"""Two real processes (gloo, torchrun): they end as one does, stop together, and write into no folder that another one holds."""
+"""Two real processes (gloo, torchrun's launcher): they end as one does, stop together, and write into no folder that another one holds."""
 import json
+import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 import warnings
@@ -9,52 +11,62 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from medvis.core.files import lock_folder
 from medvis.data.pack import Pack
 from medvis.data.pairs import Pairs, collate, epoch_batches
 from medvis.data.prepare import PhantomConfig, prepare_phantom
 from medvis.methods import ConVIRT
-from medvis.methods.method import phantom_tokenizer
+from medvis.methods.method import Losses, phantom_tokenizer
 from medvis.train import Run, TrainConfig, fit, load_method
 
-PROGRAM = """
-import os, signal, sys, torch
-from pathlib import Path
-from medvis.data.pack import Pack
-from medvis.methods import ConVIRT
-from medvis.methods.method import Losses, phantom_tokenizer
-from medvis.train import TrainConfig, fit
+FORK = multiprocessing.get_context("fork")
 
-RANK = os.environ["RANK"]
 
 class Sick(Pack):
+    "A Pack that does one process harm."
     fault, left = "", 40
 
     def image(self, index):
         self.left -= 1
-        if self.fault == "killed" and RANK == "0" and self.left == 0:
+        if self.fault == "killed" and os.environ["RANK"] == "0" and self.left == 0:
             os.kill(os.getpid(), signal.SIGKILL)
-        if self.fault == "unreadable" and RANK == "1" and self.studies["split"].iloc[index] == "train":
+        if self.fault == "unreadable" and os.environ["RANK"] == "1" and self.studies["split"].iloc[index] == "train":
             raise OSError("input/output error")
         return super().image(index)
 
-def spoil(module, args, losses):
-    bad = RANK == "1" and fault == ("nan" if module.training else "nan in validation")
-    return Losses(losses.total * torch.nan, losses.parts) if bad else losses
 
-for place in sys.argv[2:]:
-    torch.manual_seed(0)
-    method = ConVIRT.from_preset("tiny", phantom_tokenizer(40), hidden=32, dim=16)
-    method.register_forward_hook(spoil)
-    run = Path(place)
-    data = Sick(run.parent / "pack" if (run.parent / "pack").exists() else sys.argv[1])
-    data.fault = fault = run.name
-    try:
-        fit(method, data, TrainConfig.of(method, run, epochs=2, batch_size=8, progress=False, device="cpu", max_rejects=0.2))
-    except (ValueError, RuntimeError, OSError) as error:
-        os.write(1, f"{fault} stopped: {error}\\n".encode())     # at once: lines of two processes do not mix
-"""
+def work(pack: Path, *runs: Path) -> None:
+    "What each of two processes does: these runs one after the other, each with the fault it is named for."
+    AcceleratorState._reset_state(reset_partial_state=True)     # of what was trained before the fork
+
+    def spoil(module, args, losses):
+        bad = os.environ["RANK"] == "1" and data.fault == ("nan" if module.training else "nan in validation")
+        return Losses(losses.total * torch.nan, losses.parts) if bad else losses
+
+    for run in runs:
+        torch.manual_seed(0)
+        method = ConVIRT.from_preset("tiny", phantom_tokenizer(40), hidden=32, dim=16)
+        method.register_forward_hook(spoil)
+        data = Sick(run.parent / "pack" if (run.parent / "pack").exists() else pack)
+        data.fault = run.name
+        try:
+            fit(method, data, TrainConfig.of(method, run, epochs=2, batch_size=8, progress=False, device="cpu", max_rejects=0.2))
+        except (ValueError, RuntimeError, OSError) as error:
+            os.write(1, f"{run.name} stopped: {error}\n".encode())     # at once: lines of two processes do not mix
+
+
+def launch(said: Path, *args: Path) -> None:
+    "What torchrun does, but that its two processes are forked: neither has to import anything."
+    os.environ.update(OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
+    os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT), 1)
+    torch.set_num_threads(1)
+    config = LaunchConfig(1, 1, 2, run_id="test", rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=0, start_method="fork")
+    elastic_launch(config, work)(*args)
+
+
 FAULTS = {"nan": "is not finite", "nan in validation": "validation after step", "unreadable": "samples could not be read"}
 
 
@@ -69,14 +81,14 @@ def pack(tmp_path_factory) -> Path:
 
 def together(pack: Path, *runs: Path, ends: bool = True) -> str:
     "What two processes print that make these runs one after the other, each with the fault it is named for; both end by themselves, and soon."
-    program = runs[0].with_name("program.py")
-    program.write_text(PROGRAM)
-    room = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_PORT": "0", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", program, pack, *runs],
-        capture_output=True, text=True, timeout=150, env=room)
-    assert (done.returncode == 0) == ends, done.stderr[-2000:]
-    return done.stdout
+    said = runs[0].with_name(f"said-{runs[0].name}.txt")
+    launcher = FORK.Process(target=launch, args=(said, pack, *runs))
+    launcher.start()
+    launcher.join(150)
+    launcher.terminate()        # if it hangs
+    launcher.join(30)
+    assert launcher.exitcode == (0 if ends else 1), launcher.exitcode
+    return said.read_text()
 
 
 @pytest.fixture(scope="module")
