@@ -120,7 +120,7 @@ def same_place(
     Tensor
         (B, N, N) bool, pixels of the first by pixels of the second
     """
-    sides = torch.stack([first[:, 2:] - first[:, :2], second[:, 2:] - second[:, :2]]).abs()  # (2, B, 2)
+    sides = torch.stack([first[:, 2:] - first[:, :2], second[:, 2:] - second[:, :2]])  # (2, B, 2)
     pixel = sides / sides.new_tensor([grid[1], grid[0]])
     diagonal = pixel.norm(dim=-1).amax(0)[:, None, None]
     places = (pixel_places(frames, grid).double() for frames in (first, second))
