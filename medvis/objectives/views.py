@@ -132,7 +132,7 @@ def propagate(
     values: Tensor,  # (B, N, d') g(x)
     sharpness: float = 2.0,  # gamma
 ) -> Tensor:  # (B, N, d') y
-    """What each pixel gathers from the pixels of its image that look like it (PixelPro Eq. 6).
+    """What each pixel gathers from the pixels of its image that look like it (PixelPro Eq. 3, 4).
 
     Parameters
     ----------
