@@ -243,7 +243,7 @@ def test_other_methods_validate_as_before(pack, tmp_path):
 
 def test_a_pack_without_these_labels_is_refused_before_any_work(pack, tmp_path):
     method = create_method("supervised", data=pack, classes=("Edema", "Hernia"))
-    with pytest.raises(ValueError, match="has no label Hernia, on which this Supervised is trained; its labels are .*Edema.*choose among them .classes=., or take the Pack's own .classes=None."):
+    with pytest.raises(ValueError, match="has no label Hernia, on which this Supervised is trained; its labels are .*Edema.*choose among them .classes=., or take the Pack's .classes=None."):
         fit(method, pack, tmp_path / "run", progress=False)
     assert not (tmp_path / "run").exists()
 

@@ -190,7 +190,7 @@ def _check_labels(method: Method, data: Pack) -> None:
     if missing := [name for name in method.label_names if name not in held]:
         raise ValueError(
             f"{data.path} has no label {', '.join(missing)}, on which this {type(method).__name__} is trained; its "
-            f"labels are {', '.join(held) or 'none'}: choose among them (classes=), or take the Pack's own (classes=None)"
+            f"labels are {', '.join(held) or 'none'}: choose among them (classes=), or take the Pack's (classes=None)"
         )
     train = data.labels[data.studies["split"] == "train"]
     if method.label_names and train[list(method.label_names)].isna().to_numpy().all():
