@@ -375,6 +375,9 @@ def test_a_class_that_the_recipe_says_nothing_of_is_read_alike_at_every_door(pac
     assert {name: counted[name] for name in names} == {name: int(wanted[name][test].notna().sum()) for name in names}
     with pytest.raises(ValueError, match="expected a policy for Pneumothorax too"):
         study_targets(data, names, dict(Edema="positive"))      # a rule of the caller's is to be whole
+    assert loop._other_rules(method, data) == ""
+    other = create_method("supervised", "tiny", data=data, classes=names, uncertain="positive")
+    assert loop._other_rules(other, data) == "uncertain labels of Pneumothorax count as positive, not ignore"
 
 
 def test_a_rule_that_is_set_is_kept_and_said(pack, tmp_path):

@@ -211,13 +211,15 @@ def _other_rules(method: Method, data: Pack) -> str:  # empty = none
     found = []
     for kind, own in method.label_rule.items():
         each, said = (
-            rule if isinstance(rule, Mapping) else dict.fromkeys(method.label_names, rule)
+            {**dict.fromkeys(method.label_names, "ignore"), **rule}
+            if isinstance(rule, Mapping)
+            else dict.fromkeys(method.label_names, rule)
             for rule in (own, data.recipe.get(kind, own))
         )
         found += [
             f"{kind} labels of {name} count as {each[name]}, not {said[name]}"
             for name in method.label_names
-            if name in said and each[name] != said[name]
+            if each[name] != said[name]
         ]
     return "; ".join(found)
 
