@@ -16,7 +16,7 @@ import medvis.objectives.labels as objectives
 from medvis.data.build import ImageRecord, StudyRecord, write_pack
 from medvis.data.pairs import Pairs, collate, read_batch
 from medvis.data.prepare import PhantomConfig, prepare_phantom
-from medvis.data.tasks import BLANK, UNCERTAIN, label_targets, study_targets
+from medvis.data.tasks import BLANK, UNCERTAIN, label_targets, pack_task, study_targets
 from medvis.encoders.image import image_encoder
 from medvis.cli.commands import main
 from medvis.evaluate import head_predictions, head_table, linear_probe, paired_gain, probe_table
@@ -243,7 +243,7 @@ def test_other_methods_validate_as_before(pack, tmp_path):
 
 def test_a_pack_without_these_labels_is_refused_before_any_work(pack, tmp_path):
     method = create_method("supervised", data=pack, classes=("Edema", "Hernia"))
-    with pytest.raises(ValueError, match="has no label Hernia, on which this Supervised is trained; its labels are .*Edema.*choose among them"):
+    with pytest.raises(ValueError, match="has no label Hernia, on which this Supervised is trained; its labels are .*Edema.*choose among them .classes=., or take the Pack's .classes=None."):
         fit(method, pack, tmp_path / "run", progress=False)
     assert not (tmp_path / "run").exists()
 
@@ -354,6 +354,30 @@ def test_it_trains_on_the_targets_that_a_probe_of_the_same_pack_has(recipe, pack
     assert (pack.labels[names] == -1).to_numpy().any() and (method.config.classes, method.config.blank) == (names, recipe.get("blank", "negative"))
     run = fit(method, data, tmp_path / "run", epochs=1, batch_size=32, progress=False)
     assert not [one for one in recwarn if "rules" in str(one.message)] and load_method(run.path).label_rule == method.label_rule
+
+
+def test_a_class_that_the_recipe_says_nothing_of_is_read_alike_at_every_door(pack, tmp_path):
+    "A recipe with a rule of each class, and one class more: its uncertain labels are left out, in training and in measuring."
+    data, names = asking(pack, uncertain=dict(Edema="positive")), ["Edema", "Pneumothorax"]
+    wanted = label_targets(pack.labels[names], dict(Edema="positive", Pneumothorax="ignore"))
+    assert (pack.labels["Pneumothorax"] == -1).any() and pack.labels.notna().any(axis=1).all()
+    method = create_method("supervised", "tiny", data=data, classes=names)
+    found, rows = trained_targets(method, data)
+    np.testing.assert_array_equal(found, wanted.iloc[rows].to_numpy(np.float32))
+    pd.testing.assert_frame_equal(study_targets(data, names), wanted)
+    np.testing.assert_array_equal(pack_task(data, classes=names).targets, wanted.iloc[data.image_table["study"]].dropna(how="all").to_numpy())
+    own, test = head_predictions(method, data), (pack.studies["split"] == "test").to_numpy()
+    for name in names:
+        np.testing.assert_array_equal(own.label[own.finding == name], wanted[name][test])
+    with np.errstate(invalid="ignore"):
+        table = linear_probe({"one": method.image_encoder}, data, fractions=(1.0,), seeds=(0,), findings=names, baseline=None)
+    counted = table.set_index("finding").n_test
+    assert {name: counted[name] for name in names} == {name: int(wanted[name][test].notna().sum()) for name in names}
+    with pytest.raises(ValueError, match="expected a policy for Pneumothorax too"):
+        study_targets(data, names, dict(Edema="positive"))      # a rule of the caller's is to be whole
+    assert loop._other_rules(method, data) == ""
+    other = create_method("supervised", "tiny", data=data, classes=names, uncertain="positive")
+    assert loop._other_rules(other, data) == "uncertain labels of Pneumothorax count as positive, not ignore"
 
 
 def test_a_rule_that_is_set_is_kept_and_said(pack, tmp_path):

@@ -276,11 +276,13 @@ def label_policy(
         None: as the recipe says, else "negative"
     """
     recipe = pack.recipe
-    uncertain, blank = uncertain or recipe.get("uncertain", "ignore"), blank or recipe.get("blank", "negative")
-    if findings is None and isinstance(uncertain, Mapping):
-        findings = recipe.get("classes") or list(uncertain)
+    rule, blank = uncertain or recipe.get("uncertain", "ignore"), blank or recipe.get("blank", "negative")
+    if findings is None and isinstance(rule, Mapping):
+        findings = recipe.get("classes") or list(rule)
     names = _asked_names(pack, "labels", findings)
-    return LabelPolicy(tuple(names), uncertain, blank)
+    if not uncertain and isinstance(rule, Mapping):
+        rule = {**dict.fromkeys(names, "ignore"), **rule}
+    return LabelPolicy(tuple(names), rule, blank)
 
 # %% ../../nbs/data/16_tasks.ipynb #2910a031
 def _chosen_labels(

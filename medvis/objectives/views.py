@@ -120,7 +120,7 @@ def same_place(
     Tensor
         (B, N, N) bool, pixels of the first by pixels of the second
     """
-    sides = torch.stack([first[:, 2:] - first[:, :2], second[:, 2:] - second[:, :2]]).abs()  # (2, B, 2)
+    sides = torch.stack([first[:, 2:] - first[:, :2], second[:, 2:] - second[:, :2]])  # (2, B, 2)
     pixel = sides / sides.new_tensor([grid[1], grid[0]])
     diagonal = pixel.norm(dim=-1).amax(0)[:, None, None]
     places = (pixel_places(frames, grid).double() for frames in (first, second))
@@ -132,7 +132,7 @@ def propagate(
     values: Tensor,  # (B, N, d') g(x)
     sharpness: float = 2.0,  # gamma
 ) -> Tensor:  # (B, N, d') y
-    """What each pixel gathers from the pixels of its image that look like it (PixelPro Eq. 6).
+    """What each pixel gathers from the pixels of its image that look like it (PixelPro Eq. 3, 4).
 
     Parameters
     ----------

@@ -197,7 +197,7 @@ def _check_labels(method: Method, data: Pack) -> None:
     if missing := [name for name in method.label_names if name not in held]:
         raise ValueError(
             f"{data.path} has no label {', '.join(missing)}, on which this {type(method).__name__} is trained; its "
-            f"labels are {', '.join(held) or 'none'}: choose among them (classes=)"
+            f"labels are {', '.join(held) or 'none'}: choose among them (classes=), or take the Pack's (classes=None)"
         )
     train = data.labels[data.studies["split"] == "train"]
     if method.label_names and train[list(method.label_names)].isna().to_numpy().all():
@@ -218,13 +218,15 @@ def _other_rules(method: Method, data: Pack) -> str:  # empty = none
     found = []
     for kind, own in method.label_rule.items():
         each, said = (
-            rule if isinstance(rule, Mapping) else dict.fromkeys(method.label_names, rule)
+            {**dict.fromkeys(method.label_names, "ignore"), **rule}
+            if isinstance(rule, Mapping)
+            else dict.fromkeys(method.label_names, rule)
             for rule in (own, data.recipe.get(kind, own))
         )
         found += [
             f"{kind} labels of {name} count as {each[name]}, not {said[name]}"
             for name in method.label_names
-            if name in said and each[name] != said[name]
+            if each[name] != said[name]
         ]
     return "; ".join(found)
 
