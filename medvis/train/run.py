@@ -309,6 +309,9 @@ class Run:
 
     path: Path
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "path", Path(self.path))
+
     def __fspath__(self) -> str:
         return str(self.path)
 
