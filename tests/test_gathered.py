@@ -2,6 +2,7 @@
 import os
 import subprocess
 import sys
+import warnings
 from dataclasses import fields
 from pathlib import Path
 
@@ -24,6 +25,7 @@ CASES = {name: (name, {}) for name in SETTINGS if METHODS.find(name).contrasts} 
     "mixture-mi, all that is asked": ("mixture-mi", dict(finding_phrases=1.0, side_negatives=0.5, region_prior="side", mask_identical=True, side_words="keep")),
     "convirt, attention": ("convirt", dict(whole_image="attention", whole_text="max")),
 }
+SHARED = [(case, 9) for case in CASES] + [(case, 8) for case in ("mgca", "gloria", "mixture-mi, all that is asked")]
 ALONE = {"supervised": dict(classes=("Edema", "Fracture")), "byol": {}, "pixelpro": {}}
 TEXTS = (("No pleural effusion.",), ("Mild cardiomegaly.", "Clear lungs."), (), ("Left pneumothorax.",), ("Small left pleural effusion.", "The heart is enlarged.", "No pneumothorax."),
          ("Clear lungs.",), ("Right lower lobe consolidation with a small right pleural effusion.",), ("No acute findings.", "Left pneumothorax."), ("Mild cardiomegaly.",))
@@ -38,13 +40,13 @@ def turned(rows: torch.Tensor, counts: list[int]) -> torch.Tensor:
 
 
 def make(name: str, words, **changes) -> Method:
-    "In double precision; encoders without dropout and batch statistics, heads as in training."
+    "In double precision; encoders without dropout and batch statistics, heads as in training if they see the whole batch."
     torch.manual_seed(0)
     kind = METHODS.find(name)
     method = kind.from_preset("tiny", words if kind.reads_text else None, **changes).double()
     method.start_run(10)
     method.start_epoch(1)
-    method.train()
+    method.train(kind.contrasts)
     for encoder in (method.image_encoder, method.text_encoder):
         if encoder is not None:
             encoder.eval()
@@ -86,18 +88,19 @@ def of_this_process(out: Path) -> None:
         method = make(name, words, **changes)
         found[case, samples] = learn(method, some_rows(method, samples, rank, world), accelerator, share)
 
-    for samples in (8, 9):
-        for case, (name, changes) in CASES.items():
-            run(case, name, changes, samples, None)
-        for name, changes in ALONE.items():
-            rows = len(torch.arange(samples).tensor_split(world)[rank])
-            run(name, name, changes, samples, rows * world / samples)
-        run("own", "mgca", {}, samples, 1.0)
+    for case, samples in SHARED:
+        run(case, *CASES[case], samples, None)
+    for name, changes in ALONE.items():
+        rows = len(torch.arange(9).tensor_split(world)[rank])
+        run(name, name, changes, 9, rows * world / 9)
+    run("own", "mgca", {}, 9, 1.0)
     for fault, (name, change) in FAULTS.items():
         kept = getattr(processes._AllRows, name)
         setattr(processes._AllRows, name, staticmethod(change))
         run(fault, "mgca", {}, 9, None)
         setattr(processes._AllRows, name, staticmethod(kept))
+    if rank:      # the gradients of the first are those of all
+        found = {case: {name: part for name, part in answer.items() if not part.ndim} for case, answer in found.items()}
     torch.save(found, out / f"{rank}.pt")
 
 
@@ -127,20 +130,50 @@ def differ(found: dict, wanted: dict) -> list[str]:
     return [name for name in wanted if name not in found or not torch.allclose(found[name], wanted[name], rtol=1e-6, atol=1e-9)]
 
 
-@pytest.mark.parametrize("samples", (8, 9))
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("case", "samples"), SHARED)
 def test_one_batch_of_all_processes(case, samples, made, words):
-    _, answers = made
+    world, answers = made
     wanted = alone(CASES[case][0], words, CASES[case][1], samples)
     assert len(wanted) > 5 and sum(float(part.abs().sum()) > 1e-8 for part in wanted.values()) > len(wanted) / 2
-    for found in answers:
-        assert differ(found[case, samples], wanted) == []
+    assert differ(answers[0][case, samples], wanted) == []
+    losses = {name: part for name, part in wanted.items() if not part.ndim}
+    assert "loss" in losses and [differ(found[case, samples], losses) for found in answers[1:]] == [[]] * (world - 1)
+
+
+@pytest.mark.parametrize("name", ALONE)
+def test_samples_that_stand_for_themselves_weigh_alike(name, made, words):
+    "Whether they are in a large or a small batch of their process."
+    wanted = {name: part for name, part in alone(name, words, ALONE[name], 9).items() if part.ndim}
+    assert wanted and differ(made[1][0][name, 9], wanted) == []
+
+
+def test_own_process_is_as_before(made, words):
+    "Each has the loss of its own batch, and learns from the mean of their gradients."
+    world, answers = made
+    accelerator = make_accelerator(TrainConfig(run=Path("run"), device="cpu"))
+    shares = [learn(method, some_rows(method, 9, rank, world), accelerator, 1.0) for rank in range(world) for method in [make("mgca", words)]]
+    assert [float(found["own", 9]["loss"]) for found in answers] == pytest.approx([float(share["loss"]) for share in shares], rel=1e-6)
+    means = {name: sum(share[name] for share in shares) / world for name, part in shares[0].items() if part.ndim}
+    assert differ(answers[0]["own", 9], means) == []
 
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_broken_exchange_is_seen(fault, made, words):
     _, answers = made
     assert differ(answers[0][fault, 9], alone("mgca", words, {}, 9))
+
+
+@pytest.mark.parametrize(("asked", "warned"), [({}, False), (dict(ACCELERATE_MIXED_PRECISION="no"), False), (dict(ACCELERATE_MIXED_PRECISION="no", MASTER_ADDR="127.0.0.1"), True)])
+def test_one_process_where_several_were_asked_for(asked, warned, monkeypatch):
+    "`accelerate launch --cpu --num_processes 2` sets these variables, and starts one."
+    for name in ("WORLD_SIZE", "MASTER_ADDR", "ACCELERATE_MIXED_PRECISION"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in asked.items():
+        monkeypatch.setenv(name, value)
+    with warnings.catch_warnings(record=True) as raised:
+        warnings.simplefilter("always")
+        make_accelerator(TrainConfig(run=Path("run"), device="cpu"))
+    assert any("torchrun --nproc_per_node" in str(one.message) for one in raised) == warned
 
 
 if __name__ == "__main__":
