@@ -255,9 +255,9 @@ class ViTEncoder(nn.Module):
 
 # %% ../../nbs/encoders/03_image.ipynb #a66d29b2
 def _resnet50(layer: str = "layer4", upsample: int | None = None, size: int = 224, crop: float = 0.875) -> nn.Module:
-    return ResNetEncoder(
-        torchvision.models.resnet50(weights=None), Preprocessing(size=size, crop=crop), layer, upsample
-    )
+    body = torchvision.models.resnet50(weights=None)
+    body.fc.requires_grad_(False)  # the classifier of photographs, which nothing reads
+    return ResNetEncoder(body, Preprocessing(size=size, crop=crop), layer, upsample)
 
 
 def _vit_base(size: int = 224, crop: float = 0.875, drop_path: float = 0.0) -> nn.Module:

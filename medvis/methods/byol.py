@@ -25,6 +25,7 @@ class BYOL(Method):
     Config = BYOLConfig
     presets = PRESETS
     reads_text, views = False, 2
+    contrasts = False
 
     def __init__(self, config: BYOLConfig, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
         super().__init__(config, tokenizer)

@@ -41,7 +41,7 @@ class Captioner(Method):
 
     Config = CaptionConfig
     shared_space = False
-    least_batch = 1
+    least_batch, contrasts = 1, False
 
     def __init__(self, config: CaptionConfig, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
         if config.text_layers != 0:

@@ -37,6 +37,7 @@ class GLoRIA(Method):
 
     Config = GLoRIAConfig
     presets = PRESETS
+    unused_parameters = True  # of losses of weight 0
 
     def __init__(self, config: GLoRIAConfig, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
         super().__init__(config, tokenizer, whole="mean-all", summed_layers=config.summed_layers)

@@ -151,6 +151,7 @@ class LocalMI(MutualInformation):
 
     Config = LocalMIConfig
     presets = LOCAL_MI_PRESETS
+    unused_parameters = True  # of an image encoder's layers behind its regions
     learned = ("sentences",)
 
     def __init__(self, config: LocalMIConfig, tokenizer: PreTrainedTokenizerBase | None = None) -> None:

@@ -243,6 +243,11 @@ def _check_changes(kind: type["Method"], changes: dict[str, Any]) -> None:
         check_setting(f"{name} of {kind.__name__}", value, hints[name])
 
 
+def _no_scores(method: "Method") -> NoCorrespondence:
+    "What is raised where a method does not say how it scores."
+    return NoCorrespondence(f"{type(method).__name__} does not define a correspondence")
+
+
 class Method(nn.Module):
     "Base of all methods: encoders from a configuration, presets, `forward`, `correspondence` and `similarity`."
 
@@ -253,6 +258,8 @@ class Method(nn.Module):
     label_names: tuple[str, ...] = ()  # labels of a Pack that its losses read, and its `classify(images)` scores
     label_rule: dict[str, Any] = {}  # what uncertain and blank ones count as to them: of `data.tasks.label_policy`
     least_batch = 2  # samples of one batch, so that there is something to contrast with; 1 = each stands for itself
+    contrasts = True  # whether its losses compare a sample with the others of its batch: it gets that of all processes
+    unused_parameters = False  # whether a step may leave some of what learns without a gradient
     reads_sides = False  # whether its losses take left and right from reports: no picture may be flipped alone
     shared_space = True  # whether the vectors of `pair_vectors` live in one space, so that their distance has a meaning
     provenance: Any = None  # the run and data that the weights come from, noted by `fit` and `load_method`
@@ -263,9 +270,8 @@ class Method(nn.Module):
         check_choice("rule for negatives", vars(config).get("negatives") or "all", NEGATIVES)
         self.config, self.preset = config, None
         self.training_settings: dict[str, Any] = {}
-        self.prototypes = None  # (K, D) in the space of `pair_vectors`
+        self.prototypes, self.text_encoder = None, None  # (K, D) in the space of `pair_vectors`; read by `read`
         self.image_encoder = image_encoder(config.image, config.image_weights, **config.image_options)
-        self.text_encoder = None
         if self.reads_text:
             options = config.text_layers, config.freeze_text, config.text_weights
             self.text_encoder = text_encoder(config.text, tokenizer, *options, **pooling)
@@ -356,8 +362,7 @@ class Method(nn.Module):
         return values["loss"]
 
     def correspondence(self, batch: Batch) -> Correspondence:
-        no_scores = NoCorrespondence(f"{type(self).__name__} does not define a correspondence")
-        raise no_scores if self.reads_text else _no_text(self)
+        raise _no_scores(self) if self.reads_text else _no_text(self)
 
     def align(self, batch: Batch) -> Aligned | None:
         "Regions and texts in the space where they are compared; None for a method without one."

@@ -79,6 +79,7 @@ class MGCA(Method):
 
     Config = MGCAConfig
     presets = PRESETS
+    unused_parameters = True  # prototypes are frozen at first; losses may have weight 0
 
     def __init__(self, config: MGCAConfig, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
         read = dict(whole=config.whole_text, word_weights=config.token_weight > 0, released_words=config.released_words)

@@ -145,9 +145,9 @@ class _Asked:
         self.sides = self.sided = torch.zeros(0, dtype=torch.long, device=owner.device)
         if config.region_prior == "side" or config.side_negatives or config.finding_phrases or config.mask_identical:
             self.said = [sentence for sentences in batch.sentences for sentence in sentences]
-            if len(self.said) != len(owner) or len(batch.reports) != len(batch):
+            if len(self.said) != len(owner) or len(batch.reports) != len(batch.study_id):
                 raise ValueError(
-                    f"{len(owner)} sentences of {len(batch)} reports to read, but {len(self.said)} texts of "
+                    f"{len(owner)} sentences of {len(batch.study_id)} reports to read, but {len(self.said)} texts of "
                     f"{len(batch.reports)} in the batch: make it with collate"
                 )
             self.sides = _sentence_sides(self.said).to(owner.device)
@@ -216,6 +216,7 @@ class MixtureMI(Method):
 
     Config = MixtureMIConfig
     presets = MIXTURE_MI_PRESETS
+    unused_parameters = True  # of layers behind the regions; of all heads where no report has a sentence
 
     def __init__(self, config: MixtureMIConfig, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
         if config.side_negatives and config.side_words == "remove" and config.region_prior == "uniform":

@@ -32,6 +32,7 @@ class PixelPro(Method):
     Config = PixelProConfig
     presets = PRESETS
     reads_text, views = False, 2
+    contrasts = False
 
     def __init__(self, config: PixelProConfig, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
         super().__init__(config, tokenizer)

@@ -119,6 +119,7 @@ class ConVIRTConfig(MethodConfig):
 # %% ../../nbs/methods/01_settings.ipynb #62d8c48c
 _CONVIRT_PAPER = dict(freeze_text=6, head_init="kaiming")
 _CONVIRT_PAPER_RECIPE = dict(
+    negatives_of="own process",
     optimizer="adam",
     lr=1e-4,
     weight_decay=1e-6,
@@ -144,6 +145,7 @@ _CONVIRT_MGCA = dict(
     text_layers=6,
 )
 _CONVIRT_MGCA_RECIPE = dict(
+    negatives_of="own process",
     lr=2e-5,
     weight_decay=0.05,
     batch_size=72,
@@ -254,6 +256,7 @@ _MGCA_RELEASED = dict(
     released_words=112,
 )
 _MGCA_RECIPE = dict(
+    negatives_of="own process",
     lr=2e-5,
     weight_decay=0.05,
     batch_size=144,
@@ -362,6 +365,7 @@ class LoVTConfig(MethodConfig):
 # %% ../../nbs/methods/01_settings.ipynb #0b51ca84
 _LOVT_PAPER = dict(freeze_text=6)
 _LOVT_RECIPE = dict(
+    negatives_of="own process",
     lr=1e-4,
     weight_decay=1e-6,
     batch_size=32,
@@ -477,6 +481,7 @@ class LocalMIConfig(MutualInformationConfig):
 
 # %% ../../nbs/methods/01_settings.ipynb #b46e649c
 _MI_RECIPE = dict(
+    negatives_of="own process",
     optimizer="adamw",
     lr=5e-4,
     schedule="constant",
@@ -548,6 +553,7 @@ class CLIPConfig(ConVIRTConfig):
 
 # %% ../../nbs/methods/01_settings.ipynb #f950507b
 _CLIP_RECIPE = dict(
+    negatives_of="own process",
     lr=1e-4,
     weight_decay=1e-6,
     batch_size=32,
@@ -620,6 +626,7 @@ class GLoRIAConfig(MethodConfig):
 
 # %% ../../nbs/methods/01_settings.ipynb #5f2b9ebe
 _GLORIA_RECIPE = dict(
+    negatives_of="own process",
     optimizer="adam",
     betas=(0.5, 0.999),
     lr=5e-5,
@@ -795,6 +802,7 @@ class PixelProConfig(BYOLConfig):
 
 # %% ../../nbs/methods/01_settings.ipynb #77f1b58e
 _SIMCLR_RECIPE = dict(
+    negatives_of="own process",
     optimizer="adam",
     lr=3e-4,
     weight_decay=1e-4,
@@ -880,6 +888,7 @@ class DSVEConfig(VSEConfig):
 
 # %% ../../nbs/methods/01_settings.ipynb #c41579f4
 _VSE_RECIPE = dict(
+    negatives_of="own process",
     optimizer="adam",
     lr=2e-5,
     batch_size=128,
@@ -945,6 +954,7 @@ class ContrastiveBinaryConfig(GlobalMIConfig):
 
 # %% ../../nbs/methods/01_settings.ipynb #b8125335
 _BINARY_RECIPE = dict(
+    negatives_of="own process",
     optimizer="adam",
     lr=1e-4,
     weight_decay=1e-6,

@@ -45,7 +45,7 @@ class Supervised(Method):
 
     Config = SupervisedConfig
     presets = PRESETS
-    reads_text, least_batch = False, 1
+    reads_text, least_batch, contrasts = False, 1, False
 
     def __init__(self, config: SupervisedConfig, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
         if not config.classes:

@@ -32,7 +32,11 @@ class TrainConfig(Sampling):
     epochs: int = 50
     "Passes over the training split."
     batch_size: int = 64
-    "Samples contrasted with each other, per process."
+    "Samples of a batch, per process."
+    negatives_of: Literal["all processes", "own process"] = "all processes"
+    "What a sample is contrasted with where several processes train: one batch of all, or their own (as published)."
+    batch_norm: Literal["own process", "all processes"] = "own process"
+    "Whose statistics normalise the images of an image encoder; those of all processes need GPUs."
     accumulate: int = 1
     "Batches whose gradients are added before each optimiser step."
     optimizer: Literal["adamw", "adam"] = "adamw"

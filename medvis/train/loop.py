@@ -32,11 +32,20 @@ from ..data.pairs import Batch, Pairs, epoch_batches
 from ..data.sampling import FLIPS
 from ..data.views import Views
 from ..encoders.frozen import FrozenImages, cache_images
-from ..methods.method import Method
+from ..methods.method import Losses, Method
 from .checkpoint import load_checkpoint, read_weights, save_checkpoint, save_weights
 from .config import Diverged, Schedule, TrainConfig
 from .diagnostics import diagnose, warn_of_collapse
-from .processes import anywhere, from_all, make_accelerator, on_main, summed
+from medvis.train.processes import (
+    all_counts,
+    anywhere,
+    from_all,
+    join_statistics,
+    make_accelerator,
+    on_main,
+    one_batch,
+    summed,
+)
 from .run import Run, append_log, cut_log, hold_run, note_provenance, open_run
 from medvis.train.schedules import (
     cyclic_cosine,
@@ -91,6 +100,26 @@ def _parameter_groups(
     ]
 
 # %% ../../nbs/train/07_loop.ipynb #7d7a3f6a
+def _learn(
+    method: torch.nn.Module,  # as prepared by accelerate
+    batch: Batch,
+    accelerator: Accelerator,
+    seed: int,  # of the random choices inside the networks
+    parts: int,  # batches of the step
+    share: float | None,  # how much it counts beside what other processes have in its place; None = they are one batch
+) -> Losses:
+    "Add the gradients of a batch to those of its step."
+    inner, batch = accelerator.unwrap_model(method), batch.to(accelerator.device)
+    torch.default_generator.manual_seed(seed)
+    if accelerator.device.type == "cuda":
+        torch.cuda.manual_seed(seed)
+    with one_batch(inner, batch) if share is None else nullcontext(batch) as given:
+        losses = method(given)
+    total = losses.total / parts
+    accelerator.backward(total if share in (None, 1) else total * share)
+    return losses
+
+
 def _optimise(
     method: torch.nn.Module,  # as prepared by accelerate
     optimizer: torch.optim.Optimizer,
@@ -98,6 +127,7 @@ def _optimise(
     accelerator: Accelerator,
     seeds: list[int],  # of the random choices inside the networks, one a batch
     clip_norm: float | None = None,
+    shares: Sequence[float | None] = (),  # of the batches, as in `_learn`; all 1 where none are given
 ) -> dict[str, float]:  # loss and its parts, averaged over the batches
     "One optimiser step. Raises Diverged, with weights and statistics as before the step."
     inner = accelerator.unwrap_model(method)
@@ -107,14 +137,11 @@ def _optimise(
         torch._foreach_copy_(kept, buffers)
     sums: dict[str, torch.Tensor] = {}
     optimizer.zero_grad()
-    for i, (batch, seed) in enumerate(zip(batches, seeds, strict=True)):
+    shares = shares or [1.0] * len(batches)
+    for i, (batch, seed, share) in enumerate(zip(batches, seeds, shares, strict=True)):
         last = i == len(batches) - 1
-        torch.default_generator.manual_seed(seed)
-        if accelerator.device.type == "cuda":
-            torch.cuda.manual_seed(seed)
         with nullcontext() if last else accelerator.no_sync(method):
-            losses = method(batch.to(accelerator.device))
-            accelerator.backward(losses.total / len(batches))
+            losses = _learn(method, batch, accelerator, seed, len(batches), share)
         for name, part in (("loss", losses.total), *losses.parts.items()):
             sums[name] = sums.get(name, 0) + part.detach() / len(batches)
     scaled = accelerator.scaler is not None
@@ -263,7 +290,12 @@ class _RunState:
     def __post_init__(self) -> None:
         c, method = self.config, self.method
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-        self.accelerator = make_accelerator(c)
+        self.accelerator = make_accelerator(c, method.unused_parameters)
+        several, whole = self.accelerator.num_processes > 1, c.negatives_of == "all processes"
+        self.joined = several and whole and method.contrasts  # whether the batches of all processes are one
+        self.draws = 0 if self.joined else self.accelerator.process_index  # whose random numbers: of all, or its own
+        if c.batch_norm == "all processes":
+            join_statistics(method.image_encoder if self.joined else method, self.accelerator)
         self.pairs = _open_pairs(method, self.data, c, self.accelerator)
         self.load = BatchLoader(self.pairs, self.accelerator.device, c.workers)
         groups = _parameter_groups(method, c)
@@ -273,7 +305,9 @@ class _RunState:
         self.prepared, self.optimizer = self.accelerator.prepare(method, optimizer)
         batches = self.batches("train", 0)
         self.steps_per_epoch = -(-len(batches) // c.accumulate)
-        if (least := min(map(len, batches))) < method.least_batch:
+        counts = map(len, batches)
+        least = int(min(summed(self.accelerator, *counts) if self.joined else counts))
+        if least < method.least_batch:
             warnings.warn(
                 f"{c.run.name}: in a batch of {least} there is nothing to contrast a pair with, and a contrastive loss "
                 f"stays 0: raise batch_size ({c.batch_size}), or take a Pack with more than "
@@ -382,6 +416,17 @@ def _is_best(history: list[float]) -> bool:
     return not measured or history[-1] == min(measured)
 
 
+def _to_take(
+    accelerator: Accelerator, batches: list[Batch], joined: bool
+) -> list[tuple[int, Batch, float | None]]:  # number, batch, and its share (`_learn`)
+    "The batches of a step that no process lacks."
+    taken = []
+    for i, (batch, counts) in enumerate(zip(batches, all_counts(accelerator, list(map(len, batches))), strict=True)):
+        share = counts[accelerator.process_index] * len(counts) / max(sum(counts), 1)
+        taken += [(i, batch, None if joined else share)] if all(counts) else []
+    return taken
+
+
 class _Trainer(_RunState):
     "What happens to a run, in this order: epochs, their steps, the end of each."
 
@@ -438,15 +483,15 @@ class _Trainer(_RunState):
         c, a, when = self.config, self.accelerator, (self.step, self.steps_per_epoch, self.history)
         for name, reason in from_all(a, [reject for batch in batches for reject in batch.rejects]):
             self.log("reject", step=self.step + 1, study_id=name, reason=reason)
-        seeds = [counter_seed(c.seed, self.step, i, a.process_index, 3) for i in range(len(batches))]
-        good = [(batch, seed) for batch, seed in zip(batches, seeds, strict=True) if batch]
-        if anywhere(a, not good):  # a step is taken by all or by none
+        good = _to_take(a, batches, self.joined)  # by all processes or by none
+        if not good:
             return {}
         for group, side in zip(self.optimizer.param_groups, self.sides, strict=True):
             group["lr"] = _learning_rate(side, *when)
         try:
-            loaded, seeds = map(list, zip(*good))
-            losses = _optimise(self.prepared, self.optimizer, loaded, a, seeds, c.clip_norm)
+            numbers, loaded, shares = map(list, zip(*good))
+            seeds = [counter_seed(c.seed, self.step, i, self.draws, 3) for i in numbers]
+            losses = _optimise(self.prepared, self.optimizer, loaded, a, seeds, c.clip_norm, shares)
             return {"lr": _learning_rate(c, *when), **losses}
         except Diverged as error:
             self.save()
