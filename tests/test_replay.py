@@ -1,5 +1,6 @@
 """Each notebook's unexported cells, run against the installed module: what nbdev_test cannot see (a name that only the notebook
 imports), and what coverage is measured over."""
+import atexit
 import importlib
 import sys
 import tempfile
@@ -16,6 +17,7 @@ def replay(cells: list[Cell], namespace: dict, folder: Path) -> str | None:
     "Run the cells that nbdev_test runs and that are not exported; the first error with its cell, or None."
     shell = CaptureShell(folder, mpl_format="png")
     shell.user_ns.update({name: value for name, value in namespace.items() if not name.startswith("__")})
+    atexit.unregister(shell.atexit_operations)      # or all shells stay to the end, where each of them collects the garbage of all
     for cell in cells:
         if cell.tested and not cell.exported:
             error = shell.run_cell(cell.source).exception
