@@ -2,6 +2,7 @@
 import copy
 import json
 import pickle
+import shutil
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -45,12 +46,11 @@ def test_the_tower_looks_once_and_stays_as_it_is(pack, tmp_path, monkeypatch):
     assert run.metrics.loss.notna().all()
 
 
-def test_runs_with_and_without_mirror_share_the_plain_store(tmp_path):
-    pack = prepare_phantom(PhantomConfig(tmp_path / "phantom", studies=16, size=64, progress=False))
-
+def test_runs_with_and_without_mirror_share_the_plain_store(pack, tmp_path):
     def rows() -> dict[str, int]:
         return {file.parent.name: json.loads(file.read_text())["rows"] for file in Path(f"{pack.path}.features").glob("*/about.json")}
 
+    shutil.rmtree(f"{pack.path}.features", ignore_errors=True)
     train(pack, tmp_path / "plain", epochs=1, mirror=False)
     plain = rows()
     train(pack, tmp_path / "both", epochs=1, mirror=True)
