@@ -473,7 +473,7 @@ class Pairs(Dataset):
         labels: Sequence[str] | None = None,  # names of the labels that are read along; None = all
     ) -> None:
         pack.check(["images.u8"])  # a damaged file is not one damaged picture among others: an error before any work
-        self.pack, self.preprocessing, self.sampling = pack, preprocessing, sampling
+        self.pack, self.tokenizer, self.preprocessing, self.sampling = pack, tokenizer, preprocessing, sampling
         self.train, self.seed, self.maps = train, seed, maps
         self.augment = sampling.augment if train else "none"
         self.items = _select_samples(pack.studies, split, sampling.per, need_text)
