@@ -125,6 +125,16 @@ def test_validation_is_a_mean_over_samples(pack, undisturbed):
     assert Run(undisturbed).metrics.query("split == 'validate'").loss.iloc[-1] == pytest.approx(wanted, rel=1e-3)
 
 
+def test_the_command_starts_them_itself(pack, tmp_path):
+    room = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-m", "medvis", "pretrain", "convirt", "--data", pack, "--run", tmp_path / "run", "--processes", "2", "--epochs", "1", "--batch-size", "8",
+               "--hidden", "32", "--dim", "16", "--device", "cpu", "--no-progress"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, env=room)
+    assert done.returncode == 0, done.stderr[-2000:]
+    manifest = Run(tmp_path / "run").manifest
+    assert done.stdout.count("Run: ") == 1 and manifest["processes"] == 2 and json.loads((tmp_path / "run" / "config.json").read_text())["train"]["negatives_of"] == "all processes"
+
+
 def test_killed_and_started_again_on_two(pack, undisturbed, tmp_path):
     run = tmp_path / "killed"
     together(pack, run, ends=False)

@@ -41,6 +41,7 @@ def understood(argv, monkeypatch) -> bool:
     done = []
     monkeypatch.setattr(commands, "resolve_name", lambda name: done.append)
     monkeypatch.setattr(commands, "pretrain", lambda method, options: done.append(options))
+    monkeypatch.setattr(commands, "_start_processes", lambda count, argv: done.append(argv))
     try:
         commands._run_command(argv)
     except SystemExit as stop:

@@ -390,12 +390,32 @@ _COMMANDS = {  # name -> options, and the function that does the work, which is 
 _FLAT = (tyro.conf.OmitSubcommandPrefixes, tyro.conf.OmitArgPrefixes)
 
 
+def _start_processes(
+    count: int,
+    argv: Sequence[str],  # the words after `medvis pretrain`
+) -> None:
+    "Pre-train in several processes of this machine. ValueError if one of them fails; it says why itself."
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import main as launch
+
+    try:
+        launch(["--standalone", f"--nproc_per_node={count}", "-m", "--", "medvis", "pretrain", *argv])
+    except ChildFailedError as error:
+        raise ValueError(f"one of {count} processes has failed: what it said stands above") from error
+
+
 def _run_pretrain(argv: Sequence[str]) -> None:
     "Parse the words after `medvis pretrain` and pre-train."
     following = dict(zip(argv, [*argv[1:], None]))
     following |= dict(word.split("=", 1) for word in argv if word.startswith("--preset="))
     options = pretrain_options(argv[0], following.get("--preset") or "tiny")
-    pretrain(argv[0], tyro.cli(options, args=argv[1:], prog=f"medvis pretrain {argv[0]}"))
+    asked = tyro.cli(options, args=argv[1:], prog=f"medvis pretrain {argv[0]}")
+    if asked.processes < 1:
+        raise ValueError(f"--processes is {asked.processes}: at least one has to train")
+    if asked.processes > 1 and "WORLD_SIZE" not in os.environ:  # those that are started have it
+        _start_processes(asked.processes, argv)
+    else:
+        pretrain(argv[0], asked)
 
 
 def _run_any(argv: Sequence[str]) -> None:

@@ -23,7 +23,8 @@ from ..train.config import TrainConfig
 # %% ../../nbs/cli/01_options.ipynb #3a155f98
 _LAUNCH = """
 
-Several processes train together, each on batches of --batch-size, if they are started by one of
+Several processes train together, each on batches of --batch-size, which make one batch of all (--negatives-of):
+--processes 2 starts two on this machine. On several machines, start them by one of
 
 accelerate launch --multi_gpu --num_processes 2 -m medvis pretrain ...
 
@@ -35,7 +36,7 @@ torchrun --nproc_per_node 2 -m -- medvis pretrain ...
 def pretrain_options(
     method: str,  # a key of SETTINGS, or my_package.my_module:MyMethod
     preset: str,
-) -> type:  # dataclass: data, init, settings, train
+) -> type:  # dataclass: data, init, processes, settings, train
     """The options of pre-training a method, with the defaults of a preset; ValueError for an unknown preset.
 
     Parameters
@@ -47,7 +48,7 @@ def pretrain_options(
     Returns
     -------
     type
-        dataclass: data, init, settings, train
+        dataclass: data, init, processes, settings, train
     """
     kind, presets = find_settings(method)
     check_choice(f"preset of {method}", preset, presets)
@@ -59,6 +60,7 @@ def pretrain_options(
             ("data", Path, field(default=tyro.MISSING)),
             ("preset", Literal[tuple(presets)], field(default=preset)),
             ("init", Annotated[Path | None, default_text("none")], field(default=None)),
+            ("processes", int, field(default=1)),
             ("settings", Annotated[kind, flat], field(default=kind(**config))),
             ("train", Annotated[TrainConfig, flat], field(default=TrainConfig(run=tyro.MISSING, **training))),
         ],
@@ -69,6 +71,7 @@ def pretrain_options(
         data: Folder of the Pack.
         preset: Gives the defaults of all other options.
         init: Run whose weights and vocabulary to start from; the settings must give the same networks.
+        processes: How many to start on this machine, one a GPU.
         settings: The method's settings.
         train: How it is trained.""").replace("\n\n", _LAUNCH + "\n\n", 1)
     return options
