@@ -206,7 +206,7 @@ def test_keyboard_alone_and_no_cell_is_harmed(tour):
     page.wait_for_timeout(300)
     assert selection(page)["words"] == [1] and page.evaluate("jupyterapp.shell.currentWidget.content.widgets.length") == cells
     page.keyboard.press("n")
-    page.wait_for_function("document.querySelector('.place').textContent.includes('· 2 of 60')")
+    page.locator(".place", has_text="· 2 of 60").first.wait_for()
     for _ in range(40):
         if (position := page.evaluate(EXECUTE, "print(widget.position)").strip()) == "1":
             break
@@ -257,7 +257,7 @@ def test_500_studies_come_one_by_one(lab):
     lab.wait_for_selector("[data-ready=random-0437]")
     lab.get_by_label("Search ids and words").fill("")
     lab.get_by_label("Order").select_option("alignment")
-    lab.wait_for_function("document.querySelector('.place').textContent.includes('· 1 of 500')", timeout=120_000)
+    lab.locator(".place", has_text="· 1 of 500").first.wait_for(timeout=120_000)
 
 
 def test_nothing_left_this_machine(lab):
