@@ -76,6 +76,8 @@ def _update_settings(
 
 # %% ../../nbs/train/05_run.ipynb #89b802b1
 _FREE = ("run", "workers", "progress", "save_every", "device")  # may differ when a run goes on
+_OF_SEVERAL = ("negatives_of", "batch_norm")  # of no matter to a process that trains alone
+_BEFORE = {"negatives_of": "own process"}  # what was done before there was a choice
 
 
 def _defaults(config: type) -> dict[str, Any]:
@@ -88,10 +90,13 @@ def _check_same_run(method: Method, data: Pack, run: Path, settings: dict[str, A
     "ValueError names what differs between these settings and those of the run in the folder."
     manifest = read_settings(run / "manifest.json", "data")
     old = _update_settings(read_settings(run / "config.json", "method", "config", "train"), type(method))
-    old["config"], old["train"] = _defaults(method.Config) | old["config"], _defaults(TrainConfig) | old["train"]
+    old["config"], old["train"] = (
+        _defaults(method.Config) | old["config"],
+        _defaults(TrainConfig) | _BEFORE | old["train"],
+    )
     old["train"] |= {"data": manifest["data"]["hash"], "processes": manifest.get("processes", 1)}
     new = settings | {"train": settings["train"] | {"data": data.manifest["hash"], "processes": processes}}
-    for key in _FREE:
+    for key in (*_FREE, *(_OF_SEVERAL if processes == 1 else ())):
         old["train"].pop(key, None)
         new["train"].pop(key, None)
     for part in ("method", "config", "train"):
