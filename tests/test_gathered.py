@@ -1,7 +1,5 @@
 """The batches of several processes are one batch: every method that contrasts has the same losses and gradients on 1, 2 and 4 processes (gloo, float64), rows shared out evenly or not."""
 import os
-import subprocess
-import sys
 import warnings
 from dataclasses import fields
 from pathlib import Path
@@ -9,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from forked import work_together
 from medvis.methods import METHODS
 from medvis.methods.method import Method, phantom_tokenizer
 from medvis.methods.settings import SETTINGS
@@ -108,10 +107,7 @@ def of_this_process(out: Path) -> None:
 def made(request, tmp_path_factory) -> tuple[int, list[dict]]:
     "What each of 2, and of 4 processes found."
     out = tmp_path_factory.mktemp("processes")
-    room = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_PORT": "0", "CUDA_VISIBLE_DEVICES": ""}
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={request.param}", __file__, str(out)]
-    done = subprocess.run(start, capture_output=True, text=True, timeout=500, env=room)
-    assert done.returncode == 0, done.stderr[-3000:]
+    work_together(out / "said.txt", request.param, of_this_process, out, seconds=500)
     return request.param, [torch.load(out / f"{rank}.pt") for rank in range(request.param)]
 
 
@@ -174,7 +170,3 @@ def test_one_process_where_several_were_asked_for(asked, warned, monkeypatch):
         warnings.simplefilter("always")
         make_accelerator(TrainConfig(run=Path("run"), device="cpu"))
     assert any("torchrun --nproc_per_node" in str(one.message) for one in raised) == warned
-
-
-if __name__ == "__main__":
-    of_this_process(Path(sys.argv[1]))

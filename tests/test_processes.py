@@ -1,6 +1,5 @@
 """Two real processes (gloo, torchrun's launcher): they end as one does, stop together, and write into no folder that another one holds."""
 import json
-import multiprocessing
 import os
 import signal
 import subprocess
@@ -11,9 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-
+from forked import work_together
 from medvis.core.files import lock_folder
 from medvis.data.pack import Pack
 from medvis.data.pairs import Pairs, collate, epoch_batches
@@ -21,9 +18,6 @@ from medvis.data.prepare import PhantomConfig, prepare_phantom
 from medvis.methods import ConVIRT
 from medvis.methods.method import Losses, phantom_tokenizer
 from medvis.train import Run, TrainConfig, fit, load_method
-
-FORK = multiprocessing.get_context("fork")
-
 
 class Sick(Pack):
     "A Pack that does one process harm."
@@ -40,8 +34,6 @@ class Sick(Pack):
 
 def work(pack: Path, *runs: Path) -> None:
     "What each of two processes does: these runs one after the other, each with the fault it is named for."
-    AcceleratorState._reset_state(reset_partial_state=True)     # of what was trained before the fork
-
     def spoil(module, args, losses):
         bad = os.environ["RANK"] == "1" and data.fault == ("nan" if module.training else "nan in validation")
         return Losses(losses.total * torch.nan, losses.parts) if bad else losses
@@ -56,15 +48,6 @@ def work(pack: Path, *runs: Path) -> None:
             fit(method, data, TrainConfig.of(method, run, epochs=2, batch_size=8, progress=False, device="cpu", max_rejects=0.2))
         except (ValueError, RuntimeError, OSError) as error:
             os.write(1, f"{run.name} stopped: {error}\n".encode())     # at once: lines of two processes do not mix
-
-
-def launch(said: Path, *args: Path) -> None:
-    "What torchrun does, but that its two processes are forked: neither has to import anything."
-    os.environ.update(OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
-    os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT), 1)
-    torch.set_num_threads(1)
-    config = LaunchConfig(1, 1, 2, run_id="test", rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=0, start_method="fork")
-    elastic_launch(config, work)(*args)
 
 
 FAULTS = {"nan": "is not finite", "nan in validation": "validation after step", "unreadable": "samples could not be read"}
@@ -82,13 +65,7 @@ def pack(tmp_path_factory) -> Path:
 def together(pack: Path, *runs: Path, ends: bool = True) -> str:
     "What two processes print that make these runs one after the other, each with the fault it is named for; both end by themselves, and soon."
     said = runs[0].with_name(f"said-{runs[0].name}.txt")
-    launcher = FORK.Process(target=launch, args=(said, pack, *runs))
-    launcher.start()
-    launcher.join(150)
-    launcher.terminate()        # if it hangs
-    launcher.join(30)
-    assert launcher.exitcode == (0 if ends else 1), launcher.exitcode
-    return said.read_text()
+    return work_together(said, 2, work, pack, *runs, ends=ends)
 
 
 @pytest.fixture(scope="module")
