@@ -369,9 +369,13 @@ def _shared(
 ) -> pd.DataFrame:
     "What of a and b has the same value of `key`"
 
+    both = set(a[key]).intersection(b[key]) - {""}
+    if not both:
+        return pd.DataFrame(columns=list(LEAK_COLUMNS))
+
     def named(table: pd.DataFrame, side: str) -> pd.DataFrame:
         rows = pd.DataFrame({"key": table[key], f"split_{side}": table["split"], f"item_{side}": table[item]})
-        return rows[table[key] != ""].drop_duplicates()
+        return rows[table[key].isin(both)].drop_duplicates()
 
     first, second = named(a, "a"), named(b, "b")
     return first.merge(second, on="key").assign(kind=kind, distance=0.0)[list(LEAK_COLUMNS)]
