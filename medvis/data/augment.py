@@ -125,12 +125,13 @@ _BATCHED = {
     v2.RandomAffine: _Batched(("angle", "right", "down", "scale"), _draw_motion, _move, (0, 0, 0, 1)),
     v2.ColorJitter: _Batched(("contrast first", "brightness", "contrast"), _draw_jitter, _jitter, (0, 1, 1), False),
     v2.GaussianBlur: _Batched(("sigma",), lambda step, film: step.make_params(film)["sigma"][:1], _blur, (0,), False),
-    v2.Transform: _Batched((), lambda step, film: [], lambda step, images, numbers: step(images)),
-}
+} | dict.fromkeys(
+    (v2.Resize, v2.CenterCrop, v2.ToDtype), _Batched((), lambda *_: [], lambda step, images, _: step(images))
+)
 
 # %% ../../nbs/data/04_augment.ipynb #438d21b0
 def _batched(step: v2.Transform) -> _Batched:
-    "How a transform is done on a batch; one that draws nothing is given the batch."
+    "How a transform is done on a batch. ValueError for one that nobody has said it of."
     if isinstance(step, v2.RandomApply):
         (inner,) = step.transforms
         found = _batched(inner)
@@ -140,7 +141,11 @@ def _batched(step: v2.Transform) -> _Batched:
             lambda _, images, numbers: found.apply(inner, images, numbers),
             moves=found.moves,
         )
-    return next(found for kind, found in _BATCHED.items() if isinstance(step, kind))
+    for kind, found in _BATCHED.items():
+        if isinstance(step, kind):
+            return found
+    kinds = ", ".join(kind.__name__ for kind in _BATCHED)
+    raise ValueError(f"{type(step).__name__} has no form for batches; augmentations are made of {kinds}")
 
 
 def _number_names(steps: Sequence[v2.Transform]) -> list[str]:
