@@ -95,6 +95,10 @@ class RealPairsConfig:
     "Folder of a Pack with boxes that is measured on, such as NIH's."
     runs: Path
     "Folder of weights, which can be deleted once all is measured."
+    masks: tuple[Path, ...] = ()
+    "Folders of further Packs with masks or boxes, whose classes are asked as phrases too."
+    probes: tuple[Path, ...] = ()
+    "Folders of further Packs whose labels are probed too."
     out: Path = Path("real_pairs")
     "Folder of results: tables of numbers, no text and no picture."
     subjects: tuple[str, ...] = (

@@ -227,11 +227,16 @@ def _spend(path: Path, work: Callable[[], Any]) -> Any:
         write_atomic(path, f"{spent:.1f}\n".encode())
 
 
+def _test_patients(pack: Pack) -> int:
+    return pack.studies["patient_id"][pack.studies["split"] == "test"].nunique()
+
+
 class _Study:
     "The data of the study, and what is computed of them once."
 
     def __init__(self, config: RealPairsConfig) -> None:
         self.config, self.data, self.boxes = config, Pack(config.data), Pack(config.boxes)
+        self.masks, self.probes = ({path.name: Pack(path) for path in paths} for paths in (config.masks, config.probes))
         self.towers: dict[str, _KeptTower] = {}
 
     @cached_property
@@ -240,17 +245,14 @@ class _Study:
 
     @cached_property
     def patients(self) -> int:
-        return self.data.studies["patient_id"][self.data.studies["split"] == "test"].nunique()
+        return _test_patients(self.data)
 
-    @cached_property
-    def findings(self) -> list[str]:
-        return [name for name in self.data.labels if name != "normal"]
-
-    def phrases(self, wording: str) -> list[Phrase]:  # of _WORDINGS
-        names = self.boxes.manifest.get("boxes") or self.boxes.manifest["labels"]
+    def phrases(self, pack: Pack, wording: str = "boxes") -> list[Phrase]:  # of _WORDINGS
+        drawn = [*pack.manifest.get("boxes", ()), *pack.manifest.get("masks", ())]
+        names = drawn or pack.manifest["labels"]
         prompts = {name: tuple(map(_WORDINGS[wording], class_prompts(name))) for name in names}
         split = None if self.config.boxes_split == "all" else self.config.boxes_split
-        return phrases_from_labels(self.boxes, prompts, split)
+        return phrases_from_labels(pack, prompts, split)
 
     def keep(self, encoder: torch.nn.Module) -> torch.nn.Module:
         "An image encoder whose frozen tower, if it has one, remembers the images of the study."
@@ -291,12 +293,19 @@ def _zero_shot_rows(method: Method, study: _Study) -> pd.DataFrame:
     return _rows("zero-shot", table, control=_OWN, patients=study.patients)
 
 
-def _probe_rows(encoder: torch.nn.Module, study: _Study) -> pd.DataFrame:
+def _probe_rows(family: str, pack: Pack, encoder: torch.nn.Module, study: _Study) -> pd.DataFrame:
     how = dict(baseline=None, resamples=study.config.resamples)
-    table = linear_probe({"encoder": encoder}, study.data, _FRACTIONS, findings=study.findings, **how)
+    findings = [name for name in pack.labels if name != "normal"]  # Open-i's word for none of the others
+    table = linear_probe({"encoder": encoder}, pack, _FRACTIONS, findings=findings, **how)
     table = table.rename(columns={"finding": "of", "auroc": "value"}).drop(columns="n").rename(columns={"n_test": "n"})
     measure = [f"AUROC, {fraction:.0%} of labels" for fraction in table["fraction"]]
-    return _rows("probe", table, measure=measure, control=_OWN, patients=study.patients)
+    return _rows(family, table, measure=measure, control=_OWN, patients=_test_patients(pack))
+
+
+def _probes(study: _Study) -> dict[str, Callable[[torch.nn.Module, _Study], pd.DataFrame]]:
+    "The probes of an image encoder, by family."
+    packs = {"probe": study.data, **{f"probe, {name}": pack for name, pack in study.probes.items()}}
+    return {family: partial(_probe_rows, family, pack) for family, pack in packs.items()}
 
 # %% ../../nbs/studies/08_real_pairs.ipynb #c389b0f2
 def _place_rows(what: str, method: Method, study: _Study) -> pd.DataFrame:  # what: "side" or "zone"
@@ -355,23 +364,31 @@ def _grounding_tables(rows: pd.DataFrame, resamples: int) -> pd.DataFrame:  # se
     return pd.concat(tables, ignore_index=True)
 
 
-def _box_rows(wording: str, method: Method, study: _Study) -> pd.DataFrame:
-    rows = ground_phrases(method, study.boxes, study.phrases(wording))
+def _box_rows(family: str, pack: Pack, wording: str, method: Method, study: _Study) -> pd.DataFrame:
+    rows = ground_phrases(method, pack, study.phrases(pack, wording))
     table = _grounding_tables(rows, study.config.resamples).rename(columns={"finding": "of", "targets": "n"})
     table = table[table["measure"].isin(["hit", "cnr", "miou"])]
     chance = _grounding_tables(rows, 0).query("measure == 'chance'").rename(columns={"finding": "of", "targets": "n"})
     gain = {name: table[f"gain_{name}" if name != "value" else "gain"] for name in ("value", "low", "high")}
     controls = [
-        _rows(wording, table, control=_OWN),
-        _rows(wording, table, control=_OTHER, value=table["other"], low=np.nan, high=np.nan),
-        _rows(wording, table, control="gain", **gain),
-        _rows(wording, chance, measure="hit", control="chance", low=np.nan, high=np.nan),
+        _rows(family, table, control=_OWN),
+        _rows(family, table, control=_OTHER, value=table["other"], low=np.nan, high=np.nan),
+        _rows(family, table, control="gain", **gain),
+        _rows(family, chance, measure="hit", control="chance", low=np.nan, high=np.nan),
     ]
     return pd.concat(controls)
 
 
+def _drawings(study: _Study) -> dict[str, Callable[[Method, _Study], pd.DataFrame]]:
+    "What a method makes of phrases whose places were drawn, by family."
+    parts = {wording: partial(_box_rows, wording, study.boxes, wording) for wording in _WORDINGS}
+    return parts | {
+        (family := f"masks, {name}"): partial(_box_rows, family, pack, "boxes") for name, pack in study.masks.items()
+    }
+
+
 def _no_cardiomegaly(study: _Study) -> list[Phrase]:
-    return [phrase for phrase in study.phrases("boxes") if phrase.category != "Cardiomegaly"]
+    return [phrase for phrase in study.phrases(study.boxes) if phrase.category != "Cardiomegaly"]
 
 
 def _recipe_rows(method: Method, study: _Study) -> pd.DataFrame:
@@ -403,17 +420,24 @@ def _audit_rows(method: Method, study: _Study) -> pd.DataFrame:
     return pd.concat(parts)
 
 # %% ../../nbs/studies/08_real_pairs.ipynb #971f0f6e
-_PARTS: dict[str, Callable[[Method, _Study], pd.DataFrame]] = {
+_PARTS: dict[str, Callable[[Method, _Study], pd.DataFrame]] = {  # of the Pack of pairs, and of that with boxes
     "retrieval": _retrieval_rows,
     "zero-shot": _zero_shot_rows,
-    "probe": lambda method, study: _probe_rows(method.image_encoder, study),
     "side": partial(_place_rows, "side"),
     "zone": partial(_place_rows, "zone"),
     "twins": _twin_rows,
-    **{wording: partial(_box_rows, wording) for wording in _WORDINGS},
     "recipes": _recipe_rows,
     "audit": _audit_rows,
 }
+
+
+def _parts(study: _Study) -> dict[str, Callable[[Method, _Study], pd.DataFrame]]:
+    "All that is measured of a method, by family."
+    probes = {
+        family: lambda method, study, of=probe: of(method.image_encoder, study)
+        for family, probe in _probes(study).items()
+    }
+    return {**_PARTS, **probes, **_drawings(study)}
 
 
 def _cost_row(of: str, seconds: float) -> pd.DataFrame:
@@ -423,14 +447,14 @@ def _cost_row(of: str, seconds: float) -> pd.DataFrame:
 def _measure(
     method: Method,
     study: _Study,
-    parts: Sequence[str] | None = None,  # of _PARTS; None: all
+    parts: Sequence[str] | None = None,  # of `_parts`; None: all
 ) -> pd.DataFrame:  # _COLUMNS
     "All that is measured of a method, and the processor seconds of each part."
     study.keep(method.eval().image_encoder)
-    tables = []
-    for name in _PARTS if parts is None else parts:
+    tables, every = [], _parts(study)
+    for name in every if parts is None else parts:
         started = time.process_time()
-        tables.append(_PARTS[name](method, study))
+        tables.append(every[name](method, study))
         tables.append(_cost_row(name, time.process_time() - started))
     return pd.concat(tables, ignore_index=True)
 
@@ -534,7 +558,7 @@ def _measured(job: _Job, study: _Study) -> tuple[pd.DataFrame, dict[str, Any]]: 
             raise ValueError(
                 f"preset {config.preset} has no frozen network to measure; leave out the subject {_IMAGENET}"
             )
-        return _probe_rows(tower, study), {}
+        return pd.concat([probe(tower, study) for probe in _probes(study).values()], ignore_index=True), {}
     tuned = _tuned(job, config)
     if not job.trained:  # it reads texts as the tuned method does
         method = _make_method(job, study.data, config.preset, config.epochs)
@@ -578,6 +602,8 @@ _SAME = ("preset", "epochs", "resamples", "boxes_split")  # of all results in a 
 
 def _hashes(config: RealPairsConfig) -> dict[str, str]:
     packs = {"data": config.data, "boxes": config.boxes, "phantom": config.phantom}
+    packs |= {f"masks, {path.name}": path for path in config.masks}
+    packs |= {f"probe, {path.name}": path for path in config.probes}
     return {name: Pack(path).manifest["hash"] for name, path in packs.items() if path is not None}
 
 
