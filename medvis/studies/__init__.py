@@ -7,7 +7,8 @@ __all__ = ['DemoConfig', 'DownstreamConfig', 'GroundingConfig', 'RealPairsConfig
            'draw_families', 'run_downstream', 'draw_ranks', 'epoch_correlations', 'fit_keeping_epochs', 'measure_runs',
            'rank_correlations', 'draw_examples', 'draw_findings', 'draw_summary', 'gather', 'run_grounding',
            'run_local_mi_figures', 'FiguresConfig', 'run_lovt_figures', 'run_mgca_figures', 'draw_curve',
-           'draw_headlines', 'headline_table', 'run_real_pairs', 'verdict_table', 'show_run']
+           'draw_headlines', 'headline_table', 'run_real_pairs', 'verdict_table', 'Cell', 'Study', 'dask_workers',
+           'run_study', 'say_status', 'study_status', 'study_table', 'show_run']
 
 # %% ../../nbs/studies/00_doors.ipynb #d4065c6b
 from typing import TYPE_CHECKING
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from medvis.studies.lovt_figures import FiguresConfig, run_lovt_figures
     from medvis.studies.mgca_figures import run_mgca_figures
     from medvis.studies.real_pairs import draw_curve, draw_headlines, headline_table, run_real_pairs, verdict_table
+    from medvis.studies.runner import Cell, Study, dask_workers, run_study, say_status, study_status, study_table
     from medvis.studies.show import show_run
 else:
     __getattr__, __dir__ = lazy_door("medvis.studies")
@@ -64,5 +66,12 @@ _all_ = [
     "headline_table",
     "run_real_pairs",
     "verdict_table",
+    "Cell",
+    "Study",
+    "dask_workers",
+    "run_study",
+    "say_status",
+    "study_status",
+    "study_table",
     "show_run",
 ]
