@@ -41,7 +41,7 @@ class Cell:
     def name(self) -> str:
         return f"{self.variant}-{self.seed}-{self.task}"
 
-# %% ../../nbs/studies/00_runner.ipynb #4036436b
+# %% ../../nbs/studies/00_runner.ipynb #f93763c7
 @dataclass(frozen=True)
 class Study:
     """A grid of variants, seeds and tasks; each cell is measured once, however often and wherever it is gone on with.
@@ -64,6 +64,8 @@ class Study:
     "What all cells are measured on: name -> hash or text."
     prepare: Callable[[], object] | None = None
     "Called once before cells are filled: makes what they all need."
+    first: "Study | None" = None
+    "A study that this one needs, such as one that tunes: it is run first."
 
     def __post_init__(self) -> None:
         for name in (*self.variants, *self.tasks):
@@ -75,7 +77,7 @@ class Study:
         "All places of the grid, seed by seed."
         return [Cell(variant, seed, task) for seed, variant, task in product(self.seeds, self.variants, self.tasks)]
 
-# %% ../../nbs/studies/00_runner.ipynb #8a645d1c
+# %% ../../nbs/studies/00_runner.ipynb #bc9dc8c6
 _VERSIONS = "torch torchvision transformers timm accelerate numpy scipy pandas scikit-learn".split()
 
 
@@ -95,12 +97,8 @@ def _code_hash(module: str) -> str:
 def _context(study: Study) -> dict[str, Any]:
     "What all cells have in common."
     versions = {"python": platform.python_version(), **package_versions(*_VERSIONS)}
-    return {
-        "study": study.name,
-        "code": _code_hash(study.measure.__module__),
-        "data": dict(study.data),
-        "versions": versions,
-    }
+    measure = getattr(study.measure, "func", study.measure)  # of a partial
+    return {"study": study.name, "code": _code_hash(measure.__module__), "data": dict(study.data), "versions": versions}
 
 
 def _facts(study: Study, cell: Cell) -> dict[str, Any]:
@@ -253,7 +251,7 @@ def study_table(study: Study) -> pd.DataFrame:  # variant, seed, task, and the c
     own = pd.DataFrame([vars(cell) for cell in cells], columns=["variant", "seed", "task"])
     return own.merge(table, on=["variant", "seed", "task"])
 
-# %% ../../nbs/studies/00_runner.ipynb #247c8f18
+# %% ../../nbs/studies/00_runner.ipynb #c326512f
 def _missing_groups(study: Study, redo: bool) -> list[list[Cell]]:
     "The cells that are to be filled, of one variant and seed each. ValueError for those that are other, unless redone."
     status = study_status(study)
@@ -331,7 +329,12 @@ def run_study(
     pd.DataFrame
         see `study_table`
     """
-    groups, failed, end = _missing_groups(study, redo), {}, time.monotonic() + 60 * (minutes or float("inf"))
+    end = time.monotonic() + 60 * (minutes or float("inf"))
+    if study.first is not None:
+        run_study(study.first, jobs, executor, redo, minutes, progress)
+        if study_status(study.first)["state"].ne("done").any():  # it was late
+            return study_table(study)
+    groups, failed = _missing_groups(study, redo), {}
     bar = tqdm(total=sum(map(len, groups)), desc=study.name, unit="cell", disable=not progress)
     if groups and study.prepare is not None:
         study.prepare()
