@@ -24,7 +24,7 @@ from ..evaluate.stats import compare
 from .runner import Cell, Study
 from ..train import TrainConfig, create_method, fit, load_method
 
-# %% ../../nbs/studies/10_paper_tables.ipynb #030eebdc
+# %% ../../nbs/studies/10_paper_tables.ipynb #be5d9d8f
 @dataclass(frozen=True)
 class Row:
     "A way of pre-training."
@@ -37,6 +37,8 @@ class Row:
     "Settings of training that are not those of the preset."
     preset: str = "tiny"
     "Where the other settings come from."
+    published: str = "paper"
+    "Preset of the same row at the paper's scale, which needs no changes."
 
 
 @dataclass(frozen=True)
@@ -51,8 +53,12 @@ class Column:
     "What it predicts; by default all that the data hold."
     kind: str | None = None
     "Kind of its targets; by default what the protocol asks first."
+    pack: str = "pairs"
+    "Which of the Packs it is of; pairs are what is pre-trained on."
+    published: "Column | None" = None
+    "The same column on the paper's data; None for one that the paper has not."
 
-# %% ../../nbs/studies/10_paper_tables.ipynb #13f483c8
+# %% ../../nbs/studies/10_paper_tables.ipynb #ad55eb22
 def _encoder(row: Row, seed: int, data: Pack, folder: Path, rate: float | None) -> torch.nn.Module:
     "The image encoder of a row: pre-trained, with the weights of its best epoch, or before its first step."
     method = create_method(row.method or "clip", row.preset, data, seed, **(row.changes or {}))
@@ -73,7 +79,7 @@ def fill_cell(
     cell: Cell,
     settings: Mapping[str, Any],  # of the row: see `Row`
     folder: Path,  # of the row and the seed
-    data: Path,  # Pack
+    packs: Mapping[str, Path],  # those that columns name, and pairs
     columns: Mapping[str, Column],
     rates: Mapping[str, Path | float],  # row -> its learning rate, or the folder of the study that finds it
 ) -> pd.DataFrame:  # measure, value, low, high, n, validation, rate
@@ -86,8 +92,8 @@ def fill_cell(
         of the row: see `Row`
     folder : Path
         of the row and the seed
-    data : Path
-        Pack
+    packs : Mapping[str, Path]
+        those that columns name, and pairs
     columns : Mapping[str, Column]
     rates : Mapping[str, Path | float]
         row -> its learning rate, or the folder of the study that finds it
@@ -97,12 +103,14 @@ def fill_cell(
     pd.DataFrame
         measure, value, low, high, n, validation, rate
     """
-    pack, row, column = Pack(data), Row(**settings), columns[cell.task]
+    row, column = Row(**settings), columns[cell.task]
     rate = rates.get(cell.variant)
     if isinstance(rate, Path):
         rate = best_rates(rate)[cell.variant]
-    encoder = _encoder(row, cell.seed, pack, folder, rate)
-    task = protocol_task(pack, column.protocol, kind=column.kind, classes=column.classes, progress=False)
+    encoder = _encoder(row, cell.seed, Pack(packs["pairs"]), folder, rate)
+    task = protocol_task(
+        Pack(packs[column.pack]), column.protocol, kind=column.kind, classes=column.classes, progress=False
+    )
     out = folder / "protocols"
     how = dict(fractions=(column.fraction,), seeds=(cell.seed,), progress=False)
     table = run_protocol({cell.variant: encoder}, task, column.protocol, out, **how)
@@ -113,7 +121,7 @@ def fill_cell(
     )
     return table[["measure", "value", "low", "high", "n", "validation", "rate"]]
 
-# %% ../../nbs/studies/10_paper_tables.ipynb #b8695170
+# %% ../../nbs/studies/10_paper_tables.ipynb #1488e44b
 _TUNING_SEED = 100  # in no table
 _PHANTOM = {"studies": 4000, "size": 64, "seed": 3}
 
@@ -148,6 +156,19 @@ def best_rates(
     return dict(zip(best["row"], best["rate"].astype(float)))
 
 
+def _at_full_scale(
+    rows: Mapping[str, Row], columns: Mapping[str, Column], packs: Mapping[str, Path]
+) -> tuple[dict, dict]:
+    "The rows and columns as the paper has them. ValueError names Packs that are missing."
+    columns = {name: column.published for name, column in columns.items() if column.published is not None}
+    needed = {"pairs", *(column.pack for column in columns.values())}
+    if missing := sorted(needed - packs.keys()):
+        raise ValueError(
+            f"the paper's table needs the Packs {', '.join(sorted(needed))}; {', '.join(missing)} are not given"
+        )
+    return {name: Row(row.method, preset=row.published) for name, row in rows.items()}, columns
+
+
 def table_study(
     name: str,
     out: Path,
@@ -155,10 +176,10 @@ def table_study(
     columns: Mapping[str, Column],  # the first one is tuned with
     seeds: tuple[int, ...],
     rates: tuple[float, ...],  # that each row tries
-    data: Path | None = None,  # Pack; None: a phantom
+    packs: Mapping[str, Path] | None = None,  # the paper's data, at its scale; None: a phantom, with tiny networks
     phantom: Mapping[str, int] = _PHANTOM,
 ) -> Study:
-    """A paper's table as a study, with one that tunes its rows before it.
+    """A paper's table as a study, with one that tunes its rows before it. ValueError names Packs that are missing.
 
     Parameters
     ----------
@@ -170,14 +191,20 @@ def table_study(
     seeds : tuple[int, ...]
     rates : tuple[float, ...]
         that each row tries
-    data : Path | None, default: None
-        Pack; None: a phantom
+    packs : Mapping[str, Path] | None, default: None
+        the paper's data, at its scale; None: a phantom, with tiny networks
     phantom : Mapping[str, int], default: _PHANTOM
     """
-    pack = out / "pack" if data is None else data
-    of = {"phantom": dict(phantom)} if data is None else {"pack": Pack(data).manifest["hash"]}
-    prepare = partial(_make_phantom, pack, phantom) if data is None else None
-    fill = partial(fill_cell, data=pack, columns=columns)
+    if packs is None:
+        packs, of = (
+            dict.fromkeys({column.pack for column in columns.values()} | {"pairs"}, out / "pack"),
+            {"phantom": dict(phantom)},
+        )
+        prepare = partial(_make_phantom, out / "pack", phantom)
+    else:
+        rows, columns = _at_full_scale(rows, columns, packs)
+        prepare, of = None, {name: Pack(path).manifest["hash"] for name, path in packs.items()}
+    fill = partial(fill_cell, packs=packs, columns=columns)
     trained = {name: row for name, row in rows.items() if row.method is not None}
     tries = {
         f"{name}@{rate:g}": {**vars(row), "training": {**(row.training or {}), "lr": rate}}
