@@ -24,7 +24,7 @@ from ..evaluate.stats import compare
 from .runner import Cell, Study
 from ..train import TrainConfig, create_method, fit, load_method
 
-# %% ../../nbs/studies/10_paper_tables.ipynb #be5d9d8f
+# %% ../../nbs/studies/10_paper_tables.ipynb #920c712e
 @dataclass(frozen=True)
 class Row:
     "A way of pre-training."
@@ -40,7 +40,7 @@ class Row:
     published: str = "paper"
     "Preset of the same row at the paper's scale, which needs no changes."
 
-
+# %% ../../nbs/studies/10_paper_tables.ipynb #8c7b11e5
 @dataclass(frozen=True)
 class Column:
     "A downstream task."
@@ -121,7 +121,7 @@ def fill_cell(
     )
     return table[["measure", "value", "low", "high", "n", "validation", "rate"]]
 
-# %% ../../nbs/studies/10_paper_tables.ipynb #1488e44b
+# %% ../../nbs/studies/10_paper_tables.ipynb #4191a250
 _TUNING_SEED = 100  # in no table
 _PHANTOM = {"studies": 4000, "size": 64, "seed": 3}
 
@@ -155,7 +155,7 @@ def best_rates(
     best = tried.loc[tried.groupby("row", sort=False)["validation"].idxmax()]
     return dict(zip(best["row"], best["rate"].astype(float)))
 
-
+# %% ../../nbs/studies/10_paper_tables.ipynb #6e874e96
 def _at_full_scale(
     rows: Mapping[str, Row], columns: Mapping[str, Column], packs: Mapping[str, Path]
 ) -> tuple[dict, dict]:
