@@ -62,7 +62,7 @@ def whole(tmp_path_factory) -> dict[str, bytes]:
 def start(out: Path, workers: int, slow: str = "", pids: Path | None = None) -> subprocess.Popen:
     "Build in another process; `slow` is Python that runs first and slows down what is to be hit"
     script = (f"import sys, time; from pathlib import Path; from functools import partial; sys.path.insert(0, {str(HERE)!r})\n"
-              f"from medvis.data import build; from test_pack import *\n{slow}\n"
+              f"from medvis.data import build; from test_pack import *\nbuild._START = -1\n{slow}\n"
               f"if __name__ == '__main__': write_pack({str(out)!r}, STUDIES, partial(read_study, pause=0.01, pids={pids and f'Path({str(pids)!r})'}), workers={workers}, **SETTINGS)")
     return subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.PIPE, text=True)
 
@@ -134,13 +134,45 @@ def fail_late(index: int) -> StudyRecord:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_failing_reader_keeps_what_was_read(workers, tmp_path, whole):
+def test_failing_reader_keeps_what_was_read(workers, tmp_path, whole, monkeypatch):
     out = tmp_path / "pack"
+    monkeypatch.setattr(build, "_START", -1)
     with pytest.raises(RuntimeError, match="the reader is broken"):
         write_pack(out, STUDIES, fail_late, workers=workers, **SETTINGS)
     assert not out.exists() and parts(out) >= (5 if workers == 0 else 0)
     write_pack(out, STUDIES, read_study, workers=workers, **SETTINGS)
     assert contents(out) == whole
+
+
+def test_workers_are_started_where_they_pay(tmp_path, monkeypatch, whole):
+    "Not for a second's work, and then nobody is idle: there is a part for each; the Pack is the same"
+    started = []
+
+    class Watched(build.ProcessPoolExecutor):
+        def __init__(self, workers, *rest, **more):
+            started.append(workers)
+            super().__init__(workers, *rest, **more)
+
+    monkeypatch.setattr(build, "ProcessPoolExecutor", Watched)
+    usual = {name: value for name, value in SETTINGS.items() if name != "part_size"}
+    here = write_pack(tmp_path / "here", STUDIES, read_study, workers=4, **usual)
+    assert not started
+    monkeypatch.setattr(build, "_START", 0)
+    there = write_pack(tmp_path / "there", STUDIES, read_study, workers=4, **usual)
+    assert started == [4] and contents(here.path) == contents(there.path)
+    assert {name: data for name, data in contents(here.path).items() if name != "manifest.json"} == {name: data for name, data in whole.items() if name != "manifest.json"}
+
+
+def test_parts_of_another_size_are_not_gone_on_with(tmp_path):
+    "An older medvis cut a small data set into fewer parts"
+    out = tmp_path / "pack"
+    with pytest.raises(RuntimeError):
+        write_pack(out, STUDIES, fail_late, **{**SETTINGS, "part_size": None})
+    note = Path(f"{out}.partial/build.txt")
+    note.write_text(note.read_text().split()[0])
+    with pytest.raises(FileExistsError, match="unfinished build"):
+        write_pack(out, STUDIES, read_study, **{**SETTINGS, "part_size": None})
+    assert write_pack(out, STUDIES, read_study, **{**SETTINGS, "part_size": None}, fresh=True).manifest["counts"]["studies"]
 
 
 def test_damaged_parts_are_built_again(tmp_path, whole):
