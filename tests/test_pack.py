@@ -154,25 +154,25 @@ def test_workers_are_started_where_they_pay(tmp_path, monkeypatch, whole):
             super().__init__(workers, *rest, **more)
 
     monkeypatch.setattr(build, "ProcessPoolExecutor", Watched)
-    usual = {name: value for name, value in SETTINGS.items() if name != "part_size"}
-    here = write_pack(tmp_path / "here", STUDIES, read_study, workers=4, **usual)
+    few = {**SETTINGS, "part_size": 64}
+    here = write_pack(tmp_path / "here", STUDIES, read_study, workers=4, **few)
     assert not started
     monkeypatch.setattr(build, "_START", 0)
-    there = write_pack(tmp_path / "there", STUDIES, read_study, workers=4, **usual)
-    assert started == [4] and contents(here.path) == contents(there.path)
-    assert {name: data for name, data in contents(here.path).items() if name != "manifest.json"} == {name: data for name, data in whole.items() if name != "manifest.json"}
+    there, alone = (write_pack(tmp_path / str(workers), STUDIES, read_study, workers=workers, **few) for workers in (4, 0))
+    assert started == [4] and contents(here.path) == contents(there.path) == contents(alone.path)
 
 
-def test_parts_of_another_size_are_not_gone_on_with(tmp_path):
-    "An older medvis cut a small data set into fewer parts"
-    out = tmp_path / "pack"
-    with pytest.raises(RuntimeError):
-        write_pack(out, STUDIES, fail_late, **{**SETTINGS, "part_size": None})
-    note = Path(f"{out}.partial/build.txt")
-    note.write_text(note.read_text().split()[0])
-    with pytest.raises(FileExistsError, match="unfinished build"):
-        write_pack(out, STUDIES, read_study, **{**SETTINGS, "part_size": None})
-    assert write_pack(out, STUDIES, read_study, **{**SETTINGS, "part_size": None}, fresh=True).manifest["counts"]["studies"]
+def test_gone_on_with_by_more_workers_or_fewer(tmp_path, whole):
+    "Parts stay as large as they were: those of an older medvis too, which noted no size"
+    for first, then, older, size in ((4, 0, False, 3), (0, 4, False, 8), (0, 4, True, 8)):
+        out = tmp_path / f"{first}{then}{older}"
+        with pytest.raises(RuntimeError):
+            write_pack(out, STUDIES, fail_late, workers=first, **SETTINGS)
+        note = Path(f"{out}.partial/build.txt")
+        assert note.read_text().split()[1] == str(size) and parts(out) == 40 // size
+        note.write_text(note.read_text().split()[0] if older else note.read_text())
+        write_pack(out, STUDIES, read_study, workers=then, **SETTINGS)
+        assert contents(out) == whole
 
 
 def test_damaged_parts_are_built_again(tmp_path, whole):

@@ -610,8 +610,7 @@ def _unfinished(out: Path, plan: _Plan, key: str, size: int, tell: bool = False,
             f"{out} exists and holds other data or was made with other settings; choose another place or delete it"
         )
     note, settings = plan.folder / "build.txt", plan.folder / "settings.json"
-    written = key if size == plan.part_size else f"{key} in parts of {size}"
-    if note.exists() and note.read_text() != written:
+    if note.exists() and note.read_text().split()[:1] != [key]:
         if not fresh and any((plan.folder / "parts").glob("*.json")):
             raise FileExistsError(
                 f"{plan.folder} is an unfinished build {_other_settings(settings, plan)}; "
@@ -621,7 +620,7 @@ def _unfinished(out: Path, plan: _Plan, key: str, size: int, tell: bool = False,
             shutil.rmtree(plan.folder / name, ignore_errors=True)
     (plan.folder / "parts").mkdir(parents=True, exist_ok=True)
     write_atomic(settings, json.dumps(plan.settings()).encode())
-    write_atomic(note, written.encode())
+    write_atomic(note, f"{key} {size}".encode())
     return True
 
 # %% ../../nbs/data/10_build.ipynb #991bf8bb
@@ -646,7 +645,16 @@ def _check_rejects(plan: _Plan, parts: list[dict], max_rejects: float) -> None:
     )
 
 
-_PART_SIZE, _LEAST_PARTS = 64, 32  # studies of a part, and parts that even a small data set has
+_LEAST_PARTS = 32  # that workers share
+
+
+def _part_size(plan: _Plan, key: str, items: int, workers: int) -> int:
+    "Studies of a part: those of the unfinished build; else the plan's, or fewer, so that all workers have some"
+    note = plan.folder / "build.txt"
+    told = note.read_text().split() if note.exists() else []
+    if told[:1] == [key]:
+        return int((told + [plan.part_size])[1])  # an older medvis had one size
+    return min(plan.part_size, math.ceil(items / _LEAST_PARTS)) if workers > 1 else plan.part_size
 
 
 def _all_parts(plan: _Plan, items: Sequence, size: int, workers: int, max_rejects: float, progress: bool) -> list[dict]:
@@ -679,7 +687,7 @@ def write_pack(
     require_report: bool = True,  # drop studies whose report does not pass the rules
     workers: int = 0,  # processes, where they pay; 0 = this one
     max_rejects: float = 0.2,  # share of images that may be lost
-    part_size: int | None = None,  # studies per part; None = 64, or fewer for 32 parts
+    part_size: int = 64,  # studies per part; fewer where workers share a small data set
     progress: bool = True,
     grades: Sequence[str] = (),  # names of the ordinal grades, the boxes and the masks, in order
     boxes: Sequence[str] = (),
@@ -716,8 +724,8 @@ def write_pack(
         processes, where they pay; 0 = this one
     max_rejects : float, default: 0.2
         share of images that may be lost
-    part_size : int | None, default: None
-        studies per part; None = 64, or fewer for 32 parts
+    part_size : int, default: 64
+        studies per part; fewer where workers share a small data set
     progress : bool, default: True
     grades : Sequence[str], default: ()
         names of the ordinal grades, the boxes and the masks, in order
@@ -738,12 +746,12 @@ def write_pack(
         raise ValueError(f"nothing to prepare for {out}: there is no study")
     marks = {"grades": tuple(grades), "boxes": tuple(boxes), "masks": tuple(masks), "coded": tuple(coded)}
     folder = Path(f"{out}.partial")
-    plan = _Plan(folder, read, size, rules, tuple(labels), require_report, part_size or _PART_SIZE, source, **marks)
+    plan = _Plan(folder, read, size, rules, tuple(labels), require_report, part_size, source, **marks)
     key = plan.key(items)
-    part_size = part_size or min(_PART_SIZE, math.ceil(len(items) / _LEAST_PARTS))
     # a lock that a killed process left is taken, and so removed
     whole = (out / "manifest.json").exists() and not Path(f"{out}.lock").exists()
     with nullcontext() if whole else lock_folder(out, "Pack"):
+        part_size = _part_size(plan, key, len(items), workers)
         if unfinished := _unfinished(out, plan, key, part_size, progress, fresh):
             parts = _all_parts(plan, items, part_size, workers, max_rejects, progress)
         folder = _assemble(plan, key, parts) if unfinished else out
