@@ -23,7 +23,7 @@ from medvis.testing import tiny_batch
 
 SENTENCES = ("The heart is mildly enlarged and the mediastinal contours are unchanged since the prior study.", "There is a small left pleural effusion with adjacent atelectasis.", "No pneumothorax is seen.",
              "Patchy opacity in the right lower lobe may reflect pneumonia or aspiration.", "The pulmonary vasculature is mildly congested.", "No acute osseous abnormality.")
-CASES = {"local-mi": ("paper", 8), "convirt": ("paper", 32), "clip": ("paper", 32), "lovt": ("paper", 32), "mgca": ("paper", 32), "gloria": ("paper", 48)}
+CASES = {"local-mi": ("paper", 8), "convirt": ("paper", 32), "clip": ("paper", 32), "lovt": ("paper", 32), "mgca": ("paper", 32), "gloria": ("paper", 48), "mixture-mi": ("full", 32)}
 GOALS = {"local-mi": 1.03, "gloria": 1.06}
 
 
@@ -49,8 +49,9 @@ def changed(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
 def make(name: str, preset: str, batch: int, size: int | None, device: str) -> tuple[Method, Batch]:
     "A method with random weights, and a batch as large as its preset's: pictures of noise, reports of one sentence or of six, as it reads them."
     kind, (config, recipe) = METHODS.find(name), find_settings(name)[1][preset]
-    weights = {"image_weights": None, "text_weights": False}
-    weights = {key: value for key, value in weights.items() if key in find_settings(name)[0].__dataclass_fields__}
+    asked = find_settings(name)[0](**config)
+    weights = {"image_weights": None, "text_weights": False, "text": "bert-base" if "/" in getattr(asked, "text", "") else getattr(asked, "text", "")}
+    weights = {key: value for key, value in weights.items() if hasattr(asked, key)}
     method = kind.from_preset(preset, phantom_tokenizer(60), **weights).train()
     one = recipe.get("sentences") == "one"
     texts = [(SENTENCES[row % 6],) if one else SENTENCES for row in range(batch)]
