@@ -62,7 +62,7 @@ def whole(tmp_path_factory) -> dict[str, bytes]:
 def start(out: Path, workers: int, slow: str = "", pids: Path | None = None) -> subprocess.Popen:
     "Build in another process; `slow` is Python that runs first and slows down what is to be hit"
     script = (f"import sys, time; from pathlib import Path; from functools import partial; sys.path.insert(0, {str(HERE)!r})\n"
-              f"from medvis.data import build; from test_pack import *\n{slow}\n"
+              f"from medvis.data import build; from test_pack import *\nbuild._START = -1\n{slow}\n"
               f"if __name__ == '__main__': write_pack({str(out)!r}, STUDIES, partial(read_study, pause=0.01, pids={pids and f'Path({str(pids)!r})'}), workers={workers}, **SETTINGS)")
     return subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.PIPE, text=True)
 
@@ -134,13 +134,45 @@ def fail_late(index: int) -> StudyRecord:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_failing_reader_keeps_what_was_read(workers, tmp_path, whole):
+def test_failing_reader_keeps_what_was_read(workers, tmp_path, whole, monkeypatch):
     out = tmp_path / "pack"
+    monkeypatch.setattr(build, "_START", -1)
     with pytest.raises(RuntimeError, match="the reader is broken"):
         write_pack(out, STUDIES, fail_late, workers=workers, **SETTINGS)
     assert not out.exists() and parts(out) >= (5 if workers == 0 else 0)
     write_pack(out, STUDIES, read_study, workers=workers, **SETTINGS)
     assert contents(out) == whole
+
+
+def test_workers_are_started_where_they_pay(tmp_path, monkeypatch, whole):
+    "Not for a second's work, and then nobody is idle: there is a part for each; the Pack is the same"
+    started = []
+
+    class Watched(build.ProcessPoolExecutor):
+        def __init__(self, workers, *rest, **more):
+            started.append(workers)
+            super().__init__(workers, *rest, **more)
+
+    monkeypatch.setattr(build, "ProcessPoolExecutor", Watched)
+    few = {**SETTINGS, "part_size": 64}
+    here = write_pack(tmp_path / "here", STUDIES, read_study, workers=4, **few)
+    assert not started
+    monkeypatch.setattr(build, "_START", 0)
+    there, alone = (write_pack(tmp_path / str(workers), STUDIES, read_study, workers=workers, **few) for workers in (4, 0))
+    assert started == [4] and contents(here.path) == contents(there.path) == contents(alone.path)
+
+
+def test_gone_on_with_by_more_workers_or_fewer(tmp_path, whole):
+    "Parts stay as large as they were: those of an older medvis too, which noted no size"
+    for first, then, older, size in ((4, 0, False, 3), (0, 4, False, 8), (0, 4, True, 8)):
+        out = tmp_path / f"{first}{then}{older}"
+        with pytest.raises(RuntimeError):
+            write_pack(out, STUDIES, fail_late, workers=first, **SETTINGS)
+        note = Path(f"{out}.partial/build.txt")
+        assert note.read_text().split()[1] == str(size) and parts(out) == 40 // size
+        note.write_text(note.read_text().split()[0] if older else note.read_text())
+        write_pack(out, STUDIES, read_study, workers=then, **SETTINGS)
+        assert contents(out) == whole
 
 
 def test_damaged_parts_are_built_again(tmp_path, whole):

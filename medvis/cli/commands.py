@@ -15,7 +15,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, Union
@@ -390,6 +390,11 @@ _COMMANDS = {  # name -> options, and the function that does the work, which is 
 _FLAT = (tyro.conf.OmitSubcommandPrefixes, tyro.conf.OmitArgPrefixes)
 
 
+@dataclass
+class _Other:
+    "Stands for a command that was not asked for: to read the options of all takes longer than to answer a typo."
+
+
 def _start_processes(
     count: int,
     argv: Sequence[str],  # the words after `medvis pretrain`
@@ -420,7 +425,11 @@ def _run_pretrain(argv: Sequence[str]) -> None:
 
 def _run_any(argv: Sequence[str]) -> None:
     "Parse the words after `medvis` and call the command's function."
-    kinds = [Annotated[kind, tyro.conf.subcommand(name)] for name, (kind, _) in _COMMANDS.items()]
+    asked = next(iter(argv), "-")
+    kinds = [
+        Annotated[kind if asked in (name, "") or asked.startswith("-") else _Other, tyro.conf.subcommand(name)]
+        for name, (kind, _) in _COMMANDS.items()
+    ]
     config = tyro.cli(
         Union[tuple(kinds)],
         args=argv,

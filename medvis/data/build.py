@@ -14,6 +14,7 @@ import os
 import shutil
 import signal
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -339,6 +340,9 @@ def _count_part(plan: _Plan, number: int) -> dict | None:
     }
 
 
+_START = 2.0  # seconds until workers work
+
+
 def _end_with_parent() -> None:
     "In a worker: leave Ctrl-C to the main process, watch it, and exit when it has ended"
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -347,15 +351,21 @@ def _end_with_parent() -> None:
 
 
 def _build_parts(plan: _Plan, jobs: dict[int, Sequence], workers: int) -> Iterator[int]:
-    "Build the parts of `jobs` (number -> items), in this process or in spawned ones; yields numbers as they are done"
-    if workers == 0:
-        for number, items in jobs.items():
-            _build_part(plan, number, items)
-            yield number
+    "Build the parts of `jobs` (number -> items), here, or in spawned processes if they pay; yields numbers when done"
+    rest, begun = list(jobs.items()), 0.0
+    while rest:
+        number, items = rest.pop(0)
+        _build_part(plan, number, items)
+        yield number
+        built, begun = len(jobs) - len(rest) - 1, begun or time.perf_counter()  # the first imports what it needs
+        each = (time.perf_counter() - begun) / max(built, 1)
+        if rest and workers > 1 and built and each * len(rest) * (1 - 1 / workers) > _START:
+            break
+    if not rest:
         return
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(workers, len(jobs) or 1), context, initializer=_end_with_parent) as pool:
-        futures = {pool.submit(_build_part, plan, number, items): number for number, items in jobs.items()}
+    with ProcessPoolExecutor(min(workers, len(rest)), context, initializer=_end_with_parent) as pool:
+        futures = {pool.submit(_build_part, plan, number, items): number for number, items in rest}
         try:
             for future in as_completed(futures):
                 future.result()
@@ -583,8 +593,10 @@ def _other_settings(settings: Path, plan: _Plan) -> str:
     return "of other data (other studies, or their files, splits or reports)"
 
 
-def _unfinished(out: Path, plan: _Plan, key: str, tell: bool = False, fresh: bool = False) -> bool:
-    "Is anything left to build? Opens or resumes the unfinished build; refuses to touch what another build left"
+def _unfinished(out: Path, plan: _Plan, key: str, size: int, tell: bool = False, fresh: bool = False) -> bool:
+    """Is anything left to build, in parts of `size`? Opens or resumes the unfinished build.
+
+    Refuses to touch what another build left."""
     if (out / "manifest.json").exists() and Pack(out).manifest["build"] == key:
         shutil.rmtree(plan.folder, ignore_errors=True)
         if tell:
@@ -598,7 +610,7 @@ def _unfinished(out: Path, plan: _Plan, key: str, tell: bool = False, fresh: boo
             f"{out} exists and holds other data or was made with other settings; choose another place or delete it"
         )
     note, settings = plan.folder / "build.txt", plan.folder / "settings.json"
-    if note.exists() and note.read_text() != key:
+    if note.exists() and note.read_text().split()[:1] != [key]:
         if not fresh and any((plan.folder / "parts").glob("*.json")):
             raise FileExistsError(
                 f"{plan.folder} is an unfinished build {_other_settings(settings, plan)}; "
@@ -608,7 +620,7 @@ def _unfinished(out: Path, plan: _Plan, key: str, tell: bool = False, fresh: boo
             shutil.rmtree(plan.folder / name, ignore_errors=True)
     (plan.folder / "parts").mkdir(parents=True, exist_ok=True)
     write_atomic(settings, json.dumps(plan.settings()).encode())
-    write_atomic(note, key.encode())
+    write_atomic(note, f"{key} {size}".encode())
     return True
 
 # %% ../../nbs/data/10_build.ipynb #991bf8bb
@@ -633,12 +645,23 @@ def _check_rejects(plan: _Plan, parts: list[dict], max_rejects: float) -> None:
     )
 
 
-def _all_parts(plan: _Plan, items: Sequence, workers: int, max_rejects: float, progress: bool) -> list[dict]:
-    "Build the parts that are missing, with a progress bar; returns the counts of all. ValueError for too many rejects"
-    jobs = {
-        number: items[start : start + plan.part_size]
-        for number, start in enumerate(range(0, len(items), plan.part_size))
-    }
+_LEAST_PARTS = 32  # that workers share
+
+
+def _part_size(plan: _Plan, key: str, items: int, workers: int) -> int:
+    "Studies of a part: those of the unfinished build; else the plan's, or fewer, so that all workers have some"
+    note = plan.folder / "build.txt"
+    told = note.read_text().split() if note.exists() else []
+    if told[:1] == [key]:
+        return int((told + [plan.part_size])[1])  # an older medvis had one size
+    return min(plan.part_size, math.ceil(items / _LEAST_PARTS)) if workers > 1 else plan.part_size
+
+
+def _all_parts(plan: _Plan, items: Sequence, size: int, workers: int, max_rejects: float, progress: bool) -> list[dict]:
+    """Build the parts of `size` items that are missing, with a progress bar; returns the counts of all.
+
+    ValueError for too many rejects."""
+    jobs = {number: items[start : start + size] for number, start in enumerate(range(0, len(items), size))}
     parts = {number: _count_part(plan, number) for number in jobs}
     missing = {number: job for number, job in jobs.items() if parts[number] is None}
     finished, done = len(items) - sum(map(len, missing.values())), Counter()
@@ -662,9 +685,9 @@ def write_pack(
     labels: Sequence[str] = (),  # names of the labels, in order
     rules: ReportRules = ReportRules(),
     require_report: bool = True,  # drop studies whose report does not pass the rules
-    workers: int = 0,  # processes; 0 = this one
+    workers: int = 0,  # processes, where they pay; 0 = this one
     max_rejects: float = 0.2,  # share of images that may be lost
-    part_size: int = 64,  # studies per part
+    part_size: int = 64,  # studies per part; fewer where workers share a small data set
     progress: bool = True,
     grades: Sequence[str] = (),  # names of the ordinal grades, the boxes and the masks, in order
     boxes: Sequence[str] = (),
@@ -698,11 +721,11 @@ def write_pack(
     require_report : bool, default: True
         drop studies whose report does not pass the rules
     workers : int, default: 0
-        processes; 0 = this one
+        processes, where they pay; 0 = this one
     max_rejects : float, default: 0.2
         share of images that may be lost
     part_size : int, default: 64
-        studies per part
+        studies per part; fewer where workers share a small data set
     progress : bool, default: True
     grades : Sequence[str], default: ()
         names of the ordinal grades, the boxes and the masks, in order
@@ -728,8 +751,9 @@ def write_pack(
     # a lock that a killed process left is taken, and so removed
     whole = (out / "manifest.json").exists() and not Path(f"{out}.lock").exists()
     with nullcontext() if whole else lock_folder(out, "Pack"):
-        if unfinished := _unfinished(out, plan, key, progress, fresh):
-            parts = _all_parts(plan, items, workers, max_rejects, progress)
+        part_size = _part_size(plan, key, len(items), workers)
+        if unfinished := _unfinished(out, plan, key, part_size, progress, fresh):
+            parts = _all_parts(plan, items, part_size, workers, max_rejects, progress)
         folder = _assemble(plan, key, parts) if unfinished else out
         if guarded:
             guard_pack(folder, against, allow_leaks, progress, built=unfinished)

@@ -210,35 +210,116 @@ _REACH = 26  # bits of 242 in which hashes may differ
 _HALF_BITS, _HALF_REACH = 122, 18  # of the first two words
 
 
-def _close(
+def _sure(
     a: np.ndarray,  # (4, n) uint64
     b: np.ndarray,  # (4, m)
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # (k,) columns of a, (k,) columns of b, (k,) 1 or -1 (turned over)
-    "Hashes that differ in at most REACH bits, or in all but so many"
-    half = np.bitwise_count(a[0, :, None] ^ b[0])
-    half += np.bitwise_count(a[1, :, None] ^ b[1])
-    half -= np.uint8(_HALF_REACH + 1)  # small ones wrap around, and stand beside the large ones
-    i, j = np.divmod(np.flatnonzero(half >= _HALF_BITS - 2 * _HALF_REACH - 1), b.shape[1])
+    i: np.ndarray,  # (k,) columns of a
+    j: np.ndarray,  # (k,) columns of b
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # columns of a, columns of b, 1 or -1 (turned over)
+    "Those of some pairs that differ in at most REACH bits and HALF_REACH of the first two words, or in all but so many"
+    half = (np.bitwise_count(a[0, i] ^ b[0, j]) + np.bitwise_count(a[1, i] ^ b[1, j])).astype(np.int16)
+    near = np.abs(2 * half - _HALF_BITS) >= _HALF_BITS - 2 * _HALF_REACH
+    i, j = i[near], j[near]
     apart = np.bitwise_count(a[:, i] ^ b[:, j]).sum(0, dtype=np.int64)
     near = np.abs(2 * apart - _BITS) >= _BITS - 2 * _REACH
     return i[near], j[near], np.where(2 * apart[near] > _BITS, -1, 1)
 
+
+def _close(
+    a: np.ndarray,  # (4, n) uint64
+    b: np.ndarray,  # (4, m)
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # (k,) columns of a, (k,) columns of b, (k,) 1 or -1 (turned over)
+    "All pairs of hashes that are near"
+    half = np.bitwise_count(a[0, :, None] ^ b[0])
+    half += np.bitwise_count(a[1, :, None] ^ b[1])
+    half -= np.uint8(_HALF_REACH + 1)  # small ones wrap around, and stand beside the large ones
+    return _sure(a, b, *np.divmod(np.flatnonzero(half >= _HALF_BITS - 2 * _HALF_REACH - 1), b.shape[1]))
+
+# %% ../../nbs/data/06_leaks.ipynb #8c2d3e4f
+_DEALS = 20  # of the 28 whole bytes of a hash to 7 bands of 4
+_SLOTS = 22  # bits of the number of a slot, by which most that have no partner are seen at once
+_CROWD = 200  # images that agree in a band, of which more are not looked at
+_AT_ONCE = 1 << 20  # pairs in memory
+
+
+def _band_keys(
+    planes: np.ndarray,  # (28, n) uint8
+    band: np.ndarray,  # (4,) which of them
+) -> np.ndarray:  # (n,) uint32
+    "What a hash has in a band; the same if it is turned over"
+    keys = np.ascontiguousarray(planes[band].T).view(np.uint32)[:, 0]
+    return np.minimum(keys, ~keys)
+
+
+def _agree(
+    a: np.ndarray,  # (n,) uint32 keys
+    b: np.ndarray,  # (m,)
+    seen: np.ndarray,  # (2 ** SLOTS,) bool, all False, before and after
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:  # numbers in a, numbers in b
+    "Pairs of equal keys, so many at a time; each of a with at most CROWD of b"
+    slots_a, slots_b = ((keys * np.uint32(2654435761)) >> np.uint32(32 - _SLOTS) for keys in (a, b))
+    seen[slots_b] = True
+    i = np.flatnonzero(seen[slots_a])
+    seen[slots_b] = False
+    order = np.argsort(b, kind="stable")
+    low, high = (np.searchsorted(b[order], a[i], side) for side in ("left", "right"))
+    counts = np.minimum(high - low, _CROWD)
+    for start in range(0, len(i), _AT_ONCE // _CROWD):
+        some = slice(start, start + _AT_ONCE // _CROWD)
+        count, ends = counts[some], np.cumsum(counts[some])
+        within = np.arange(ends[-1]) - np.repeat(ends - count, count)
+        yield np.repeat(i[some], count), order[np.repeat(low[some], count) + within]
+
+
+def _by_bands(
+    a: np.ndarray,  # (4, n) uint64
+    b: np.ndarray,  # (4, m)
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # as of _close
+    "Pairs of hashes that are near and agree in a band"
+    if a.shape[1] < b.shape[1]:  # tables are made of the fewer
+        j, i, sign = _by_bands(b, a)
+        return i, j, sign
+    planes = [
+        np.ascontiguousarray(of.view(np.uint8).reshape(4, -1, 8)[..., :7].transpose(0, 2, 1)).reshape(28, -1)
+        for of in (a, b)
+    ]
+    random, seen, found = np.random.default_rng(0), np.zeros(1 << _SLOTS, bool), np.empty(0, np.int64)
+    for band in np.concatenate([random.permutation(28).reshape(7, 4) for _ in range(_DEALS)]):
+        keys = (_band_keys(of, band) for of in planes)
+        near = [_sure(a, b, i, j)[:2] for i, j in _agree(*keys, seen)]
+        found = np.unique(np.concatenate([found, *(i * b.shape[1] + j for i, j in near)]))
+    return _sure(a, b, *np.divmod(found, b.shape[1]))
+
 # %% ../../nbs/data/06_leaks.ipynb #18d532d7
+_PLAIN = 4000  # images on either side (as n m / (n + m)), up to which every pair is compared
+
+
+def _every_pair(
+    a: np.ndarray,  # (4, n) uint64
+    b: np.ndarray,  # (4, m)
+    block: tuple[int, int],  # hashes compared at a time
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    "All pairs of hashes that are near, a block at a time; as of _close"
+    for row, column in product(range(0, a.shape[1], block[0]), range(0, b.shape[1], block[1])):
+        i, j, sign = _close(a[:, row : row + block[0]], b[:, column : column + block[1]])
+        yield i + row, j + column, sign
+
+
 def _candidates(
     a: Prints,
     b: Prints,
     progress: bool = False,
-    block: tuple[int, int] = (64, 8192),  # hashes compared at a time
+    block: tuple[int, int] = (64, 8192),  # hashes compared at a time, where all are
 ) -> Iterator[np.ndarray]:  # (k, 5) int64: image of a, image of b, view of a, view of b, 1 or -1 (turned over)
     "Pairs of views that are close: whole and whole, whole and part, part and whole"
     views, pairs = range(1, len(a.hashes)), []
+    many = len(a.rows) * len(b.rows) > _PLAIN * (len(a.rows) + len(b.rows))
     compared = [(0, 0), *((0, view) for view in views), *((view, 0) for view in views)]
     for va, vb in tqdm(compared, "near duplicates", disable=not progress):
-        first, second = a.hashes[va], b.hashes[vb]
-        for row, column in product(range(0, first.shape[1], block[0]), range(0, second.shape[1], block[1])):
-            i, j, sign = _close(first[:, row : row + block[0]], second[:, column : column + block[1]])
+        of = a.hashes[va], b.hashes[vb]
+        for i, j, sign in [_by_bands(*of)] if many else _every_pair(*of, block):
             if len(i):
-                pairs.append(np.stack([i + row, j + column, np.full_like(i, va), np.full_like(i, vb), sign], axis=1))
+                pairs.append(np.stack([i, j, np.full_like(i, va), np.full_like(i, vb), sign], axis=1))
             if sum(map(len, pairs)) > 1000:
                 yield np.concatenate(pairs)
                 pairs = []
