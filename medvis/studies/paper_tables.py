@@ -215,7 +215,8 @@ def table_study(
     tuning = Study(f"{name}-rates", tuned, partial(fill, rates={}), tries, (_TUNING_SEED,), (first,), of, prepare)
     measure = partial(fill, rates=dict.fromkeys(trained, tuned))
     settings = {name: vars(row) for name, row in rows.items()}
-    return Study(name, out, measure, settings, seeds, tuple(columns), of, prepare, tuning)
+    needs = {name: [f"{name}@{rate:g}" for rate in rates] for name in trained}
+    return Study(name, out, measure, settings, seeds, tuple(columns), of, prepare, tuning, needs)
 
 # %% ../../nbs/studies/10_paper_tables.ipynb #c22c5639
 def wide_table(
