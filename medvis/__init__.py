@@ -6,7 +6,7 @@ learned?"""
 # %% auto #0
 __all__ = ['prepare', 'list_datasets', 'register_dataset', 'Pack', 'Phantom', 'create_method', 'list_methods',
            'list_presets', 'register_method', 'register_encoder', 'fit', 'load_run', 'load_encoder', 'linear_probe',
-           'evaluate', 'retrieve', 'ground', 'CorrespondenceWidget']
+           'evaluate', 'retrieve', 'ground', 'Study', 'CorrespondenceWidget']
 
 # %% ../nbs/00_medvis.ipynb #b895e103
 __version__ = "0.1.0"
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from medvis.evaluate.retrieve import retrieve
     from medvis.methods.registry import register_method
     from medvis.methods.settings import list_methods, list_presets
+    from medvis.studies.runner import Study
     from medvis.train.create import create_method
     from medvis.train.loop import fit
     from medvis.train.run import load_encoder, load_run
@@ -54,5 +55,6 @@ _all_ = [
     "evaluate",
     "retrieve",
     "ground",
+    "Study",
     "CorrespondenceWidget",
 ]
