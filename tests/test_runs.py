@@ -144,3 +144,18 @@ def test_a_body_of_another_kind_is_read_as_it_wants(tokenizer, runs):
         alone = encoder(*(row[i:i + 1, :length] for row in inputs))
         torch.testing.assert_close(alone.tokens[0], found.tokens[i, :length], atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(alone.word_weights[0], found.word_weights[i, :alone.word_weights.shape[1]], atol=1e-5, rtol=1e-5)
+
+
+def test_a_body_that_is_spread_over_processes_is_called_once(tokenizer, runs):
+    "Each call gathers its weights from all processes, whose texts may be cut otherwise."
+    runs[1](0)
+    encoder = text_encoder("tiny-bert", tokenizer).eval()
+    inputs, calls = inputs_of(METHODS.find("convirt").from_preset("tiny", tokenizer)), []
+    encoder.body.register_forward_hook(lambda *_: calls.append(1))
+    wanted = encoder(*inputs).whole
+    assert len(calls) > 1
+    layer = encoder.body.encoder.layer[0]
+    layer.__class__ = type("Spread", (torch.distributed.fsdp.FSDPModule, type(layer)), {})
+    calls.clear()
+    torch.testing.assert_close(encoder(*inputs).whole, wanted, atol=1e-5, rtol=1e-5)
+    assert len(calls) == 1

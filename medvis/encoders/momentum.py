@@ -49,7 +49,7 @@ class MomentumCopy(nn.Module):
         self.networks = nn.ModuleList(copy.deepcopy(network) for network in networks).requires_grad_(False)
         self.start, self.schedule, self.steps = momentum, schedule, None  # optimiser steps of the run, once known
         self.register_buffer("step", torch.zeros((), dtype=torch.long))
-        self._counted = None, -1, 0  # which tensor was looked at, its version, and what it held
+        self._counted = self.step, self.step._version, 0  # which tensor was looked at, its version, and what it held
 
     @property
     def momentum(self) -> float:
@@ -58,9 +58,8 @@ class MomentumCopy(nn.Module):
 
     def _count(self) -> int:
         "The steps done. The device is asked only where something else than `follow` has changed them."
-        if self._counted[:2] != (id(self.step), self.step._version):
-            self._counted = id(self.step), self.step._version, int(self.step)
-        return self._counted[2]
+        seen, version, count = self._counted
+        return count if seen is self.step and version == seen._version else int(self.step)
 
     @torch.no_grad()
     def follow(self, *networks: nn.Module) -> None:  # those it was copied from, in the same order
@@ -77,4 +76,4 @@ class MomentumCopy(nn.Module):
                 old.lerp_(new, share)
         done = self._count() + 1
         self.step += 1
-        self._counted = id(self.step), self.step._version, done
+        self._counted = self.step, self.step._version, done

@@ -18,6 +18,7 @@ from typing import Any, Literal
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.nn import functional as F
 from transformers import (
     AutoConfig,
@@ -234,17 +235,24 @@ def _pool_whole(
     return pool_tokens(tokens, -outside.long(), encoder.whole.removesuffix("-all"), 1)[0][:, 0]
 
 
+def _is_sharded(body: nn.Module) -> bool:
+    "Whether every call of a body is a call of all processes, which must make as many."
+    return any(isinstance(part, FSDPModule | FullyShardedDataParallel) for part in body.modules())
+
+
 def _in_runs(
     read: Callable[[Tensor, Tensor | None], list[Tensor | None]],  # (b, t), (b, t) -> (b, t, ...) each, last (b, ...)
     input_ids: Tensor,  # (B, T)
     attention_mask: Tensor,  # (B, T)
     texts: Tensor,  # (B, 4, T) of `Batch.texts`
+    whole: bool = False,
 ) -> list[Tensor | None]:  # (B, T, ...) each, zero beyond the end of a text; last (B, ...)
-    "Texts of like length are read together."
+    "Texts of like length are read together; `whole`: all at once."
     longest, real = input_ids.shape[1], texts[:, 1] > 0
     lengths = (real * torch.arange(1, longest + 1)).amax(1)
-    runs, order = reading_runs(lengths) or [(0, longest)], lengths.argsort(stable=True)
-    if sorted_ := len(runs) > 1:  # else they are read as they come
+    runs = [] if whole else reading_runs(lengths)
+    runs, order = runs or [(len(texts), longest)], lengths.argsort(stable=True)
+    if len(runs) > 1:  # else they are read as they come
         here, real = on_device(order, input_ids.device), real[order]
         input_ids, attention_mask = input_ids[here], attention_mask[here]
     start, parts = 0, []
@@ -254,11 +262,11 @@ def _in_runs(
         room = 0, longest - width
         wide = [part if part is None else F.pad(part, (0, 0) * (part.ndim - 2) + room) for part in wide]
         parts.append([*wide, pooled])
-    whole = [None if part[0] is None else torch.cat(part) for part in zip(*parts)]
-    if not sorted_:
-        return whole
+    read_all = [None if part[0] is None else torch.cat(part) for part in zip(*parts)]
+    if len(runs) == 1:
+        return read_all
     back = on_device(order.argsort(), input_ids.device)
-    return [part if part is None else part.index_select(0, back) for part in whole]
+    return [part if part is None else part.index_select(0, back) for part in read_all]
 
 
 class TextEncoder(nn.Module):
@@ -329,7 +337,7 @@ class TextEncoder(nn.Module):
         texts: Tensor,  # (B, 4, T) of `Batch.texts`
     ) -> list[Tensor | None]:  # as `_read_run`, zero beyond the end of a text
         "What the body makes of all tokens, texts of like length read together."
-        return _in_runs(self._read_run, input_ids, attention_mask, texts)
+        return _in_runs(self._read_run, input_ids, attention_mask, texts, _is_sharded(self.body))
 
     def forward(
         self,
