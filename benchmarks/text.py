@@ -1,6 +1,6 @@
 """How much of a batch of reports is padding, and what does a training step cost where texts of like length are read together, by fused attention?
 
-`python benchmarks/text.py --out text.csv` counts for every method that reads text, at the batch size and image of its preset `paper` with BERT-base, the share of tokens that is padding and the
+`python benchmarks/text.py --out text.csv` counts for methods that read text, at the batch size and image of its preset `paper` with BERT-base, the share of tokens that is padding and the
 floating-point operations of a step (exact, without computing them), as one padded batch and in runs. With `--old FOLDER`, a checkout of medvis as it was, steps of LoVT and MGCA are taken as well, here and there
 in turn, in processor time of one thread. A checkout is made by `git worktree add FOLDER 3fc8b14`."""
 import argparse
@@ -29,8 +29,8 @@ from medvis.data.phantom import Phantom  # noqa: E402
 from medvis.encoders.text import train_tokenizer  # noqa: E402
 from medvis.methods import METHODS  # noqa: E402
 from medvis.methods.method import Method  # noqa: E402
-from medvis.methods.settings import methods_with_text  # noqa: E402
 
+COUNTED = ("convirt", "clip", "gloria", "lovt", "mgca", "global-mi", "local-mi", "mixture-mi")
 STEPS = ("lovt", "mgca")
 HERE = Path(__file__).resolve()
 
@@ -41,11 +41,16 @@ def said(count: int) -> list[list[str]]:
     return [[sentence.text for sentence in phantom[i].sentences] for i in range(count)]
 
 
+def preset(name: str) -> str:
+    "That of the paper; mixture-mi is in none."
+    return "paper" if "paper" in METHODS.find(name).presets else "full"
+
+
 def build(name: str, tokenizer) -> Method:
     "A method as its paper has it, with random weights."
     kind = METHODS.find(name)
     deep = {} if name.startswith("caption") else dict(text="bert-base")
-    return kind.from_preset("paper", tokenizer, image_weights=None, **deep).train()
+    return kind.from_preset(preset(name), tokenizer, image_weights=None, **deep).train()
 
 
 def batch_of(method: Method, size: int, reports: list[list[str]]) -> Batch:
@@ -93,12 +98,12 @@ def operations(name: str, tokenizer, size: int, reports: list[list[str]], cost: 
     return counter.total / size / 1e9
 
 
-def counted(reports: list[list[str]], tokenizer) -> Iterator[dict[str, object]]:
+def counted(reports: list[list[str]], tokenizer, names: list[str]) -> Iterator[dict[str, object]]:
     "One line a method."
-    for name in methods_with_text():
+    for name in names:
         with torch.device("meta"):
             method = build(name, tokenizer)
-        size = METHODS.find(name).presets["paper"][1].get("batch_size", 32)
+        size = METHODS.find(name).presets[preset(name)][1].get("batch_size", 32)
         batch = batch_of(method, size, reports)
         (before, _), (after, runs) = (padding(method, batch, cost) for cost in (10 ** 9, 256))
         line = {"method": name, "batch": size, "padding": before, "in runs": after, "runs": runs}
@@ -147,7 +152,7 @@ if __name__ == "__main__":
     parser.add_argument("--old", type=Path, help="a checkout of medvis to compare with")
     parser.add_argument("--batch", type=int, default=16, help="pairs of a step that is taken")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--only-steps", action="store_true", help="count no operations")
+    parser.add_argument("--methods", nargs="*", default=COUNTED, choices=COUNTED, help="those whose operations are counted")
     parser.add_argument("--steps", choices=STEPS, help=argparse.SUPPRESS)
     asked = parser.parse_args()
     if asked.steps:
@@ -156,7 +161,7 @@ if __name__ == "__main__":
     from medvis.core.machine import describe_machine
     lines, steps, reports = [], [], said(256)
     tokenizer = train_tokenizer(sentence for report in reports for sentence in report)
-    for line in () if asked.only_steps else counted(reports, tokenizer):
+    for line in counted(reports, tokenizer, asked.methods):
         lines.append(line)
         pd.DataFrame(lines).round(3).to_csv(asked.out, index=False)
         print(line, flush=True)
