@@ -237,6 +237,17 @@ def tokenise(
     return _SentenceTokens(tokenizer, punctuation).report(sentences, max_tokens, overflow)
 
 # %% ../../nbs/data/15_pairs.ipynb #cacf03b5
+def _padded(
+    numbers: Sequence[np.ndarray],  # (3, its tokens) of each sample
+    longest: int,  # T
+) -> Tensor:  # (B, 4, T) int64, the second is the attention mask
+    "Reports as rows of one length."
+    rows = np.full((len(numbers), 4, longest), np.array([0, 0, -1, -1])[:, None])
+    for row, (ids, *indices) in zip(rows, numbers):
+        row[[0, 2, 3], : len(ids)], row[1, : len(ids)] = (ids, *indices), 1
+    return torch.from_numpy(rows)
+
+
 @dataclass
 class Batch:
     """Tensors of B image-report pairs; padding has index -1 and attention 0.
@@ -273,6 +284,9 @@ class Batch:
         (B, V, 4) x0, y0, x1, y1 of each view on its film, as shares of the film's sides
     draws : Tensor | None, default: None
         of a raw batch: (B, n) or (B, V, n) float32 what was drawn for every film
+    numbers : list[np.ndarray], default: field(default_factory=list, repr=False)
+        of each sample (3, its tokens) int32: input_ids, word_index, sentence_index, for Python; change them
+        together
     """
 
     image: Tensor  # (B, C, H, W) float32; or the maps of a frozen encoder; or raw: (B, 1, H, W) uint8 films
@@ -289,9 +303,24 @@ class Batch:
     views: Tensor | None = None  # (B, V, C, H, W) float32 augmented views of each image, for methods that compare them
     frames: Tensor | None = None  # (B, V, 4) x0, y0, x1, y1 of each view on its film, as shares of the film's sides
     draws: Tensor | None = None  # of a raw batch: (B, n) or (B, V, n) float32 what was drawn for every film
+    # of each sample (3, its tokens) int32: input_ids, word_index, sentence_index, for Python; change them together
+    numbers: list[np.ndarray] = field(default_factory=list, repr=False)
 
     def __len__(self) -> int:
         return len(self.image)
+
+    def texts(self) -> Tensor:  # (B, 4, T) int64: input_ids, attention_mask, word_index, sentence_index
+        """What is read, on the CPU. A batch from `collate` need not wait for the device to tell it.
+
+        Returns
+        -------
+        Tensor
+            (B, 4, T) int64: input_ids, attention_mask, word_index, sentence_index
+        """
+        if self.input_ids.device.type == "cpu" or len(self.numbers) != len(self.input_ids):
+            inputs = self.input_ids, self.attention_mask, self.word_index, self.sentence_index
+            return torch.stack(inputs, 1).cpu()
+        return _padded(self.numbers, self.input_ids.shape[1])
 
     def to(self, device: torch.device | str) -> "Batch":
         "The same batch on a device."
@@ -358,29 +387,28 @@ def collate(samples: list[Sample]) -> Batch:  # of length 0 when not one of the 
     samples = [sample for sample in samples if not sample.error]
     if not samples:
         return Batch(*[torch.zeros(0, dtype=torch.long)] * 7, rejects=rejects)
-    longest = max(len(sample.report.input_ids) for sample in samples)
-
-    def padded(name: str, fill: int) -> Tensor:
-        rows = [getattr(sample.report, name) for sample in samples]
-        return torch.tensor([row + [fill] * (longest - len(row)) for row in rows], dtype=torch.long)
+    reports = [sample.report for sample in samples]
+    numbers = [np.array([r.input_ids, r.word_index, r.sentence_index], np.int32) for r in reports]
+    input_ids, attention_mask, word_index, sentence_index = _padded(
+        numbers, max(len(r.input_ids) for r in reports)
+    ).unbind(1)
 
     def stacked(name: str) -> Tensor | None:
         return None if getattr(samples[0], name) is None else torch.stack([getattr(sample, name) for sample in samples])
 
-    word_index = padded("word_index", -1)
-    lengths = torch.tensor([len(sample.report.input_ids) for sample in samples])
     return Batch(
         image=torch.stack([sample.image for sample in samples]),
-        input_ids=padded("input_ids", 0),
-        attention_mask=(torch.arange(longest) < lengths[:, None]).long(),
-        word_index=word_index,
-        sentence_index=padded("sentence_index", -1),
+        input_ids=input_ids.contiguous(),
+        attention_mask=attention_mask.contiguous(),
+        word_index=word_index.contiguous(),
+        sentence_index=sentence_index.contiguous(),
         study_id=torch.tensor([sample.study_id for sample in samples]),
         patient_id=torch.tensor([sample.patient_id for sample in samples]),
         labels={name: torch.tensor([s.labels[name] for s in samples]) for name in samples[0].labels},
         rejects=rejects,
-        sentences=[sample.report.sentences for sample in samples],
-        reports=[sample.report.sentences if sample.whole is None else sample.whole for sample in samples],
+        sentences=[report.sentences for report in reports],
+        reports=[report.sentences if s.whole is None else s.whole for s, report in zip(samples, reports)],
+        numbers=numbers,
         views=stacked("views"),
         frames=stacked("frames"),
         draws=stacked("draws"),

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..core.choices import check_choice
+from .features import find_places, place_rows
 
 # %% ../../nbs/encoders/05_heads.ipynb #27cda92a
 class BatchNorm(nn.BatchNorm1d):
@@ -26,6 +27,7 @@ def on_valid(
     layer: nn.Module,  # maps rows (P, D) to rows (P, D')
     x: Tensor,  # (..., D)
     mask: Tensor | None,  # (...) bool; None = all positions
+    count: int | None = None,  # how many are valid, if it is known; None = the device is asked
 ) -> Tensor:  # (..., D'), zero where masked
     """Apply a layer to the valid positions only, so that the others do not enter its batch statistics.
 
@@ -37,16 +39,19 @@ def on_valid(
         (..., D)
     mask : Tensor | None
         (...) bool; None = all positions
+    count : int | None, default: None
+        how many are valid, if it is known; None = the device is asked
 
     Returns
     -------
     Tensor
         (..., D'), zero where masked
     """
-    if mask is None:
-        return layer(x.reshape(-1, x.shape[-1])).unflatten(0, x.shape[:-1])
-    valid = layer(x[mask])
-    return valid.new_zeros(*mask.shape, valid.shape[-1]).masked_scatter(mask[..., None], valid)
+    rows = x.reshape(-1, x.shape[-1])
+    if mask is None or count == len(rows):
+        return layer(rows).unflatten(0, x.shape[:-1])
+    places = find_places(mask, count)
+    return place_rows(layer(rows.index_select(0, places)), places, len(rows)).unflatten(0, mask.shape)
 
 # %% ../../nbs/encoders/05_heads.ipynb #9e3749bf
 def kaiming(
@@ -104,6 +109,7 @@ class ProjectionHead(nn.Module):
         self,
         x: Tensor,  # (..., in_dim)
         mask: Tensor | None = None,  # (...) valid positions; None = all of them, padding too (released code)
+        count: int | None = None,  # of valid positions, as in `on_valid`
     ) -> Tensor:  # (..., out_dim), zero where masked
         """Parameters
         ----------
@@ -111,13 +117,15 @@ class ProjectionHead(nn.Module):
             (..., in_dim)
         mask : Tensor | None, default: None
             (...) valid positions; None = all of them, padding too (released code)
+        count : int | None, default: None
+            of valid positions, as in `on_valid`
 
         Returns
         -------
         Tensor
             (..., out_dim), zero where masked
         """
-        return on_valid(self.layers, x, mask)
+        return on_valid(self.layers, x, mask, count)
 
 # %% ../../nbs/encoders/05_heads.ipynb #a891fa79
 class AttentionPool(nn.Module):

@@ -49,11 +49,17 @@ class MomentumCopy(nn.Module):
         self.networks = nn.ModuleList(copy.deepcopy(network) for network in networks).requires_grad_(False)
         self.start, self.schedule, self.steps = momentum, schedule, None  # optimiser steps of the run, once known
         self.register_buffer("step", torch.zeros((), dtype=torch.long))
+        self._counted = self.step, self.step._version, 0  # which tensor was looked at, its version, and what it held
 
     @property
     def momentum(self) -> float:
         "tau of the next step."
-        return momentum_at(int(self.step), self.steps, self.start, self.schedule)
+        return momentum_at(self._count(), self.steps, self.start, self.schedule)
+
+    def _count(self) -> int:
+        "The steps done. The device is asked only where something else than `follow` has changed them."
+        seen, version, count = self._counted
+        return count if seen is self.step and version == seen._version else int(self.step)
 
     @torch.no_grad()
     def follow(self, *networks: nn.Module) -> None:  # those it was copied from, in the same order
@@ -68,4 +74,6 @@ class MomentumCopy(nn.Module):
         for own, network in zip(self.networks, networks, strict=True):
             for old, new in zip(own.parameters(), network.parameters(), strict=True):
                 old.lerp_(new, share)
+        done = self._count() + 1
         self.step += 1
+        self._counted = self.step, self.step._version, done

@@ -4,16 +4,21 @@
 
 # %% auto #0
 __all__ = ['TEXT_CONFIGS', 'TEXT_PACKAGES', 'VOCABULARIES', 'train_tokenizer', 'released_word_index', 'released_words',
-           'TextEncoder', 'FrozenTextEncoder', 'check_tokenizer', 'text_encoder', 'sentences_apart', 'encode_sentences']
+           'reading_runs', 'TextEncoder', 'FrozenTextEncoder', 'check_tokenizer', 'text_encoder', 'sentences_apart',
+           'encode_sentences']
 
 # %% ../../nbs/encoders/04_text.ipynb #a4098f46
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import cache, partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.nn import functional as F
 from transformers import (
     AutoConfig,
@@ -25,7 +30,15 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from .features import TextFeatures, group_matrix, pool_tokens
+from medvis.encoders.features import (
+    TextFeatures,
+    count_groups,
+    find_places,
+    group_matrix,
+    on_device,
+    place_rows,
+    pool_tokens,
+)
 from .weights import complete, network_hash, package_folder, read_state, refuse_code
 
 # %% ../../nbs/encoders/04_text.ipynb #9080de95
@@ -128,10 +141,76 @@ def released_words(
     """
     index = released_word_index(word_index, attention_mask, length)
     following = F.pad(attention[:, 1:], (0, 1))
-    both, mask = pool_tokens(torch.cat([tokens, following[..., None]], -1), index, "sum")
-    more = length - mask.shape[1]
-    both, mask = F.pad(both, (0, 0, 0, more)), F.pad(mask, (0, more))
+    both, mask = pool_tokens(torch.cat([tokens, following[..., None]], -1), index, "sum", length)
     return both[..., :-1], mask, both[..., -1]
+
+# %% ../../nbs/encoders/04_text.ipynb #3a1f0c11
+def _is_bert(body: nn.Module) -> bool:
+    "Whether a body is made as BERT is: fused attention in layers that can be told apart, no causal mask."
+    layers = getattr(getattr(body, "encoder", None), "layer", None)
+    alike = all(hasattr(getattr(getattr(one, "attention", None), "self", None), "config") for one in layers or ())
+    causal = getattr(body.config, "is_decoder", False)
+    return bool(getattr(body, "_supports_sdpa", False) and layers is not None and alike and not causal)
+
+
+def _body_mask(body: nn.Module, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor | None:
+    "The mask that a body is given: what is added to its scores, where it would look at the padding and wait for it."
+    if not _is_bert(body):
+        return torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    if attention_mask is None:
+        return None
+    kind = body.get_input_embeddings().weight.dtype
+    closed = torch.zeros(attention_mask.shape, dtype=kind, device=attention_mask.device)
+    return closed.masked_fill(attention_mask == 0, torch.finfo(kind).min)[:, None, None]
+
+
+@contextmanager
+def _watched(body: nn.Module, attend: bool) -> Iterator[list[Tensor]]:
+    "Within it, the last layer of a body keeps its attention (b, H, t, t), which fused attention does not make."
+    seen: list[Tensor] = []
+    if not attend or not _is_bert(body):
+        yield seen
+        return
+    last = body.encoder.layer[-1].attention.self
+    kept, hook = last.config, last.register_forward_hook(lambda *given: seen.append(given[-1][1]))
+    last.config = SimpleNamespace(_attn_implementation="eager")
+    try:
+        yield seen
+    finally:
+        last.config = kept
+        hook.remove()
+
+# %% ../../nbs/encoders/04_text.ipynb #3a1f0c13
+_RUN = 256  # tokens that one more run must save
+
+
+def reading_runs(
+    lengths: Tensor,  # (B,) of texts, on the CPU
+) -> list[tuple[int, int]]:  # (texts, length of the longest of them) of each run, the shortest texts first
+    """How texts that are sorted by length are best cut into runs that are read together.
+
+    Parameters
+    ----------
+    lengths : Tensor
+        (B,) of texts, on the CPU
+
+    Returns
+    -------
+    list[tuple[int, int]]
+        (texts, length of the longest of them) of each run, the shortest texts first
+    """
+    found, counts = lengths.unique(return_counts=True)
+    widths, ends = found.tolist(), [0, *counts.cumsum(0).tolist()]
+    best = [(0, 0)]  # of the texts of the first lengths: what they cost, and at which length their last run starts
+    for last, width in enumerate(widths, 1):
+        starts = range(last)
+        best.append(min((best[start][0] + (ends[last] - ends[start]) * width + _RUN, start) for start in starts))
+    runs, last = [], len(widths)
+    while last:
+        start = best[last][1]
+        runs.append((ends[last] - ends[start], widths[last - 1]))
+        last = start
+    return runs[::-1]
 
 # %% ../../nbs/encoders/04_text.ipynb #a0f15774
 def _check_pooling(body: nn.Module, whole: str, summed_layers: int) -> None:
@@ -153,7 +232,41 @@ def _pool_whole(
     if encoder.whole == "pooler":
         return F.dropout(pooled, encoder.body.config.hidden_dropout_prob, encoder.training)
     outside = attention_mask == 0 if encoder.whole == "mean-all" else sentence_index < 0
-    return pool_tokens(tokens, -outside.long(), encoder.whole.removesuffix("-all"))[0][:, 0]
+    return pool_tokens(tokens, -outside.long(), encoder.whole.removesuffix("-all"), 1)[0][:, 0]
+
+
+def _is_sharded(body: nn.Module) -> bool:
+    "Whether every call of a body is a call of all processes, which must make as many."
+    return any(isinstance(part, FSDPModule | FullyShardedDataParallel) for part in body.modules())
+
+
+def _in_runs(
+    read: Callable[[Tensor, Tensor | None], list[Tensor | None]],  # (b, t), (b, t) -> (b, t, ...) each, last (b, ...)
+    input_ids: Tensor,  # (B, T)
+    attention_mask: Tensor,  # (B, T)
+    texts: Tensor,  # (B, 4, T) of `Batch.texts`
+    whole: bool = False,
+) -> list[Tensor | None]:  # (B, T, ...) each, zero beyond the end of a text; last (B, ...)
+    "Texts of like length are read together; `whole`: all at once."
+    longest, real = input_ids.shape[1], texts[:, 1] > 0
+    lengths = (real * torch.arange(1, longest + 1)).amax(1)
+    runs = [] if whole else reading_runs(lengths)
+    runs, order = runs or [(len(texts), longest)], lengths.argsort(stable=True)
+    if len(runs) > 1:  # else they are read as they come
+        here, real = on_device(order, input_ids.device), real[order]
+        input_ids, attention_mask = input_ids[here], attention_mask[here]
+    start, parts = 0, []
+    for rows, width in runs:
+        run, start = (slice(start, start + rows), slice(width)), start + rows
+        *wide, pooled = read(input_ids[run], None if real[run].all() else attention_mask[run])
+        room = 0, longest - width
+        wide = [part if part is None else F.pad(part, (0, 0) * (part.ndim - 2) + room) for part in wide]
+        parts.append([*wide, pooled])
+    read_all = [None if part[0] is None else torch.cat(part) for part in zip(*parts)]
+    if len(runs) == 1:
+        return read_all
+    back = on_device(order.argsort(), input_ids.device)
+    return [part if part is None else part.index_select(0, back) for part in read_all]
 
 
 class TextEncoder(nn.Module):
@@ -171,7 +284,7 @@ class TextEncoder(nn.Module):
     whole : str, default: 'cls'
         "cls"; "pooler" of BERT; "max" or "mean" over the tokens of sentences; "mean-all"
     word_weights : bool, default: False
-        attention of [CLS] to every word (eager attention only)
+        attention of [CLS] to every word
     released_words : int | None, default: None
         words and weights as the released MGCA, padded to this many tokens, less [CLS]
     summed_layers : int, default: 1
@@ -185,7 +298,7 @@ class TextEncoder(nn.Module):
         words: str = "sum",  # pooling of pieces to words
         sentences: str = "max",  # pooling of tokens to sentences
         whole: str = "cls",  # "cls"; "pooler" of BERT; "max" or "mean" over the tokens of sentences; "mean-all"
-        word_weights: bool = False,  # attention of [CLS] to every word (eager attention only)
+        word_weights: bool = False,  # attention of [CLS] to every word
         released_words: int
         | None = None,  # words and weights as the released MGCA, padded to this many tokens, less [CLS]
         summed_layers: int = 1,  # tokens are the sum of this many last layers (GLoRIA: 4)
@@ -197,24 +310,34 @@ class TextEncoder(nn.Module):
         self.words, self.sentences, self.whole, self.summed_layers = words, sentences, whole, summed_layers
         self.dim = body.config.hidden_size
 
+    def _read_run(
+        self,
+        input_ids: Tensor,  # (b, t)
+        attention_mask: Tensor | None,  # (b, t); None = no padding
+    ) -> list[Tensor | None]:  # (b, t, D); (b, t) of [CLS] to every token; (b, D) of the pooler
+        "What the body makes of the tokens; where asked for, attention, averaged over heads, and the pooler's vector."
+        attend = self.word_weights or self.released_words is not None
+        with _watched(self.body, attend) as seen:
+            out = self.body(
+                input_ids=input_ids,
+                attention_mask=_body_mask(self.body, input_ids, attention_mask),
+                output_hidden_states=self.summed_layers > 1,
+                **({} if _is_bert(self.body) else {"output_attentions": attend}),
+            )
+        tokens = out.last_hidden_state
+        if self.summed_layers > 1:
+            tokens = torch.stack(out.hidden_states[-self.summed_layers :]).sum(0)
+        attention = (seen or out.attentions)[-1].mean(1)[:, 0] if attend else None
+        return [tokens, attention, out.pooler_output if self.whole == "pooler" else None]
+
     def _read(
         self,
         input_ids: Tensor,  # (B, T)
         attention_mask: Tensor,  # (B, T)
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # (B, T, D); (B, T) of [CLS] to every token; (B, D) of the pooler
-        "What the body makes of the tokens; where asked for, attention, averaged over heads, and the pooler's vector."
-        attend = self.word_weights or self.released_words is not None
-        out = self.body(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            output_attentions=attend,
-            output_hidden_states=self.summed_layers > 1,
-        )
-        tokens = out.last_hidden_state
-        if self.summed_layers > 1:
-            tokens = torch.stack(out.hidden_states[-self.summed_layers :]).sum(0)
-        attention = out.attentions[-1].mean(1)[:, 0] if attend else None
-        return tokens, attention, out.pooler_output if self.whole == "pooler" else None
+        texts: Tensor,  # (B, 4, T) of `Batch.texts`
+    ) -> list[Tensor | None]:  # as `_read_run`, zero beyond the end of a text
+        "What the body makes of all tokens, texts of like length read together."
+        return _in_runs(self._read_run, input_ids, attention_mask, texts, _is_sharded(self.body))
 
     def forward(
         self,
@@ -222,7 +345,8 @@ class TextEncoder(nn.Module):
         attention_mask: Tensor,  # (B, T)
         word_index: Tensor,  # (B, T) word of every token, -1 = none
         sentence_index: Tensor,  # (B, T) sentence of every token, -1 = none
-    ) -> TextFeatures:
+        texts: Tensor | None = None,  # (B, 4, T) all four on the CPU (`Batch.texts`); None = the device is asked
+    ) -> TextFeatures:  # words and sentences are pooled when they are first asked for
         """Encode a batch of reports.
 
         Parameters
@@ -235,17 +359,35 @@ class TextEncoder(nn.Module):
             (B, T) word of every token, -1 = none
         sentence_index : Tensor
             (B, T) sentence of every token, -1 = none
+        texts : Tensor | None, default: None
+            (B, 4, T) all four on the CPU (`Batch.texts`); None = the device is asked
+
+        Returns
+        -------
+        TextFeatures
+            words and sentences are pooled when they are first asked for
         """
-        tokens, weights, pooled = self._read(input_ids, attention_mask)
-        words, word_mask = pool_tokens(tokens, word_index, self.words)
-        sentences, sentence_mask = pool_tokens(tokens, sentence_index, self.sentences)
+        inputs = input_ids, attention_mask, word_index, sentence_index
+        texts = torch.stack(inputs, 1).cpu() if texts is None else texts
+        tokens, weights, pooled = self._read(input_ids, attention_mask, texts)
+        many_words, many_sentences = (count_groups(index) for index in texts[:, 2:].unbind(1))
+        words = cache(lambda: pool_tokens(tokens, word_index, self.words, many_words))
+        sentences = cache(lambda: pool_tokens(tokens, sentence_index, self.sentences, many_sentences))
         if self.released_words:
             parts = released_words(tokens, weights, word_index, attention_mask, self.released_words)
-            words, word_mask, weights = (part[:, 1:] for part in parts)
+            *found, weights = (part[:, 1:] for part in parts)
+            words = lambda: found  # noqa: E731
         elif weights is not None:
-            weights = pool_tokens(weights[..., None], word_index, "sum")[0][..., 0]
-        whole = _pool_whole(self, tokens, pooled, attention_mask, sentence_index)
-        return TextFeatures(tokens, words, word_mask, sentences, sentence_mask, whole, weights)
+            weights = pool_tokens(weights[..., None], word_index, "sum", many_words)[0][..., 0]
+        return TextFeatures.later(
+            tokens=tokens,
+            words=lambda: words()[0],
+            word_mask=lambda: words()[1],
+            sentences=lambda: sentences()[0],
+            sentence_mask=lambda: sentences()[1],
+            whole=_pool_whole(self, tokens, pooled, attention_mask, sentence_index),
+            word_weights=weights,
+        )
 
 # %% ../../nbs/encoders/04_text.ipynb #4d0efe94
 class _Memory:
@@ -324,14 +466,15 @@ class FrozenTextEncoder(TextEncoder):
 
     def _read_alone(
         self,
-        ids: Tensor,  # (T,)
-    ) -> tuple[Tensor | None, ...]:  # as `_read`, without its first axis
+        ids: Tensor,  # (T,) on the CPU
+        device: torch.device,
+    ) -> tuple[Tensor | None, ...]:  # as `_read_run`, without its first axis
         "What the body makes of one text, in full precision."
         key = tuple(ids.tolist())
         if key in self.memory.texts:
             return self.memory.texts[key]
-        with torch.autocast(ids.device.type, enabled=False):
-            parts = super()._read(ids[None], torch.ones_like(ids)[None])
+        with torch.autocast(device.type, enabled=False):
+            parts = self._read_run(on_device(ids, device)[None], None)
         parts = tuple(None if part is None else part[0].clone() for part in parts)
         self.memory.keep(key, parts)
         return parts
@@ -343,22 +486,23 @@ class FrozenTextEncoder(TextEncoder):
         return [self.summed_layers, self.whole, self.word_weights, self.released_words, *versions]
 
     @torch.no_grad()
-    def _read(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    def _read(self, input_ids: Tensor, attention_mask: Tensor, texts: Tensor) -> list[Tensor | None]:
         "As `TextEncoder` does it, to the last bits; zeros where there is padding."
         if not len(input_ids):
             blank = input_ids.new_zeros(1, input_ids.shape[1])  # a body may refuse none
-            return tuple(part if part is None else part[:0] for part in super()._read(blank, blank + 1))
+            return [part if part is None else part[:0] for part in self._read_run(blank, None)]
         state = self._valid_for()
         if state != self._state:  # other weights read otherwise
             self.memory, self._state = _find_memory(self), state
-        real = attention_mask > 0
-        parts = zip(*(self._read_alone(ids[own]) for ids, own in zip(input_ids, real)), strict=True)
+        real, device = texts[:, 1] > 0, input_ids.device
+        parts = zip(*(self._read_alone(ids[own], device) for ids, own in zip(texts[:, 0], real)), strict=True)
         tokens, attention, pooled = (None if part[0] is None else part for part in parts)
+        places = on_device(real.flatten().nonzero()[:, 0], device)
 
         def lay_out(rows: tuple[Tensor, ...] | None) -> Tensor | None:  # (B, T, ...)
-            return rows and rows[0].new_zeros(*real.shape, *rows[0].shape[1:]).index_put((real,), torch.cat(rows))
+            return rows and place_rows(torch.cat(rows), places, real.numel()).unflatten(0, real.shape)
 
-        return lay_out(tokens), lay_out(attention), pooled and torch.stack(pooled)
+        return [lay_out(tokens), lay_out(attention), pooled and torch.stack(pooled)]
 
 # %% ../../nbs/encoders/04_text.ipynb #22afacfd
 TEXT_CONFIGS = {
@@ -384,7 +528,7 @@ def _random_bert(
         )
     config = BertConfig(vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, **TEXT_CONFIGS[name])
     config.num_hidden_layers = config.num_hidden_layers if layers is None else layers
-    config._attn_implementation = "eager"
+    config._attn_implementation = "sdpa"
     return BertModel(config, add_pooling_layer=pooler)
 
 # %% ../../nbs/encoders/04_text.ipynb #d13dd119
@@ -469,6 +613,8 @@ def _pretrained(
         body = complete(body, report, name, lambda key: pooler or not key.startswith("pooler."))
     if hasattr(body, "pooler") and not pooler:
         body.pooler = None  # unused weights would be trained, stored and synchronised for nothing
+    if _is_bert(body):
+        body.set_attn_implementation("sdpa")
     check_tokenizer(tokenizer, body.get_input_embeddings().num_embeddings, name)
     return body.float(), tokenizer
 
@@ -520,27 +666,22 @@ def text_encoder(
 # %% ../../nbs/encoders/04_text.ipynb #1d1a64b9
 def sentences_apart(
     tokenizer: PreTrainedTokenizerBase,
-    input_ids: Tensor,  # (B, T)
-    word_index: Tensor,  # (B, T) word of every token, -1 = none
-    sentence_index: Tensor,  # (B, T) sentence of every token, -1 = none
-) -> tuple[tuple, Tensor, Tensor]:  # inputs (S, L) of an encoder; (K,) row and (K,) column in them of K tokens
-    """A batch of all sentences, each as [CLS] sentence [SEP], in order; and where in it every token of a sentence is.
+    texts: Tensor,  # (B, 4, T) of `Batch.texts`, on the CPU
+) -> tuple[Tensor, Tensor, Tensor]:  # (S, 4, L) texts; (K,) row and (K,) column in them of K tokens
+    """All sentences, each as [CLS] sentence [SEP], in order; and where among them every token of a sentence is.
 
     Parameters
     ----------
     tokenizer : PreTrainedTokenizerBase
-    input_ids : Tensor
-        (B, T)
-    word_index : Tensor
-        (B, T) word of every token, -1 = none
-    sentence_index : Tensor
-        (B, T) sentence of every token, -1 = none
+    texts : Tensor
+        (B, 4, T) of `Batch.texts`, on the CPU
 
     Returns
     -------
-    tuple[tuple, Tensor, Tensor]
-        inputs (S, L) of an encoder; (K,) row and (K,) column in them of K tokens
+    tuple[Tensor, Tensor, Tensor]
+        (S, 4, L) texts; (K,) row and (K,) column in them of K tokens
     """
+    input_ids, _, word_index, sentence_index = texts.unbind(1)
     inside, member = sentence_index >= 0, group_matrix(sentence_index)
     exists, own = member.any(-1), sentence_index.clamp(min=0)
     row = (exists.flatten().cumsum(0) - 1).view_as(exists).gather(1, own)[inside]
@@ -555,7 +696,7 @@ def sentences_apart(
     first = word_index.new_full((len(length),), word_index.shape[1]).scatter_reduce(0, row, word_index[inside], "amin")
     words = torch.full_like(ids, -1)
     words[row, column] = word_index[inside] - first[row]
-    return (ids, (place <= end).long(), words, -(words < 0).long()), row, column
+    return torch.stack([ids, (place <= end).long(), words, -(words < 0).long()], 1), row, column
 
 # %% ../../nbs/encoders/04_text.ipynb #3af8f55a
 def encode_sentences(
@@ -564,6 +705,7 @@ def encode_sentences(
     attention_mask: Tensor,  # (B, T)
     word_index: Tensor,  # (B, T) word of every token, -1 = none
     sentence_index: Tensor,  # (B, T) sentence of every token, -1 = none
+    texts: Tensor | None = None,  # (B, 4, T) all four on the CPU, and these are read; None = the device is asked
 ) -> TextFeatures:  # tokens are zero outside sentences; `sentences` (B, M, D') are the wholes of the sentences
     """Encode every sentence on its own as [CLS] sentence [SEP]; the whole of a report is the mean over its sentences.
 
@@ -578,22 +720,42 @@ def encode_sentences(
         (B, T) word of every token, -1 = none
     sentence_index : Tensor
         (B, T) sentence of every token, -1 = none
+    texts : Tensor | None, default: None
+        (B, 4, T) all four on the CPU, and these are read; None = the device is asked
 
     Returns
     -------
     TextFeatures
         tokens are zero outside sentences; `sentences` (B, M, D') are the wholes of the sentences
     """
-    inputs, row, column = sentences_apart(encoder.tokenizer, input_ids, word_index, sentence_index)
-    out, inside = encoder(*inputs), sentence_index >= 0
-    tokens = out.tokens.new_zeros(*input_ids.shape, out.tokens.shape[-1])
-    tokens[inside] = out.tokens[row, column]
-    word_mask, sentence_mask = (group_matrix(index).any(-1) for index in (word_index, sentence_index))
-    home = torch.zeros_like(word_mask, dtype=torch.long)  # of every word of a report, among the words of all sentences
-    home[inside.nonzero()[:, 0], word_index[inside]] = row * out.words.shape[1] + inputs[2][row, column]
-    words = out.words.flatten(0, 1)[home] * word_mask[..., None]
-    weights = None if out.word_weights is None else out.word_weights.flatten()[home] * word_mask
-    sentences = out.whole.new_zeros(*sentence_mask.shape, out.whole.shape[-1])
-    sentences[sentence_mask] = out.whole[: int(sentence_mask.sum())]
-    whole = sentences.sum(1) / sentence_mask.sum(1, keepdim=True).clamp(min=1)
-    return TextFeatures(tokens, words, word_mask, sentences, sentence_mask, whole, weights)
+    given = input_ids, attention_mask, word_index, sentence_index
+    texts = torch.stack(given, 1).cpu() if texts is None else texts
+    apart, row, column = sentences_apart(encoder.tokenizer, texts)
+    to_here, inside = partial(on_device, device=input_ids.device), texts[:, 3] >= 0
+    out = encoder(*to_here(apart).unbind(1), apart)
+    word_mask, mask = (group_matrix(index).any(-1) for index in texts[:, 2:].unbind(1))
+    home = torch.zeros(2, *word_mask.shape, dtype=torch.long)  # of every word of a report: its sentence, its word there
+    home[:, inside.nonzero()[:, 0], texts[:, 2][inside]] = torch.stack([row, apart[row, 2, column]])
+    row, column, places, home, word_mask = map(to_here, (row, column, find_places(inside), home, word_mask))
+    sentences = place_rows(out.whole[: int(mask.sum())], to_here(find_places(mask)), mask.numel()).unflatten(
+        0, mask.shape
+    )
+    mask = to_here(mask)
+
+    def tokens() -> Tensor:
+        every = out.tokens.flatten(0, 1).index_select(0, row * out.tokens.shape[1] + column)
+        return place_rows(every, places, inside.numel()).unflatten(0, inside.shape)
+
+    def of_words(parts: Tensor) -> Tensor:  # (S, W', ...) -> (B, W, ...)
+        found = parts.flatten(0, 1)[home[0] * parts.shape[1] + home[1]]
+        return found * word_mask.view(*word_mask.shape, *[1] * (found.ndim - 2))
+
+    return TextFeatures.later(
+        tokens=tokens,
+        words=lambda: of_words(out.words),
+        word_mask=word_mask,
+        sentences=sentences,
+        sentence_mask=mask,
+        whole=sentences.sum(1) / mask.sum(1, keepdim=True).clamp(min=1),
+        word_weights=None if out.word_weights is None else of_words(out.word_weights),
+    )

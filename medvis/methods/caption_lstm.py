@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..data.pairs import Batch
 from ..encoders.decoders import LSTMDecoder
-from ..encoders.features import group_matrix, pool_tokens
+from ..encoders.features import find_places, group_matrix, pool_tokens
 from ..encoders.text import sentences_apart
 from .method import Correspondence, Losses, Method, add_up
 from .settings import CAPTION_LSTM_PRESETS, CaptionConfig, CaptionLSTMConfig
@@ -61,7 +61,9 @@ class Captioner(Method):
         "The loss of the next token, in nats, and those of `attention_losses`."
         (words, targets, mask), regions = self.embed_text(batch), self.embed_image(batch.image)
         states, attention = self.text_decoder.states(regions, words)
-        caption = caption_loss(self.text_decoder.tell(states[mask]), targets[mask], self.config.smoothing)
+        places = find_places(mask, int(batch.texts()[:, 1, 1:].sum()))
+        logits = self.text_decoder.tell(states.flatten(0, 1).index_select(0, places))
+        caption = caption_loss(logits, targets.flatten()[places], self.config.smoothing)
         return add_up(caption=caption, **self.attention_losses(attention, mask))
 
     def attention_losses(self, attention: Tensor, mask: Tensor) -> dict[str, Tensor]:  # (B, T, N), (B, T); weighted
@@ -81,14 +83,15 @@ class Captioner(Method):
 
     def correspondence(self, batch: Batch) -> Correspondence:
         "Where is looked for each word of the own report, given the words before it in what is one text to the method."
-        image, inputs = self.image_encoder(batch.image), (batch.word_index, batch.sentence_index)
+        image, texts, device = self.image_encoder(batch.image), batch.texts(), batch.image.device
         if self.text_unit == "report":
-            looks = self._looks(image.regions, batch.input_ids, batch.attention_mask, *inputs)
-            return _token_maps(looks, batch, image.grid)
+            inputs = batch.input_ids, batch.attention_mask, batch.word_index, batch.sentence_index
+            return _token_maps(self._looks(image.regions, *inputs, texts), batch, image.grid)
+        apart, *where = sentences_apart(self.tokenizer, texts)
+        row, column = (place.to(device) for place in where)
         inside = batch.sentence_index >= 0
-        inputs, row, column = sentences_apart(self.tokenizer, batch.input_ids, *inputs)
-        owner = row.new_zeros(len(inputs[0])).index_put((row,), inside.nonzero()[:, 0])  # image of every sentence
-        alone = self._looks(image.regions[owner], *inputs)
+        owner = row.new_zeros(len(apart)).index_put((row,), inside.nonzero()[:, 0])  # image of every sentence
+        alone = self._looks(image.regions[owner], *apart.to(device).unbind(1), apart)
         looks = alone.new_zeros(*inside.shape, alone.shape[-1])
         looks[inside] = alone[row, column]
         return _token_maps(looks, batch, image.grid)

@@ -6,8 +6,6 @@
 __all__ = ['GLoRIA']
 
 # %% ../../nbs/methods/08_gloria.ipynb #4997f4f2
-from dataclasses import replace
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -28,8 +26,9 @@ def _cls_and_words(text: TextFeatures) -> tuple[Tensor, Tensor]:  # (B, 1 + W, D
 # %% ../../nbs/methods/08_gloria.ipynb #96b703eb
 def _project(method: "GLoRIA", text: TextFeatures) -> TextFeatures:
     "Tokens, words and sentences as they are compared with regions, the whole as it is compared with images."
-    parts = {name: method.local_text(getattr(text, name)) for name in ("tokens", "words", "sentences")}
-    return replace(text, whole=method.global_text(text.whole), **parts)
+    names = "tokens", "words", "sentences"
+    parts = {name: lambda name=name: method.local_text(getattr(text, name)) for name in names}
+    return text.but(whole=lambda: method.global_text(text.whole), **parts)
 
 
 class GLoRIA(Method):
@@ -55,9 +54,9 @@ class GLoRIA(Method):
         "Run the text encoder, and project what it gives, if that is asked for."
         return _project(self, super().read(batch))
 
-    def read_sentences(self, batch: Batch) -> TextFeatures:
+    def read_sentences(self, batch: Batch, texts: Tensor | None = None) -> TextFeatures:
         "Run the text encoder on every sentence alone, and project what it gives, if that is asked for."
-        return _project(self, super().read_sentences(batch))
+        return _project(self, super().read_sentences(batch, texts))
 
     def forward(self, batch: Batch) -> Losses:
         "The two losses of a batch, weighted; those of weight 0 are not computed."

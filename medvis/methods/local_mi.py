@@ -6,8 +6,6 @@
 __all__ = ['BOUNDS', 'MutualInformation', 'GlobalMI', 'LocalMI']
 
 # %% ../../nbs/methods/06_local_mi.ipynb #49ee1ad4
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -93,7 +91,7 @@ class MutualInformation(Method):
     def correspondence(self, batch: Batch) -> Correspondence:
         "The discriminator's scores of every region with every sentence and every word, each encoded on its own."
         image, text = self.image_encoder(batch.image), self.read_sentences(batch)
-        words = self.read_sentences(replace(batch, sentence_index=batch.word_index)).sentences
+        words = self.read_sentences(batch, batch.texts()[:, [0, 1, 2, 2]]).sentences
         regions, chunk = self.region_inputs(image), self.config.chunk
         scores = [
             torch.stack([self.discriminator.scores(*pair, chunk) for pair in zip(regions, texts, strict=True)])

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..core.choices import check_choice
 from ..data.pairs import Batch
-from ..encoders.features import ImageFeatures, TextFeatures
+from ..encoders.features import ImageFeatures, TextFeatures, group_matrix
 from ..encoders.heads import AttentionPool, ProjectionHead
 from .method import Aligned, Correspondence, Losses, Method, add_up, cosine_correspondence, negatives
 from .settings import LOVT_PRESETS as PRESETS, LoVTConfig
@@ -30,11 +30,19 @@ def _global_vectors(
     return v, t, region_weights, sentence_weights
 
 # %% ../../nbs/methods/05_lovt.ipynb #fedd14a2
-def _local_vectors(method: "LoVT", image: ImageFeatures, text: TextFeatures) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _local_vectors(
+    method: "LoVT",
+    image: ImageFeatures,
+    text: TextFeatures,
+    texts: Tensor | None = None,  # of `Batch.texts`; None = the device is asked
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     "Projected regions (B, N, d), what they gathered from the report; sentences (B, M, d), and from the image."
+    each = None if texts is None else group_matrix(texts[:, 3]).any(-1).sum(1)
+    counts = None if each is None else (int((each > 0).sum()), int(each.sum()))
+    mask = text.sentence_mask
     regions = method.local_image(image.regions)
-    sentences = method.local_text(text.sentences, None if method.config.padded else text.sentence_mask)
-    to_region, to_sentence, *_ = method.attention(regions, sentences, text.sentence_mask)
+    sentences = method.local_text(text.sentences, None if method.config.padded else mask, counts and counts[1])
+    to_region, to_sentence, *_ = method.attention(regions, sentences, mask, counts)
     return regions, to_region, sentences, to_sentence
 
 # %% ../../nbs/methods/05_lovt.ipynb #5864644c
@@ -44,10 +52,11 @@ def _local_losses(
     text: TextFeatures,
     region_weights: Tensor | None,  # (B, N), None = even
     sentence_weights: Tensor | None,  # (B, M), None = even
+    texts: Tensor | None = None,  # of `Batch.texts`; None = the device is asked
 ) -> dict[str, Tensor]:  # scalars by name, weighted; those of weight 0 are left out
     "The two local losses from the features of a batch."
     c, mask = method.config, text.sentence_mask
-    regions, to_region, sentences, to_sentence = _local_vectors(method, image, text)
+    regions, to_region, sentences, to_sentence = _local_vectors(method, image, text, texts)
     parts = {}
     if c.local_image_weight:
         p = positiveness(image.grid, c.beta, c.threshold, c.smooth, regions.device)
@@ -116,7 +125,8 @@ class LoVT(Method):
             v, t, valid = self.global_image(v), self.global_text(t), negatives(batch, c.negatives)
             parts["global"] = c.global_weight * clip_loss(v, t, c.temperature, c.direction_weight, valid)
         if self.local:
-            parts |= _local_losses(self, image, text, *(weights if c.local_weights else (None, None)))
+            weights = weights if c.local_weights else (None, None)
+            parts |= _local_losses(self, image, text, *weights, batch.texts())
         return add_up(**parts)
 
     def correspondence(self, batch: Batch) -> Correspondence:
@@ -136,7 +146,7 @@ class LoVT(Method):
         if not self.local:
             return None
         image, text = self.encode(batch)
-        return Aligned(*_local_vectors(self, image, text), text.sentence_mask, image.grid)
+        return Aligned(*_local_vectors(self, image, text, batch.texts()), text.sentence_mask, image.grid)
 
     def pool_image(self, features: ImageFeatures) -> tuple[Tensor, Tensor | None]:
         "By attention, or as the encoder does it."

@@ -228,9 +228,10 @@ def _embedded_pair(method: "Method", batch: Batch) -> tuple[Tensor, Tensor] | No
 NEGATIVES = ("all", "other-study", "other-patient")
 
 
-def _tokens(batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    "What a text encoder is given of a batch."
-    return batch.input_ids, batch.attention_mask, batch.word_index, batch.sentence_index
+def _tokens(batch: Batch, texts: Tensor | None = None) -> tuple[Tensor, ...]:
+    "What a text encoder is given of a batch; `texts` as in `Batch.texts`."
+    inputs = batch.input_ids, batch.attention_mask, batch.word_index, batch.sentence_index
+    return *inputs, batch.texts() if texts is None else texts
 
 
 def _check_changes(kind: type["Method"], changes: dict[str, Any]) -> None:
@@ -319,9 +320,9 @@ class Method(nn.Module):
         "Run the text encoder."
         return self.text_encoder(*_tokens(batch))
 
-    def read_sentences(self, batch: Batch) -> TextFeatures:
-        "Run the text encoder on every sentence alone."
-        return encode_sentences(self.text_encoder, *_tokens(batch))
+    def read_sentences(self, batch: Batch, texts: Tensor | None = None) -> TextFeatures:
+        "Run the text encoder on every sentence alone; of other texts (`Batch.texts`), if these are given."
+        return encode_sentences(self.text_encoder, *_tokens(batch, texts))
 
     def encode(self, batch: Batch) -> tuple[ImageFeatures, TextFeatures]:
         "Run both encoders."

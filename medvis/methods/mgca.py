@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from ..data.pairs import Batch
-from ..encoders.features import ImageFeatures, TextFeatures, pool_tokens
+from ..encoders.features import ImageFeatures, TextFeatures, group_matrix, pool_tokens
 from ..encoders.heads import ProjectionHead
 from .method import Aligned, Correspondence, Losses, Method, NoCorrespondence, add_up, negatives
 from .settings import MGCAConfig, MGCA_PRESETS as PRESETS
@@ -20,11 +20,18 @@ from ..objectives.prototypes import prototype_loss
 from ..objectives.tokens import clip_weights, gather_context, matching_scores, token_alignment_loss
 
 # %% ../../nbs/methods/04_mgca.ipynb #929da91f
-def _token_loss(method: "MGCA", image: ImageFeatures, text: TextFeatures) -> Tensor:  # scalar
+def _token_loss(
+    method: "MGCA",
+    image: ImageFeatures,
+    text: TextFeatures,
+    texts: Tensor | None = None,  # of `Batch.texts`; None = the device is asked
+) -> Tensor:  # scalar
     "CTA from the features of a batch; as released, padding takes part in batch statistics and contrast."
-    c = method.config
+    c, count = method.config, None
+    if c.mask_padding and not c.released_words and texts is not None:
+        count = int(group_matrix(texts[:, 2]).any(-1).sum())
     regions = method.local_image(image.regions)
-    words = method.local_text(text.words, text.word_mask if c.mask_padding else None)
+    words = method.local_text(text.words, text.word_mask if c.mask_padding else None, count)
     region_weights, word_weights = (
         None if weights is None else clip_weights(weights, c.clip_share, 1 - c.clip_share)
         for weights in (image.weights, text.word_weights)
@@ -112,7 +119,7 @@ class MGCA(Method):
         if c.instance_weight:
             parts["instance"] = c.instance_weight * (both * clip_loss(v, t, c.tau_instance, valid=valid))
         if c.token_weight:
-            parts["token"] = c.token_weight * (both / 2 * _token_loss(self, image, text))
+            parts["token"] = c.token_weight * (both / 2 * _token_loss(self, image, text, batch.texts()))
         if c.prototype_weight:
             parts["prototype"] = c.prototype_weight * prototype_loss(v, t, self.prototypes, *balance)
         return add_up(**parts)

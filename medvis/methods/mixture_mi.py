@@ -8,8 +8,6 @@ __all__ = ['MixtureMI']
 # %% ../../nbs/methods/09_mixture_mi.ipynb #aa89e294
 import math
 from collections.abc import Sequence
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -27,7 +25,7 @@ from medvis.data.targets import (
     sentence_targets,
     side_words,
 )
-from ..encoders.features import TextFeatures
+from ..encoders.features import TextFeatures, find_places, group_matrix, on_device
 from medvis.methods.method import (
     Aligned,
     Correspondence,
@@ -88,10 +86,13 @@ def _report_findings(
     return torch.tensor(asserted, dtype=torch.long).view(shape), torch.tensor(absent, dtype=torch.bool).view(shape)
 
 # %% ../../nbs/methods/09_mixture_mi.ipynb #fe5661a9
-def _silent_tokens(batch: Batch, tokenizer: PreTrainedTokenizerBase) -> Tensor:  # (B, T) bool
+def _silent_tokens(
+    texts: Tensor,  # (B, 4, T) of `Batch.texts`
+    tokenizer: PreTrainedTokenizerBase,
+) -> Tensor:  # (B, T) bool
     "The tokens of side words, which are not read."
     rows = []
-    for ids, words, sentences in zip(*(t.tolist() for t in (batch.input_ids, batch.word_index, batch.sentence_index))):
+    for ids, _, words, sentences in texts.tolist():
         spelled: dict[int, dict[int, str]] = {}  # sentence -> word -> its letters
         for piece, word, sentence in zip(tokenizer.convert_ids_to_tokens(ids), words, sentences):
             if sentence >= 0:
@@ -102,7 +103,7 @@ def _silent_tokens(batch: Batch, tokenizer: PreTrainedTokenizerBase) -> Tensor: 
             flags = side_words(list(written.values()))
             silent |= set() if all(flags) else {word for word, flag in zip(written, flags) if flag}
         rows.append([word in silent for word in words])
-    return torch.tensor(rows, dtype=torch.bool, device=batch.input_ids.device).view(batch.input_ids.shape)
+    return torch.tensor(rows, dtype=torch.bool).view(texts[:, 0].shape)
 
 
 def _as_read(
@@ -117,7 +118,7 @@ def _as_read(
 # %% ../../nbs/methods/09_mixture_mi.ipynb #a2e7c55f
 def _repeated(
     texts: Sequence[str],  # S sentences as they are read
-    owner: Tensor,  # (S,) int64 image of every sentence
+    owner: Tensor,  # (S,) int64 image of every sentence, on the CPU
     reports: Sequence[Sequence[str]],  # of each image, all sentences as they are read, not only those of `texts`
 ) -> Tensor:  # (S, S) bool: whether the report of sentence s has a sentence that reads like the one of the column
     "Which sentences say what another image's report says too."
@@ -125,7 +126,7 @@ def _repeated(
     own = torch.zeros(len(reports), len(numbers), dtype=torch.bool)
     for image, report in enumerate(reports):
         own[image, [numbers[text] for text in report if text in numbers]] = True
-    own, number = own.to(owner.device), torch.tensor([numbers[text] for text in texts], device=owner.device)
+    number = torch.tensor([numbers[text] for text in texts])
     own[owner, number] = True  # a sampled text may be cut short, and then read otherwise than in the report
     return own[owner][:, number]
 
@@ -137,12 +138,14 @@ class _Asked:
         self,
         config: MixtureMIConfig,
         batch: Batch,
-        owner: Tensor,  # (S,) int64 image of every sentence
+        owner: Tensor,  # (S,) int64 image of every sentence, on the CPU
         training: bool,  # draw the phrases; else the first of each finding
     ) -> None:
+        device = batch.study_id.device
         self.config, self.owner, self.reports = config, owner, batch.reports
+        self.here = on_device(owner, device)
         self.said, self.texts, self.phrases = [], [], 0
-        self.sides = self.sided = torch.zeros(0, dtype=torch.long, device=owner.device)
+        self.sides = self.sided = torch.zeros(0, dtype=torch.long, device=device)
         if config.region_prior == "side" or config.side_negatives or config.finding_phrases or config.mask_identical:
             self.said = [sentence for sentences in batch.sentences for sentence in sentences]
             if len(self.said) != len(owner) or len(batch.reports) != len(batch.study_id):
@@ -150,16 +153,17 @@ class _Asked:
                     f"{len(owner)} sentences of {len(batch.study_id)} reports to read, but {len(self.said)} texts of "
                     f"{len(batch.reports)} in the batch: make it with collate"
                 )
-            self.sides = _sentence_sides(self.said).to(owner.device)
+            self.sides = on_device(_sentence_sides(self.said), device)
         self.exchange = config.side_words == "keep"
         if config.side_negatives:
             sides = [possible_sides(report) for report in batch.reports]
             of_reports = enumerate(zip(self.said, owner.tolist()))
             sided = [s for s, (text, image) in of_reports if _has_side_negative(text, sides[image], self.exchange)]
-            self.sided = torch.tensor(sided, dtype=torch.long, device=owner.device)
+            self.sided = on_device(torch.tensor(sided, dtype=torch.long), device)
             self.texts += [exchange_side(self.said[s]) for s in sided] if self.exchange else []
         if config.finding_phrases:
-            self.findings = [found.to(owner.device) for found in _report_findings(batch.reports)]
+            asserted, absent = _report_findings(batch.reports)
+            self.findings = asserted, on_device(absent, device)
             drawn = torch.randint(3, (len(PHRASES),)).tolist() if training else [0] * len(PHRASES)
             self.texts += [ways[k % len(ways)] for ways, k in zip(PHRASES.values(), drawn)]
             self.phrases = len(PHRASES)
@@ -173,16 +177,15 @@ class _Asked:
         valid: Tensor | None,  # (B, B) bool
     ) -> Tensor:  # (S, S) bool for a bound
         "Which sentences are contrasted."
-        pairs = _sentence_pairs(self.owner, valid)
+        pairs = _sentence_pairs(self.here, valid)
         if not self.config.mask_identical:
             return pairs
         texts, *reports = (
             [_as_read(sentence, not self.exchange) for sentence in sentences]
             for sentences in (self.said, *self.reports)
         )
-        return pairs & ~_repeated(texts, self.owner, reports) | torch.eye(
-            len(texts), dtype=torch.bool, device=pairs.device
-        )
+        repeated = on_device(_repeated(texts, self.owner, reports), pairs.device)
+        return pairs & ~repeated | torch.eye(len(texts), dtype=torch.bool, device=pairs.device)
 
     def losses(
         self,
@@ -195,7 +198,7 @@ class _Asked:
         parts, sided, sentences = {}, self.sided, len(self.owner)
         if self.config.side_negatives:
             places = sentences + torch.arange(len(sided), device=sided.device) if self.exchange else sided
-            own = scores[self.owner[sided], :, places][..., None]  # (K, N, 1)
+            own = scores[self.here[sided], :, places][..., None]  # (K, N, 1)
             prior = self.prior(3 - self.sides[sided], grid)
             other = mix_regions(own, None if prior is None else prior.T[..., None])[:, 0]
             loss = side_negative_loss(mixed[sided, sided], other)
@@ -229,15 +232,22 @@ class MixtureMI(Method):
             self.image_encoder.region_dim, self.text_encoder.dim, config.hidden, config.dim, config.temperature
         )
 
-    def read_sentences(self, batch: Batch) -> TextFeatures:
+    def read_sentences(self, batch: Batch, texts: Tensor | None = None) -> TextFeatures:
         "Run the text encoder on every sentence alone. A side word that is not read stands for its sentence."
+        texts = batch.texts() if texts is None else texts
         if self.config.side_words == "keep":
-            return super().read_sentences(batch)
-        silent = _silent_tokens(batch, self.tokenizer)
-        read = super().read_sentences(replace(batch, sentence_index=batch.sentence_index.masked_fill(silent, -1)))
-        words, (row, token) = read.words.clone(), silent.nonzero(as_tuple=True)
-        words[row, batch.word_index[row, token]] = read.sentences[row, batch.sentence_index[row, token]]
-        return replace(read, words=words)
+            return super().read_sentences(batch, texts)
+        silent, read = _silent_tokens(texts, self.tokenizer), texts.clone()
+        read[:, 3].masked_fill_(silent, -1)
+        text, (row, token) = super().read_sentences(batch, read), silent.nonzero(as_tuple=True)
+        word, sentence = texts[row, 2, token], texts[row, 3, token]
+
+        def words() -> Tensor:
+            every = text.words.clone()
+            every[row, word] = text.sentences[row, sentence]
+            return every
+
+        return text.but(words=words)
 
     def forward(self, batch: Batch) -> Losses:
         "Minus the mean of both bounds, in nats, and the losses that are asked for; 0 when no report has a sentence."
@@ -247,7 +257,7 @@ class MixtureMI(Method):
             vectors = torch.cat([vectors, self._read_texts(asked.texts, batch.image.device)])
         scores = self.critic.scores(image.regions.flatten(0, 1), vectors).unflatten(0, image.regions.shape[:2])
         scores = at_least_float32(scores)  # (B, N, S and what is asked)
-        mixed = mix_regions(scores[..., : len(owner)], asked.prior(asked.sides, image.grid))[owner]
+        mixed = mix_regions(scores[..., : len(owner)], asked.prior(asked.sides, image.grid))[asked.here]
         if not len(owner):
             return add_up(mutual_information=0 * (image.regions.sum() + vectors.sum()))
         valid = negatives(batch, self.config.negatives)
@@ -255,10 +265,12 @@ class MixtureMI(Method):
         bounds = cpc_bound(mixed, pairs) + cpc_bound(mixed.T, pairs.T)
         return add_up(mutual_information=-bounds / 2, **asked.losses(scores, mixed, image.grid, valid))
 
-    def _read_vectors(self, batch: Batch) -> tuple[Tensor, Tensor]:  # (S,) int64 owner, (S, D)
+    def _read_vectors(self, batch: Batch) -> tuple[Tensor, Tensor]:  # (S,) int64 owner, on the CPU; (S, D)
         "The row and the vector of every sentence of a batch, for training."
-        text = self.read_sentences(batch)
-        return text.sentence_mask.nonzero()[:, 0], text.sentences[text.sentence_mask]
+        texts = batch.texts()
+        text, member = self.read_sentences(batch, texts), group_matrix(texts[:, 3]).any(-1)
+        places = on_device(find_places(member), batch.input_ids.device)
+        return member.nonzero()[:, 0], text.sentences.flatten(0, 1).index_select(0, places)
 
     def _read_texts(self, texts: list[str], device: torch.device) -> Tensor:  # (k, D)
         "The vectors of sentences that are no report's own."

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from ..core.choices import check_choice
 from ..data.tasks import BLANK, UNCERTAIN
+from ..encoders.features import on_device
 from .contrastive import at_least_float32
 
 # %% ../../nbs/objectives/09_labels.ipynb #e08d2d36
@@ -48,7 +49,7 @@ def batch_targets(
         check_choice("policy for uncertain labels", policy, UNCERTAIN)
         check_choice("label of the batch", name, labels)
     given = torch.stack([labels[name] for name in classes], 1)
-    unsure = given.new_tensor([UNCERTAIN[policy] for policy in policies])
+    unsure = on_device(torch.tensor([UNCERTAIN[policy] for policy in policies], dtype=given.dtype), given.device)
     targets = torch.where(given == -1, unsure, given).masked_fill(given.isnan(), BLANK[blank])
     unlabelled = torch.stack(list(labels.values())).isnan().all(0)
     return targets.masked_fill(unlabelled[:, None], math.nan)

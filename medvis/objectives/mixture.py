@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..encoders.features import on_device
 from ..encoders.heads import ProjectionHead
 from .contrastive import at_least_float32, l2_normalize
 from .mutual_information import Discriminator
@@ -181,7 +182,7 @@ def side_negative_loss(
 # %% ../../nbs/objectives/06_mixture.ipynb #1ebb10bf
 def phrase_loss(
     scores: Tensor,  # (B, 3, K) F of every image with every phrase: region anywhere, on the right, on the left
-    asserted: Tensor,  # (B, K) int64: 0 asserted, 1 on the right alone, 2 on the left alone; -1 not asserted
+    asserted: Tensor,  # (B, K) int64: 0 asserted, 1 on the right alone, 2 left alone; -1 not asserted. Best on the CPU
     absent: Tensor,  # (B, K) bool: not mentioned, or only denied
     valid: Tensor | None = None,  # (B, B) bool, images that may be contrasted; None = all
 ) -> Tensor:  # ()
@@ -192,7 +193,7 @@ def phrase_loss(
     scores : Tensor
         (B, 3, K) F of every image with every phrase: region anywhere, on the right, on the left
     asserted : Tensor
-        (B, K) int64: 0 asserted, 1 on the right alone, 2 on the left alone; -1 not asserted
+        (B, K) int64: 0 asserted, 1 on the right alone, 2 left alone; -1 not asserted. Best on the CPU
     absent : Tensor
         (B, K) bool: not mentioned, or only denied
     valid : Tensor | None, default: None
@@ -203,8 +204,9 @@ def phrase_loss(
     Tensor
         ()
     """
-    image, finding = (asserted >= 0).nonzero(as_tuple=True)
-    half, rivals = asserted[image, finding], absent[:, finding].T  # (P, B)
+    where = (asserted >= 0).nonzero(as_tuple=True)
+    image, finding, half = (on_device(part, scores.device) for part in (*where, asserted[where]))
+    rivals = absent[:, finding].T  # (P, B)
     own = scores[image, half, finding]
     others = scores[:, half, finding].T.masked_fill(~(rivals if valid is None else rivals & valid[image]), -torch.inf)
     other_half = scores[image, (3 - half) % 3, finding].masked_fill(half == 0, -torch.inf)

@@ -251,9 +251,10 @@ def select_by_bound(
     Tensor
         (B,) int64
     """
-    _, matched, valid = _checked_scores(scores[:, 0], valid)
+    _, _, valid = _checked_scores(scores[:, 0], valid)
     scores = scores.transpose(1, 2)
-    return (scores[matched] - scores.masked_fill(~valid[:, :, None], -torch.inf).logsumexp(1)).argmax(1)
+    own = scores.diagonal(dim1=0, dim2=1).T
+    return (own - scores.masked_fill(~valid[:, :, None], -torch.inf).logsumexp(1)).argmax(1)
 
 # %% ../../nbs/objectives/04_mutual_information.ipynb #970bb029
 def reselect_negatives(

@@ -13,6 +13,7 @@ from fractions import Fraction
 import torch
 from torch import Tensor, nn
 
+from ..encoders.features import on_device
 from ..encoders.heads import BatchNorm, kaiming, on_valid
 from .contrastive import l2_normalize
 
@@ -64,6 +65,7 @@ class CrossModalAttention(nn.Module):
         regions: Tensor,  # (B, N, d) projected regions, any length
         sentences: Tensor,  # (B, M, d) projected sentences
         sentence_mask: Tensor,  # (B, M) True = valid
+        counts: tuple[int, int] | None = None,  # reports with a sentence, and sentences; None = the device is asked
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """What every region (B, N, d) and every sentence (B, M, d) gathered, and where: (B, N, M) and (B, M, N).
 
@@ -77,6 +79,8 @@ class CrossModalAttention(nn.Module):
             (B, M, d) projected sentences
         sentence_mask : Tensor
             (B, M) True = valid
+        counts : tuple[int, int] | None, default: None
+            reports with a sentence, and sentences; None = the device is asked
         """
         mask, some = sentence_mask, sentence_mask.any(-1, keepdim=True)
         with torch.autocast(regions.device.type, enabled=False):
@@ -86,13 +90,14 @@ class CrossModalAttention(nn.Module):
                 scores.masked_fill(~(mask | ~some)[:, None], -torch.inf).softmax(2).masked_fill(~mask[:, None], 0)
             )
             sentence_maps = scores.softmax(1).mT.masked_fill(~mask[..., None], 0)
+            reports, many = (None, None) if counts is None else (counts[0] * regions.shape[1], counts[1])
             gathered = []
-            for maps, source, valid in (
-                (region_maps, sentences, some.expand(regions.shape[:2])),
-                (sentence_maps, regions, mask),
+            for maps, source, valid, count in (
+                (region_maps, sentences, some.expand(regions.shape[:2]), reports),
+                (sentence_maps, regions, mask, many),
             ):
                 vectors = self.out(maps @ self.value(source.to(maps.dtype)))
-                gathered.append(on_valid(self.norm, vectors, None if self.padded else valid))
+                gathered.append(on_valid(self.norm, vectors, None if self.padded else valid, count))
         return *gathered, region_maps, sentence_maps
 
 # %% ../../nbs/objectives/05_regions.ipynb #06786845
@@ -129,7 +134,7 @@ def positiveness(
     squared = (row[:, None] - row) ** 2 + (column[:, None] - column) ** 2
     weight = torch.exp(-(beta if smooth else 0.0) * (squared.double() / diagonal).sqrt())
     weight = weight.masked_fill(squared > math.floor(Fraction(str(threshold)) ** 2 * diagonal), 0)
-    return (weight / weight.sum(1, keepdim=True)).to(device, dtype)
+    return on_device((weight / weight.sum(1, keepdim=True)).to(dtype), torch.device(device or "cpu"))
 
 # %% ../../nbs/objectives/05_regions.ipynb #f5f9f7da
 def soft_cross_entropy(

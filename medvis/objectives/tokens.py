@@ -136,7 +136,7 @@ def clip_weights(
     weights = at_least_float32(weights)
     valid = weights > 0
     present = weights.masked_fill(~valid, torch.nan)
-    bounds = present.nanquantile(torch.tensor([low, high], dtype=weights.dtype, device=weights.device), dim=1)
+    bounds = present.nanquantile(torch.stack([weights.new_full((), share) for share in (low, high)]), dim=1)
     clipped = torch.where(valid, weights.clamp(bounds[0, :, None], bounds[1, :, None]), 0)
     return clipped / clipped.sum(1, keepdim=True).clamp(min=torch.finfo(weights.dtype).tiny)
 

@@ -121,7 +121,7 @@ def same_place(
         (B, N, N) bool, pixels of the first by pixels of the second
     """
     sides = torch.stack([first[:, 2:] - first[:, :2], second[:, 2:] - second[:, :2]])  # (2, B, 2)
-    pixel = sides / sides.new_tensor([grid[1], grid[0]])
+    pixel = torch.stack([sides[..., 0] / grid[1], sides[..., 1] / grid[0]], -1)
     diagonal = pixel.norm(dim=-1).amax(0)[:, None, None]
     places = (pixel_places(frames, grid).double() for frames in (first, second))
     return torch.cdist(*places, compute_mode="donot_use_mm_for_euclid_dist") <= threshold * diagonal
