@@ -36,6 +36,7 @@ from ..methods.method import Losses, Method
 from .checkpoint import load_checkpoint, read_weights, save_checkpoint, save_weights
 from .config import Diverged, Schedule, TrainConfig
 from .diagnostics import diagnose, warn_of_collapse
+from .large_batches import on_small_memory
 from medvis.train.processes import (
     all_counts,
     anywhere,
@@ -491,7 +492,8 @@ class _Trainer(_RunState):
         try:
             numbers, loaded, shares = map(list, zip(*good))
             seeds = [counter_seed(c.seed, self.step, i, self.draws, 3) for i in numbers]
-            losses = _optimise(self.prepared, self.optimizer, loaded, a, seeds, c.clip_norm, shares)
+            with on_small_memory(self.method, c.encoder_chunk, c.recompute):
+                losses = _optimise(self.prepared, self.optimizer, loaded, a, seeds, c.clip_norm, shares)
             return {"lr": _learning_rate(c, *when), **losses}
         except Diverged as error:
             self.save()
