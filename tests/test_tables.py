@@ -8,7 +8,7 @@ from torch import Tensor
 from medvis.methods import METHODS
 from medvis.methods.method import phantom_tokenizer
 from medvis.objectives.mutual_information import Discriminator, cpc_bound, local_scores, region_scores, reselect_negatives, select_regions
-from medvis.objectives.tables import score_table
+from medvis.objectives.tables import tiled_scores
 from medvis.objectives.tokens import gloria_loss
 from medvis.testing import PeakBytes
 from test_gathered import PATIENTS, TEXTS, some_rows
@@ -92,4 +92,4 @@ def test_a_pair_is_never_divided():
     image, text = torch.arange(3.0), torch.arange(4.0)
     for memory, tiles in ((1e-9, [(1, 1)] * 12), (45e-6, [(1, 4)] * 3), (90e-6, [(2, 4), (1, 4)]), (None, [(3, 4)]), (1.0, [(3, 4)])):
         seen.clear()
-        assert torch.equal(score_table(score, (image,), (text,), pair=10, memory=memory), image[:, None] * text) and seen == tiles
+        assert torch.equal(tiled_scores(score, (image,), (text,), pair=10, memory=memory), image[:, None] * text) and seen == tiles

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .contrastive import at_least_float32
-from .tables import score_table
+from .tables import tiled_scores
 
 # %% ../../nbs/objectives/04_mutual_information.ipynb #e727e590
 class Discriminator(nn.Module):
@@ -101,7 +101,7 @@ class Discriminator(nn.Module):
             both, text = (index,) if several else (), self._first("text", text)
             own = self.layers[0].weight.itemsize * self.layers[0].out_features
             room = dict(pair=self.pair_bytes + several * 2 * own, image=2 * own, memory=memory)
-            return score_table(judge, (image,), (text,), both, **room)
+            return tiled_scores(judge, (image,), (text,), both, **room)
 
     @property
     def pair_bytes(self) -> float:
@@ -225,7 +225,7 @@ def select_regions(
     """
     place = torch.arange(regions.shape[1], device=regions.device)
     room = dict(pair=0.0 if memory is None else discriminator.pair_bytes, memory=memory)
-    own = score_table(
+    own = tiled_scores(
         lambda text, _, region: discriminator(region, text[:, None]), (sentence,), (place,), (regions,), **room
     )
     return own.argmax(1)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .contrastive import pair_loss, at_least_float32, l2_normalize
-from .tables import score_table
+from .tables import tiled_scores
 
 # %% ../../nbs/objectives/02_tokens.ipynb #6f832968
 def gather_context(
@@ -265,10 +265,12 @@ def gloria_scores(
         regions, words = at_least_float32(regions), at_least_float32(words)
 
         def against(regions: Tensor, words: Tensor, mask: Tensor) -> Tensor:
-            gram = regions @ regions.mT
+            many = regions.shape[1] > regions.shape[2]
+            gram = None if many else regions @ regions.mT
             similarity = torch.einsum("twd,bnd->btwn", words, regions)
             maps = gloria_attention(similarity, mask, attention_scale)
-            square = (maps * torch.einsum("btwn,bnm->btwm", maps, gram)).sum(-1) * words.square().sum(-1)
+            length = (maps @ regions[:, None]).square() if many else maps * (maps @ gram[:, None])
+            square = length.sum(-1) * words.square().sum(-1)
             cosine = (maps * similarity).sum(-1) / square.clamp(min=1e-16).sqrt()
             none = ~mask.any(-1)
             total = (word_scale * cosine).masked_fill(~(mask | none[:, None]), -torch.inf).logsumexp(-1)
@@ -276,9 +278,9 @@ def gloria_scores(
             return total.masked_fill(none, 0)
 
         # eight tables of words and regions are there at a time when a pair goes back, and three of regions and regions
-        table, gram = (regions.itemsize * regions.shape[1] * width for width in (words.shape[1], regions.shape[1]))
-        room = dict(pair=8 * table, image=3 * gram, memory=memory)
-        return score_table(against, (regions,), (words, word_mask), **room)
+        (count, width), size = regions.shape[1:], regions.itemsize
+        room = dict(pair=8 * size * count * words.shape[1], image=3 * size * count * min(count, width), memory=memory)
+        return tiled_scores(against, (regions,), (words, word_mask), **room)
 
 # %% ../../nbs/objectives/02_tokens.ipynb #9c3d393b
 def gloria_loss(

@@ -186,7 +186,7 @@ def on_small_memory(
     chunk: int | None = None,  # samples, or sentences, that its encoders read at a time; None = all
     recompute: bool = False,  # whether the blocks of its encoders are computed again in the backward pass
 ) -> Iterator[None]:
-    """Within it, the encoders of a method need less memory for the same gradient; the backward pass belongs into it too.
+    """Within it, the encoders of a method need less memory for the same gradient; go back within it too.
 
     Random choices are those of the chunks, one after another; batch normalisation is that of each chunk. Copies of the
     encoders that the method has (momentum) read in chunks too.

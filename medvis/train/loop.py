@@ -324,6 +324,12 @@ class _RunState:
         order = epoch_batches(count, c.batch_size, c.seed, epoch, *share, rest=rest)
         return [[(epoch, i) for i in batch] for batch in order]
 
+    def learn(self, batches: list[Batch], seeds: list[int], shares: list[float | None]) -> dict[str, float]:
+        "One optimiser step, in the memory that the settings allow."
+        c = self.config
+        with on_small_memory(self.method, c.encoder_chunk, c.recompute):
+            return _optimise(self.prepared, self.optimizer, batches, self.accelerator, seeds, c.clip_norm, shares)
+
     def log(self, split: str, **values) -> None:
         "Add a line to the log."
         if self.accelerator.is_main_process:
@@ -492,9 +498,7 @@ class _Trainer(_RunState):
         try:
             numbers, loaded, shares = map(list, zip(*good))
             seeds = [counter_seed(c.seed, self.step, i, self.draws, 3) for i in numbers]
-            with on_small_memory(self.method, c.encoder_chunk, c.recompute):
-                losses = _optimise(self.prepared, self.optimizer, loaded, a, seeds, c.clip_norm, shares)
-            return {"lr": _learning_rate(c, *when), **losses}
+            return {"lr": _learning_rate(c, *when), **self.learn(loaded, seeds, shares)}
         except Diverged as error:
             self.save()
             rows = [self.pairs["train"].items[i][0] for batch in keys for _, i in batch]
