@@ -266,11 +266,11 @@ def gloria_scores(
 
         def against(regions: Tensor, words: Tensor, mask: Tensor) -> Tensor:
             many = regions.shape[1] > regions.shape[2]
-            gram = None if many else regions @ regions.mT
+            other = regions if many else regions @ regions.mT
             similarity = torch.einsum("twd,bnd->btwn", words, regions)
             maps = gloria_attention(similarity, mask, attention_scale)
-            length = (maps @ regions[:, None]).square() if many else maps * (maps @ gram[:, None])
-            square = length.sum(-1) * words.square().sum(-1)
+            gathered = (maps.flatten(1, 2) @ other).unflatten(1, maps.shape[1:3])
+            square = (gathered * (gathered if many else maps)).sum(-1) * words.square().sum(-1)
             cosine = (maps * similarity).sum(-1) / square.clamp(min=1e-16).sqrt()
             none = ~mask.any(-1)
             total = (word_scale * cosine).masked_fill(~(mask | none[:, None]), -torch.inf).logsumexp(-1)
