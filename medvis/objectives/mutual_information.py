@@ -55,11 +55,6 @@ class Discriminator(nn.Module):
         with torch.autocast(image.device.type, enabled=False):
             return self.layers[1:](self._first("image", image) + self._first("text", text)).squeeze(-1)
 
-    @property
-    def pair_bytes(self) -> float:
-        "What the hidden layers of one pair take while it is judged, or goes back."
-        return 2.5 * sum(layer.out_features * layer.weight.itemsize for layer in self.layers[:-1:2])
-
     def scores(
         self,
         image: Tensor,  # (B, Di); or (B, N, Di), several vectors of each image

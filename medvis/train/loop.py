@@ -324,12 +324,6 @@ class _RunState:
         order = epoch_batches(count, c.batch_size, c.seed, epoch, *share, rest=rest)
         return [[(epoch, i) for i in batch] for batch in order]
 
-    def learn(self, batches: list[Batch], seeds: list[int], shares: list[float | None]) -> dict[str, float]:
-        "One optimiser step, in the memory that the settings allow."
-        c = self.config
-        with on_small_memory(self.method, c.encoder_chunk, c.recompute):
-            return _optimise(self.prepared, self.optimizer, batches, self.accelerator, seeds, c.clip_norm, shares)
-
     def log(self, split: str, **values) -> None:
         "Add a line to the log."
         if self.accelerator.is_main_process:
@@ -490,15 +484,16 @@ class _Trainer(_RunState):
         c, a, when = self.config, self.accelerator, (self.step, self.steps_per_epoch, self.history)
         for name, reason in from_all(a, [reject for batch in batches for reject in batch.rejects]):
             self.log("reject", step=self.step + 1, study_id=name, reason=reason)
-        good = _to_take(a, batches, self.joined)  # by all processes or by none
-        if not good:
+        if not (good := _to_take(a, batches, self.joined)):  # by all processes or by none
             return {}
         for group, side in zip(self.optimizer.param_groups, self.sides, strict=True):
             group["lr"] = _learning_rate(side, *when)
         try:
             numbers, loaded, shares = map(list, zip(*good))
             seeds = [counter_seed(c.seed, self.step, i, self.draws, 3) for i in numbers]
-            return {"lr": _learning_rate(c, *when), **self.learn(loaded, seeds, shares)}
+            with on_small_memory(self.method, c.encoder_chunk, c.recompute):
+                losses = _optimise(self.prepared, self.optimizer, loaded, a, seeds, c.clip_norm, shares)
+            return {"lr": _learning_rate(c, *when), **losses}
         except Diverged as error:
             self.save()
             rows = [self.pairs["train"].items[i][0] for batch in keys for _, i in batch]
