@@ -67,7 +67,8 @@ def encoders() -> Iterator[dict]:
     words = phantom_tokenizer()
     for name in NAMES:
         torch.manual_seed(0)
-        method = METHODS.find(name).from_preset("tiny", words, image="resnet256", layer=None).train()
+        room = {"score_memory": 32.0} if name in ("gloria", "local-mi") else {}
+        method = METHODS.find(name).from_preset("tiny", words, image="resnet256", layer=None, **room).train()
         plain, few, many = (memory(step(method, *size)) for size in ((SMALL, None), (TIMED, CHUNK), (LARGE, CHUNK)))
         slope = max((many - few) / (LARGE - TIMED), 1e-9)
         spent = [seconds(step(method, TIMED, chunk)) / TIMED for chunk in (None, CHUNK)]
