@@ -13,7 +13,7 @@ from medvis.train import TrainConfig
 
 HOUSE = [name for name, kind in METHODS.items() if kind.__module__.startswith("medvis.")]
 ELSEWHERE = {"image_weights", "text", "text_weights"}       # files of weights: tests/test_weights.py, tests/test_captions.py
-PIECES = {"chunk"}      # how many pairs at a time: memory and time alone, and the same numbers (tests/test_mutual_information.py, tests/test_captions.py)
+PIECES = {"chunk", "score_memory"}      # how much at a time: memory and time alone, and the same numbers (tests/test_mutual_information.py, tests/test_tokens.py, tests/test_captions.py)
 VALUES = {"image": ["tiny_vit"], "layer": ["layer2"], "upsample": [96], "coordinates": [False], "local_grid": ["8x8x128"], "text_layers": [1], "freeze_text": [1, "all"],
           "classes": [("Edema", "Fracture")], "released_words": [40], "heads": [2], "clip_share": [0.3], "summed_layers": [1], "map_channels": [5], "uncertain": ["positive", "negative", ("positive",) * 9], "blank": ["ignore"]}
 BESIDE = {      # what another setting must be for this one to mean something

@@ -14,12 +14,12 @@ def local_case(g: dict) -> tuple[list, torch.Tensor, torch.Tensor, torch.Tensor]
     return [images, words], images.flatten(2).mT, words.mT, mask
 
 
-@pytest.mark.parametrize("chunk", [None, 1, 3])
+@pytest.mark.parametrize("memory", [None, 1e-6, 0.1])
 @pytest.mark.parametrize("prefix", ["", "mean_"])
-def test_local(prefix, chunk):
+def test_local(prefix, memory):
     g = golden("gloria_losses")
     inputs, *pair = local_case(g)
-    options = dict(average=prefix == "mean_", chunk=chunk)
+    options = dict(average=prefix == "mean_", memory=memory)
     temp1, temp2, temp3 = (float(g[f"temp{i}"]) for i in (1, 2, 3))
     scores = temp3 * gloria_scores(*pair, temp1, temp2, **options)
     same(scores, g[f"{prefix}local_scores"])

@@ -44,15 +44,15 @@ def test_paper_cpc_is_another():
         same(cpc_bound(scores), rows.mean())
 
 
-@pytest.mark.parametrize("chunk", [None, 1, 7, 10**6])
-def test_discriminator(chunk):
+@pytest.mark.parametrize("memory", [None, 1e-6, 1.0, 1000.0])
+def test_discriminator(memory):
     g = golden("localmi_discriminator")
     image, text = leaves(g, "img", "txt")
     judge = Discriminator(image.shape[1], text.shape[1], hidden=(len(g["W1"]), len(g["W2"]))).double()
     layers = [layer for layer in judge.layers if isinstance(layer, torch.nn.Linear)]
     for i, layer in enumerate(layers, 1):
         layer.load_state_dict({"weight": g[f"W{i}"], "bias": g[f"b{i}"]})
-    scores, valid, listed = judge.scores(image, text, chunk), valid_pairs(g["study"]), (g["pair_img"], g["pair_txt"])
+    scores, valid, listed = judge.scores(image, text, memory), valid_pairs(g["study"]), (g["pair_img"], g["pair_txt"])
     same(scores, g["scores"])
     same(scores[listed], g["pair_logits"])
     same(torch.cat([image[listed[0]], text[listed[1]]], 1).sum(1), g["pair_inputs_sum"])

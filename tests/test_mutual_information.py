@@ -113,15 +113,15 @@ def test_further_texts_are_further_negatives():
 # Discriminator
 
 @draws
-@given(seeds, st.integers(1, 9), st.integers(1, 9), st.integers(1, 100))
-def test_chunks_change_nothing(seed, images, texts, chunk):
+@given(seeds, st.integers(1, 9), st.integers(1, 9), st.floats(1e-6, 0.05))
+def test_tiles_change_nothing(seed, images, texts, memory):
     torch.manual_seed(seed)
     judge = Discriminator(7, 4, hidden=(16, 8)).double()
     x, y = torch.randn(images, 7).double().requires_grad_(), torch.randn(texts, 4).double().requires_grad_()
     each, cotangent = torch.randn(images, texts, 7).double().requires_grad_(), torch.randn(images, texts).double()
     for image in (x, each):
         of = [image, y, *judge.parameters()]
-        whole, parts = judge.scores(image, y), judge.scores(image, y, chunk)
+        whole, parts = judge.scores(image, y), judge.scores(image, y, memory)
         torch.testing.assert_close(parts, whole)
         for a, b in zip(torch.autograd.grad(parts, of, cotangent), torch.autograd.grad(whole, of, cotangent)):
             torch.testing.assert_close(a, b)
@@ -136,7 +136,7 @@ class Counted(TorchDispatchMode):
 
 
 def test_cost_does_not_loop_over_pairs():
-    "As many operations for 256 x 256 pairs as for 4 x 4; and in chunks, what is remembered for the backward pass is small."
+    "As many operations for 256 x 256 pairs as for 4 x 4; and in tiles, what is remembered for the backward pass is small."
     judge, calls = Discriminator(32, 32, hidden=(64, 32)), []
     for size in (4, 256):
         x = torch.randn(size, 9, 32, requires_grad=True)
@@ -147,23 +147,23 @@ def test_cost_does_not_loop_over_pairs():
         calls.append(mode.calls)
     assert calls[0] == calls[1]
 
-    def remembered(chunk):
-        seen = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: (seen.append(t.numel()), t)[1], lambda t: t):
-            judge.scores(torch.randn(128, 32), torch.randn(128, 32), chunk)
-        return sum(seen)
+    def remembered(memory):
+        seen = {}      # each piece of memory counts once
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: (seen.update({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() // 4}), t)[1], lambda t: t):
+            judge.scores(torch.randn(256, 32), torch.randn(256, 32), memory)
+        return sum(seen.values())
 
-    assert remembered(1024) < 128 * 128 < 64 * 128 * 128 < remembered(None)
+    assert remembered(1.0) < 256 * 256 < 64 * 256 * 256 < remembered(None)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_autocast_changes_nothing(dtype):
     torch.manual_seed(0)
     judge, x, y = Discriminator(7, 4, hidden=(16, 8)), torch.randn(6, 9, 7), torch.randn(6, 4)
-    for chunk in (None, 5):
-        wanted = judge.scores(x[:, 0], y, chunk)
+    for memory in (None, 0.001):
+        wanted = judge.scores(x[:, 0], y, memory)
         with torch.autocast("cpu", dtype):
-            found = judge.scores(x[:, 0], y, chunk)
+            found = judge.scores(x[:, 0], y, memory)
             torch.testing.assert_close(judge(x, y[:, None]).detach(), region_scores(judge, x, y)[range(6), :, range(6)])
             cpc_bound(found).backward()
         assert found.dtype == torch.float32
@@ -199,7 +199,7 @@ def test_selection_against_a_search(seed):
     best = max(itertools.product(range(3), repeat=4),
                key=lambda n: cpc_bound(everything[torch.arange(4), torch.tensor(n)], valid).item())
     assert select_by_bound(everything, valid).tolist() == list(best)
-    torch.testing.assert_close(region_scores(judge, regions, sentence, chunk=3), everything)
+    torch.testing.assert_close(region_scores(judge, regions, sentence, memory=0.001), everything)
     shuffled = reselect_negatives(everything, torch.tensor(best))
     assert all(shuffled[i, j] == (best[i] if i == j else everything[i, :, j].argmax()) for i in range(4) for j in range(4))
     torch.testing.assert_close(local_scores(judge, regions, sentence, shuffled).detach(), everything.gather(1, shuffled[:, None])[:, 0])
@@ -247,7 +247,7 @@ def estimate(bound, judge, nats: float, images: int, texts: int) -> float:
     "The bound on new pairs; less what the log-ratio of these matched pairs happens to lie above its mean, which is the truth."
     x, y = correlated(texts, nats)
     luck = log_ratio((x * y).sum(1), (x**2 + y**2).sum(1), nats)[:images].mean() - nats
-    return (bound(judge.scores(x[:images], y, chunk=2**15)) - luck).item()
+    return (bound(judge.scores(x[:images], y, memory=100)) - luck).item()
 
 
 PLAN = {  # bound, batch size, and by nats: steps, and images and texts of the estimate
@@ -358,7 +358,7 @@ def test_batches(kind, tokenizer):
     apart = kind.from_preset("tiny", tokenizer, negatives="all").eval()
     apart.load_state_dict(method.state_dict())
     assert (apart(batch).total - total).abs() > 1e-5  # same-study pairs do count there
-    pieces = kind.from_preset("tiny", tokenizer, negatives="other-study", chunk=3).eval()
+    pieces = kind.from_preset("tiny", tokenizer, negatives="other-study", score_memory=0.001).eval()
     pieces.load_state_dict(method.state_dict())
     torch.testing.assert_close(pieces(batch).total, total)
     torch.testing.assert_close(pieces.correspondence(batch).words, found.words)

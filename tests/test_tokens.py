@@ -318,11 +318,11 @@ def test_gloria_is_what_it_says(seed, lengths, regions, gammas, average, drop):
 
 
 @small
-@given(seeds, few_words, sizes, st.integers(1, 4))
-def test_chunks_change_nothing(seed, lengths, regions, chunk):
+@given(seeds, few_words, sizes, st.floats(1e-6, 0.1))
+def test_tiles_change_nothing(seed, lengths, regions, memory):
     r, z, mask = token_batch(seed, lengths, regions)
-    chunks = iter((None, chunk))
-    same_under(lambda a, b: gloria_loss(a, b, mask, chunk=next(chunks)), (r, z), (r, z), lambda *g: g)
+    rooms = iter((None, memory))
+    same_under(lambda a, b: gloria_loss(a, b, mask, memory=next(rooms)), (r, z), (r, z), lambda *g: g)
 
 
 def test_gloria_of_nothing():

@@ -66,7 +66,7 @@ class GLoRIA(Method):
             loss = clip_loss(self.global_image(image.whole), text.whole, 1 / c.scale, valid=valid)
             parts["global"] = c.global_weight * (2 * loss)
         if c.local_weight:
-            settings = (c.attention_scale, c.word_scale, c.scale, c.average, valid, c.chunk)
+            settings = (c.attention_scale, c.word_scale, c.scale, c.average, valid, c.score_memory)
             loss = gloria_loss(self.local_image(image.regions), *_cls_and_words(text), *settings)
             parts["local"] = c.local_weight * loss
         return add_up(**parts)
@@ -115,5 +115,5 @@ class GLoRIA(Method):
         scores = c.global_weight * l2_normalize(whole) @ l2_normalize(sentence).T
         if not c.local_weight:
             return scores
-        settings = (c.attention_scale, c.word_scale, c.average, c.chunk)
+        settings = (c.attention_scale, c.word_scale, c.average, c.score_memory)
         return scores + c.local_weight * gloria_scores(regions, words, mask, *settings)

@@ -92,9 +92,9 @@ class MutualInformation(Method):
         "The discriminator's scores of every region with every sentence and every word, each encoded on its own."
         image, text = self.image_encoder(batch.image), self.read_sentences(batch)
         words = self.read_sentences(batch, batch.texts()[:, [0, 1, 2, 2]]).sentences
-        regions, chunk = self.region_inputs(image), self.config.chunk
+        regions, memory = self.region_inputs(image), self.config.score_memory
         scores = [
-            torch.stack([self.discriminator.scores(*pair, chunk) for pair in zip(regions, texts, strict=True)])
+            torch.stack([self.discriminator.scores(*pair, memory) for pair in zip(regions, texts, strict=True)])
             for texts in (words, text.sentences)
         ]
         return Correspondence(*scores, text.word_mask, text.sentence_mask, image.grid, learned=self.learned)
@@ -119,7 +119,7 @@ class GlobalMI(MutualInformation):
         return self.image_encoder.whole_dim
 
     def pair_scores(self, image: ImageFeatures, text: Tensor, valid: Tensor | None) -> Tensor:
-        return self.discriminator.scores(image.whole, text, self.config.chunk)
+        return self.discriminator.scores(image.whole, text, self.config.score_memory)
 
     def embed_image(self, image: Tensor) -> Tensor:  # (B, Di)
         """Returns
@@ -131,7 +131,7 @@ class GlobalMI(MutualInformation):
 
     def similarity(self, image: Tensor, text: Tensor) -> Tensor:
         "The discriminator's scores."
-        return self.discriminator.scores(image, text, self.config.chunk)
+        return self.discriminator.scores(image, text, self.config.score_memory)
 
     def region_inputs(self, image: ImageFeatures) -> Tensor:
         "Images that look like one region everywhere. NoCorrespondence if the whole is not pooled from the regions."
@@ -164,11 +164,11 @@ class LocalMI(MutualInformation):
     def pair_scores(self, image: ImageFeatures, text: Tensor, valid: Tensor | None) -> Tensor:
         c, pair = self.config, (self.discriminator, image.regions, text)
         if (c.region_select, c.negatives_regions) == ("score", "selected"):
-            return local_scores(*pair, select_regions(*pair), c.chunk)
-        every = region_scores(*pair, c.chunk)
-        index = select_regions(*pair) if c.region_select == "score" else select_by_bound(every, valid)
+            return local_scores(*pair, select_regions(*pair, c.score_memory), c.score_memory)
+        every = region_scores(*pair, c.score_memory)
+        index = select_by_bound(every, valid) if c.region_select == "bound" else select_regions(*pair, c.score_memory)
         index = index if c.negatives_regions == "selected" else reselect_negatives(every, index)
-        return local_scores(*pair, index, c.chunk)
+        return local_scores(*pair, index, c.score_memory)
 
     def embed_image(self, image: Tensor) -> Tensor:  # (B, N, Di)
         """Returns
@@ -184,7 +184,7 @@ class LocalMI(MutualInformation):
 
     def similarity(self, image: Tensor, text: Tensor) -> Tensor:
         "The discriminator's score of each text with the region that fits it best."
-        return region_scores(self.discriminator, image, text, self.config.chunk).amax(1)
+        return region_scores(self.discriminator, image, text, self.config.score_memory).amax(1)
 
     def region_inputs(self, image: ImageFeatures) -> Tensor:
         return image.regions

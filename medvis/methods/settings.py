@@ -449,8 +449,8 @@ class MutualInformationConfig(MethodConfig):
     "Bound: cpc (at most log of the batch size), mine, cpc-released (mine minus a constant), binary (real or false?)."
     negatives: Literal["all", "other-study", "other-patient"] = "other-study"
     "Which mismatched pairs are contrasted: all, other-study, other-patient."
-    chunk: int = 65_536
-    "Most pairs judged at a time; beyond that they are judged again in the backward pass, to save memory."
+    score_memory: float = 1000.0
+    "MB that the judging of pairs may take at a time; what needs more is judged again in the backward pass."
     local_grid: str | None = None
     "Regions of ResNet-256; None = the encoder's own."
 
@@ -621,8 +621,8 @@ class GLoRIAConfig(MethodConfig):
     "Weight of whole image against whole text; 0 leaves it out."
     local_weight: float = 1.0
     "Weight of regions against words; 0 leaves it out."
-    chunk: int | None = None
-    "Texts whose words are scored at a time; None = all. Fewer need less memory, and more time."
+    score_memory: float = 1000.0
+    "MB that words and regions may take at a time; what needs more is scored again in the backward pass."
 
 # %% ../../nbs/methods/01_settings.ipynb #5f2b9ebe
 _GLORIA_RECIPE = dict(

@@ -49,7 +49,7 @@ class CosineCritic(nn.Module):
         self,
         image: Tensor,  # (B, Di); or (B, C, Di), a vector of its own for every pair
         text: Tensor,  # (C, Dt)
-        chunk: int | None = None,  # as in Discriminator; nothing here is large enough to need it
+        memory: float | None = None,  # as in Discriminator; nothing here is large enough to need it
     ) -> Tensor:  # (B, C)
         """Scores of all pairs: every image in a row, every text in a column.
 
@@ -59,7 +59,7 @@ class CosineCritic(nn.Module):
             (B, Di); or (B, C, Di), a vector of its own for every pair
         text : Tensor
             (C, Dt)
-        chunk : int | None, default: None
+        memory : float | None, default: None
             as in Discriminator; nothing here is large enough to need it
 
         Returns
@@ -106,7 +106,7 @@ def mixture_scores(
     critic: Discriminator | CosineCritic,
     regions: Tensor,  # (B, N, Di)
     sentence: Tensor,  # (C, Dt)
-    chunk: int | None = None,  # most pairs judged at a time
+    memory: float | None = None,  # MB at a time, as in Discriminator.scores
 ) -> Tensor:  # (B, C) F; between the highest region score less log N and the highest region score
     """Scores of all images with all sentences, with the region of a sentence hidden (log of a mean of exponentials).
 
@@ -117,15 +117,15 @@ def mixture_scores(
         (B, N, Di)
     sentence : Tensor
         (C, Dt)
-    chunk : int | None, default: None
-        most pairs judged at a time
+    memory : float | None, default: None
+        MB at a time, as in Discriminator.scores
 
     Returns
     -------
     Tensor
         (B, C) F; between the highest region score less log N and the highest region score
     """
-    scores = critic.scores(regions.flatten(0, 1), sentence, chunk).unflatten(0, regions.shape[:2])
+    scores = critic.scores(regions.flatten(0, 1), sentence, memory).unflatten(0, regions.shape[:2])
     return mix_regions(at_least_float32(scores))
 
 # %% ../../nbs/objectives/06_mixture.ipynb #b9626b0b

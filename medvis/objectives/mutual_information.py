@@ -10,9 +10,9 @@ __all__ = ['Discriminator', 'dv_bound', 'cpc_bound', 'released_cpc', 'select_reg
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from .contrastive import at_least_float32
+from .tables import tiled_scores
 
 # %% ../../nbs/objectives/04_mutual_information.ipynb #e727e590
 class Discriminator(nn.Module):
@@ -57,40 +57,52 @@ class Discriminator(nn.Module):
 
     def scores(
         self,
-        image: Tensor,  # (B, Di); or (B, C, Di), a vector of its own for every pair
+        image: Tensor,  # (B, Di); or (B, N, Di), several vectors of each image
         text: Tensor,  # (C, Dt)
-        chunk: int | None = None,  # most pairs judged at a time; None = all
+        memory: float | None = None,  # MB that hidden layers may take at a time; None = all at once
+        index: Tensor | None = None,  # (B, C) which vector of the image each pair is judged by; None: N = C, in turn
     ) -> Tensor:  # (B, C)
         """Scores of all pairs: every image in a row, every text in a column.
 
         Parameters
         ----------
         image : Tensor
-            (B, Di); or (B, C, Di), a vector of its own for every pair
+            (B, Di); or (B, N, Di), several vectors of each image
         text : Tensor
             (C, Dt)
-        chunk : int | None, default: None
-            most pairs judged at a time; None = all
+        memory : float | None, default: None
+            MB that hidden layers may take at a time; None = all at once
+        index : Tensor | None, default: None
+            (B, C) which vector of the image each pair is judged by; None: N = C, in turn
 
         Returns
         -------
         Tensor
             (B, C)
         """
-        if text.ndim != 2 or image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[1] != len(text)):
+        several = image.ndim == 3
+        if text.ndim != 2 or image.ndim not in (2, 3) or (several and index is None and image.shape[1] != len(text)):
             shapes = f"{tuple(image.shape)} and {tuple(text.shape)}"
             raise ValueError(f"expected images (B, Di) or (B, C, Di), and texts (C, Dt); found {shapes}")
+
+        def judge(image: Tensor, text: Tensor, index: Tensor | None = None) -> Tensor:
+            rows = torch.arange(len(image), device=image.device)[:, None]
+            first = self._first("image", image[:, None] if index is None else image[rows, index])
+            return self.layers[1:](first + text).squeeze(-1)
+
+        if several and index is None:
+            index = torch.arange(len(text), device=image.device).expand(len(image), -1)
         with torch.autocast(image.device.type, enabled=False):
-            text, step = self._first("text", text), len(image) if chunk is None else max(chunk // max(len(text), 1), 1)
+            both, text = (index,) if several else (), self._first("text", text)
+            own = self.layers[0].weight.itemsize * self.layers[0].out_features
+            room = dict(pair=self.pair_bytes + several * 2 * own, image=2 * own, memory=memory)
+            return tiled_scores(judge, (image,), (text,), both, **room)
 
-            def rows(part: Tensor) -> Tensor:
-                first = self._first("image", part)
-                return self.layers[1:]((first if part.ndim == 3 else first[:, None]) + text).squeeze(-1)
-
-            if len(image) <= step:
-                return rows(image)
-            parts = image.split(step)
-            return torch.cat([checkpoint(rows, part, use_reentrant=False, preserve_rng_state=False) for part in parts])
+    @property
+    def pair_bytes(self) -> float:
+        "What the hidden layers of one pair take while it is judged, or goes back."
+        hidden = [layer for layer in self.layers[:-1] if isinstance(layer, nn.Linear)]
+        return 2.5 * sum(layer.out_features * layer.weight.itemsize for layer in hidden)
 
 # %% ../../nbs/objectives/04_mutual_information.ipynb #442aca4d
 def _checked_scores(
@@ -187,6 +199,7 @@ def select_regions(
     discriminator: Discriminator,
     regions: Tensor,  # (B, N, Di)
     sentence: Tensor,  # (B, Dt) a sentence of the same row's report
+    memory: float | None = None,  # MB at a time, as in Discriminator.scores
 ) -> Tensor:  # (B,) int64 the region of each image that fits its sentence best; no gradient
     """Region by score: argmax over n of f(region n, sentence) (local-mi Eq. 5).
 
@@ -197,13 +210,20 @@ def select_regions(
         (B, N, Di)
     sentence : Tensor
         (B, Dt) a sentence of the same row's report
+    memory : float | None, default: None
+        MB at a time, as in Discriminator.scores
 
     Returns
     -------
     Tensor
         (B,) int64 the region of each image that fits its sentence best; no gradient
     """
-    return discriminator(regions, sentence[:, None]).argmax(1)
+    place = torch.arange(regions.shape[1], device=regions.device)
+    room = dict(pair=0.0 if memory is None else discriminator.pair_bytes, memory=memory)
+    own = tiled_scores(
+        lambda text, _, region: discriminator(region, text[:, None]), (sentence,), (place,), (regions,), **room
+    )
+    return own.argmax(1)
 
 # %% ../../nbs/objectives/04_mutual_information.ipynb #d5f16c0e
 @torch.no_grad()
@@ -211,7 +231,7 @@ def region_scores(
     discriminator: Discriminator,
     regions: Tensor,  # (B, N, Di)
     sentence: Tensor,  # (B, Dt)
-    chunk: int | None = None,  # most pairs judged at a time
+    memory: float | None = None,  # MB at a time, as in Discriminator.scores
 ) -> Tensor:  # (B, N, B) every region of every image against every sentence; no gradient
     """Scores of all regions with the sentences of the batch, to select by.
 
@@ -222,15 +242,15 @@ def region_scores(
         (B, N, Di)
     sentence : Tensor
         (B, Dt)
-    chunk : int | None, default: None
-        most pairs judged at a time
+    memory : float | None, default: None
+        MB at a time, as in Discriminator.scores
 
     Returns
     -------
     Tensor
         (B, N, B) every region of every image against every sentence; no gradient
     """
-    return discriminator.scores(regions.flatten(0, 1), sentence, chunk).unflatten(0, regions.shape[:2])
+    return discriminator.scores(regions.flatten(0, 1), sentence, memory).unflatten(0, regions.shape[:2])
 
 # %% ../../nbs/objectives/04_mutual_information.ipynb #14e8e9a3
 def select_by_bound(
@@ -283,7 +303,7 @@ def local_scores(
     regions: Tensor,  # (B, N, Di)
     sentence: Tensor,  # (B, Dt)
     index: Tensor,  # (B,) the region of every image, or (B, B) of every pair
-    chunk: int | None = None,
+    memory: float | None = None,  # MB at a time, as in Discriminator.scores
 ) -> Tensor:  # (B, B)
     """Scores of all pairs, each image seen through the chosen region; gradients go to chosen regions alone.
 
@@ -296,12 +316,14 @@ def local_scores(
         (B, Dt)
     index : Tensor
         (B,) the region of every image, or (B, B) of every pair
-    chunk : int | None, default: None
+    memory : float | None, default: None
+        MB at a time, as in Discriminator.scores
 
     Returns
     -------
     Tensor
         (B, B)
     """
-    row = torch.arange(len(regions), device=regions.device)
-    return discriminator.scores(regions[row if index.ndim == 1 else row[:, None], index], sentence, chunk)
+    if index.ndim == 2:
+        return discriminator.scores(regions, sentence, memory, index)
+    return discriminator.scores(regions[torch.arange(len(regions), device=regions.device), index], sentence, memory)

@@ -9,9 +9,9 @@ __all__ = ['gather_context', 'matching_scores', 'recognition_loss', 'clip_weight
 # %% ../../nbs/objectives/02_tokens.ipynb #ec1eaccc
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from .contrastive import pair_loss, at_least_float32, l2_normalize
+from .tables import tiled_scores
 
 # %% ../../nbs/objectives/02_tokens.ipynb #6f832968
 def gather_context(
@@ -235,7 +235,7 @@ def gloria_scores(
     attention_scale: float = 4.0,  # gamma_1, temp1
     word_scale: float = 5.0,  # gamma_2, temp2
     average: bool = False,  # mean instead of sum over the words of a text
-    chunk: int | None = None,  # texts at a time; None = all
+    memory: float | None = None,  # MB that words and regions may take at a time; None = all at once
 ) -> Tensor:  # (B, T) image i against text t; 0 for a text without words
     """Score every image against every text through its words (released GLoRIA, without its temp3).
 
@@ -253,8 +253,8 @@ def gloria_scores(
         gamma_2, temp2
     average : bool, default: False
         mean instead of sum over the words of a text
-    chunk : int | None, default: None
-        texts at a time; None = all
+    memory : float | None, default: None
+        MB that words and regions may take at a time; None = all at once
 
     Returns
     -------
@@ -263,22 +263,24 @@ def gloria_scores(
     """
     with torch.autocast(regions.device.type, enabled=False):
         regions, words = at_least_float32(regions), at_least_float32(words)
-        gram = regions @ regions.mT
 
-        def against(words: Tensor, mask: Tensor) -> Tensor:
+        def against(regions: Tensor, words: Tensor, mask: Tensor) -> Tensor:
+            many = regions.shape[1] > regions.shape[2]
+            other = regions if many else regions @ regions.mT
             similarity = torch.einsum("twd,bnd->btwn", words, regions)
             maps = gloria_attention(similarity, mask, attention_scale)
-            square = (maps * torch.einsum("btwn,bnm->btwm", maps, gram)).sum(-1) * words.square().sum(-1)
+            gathered = (maps.flatten(1, 2) @ other).unflatten(1, maps.shape[1:3])
+            square = (gathered * (gathered if many else maps)).sum(-1) * words.square().sum(-1)
             cosine = (maps * similarity).sum(-1) / square.clamp(min=1e-16).sqrt()
             none = ~mask.any(-1)
             total = (word_scale * cosine).masked_fill(~(mask | none[:, None]), -torch.inf).logsumexp(-1)
             total = total - mask.sum(-1).clamp(min=1).to(total.dtype).log() if average else total
             return total.masked_fill(none, 0)
 
-        if chunk is None:
-            return against(words, word_mask)
-        parts = zip(words.split(chunk), word_mask.split(chunk))
-        return torch.cat([checkpoint(against, *part, use_reentrant=False) for part in parts], 1)
+        # eight tables of words and regions are there at a time when a pair goes back, and three of regions and regions
+        (count, width), size = regions.shape[1:], regions.itemsize
+        room = dict(pair=8 * size * count * words.shape[1], image=3 * size * count * min(count, width), memory=memory)
+        return tiled_scores(against, (regions,), (words, word_mask), **room)
 
 # %% ../../nbs/objectives/02_tokens.ipynb #9c3d393b
 def gloria_loss(
@@ -290,7 +292,7 @@ def gloria_loss(
     scale: float = 10.0,  # gamma_3, temp3
     average: bool = False,  # mean instead of sum over the words of a text
     valid: Tensor | None = None,  # (B, B) bool, False = this pair is not a negative
-    chunk: int | None = None,  # texts at a time; None = all
+    memory: float | None = None,  # MB that words and regions may take at a time; None = all at once
 ) -> Tensor:  # scalar, 2 log B at chance
     """GLoRIA's local loss: image to text and text to image, added as published.
 
@@ -312,13 +314,13 @@ def gloria_loss(
         mean instead of sum over the words of a text
     valid : Tensor | None, default: None
         (B, B) bool, False = this pair is not a negative
-    chunk : int | None, default: None
-        texts at a time; None = all
+    memory : float | None, default: None
+        MB that words and regions may take at a time; None = all at once
 
     Returns
     -------
     Tensor
         scalar, 2 log B at chance
     """
-    scores = gloria_scores(regions, words, word_mask, attention_scale, word_scale, average, chunk)
+    scores = gloria_scores(regions, words, word_mask, attention_scale, word_scale, average, memory)
     return 2 * pair_loss(scale * scores, valid=valid)

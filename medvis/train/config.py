@@ -37,6 +37,10 @@ class TrainConfig(Sampling):
     "What a sample is contrasted with where several processes train: one batch of all, or their own (as published)."
     batch_norm: Literal["own process", "all processes"] = "own process"
     "Whose statistics normalise the images of an image encoder; those of all processes need GPUs."
+    encoder_chunk: int | None = None
+    "Pairs that the encoders read at a time, for the gradient of the whole batch; None = all, if memory allows."
+    recompute: bool = False
+    "Compute the inside of the encoders' blocks again in the backward pass, instead of keeping it: saves memory."
     accumulate: int = 1
     "Batches whose gradients are added before each optimiser step."
     optimizer: Literal["adamw", "adam"] = "adamw"
@@ -86,9 +90,15 @@ class TrainConfig(Sampling):
 
     def __post_init__(self) -> None:
         _check_types(self)
-        for name, least in {"epochs": 1, "batch_size": 1, "accumulate": 1, "save_every": 1, "max_tokens": 3}.items():
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} is {getattr(self, name)}; expected at least {least}")
+        counts = ("epochs", "batch_size", "encoder_chunk", "accumulate", "save_every")
+        for name, least in {**dict.fromkeys(counts, 1), "max_tokens": 3}.items():
+            if (value := getattr(self, name)) is not None and value < least:
+                raise ValueError(f"{name} is {value}; expected at least {least}")
+        if self.encoder_chunk is not None and self.batch_norm == "all processes":
+            raise ValueError(
+                "batch_norm 'all processes' waits for all of them in each layer, and encoder_chunk gives each a number "
+                "of chunks of its own: leave out one of the two"
+            )
         super().__post_init__()
 
     @classmethod

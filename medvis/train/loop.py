@@ -36,6 +36,7 @@ from ..methods.method import Losses, Method
 from .checkpoint import load_checkpoint, read_weights, save_checkpoint, save_weights
 from .config import Diverged, Schedule, TrainConfig
 from .diagnostics import diagnose, warn_of_collapse
+from .large_batches import on_small_memory
 from medvis.train.processes import (
     all_counts,
     anywhere,
@@ -483,15 +484,15 @@ class _Trainer(_RunState):
         c, a, when = self.config, self.accelerator, (self.step, self.steps_per_epoch, self.history)
         for name, reason in from_all(a, [reject for batch in batches for reject in batch.rejects]):
             self.log("reject", step=self.step + 1, study_id=name, reason=reason)
-        good = _to_take(a, batches, self.joined)  # by all processes or by none
-        if not good:
+        if not (good := _to_take(a, batches, self.joined)):  # by all processes or by none
             return {}
         for group, side in zip(self.optimizer.param_groups, self.sides, strict=True):
             group["lr"] = _learning_rate(side, *when)
         try:
             numbers, loaded, shares = map(list, zip(*good))
             seeds = [counter_seed(c.seed, self.step, i, self.draws, 3) for i in numbers]
-            losses = _optimise(self.prepared, self.optimizer, loaded, a, seeds, c.clip_norm, shares)
+            with on_small_memory(self.method, c.encoder_chunk, c.recompute):
+                losses = _optimise(self.prepared, self.optimizer, loaded, a, seeds, c.clip_norm, shares)
             return {"lr": _learning_rate(c, *when), **losses}
         except Diverged as error:
             self.save()

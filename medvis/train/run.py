@@ -59,6 +59,7 @@ _ADDED = {
     "local_grid": None,
     "extremes": 1,
 }  # settings that older runs do not have, and the value that means what those runs did
+_GONE = ("chunk",)  # settings that older runs have and that never changed a number
 
 
 def _update_settings(
@@ -70,12 +71,21 @@ def _update_settings(
         return settings
     today = kind.Config.__dataclass_fields__
     added = {name: value for name, value in _ADDED.items() if name in today}
-    renamed = {name if name in today else _RENAMED.get(name, name): value for name, value in settings["config"].items()}
+    kept = {name: value for name, value in settings["config"].items() if name in today or name not in _GONE}
+    renamed = {name if name in today else _RENAMED.get(name, name): value for name, value in kept.items()}
     idle = dict.fromkeys(idle_settings(kind.Config) & renamed.keys())  # they had a value before, which nothing read
     return settings | {"config": added | renamed | idle}
 
 # %% ../../nbs/train/05_run.ipynb #89b802b1
-_FREE = ("run", "workers", "progress", "save_every", "device")  # may differ when a run goes on
+_FREE = (
+    "run",
+    "workers",
+    "progress",
+    "save_every",
+    "device",
+    "recompute",
+    "score_memory",
+)  # may differ when a run goes on
 _OF_SEVERAL = ("negatives_of", "batch_norm")  # of no matter to a process that trains alone
 _BEFORE = {"negatives_of": "own process"}  # what was done before there was a choice
 
@@ -96,9 +106,10 @@ def _check_same_run(method: Method, data: Pack, run: Path, settings: dict[str, A
     )
     old["train"] |= {"data": manifest["data"]["hash"], "processes": manifest.get("processes", 1)}
     new = settings | {"train": settings["train"] | {"data": data.manifest["hash"], "processes": processes}}
+    new["config"] = dict(settings["config"])
     for key in (*_FREE, *(_OF_SEVERAL if processes == 1 else ())):
-        old["train"].pop(key, None)
-        new["train"].pop(key, None)
+        for part in (old["train"], new["train"], old["config"], new["config"]):
+            part.pop(key, None)
     for part in ("method", "config", "train"):
         if old[part] != new[part]:
             values = new[part] if isinstance(new[part], dict) else {}
