@@ -85,7 +85,7 @@ class _Chunks:
             self.states.append(_states(self.device))
             with torch.no_grad(), torch.autocast(**self.autocast):
                 features = self.read(*inputs)
-            parts = {one.name: getattr(features, one.name) for one in fields(features)}
+                parts = {one.name: getattr(features, one.name) for one in fields(features)}
             self.kind, self.names = type(features), [name for name in parts if isinstance(parts[name], Tensor)]
             self.others = {name: part for name, part in parts.items() if name not in self.names}
             yield [parts[name] for name in self.names]
@@ -96,7 +96,8 @@ class _Chunks:
         with _drawn_from(self.states[number], self.device), _kept(self.buffers):
             with torch.enable_grad(), torch.autocast(**self.autocast):
                 features = self.read(*self.inputs[number])
-            yield [getattr(features, name) for name in self.names]
+                parts = [getattr(features, name) for name in self.names]  # some are made when they are asked for
+            yield parts
 
 
 class _InChunks(torch.autograd.Function):
