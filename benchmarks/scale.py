@@ -28,7 +28,12 @@ ASSUMED = {
     "overlap": (0.5, "of the exchange of gradients hides behind the backward pass"),
 }
 GFLOP = {"ViT-B/16": 101.6, "BERT-base": 58.5}  # a pair, forward and backward, BERT at 112 tokens; counted by torch on this code
-MODELS = {"convirt": ("ResNet-50", 25.6 + 109.5), "lovt": ("ResNet-50", 25.6 + 109.5), "mgca": ("ViT-B/16", 85.8 + 109.5)}  # image tower, millions of weights of both
+MODELS = {  # method -> image tower, millions of weights (BERT with 29 000 pieces), MB that a pair keeps for the backward pass in float32, step / encoders
+    "convirt": ("ResNet-50", 142, 88, 1.003),
+    "lovt": ("ResNet-50", 169, 109, 1.03),
+    "mgca": ("ViT-B/16", 201, 168, 1.022),
+}
+MEASURED = {"prepare": (17.8, "ms an image of 2 000 px, one core"), "prints": (0.31, "ms an image, benchmarks/guard.py"), "guard": (GUARD_SECONDS, "s of one core, hashes of 400 000 images in three splits, benchmarks/guard.py")}
 
 
 def table(name: str) -> pd.DataFrame:
@@ -39,14 +44,13 @@ def cited(name: str) -> float:
     return CITED[name][0]
 
 
-def pace(method: str) -> tuple[float, float]:
-    "Seconds a pair on one GPU, and how much of it are heads and losses."
+def pace(method: str) -> float:
+    "Seconds a pair on one GPU."
     rate = cited("bert") * 128 * 6 * ASSUMED["bert-large"][0] / 1e9  # GFLOP/s that a transformer reaches
     tower = MODELS[method][0]
     image = 1 / cited("resnet") if tower == "ResNet-50" else GFLOP[tower] / rate
     encoders = image + GFLOP["BERT-base"] / rate
-    ratio = table("steps").set_index("method")["step / encoders"][method]
-    return encoders * ratio / ASSUMED["busy"][0], ratio
+    return encoders * MODELS[method][3] / ASSUMED["busy"][0]
 
 
 def exchange(method: str, gpus: int) -> float:
@@ -58,15 +62,14 @@ def exchange(method: str, gpus: int) -> float:
 
 
 def line(method: str, gpus: int) -> dict[str, str]:
-    (tower, weights), recipe = MODELS[method], find_settings(method)[1]["paper"][1]
-    (seconds, _), epochs, batch = pace(method), recipe["epochs"], recipe["batch_size"]
+    (_, weights, kept, _), recipe = MODELS[method], find_settings(method)[1]["paper"][1]
+    seconds, epochs, batch = pace(method), recipe["epochs"], recipe["batch_size"]
     step = batch * seconds + exchange(method, gpus) * (1 - ASSUMED["overlap"][0])
     scaling = {1: 1.0, 8: cited("resnet on 8") / cited("resnet") / 8, 64: cited("resnet on 8") / cited("resnet") / 8 * cited("nodes") / 8}[gpus]
     rate = gpus * batch / step * scaling
     hours = PAIRS * epochs / rate / 3600
     loading = table("loading").set_index("method")["pairs a second and core"][method]
-    kept = table("steps").set_index("method")
-    memory = 16e6 * weights / 1e9 + batch * kept["kept, MB"][method] / kept["kept rows"][method] / 2 / 1024
+    memory = 16e6 * weights / 1e9 + batch * kept / 2 / 1024
     return {"method": method, "GPUs": str(gpus), "batch in all": f"{gpus * batch:,}".replace(",", " "), "pairs/s": f"{rate:,.0f}".replace(",", " "), "epoch": f"{PAIRS / rate / 60:.1f} min",
             "the paper's epochs": f"{epochs}: {hours:.1f} h", "US$": f"{hours * cited('node, $/h') / 8 * gpus:,.0f}".replace(",", " "), "cores that load": f"{max(rate / loading, 0.1):.1f}", "to each GPU": f"{rate / gpus * (224**2 + 2000) / 1e6:.0f} MB/s",
             "from the disk or its cache": f"{rate * 256**2 / 1e6:.0f} MB/s", "gradients": f"{1000 * exchange(method, gpus):.1f} of {1000 * step:.0f} ms", "memory of a GPU": f"{memory:.0f} of {cited('card'):.0f} GB"}
@@ -79,20 +82,16 @@ def markdown(rows: list[dict[str, str]]) -> str:
 
 def before() -> list[dict[str, str]]:
     "What is needed once, before the first step."
-    guard = table("guard")
-    last, million = guard.iloc[-1], 1e6
-    images = PAIRS + TESTED
-    prints = pd.read_json(HERE / "guard.json", typ="series")["prints, ms an image"]
-    compared = last["seconds"] * images / last["images"]
-    prepare = 17.8
+    images, million = PAIRS + TESTED, 1e6
+    prepare, prints, guard = (value for value, _ in MEASURED.values())
     return [
         {"what": "JPEGs as they come", "need": f"{cited('raw, GB'):.0f} GB of disk", "from": "cited; of all 377 110"},
         {"what": "Pack of 256 px", "need": f"{images * 256**2 / 1e9:.1f} GB of disk; as much memory if nothing is to be read twice", "from": "65 536 bytes an image, by its format"},
         {"what": "tables and reports", "need": f"{images * 325 / million:.0f} MB", "from": "325 bytes a study, Pack of Open-i"},
         {"what": "tokens of the reports", "need": f"{PAIRS * 0.7e3 / million:.0f} MB of memory, in each worker until they are shared", "from": "0.7 kB a report, loading.md"},
         {"what": "prepare", "need": f"{images * prepare / 3.6e6:.1f} hours of one core", "from": "17.8 ms an image of 2 000 px, 3 more than Pillow alone needs"},
-        {"what": "guard: prints", "need": f"{images * prints / 6e4:.1f} minutes", "from": f"{prints:.2f} ms an image, guard.json"},
-        {"what": "guard: hashes", "need": f"{compared / 60:.1f} minutes", "from": f"{last['seconds']:.0f} s of {last['images']:.0f} images, guard.csv"},
+        {"what": "guard: prints", "need": f"{images * prints / 6e4:.1f} minutes", "from": f"{prints} {MEASURED['prints'][1]}"},
+        {"what": "guard: hashes", "need": f"{guard * images / 400_000 / 60:.1f} minutes", "from": f"{guard} {MEASURED['guard'][1]}"},
     ]
 
 
@@ -124,7 +123,7 @@ below; `benchmarks/gpu.py` measures the same on a real one. Half or twice as muc
 | --- | --- |
 {assumed}
 
-Counted by torch on this code, forward and backward, a pair: {gflop}. Heads and losses: `steps.csv`. Pairs a second and core: `loading.csv`."""
+Counted by torch on this code, forward and backward, a pair: {gflop}. Kept activations too, without weights. Heads and losses: measured against the encoders on a CPU, at the papers' batches. Pairs a second and core: `loading.csv`."""
 
 
 if __name__ == "__main__":

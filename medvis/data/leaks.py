@@ -315,11 +315,13 @@ def _by_bands(
     planes, rows = (
         [of(hashes) for hashes in (a, b)] for of in (_planes, lambda hashes: np.ascontiguousarray(hashes.T))
     )
-    seen, found = np.zeros(1 << _SLOTS, bool), np.empty(0, np.int64)
+    seen, found = np.zeros(1 << _SLOTS, bool), [np.empty(0, np.int64)]
     for band in bands:
         near = [_perhaps(*rows, i, j) for i, j in _agree(*(_band_keys(of, band) for of in planes), seen)]
-        found = np.unique(np.concatenate([found, *(i * b.shape[1] + j for i, j in near)]))
-    return _sure(a, b, *np.divmod(found, b.shape[1]))
+        found += [i * b.shape[1] + j for i, j in near]
+        if sum(map(len, found)) > len(found[0]) + 4 * _AT_ONCE:
+            found = [np.unique(np.concatenate(found))]
+    return _sure(a, b, *np.divmod(np.unique(np.concatenate(found)), b.shape[1]))
 
 # %% ../../nbs/data/06_leaks.ipynb #18d532d7
 _PLAIN = 4000  # images on either side (as n m / (n + m)), up to which every pair is compared
