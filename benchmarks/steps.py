@@ -153,7 +153,7 @@ def measure(name: str, preset: str, size: int, rows: int, repeats: int, device: 
     whole = kept_bytes(few_method, lambda: few_method(few).total.backward())
     alone = kept_bytes(few_method, lambda: encoders(few_calls, None))
     return {"method": name, "preset": preset, "batch": size, "encoders, ms": ms["encoders"], "rest, ms": ms["rest"], "step / encoders": 1 + ms["rest"] / ms["encoders"], "goal": GOALS.get(name, 1.05),
-            "kept, MB": whole / 2**20, "kept / encoders": whole / max(alone, 1)}
+            "kept rows": min(size, max(rows, 2)), "kept, MB": whole / 2**20, "kept / encoders": whole / max(alone, 1)}
 
 
 if __name__ == "__main__":

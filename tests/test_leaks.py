@@ -112,6 +112,46 @@ def test_the_order_of_rows_and_the_blocks_do_not_matter(monkeypatch):
     pd.testing.assert_frame_equal(leaks.near_duplicates(a, b), leaks.near_duplicates(a, b, block=2), atol=1e-5)
 
 
+@pytest.mark.parametrize("change", ["equalised", "inverted", "larger", "wide border", "darker", "squashed", "crop"])
+def test_bands_find_what_pairs_find(change, monkeypatch):
+    "Whole and whole, whole and part, either side the larger, turned over or not"
+    copies = leaks.take_prints(np.stack([changed(image, change) for image in PIXELS[:12]]), np.arange(12))
+    originals = leaks.take_prints(PIXELS, np.arange(40))
+    for a, b in ((originals, copies), (copies, originals)):
+        wanted = leaks.near_duplicates(a, b)
+        monkeypatch.setattr(leaks, "_PLAIN", 0)
+        found = leaks.near_duplicates(a, b)
+        monkeypatch.undo()
+        assert len(wanted) >= 9
+        assert found[["row_a", "row_b"]].equals(wanted[["row_a", "row_b"]])
+        assert np.abs(found.distance - wanted.distance).max() < 0.02      # another view of the same pair may have been the best
+
+
+def test_bands_propose_nothing_that_is_far_and_all_that_is_near():
+    "Of hashes of the phantom: each once, none that is not near, and all of those to 10 bits apart; of all, four of five"
+    hashes, random = leaks.take_prints(PIXELS, np.arange(40)).hashes[0], np.random.default_rng(0)
+    some = np.tile(hashes, 30)
+    flips = np.zeros((some.shape[1], 256), bool)
+    for row, count in zip(flips, random.integers(0, 27, len(flips)), strict=True):
+        row[random.permutation(leaks._BITS)[:count]] = True
+    flips[::2, :leaks._BITS] ^= True
+    other = some ^ np.packbits(flips.reshape(-1, 64, 4).swapaxes(1, 2), axis=2).view(np.uint64)[..., 0].T
+    wanted, found = (list(zip(*(column.tolist() for column in pairs), strict=True)) for pairs in (leaks._close(hashes, other), leaks._by_bands(hashes, other, leaks._choose_bands(other))))
+    assert len(set(found)) == len(found) and set(found) <= set(wanted) and {sign for *_, sign in found} == {1, -1}
+    apart = {(i, j, sign): min(bits := int(np.bitwise_count(hashes[:, i] ^ other[:, j]).sum()), leaks._BITS - bits) for i, j, sign in wanted}
+    missed = set(wanted) - set(found)
+    assert min((apart[one] for one in missed), default=99) > 10 and len(missed) < 0.2 * len(wanted)
+
+
+def test_a_crowd_is_not_a_square():
+    "2 000 images that are one: each is compared with 200 of 2 000, and not with four millions; another image is found among them"
+    hashes = leaks.take_prints(PIXELS, np.arange(40)).hashes[0]
+    crowd = np.repeat(hashes[:, :1], 2000, axis=1)
+    both = np.concatenate([crowd, hashes[:, 5:6]], axis=1)
+    i, j, _ = leaks._by_bands(both, both, leaks._choose_bands(hashes))
+    assert len(i) == 2000 * leaks._CROWD + 1 and set(i[:-1]) == set(range(2000)) and (i[-1], j[-1]) == (2000, 2000)
+
+
 @pytest.mark.parametrize("turned", [False, True])
 @pytest.mark.parametrize("words", [2, 4])
 @pytest.mark.parametrize("flips", [0, 9, leaks._HALF_REACH - 1, leaks._HALF_REACH, leaks._HALF_REACH + 1, leaks._REACH - 1, leaks._REACH, leaks._REACH + 1, 39])

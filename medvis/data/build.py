@@ -651,16 +651,17 @@ _LEAST_PARTS = 32  # that workers share
 def _part_size(plan: _Plan, key: str, items: int, workers: int) -> int:
     "Studies of a part: those of the unfinished build; else the plan's, or fewer, so that all workers have some"
     note = plan.folder / "build.txt"
-    told = note.read_text().split() if note.exists() else []
-    if told[:1] == [key]:
-        return int((told + [plan.part_size])[1])  # an older medvis had one size
+    noted = note.read_text().split() if note.exists() else []
+    if noted[:1] == [key]:
+        return int((noted + [plan.part_size])[1])  # an older medvis had one size
     return min(plan.part_size, math.ceil(items / _LEAST_PARTS)) if workers > 1 else plan.part_size
 
 
-def _all_parts(plan: _Plan, items: Sequence, size: int, workers: int, max_rejects: float, progress: bool) -> list[dict]:
-    """Build the parts of `size` items that are missing, with a progress bar; returns the counts of all.
+def _all_parts(plan: _Plan, key: str, items: Sequence, workers: int, max_rejects: float, progress: bool) -> list[dict]:
+    """Build the parts that are missing, with a progress bar; returns the counts of all.
 
     ValueError for too many rejects."""
+    size = _part_size(plan, key, len(items), workers)
     jobs = {number: items[start : start + size] for number, start in enumerate(range(0, len(items), size))}
     parts = {number: _count_part(plan, number) for number in jobs}
     missing = {number: job for number, job in jobs.items() if parts[number] is None}
@@ -751,9 +752,8 @@ def write_pack(
     # a lock that a killed process left is taken, and so removed
     whole = (out / "manifest.json").exists() and not Path(f"{out}.lock").exists()
     with nullcontext() if whole else lock_folder(out, "Pack"):
-        part_size = _part_size(plan, key, len(items), workers)
-        if unfinished := _unfinished(out, plan, key, part_size, progress, fresh):
-            parts = _all_parts(plan, items, part_size, workers, max_rejects, progress)
+        if unfinished := _unfinished(out, plan, key, _part_size(plan, key, len(items), workers), progress, fresh):
+            parts = _all_parts(plan, key, items, workers, max_rejects, progress)
         folder = _assemble(plan, key, parts) if unfinished else out
         if guarded:
             guard_pack(folder, against, allow_leaks, progress, built=unfinished)

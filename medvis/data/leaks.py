@@ -236,10 +236,17 @@ def _close(
     return _sure(a, b, *np.divmod(np.flatnonzero(half >= _HALF_BITS - 2 * _HALF_REACH - 1), b.shape[1]))
 
 # %% ../../nbs/data/06_leaks.ipynb #8c2d3e4f
-_DEALS = 20  # of the 28 whole bytes of a hash to 7 bands of 4
+_DRAWN, _BANDS = 500, 240  # bands of 4 of the 28 whole bytes of a hash, and those that are used
 _SLOTS = 22  # bits of the number of a slot, by which most that have no partner are seen at once
 _CROWD = 200  # images that agree in a band, of which more are not looked at
 _AT_ONCE = 1 << 20  # pairs in memory
+
+
+def _planes(
+    hashes: np.ndarray,  # (4, n) uint64
+) -> np.ndarray:  # (28, n) uint8
+    "The bytes of which all bits are used"
+    return np.ascontiguousarray(hashes).view(np.uint8).reshape(4, -1, 8)[..., :7].transpose(0, 2, 1).reshape(28, -1)
 
 
 def _band_keys(
@@ -249,6 +256,18 @@ def _band_keys(
     "What a hash has in a band; the same if it is turned over"
     keys = np.ascontiguousarray(planes[band].T).view(np.uint32)[:, 0]
     return np.minimum(keys, ~keys)
+
+
+def _choose_bands(
+    hashes: np.ndarray,  # (4, n) uint64
+    sample: int = 2000,
+) -> np.ndarray:  # (BANDS, 4)
+    "The bands, of those that are drawn, in which the fewest of a sample agree"
+    random = np.random.default_rng(0)
+    planes = _planes(hashes[:, random.choice(hashes.shape[1], min(sample, hashes.shape[1]), replace=False)])
+    drawn = np.stack([random.permutation(28)[:4] for _ in range(_DRAWN)])
+    counts = (np.unique(_band_keys(planes, band), return_counts=True)[1] for band in drawn)
+    return drawn[np.argsort([np.square(count).sum() for count in counts], kind="stable")[:_BANDS]]
 
 
 def _agree(
@@ -271,24 +290,38 @@ def _agree(
         yield np.repeat(i[some], count), order[np.repeat(low[some], count) + within]
 
 
+def _perhaps(
+    a: np.ndarray,  # (n, 4) uint64
+    b: np.ndarray,  # (m, 4)
+    i: np.ndarray,  # (k,)
+    j: np.ndarray,  # (k,)
+) -> tuple[np.ndarray, np.ndarray]:
+    "Those of some pairs that differ in at most REACH bits, or in all but so many"
+    counts = np.bitwise_count(np.take(a, i, 0) ^ np.take(b, j, 0)).view(np.uint32)[:, 0]
+    apart = (counts * np.uint32(0x01010101)) >> np.uint32(24)  # the four of them added up
+    near = np.flatnonzero(apart - np.uint32(_REACH + 1) >= _BITS - 2 * _REACH - 1)  # small ones wrap around
+    return i[near], j[near]
+
+
 def _by_bands(
     a: np.ndarray,  # (4, n) uint64
     b: np.ndarray,  # (4, m)
+    bands: np.ndarray,  # (k, 4) of _choose_bands
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # as of _close
     "Pairs of hashes that are near and agree in a band"
     if a.shape[1] < b.shape[1]:  # tables are made of the fewer
-        j, i, sign = _by_bands(b, a)
+        j, i, sign = _by_bands(b, a, bands)
         return i, j, sign
-    planes = [
-        np.ascontiguousarray(of.view(np.uint8).reshape(4, -1, 8)[..., :7].transpose(0, 2, 1)).reshape(28, -1)
-        for of in (a, b)
-    ]
-    random, seen, found = np.random.default_rng(0), np.zeros(1 << _SLOTS, bool), np.empty(0, np.int64)
-    for band in np.concatenate([random.permutation(28).reshape(7, 4) for _ in range(_DEALS)]):
-        keys = (_band_keys(of, band) for of in planes)
-        near = [_sure(a, b, i, j)[:2] for i, j in _agree(*keys, seen)]
-        found = np.unique(np.concatenate([found, *(i * b.shape[1] + j for i, j in near)]))
-    return _sure(a, b, *np.divmod(found, b.shape[1]))
+    planes, rows = (
+        [of(hashes) for hashes in (a, b)] for of in (_planes, lambda hashes: np.ascontiguousarray(hashes.T))
+    )
+    seen, found = np.zeros(1 << _SLOTS, bool), [np.empty(0, np.int64)]
+    for band in bands:
+        near = [_perhaps(*rows, i, j) for i, j in _agree(*(_band_keys(of, band) for of in planes), seen)]
+        found += [i * b.shape[1] + j for i, j in near]
+        if sum(map(len, found)) > len(found[0]) + 4 * _AT_ONCE:
+            found = [np.unique(np.concatenate(found))]
+    return _sure(a, b, *np.divmod(np.unique(np.concatenate(found)), b.shape[1]))
 
 # %% ../../nbs/data/06_leaks.ipynb #18d532d7
 _PLAIN = 4000  # images on either side (as n m / (n + m)), up to which every pair is compared
@@ -314,10 +347,11 @@ def _candidates(
     "Pairs of views that are close: whole and whole, whole and part, part and whole"
     views, pairs = range(1, len(a.hashes)), []
     many = len(a.rows) * len(b.rows) > _PLAIN * (len(a.rows) + len(b.rows))
+    bands = _choose_bands(a.hashes[0]) if many else None
     compared = [(0, 0), *((0, view) for view in views), *((view, 0) for view in views)]
     for va, vb in tqdm(compared, "near duplicates", disable=not progress):
         of = a.hashes[va], b.hashes[vb]
-        for i, j, sign in [_by_bands(*of)] if many else _every_pair(*of, block):
+        for i, j, sign in [_by_bands(*of, bands)] if many else _every_pair(*of, block):
             if len(i):
                 pairs.append(np.stack([i, j, np.full_like(i, va), np.full_like(i, vb), sign], axis=1))
             if sum(map(len, pairs)) > 1000:
