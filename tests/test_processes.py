@@ -18,6 +18,7 @@ from medvis.data.prepare import PhantomConfig, prepare_phantom
 from medvis.methods import ConVIRT
 from medvis.methods.method import Losses, phantom_tokenizer
 from medvis.train import Run, TrainConfig, fit, load_method
+from medvis.train.checkpoint import load_checkpoint
 
 class Sick(Pack):
     "A Pack that does one process harm."
@@ -27,6 +28,8 @@ class Sick(Pack):
         self.left -= 1
         if self.fault == "killed" and os.environ["RANK"] == "0" and self.left == 0:
             os.kill(os.getpid(), signal.SIGKILL)
+        if self.fault == "asked" and os.environ["RANK"] == "1" and self.left == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
         if self.fault == "unreadable" and os.environ["RANK"] == "1" and self.studies["split"].iloc[index] == "train":
             raise OSError("input/output error")
         return super().image(index)
@@ -112,12 +115,17 @@ def test_the_command_starts_them_itself(pack, tmp_path):
     assert done.stdout.count("Run: ") == 1 and manifest["processes"] == 2 and json.loads((tmp_path / "run" / "config.json").read_text())["train"]["negatives_of"] == "all processes"
 
 
-def test_killed_and_started_again_on_two(pack, undisturbed, tmp_path):
-    run = tmp_path / "killed"
+@pytest.mark.parametrize("how", ["killed", "asked"])
+def test_stopped_and_started_again_on_two(how, pack, undisturbed, tmp_path):
+    "One is killed in the middle of a step; or one of them is asked to end, and both end after the same step."
+    run = tmp_path / how
     together(pack, run, ends=False)
-    assert not (run / "last.safetensors").exists() and (tmp_path / "killed.lock").exists()
+    assert not (run / "last.safetensors").exists() and (tmp_path / f"{how}.lock").exists() == (how == "killed")
+    if how == "asked":
+        assert load_checkpoint(run / "checkpoints")["step"] == Run(run).metrics.query("split == 'train'").step.max() > 0
     again = run.rename(tmp_path / "again")
-    (tmp_path / "killed.lock").rename(tmp_path / "again.lock")
+    if how == "killed":
+        (tmp_path / "killed.lock").rename(tmp_path / "again.lock")
     assert together(pack, again) == ""
     for name in ("last.safetensors", "weights.safetensors", "metrics.jsonl"):
         assert (again / name).read_bytes() == (undisturbed / name).read_bytes(), name

@@ -6,6 +6,8 @@
 __all__ = ['Captioner', 'CaptionLSTM']
 
 # %% ../../nbs/methods/17_caption_lstm.ipynb #70058126
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -62,7 +64,7 @@ class Captioner(Method):
         (words, targets, mask), regions = self.embed_text(batch), self.embed_image(batch.image)
         states, attention = self.text_decoder.states(regions, words)
         caption = caption_loss(self.text_decoder.tell(states[mask]), targets[mask], self.config.smoothing)
-        return add_up(caption=caption, **self.attention_losses(attention, mask))
+        return replace(add_up(caption=caption, **self.attention_losses(attention, mask)), counted=mask.sum())
 
     def attention_losses(self, attention: Tensor, mask: Tensor) -> dict[str, Tensor]:  # (B, T, N), (B, T); weighted
         """What is asked of the attention itself: nothing.
