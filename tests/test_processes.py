@@ -48,7 +48,7 @@ def work(pack: Path, *runs: Path) -> None:
         data = Sick(run.parent / "pack" if (run.parent / "pack").exists() else pack)
         data.fault = run.name
         try:
-            fit(method, data, TrainConfig.of(method, run, epochs=2, batch_size=8, progress=False, device="cpu", max_rejects=0.2))
+            fit(method, data, TrainConfig.of(method, run, epochs=2, batch_size=16 // int(os.environ["WORLD_SIZE"]), progress=False, device="cpu", max_rejects=0.2))
         except (ValueError, RuntimeError, OSError) as error:
             os.write(1, f"{run.name} stopped: {error}\n".encode())     # at once: lines of two processes do not mix
 
@@ -95,13 +95,13 @@ def test_they_end_and_go_on_only_as_many(pack, undisturbed):
 
 @torch.no_grad()
 def test_validation_is_a_mean_over_samples(pack, undisturbed):
-    "Of the weights that are kept, in batches of unlike size: what one process makes of the shares of both."
+    "Of the weights that are kept: what one process makes of the batch that both share, 3 samples and 2."
     method = load_method(undisturbed, "last")
     view = TrainConfig.of(method, undisturbed)
     pairs = Pairs(Pack(pack), method.tokenizer, method.preprocessing, view, "validate")
     shares = [batch for rank in range(2) for batch in epoch_batches(len(pairs), 8, 0, 0, rank, 2)]
     assert len(pairs) == 5 and sorted(map(len, shares)) == [2, 3]
-    wanted = sum(float(method(collate([pairs[0, i] for i in batch])).total) * len(batch) for batch in shares) / len(pairs)
+    wanted = float(method(collate([pairs[0, i] for i in sum(shares, [])])).total)
     assert Run(undisturbed).metrics.query("split == 'validate'").loss.iloc[-1] == pytest.approx(wanted, rel=1e-3)
 
 
@@ -130,6 +130,20 @@ def test_stopped_and_started_again_on_two(how, pack, undisturbed, tmp_path):
     for name in ("last.safetensors", "weights.safetensors", "metrics.jsonl"):
         assert (again / name).read_bytes() == (undisturbed / name).read_bytes(), name
     assert not (tmp_path / "again.lock").exists()
+
+
+def test_killed_on_two_and_started_again_on_four(pack, undisturbed, tmp_path):
+    "Each step takes the same samples as on two; the losses are much the same, not to the last bit, and the folder says so."
+    run = tmp_path / "killed"
+    together(pack, run, ends=False)
+    again, done = run.rename(tmp_path / "again"), load_checkpoint(run.with_name("again") / "checkpoints")["step"]
+    (tmp_path / "killed.lock").rename(tmp_path / "again.lock")
+    assert work_together(tmp_path / "said.txt", 4, work, pack, again) == ""
+    manifest, two, four = Run(again).manifest, *(Run(one).metrics.query("split == 'train'").set_index("step").loss for one in (undisturbed, again))
+    assert (manifest["processes"], manifest["processes_before"], Run(again).config["train"]["batch_size"]) == (4, [2], 4)
+    assert two.index.equals(four.index) and (two == four)[two.index <= done].all()
+    later = (four / two)[two.index > done]
+    assert len(later) and (later != 1).any() and ((later > 0.75) & (later < 1.33)).all(), later
 
 
 @pytest.mark.parametrize("fault", FAULTS)

@@ -257,7 +257,7 @@ def test_a_finished_run_is_given_more_epochs(case, pack, tokenizer, tmp_path, un
 
 @pytest.mark.parametrize("kind, changes, reason", [
     (MGCA, dict(schedule="warmup-cosine"), "under schedule 'warmup-cosine' each learning rate so far depends"), (MGCA, dict(schedule="constant", text_schedule="warmup-linear"), "under schedule 'warmup-linear'"),
-    (BYOL, dict(schedule="constant", augment="pixelpro"), "each step of BYOL so far depends on the number of steps"), (ConVIRT, dict(schedule="constant", lr=1.0), "differs in epochs, lr")],
+    (BYOL, dict(schedule="constant", augment="pixelpro"), "each step of BYOL so far depends on the number of steps"), (ConVIRT, dict(schedule="constant", lr=1.0), "train differs in lr. Choose another")],
     ids=lambda value: getattr(value, "__name__", None))
 def test_what_cannot_be_longer_says_why(kind, changes, reason, pack, tokenizer, tmp_path, capfd):
     run, before = tmp_path / "run", changes | (dict(lr=1e-3) if "lr" in changes else {})

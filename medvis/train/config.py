@@ -77,6 +77,10 @@ class TrainConfig(Sampling):
     "Mixed precision; auto = bf16 on a GPU that has it, else none. Losses are in single precision always."
     device: Literal["auto", "cpu"] = "auto"
     "Take the accelerator if there is one, or the CPU."
+    channels_last: bool | None = None
+    "Keep images and the weights of convolutions with the channels last, which suits GPUs; None = on GPUs."
+    compile: bool = False
+    "Compile the image encoder (torch.compile): slow at first, then faster. It must have no dropout."
     workers: int = 0
     "Processes that load data; 0 = this one."
     save_every: int = 200

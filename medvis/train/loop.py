@@ -103,6 +103,38 @@ def _parameter_groups(
         if params[side]
     ]
 
+# %% ../../nbs/train/07_loop.ipynb #f6a2b8c2
+def _speed_up(encoder: torch.nn.Module, config: TrainConfig, device: torch.device) -> Callable[[], None]:  # undoes it
+    "Lay out an image encoder with the channels last, and compile it, as is asked. ValueError if it has dropout."
+    last = device.type == "cuda" if config.channels_last is None else config.channels_last
+    if config.compile:
+        drops = [part for part in encoder.modules() if isinstance(part, torch.nn.modules.dropout._DropoutNd) and part.p]
+        if drops or any(getattr(part, "drop_prob", None) for part in encoder.modules()):
+            raise ValueError(
+                "compile is set, but the image encoder has dropout, which a compiled network draws in another way: "
+                "leave one of them out"
+            )
+        encoder.forward = torch.compile(encoder.forward)
+    if last:
+        encoder.to(memory_format=torch.channels_last)
+
+    def undo() -> None:
+        if config.compile:
+            vars(encoder).pop("forward", None)
+        if last:
+            encoder.to(memory_format=torch.contiguous_format)
+
+    return undo
+
+
+@torch.no_grad()
+def _follow_layout(optimizer: torch.optim.Optimizer) -> None:
+    "Keep what an optimiser knows of each weight in the order in memory that the weight has now."
+    for weight, kept in optimizer.state.items():
+        for name, value in kept.items():
+            if isinstance(value, torch.Tensor) and value.shape == weight.shape and value.stride() != weight.stride():
+                kept[name] = torch.empty_like(weight).copy_(value)
+
 # %% ../../nbs/train/07_loop.ipynb #7d7a3f6a
 def _weighed(losses: Losses, share: float, accelerator: Accelerator) -> Losses:
     "The losses of a process, so that the mean over processes is a mean over samples, or over what else is counted."
@@ -352,6 +384,7 @@ class _RunParts:
             join_statistics(method.image_encoder if self.joined else method, self.accelerator)
         self.pairs = _open_pairs(method, self.data, c, self.accelerator)
         self.load = BatchLoader(self.pairs, self.accelerator.device, c.workers)
+        self.undo = _speed_up(method.image_encoder, c, self.accelerator.device)
         groups = _parameter_groups(method, c)
         self.sides = [group.pop("config") for group in groups]
         kind = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[c.optimizer]
@@ -487,12 +520,15 @@ class _RunState(_RunParts):
         "Give the method back as it was: `prepare` makes a method compute in mixed precision wherever it is called."
         for name in ("forward", "_original_forward"):
             vars(self.method).pop(name, None)
+        self.undo()
 
     def restore(self) -> None:
         "Go on from the newest checkpoint, or write the first one. ValueError names one that is damaged or foreign."
         folder, loaded = self.config.run / "checkpoints", []
 
         def load_first() -> bool:  # before the other processes, because it deletes half-written files
+            for leftover in self.config.run.glob("*.partial"):
+                leftover.unlink()
             loaded.append(load_checkpoint(folder))
             return loaded[0] is None
 
@@ -503,6 +539,7 @@ class _RunState(_RunParts):
             self.step, self.history = int(state["step"]), [float(loss) for loss in state["history"]]
             self.method.load_state_dict(state["method"])
             self.optimizer.load_state_dict(state["optimizer"])
+            _follow_layout(self.optimizer)
             if self.accelerator.scaler:
                 self.accelerator.scaler.load_state_dict(state["scaler"])
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:

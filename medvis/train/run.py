@@ -77,7 +77,16 @@ def _update_settings(
     return settings | {"config": added | renamed | idle}
 
 # %% ../../nbs/train/05_run.ipynb #89b802b1
-_FREE = ("run", "workers", "progress", "save_every", "save_minutes", "device")  # may differ when a run goes on
+_FREE = (
+    "run",
+    "workers",
+    "progress",
+    "save_every",
+    "save_minutes",
+    "device",
+    "channels_last",
+    "compile",
+)  # may differ when a run goes on
 _OF_SEVERAL = ("negatives_of", "batch_norm")  # of no matter to a process that trains alone
 _BEFORE = {"negatives_of": "own process", "precision": "no"}  # what was done before there was a choice
 
