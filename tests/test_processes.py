@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 import warnings
 from pathlib import Path
 
@@ -28,7 +29,7 @@ class Sick(Pack):
         self.left -= 1
         if self.fault == "killed" and os.environ["RANK"] == "0" and self.left == 0:
             os.kill(os.getpid(), signal.SIGKILL)
-        if self.fault == "asked" and os.environ["RANK"] == "1" and self.left == 0:
+        if self.fault == "asked" and os.environ["RANK"] == "1" and self.left == 20:
             os.kill(os.getpid(), signal.SIGTERM)
         if self.fault == "unreadable" and os.environ["RANK"] == "1" and self.studies["split"].iloc[index] == "train":
             raise OSError("input/output error")
@@ -167,6 +168,34 @@ def test_fewer_validation_samples_than_processes(made):
     assert "undisturbed stopped" not in out and "run stopped" not in out
     validated = Run(folder / "small" / "run").metrics.query("split == 'validate'")
     assert len(validated) == 2 and np.isfinite(validated.loss).all()
+
+
+SLURM = {      # commands of a cluster, as far as the script needs them
+    "scontrol": 'if [ "$1" = show ]; then printf "node1\\nnode2\\n"; else echo "$@" >> said; fi',
+    "srun": 'shift; exec "$@"',
+    "torchrun": 'echo "$@" >> said; trap "echo checkpoint >> said; exit 1" TERM; touch begun; for i in $(seq 100); do [ -e end ] && exit 0; sleep 0.1; done',
+}
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_the_script_for_a_cluster(asked, tmp_path):
+    "It starts as many processes as there are GPUs; asked to stop, it passes that on, waits for the checkpoint, and queues itself again."
+    for name, lines in SLURM.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{lines}\n")
+        (tmp_path / name).chmod(0o755)
+    room = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "8", "SLURM_JOB_ID": "77"}
+    script = Path(__file__).parents[1] / "tools" / "pretrain.slurm"
+    job = subprocess.Popen(["bash", script, "mgca", "packs/a", "runs/b", "--epochs", "3"], cwd=tmp_path, env=room)
+    while not (tmp_path / "begun").exists():
+        assert job.poll() is None
+        time.sleep(0.05)
+    if asked:
+        job.terminate()
+    else:
+        (tmp_path / "end").touch()
+    assert job.wait(30) == (1 if asked else 0)
+    command = "--nnodes 2 --nproc_per_node 8 --rdzv_id 77 --rdzv_backend c10d --rdzv_endpoint node1:29500 -m -- medvis pretrain mgca --data packs/a --run runs/b --workers 4 --no-progress --epochs 3"
+    assert (tmp_path / "said").read_text().splitlines() == [command, *(["checkpoint", "requeue 77"] if asked else [])]
 
 
 def small(run: Path, **changes):

@@ -39,6 +39,8 @@ class TrainConfig(Sampling):
     "What a sample is contrasted with where several processes train: one batch of all, or their own (as published)."
     batch_norm: Literal["own process", "all processes"] = "own process"
     "Whose statistics normalise the images of an image encoder; those of all processes need GPUs."
+    shard: bool = False
+    "Share weights, gradients and what the optimiser keeps out over the processes (FSDP): for large networks."
     accumulate: int = 1
     "Batches whose gradients are added before each optimiser step."
     optimizer: Literal["adamw", "adam"] = "adamw"

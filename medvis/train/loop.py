@@ -44,11 +44,15 @@ from medvis.train.processes import (
     anywhere,
     from_all,
     join_statistics,
+    load_whole,
     make_accelerator,
     on_main,
     one_batch,
     settle_precision,
+    share_out,
     summed,
+    whole_state,
+    whole_weights,
 )
 from .run import Run, append_log, begun_precision, cut_log, hold_run, is_finished, note_provenance, open_run
 from medvis.train.schedules import (
@@ -195,6 +199,7 @@ def _optimise(
             sums[name] = sums.get(name, 0) + part.detach() / len(batches)
     scaled = accelerator.scaler is not None
     norm = accelerator.clip_grad_norm_(method.parameters(), float("inf") if clip_norm is None else clip_norm)
+    norm = whole_state(norm)
     fetched = torch.stack([value.float() for value in (*sums.values(), norm)])
     if shares[0] is not None and accelerator.num_processes > 1:
         fetched = accelerator.reduce(fetched, "mean")
@@ -371,10 +376,10 @@ class _RunParts:
     step: int = 0  # optimiser steps done
     history: list[float] = field(default_factory=list)  # what the method monitors, of every epoch done
     writer: Writer = field(default_factory=Writer)  # of checkpoints
-    saved: float = field(default_factory=time.monotonic)  # when the newest checkpoint was taken, in seconds
+    saved: float = field(init=False)  # when the newest checkpoint was taken, in seconds
 
     def __post_init__(self) -> None:
-        c, method = self.config, self.method
+        c, method, self.saved = self.config, self.method, time.monotonic()
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         self.accelerator = make_accelerator(c, method.unused_parameters)
         several, whole = self.accelerator.num_processes > 1, c.negatives_of == "all processes"
@@ -385,11 +390,14 @@ class _RunParts:
         self.pairs = _open_pairs(method, self.data, c, self.accelerator)
         self.load = BatchLoader(self.pairs, self.accelerator.device, c.workers)
         self.undo = _speed_up(method.image_encoder, c, self.accelerator.device)
+        if shared := c.shard and several:
+            share_out(method, self.accelerator)
         groups = _parameter_groups(method, c)
         self.sides = [group.pop("config") for group in groups]
         kind = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[c.optimizer]
         optimizer = kind(groups, lr=c.lr, betas=c.betas, fused=True)
-        self.prepared, self.optimizer = self.accelerator.prepare(method, optimizer)
+        self.prepared = self.accelerator.prepare_model(method, evaluation_mode=shared)  # no DDP around shares
+        self.optimizer = self.accelerator.prepare(optimizer)
         batches = self.batches("train", 0)
         self.steps_per_epoch = -(-len(batches) // c.accumulate)
         counts = map(len, batches)
@@ -500,9 +508,11 @@ class _RunState(_RunParts):
 
         OSError, in all processes, when the disk is full; of what is written in the background, at the next time."""
 
+        state = whole_state(self.state())
+
         def begin() -> None:
             self.writer.wait()  # one copy at a time
-            kept = snapshot(self.state())
+            kept = snapshot(state)
 
             def write() -> None:
                 if best:
@@ -537,8 +547,7 @@ class _RunState(_RunParts):
         state = loaded[0] if loaded else load_checkpoint(folder)
         try:
             self.step, self.history = int(state["step"]), [float(loss) for loss in state["history"]]
-            self.method.load_state_dict(state["method"])
-            self.optimizer.load_state_dict(state["optimizer"])
+            load_whole(self.method, state["method"], self.optimizer, state["optimizer"])
             _follow_layout(self.optimizer)
             if self.accelerator.scaler:
                 self.accelerator.scaler.load_state_dict(state["scaler"])
@@ -597,8 +606,7 @@ class _Trainer(_RunState):
         c, a = self.config, self.accelerator
         total, hidden = c.epochs * self.steps_per_epoch, not (c.progress and a.is_main_process)
         self.method.start_run(total)
-        bar = tqdm(total=total, initial=self.step, desc=c.run.name, disable=hidden)
-        with bar, _noted_signals() as self.asked:
+        with tqdm(total=total, initial=self.step, desc=c.run.name, disable=hidden) as bar:
             while len(self.history) < c.epochs and not stopped_improving(self.history, c.patience):
                 self.train_epoch(bar)
                 self.end_epoch()
@@ -657,8 +665,9 @@ class _Trainer(_RunState):
         "Validate, keep the weights if they are the best so far, log diagnostics, and write a checkpoint."
         monitored = math.nan
         if len(self.pairs["validate"]):
-            monitored = self.method.monitor(self.validate_epoch())
-            self.diagnose_epoch()
+            with whole_weights(self.method):
+                monitored = self.method.monitor(self.validate_epoch())
+                self.diagnose_epoch()
         self.history.append(monitored)
         self.save(best=self.config.keep == "last" or _is_best(self.history))
 
@@ -730,17 +739,19 @@ def fit(
     a = trainer.accelerator
     finished = on_main(a, lambda: is_finished(config))
     with ExitStack() as stack:
+        trainer.asked = stack.enter_context(_noted_signals())  # until all is given back
         stack.callback(trainer.release)
         on_main(a, lambda: hold_run(stack, config.run, finished))
         stack.callback(trainer.writer.wait)  # before the folder is given back
         on_main(a, lambda: open_run(method, data, config, a.num_processes, a.mixed_precision))
         note_provenance(method, Run(config.run).provenance)
         if finished:
-            method.load_state_dict(read_weights(last))
+            load_whole(method, read_weights(last))
             return Run(config.run)
         trainer.restore()
         for log in ("metrics.jsonl", "diagnostics.jsonl"):
             on_main(a, lambda: cut_log(config.run / log, trainer.step))
         trainer.train(each_epoch)
-        on_main(a, lambda: (trainer.writer.wait(), save_weights(last, method)))
+        weights = whole_state(method.state_dict())
+        on_main(a, lambda: (trainer.writer.wait(), save_weights(last, weights)))
     return Run(config.run)

@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['settle_precision', 'make_accelerator', 'summed', 'anywhere', 'all_counts', 'from_all', 'on_main',
-           'one_batch', 'join_statistics']
+           'one_batch', 'join_statistics', 'share_out', 'whole_weights', 'whole_state', 'load_whole']
 
 # %% ../../nbs/train/06_processes.ipynb #44b9b2eb
 import atexit
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from functools import cached_property
@@ -23,6 +23,9 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor, nn
 from torch import distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn import functional as F
 
 from ..core.randomness import counter_seed
@@ -61,6 +64,8 @@ def make_accelerator(
 ) -> Accelerator:
     """Device and precision of a run. Warns where more processes were asked for than run.
 
+    ValueError if accelerate is to share out the weights: medvis does that itself.
+
     Parameters
     ----------
     config : TrainConfig
@@ -74,6 +79,8 @@ def make_accelerator(
         atexit.register(_leave_group)
     ddp = DistributedDataParallelKwargs(find_unused_parameters=unused_parameters)
     config = settle_precision(config)
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        raise ValueError("accelerate launch was told to use FSDP: leave that out, and set --shard (shard=True)")
     cpu = config.device == "cpu" or not torch.accelerator.is_available()
     if cpu and config.precision == "fp16":
         warnings.warn("half precision (fp16) needs a GPU: this run computes in full precision", stacklevel=2)
@@ -313,3 +320,70 @@ def join_statistics(network: nn.Module, accelerator: Accelerator) -> None:
         )
     if accelerator.num_processes > 1:
         nn.SyncBatchNorm.convert_sync_batchnorm(network)
+
+# %% ../../nbs/train/06_processes.ipynb #a7b3c9d2
+def share_out(method: nn.Module, accelerator: Accelerator) -> None:
+    "Share the weights of a Method out over the processes: whole from the start of a step to its end."
+    method.to(accelerator.device)
+    mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
+    for part in (method.image_encoder, method.text_encoder, method):
+        if part is not None:
+            fully_shard(part, mesh=mesh, reshard_after_forward=False)
+
+# %% ../../nbs/train/06_processes.ipynb #a7b3c9d3
+@contextmanager
+def whole_weights(method: nn.Module) -> Iterator[None]:
+    "Within it, each process has all weights of a method, so that one can compute alone."
+    shared = [part for part in method.modules() if isinstance(part, FSDPModule)]
+    for part in shared:
+        part.unshard()
+    try:
+        yield
+    finally:
+        for part in shared:
+            part.reshard()
+
+# %% ../../nbs/train/06_processes.ipynb #a7b3c9d4
+def whole_state(state: Any) -> Any:  # the same
+    """A state, in dictionaries and lists, with whole tensors where they are shared out. All processes must call it.
+
+    Returns
+    -------
+    Any
+        the same
+    """
+    if isinstance(state, DTensor):
+        return state.full_tensor()
+    if isinstance(state, Mapping):
+        return {name: whole_state(part) for name, part in state.items()}
+    return [whole_state(part) for part in state] if isinstance(state, list) else state
+
+# %% ../../nbs/train/06_processes.ipynb #a7b3c9d5
+def load_whole(
+    method: nn.Module,
+    weights: Mapping[str, Tensor],  # whole
+    optimizer: torch.optim.Optimizer | None = None,
+    kept: dict[str, Any] | None = None,  # state of the optimiser, whole
+) -> None:
+    """Load whole weights, and the state of an optimiser, also where they are shared out.
+
+    Parameters
+    ----------
+    method : nn.Module
+    weights : Mapping[str, Tensor]
+        whole
+    optimizer : torch.optim.Optimizer | None, default: None
+    kept : dict[str, Any] | None, default: None
+        state of the optimiser, whole
+    """
+
+    def part(value: Any, like: Tensor) -> Any:
+        fits = isinstance(like, DTensor) and isinstance(value, Tensor) and value.shape == like.shape
+        return distribute_tensor(value.to(like.device), like.device_mesh, like.placements) if fits else value
+
+    own = method.state_dict()
+    method.load_state_dict({name: part(value, own.get(name)) for name, value in weights.items()})
+    if optimizer is not None:
+        of = [weight for group in optimizer.param_groups for weight in group["params"]]
+        shares = {i: {name: part(value, of[i]) for name, value in state.items()} for i, state in kept["state"].items()}
+        optimizer.load_state_dict({**kept, "state": shares})

@@ -20,6 +20,7 @@ from typing import Any, Literal
 
 import pandas as pd
 import torch
+from torch.distributed.fsdp import FSDPModule
 
 from ..core.files import lock_folder, naming, write_atomic
 from ..core.machine import describe_machine
@@ -37,7 +38,7 @@ from .config import OPEN_ENDED, TrainConfig
 # %% ../../nbs/train/05_run.ipynb #85336133
 def _name_method(method: Method) -> dict[str, Any]:  # method, and defined_in where that is not medvis
     "The name of a method; module:attribute of it and of its image encoder if they are not of medvis, for loading."
-    kind = type(method)
+    kind = next(one for one in type(method).__mro__ if not issubclass(one, FSDPModule))
     name = next((name for name, other in METHODS.items() if other is kind), None)
     origins = {
         "method": METHODS.origins.get(name) if name else f"{kind.__module__}:{kind.__qualname__}",
@@ -86,6 +87,7 @@ _FREE = (
     "device",
     "channels_last",
     "compile",
+    "shard",
 )  # may differ when a run goes on
 _OF_SEVERAL = ("negatives_of", "batch_norm")  # of no matter to a process that trains alone
 _BEFORE = {"negatives_of": "own process", "precision": "no"}  # what was done before there was a choice
