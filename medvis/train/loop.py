@@ -376,6 +376,7 @@ class _RunParts:
     step: int = 0  # optimiser steps done
     history: list[float] = field(default_factory=list)  # what the method monitors, of every epoch done
     writer: Writer = field(default_factory=Writer)  # of checkpoints
+    room: Any = None  # the newest snapshot, which the next one overwrites
     saved: float = field(init=False)  # when the newest checkpoint was taken, in seconds
 
     def __post_init__(self) -> None:
@@ -512,7 +513,7 @@ class _RunState(_RunParts):
 
         def begin() -> None:
             self.writer.wait()  # one copy at a time
-            kept = snapshot(state)
+            kept = self.room = snapshot(state, self.room)
 
             def write() -> None:
                 if best:
@@ -531,6 +532,7 @@ class _RunState(_RunParts):
         for name in ("forward", "_original_forward"):
             vars(self.method).pop(name, None)
         self.undo()
+        self.room = None
 
     def restore(self) -> None:
         "Go on from the newest checkpoint, or write the first one. ValueError names one that is damaged or foreign."
