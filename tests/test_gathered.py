@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from forked import work_together
+from medvis.data.pairs import collate
 from medvis.methods import METHODS
 from medvis.methods.method import Method, phantom_tokenizer
 from medvis.methods.settings import SETTINGS
@@ -25,7 +26,9 @@ CASES = {name: (name, {}) for name in SETTINGS if METHODS.find(name).contrasts} 
     "convirt, attention": ("convirt", dict(whole_image="attention", whole_text="max")),
 }
 SHARED = [(case, 9) for case in CASES] + [(case, 8) for case in ("mgca", "gloria", "mixture-mi, all that is asked")]
-ALONE = {"supervised": dict(classes=("Edema", "Fracture")), "byol": {}, "pixelpro": {}}
+ALONE = {"supervised": dict(classes=("Edema", "Fracture")), "caption-lstm": {}, "caption-transformer": {}, "byol": {}, "pixelpro": {}}
+VALIDATED = {name: CASES[name] for name in ("convirt", "lovt", "gloria", "mixture-mi", "local-mi")} | {name: (name, changes) for name, changes in ALONE.items()}
+SIZES = (9, 2, 1)       # samples of the batches of a validation
 TEXTS = (("No pleural effusion.",), ("Mild cardiomegaly.", "Clear lungs."), (), ("Left pneumothorax.",), ("Small left pleural effusion.", "The heart is enlarged.", "No pneumothorax."),
          ("Clear lungs.",), ("Right lower lobe consolidation with a small right pleural effusion.",), ("No acute findings.", "Left pneumothorax."), ("Mild cardiomegaly.",))
 PATIENTS = (0, 0, 1, 2, 2, 3, 4, 5, 5)
@@ -54,7 +57,9 @@ def make(name: str, words, **changes) -> Method:
 
 def some_rows(method: Method, samples: int, rank: int = 0, world: int = 1):
     "The rows of a process, with reports padded to the longest of its own."
-    batch = tiny_batch(method, TEXTS[:samples], PATIENTS[:samples])
+    batch = tiny_batch(method, TEXTS[-samples:], PATIENTS[-samples:])
+    for place, label in enumerate(batch.labels):        # known of some
+        batch.labels[label][place : 4 * place + 2] = torch.nan
     rows = torch.arange(samples).tensor_split(world)[rank]
     length = max(int(batch.attention_mask[rows].sum(1).max()), 1)
 
@@ -92,6 +97,10 @@ def of_this_process(out: Path) -> None:
     for name, changes in ALONE.items():
         rows = len(torch.arange(9).tensor_split(world)[rank])
         run(name, name, changes, 9, rows * world / 9)
+    for case, (name, changes) in VALIDATED.items():
+        method = make(name, words, **changes)
+        whole = [some_rows(method, samples, rank, world) if samples >= world else collate([]) if rank else some_rows(method, samples) for samples in SIZES]
+        found["validated", case] = {key: torch.tensor(value) for key, value in loop.validate(method, whole, accelerator, joined=method.contrasts).items()}
     run("own", "mgca", {}, 9, 1.0)
     for fault, (name, change) in FAULTS.items():
         kept = getattr(processes._AllRows, name)
@@ -138,9 +147,21 @@ def test_one_batch_of_all_processes(case, samples, made, words):
 
 @pytest.mark.parametrize("name", ALONE)
 def test_samples_that_stand_for_themselves_weigh_alike(name, made, words):
-    "Whether they are in a large or a small batch of their process."
-    wanted = {name: part for name, part in alone(name, words, ALONE[name], 9).items() if part.ndim}
-    assert wanted and differ(made[1][0][name, 9], wanted) == []
+    "Whether they are in a large or a small batch of their process, and however many of its labels are known, or words its reports have."
+    world, answers = made
+    wanted = alone(name, words, ALONE[name], 9)
+    means = {part: sum(found[name, 9][part] for found in answers) / world for part, value in wanted.items() if not value.ndim}
+    assert len(means) >= 2 and sum(bool(value.ndim) for value in wanted.values()) > 5 and differ(answers[0][name, 9] | means, wanted) == []
+
+
+@pytest.mark.parametrize("case", VALIDATED)
+def test_a_validation_is_that_of_one_process(case, made, words):
+    "Batches that all share, unevenly, and batches that are too small for that."
+    name, changes = VALIDATED[case]
+    method = make(name, words, **changes)
+    wanted = {key: torch.tensor(value) for key, value in loop.validate(method, [some_rows(method, samples) for samples in SIZES], make_accelerator(TrainConfig(run=Path("run"), device="cpu"))).items()}
+    assert len(wanted) >= 2 and wanted["loss"] != 0
+    assert [differ(found["validated", case], wanted) for found in made[1]] == [[]] * made[0]
 
 
 def test_own_process_is_as_before(made, words):

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 import warnings
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from medvis.data.prepare import PhantomConfig, prepare_phantom
 from medvis.methods import ConVIRT
 from medvis.methods.method import Losses, phantom_tokenizer
 from medvis.train import Run, TrainConfig, fit, load_method
+from medvis.train.checkpoint import load_checkpoint
 
 class Sick(Pack):
     "A Pack that does one process harm."
@@ -27,6 +29,8 @@ class Sick(Pack):
         self.left -= 1
         if self.fault == "killed" and os.environ["RANK"] == "0" and self.left == 0:
             os.kill(os.getpid(), signal.SIGKILL)
+        if self.fault == "asked" and os.environ["RANK"] == "1" and self.left == 20:
+            os.kill(os.getpid(), signal.SIGTERM)
         if self.fault == "unreadable" and os.environ["RANK"] == "1" and self.studies["split"].iloc[index] == "train":
             raise OSError("input/output error")
         return super().image(index)
@@ -45,7 +49,7 @@ def work(pack: Path, *runs: Path) -> None:
         data = Sick(run.parent / "pack" if (run.parent / "pack").exists() else pack)
         data.fault = run.name
         try:
-            fit(method, data, TrainConfig.of(method, run, epochs=2, batch_size=8, progress=False, device="cpu", max_rejects=0.2))
+            fit(method, data, TrainConfig.of(method, run, epochs=2, batch_size=16 // int(os.environ["WORLD_SIZE"]), progress=False, device="cpu", max_rejects=0.2))
         except (ValueError, RuntimeError, OSError) as error:
             os.write(1, f"{run.name} stopped: {error}\n".encode())     # at once: lines of two processes do not mix
 
@@ -92,13 +96,13 @@ def test_they_end_and_go_on_only_as_many(pack, undisturbed):
 
 @torch.no_grad()
 def test_validation_is_a_mean_over_samples(pack, undisturbed):
-    "Of the weights that are kept, in batches of unlike size: what one process makes of the shares of both."
+    "Of the weights that are kept: what one process makes of the batch that both share, 3 samples and 2."
     method = load_method(undisturbed, "last")
     view = TrainConfig.of(method, undisturbed)
     pairs = Pairs(Pack(pack), method.tokenizer, method.preprocessing, view, "validate")
     shares = [batch for rank in range(2) for batch in epoch_batches(len(pairs), 8, 0, 0, rank, 2)]
     assert len(pairs) == 5 and sorted(map(len, shares)) == [2, 3]
-    wanted = sum(float(method(collate([pairs[0, i] for i in batch])).total) * len(batch) for batch in shares) / len(pairs)
+    wanted = float(method(collate([pairs[0, i] for i in sum(shares, [])])).total)
     assert Run(undisturbed).metrics.query("split == 'validate'").loss.iloc[-1] == pytest.approx(wanted, rel=1e-3)
 
 
@@ -112,16 +116,35 @@ def test_the_command_starts_them_itself(pack, tmp_path):
     assert done.stdout.count("Run: ") == 1 and manifest["processes"] == 2 and json.loads((tmp_path / "run" / "config.json").read_text())["train"]["negatives_of"] == "all processes"
 
 
-def test_killed_and_started_again_on_two(pack, undisturbed, tmp_path):
-    run = tmp_path / "killed"
+@pytest.mark.parametrize("how", ["killed", "asked"])
+def test_stopped_and_started_again_on_two(how, pack, undisturbed, tmp_path):
+    "One is killed in the middle of a step; or one of them is asked to end, and both end after the same step."
+    run = tmp_path / how
     together(pack, run, ends=False)
-    assert not (run / "last.safetensors").exists() and (tmp_path / "killed.lock").exists()
+    assert not (run / "last.safetensors").exists() and (tmp_path / f"{how}.lock").exists() == (how == "killed")
+    if how == "asked":
+        assert load_checkpoint(run / "checkpoints")["step"] == Run(run).metrics.query("split == 'train'").step.max() > 0
     again = run.rename(tmp_path / "again")
-    (tmp_path / "killed.lock").rename(tmp_path / "again.lock")
+    if how == "killed":
+        (tmp_path / "killed.lock").rename(tmp_path / "again.lock")
     assert together(pack, again) == ""
     for name in ("last.safetensors", "weights.safetensors", "metrics.jsonl"):
         assert (again / name).read_bytes() == (undisturbed / name).read_bytes(), name
     assert not (tmp_path / "again.lock").exists()
+
+
+def test_killed_on_two_and_started_again_on_four(pack, undisturbed, tmp_path):
+    "Each step takes the same samples as on two; the losses are much the same, not to the last bit, and the folder says so."
+    run = tmp_path / "killed"
+    together(pack, run, ends=False)
+    again, done = run.rename(tmp_path / "again"), load_checkpoint(run.with_name("again") / "checkpoints")["step"]
+    (tmp_path / "killed.lock").rename(tmp_path / "again.lock")
+    assert work_together(tmp_path / "said.txt", 4, work, pack, again) == ""
+    manifest, two, four = Run(again).manifest, *(Run(one).metrics.query("split == 'train'").set_index("step").loss for one in (undisturbed, again))
+    assert (manifest["processes"], manifest["processes_before"], Run(again).config["train"]["batch_size"]) == (4, [2], 4)
+    assert two.index.equals(four.index) and (two == four)[two.index <= done].all()
+    later = (four / two)[two.index > done]
+    assert len(later) and (later != 1).any() and ((later > 0.75) & (later < 1.33)).all(), later
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -145,6 +168,34 @@ def test_fewer_validation_samples_than_processes(made):
     assert "undisturbed stopped" not in out and "run stopped" not in out
     validated = Run(folder / "small" / "run").metrics.query("split == 'validate'")
     assert len(validated) == 2 and np.isfinite(validated.loss).all()
+
+
+SLURM = {      # commands of a cluster, as far as the script needs them
+    "scontrol": 'if [ "$1" = show ]; then printf "node1\\nnode2\\n"; else echo "$@" >> said; fi',
+    "srun": 'shift; exec "$@"',
+    "torchrun": 'echo "$@" >> said; trap "echo checkpoint >> said; exit 1" TERM; touch begun; for i in $(seq 100); do [ -e end ] && exit 0; sleep 0.1; done',
+}
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_the_script_for_a_cluster(asked, tmp_path):
+    "It starts as many processes as there are GPUs; asked to stop, it passes that on, waits for the checkpoint, and queues itself again."
+    for name, lines in SLURM.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{lines}\n")
+        (tmp_path / name).chmod(0o755)
+    room = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "8", "SLURM_JOB_ID": "77"}
+    script = Path(__file__).parents[1] / "tools" / "pretrain.slurm"
+    job = subprocess.Popen(["bash", script, "mgca", "packs/a", "runs/b", "--epochs", "3"], cwd=tmp_path, env=room)
+    while not (tmp_path / "begun").exists():
+        assert job.poll() is None
+        time.sleep(0.05)
+    if asked:
+        job.terminate()
+    else:
+        (tmp_path / "end").touch()
+    assert job.wait(30) == (1 if asked else 0)
+    command = "--nnodes 2 --nproc_per_node 8 --rdzv_id 77 --rdzv_backend c10d --rdzv_endpoint node1:29500 -m -- medvis pretrain mgca --data packs/a --run runs/b --workers 4 --no-progress --epochs 3"
+    assert (tmp_path / "said").read_text().splitlines() == [command, *(["checkpoint", "requeue 77"] if asked else [])]
 
 
 def small(run: Path, **changes):

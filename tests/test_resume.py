@@ -12,7 +12,7 @@ import torch
 
 from medvis.data.pack import Pack
 from medvis.data.prepare import PhantomConfig, prepare_phantom
-from medvis.methods import BYOL, DSVE, MGCA, CaptionLSTM, CaptionTransformer, ContrastiveBinary, GLoRIA, LoVT, PixelPro, SimCLR, Supervised
+from medvis.methods import BYOL, DSVE, MGCA, CaptionLSTM, CaptionTransformer, ContrastiveBinary, ConVIRT, GLoRIA, LoVT, PixelPro, SimCLR, Supervised
 from medvis.methods.method import phantom_tokenizer
 from medvis.train import Run, TrainConfig, checkpoint, loop
 
@@ -81,10 +81,15 @@ def ask_at_step(number: int, call: int):
     return sabotage
 
 
-def die_in_write(call: int):
-    "Kill the process when half of the nth checkpoint's bytes are in the file."
+def die_in_write(call: int, steps: int = 0):
+    "Kill the process when half of the nth checkpoint's bytes are in the file, and training has gone on for so many steps."
     def sabotage():
-        real, calls = torch.save, [0]
+        real, calls, learn, taken = torch.save, [0], loop._optimise, [0]
+
+        def counted(*args, **kwargs):
+            answer = learn(*args, **kwargs)
+            taken[0] += 1
+            return answer
 
         def half(state, file):
             calls[0] += 1
@@ -93,8 +98,11 @@ def die_in_write(call: int):
             real(state, file)
             file.flush()
             os.ftruncate(file.fileno(), os.fstat(file.fileno()).st_size // 2)
+            last = taken[0] + steps
+            while taken[0] < last:
+                time.sleep(0.01)
             die()
-        checkpoint.torch.save = half
+        checkpoint.torch.save, loop._optimise = half, counted
     return sabotage
 
 
@@ -124,9 +132,13 @@ POINTS = {
     "in the middle of an epoch": (die_at_call(loop._Trainer, "take_step", 9), {}),
     "between forward and optimiser step": (die_at_call(torch.nn.utils, "clip_grad_norm_", 8), {}),
     "in the middle of an accumulation": (die_at_call(MGCA, "forward", 11), {"accumulate": 2}),
+    "in mixed precision": (die_at_call(loop._Trainer, "take_step", 9), {"precision": "bf16"}),
     "while workers load": (die_at_call(loop._Trainer, "take_step", 9), {"workers": 2}),
     "in validation": (die_at_call(loop, "validate", 2), {}),
-    "between the best weights and the checkpoint": (die_at_call(loop._Trainer, "save", 5), {}),
+    "before the best weights": (die_at_call(loop._Trainer, "save", 5), {}),
+    "between the best weights and the checkpoint": (die_at_call(loop, "save_checkpoint", 5), {}),
+    "steps after a checkpoint that is still being written": (die_in_write(3, steps=2), {}),
+    "while the best weights are written in the background": (die_at_call(checkpoint, "save", 1), {}),
     "in a checkpoint write": (die_in_write(3), {}),
     "before a checkpoint's rename": (die_at_call(os, "replace", 6), {}),
 }
@@ -144,14 +156,27 @@ def test_killed_run_resumes_exactly(point, pack, tokenizer, tmp_path, undisturbe
 
 
 @pytest.mark.parametrize("number, call, code, workers", [(signal.SIGTERM, 9, 128 + signal.SIGTERM, 2), (signal.SIGINT, 6, 1, 0)])
-def test_who_is_asked_to_stop_loses_no_step(number, call, code, workers, pack, tokenizer, tmp_path, undisturbed):
+def test_who_is_asked_to_stop_loses_no_step(number, call, code, workers, pack, tokenizer, tmp_path, undisturbed, capfd):
     "A cluster's SIGTERM within an epoch, while workers load; Ctrl-C in an epoch's last step."
     wanted, run = undisturbed(), tmp_path / "run"
     signal.signal(signal.SIGINT, signal.default_int_handler)    # a shell's background job, such as CI, is started without
     assert in_process(pack, tokenizer, run, ask_at_step(number, call), workers=workers) == code
+    [line] = [line for line in capfd.readouterr().err.splitlines() if line.startswith("medvis: stopped after")]
+    assert line == f"medvis: stopped after step {call}, with a checkpoint; to go on: call fit once more with the same settings"
     assert checkpoint.load_checkpoint(run / "checkpoints")["step"] == call == Run(run).metrics.query("split == 'train'").step.max()
     assert in_process(pack, tokenizer, run) == 0
     same_run(run, wanted)
+
+
+def test_checkpoints_by_the_clock(pack, tokenizer, tmp_path, undisturbed):
+    "After each step, if every instant is too long without one; and the settings that say when are free."
+    run = tmp_path / "run"
+    assert in_process(pack, tokenizer, run, die_at_call(loop._Trainer, "take_step", 4), save_every=10**6, save_minutes=1e-9) == -signal.SIGKILL
+    assert checkpoint.load_checkpoint(run / "checkpoints")["step"] in (2, 3)
+    assert in_process(pack, tokenizer, run, die_at_call(loop._Trainer, "take_step", 2), save_every=10**6, save_minutes=None) == -signal.SIGKILL
+    assert checkpoint.load_checkpoint(run / "checkpoints")["step"] in (2, 3)
+    assert in_process(pack, tokenizer, run) == 0
+    same_run(run, undisturbed())
 
 
 @pytest.mark.parametrize("kind", [CaptionLSTM, CaptionTransformer, ContrastiveBinary, DSVE], ids=lambda kind: kind.__name__)
@@ -208,6 +233,40 @@ def test_killed_from_outside_and_again(pack, tokenizer, tmp_path, undisturbed):
             break
     assert process.exitcode == 0 and kills >= 1
     same_run(run, undisturbed())
+
+
+EXTENDED = {
+    "constant rate": dict(schedule="constant", save_every=100),
+    "a wave of two epochs": dict(kind=ConVIRT, schedule="cyclic-cosine"),
+    "by the losses so far": dict(kind=Supervised, schedule="plateau", plateau_patience=0, augment="lovt", lr=5e-3),
+}
+
+
+@pytest.mark.parametrize("case", EXTENDED)
+def test_a_finished_run_is_given_more_epochs(case, pack, tokenizer, tmp_path, undisturbed):
+    "It ends with the very weights of a run that had them from the start, also if it is killed on the way; and then is such a run."
+    changes, run = EXTENDED[case], tmp_path / "run"
+    wanted = undisturbed(**changes)
+    assert in_process(pack, tokenizer, run, **changes, epochs=2) == 0 and (run / "last.safetensors").exists()
+    assert in_process(pack, tokenizer, run, die_at_call(loop._Trainer, "take_step", 2), **changes) == -signal.SIGKILL
+    assert not (run / "last.safetensors").exists() and in_process(pack, tokenizer, run, **changes) == 0
+    same_run(run, wanted)
+    assert (run / "config.json").read_bytes() == (wanted / "config.json").read_bytes()
+    assert in_process(pack, tokenizer, run, **changes, epochs=2) == 1, "it has more than two epochs now"
+
+
+@pytest.mark.parametrize("kind, changes, reason", [
+    (MGCA, dict(schedule="warmup-cosine"), "under schedule 'warmup-cosine' each learning rate so far depends"), (MGCA, dict(schedule="constant", text_schedule="warmup-linear"), "under schedule 'warmup-linear'"),
+    (BYOL, dict(schedule="constant", augment="pixelpro"), "each step of BYOL so far depends on the number of steps"), (ConVIRT, dict(schedule="constant", lr=1.0), "train differs in lr. Choose another")],
+    ids=lambda value: getattr(value, "__name__", None))
+def test_what_cannot_be_longer_says_why(kind, changes, reason, pack, tokenizer, tmp_path, capfd):
+    run, before = tmp_path / "run", changes | (dict(lr=1e-3) if "lr" in changes else {})
+    assert in_process(pack, tokenizer, run, kind=kind, **before, epochs=1) == 0
+    held = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    assert in_process(pack, tokenizer, run, kind=kind, **changes, epochs=2) == 1
+    assert held == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    said = capfd.readouterr().err
+    assert reason in said and "Choose another run folder" in said
 
 
 FORMER = {      # method -> name of a setting today -> in runs of older versions

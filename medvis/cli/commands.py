@@ -501,7 +501,8 @@ def main(argv: Sequence[str]) -> int:
     except (ValueError, OSError, Diverged) as error:
         print(f"medvis: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("medvis: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        if not str(error):  # else it was said
+            print("medvis: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         return 130
     return 0

@@ -81,7 +81,8 @@ class LSTMDecoder(_Decoder):
         keys, (state, memory) = self.key(seen), self.first(seen.mean(1)).chunk(2, -1)
         outputs, shares = [], []
         for word in heard.unbind(1):
-            share = self.energy(torch.tanh(keys + self.query(state)[:, None]))[..., 0].softmax(1)
+            scores = self.energy(torch.tanh(keys + self.query(state)[:, None]))[..., 0]
+            share = scores.softmax(1, dtype=torch.promote_types(scores.dtype, torch.float32))
             context = torch.sigmoid(self.gate(state)) * (share.to(seen.dtype)[:, None] @ seen)[:, 0]
             state, memory = self.cell(torch.cat([word, context], -1), (state, memory))
             outputs.append(word + self.tell_state(self.dropout(state)) + self.tell_context(context))

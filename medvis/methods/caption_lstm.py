@@ -6,6 +6,8 @@
 __all__ = ['Captioner', 'CaptionLSTM']
 
 # %% ../../nbs/methods/17_caption_lstm.ipynb #70058126
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -64,7 +66,7 @@ class Captioner(Method):
         places = find_places(mask, int(batch.texts()[:, 1, 1:].sum()))
         logits = self.text_decoder.tell(states.flatten(0, 1).index_select(0, places))
         caption = caption_loss(logits, targets.flatten()[places], self.config.smoothing)
-        return add_up(caption=caption, **self.attention_losses(attention, mask))
+        return replace(add_up(caption=caption, **self.attention_losses(attention, mask)), counted=mask.sum())
 
     def attention_losses(self, attention: Tensor, mask: Tensor) -> dict[str, Tensor]:  # (B, T, N), (B, T); weighted
         """What is asked of the attention itself: nothing.

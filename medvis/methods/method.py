@@ -38,11 +38,14 @@ class Losses:
     parts : dict[str, Tensor]
     judged : Tensor | None, default: field(default=None, repr=False)
         (B, ...) of each sample, for `Method.measure`
+    counted : Tensor | None, default: None
+        () labels or tokens that each part is the mean of; None = of samples, or of pairs
     """
 
     total: Tensor
     parts: dict[str, Tensor]
     judged: Tensor | None = field(default=None, repr=False)  # (B, ...) of each sample, for `Method.measure`
+    counted: Tensor | None = None  # () labels or tokens that each part is the mean of; None = of samples, or of pairs
 
 # %% ../../nbs/methods/02_method.ipynb #ae96f149
 def add_up(

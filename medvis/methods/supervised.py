@@ -73,7 +73,9 @@ class Supervised(Method):
         logits = self.classify(batch.image)
         targets = batch_targets(batch.labels, self.label_names, **self.label_rule)
         losses = add_up(labels=label_loss(logits, targets))
-        return replace(losses, judged=torch.stack([logits.detach().float(), targets], -1))
+        return replace(
+            losses, judged=torch.stack([logits.detach().float(), targets], -1), counted=(~targets.isnan()).sum()
+        )
 
     def measure(self, judged: Tensor) -> dict[str, float]:  # judged: (n, C, 2) logits and targets
         """The mean AUROC of the labels that a split has both ways; NaN without one.

@@ -8,13 +8,16 @@ __all__ = ['validate', 'fit', 'Schedule']
 # %% ../../nbs/train/07_loop.ipynb #27fcb0f8
 import math
 import os
+import shlex
 import signal
+import sys
 import threading
+import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -33,7 +36,7 @@ from ..data.sampling import FLIPS
 from ..data.views import Views
 from ..encoders.frozen import FrozenImages, cache_images
 from ..methods.method import Losses, Method
-from .checkpoint import load_checkpoint, read_weights, save_checkpoint, save_weights
+from .checkpoint import Writer, load_checkpoint, read_weights, save_checkpoint, save_weights, snapshot
 from .config import Diverged, Schedule, TrainConfig
 from .diagnostics import diagnose, warn_of_collapse
 from .large_batches import on_small_memory
@@ -42,12 +45,17 @@ from medvis.train.processes import (
     anywhere,
     from_all,
     join_statistics,
+    load_whole,
     make_accelerator,
     on_main,
     one_batch,
+    settle_precision,
+    share_out,
     summed,
+    whole_state,
+    whole_weights,
 )
-from .run import Run, append_log, cut_log, hold_run, note_provenance, open_run
+from .run import Run, append_log, begun_precision, cut_log, hold_run, is_finished, note_provenance, open_run
 from medvis.train.schedules import (
     cyclic_cosine,
     epoch_cosine,
@@ -100,7 +108,51 @@ def _parameter_groups(
         if params[side]
     ]
 
+# %% ../../nbs/train/07_loop.ipynb #f6a2b8c2
+def _speed_up(encoder: torch.nn.Module, config: TrainConfig, device: torch.device) -> Callable[[], None]:  # undoes it
+    "Lay out an image encoder with the channels last, and compile it, as is asked. ValueError if it has dropout."
+    last = device.type == "cuda" if config.channels_last is None else config.channels_last
+    if config.compile:
+        drops = [part for part in encoder.modules() if isinstance(part, torch.nn.modules.dropout._DropoutNd) and part.p]
+        if drops or any(getattr(part, "drop_prob", None) for part in encoder.modules()):
+            raise ValueError(
+                "compile is set, but the image encoder has dropout, which a compiled network draws in another way: "
+                "leave one of them out"
+            )
+        encoder.forward = torch.compile(encoder.forward)
+    if last:
+        encoder.to(memory_format=torch.channels_last)
+
+    def undo() -> None:
+        if config.compile:
+            vars(encoder).pop("forward", None)
+        if last:
+            encoder.to(memory_format=torch.contiguous_format)
+
+    return undo
+
+
+@torch.no_grad()
+def _follow_layout(optimizer: torch.optim.Optimizer) -> None:
+    "Keep what an optimiser knows of each weight in the order in memory that the weight has now."
+    for weight, kept in optimizer.state.items():
+        for name, value in kept.items():
+            if isinstance(value, torch.Tensor) and value.shape == weight.shape and value.stride() != weight.stride():
+                kept[name] = torch.empty_like(weight).copy_(value)
+
 # %% ../../nbs/train/07_loop.ipynb #7d7a3f6a
+def _weighed(losses: Losses, share: float, accelerator: Accelerator) -> Losses:
+    "The losses of a process, so that the mean over processes is a mean over samples, or over what else is counted."
+    weight: float | torch.Tensor = share
+    if losses.counted is not None and accelerator.num_processes > 1:
+        here = losses.counted.to(losses.total)
+        weight = here * accelerator.num_processes / accelerator.reduce(here.clone(), "sum").clamp(min=1)
+    if isinstance(weight, float | int) and weight == 1:
+        return losses
+    parts = {name: part * weight for name, part in losses.parts.items()}
+    return replace(losses, total=losses.total * weight, parts=parts)
+
+
 def _learn(
     method: torch.nn.Module,  # as prepared by accelerate
     batch: Batch,
@@ -108,7 +160,7 @@ def _learn(
     seed: int,  # of the random choices inside the networks
     parts: int,  # batches of the step
     share: float | None,  # how much it counts beside what other processes have in its place; None = they are one batch
-) -> Losses:
+) -> Losses:  # the mean over processes is the loss of all
     "Add the gradients of a batch to those of its step."
     inner, batch = accelerator.unwrap_model(method), batch.to(accelerator.device)
     torch.default_generator.manual_seed(seed)
@@ -116,8 +168,9 @@ def _learn(
         torch.cuda.manual_seed(seed)
     with one_batch(inner, batch) if share is None else nullcontext(batch) as given:
         losses = method(given)
-    total = losses.total / parts
-    accelerator.backward(total if share in (None, 1) else total * share)
+    if share is not None:
+        losses = _weighed(losses, share, accelerator)
+    accelerator.backward(losses.total / parts)
     return losses
 
 
@@ -147,7 +200,10 @@ def _optimise(
             sums[name] = sums.get(name, 0) + part.detach() / len(batches)
     scaled = accelerator.scaler is not None
     norm = accelerator.clip_grad_norm_(method.parameters(), float("inf") if clip_norm is None else clip_norm)
+    norm = whole_state(norm)
     fetched = torch.stack([value.float() for value in (*sums.values(), norm)])
+    if shares[0] is not None and accelerator.num_processes > 1:
+        fetched = accelerator.reduce(fetched, "mean")
     *values, norm = fetched.tolist()  # the one time that a step waits for the device
     mean = dict(zip(sums, values, strict=True))
     if anywhere(accelerator, not math.isfinite(mean["loss"]) or not (scaled or math.isfinite(norm))):
@@ -160,31 +216,64 @@ def _optimise(
     return mean
 
 # %% ../../nbs/train/07_loop.ipynb #4b140311
+def _judge(
+    inner: torch.nn.Module, batch: Batch, accelerator: Accelerator, joined: bool
+) -> tuple[Losses | None, float]:  # None without samples
+    "The losses of a batch, and how many samples of all processes they stand for."
+    [counts] = all_counts(accelerator, [len(batch)])
+    if joined and all(counts):
+        with one_batch(inner, batch) as whole:
+            return inner(whole), float(len(batch))
+    losses = inner(batch) if len(batch) else None
+    counted = 0.0 if losses is None or losses.counted is None else float(losses.counted)
+    [everywhere] = summed(accelerator, counted)
+    return losses, counted * sum(counts) / everywhere if everywhere else float(len(batch))
+
+
 @torch.no_grad()
-def validate(method: torch.nn.Module, loader: Iterable[Batch], accelerator: Accelerator) -> dict[str, float]:
+def validate(
+    method: torch.nn.Module,
+    loader: Iterable[Batch],  # as many batches in each process, also empty ones
+    accelerator: Accelerator,
+    joined: bool = False,  # whether the batches of one moment are one batch, if no process lacks it
+) -> dict[str, float]:
     """Mean losses over the samples of all processes, and what the method measures on all of them, without dropout.
 
     The method is left in training mode.
 
-    Raises Diverged, in every process. A process may have no samples; the loss is NaN if none has any."""
+    Raises Diverged, in every process, with `rows`, the studies of the own batch at fault. A process may have no
+    samples; the loss is NaN if none has any.
+
+    Parameters
+    ----------
+    method : torch.nn.Module
+    loader : Iterable[Batch]
+        as many batches in each process, also empty ones
+    accelerator : Accelerator
+    joined : bool, default: False
+        whether the batches of one moment are one batch, if no process lacks it
+    """
     method.eval()
-    inner = accelerator.unwrap_model(method)  # the bare method: processes may have different numbers of batches
-    total, count, bad, judged = Counter(), 0, None, []
+    inner = accelerator.unwrap_model(method)  # the bare method: not every process has something in each batch
+    total, samples, bad, rows, judged = Counter(), 0, None, [], []
     for buffer in inner.buffers() if accelerator.num_processes > 1 else ():
         torch.distributed.broadcast(buffer, 0)  # the statistics that the main process saves
-    for batch in filter(None, loader):
-        losses = inner(batch.to(accelerator.device))
-        if not torch.isfinite(losses.total):
-            bad = float(losses.total)
-            break
+    for batch in loader:
+        losses, weight = _judge(inner, batch.to(accelerator.device), accelerator, joined)
+        if losses is None:
+            continue
+        if bad is None and not torch.isfinite(losses.total):
+            bad, rows = float(losses.total), batch.study_id.tolist()
         for name, part in (("loss", losses.total), *losses.parts.items()):
-            total[name] += float(part) * len(batch)
-        count += len(batch)
+            total[name] += float(part) * weight
+        samples += len(batch)
         judged += [] if losses.judged is None else [losses.judged.cpu()]
     method.train()
-    totals, counts, bads, parts = zip(*gather_object([(total, count, bad, judged)]))
+    totals, counts, bads, parts = zip(*gather_object([(total, samples, bad, judged)]))
     if any(loss is not None for loss in bads):
-        raise Diverged(f"loss {next(loss for loss in bads if loss is not None):g}")
+        error = Diverged(f"loss {next(loss for loss in bads if loss is not None):g}")
+        error.rows = rows
+        raise error
     names, judged = sorted(set().union(*totals)) or ["loss"], sum(parts, [])
     means = {name: sum(total[name] for total in totals) / sum(counts) if sum(counts) else math.nan for name in names}
     return means | (inner.measure(torch.cat(judged)) if judged else {})
@@ -279,17 +368,20 @@ def _open_pairs(method: Method, data: Pack, config: TrainConfig, accelerator: Ac
 
 # %% ../../nbs/train/07_loop.ipynb #cb76f06a
 @dataclass
-class _RunState:
-    "A run in progress: its parts, its state, and how both are saved."
+class _RunParts:
+    "A run in progress: its parts and its state."
 
     method: Method
     data: Pack
     config: TrainConfig
     step: int = 0  # optimiser steps done
     history: list[float] = field(default_factory=list)  # what the method monitors, of every epoch done
+    writer: Writer = field(default_factory=Writer)  # of checkpoints
+    room: Any = None  # the newest snapshot, which the next one overwrites
+    saved: float = field(init=False)  # when the newest checkpoint was taken, in seconds
 
     def __post_init__(self) -> None:
-        c, method = self.config, self.method
+        c, method, self.saved = self.config, self.method, time.monotonic()
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         self.accelerator = make_accelerator(c, method.unused_parameters)
         several, whole = self.accelerator.num_processes > 1, c.negatives_of == "all processes"
@@ -299,11 +391,15 @@ class _RunState:
             join_statistics(method.image_encoder if self.joined else method, self.accelerator)
         self.pairs = _open_pairs(method, self.data, c, self.accelerator)
         self.load = BatchLoader(self.pairs, self.accelerator.device, c.workers)
+        self.undo = _speed_up(method.image_encoder, c, self.accelerator.device)
+        if shared := c.shard and several:
+            share_out(method, self.accelerator)
         groups = _parameter_groups(method, c)
         self.sides = [group.pop("config") for group in groups]
         kind = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[c.optimizer]
         optimizer = kind(groups, lr=c.lr, betas=c.betas, fused=True)
-        self.prepared, self.optimizer = self.accelerator.prepare(method, optimizer)
+        self.prepared = self.accelerator.prepare_model(method, evaluation_mode=shared)  # no DDP around shares
+        self.optimizer = self.accelerator.prepare(optimizer)
         batches = self.batches("train", 0)
         self.steps_per_epoch = -(-len(batches) // c.accumulate)
         counts = map(len, batches)
@@ -320,9 +416,11 @@ class _RunState:
         "Keys of this process's batches in an epoch."
         a, c = self.accelerator, self.config
         rest = split == "validate" and self.method.least_batch == 1  # no sample needs others: all are judged
-        count, share = len(self.pairs[split]), (a.process_index, a.num_processes)
-        order = epoch_batches(count, c.batch_size, c.seed, epoch, *share, rest=rest)
-        return [[(epoch, i) for i in batch] for batch in order]
+        count, rank, world = len(self.pairs[split]), a.process_index, a.num_processes
+        order = epoch_batches(count, c.batch_size * world, c.seed, epoch, rest=rest)
+        few = [split == "validate" and len(batch) < world for batch in order]  # these the main process judges alone
+        shares = [([] if rank else batch) if lone else batch[rank::world] for batch, lone in zip(order, few)]
+        return [[(epoch, i) for i in batch] for batch in shares]
 
     def log(self, split: str, **values) -> None:
         "Add a line to the log."
@@ -339,56 +437,23 @@ class _RunState:
             f"The checkpoint of step {self.step} is kept; look at these studies, or lower lr."
         )
 
-    def save(self) -> None:
-        "Write a checkpoint of the steps done. OSError, in all processes, when the disk is full."
-        scaler = self.accelerator.scaler
-        on_main(
-            self.accelerator,
-            lambda: save_checkpoint(
-                self.config.run / "checkpoints",
-                {
-                    "step": self.step,
-                    "history": self.history,
-                    "method": self.method.state_dict(),
-                    "optimizer": self.optimizer.state_dict(),
-                    "scaler": scaler.state_dict() if scaler else {},
-                },
-            ),
-        )
-
-    def restore(self) -> None:
-        "Go on from the newest checkpoint, or write the first one. ValueError names one that is damaged or foreign."
-        folder, loaded = self.config.run / "checkpoints", []
-
-        def load_first() -> bool:  # before the other processes, because it deletes half-written files
-            loaded.append(load_checkpoint(folder))
-            return loaded[0] is None
-
-        if on_main(self.accelerator, load_first):
-            return self.save()
-        state = loaded[0] if loaded else load_checkpoint(folder)
-        try:
-            self.step, self.history = int(state["step"]), [float(loss) for loss in state["history"]]
-            self.method.load_state_dict(state["method"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            if self.accelerator.scaler:
-                self.accelerator.scaler.load_state_dict(state["scaler"])
-        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-            reason = f"{type(error).__name__}: {str(error).splitlines()[0][:100]}"
-            raise ValueError(
-                f"the newest checkpoint in {folder} is not one of this run ({reason}): "
-                f"delete it to go on from the one before"
-            ) from error
-
 # %% ../../nbs/train/07_loop.ipynb #c41e0b97
+_SIGNALS = [signal.SIGINT, signal.SIGTERM]  # that ask a run to stop
+
+
 @contextmanager
 def _noted_signals() -> Iterator[list[int]]:
-    "Ctrl-C and SIGTERM are noted in a list; the second does what it does elsewhere. Ignored ones stay ignored."
+    """Ctrl-C and SIGTERM are noted in a list; the second does what it does elsewhere. Ignored ones stay ignored.
+
+    Under torchrun, which passes on what its processes got already, the second is noted too: it has patience enough."""
     asked, owner, before = [], os.getpid(), {}
+    patient = "TORCHELASTIC_RUN_ID" in os.environ
 
     def note(number: int, _: object) -> None:
         if os.getpid() != owner and number == signal.SIGINT:
             return  # a worker that loads images: it ends with its owner
+        if asked and patient and os.getpid() == owner:
+            return
         if asked or os.getpid() != owner:
             signal.signal(number, before[number])
             os.kill(os.getpid(), number)
@@ -396,7 +461,7 @@ def _noted_signals() -> Iterator[list[int]]:
             asked.append(number)
             os.write(2, b"\nmedvis: stops after this step, with a checkpoint; once more to stop at once\n")
 
-    numbers = [signal.SIGINT, signal.SIGTERM] if threading.current_thread() is threading.main_thread() else []
+    numbers = _SIGNALS if threading.current_thread() is threading.main_thread() else []
     for number in numbers:
         if (handler := signal.getsignal(number)) not in (signal.SIG_IGN, None):
             before[number] = handler
@@ -406,6 +471,114 @@ def _noted_signals() -> Iterator[list[int]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+# %% ../../nbs/train/07_loop.ipynb #c3d9e5f1
+def _this_command() -> str:
+    "What was typed to start this program, if it was medvis; else in words."
+    program, *words = sys.argv
+    module = Path(program).name == "__main__.py" and Path(program).parent.name == "medvis"
+    if not (module or Path(program).name == "medvis"):
+        return "call fit once more with the same settings"
+    launched = "WORLD_SIZE" in os.environ and not any(word.startswith("--processes") for word in words)
+    command = shlex.join(["python", "-m", "medvis", *words] if module else ["medvis", *words])
+    return f"{command} (started as before)" if launched else command
+
+# %% ../../nbs/train/07_loop.ipynb #c3d9e5f3
+class _RunState(_RunParts):
+    "How a run is saved, stops and goes on."
+
+    asked: Sequence[int] = ()  # signals that want the run to stop, as this process got them
+    due: tuple[bool, int | None] = (False, None)  # by the clock: a checkpoint; by a signal: which one stops all
+
+    def state(self) -> dict[str, Any]:
+        "All that a run needs to go on."
+        scaler = self.accelerator.scaler
+        return {
+            "step": self.step,
+            "history": self.history,
+            "method": self.method.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": scaler.state_dict() if scaler else {},
+        }
+
+    def save(
+        self,
+        best: bool = False,  # these are the best weights so far
+        now: bool = False,  # return when they are written
+    ) -> None:
+        """Write a checkpoint of the steps done, while training goes on.
+
+        OSError, in all processes, when the disk is full; of what is written in the background, at the next time."""
+
+        state = whole_state(self.state())
+
+        def begin() -> None:
+            self.writer.wait()  # one copy at a time
+            kept = self.room = snapshot(state, self.room)
+
+            def write() -> None:
+                if best:
+                    save_weights(self.config.run / "weights.safetensors", kept["method"])
+                save_checkpoint(self.config.run / "checkpoints", kept)
+
+            self.writer.start(write)
+            if now:
+                self.writer.wait()
+
+        on_main(self.accelerator, begin)
+        self.saved = time.monotonic()
+
+    def release(self) -> None:
+        "Give the method back as it was: `prepare` makes a method compute in mixed precision wherever it is called."
+        for name in ("forward", "_original_forward"):
+            vars(self.method).pop(name, None)
+        self.undo()
+        self.room = None
+
+    def restore(self) -> None:
+        "Go on from the newest checkpoint, or write the first one. ValueError names one that is damaged or foreign."
+        folder, loaded = self.config.run / "checkpoints", []
+
+        def load_first() -> bool:  # before the other processes, because it deletes half-written files
+            for leftover in self.config.run.glob("*.partial"):
+                leftover.unlink()
+            loaded.append(load_checkpoint(folder))
+            return loaded[0] is None
+
+        if on_main(self.accelerator, load_first):
+            return self.save(now=True)
+        state = loaded[0] if loaded else load_checkpoint(folder)
+        try:
+            self.step, self.history = int(state["step"]), [float(loss) for loss in state["history"]]
+            load_whole(self.method, state["method"], self.optimizer, state["optimizer"])
+            _follow_layout(self.optimizer)
+            if self.accelerator.scaler:
+                self.accelerator.scaler.load_state_dict(state["scaler"])
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            reason = f"{type(error).__name__}: {str(error).splitlines()[0][:100]}"
+            raise ValueError(
+                f"the newest checkpoint in {folder} is not one of this run ({reason}): "
+                f"delete it to go on from the one before"
+            ) from error
+
+    def ask_around(self, *here: float) -> list[float]:
+        "Sums over the processes. On the way they agree on what is due, so that all save and stop at the same step."
+        minutes = self.config.save_minutes
+        late = self.accelerator.is_main_process and minutes is not None and time.monotonic() - self.saved > 60 * minutes
+        *sums, late, interrupted, ended = summed(
+            self.accelerator, *here, late, *(one in self.asked for one in _SIGNALS)
+        )
+        self.due = bool(late), signal.SIGINT if interrupted else signal.SIGTERM if ended else None
+        return sums
+
+    def stop_if_asked(self) -> None:
+        "End with a checkpoint of the steps done, if a signal asked for it: as KeyboardInterrupt or SystemExit."
+        if (asked := self.due[1]) is not None:
+            self.save(now=True)
+            said = f"stopped after step {self.step}, with a checkpoint; to go on: {_this_command()}"
+            if self.accelerator.is_main_process:
+                print(f"medvis: {said}", file=sys.stderr)
+            raise KeyboardInterrupt(said) if asked == signal.SIGINT else SystemExit(128 + asked)
 
 # %% ../../nbs/train/07_loop.ipynb #ab57665d
 _DIAGNOSED = 128  # validation samples
@@ -431,27 +604,19 @@ def _to_take(
 class _Trainer(_RunState):
     "What happens to a run, in this order: epochs, their steps, the end of each."
 
-    asked: Sequence[int] = ()  # signals that want the run to stop
-
     def train(self, each_epoch: Callable[[Run], None] | None = None) -> None:
         "All epochs that are not done yet."
         c, a = self.config, self.accelerator
         total, hidden = c.epochs * self.steps_per_epoch, not (c.progress and a.is_main_process)
         self.method.start_run(total)
-        held = _noted_signals() if a.num_processes == 1 else nullcontext([])  # several would stop at different steps
-        with tqdm(total=total, initial=self.step, desc=c.run.name, disable=hidden) as bar, held as self.asked:
+        with tqdm(total=total, initial=self.step, desc=c.run.name, disable=hidden) as bar:
             while len(self.history) < c.epochs and not stopped_improving(self.history, c.patience):
                 self.train_epoch(bar)
                 self.end_epoch()
                 if each_epoch:
-                    on_main(a, lambda: each_epoch(Run(c.run)))
+                    on_main(a, lambda: (self.writer.wait(), each_epoch(Run(c.run)))[1])
+                self.ask_around()
                 self.stop_if_asked()
-
-    def stop_if_asked(self) -> None:
-        "End with a checkpoint of the steps done, if a signal asked for it: as KeyboardInterrupt or SystemExit."
-        if self.asked:
-            self.save()
-            raise KeyboardInterrupt if self.asked[0] == signal.SIGINT else SystemExit(128 + self.asked[0])
 
     def train_epoch(self, bar: tqdm) -> None:
         "The steps of the running epoch that are not done yet. ValueError when too many samples cannot be read."
@@ -465,7 +630,7 @@ class _Trainer(_RunState):
         for keys in groups:
             loaded = [next(loader) for _ in keys]
             losses = self.take_step(keys, loaded)
-            wanted, read = map(int, summed(self.accelerator, sum(map(len, keys)), sum(map(len, loaded))))
+            wanted, read = map(int, self.ask_around(sum(map(len, keys)), sum(map(len, loaded))))
             count, bad = count + wanted, bad + wanted - read
             if bad > c.max_rejects * max(count, len(self.pairs["train"])):
                 raise ValueError(
@@ -475,7 +640,7 @@ class _Trainer(_RunState):
             self.log("train", **losses)
             bar.update()
             bar.set_postfix({name: f"{value:.3f}" for name, value in losses.items() if name != "lr"}, refresh=False)
-            if self.step % c.save_every == 0 and self.step < (epoch + 1) * self.steps_per_epoch:
+            if (self.step % c.save_every == 0 or self.due[0]) and self.step < (epoch + 1) * self.steps_per_epoch:
                 self.save()  # the end of an epoch saves by itself
             self.stop_if_asked()
 
@@ -495,7 +660,7 @@ class _Trainer(_RunState):
                 losses = _optimise(self.prepared, self.optimizer, loaded, a, seeds, c.clip_norm, shares)
             return {"lr": _learning_rate(c, *when), **losses}
         except Diverged as error:
-            self.save()
+            self.save(now=True)
             rows = [self.pairs["train"].items[i][0] for batch in keys for _, i in batch]
             raise self.diverged(f"step {self.step + 1}", error, rows) from None
 
@@ -503,29 +668,26 @@ class _Trainer(_RunState):
         "Validate, keep the weights if they are the best so far, log diagnostics, and write a checkpoint."
         monitored = math.nan
         if len(self.pairs["validate"]):
-            monitored = self.method.monitor(self.validate_epoch())
-            self.diagnose_epoch()
+            with whole_weights(self.method):
+                monitored = self.method.monitor(self.validate_epoch())
+                self.diagnose_epoch()
         self.history.append(monitored)
-        if self.config.keep == "last" or _is_best(self.history):
-            on_main(self.accelerator, lambda: save_weights(self.config.run / "weights.safetensors", self.method))
-        self.save()
+        self.save(best=self.config.keep == "last" or _is_best(self.history))
 
     def validate_epoch(self) -> dict[str, float]:
         "Log and return the numbers of a validation. Diverged names the studies; ValueError if too many cannot be read."
-        c, keys, rejects, rows = self.config, self.batches("validate", 0), [], []
+        c, keys, rejects = self.config, self.batches("validate", 0), []
 
-        def noted() -> Iterable[Batch]:  # the rejects of all batches, and the studies of the running one
+        def noted() -> Iterable[Batch]:  # with the rejects of all batches
             for batch in self.load("validate", keys):
                 rejects.extend(batch.rejects)
-                rows[:] = batch.study_id.tolist()
                 yield batch
-            rows.clear()  # none of this process's batches is at fault
 
         try:
-            losses = validate(self.prepared, noted(), self.accelerator)
+            losses = validate(self.prepared, noted(), self.accelerator, self.joined)
         except Diverged as error:
-            self.save()
-            raise self.diverged(f"validation after step {self.step}", error, rows) from None
+            self.save(now=True)
+            raise self.diverged(f"validation after step {self.step}", error, list(error.rows)) from None
         rejects, [wanted] = from_all(self.accelerator, rejects), summed(self.accelerator, sum(map(len, keys)))
         for name, reason in rejects:
             self.log("reject", study_id=name, reason=reason)
@@ -557,7 +719,7 @@ def fit(
     each_epoch: Callable[[Run], None] | None = None,  # called after every epoch, e.g. medvis.analyse.LiveDiagnostics()
     **changes,  # to the training settings, fields of TrainConfig: epochs=8, batch_size=32, ...
 ) -> Run:
-    """Train a method, or continue the run in the folder; a finished one is returned as it is.
+    """Train a method, or continue the run in the folder; a finished one is returned, or given more epochs.
 
     Raises Diverged when a loss is not finite (with a checkpoint of the step before), OSError when the disk is full,
     ValueError for a setting that does not exist, when the folder holds another run or too many samples cannot be read.
@@ -575,19 +737,24 @@ def fit(
         to the training settings, fields of TrainConfig: epochs=8, batch_size=32, ...
     """
     config, data = TrainConfig.of(method, run, **changes), open_pack(data)
+    config = settle_precision(config, begun_precision(config.run))
     trainer, last = _Trainer(method, data, config), config.run / "last.safetensors"
     a = trainer.accelerator
-    finished = on_main(a, last.exists)
+    finished = on_main(a, lambda: is_finished(config))
     with ExitStack() as stack:
+        trainer.asked = stack.enter_context(_noted_signals())  # until all is given back
+        stack.callback(trainer.release)
         on_main(a, lambda: hold_run(stack, config.run, finished))
-        on_main(a, lambda: open_run(method, data, config, a.num_processes))
+        stack.callback(trainer.writer.wait)  # before the folder is given back
+        on_main(a, lambda: open_run(method, data, config, a.num_processes, a.mixed_precision))
         note_provenance(method, Run(config.run).provenance)
         if finished:
-            method.load_state_dict(read_weights(last))
+            load_whole(method, read_weights(last))
             return Run(config.run)
         trainer.restore()
         for log in ("metrics.jsonl", "diagnostics.jsonl"):
             on_main(a, lambda: cut_log(config.run / log, trainer.step))
         trainer.train(each_epoch)
-        on_main(a, lambda: save_weights(last, method))
+        weights = whole_state(method.state_dict())
+        on_main(a, lambda: (trainer.writer.wait(), save_weights(last, weights)))
     return Run(config.run)
