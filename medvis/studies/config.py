@@ -140,7 +140,7 @@ class RealPairsConfig:
     def __post_init__(self) -> None:
         _check_subjects(self.subjects, "imagenet")
 
-# %% ../../nbs/studies/00_config.ipynb #47238cab
+# %% ../../nbs/studies/00_config.ipynb #65faef86
 STUDIES = Registry(
     "study",
     "a function of a folder and of Packs (or None) that returns a Study",
@@ -154,7 +154,7 @@ STUDIES = Registry(
     },
 )
 
-
+# %% ../../nbs/studies/00_config.ipynb #92c666e1
 @dataclass
 class _ChosenCells:
     name: tyro.conf.Positional[str]
@@ -186,7 +186,7 @@ class StudyRunConfig(_ChosenCells):
     progress: bool = True
     "Show a progress bar."
 
-
+# %% ../../nbs/studies/00_config.ipynb #8622fe0c
 @dataclass
 class StudyStatusConfig(_ChosenCells):
     "How far a study is, and how long the rest will take."
@@ -194,7 +194,7 @@ class StudyStatusConfig(_ChosenCells):
     jobs: int = 1
     "Processes that the rest would be done by."
 
-
+# %% ../../nbs/studies/00_config.ipynb #67f6190e
 @dataclass
 class StudyTableConfig(_ChosenCells):
     "Print the numbers of a study that are there."
@@ -202,7 +202,7 @@ class StudyTableConfig(_ChosenCells):
     form: Literal["text", "markdown", "latex", "html"] = "text"
     "How the table is written."
 
-
+# %% ../../nbs/studies/00_config.ipynb #ae495461
 @dataclass
 class StudyConfig:
     "Run a study of the papers' tables, ask how far it is, or print its numbers."
