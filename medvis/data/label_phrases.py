@@ -52,7 +52,7 @@ _PROMPTS: dict[str, tuple[str, ...]] = {  # class -> what a report says; () = no
     "central_venous_line": ("central venous line",),
     "tubings": ("external tubes",),
     "monitoring_probes": ("monitoring leads",),
-    **dict.fromkeys(("left_lung", "right_lung", "v7_lungs", "cardiomediastinum", "airways"), ()),
+    **dict.fromkeys(("left_lung", "right_lung", "v7_lungs", "v7_ignore", "cardiomediastinum", "airways"), ()),
 }
 
 
