@@ -164,20 +164,16 @@ def _body_mask(body: nn.Module, input_ids: Tensor, attention_mask: Tensor | None
     return closed.masked_fill(attention_mask == 0, torch.finfo(kind).min)[:, None, None]
 
 
-def _show_attention(body: nn.Module) -> None:
-    "From now on the last layer of a body makes its attention (b, H, t, t), which fused attention does not."
-    if _is_bert(body):
-        body.encoder.layer[-1].attention.self.config = SimpleNamespace(_attn_implementation="eager")
-
-
 @contextmanager
 def _watched(body: nn.Module, attend: bool) -> Iterator[list[Tensor]]:
-    "Within it, what the last layer of a body looks at is kept; it must show it."
+    "Within it, the last layer of a body keeps its attention (b, H, t, t), which fused attention does not make."
     seen: list[Tensor] = []
     if not attend or not _is_bert(body):
         yield seen
         return
-    hook = body.encoder.layer[-1].attention.self.register_forward_hook(lambda *given: seen.append(given[-1][1]))
+    last = body.encoder.layer[-1].attention.self
+    last.config = SimpleNamespace(_attn_implementation="eager")  # for good: it may be computed again in backward
+    hook = last.register_forward_hook(lambda *given: seen.append(given[-1][1]))
     try:
         yield seen
     finally:
@@ -312,8 +308,6 @@ class TextEncoder(nn.Module):
         self.word_weights, self.released_words = word_weights, released_words
         self.words, self.sentences, self.whole, self.summed_layers = words, sentences, whole, summed_layers
         self.dim = body.config.hidden_size
-        if word_weights or released_words is not None:
-            _show_attention(body)
 
     def _read_run(
         self,
