@@ -204,7 +204,7 @@ def test_a_folder_holds_one_study(config, trained, data, tmp_path):
 def test_results_hold_numbers_and_no_text(config, data, capfd):
     "Trained, measured in full and written: no sentence of the Pack is in any file, log or output, and the tables can be made of it."
     results = real_pairs.run_real_pairs(replace(config, seeds=(3,)))
-    assert set(results.family) == {*real_pairs._PARTS, "cost"} and len(pd.read_csv(config.out / "tuning" / "clip.csv")) == 4
+    assert set(results.family) == {*real_pairs._parts(real_pairs._Study(config)), "cost"} and len(pd.read_csv(config.out / "tuning" / "clip.csv")) == 4
     sentences = {sentence for sentences in data.studies["sentences"] for sentence in sentences}
     files = [path for folder in (config.out, config.runs) for path in folder.rglob("*") if path.is_file() and path.suffix in (".csv", ".json", ".jsonl", ".seconds")]
     texts = [*(path.read_text() for path in files), *capfd.readouterr()]
