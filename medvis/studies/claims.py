@@ -6,36 +6,26 @@
 __all__ = ['claims_table', 'compare_with_papers']
 
 # %% ../../nbs/studies/16_claims.ipynb #dd78cb42
-from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NamedTuple
 
 import pandas as pd
 
-from ..evaluate.claims import Claim, judge
-from .local_mi_tables import local_mi_tables, local_mi_tables_claims, local_mi_tables_published
-from .lovt_ablation import lovt_ablation, lovt_ablation_claims, lovt_ablation_published
-from .lovt_protocols import lovt_protocols, lovt_protocols_claims, lovt_protocols_published
-from .mgca_ablation import mgca_ablation, mgca_ablation_claims, mgca_ablation_published
-from .mgca_tables import mgca_tables, mgca_tables_claims, mgca_tables_published
+from ..evaluate.claims import judge
+from .local_mi_tables import LOCAL_MI_TABLES
+from .lovt_ablation import LOVT_ABLATION
+from .lovt_protocols import LOVT_PROTOCOLS
+from .mgca_ablation import MGCA_ABLATION
+from .mgca_tables import MGCA_TABLES
 from .paper_tables import wide_table
-from .runner import Study, study_table
+from .runner import study_table
 
 # %% ../../nbs/studies/16_claims.ipynb #8df5629c
-class _PaperTable(NamedTuple):
-    "A paper's table: how it is run, what the paper says of it, and its numbers."
-
-    make: Callable[[Path], Study]
-    claims: Callable[[], list[Claim]]
-    published: Callable[[], Mapping[tuple[str, str], str]]
-
-
 _TABLES = {  # folder of results -> table
-    "local_mi_tables": _PaperTable(local_mi_tables, local_mi_tables_claims, local_mi_tables_published),
-    "lovt_ablation": _PaperTable(lovt_ablation, lovt_ablation_claims, lovt_ablation_published),
-    "lovt_protocols": _PaperTable(lovt_protocols, lovt_protocols_claims, lovt_protocols_published),
-    "mgca_tables": _PaperTable(mgca_tables, mgca_tables_claims, mgca_tables_published),
-    "mgca_ablation": _PaperTable(mgca_ablation, mgca_ablation_claims, mgca_ablation_published),
+    "local_mi_tables": LOCAL_MI_TABLES,
+    "lovt_ablation": LOVT_ABLATION,
+    "lovt_protocols": LOVT_PROTOCOLS,
+    "mgca_tables": MGCA_TABLES,
+    "mgca_ablation": MGCA_ABLATION,
 }
 
 
@@ -59,13 +49,13 @@ def claims_table(
         study, and the columns of `judge`; of a study that is not whole the verdict is "not run yet"
     """
     tables = []
-    for folder, (make, claims, _) in _TABLES.items():
-        study = make(Path(root) / folder)
+    for folder, paper in _TABLES.items():
+        study = paper(Path(root) / folder)
         results = study_table(study)
         if _filled(results) == len(study.cells()):
-            table = judge(results, claims())
+            table = judge(results, paper.claims)
         else:
-            rows = [{"claim": one.text, "source": one.source, "margin": one.margin} for one in claims()]
+            rows = [{"claim": one.text, "source": one.source, "margin": one.margin} for one in paper.claims]
             table = pd.DataFrame(rows).assign(verdict="not run yet")
         tables.append(table.assign(study=study.name))
     return pd.concat(tables, ignore_index=True)
@@ -86,12 +76,5 @@ def compare_with_papers(
     dict[str, pd.DataFrame]
         name of a study -> see `wide_table`; those of which nothing is there are left out
     """
-    found = {}
-    for folder, (make, claims, published) in _TABLES.items():
-        study = make(Path(root) / folder)
-        if len(results := study_table(study)):
-            measures = {column: one.measure for one in claims() for _, column in one.contrast}
-            found[study.name] = wide_table(
-                results, {name: measures[name] for name in study.tasks if name in measures}, published()
-            )
-    return found
+    read = [(paper, study_table(paper(Path(root) / folder))) for folder, paper in _TABLES.items()]
+    return {paper.name: wide_table(paper, results) for paper, results in read if len(results)}

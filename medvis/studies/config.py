@@ -146,11 +146,11 @@ STUDIES = Registry(
     "a function of a folder and of Packs (or None) that returns a Study",
     callable,
     {
-        "local-mi": "medvis.studies.local_mi_tables:local_mi_tables",
-        "lovt-ablation": "medvis.studies.lovt_ablation:lovt_ablation",
-        "lovt-protocols": "medvis.studies.lovt_protocols:lovt_protocols",
-        "mgca": "medvis.studies.mgca_tables:mgca_tables",
-        "mgca-ablation": "medvis.studies.mgca_ablation:mgca_ablation",
+        "local-mi": "medvis.studies.local_mi_tables:LOCAL_MI_TABLES",
+        "lovt-ablation": "medvis.studies.lovt_ablation:LOVT_ABLATION",
+        "lovt-protocols": "medvis.studies.lovt_protocols:LOVT_PROTOCOLS",
+        "mgca": "medvis.studies.mgca_tables:MGCA_TABLES",
+        "mgca-ablation": "medvis.studies.mgca_ablation:MGCA_ABLATION",
     },
 )
 
