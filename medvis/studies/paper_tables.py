@@ -183,7 +183,7 @@ def _table_study(
     packs: Mapping[str, Path] | None = None,  # the paper's data, at its scale; None: a phantom, with tiny networks
     phantom: Mapping[str, int] = _PHANTOM,
 ) -> Study:
-    """A paper's table as a study; on the phantom one that tunes its rows comes first. ValueError names missing Packs."""
+    """A paper's table as a study; on the phantom its tuning comes first. ValueError names missing Packs."""
     settings = {name: vars(row) for name, row in table.rows.items()}
     if packs is not None:
         rows, columns = _at_full_scale(table.rows, table.columns, packs)
