@@ -1,4 +1,4 @@
-"""Sphinx settings of the site. `make docs` calls tools/site_pages.py, which puts the sources together and calls Sphinx."""
+"""Sphinx settings of the site; tools/site_pages.py puts its sources together and calls Sphinx (`make docs`)."""
 import re
 from configparser import ConfigParser
 from functools import partial
