@@ -14,11 +14,12 @@ install = set -o pipefail; pip install --no-compile --progress-bar off -e $(1) |
 	/\([0-9][0-9][0-9]+\.[0-9] MB\)| GB\)/ {print; fflush()} \
 	/^Installing collected/ {print "  Unpacking ..."; fflush()}'
 
-.PHONY: help demo test lab export
+.PHONY: help demo test lab export docs
 help:
 	@echo "make demo    install, make phantom pairs, pre-train, probe; prints a table and the path of a page"
 	@echo "make test    install the development tools too, and run every check"
 	@echo "make lab     JupyterLab on the notebooks, with nbdev's hooks, which keep them clean"
+	@echo "make docs    the site, from the notebooks: _docs/html/index.html"
 	@echo "make export  notebooks -> medvis/, its docstrings, and README.md; cleans the notebooks"
 
 .venv/bin/python:
@@ -73,3 +74,6 @@ export: .venv/.dev
 	@python tools/clean.py
 	@nbdev_clean
 	@python tools/readme.py
+
+docs: .venv/.dev
+	@HF_HUB_OFFLINE=1 python tools/site_pages.py

@@ -225,7 +225,7 @@ def _first_relevant(
     relevant: np.ndarray,  # (Q, C) bool; every row has one
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # (Q,) int each
     """How many candidates are better than the best relevant one; tied with it, itself too; relevant among the tied."""
-    best = np.where(relevant, scores, -np.inf).max(1, keepdims=True)
+    best = np.where(relevant, scores, -np.inf).max(1, keepdims=True, initial=-np.inf)
     tied = scores == best
     return (scores > best).sum(1), tied.sum(1), (tied & relevant).sum(1)
 
@@ -307,8 +307,8 @@ def _exclusive_class(
     seed: int = 0,
 ) -> np.ndarray:  # (n,) str, "" = none, several, or not drawn
     """The one finding of each row that has exactly one."""
-    hit = targets.to_numpy() == 1
-    found = np.where(hit.sum(1) == 1, np.array(targets.columns, dtype=str)[hit.argmax(1)], "")
+    hit = np.pad(targets.to_numpy() == 1, ((0, 0), (0, 1)))  # a last column, which nobody has: there may be no other
+    found = np.where(hit.sum(1) == 1, np.array([*targets.columns, ""], dtype=str)[hit.argmax(1)], "")
     if per_class is None:
         return found
     order = np.random.default_rng(seed).permutation(len(found))
@@ -685,7 +685,7 @@ def retrieve(
     here = names.isin(pairs.texts["study_id"].astype(str)).to_numpy()
     policy = vars(label_policy(pack, findings, uncertain, blank)) if len(pack.labels.columns) else {}
     targets = study_targets(pack, **policy) if policy else pack.labels
-    classes = dict(zip(names[here], _exclusive_class(targets[here], per_class)))
+    classes = dict(zip(names[here], _exclusive_class(targets[here], per_class))) if policy else None
     table = retrieval_table(pairs, classes, ks, resamples)
     rules = dict(split=split, studies=studies, seed=seed, **policy, per_class=per_class, ks=ks, resamples=resamples)
     described = describe_inputs({"method": method}, pack, **rules, metrics=_DEFINITIONS)

@@ -97,6 +97,8 @@ class TrainConfig(Sampling):
     "Stop when more than this share of an epoch's samples could not be read."
     progress: bool = True
     "Show a progress bar."
+    log: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...] = ()
+    "Experiment trackers that are sent the numbers of metrics.jsonl, and the settings; no text of a report."
 
     def __post_init__(self) -> None:
         _check_types(self)

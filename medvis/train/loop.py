@@ -52,6 +52,7 @@ from medvis.train.processes import (
     settle_precision,
     share_out,
     summed,
+    tracked,
     whole_state,
     whole_weights,
 )
@@ -427,6 +428,8 @@ class _RunParts:
         if self.accelerator.is_main_process:
             line = {"step": self.step, "epoch": len(self.history), "split": split, **values}
             append_log(self.config.run / "metrics.jsonl", [line])
+            numbers = {f"{split}/{name}": value for name, value in values.items() if isinstance(value, (int, float))}
+            self.accelerator.log(numbers, step=self.step)
 
     def diverged(self, what: str, error: Diverged, rows: list[int]) -> Diverged:
         "The error that all processes raise, with the names of their studies. A checkpoint of the steps done is kept."
@@ -752,6 +755,7 @@ def fit(
             load_whole(method, read_weights(last))
             return Run(config.run)
         trainer.restore()
+        stack.enter_context(tracked(a, config))
         for log in ("metrics.jsonl", "diagnostics.jsonl"):
             on_main(a, lambda: cut_log(config.run / log, trainer.step))
         trainer.train(each_epoch)

@@ -86,6 +86,7 @@ _FREE = (
     "progress",
     "save_every",
     "save_minutes",
+    "log",
     "device",
     "channels_last",
     "compile",

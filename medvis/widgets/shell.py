@@ -9,6 +9,8 @@ __all__ = ['COLOURS', 'static', 'picture_url', 'themed', 'state_json', 'standalo
 import base64
 import io
 import json
+import os
+import tempfile
 from collections.abc import Mapping
 from html import escape
 from importlib.resources import files
@@ -141,11 +143,22 @@ class Pictured:
         "The present state as a matplotlib figure."
         raise NotImplementedError
 
+    def _live(self) -> dict[str, str]:
+        "The widget as a page in a frame, if it can be saved as one."
+        if not hasattr(self, "to_html"):
+            return {}
+        with tempfile.TemporaryDirectory() as folder:
+            page = self.to_html(Path(folder, "page.html")).read_text(encoding="utf-8")
+        return {"text/html": f'<iframe style="width: 100%; height: 720px; border: 0" srcdoc="{escape(page)}"></iframe>'}
+
     def _repr_mimebundle_(self, **options) -> dict | tuple:
         bundle, picture = super()._repr_mimebundle_(**options), io.BytesIO()
         self.to_figure().savefig(picture, format="png")
         data, *metadata = bundle if isinstance(bundle, tuple) else (bundle,)
         data["image/png"] = base64.b64encode(picture.getvalue()).decode()
+        if os.environ.get("MEDVIS_LIVE"):  # for a notebook that is exported: nothing there would answer a view
+            data.pop("application/vnd.jupyter.widget-view+json", None)
+            data |= self._live()
         return (data, *metadata) if metadata else data
 
 # %% ../../nbs/widgets/01_shell.ipynb #3674f50a
