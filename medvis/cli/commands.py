@@ -13,10 +13,12 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 # %% ../../nbs/cli/02_commands.ipynb #096b3a34
+import io
 import json
 import sys
+import warnings
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, replace
 from pathlib import Path
 from pkgutil import resolve_name
@@ -445,7 +447,7 @@ def _start_processes(
         raise ValueError(f"one of {count} processes has failed: what it said stands above") from error
 
 
-def _run_pretrain(argv: Sequence[str]) -> None:
+def _run_pretrain(argv: Sequence[str]) -> "Run | None":  # None: other processes have trained
     "Parse the words after `medvis pretrain` and pre-train."
     following = dict(zip(argv, [*argv[1:], None]))
     following |= dict(word.split("=", 1) for word in argv if word.startswith("--preset="))
@@ -454,12 +456,11 @@ def _run_pretrain(argv: Sequence[str]) -> None:
     if asked.processes < 1:
         raise ValueError(f"--processes is {asked.processes}: at least one has to train")
     if asked.processes > 1 and "WORLD_SIZE" not in os.environ:  # those that are started have it
-        _start_processes(asked.processes, argv)
-    else:
-        pretrain(argv[0], asked)
+        return _start_processes(asked.processes, argv)
+    return pretrain(argv[0], asked)
 
 
-def _run_any(argv: Sequence[str]) -> None:
+def _run_any(argv: Sequence[str]) -> Any:
     "Parse the words after `medvis` and call the command's function."
     asked = next(iter(argv), "-")
     kinds = [
@@ -472,37 +473,64 @@ def _run_any(argv: Sequence[str]) -> None:
         prog="medvis",
         config=_FLAT,
         description="Learn chest X-ray representations from image-report pairs, measure them, and see which words "
-        "go with which regions. medvis --version prints the version; python -m medvis is the same command.",
+        "go with which regions. medvis --version prints the version; python -m medvis is the same command. Among the words "
+        "of any command, --quiet leaves errors and warnings alone, and --json prints one line for scripts.",
     )
     work = next(work for kind, work in _COMMANDS.values() if isinstance(config, kind))
     if work is None:
         needed = f"medvis pretrain {config.method}"
         raise ValueError(f"{needed} needs --data and --run; see {needed} --help")
-    resolve_name(work)(config)
+    return resolve_name(work)(config)
 
 
-def _run_command(argv: Sequence[str]) -> None:
+def _run_command(argv: Sequence[str]) -> Any:  # a table, what has a path, a path or nothing
     "Parse the arguments and do what they say."
     if argv == ["--version"]:
-        print(f"medvis {__version__}")
-    elif argv[:1] == ["pretrain"] and argv[1:2] and (argv[1] in SETTINGS or ":" in argv[1]):
-        _run_pretrain(argv[1:])
-    elif argv[:1] == ["prepare"] and ":" in "".join(argv[1:2]):
+        return print(f"medvis {__version__}")
+    if argv[:1] == ["pretrain"] and argv[1:2] and (argv[1] in SETTINGS or ":" in argv[1]):
+        return _run_pretrain(argv[1:])
+    if argv[:1] == ["prepare"] and ":" in "".join(argv[1:2]):
         options = tyro.cli(prepare_options(argv[1]), args=argv[2:], prog=f"medvis prepare {argv[1]}", config=_FLAT)
-        prepare(PrepareConfig(options))
-    else:
-        _run_any(argv)
+        return prepare(PrepareConfig(options))
+    return _run_any(argv)
+
+
+def _answer(result: Any) -> dict[str, Any]:
+    "What a command gave, for scripts: the rows of a table, or where it is."
+    if hasattr(result, "to_json"):
+        return {"rows": json.loads(result.to_json(orient="records"))}
+    return {} if result is None else {"path": str(getattr(result, "path", result))}
+
+
+def _attempt(argv: Sequence[str]) -> tuple[int, dict[str, Any]]:
+    "Exit code and answer of a command; an error that the user can mend is part of it."
+    try:
+        return 0, _answer(_run_command(argv))
+    except (ValueError, OSError, ModuleNotFoundError, Diverged) as error:
+        return 1, {"error": str(error)}
+    except KeyboardInterrupt as error:  # if it says something, it was said
+        interrupted = "interrupted; the same command goes on from the last checkpoint"
+        return 130, {} if str(error) else {"error": interrupted}
+
+
+def _attempt_silently(argv: Sequence[str]) -> tuple[int, dict[str, Any]]:
+    "The same without bars and without talk; warnings are part of the answer."
+    nowhere = io.StringIO()
+    with redirect_stdout(nowhere), redirect_stderr(nowhere), warnings.catch_warnings(record=True) as caught:
+        code, answer = _attempt(argv)
+    said = list(dict.fromkeys(str(warning.message) for warning in caught))
+    return code, answer | ({"warnings": said} if said else {})
 
 
 def main(argv: Sequence[str]) -> int:
-    "Run a command and return its exit code; an error that the user can mend is printed without a traceback."
-    try:
-        _run_command(list(argv))
-    except (ValueError, OSError, Diverged) as error:
-        print(f"medvis: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt as error:
-        if not str(error):  # else it was said
-            print("medvis: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
-        return 130
-    return 0
+    """Run a command and return its exit code; an error that the user can mend is printed without a traceback.
+
+    Among the words, --quiet leaves errors and warnings alone, and --json prints one line for scripts."""
+    words = [word for word in argv if word not in ("--quiet", "--json")]
+    code, answer = _attempt(words) if len(words) == len(argv) else _attempt_silently(words)
+    if "--json" in argv:
+        print(json.dumps({"command": words, **answer}))
+        return code
+    for text in [*answer.get("warnings", ()), *filter(None, [answer.get("error")])]:
+        print(f"medvis: {text}", file=sys.stderr)
+    return code
