@@ -28,6 +28,10 @@ class PhantomConfig:
     """Side of the images in pixels, 64 to 512."""
     seed: int = 0
     """Another seed is another hospital: other patients."""
+    contrast: float = 1.0
+    """Of findings: below 1 they are fainter, at the same places."""
+    exposure: float = 0.0
+    """How much more than usual exposures differ, 0 to 1."""
     workers: int = 0
     """Processes that draw in parallel; 0 = this one."""
     progress: bool = True
@@ -47,8 +51,11 @@ def prepare_phantom(config: PhantomConfig) -> Pack:
     "Draw the phantom's studies into a Pack with patient-level splits"
     if config.studies < 1:
         raise ValueError(f"studies is {config.studies}; expected at least 1")
+    phantom = Phantom(config.size, config.seed, config.contrast, config.exposure)
     source = {"kind": "phantom", "size": config.size, "seed": config.seed, "studies": config.studies}
-    read = partial(_read_phantom_study, phantom=Phantom(size=config.size, seed=config.seed))
+    harder = {"contrast": phantom.contrast, "exposure": phantom.exposure}
+    source |= harder if harder != {"contrast": 1.0, "exposure": 0.0} else {}
+    read = partial(_read_phantom_study, phantom=phantom)
     return write_pack(
         config.out,
         range(config.studies),
@@ -65,7 +72,9 @@ def prepare_phantom(config: PhantomConfig) -> Pack:
 def pack_phantom(pack: Pack) -> Phantom | None:
     "The phantom that drew a Pack; None for other data."
     source = pack.manifest["source"]
-    return Phantom(source["size"], source["seed"]) if source.get("kind") == "phantom" else None
+    if source.get("kind") != "phantom":
+        return None
+    return Phantom(source["size"], source["seed"], source.get("contrast", 1.0), source.get("exposure", 0.0))
 
 # %% ../../nbs/data/12_prepare.ipynb #54e9ce82
 def redraw_study(
