@@ -8,8 +8,8 @@ __all__ = ['STUDIES', 'claims_table', 'compare_with_papers', 'DemoConfig', 'Down
            'epoch_correlations', 'fit_keeping_epochs', 'measure_runs', 'rank_correlations', 'draw_examples',
            'draw_findings', 'draw_summary', 'gather', 'run_grounding', 'run_local_mi_figures', 'FiguresConfig',
            'run_lovt_figures', 'run_mgca_figures', 'draw_curve', 'draw_headlines', 'headline_table', 'run_real_pairs',
-           'verdict_table', 'Cell', 'Study', 'dask_workers', 'find_study', 'run_study', 'say_status', 'study_status',
-           'study_table', 'show_run']
+           'verdict_table', 'Cell', 'Study', 'dask_workers', 'find_study', 'run_study', 'say_status', 'study_cost',
+           'study_status', 'study_table', 'show_run']
 
 # %% ../../nbs/studies/00_doors.ipynb #d4065c6b
 from typing import TYPE_CHECKING
@@ -19,7 +19,14 @@ from ..core.doors import lazy_door
 # %% ../../nbs/studies/00_doors.ipynb #39dd23b2
 if TYPE_CHECKING:
     from medvis.studies.claims import claims_table, compare_with_papers
-    from medvis.studies.config import STUDIES, DemoConfig, DownstreamConfig, GroundingConfig, RealPairsConfig
+    from medvis.studies.config import (
+        STUDIES,
+        DemoConfig,
+        DownstreamConfig,
+        GroundingConfig,
+        RealPairsConfig,
+        find_study,
+    )
     from medvis.studies.demo import run_demo
     from medvis.studies.downstream import compare_families, draw_families, run_downstream
     from medvis.studies.free_measure import (
@@ -38,9 +45,9 @@ if TYPE_CHECKING:
         Cell,
         Study,
         dask_workers,
-        find_study,
         run_study,
         say_status,
+        study_cost,
         study_status,
         study_table,
     )
@@ -86,6 +93,7 @@ _all_ = [
     "find_study",
     "run_study",
     "say_status",
+    "study_cost",
     "study_status",
     "study_table",
     "show_run",
