@@ -152,9 +152,11 @@ STUDIES = Registry(
     {
         "local-mi": "medvis.studies.local_mi_tables:LOCAL_MI_TABLES",
         "lovt-ablation": "medvis.studies.lovt_ablation:LOVT_ABLATION",
+        "lovt-figures": "medvis.studies.lovt_ablation:LOVT_PICTURES",
         "lovt-protocols": "medvis.studies.lovt_protocols:LOVT_PROTOCOLS",
         "mgca": "medvis.studies.mgca_tables:MGCA_TABLES",
         "mgca-ablation": "medvis.studies.mgca_ablation:MGCA_ABLATION",
+        "mgca-figures": "medvis.studies.mgca_ablation:MGCA_PICTURES",
     },
 )
 

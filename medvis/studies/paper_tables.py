@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Row', 'Column', 'shared_network', 'fill_cell', 'PaperTable', 'wide_table']
 
-# %% ../../nbs/studies/10_paper_tables.ipynb #3f5e29ee
+# %% ../../nbs/studies/10_paper_tables.ipynb #53c39ffb
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
@@ -33,7 +33,7 @@ from ..methods.method import Method
 from .runner import Cell, Study
 from ..train import TrainConfig, create_method, fit, load_method
 
-# %% ../../nbs/studies/10_paper_tables.ipynb #c1d5bb98
+# %% ../../nbs/studies/10_paper_tables.ipynb #3a3b804c
 @dataclass(frozen=True)
 class Row:
     "A way of pre-training."
@@ -51,7 +51,7 @@ class Row:
     published: str = "paper"
     "Preset of the same row at the paper's scale, which needs no changes."
 
-# %% ../../nbs/studies/10_paper_tables.ipynb #47627c22
+# %% ../../nbs/studies/10_paper_tables.ipynb #efaf6366
 @dataclass(frozen=True)
 class Column:
     "A downstream task."
@@ -76,7 +76,7 @@ def _settings(one: Row | Column) -> dict[str, Any]:
     "What a cell depends on: all but how the same looks at the paper's scale."
     return {name: value for name, value in vars(one).items() if name != "published"}
 
-# %% ../../nbs/studies/10_paper_tables.ipynb #5404e779
+# %% ../../nbs/studies/10_paper_tables.ipynb #648dd301
 _VERSIONS = "torch torchvision transformers timm accelerate numpy".split()
 _PATIENCE = 6 * 3600  # seconds that another process may take for a network
 
@@ -121,7 +121,7 @@ def shared_network(
             method = load_method(fit(method, data, settings).path)
         yield method.eval(), place
 
-# %% ../../nbs/studies/10_paper_tables.ipynb #61989306
+# %% ../../nbs/studies/10_paper_tables.ipynb #52ba06c4
 @lru_cache(maxsize=4)
 def _task(pack: Path, protocol: str, kind: str | None, classes: tuple[str, ...]) -> Task:
     "A task, which several cells ask for: to draw all masks again takes as long as a head."
@@ -188,7 +188,7 @@ def fill_cell(
     )
     return table[["measure", "value", "low", "high", "n", "validation", "rate"]]
 
-# %% ../../nbs/studies/10_paper_tables.ipynb #70ffad17
+# %% ../../nbs/studies/10_paper_tables.ipynb #fd33b9e0
 _TUNING_SEED = 100  # in no table
 _RATES = (1e-3, 3e-3)  # the same trials for all rows of all tables
 _PHANTOMS = {  # Packs on which the tables are filled: the second is of the same patients, and harder to grade
@@ -218,7 +218,7 @@ def _best_rates(
     best = tried.loc[tried.groupby("row", sort=False)["validation"].idxmax()]
     return dict(zip(best["row"], best["rate"].astype(float)))
 
-# %% ../../nbs/studies/10_paper_tables.ipynb #7c0bfc80
+# %% ../../nbs/studies/10_paper_tables.ipynb #b4fab9a0
 @dataclass(frozen=True)
 class PaperTable:
     """A table of a paper: what it compares on what, what the paper says of that, and its numbers.
@@ -259,7 +259,7 @@ class PaperTable:
     def __call__(self, out: Path, packs: Mapping[str, Path] | None = None) -> Study:
         return _phantom_study(self, Path(out)) if packs is None else _published_study(self, Path(out), packs)
 
-# %% ../../nbs/studies/10_paper_tables.ipynb #b2fd5509
+# %% ../../nbs/studies/10_paper_tables.ipynb #4a605468
 def _published_study(
     table: PaperTable,
     out: Path,  # folder of the results
@@ -309,7 +309,7 @@ def _phantom_study(
     own = fill, _variants(table.rows), table.seeds, _tasks(table.columns)
     return Study(table.name, out, *own, **shared, first=first, needs=needs)
 
-# %% ../../nbs/studies/10_paper_tables.ipynb #4a8ff683
+# %% ../../nbs/studies/10_paper_tables.ipynb #ff19715e
 def _spread(mean: float, low: float, high: float, digits: int) -> str:
     return f"{mean:.{digits}f}" + (f" [{low:.{digits}f}, {high:.{digits}f}]" if np.isfinite(low) else "")
 
