@@ -243,7 +243,7 @@ def say_status(
     if not done.any():
         return line
     by_task = status[done].groupby("task")["cpu_seconds"].mean()
-    left = status[~done]["task"].map(by_task).fillna(by_task.mean()).sum() / jobs / 60
+    left = sum(by_task.get(task, by_task.mean()) for task in status["task"][~done]) / jobs / 60
     spent = status["cpu_seconds"][done].sum() / 3600
     return (
         line
