@@ -32,7 +32,7 @@ _COLUMNS = {
     ),
     "edema, tuned": Column(
         "tiny-finetune",
-        0.1,
+        0.05,
         ("Edema",),
         "ordinal",
         "edema",
@@ -41,7 +41,7 @@ _COLUMNS = {
     ),
     "edema, frozen": Column(
         "tiny-top",
-        0.1,
+        0.05,
         ("Edema",),
         "ordinal",
         "edema",
