@@ -16,7 +16,7 @@ import small_table
 
 import medvis
 from medvis.core.machine import describe_machine
-from medvis.core.sources import imported_sources
+from medvis.core.sources import _imported_sources
 from medvis.studies import study_table
 
 HERE = Path(__file__).parent
@@ -55,7 +55,7 @@ def test_two_empty_folders_come_to_the_same(tmp_path):
     code += "run_study(small_table.make(Path(sys.argv[1])), progress=False); print(*sorted(m for m in sys.modules if m.startswith('medvis.')))"
     loaded = run("-c", code, str(tmp_path / "two" / "small")).split()
     pd.testing.assert_frame_equal(first, study_table(small_table.make(tmp_path / "two" / "small")), check_exact=True)
-    own = imported_sources("medvis.studies.paper_tables", "medvis.studies.runner")
+    own = _imported_sources("medvis.studies.paper_tables", "medvis.studies.runner")
     doors = {name for name in loaded if Path(sys.modules[name].__file__ if name in sys.modules else "").name == "__init__.py"}
     assert {"medvis.train.loop", "medvis.methods.clip"} <= set(loaded)
     assert not set(loaded) - set(own) - doors, "a cell runs what is not part of its code"
@@ -69,7 +69,7 @@ import medvis
 from medvis.core import sources
 
 def code():
-    for cached in (sources._file, sources._tree, sources._door, sources.imported_sources, sources.sources_hash):
+    for cached in (sources._file, sources._tree, sources._door, sources._imported_sources, sources.sources_hash):
         cached.cache_clear()
     return sources.sources_hash("medvis.studies.paper_tables", "medvis.studies.runner")
 

@@ -10,16 +10,13 @@ __all__ = ['STUDIES', 'DemoConfig', 'GroundingConfig', 'DownstreamConfig', 'Real
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
 from ..core.choices import check_choice, default_text
 from ..core.registry import Registry
 from ..methods.settings import SETTINGS, methods_with_text
-
-if TYPE_CHECKING:
-    from medvis.studies.runner import Study
 
 # %% ../../nbs/studies/00_config.ipynb #9d370a65
 @dataclass
@@ -168,7 +165,7 @@ def find_study(
     variants: Sequence[str] = (),  # this and the next: some of them only; none: all
     seeds: Sequence[int] = (),
     tasks: Sequence[str] = (),
-) -> "Study":
+) -> Any:  # a Study
     """A study by its name. ValueError for an unknown study, variant or task.
 
     Parameters
@@ -183,6 +180,11 @@ def find_study(
         this and the next: some of them only; none: all
     seeds : Sequence[int], default: ()
     tasks : Sequence[str], default: ()
+
+    Returns
+    -------
+    Any
+        a Study
     """
     study = STUDIES.find(name)(Path(out or Path("studies") / name.rpartition(":")[2]), packs or None)
     return study.narrowed(variants, seeds, tasks)
