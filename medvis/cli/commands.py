@@ -391,9 +391,10 @@ def study(config: StudyConfig) -> pd.DataFrame:  # of `study_status` for status 
         of `study_status` for status and run, else the numbers
     """
     what = config.what
+    from medvis.core.workers import dask_workers
     from medvis.evaluate.claims import format_table
     from medvis.studies.config import find_study
-    from medvis.studies.runner import dask_workers, run_study, say_status, study_status, study_table
+    from medvis.studies.runner import run_study, say_status, study_status, study_table
 
     asked = find_study(what.name, what.out, what.packs, what.variants, what.seeds, what.tasks)
     if isinstance(what, StudyTableConfig):

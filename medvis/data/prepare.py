@@ -6,10 +6,14 @@
 __all__ = ['PhantomConfig', 'prepare_phantom', 'pack_phantom', 'redraw_study']
 
 # %% ../../nbs/data/12_prepare.ipynb #d0fb117c
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Annotated
 
+from ..core.choices import default_text
+from ..core.workers import dask_workers
 from .build import ImageRecord, StudyRecord, write_pack
 from .pack import Pack
 from .phantom import FINDINGS, Phantom, PhantomStudy
@@ -34,6 +38,8 @@ class PhantomConfig:
     """How much more than usual exposures differ, 0 to 1."""
     workers: int = 0
     """Processes that draw in parallel; 0 = this one."""
+    scheduler: Annotated[str | None, default_text("none")] = None
+    """Address of a Dask scheduler whose workers do it instead, such as tcp://10.0.0.1:8786."""
     progress: bool = True
     """Show a progress bar."""
 
@@ -56,17 +62,18 @@ def prepare_phantom(config: PhantomConfig) -> Pack:
     harder = {"contrast": phantom.contrast, "exposure": phantom.exposure}
     source |= harder if harder != {"contrast": 1.0, "exposure": 0.0} else {}
     read = partial(_read_phantom_study, phantom=phantom)
-    return write_pack(
-        config.out,
-        range(config.studies),
-        read,
-        config.size,
-        source,
-        labels=FINDINGS,
-        workers=config.workers,
-        progress=config.progress,
-        guarded=False,
-    )
+    with nullcontext(config.workers) if config.scheduler is None else dask_workers(config.scheduler) as workers:
+        return write_pack(
+            config.out,
+            range(config.studies),
+            read,
+            config.size,
+            source,
+            labels=FINDINGS,
+            workers=workers,
+            progress=config.progress,
+            guarded=False,
+        )
 
 # %% ../../nbs/data/12_prepare.ipynb #12565ae8
 def pack_phantom(pack: Pack) -> Phantom | None:

@@ -18,6 +18,7 @@ from ..core.doors import lazy_door
 
 # %% ../../nbs/studies/00_doors.ipynb #39dd23b2
 if TYPE_CHECKING:
+    from medvis.core.workers import dask_workers
     from medvis.studies.claims import claims_table, compare_with_papers, listed_claims, tables_overview
     from medvis.studies.config import (
         STUDIES,
@@ -41,16 +42,7 @@ if TYPE_CHECKING:
     from medvis.studies.lovt_figures import FiguresConfig, run_lovt_figures
     from medvis.studies.mgca_figures import run_mgca_figures
     from medvis.studies.real_pairs import draw_curve, draw_headlines, headline_table, run_real_pairs, verdict_table
-    from medvis.studies.runner import (
-        Cell,
-        Study,
-        dask_workers,
-        run_study,
-        say_status,
-        study_cost,
-        study_status,
-        study_table,
-    )
+    from medvis.studies.runner import Cell, Study, run_study, say_status, study_cost, study_status, study_table
     from medvis.studies.show import show_run
 else:
     __getattr__, __dir__ = lazy_door("medvis.studies")
