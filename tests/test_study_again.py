@@ -83,7 +83,7 @@ for name in sys.argv[1:]:
 assert code() == before
 """
 RUN = "studies/paper_tables studies/runner objectives/contrastive methods/clip data/augment train/loop encoders/small evaluate/finetune"
-NOT_RUN = "cli/commands widgets/tour analyse/page studies/claims studies/lovt_ablation studies/config data/guard studies/real_pairs __init__ train/__init__"
+NOT_RUN = "cli/commands widgets/tour analyse/page studies/claims studies/lovt_ablation studies/config data/sets/mimic studies/real_pairs __init__ train/__init__"
 
 
 def test_what_a_cell_runs_is_its_code_and_nothing_else(tmp_path):
