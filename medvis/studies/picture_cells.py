@@ -30,7 +30,7 @@ from medvis.studies.mgca_figures import (
     _word_map_rows,
     _word_numbers,
 )
-from .paper_tables import Column, Row, _settings, _tuned_row, shared_network
+from .paper_tables import Column, _tuned_row, shared_network
 from .runner import Cell
 from .show import held_out_pairs
 
