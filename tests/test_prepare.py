@@ -1,7 +1,10 @@
 """Preparing real files: what comes in any shape goes out right, damage is named or rejected, and a kill leaves no mark."""
 import io
+import os
+import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -501,3 +504,18 @@ def test_an_option_added_to_an_unfinished_build(folder):
     with pytest.raises(FileExistsError, match=r"read\.view_column was 'report' and is 'view'.*--fresh"):
         prepared(folder, max_rejects=0.5)
     assert len(prepared(folder, fresh=True, max_rejects=0.5)) == 5 and not (folder / "pack.partial").exists()
+
+
+def test_workers_of_a_cluster_draw_the_same_pack_though_one_is_killed(tmp_path):
+    distributed = pytest.importorskip("distributed")
+    alone = prepare_phantom(PhantomConfig(out=tmp_path / "alone", studies=200, progress=False))
+    with distributed.LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster:
+        with distributed.Client(cluster.scheduler_address) as client:
+            killed = next(iter(client.run(os.getpid).values()))
+        killer = threading.Timer(1.0, os.kill, (killed, signal.SIGKILL))
+        killer.start()
+        config = PhantomConfig(out=tmp_path / "together", studies=200, progress=False, scheduler=cluster.scheduler_address)
+        together = prepare_phantom(config)
+        killer.join()
+    assert together.manifest["hash"] == alone.manifest["hash"] and len(together) == 200
+    assert not list(tmp_path.glob("*.partial")) and not list(tmp_path.glob("*.lock"))

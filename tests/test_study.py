@@ -10,7 +10,7 @@ import pytest
 import toy_study
 
 from medvis.studies import run_study, runner, study_status, study_table
-from medvis.studies.runner import dask_workers
+from medvis.core.workers import dask_workers
 
 
 def test_processes_and_this_process_come_to_the_same(tmp_path):

@@ -393,13 +393,16 @@ def study(config: StudyConfig) -> pd.DataFrame:  # of `study_status` for status 
         of `study_status` for status and run, else the numbers
     """
     what = config.what
+    from medvis.core.workers import dask_workers
     from medvis.evaluate.claims import format_table
-    from medvis.studies.runner import dask_workers, find_study, run_study, say_status, study_status, study_table
+    from medvis.studies.config import find_study
+    from medvis.studies.runner import run_study, say_status, study_status, study_table
 
     asked = find_study(what.name, what.out, what.packs, what.variants, what.seeds, what.tasks)
     if isinstance(what, StudyTableConfig):
         table = study_table(asked)
-        print(format_table(table, what.form))
+        nothing = f"{what.name} in {asked.out}: no cell is filled yet; `medvis study run {what.name}` does"
+        print(format_table(table, what.form) if len(table) else nothing)
         return table
     if isinstance(what, StudyRunConfig):
         with nullcontext() if what.scheduler is None else dask_workers(what.scheduler) as workers:

@@ -146,6 +146,7 @@ def _take(lock: Path, note: bytes, what: str) -> None:
 def lock_folder(
     folder: Path,  # that is to be written; need not exist
     what: str,  # that it holds, for the error: Pack, run
+    wait: float = 0.0,  # seconds to wait for another process that writes it
 ) -> Iterator[None]:
     """Be the only process that writes a folder, by a file <folder>.lock next to it.
 
@@ -158,11 +159,21 @@ def lock_folder(
         that is to be written; need not exist
     what : str
         that it holds, for the error: Pack, run
+    wait : float, default: 0.0
+        seconds to wait for another process that writes it
     """
     folder = Path(os.path.realpath(folder))
     folder.parent.mkdir(parents=True, exist_ok=True)
     lock, note = folder.with_name(f"{folder.name}.lock"), json.dumps(_holder()).encode()
-    _take(lock, note, what)
+    end = time.monotonic() + wait
+    while True:
+        try:
+            _take(lock, note, what)
+            break
+        except BlockingIOError:
+            if time.monotonic() >= end:
+                raise
+            time.sleep(min(1.0, wait))
     try:
         yield
     finally:

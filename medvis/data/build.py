@@ -17,7 +17,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -350,9 +350,25 @@ def _end_with_parent() -> None:
         threading.Thread(target=lambda: (parent.join(), os._exit(1)), name="end-with-parent", daemon=True).start()
 
 
-def _build_parts(plan: _Plan, jobs: dict[int, Sequence], workers: int) -> Iterator[int]:
-    "Build the parts of `jobs` (number -> items), here, or in spawned processes if they pay; yields numbers when done"
+def _spread_parts(plan: _Plan, jobs: Sequence[tuple[int, Sequence]], pool: Executor) -> Iterator[int]:
+    "Build parts by workers; yields their numbers when done"
+    futures = {pool.submit(_build_part, plan, number, items): number for number, items in jobs}
+    try:
+        for future in as_completed(futures):
+            future.result()
+            yield futures[future]
+    except BaseException:
+        for future in futures:
+            future.cancel()
+        raise
+
+
+def _build_parts(plan: _Plan, jobs: dict[int, Sequence], workers: int | Executor) -> Iterator[int]:
+    "Build the parts of `jobs` (number -> items), here, or in spawned processes if they pay, or by an executor"
     rest, begun = list(jobs.items()), 0.0
+    if isinstance(workers, Executor):
+        yield from _spread_parts(plan, rest, workers)
+        return
     while rest:
         number, items = rest.pop(0)
         _build_part(plan, number, items)
@@ -365,11 +381,8 @@ def _build_parts(plan: _Plan, jobs: dict[int, Sequence], workers: int) -> Iterat
         return
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(min(workers, len(rest)), context, initializer=_end_with_parent) as pool:
-        futures = {pool.submit(_build_part, plan, number, items): number for number, items in rest}
         try:
-            for future in as_completed(futures):
-                future.result()
-                yield futures[future]
+            yield from _spread_parts(plan, rest, pool)
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
@@ -648,16 +661,19 @@ def _check_rejects(plan: _Plan, parts: list[dict], max_rejects: float) -> None:
 _LEAST_PARTS = 32  # that workers share
 
 
-def _part_size(plan: _Plan, key: str, items: int, workers: int) -> int:
+def _part_size(plan: _Plan, key: str, items: int, workers: int | Executor) -> int:
     "Studies of a part: those of the unfinished build; else the plan's, or fewer, so that all workers have some"
     note = plan.folder / "build.txt"
     noted = note.read_text().split() if note.exists() else []
     if noted[:1] == [key]:
         return int((noted + [plan.part_size])[1])  # an older medvis had one size
-    return min(plan.part_size, math.ceil(items / _LEAST_PARTS)) if workers > 1 else plan.part_size
+    many = isinstance(workers, Executor) or workers > 1
+    return min(plan.part_size, math.ceil(items / _LEAST_PARTS)) if many else plan.part_size
 
 
-def _all_parts(plan: _Plan, key: str, items: Sequence, workers: int, max_rejects: float, progress: bool) -> list[dict]:
+def _all_parts(
+    plan: _Plan, key: str, items: Sequence, workers: int | Executor, max_rejects: float, progress: bool
+) -> list[dict]:
     """Build the parts that are missing, with a progress bar; returns the counts of all.
 
     ValueError for too many rejects."""
@@ -686,7 +702,7 @@ def write_pack(
     labels: Sequence[str] = (),  # names of the labels, in order
     rules: ReportRules = ReportRules(),
     require_report: bool = True,  # drop studies whose report does not pass the rules
-    workers: int = 0,  # processes, where they pay; 0 = this one
+    workers: int | Executor = 0,  # processes, where they pay; 0 = this one; or who does it instead, as Dask's
     max_rejects: float = 0.2,  # share of images that may be lost
     part_size: int = 64,  # studies per part; fewer where workers share a small data set
     progress: bool = True,
@@ -721,8 +737,8 @@ def write_pack(
     rules : ReportRules, default: ReportRules()
     require_report : bool, default: True
         drop studies whose report does not pass the rules
-    workers : int, default: 0
-        processes, where they pay; 0 = this one
+    workers : int | Executor, default: 0
+        processes, where they pay; 0 = this one; or who does it instead, as Dask's
     max_rejects : float, default: 0.2
         share of images that may be lost
     part_size : int, default: 64

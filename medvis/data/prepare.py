@@ -6,10 +6,14 @@
 __all__ = ['PhantomConfig', 'prepare_phantom', 'pack_phantom', 'redraw_study']
 
 # %% ../../nbs/data/12_prepare.ipynb #d0fb117c
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Annotated
 
+from ..core.choices import default_text
+from ..core.workers import dask_workers
 from .build import ImageRecord, StudyRecord, write_pack
 from .pack import Pack
 from .phantom import FINDINGS, Phantom, PhantomStudy
@@ -28,8 +32,14 @@ class PhantomConfig:
     """Side of the images in pixels, 64 to 512."""
     seed: int = 0
     """Another seed is another hospital: other patients."""
+    contrast: float = 1.0
+    """Of findings: below 1 they are fainter, at the same places."""
+    exposure: float = 0.0
+    """How much more than usual exposures differ, 0 to 1."""
     workers: int = 0
     """Processes that draw in parallel; 0 = this one."""
+    scheduler: Annotated[str | None, default_text("none")] = None
+    """Address of a Dask scheduler whose workers do it instead, such as tcp://10.0.0.1:8786."""
     progress: bool = True
     """Show a progress bar."""
 
@@ -47,25 +57,31 @@ def prepare_phantom(config: PhantomConfig) -> Pack:
     "Draw the phantom's studies into a Pack with patient-level splits"
     if config.studies < 1:
         raise ValueError(f"studies is {config.studies}; expected at least 1")
+    phantom = Phantom(config.size, config.seed, config.contrast, config.exposure)
     source = {"kind": "phantom", "size": config.size, "seed": config.seed, "studies": config.studies}
-    read = partial(_read_phantom_study, phantom=Phantom(size=config.size, seed=config.seed))
-    return write_pack(
-        config.out,
-        range(config.studies),
-        read,
-        config.size,
-        source,
-        labels=FINDINGS,
-        workers=config.workers,
-        progress=config.progress,
-        guarded=False,
-    )
+    harder = {"contrast": phantom.contrast, "exposure": phantom.exposure}
+    source |= harder if harder != {"contrast": 1.0, "exposure": 0.0} else {}
+    read = partial(_read_phantom_study, phantom=phantom)
+    with nullcontext(config.workers) if config.scheduler is None else dask_workers(config.scheduler) as workers:
+        return write_pack(
+            config.out,
+            range(config.studies),
+            read,
+            config.size,
+            source,
+            labels=FINDINGS,
+            workers=workers,
+            progress=config.progress,
+            guarded=False,
+        )
 
 # %% ../../nbs/data/12_prepare.ipynb #12565ae8
 def pack_phantom(pack: Pack) -> Phantom | None:
     "The phantom that drew a Pack; None for other data."
     source = pack.manifest["source"]
-    return Phantom(source["size"], source["seed"]) if source.get("kind") == "phantom" else None
+    if source.get("kind") != "phantom":
+        return None
+    return Phantom(source["size"], source["seed"], source.get("contrast", 1.0), source.get("exposure", 0.0))
 
 # %% ../../nbs/data/12_prepare.ipynb #54e9ce82
 def redraw_study(

@@ -12,6 +12,7 @@ import os
 import zipfile
 import zlib
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from enum import StrEnum
 from functools import lru_cache, partial
@@ -23,6 +24,7 @@ import pandas as pd
 from PIL import Image
 
 from ..core.choices import default_text
+from ..core.workers import dask_workers
 from .annotations import decode_mask
 from .build import ImageRecord, Reject, StudyRecord, write_pack
 from .files import DataError, RejectCode, decode_text, number, read_text, reject_sentence, safe_path
@@ -179,6 +181,8 @@ class BuildConfig:
     """How images become square."""
     workers: int = 0
     """Processes that read images in parallel; 0 = this one."""
+    scheduler: Annotated[str | None, default_text("none")] = None
+    """Address of a Dask scheduler whose workers do it instead, such as tcp://10.0.0.1:8786."""
     max_rejects: float = 0.2
     """Stop if more than this share of the images cannot be used."""
     against: Annotated[tuple[Path, ...], default_text("none")] = ()
@@ -609,26 +613,27 @@ def prepare_source(data_set: DataSet, read: ReadConfig, build: BuildConfig) -> P
         "dropped": source.dropped,
         **source.settings,
     }
-    return write_pack(
-        build.out,
-        source.items,
-        partial(read_study, root=root, size=recipe.size, fit=recipe.fit, even=recipe.equalise),
-        recipe.size,
-        about,
-        labels=source.labels,
-        grades=source.grades,
-        boxes=source.boxes,
-        masks=source.masks,
-        coded=source.coded,
-        rules=recipe.rules or ReportRules(),
-        require_report=recipe.rules is not None and recipe.require_report,
-        workers=build.workers,
-        max_rejects=build.max_rejects,
-        progress=build.progress,
-        against=build.against,
-        allow_leaks=build.allow_leaks,
-        fresh=build.fresh,
-    )
+    with nullcontext(build.workers) if build.scheduler is None else dask_workers(build.scheduler) as workers:
+        return write_pack(
+            build.out,
+            source.items,
+            partial(read_study, root=root, size=recipe.size, fit=recipe.fit, even=recipe.equalise),
+            recipe.size,
+            about,
+            labels=source.labels,
+            grades=source.grades,
+            boxes=source.boxes,
+            masks=source.masks,
+            coded=source.coded,
+            rules=recipe.rules or ReportRules(),
+            require_report=recipe.rules is not None and recipe.require_report,
+            workers=workers,
+            max_rejects=build.max_rejects,
+            progress=build.progress,
+            against=build.against,
+            allow_leaks=build.allow_leaks,
+            fresh=build.fresh,
+        )
 
 # %% ../../nbs/data/11_source.ipynb #678f0947
 def _describe_marks(pack: Pack) -> list[str]:

@@ -33,8 +33,8 @@ class Claim:
     "(variant, task) -> weight."
     margin: float
     "A difference smaller than this does not matter, in units of the measure."
-    says: Literal["larger", "alike"] = "larger"
-    "larger: the contrast is positive; alike: it lies within the margin."
+    says: Literal["larger", "alike", "no larger", "steady"] = "larger"
+    "The contrast is positive; within the margin; below it; or its standard deviation over seeds is below it."
 
 
 def _contrast_values(results: pd.DataFrame, claim: Claim) -> pd.Series:  # seed -> value
@@ -68,6 +68,32 @@ def _equivalence_p(values: np.ndarray, margin: float) -> float:
     above = stats.ttest_1samp(values, -margin, alternative="greater").pvalue
     below = stats.ttest_1samp(values, margin, alternative="less").pvalue
     return float(max(above, below))
+
+
+def _one_sided_p(values: np.ndarray, margin: float) -> float:
+    "p of a one-sided t test that the mean is below the margin; NaN for fewer than two values."
+    if len(values) < 2:
+        return np.nan
+    if np.ptp(values) == 0:
+        return 0.0 if values[0] < margin else 1.0
+    return float(stats.ttest_1samp(values, margin, alternative="less").pvalue)
+
+
+def _spread_p(values: np.ndarray, margin: float) -> tuple[float, float]:  # that it is smaller, that it is larger
+    "p that a standard deviation of `margin` would make the spread of values this small, or this large; NaN for one."
+    if len(values) < 2:
+        return np.nan, np.nan
+    ratio = (len(values) - 1) * values.var(ddof=1) / margin**2
+    return float(stats.chi2.cdf(ratio, len(values) - 1)), float(stats.chi2.sf(ratio, len(values) - 1))
+
+
+def _spread_interval(values: np.ndarray, level: float = 0.95) -> tuple[float, float, float]:  # std, low, high
+    "Standard deviation of values with its interval (normal numbers); NaN for fewer than two."
+    if len(values) < 2:
+        return np.nan, np.nan, np.nan
+    total, tails = (len(values) - 1) * values.var(ddof=1), ((1 + level) / 2, (1 - level) / 2)
+    low, high = (np.sqrt(total / stats.chi2.ppf(tail, len(values) - 1)) for tail in tails)
+    return float(values.std(ddof=1)), float(low), float(high)
 
 
 def seeds_needed(
@@ -110,14 +136,24 @@ def seeds_needed(
 _VERDICTS = ("holds", "opposite", "equivalent", "undecided")
 
 
+def _tests(claim: Claim, values: np.ndarray) -> dict[str, float]:
+    "Effect with its interval, p of a difference, and p of what makes a claim hold that is of no difference."
+    if claim.says == "steady":
+        std, low, high = _spread_interval(values)
+        within, p = _spread_p(values, claim.margin)
+        return {"effect": std, "low": low, "high": high, "p": p, "p_equivalence": within}
+    effect, low, high = _seed_interval(values)
+    within = (_one_sided_p if claim.says == "no larger" else _equivalence_p)(values, claim.margin)
+    return {"effect": effect, "low": low, "high": high, "p": _difference_p(values), "p_equivalence": within}
+
+
 def _verdict(claim: Claim, effect: float, p: float, p_equivalence: float, level: float) -> str:
     "One of `_VERDICTS`."
     differs, within = p <= level, p_equivalence <= level
-    if claim.says == "alike":
-        return "holds" if within else "opposite" if differs else "undecided"
-    if differs:
-        return "holds" if effect > 0 else "opposite"
-    return "equivalent" if within else "undecided"
+    if claim.says == "larger":
+        return ("holds" if effect > 0 else "opposite") if differs else "equivalent" if within else "undecided"
+    against = differs and (claim.says != "no larger" or effect > 0)
+    return "holds" if within else "opposite" if against else "undecided"
 
 
 def judge(
@@ -146,13 +182,12 @@ def judge(
     """
     rows = []
     for claim in claims:
-        check_choice("claim", claim.says, ("larger", "alike"))
+        check_choice("claim", claim.says, ("larger", "alike", "no larger", "steady"))
         values = _contrast_values(results, claim).to_numpy()
-        effect, low, high = _seed_interval(values)
-        std = values.std(ddof=1) if len(values) > 1 else np.nan
-        row = {"claim": claim.text, "source": claim.source, "effect": effect, "low": low, "high": high}
-        row |= {"p": _difference_p(values), "p_equivalence": _equivalence_p(values, claim.margin)}
-        rows.append({**row, "margin": claim.margin, "seeds": len(values), "needed": seeds_needed(effect, std)})
+        tests, std = _tests(claim, values), values.std(ddof=1) if len(values) > 1 else np.nan
+        needed = np.nan if claim.says == "steady" else seeds_needed(tests["effect"], std)
+        row = {"claim": claim.text, "source": claim.source, **tests, "margin": claim.margin}
+        rows.append({**row, "seeds": len(values), "needed": needed})
     table = pd.DataFrame(rows)
     table.insert(6, "p_corrected", _corrected(table["p"]))
     own = zip(claims, table["effect"], table["p_corrected"], table["p_equivalence"])

@@ -12,27 +12,41 @@ from ..evaluate.claims import Claim
 from .paper_tables import Column, PaperTable, Row
 
 # %% ../../nbs/studies/11_local_mi_tables.ipynb #582cec63
+_SHORT = {"epochs": 4}  # see the pilot
 _ROWS = {
     "image-only": Row("local-mi", trained=False),
-    "global-mi, CPC": Row("global-mi"),
-    "global-mi, MINE": Row("global-mi", {"bound": "mine"}, published="mine"),
-    "local-mi, CPC": Row("local-mi"),
-    "local-mi, MINE": Row("local-mi", {"bound": "mine"}, published="mine"),
+    "global-mi, CPC": Row("global-mi", None, _SHORT),
+    "global-mi, MINE": Row("global-mi", {"bound": "mine"}, _SHORT, published="mine"),
+    "local-mi, CPC": Row("local-mi", None, _SHORT),
+    "local-mi, MINE": Row("local-mi", {"bound": "mine"}, _SHORT, published="mine"),
 }
 
 # %% ../../nbs/studies/11_local_mi_tables.ipynb #382e8db0
+_BRIEF = {"lrs": (1e-3,), "epochs": 20}  # of heads: the rate that was as good as any for the untrained network
 _COLUMNS = {
-    "pathology9, tuned": Column("tiny-finetune", 0.1, PATHOLOGY9, published=Column("localmi_tuned", 1.0, PATHOLOGY9)),
-    "pathology9, frozen": Column("tiny-top", 0.1, PATHOLOGY9, published=Column("localmi_frozen", 1.0, PATHOLOGY9)),
+    "pathology9, tuned": Column(
+        "tiny-finetune", 0.1, PATHOLOGY9, head=_BRIEF, published=Column("localmi_tuned", 1.0, PATHOLOGY9)
+    ),
+    "pathology9, frozen": Column(
+        "tiny-top", 0.1, PATHOLOGY9, head=_BRIEF, published=Column("localmi_frozen", 1.0, PATHOLOGY9)
+    ),
     "edema, tuned": Column(
         "tiny-finetune",
-        0.1,
+        0.05,
         ("Edema",),
         "ordinal",
+        "edema",
+        _BRIEF,
         published=Column("localmi_tuned", 1.0, kind="ordinal", pack="edema"),
     ),
     "edema, frozen": Column(
-        "tiny-top", 0.1, ("Edema",), "ordinal", published=Column("localmi_frozen", 1.0, kind="ordinal", pack="edema")
+        "tiny-top",
+        0.05,
+        ("Edema",),
+        "ordinal",
+        "edema",
+        _BRIEF,
+        published=Column("localmi_frozen", 1.0, kind="ordinal", pack="edema"),
     ),
 }
 
@@ -92,7 +106,7 @@ def _claims() -> list[Claim]:
             ("local beats global when tuned", _mean(_LOCAL, tuned) | _mean(_GLOBAL, tuned, -1), "larger"),
             ("local, tuned, beats image-only", _mean(_LOCAL, tuned) | alone, "larger"),
             ("global, tuned, beats image-only", _mean(_GLOBAL, tuned) | alone, "larger"),
-            ("frozen, local and global differ little", _mean(_LOCAL, frozen) | _mean(_GLOBAL, frozen, -1), "alike"),
+            ("frozen, local is no better than global", _mean(_LOCAL, frozen) | _mean(_GLOBAL, frozen, -1), "no larger"),
             ("CPC and MINE differ little", by_bound, "alike"),
             ("tuning gains more with local than with global", greater, "larger"),
         ):
@@ -100,4 +114,4 @@ def _claims() -> list[Claim]:
     return claims
 
 
-LOCAL_MI_TABLES = PaperTable("local-mi", _ROWS, _COLUMNS, (0, 1, 2, 3, 4), (1e-3, 3e-3), tuple(_claims()), _published())
+LOCAL_MI_TABLES = PaperTable("local-mi", _ROWS, _COLUMNS, (0, 1, 2, 3, 4), tuple(_claims()), _published())

@@ -77,6 +77,29 @@ _OPACITIES = ("Lung Opacity", "Consolidation", "Pneumonia")  # the phantom's cou
 _POSITIVE = 0.1  # a region counts as positive when this share of it is covered
 
 
+def _region_overlaps(
+    method: Method, pairs: Pairs, items: range
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # (n, D), and (n,) study and share that an opacity covers
+    "Vectors of the regions of some studies."
+    features = image_features(method, pairs, items)
+    overlap = region_overlap(phantom_masks(pairs, items, _OPACITIES), features.grid).ravel().astype(np.float32)
+    study = np.repeat(items, features.regions.shape[1]).astype(np.int16)
+    return features.regions.flatten(0, 1).numpy(), study, overlap
+
+
+def _overlap_numbers(vectors: np.ndarray, study: np.ndarray, overlap: np.ndarray) -> dict[str, float]:
+    "How well vectors of regions say which of them an opacity covers: neighbours alike, and a linear cut."
+    covered = overlap >= _POSITIVE
+    pure = neighbour_purity(vectors, covered, study).set_index("kind").reindex([True]).iloc[0]
+    return {
+        "purity": pure.purity,
+        "purity_by_chance": pure.chance,
+        "auroc": separability(vectors, covered, study),
+        "regions": len(vectors),
+        "positive": int(covered.sum()),
+    }
+
+
 def _overlap_table(
     method: Method,
     pairs: Pairs,
@@ -84,30 +107,19 @@ def _overlap_table(
     measured: int = 300,  # for the numbers
 ) -> tuple[pd.DataFrame, dict[str, float]]:
     "t-SNE of the first studies' regions with their overlap with an opacity (Fig. 4), and how well vectors predict it."
-    items = range(min(measured, len(pairs)))
-    features = image_features(method, pairs, items)
-    overlap = region_overlap(phantom_masks(pairs, items, _OPACITIES), features.grid).ravel().astype(np.float32)
-    vectors = features.regions.flatten(0, 1).numpy()
-    study = np.repeat(items, features.regions.shape[1]).astype(np.int16)
+    vectors, study, overlap = _region_overlaps(method, pairs, range(min(measured, len(pairs))))
     drawn = study < studies
     table = embedding_table(tsne(vectors[drawn]), study=study[drawn], overlap=overlap[drawn])
-    covered = overlap >= _POSITIVE
-    pure = neighbour_purity(vectors, covered, study).set_index("kind").reindex([True]).iloc[0]
-    numbers = {
-        "purity": pure.purity,
-        "purity_by_chance": pure.chance,
-        "auroc": separability(vectors, covered, study),
-        "regions": len(vectors),
-        "positive": int(covered.sum()),
-    }
-    return table, numbers
+    return table, _overlap_numbers(vectors, study, overlap)
 
 
 _KINDS = ("image regions", "report sentences", "report to image", "image to report")
 
 
-def _local_table(aligned: Aligned) -> tuple[pd.DataFrame, dict[str, float]]:
-    "t-SNE of regions, texts and what each gathered (Fig. 3), and purity of neighbourhoods: 0.5 = both sides are mixed."
+def _local_vectors(
+    aligned: Aligned,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # (n, D), and (n,) study and place in _KINDS
+    "Regions, texts and what each gathered."
     everywhere = torch.ones_like(aligned.regions[..., 0], dtype=torch.bool)
     parts = [
         (aligned.regions, everywhere),
@@ -117,12 +129,23 @@ def _local_table(aligned: Aligned) -> tuple[pd.DataFrame, dict[str, float]]:
     ]
     vectors = np.concatenate([part[mask].numpy() for part, mask in parts])
     study = np.concatenate([mask.nonzero()[:, 0].numpy() for _, mask in parts])
-    kind = np.repeat(np.arange(4), [int(mask.sum()) for _, mask in parts])
+    return vectors, study, np.repeat(np.arange(4), [int(mask.sum()) for _, mask in parts])
+
+
+def _local_numbers(vectors: np.ndarray, study: np.ndarray, kind: np.ndarray) -> dict[str, float]:
+    "Purity of the neighbourhoods of regions, and of sentences, among what they gathered: 0.5 = both are mixed."
     numbers = {}
     for first, second, name in ((0, 2, "regions_purity"), (1, 3, "sentences_purity")):
         keep = np.isin(kind, (first, second))
         numbers[name] = float(neighbour_purity(vectors[keep], kind[keep], study[keep]).purity.mean())
-    return embedding_table(tsne(vectors), kind=np.array(_KINDS)[kind], study=study.astype(np.int16)), numbers
+    return numbers
+
+
+def _local_table(aligned: Aligned) -> tuple[pd.DataFrame, dict[str, float]]:
+    "t-SNE of regions, texts and what each gathered (Fig. 3), and purity of neighbourhoods: 0.5 = both sides are mixed."
+    vectors, study, kind = _local_vectors(aligned)
+    table = embedding_table(tsne(vectors), kind=np.array(_KINDS)[kind], study=study.astype(np.int16))
+    return table, _local_numbers(vectors, study, kind)
 
 
 def _weights_table(

@@ -111,6 +111,19 @@ def _image_vectors(method: Method, phantom: Phantom, studies: list[int], togethe
     return np.concatenate(vectors)
 
 
+def _cluster_numbers(
+    vectors: np.ndarray,  # (n, D) of images
+    prototypes: np.ndarray,  # (K, D)
+    disease: np.ndarray,  # (n,) names
+) -> tuple[np.ndarray, dict[str, float]]:  # (n,) nearest prototypes
+    "Whether images of one disease have one prototype, and are neighbours."
+    nearest, pure = nearest_prototype(vectors, prototypes), neighbour_purity(vectors, disease)
+    return nearest, cluster_agreement(disease, nearest) | {
+        "purity": np.average(pure.purity, weights=pure.vectors),
+        "purity_by_chance": np.average(pure.chance, weights=pure.vectors),
+    }
+
+
 @torch.no_grad()
 def _pair_embeddings(
     method: Method, pairs: Pairs, together: int = 64
@@ -140,12 +153,7 @@ def run_mgca_figures(config: FiguresConfig, main: str = "mgca-0", images: int = 
         word_numbers[name] = _word_numbers(rows)
         if method.prototypes is not None:
             vectors, prototypes = _image_vectors(method, phantom, index), method.prototypes.detach().numpy()
-            nearest = nearest_prototype(vectors, prototypes)
-            pure = neighbour_purity(vectors, disease)
-            clusters[name] = cluster_agreement(disease, nearest) | {
-                "purity": np.average(pure.purity, weights=pure.vectors),
-                "purity_by_chance": np.average(pure.chance, weights=pure.vectors),
-            }
+            nearest, clusters[name] = _cluster_numbers(vectors, prototypes, disease)
             table, usage[name] = prototype_usage(*_pair_embeddings(method, pairs), prototypes)
             if name == main:
                 points = embedding_table(

@@ -11,16 +11,17 @@ from .paper_tables import Column, PaperTable, Row
 
 # %% ../../nbs/studies/14_mgca_tables.ipynb #b2d31e98
 _FOUR = ("Consolidation", "Pleural Effusion", "Cardiomegaly", "Atelectasis")
+_SHORT = {"epochs": 4}
 _ROWS = {
     "random-init": Row("mgca", trained=False),
-    "DSVE": Row("dsve"),
-    "VSE++": Row("vse"),
-    "ConVIRT": Row("convirt", published="released"),
-    "GLoRIA": Row("gloria"),
-    "Caption-LSTM": Row("caption-lstm"),
-    "Caption-Transformer": Row("caption-transformer"),
-    "Contrastive-Binary": Row("contrastive-binary"),
-    "MGCA": Row("mgca", training={"epochs": 8}),
+    "DSVE": Row("dsve", None, _SHORT),
+    "VSE++": Row("vse", None, _SHORT),
+    "ConVIRT": Row("convirt", None, _SHORT, published="released"),
+    "GLoRIA": Row("gloria", None, _SHORT),
+    "Caption-LSTM": Row("caption-lstm", None, _SHORT),
+    "Caption-Transformer": Row("caption-transformer", None, _SHORT),
+    "Contrastive-Binary": Row("contrastive-binary", None, _SHORT),
+    "MGCA": Row("mgca", None, _SHORT),
 }
 
 # %% ../../nbs/studies/14_mgca_tables.ipynb #9d12c69d
@@ -33,12 +34,22 @@ _COLUMNS = {
     },
     **{
         f"boxes, {share:.0%}": Column(
-            "tiny-detect", share, _FOUR, published=Column("mgca_det", max(share, 0.1), pack="rsna")
+            "tiny-detect",
+            share,
+            _FOUR,
+            head={"lrs": (1e-3,), "epochs": 15},
+            published=Column("mgca_det", max(share, 0.1), pack="rsna"),
         )
         for share in (0.02, 0.1)
     },
     **{
-        f"masks, {share:.0%}": Column("tiny-unet", share, _FOUR, published=Column("mgca_siim_seg", share, pack="siim"))
+        f"masks, {share:.0%}": Column(
+            "tiny-unet",
+            share,
+            _FOUR,
+            head={"lrs": (3e-3,), "epochs": 12},
+            published=Column("mgca_siim_seg", share, pack="siim"),
+        )
         for share in (0.02, 0.1)
     },
 }
@@ -85,12 +96,18 @@ def _claims() -> list[Claim]:
         )
         for other in ("ConVIRT", "GLoRIA")
     ]
-    gain = {("MGCA", "findings, 1%"): 1.0, ("random-init", "findings, 1%"): -1.0}
-    gain |= {("MGCA", "findings, 100%"): -1.0, ("random-init", "findings, 100%"): 1.0}
-    return [
-        *beats,
-        Claim("the gain is larger with 1 % of the labels than with all", "MGCA, 4.3", _AUROC, gain, _MARGIN),
+    few = {("MGCA", "findings, 1%"): 1.0, ("random-init", "findings, 1%"): -1.0}
+    gains = [
+        Claim(
+            f"the gain is larger with 1 % of the labels than with {share}",
+            "MGCA, 4.3",
+            _AUROC,
+            few | {("MGCA", f"findings, {share}"): -1.0, ("random-init", f"findings, {share}"): 1.0},
+            _MARGIN,
+        )
+        for share in ("10%", "100%")
     ]
+    return [*beats, *gains]
 
 
-MGCA_TABLES = PaperTable("mgca", _ROWS, _COLUMNS, (0, 1, 2), (1e-3, 2e-3), tuple(_claims()), _published())
+MGCA_TABLES = PaperTable("mgca", _ROWS, _COLUMNS, (0, 1, 2), tuple(_claims()), _published())

@@ -85,9 +85,18 @@ def tight_box(
 
 # %% ../../../nbs/data/phantom/04_study.ipynb #b83f4af8
 def render(
-    scene: Scene, size: int = 256
+    scene: Scene,
+    size: int = 256,
+    contrast: float = 1.0,  # of findings: how much of what they change is seen
 ) -> tuple[np.ndarray, list[Finding]]:  # (size, size) uint8, one finding for each of the scene's
     """Take the radiograph of a scene, with the mask of each finding.
+
+    Parameters
+    ----------
+    scene : Scene
+    size : int, default: 256
+    contrast : float, default: 1.0
+        of findings: how much of what they change is seen
 
     Returns
     -------
@@ -96,11 +105,12 @@ def render(
     """
     large = max([enlargement(f.severity, f.extent) for f in scene.findings if f.name == "Cardiomegaly"], default=1.0)
     chest = build_chest(scene.patient, scene.pose, size, large)
-    findings = []
+    healthy, findings = attenuation(chest) if contrast != 1 else 0.0, []
     for f in scene.findings:
         mask = paint(chest, f)
         findings.append(Finding(f.name, f.side, f.zone, f.severity, mask, tight_box(mask), f.kind))
-    return expose(attenuation(chest), scene.pose), findings
+    total = attenuation(chest)
+    return expose(total if contrast == 1 else healthy + contrast * (total - healthy), scene.pose), findings
 
 # %% ../../../nbs/data/phantom/04_study.ipynb #a63059d5
 @dataclass(frozen=True)
@@ -205,7 +215,7 @@ def _study_number(study_id: str) -> int:  # 12 of "phantom-0000012"
 
 
 class Phantom:
-    """Endless synthetic studies: `Phantom(size, seed)[index]` depends on nothing but these three numbers.
+    """Endless synthetic studies: `Phantom(size, seed)[index]` depends on nothing but these numbers.
 
     Index from 0 to 2**60, without making the others. ValueError for a size or a seed out of range, IndexError for an
     index out of range.
@@ -216,33 +226,56 @@ class Phantom:
         side of the image, 64 to 512
     seed : int, default: 0
         0 to 2**63
+    contrast : float, default: 1.0
+        of findings; below 1 they are fainter, at the same places
+    exposure : float, default: 0.0
+        how much more than usual exposures differ: centre, log of the window (std)
     """
 
     def __init__(
         self,
         size: int = 64,  # side of the image, 64 to 512
         seed: int = 0,  # 0 to 2**63
+        contrast: float = 1.0,  # of findings; below 1 they are fainter, at the same places
+        exposure: float = 0.0,  # how much more than usual exposures differ: centre, log of the window (std)
     ) -> None:
         self.size, self.seed = operator.index(size), operator.index(seed)
+        self.contrast, self.exposure = float(contrast), float(exposure)
+        if not (0 < self.contrast <= 1 and 0 <= self.exposure <= 1):
+            raise ValueError(f"contrast is {contrast}, exposure is {exposure}; expected up to 1, contrast above 0")
         if not 64 <= self.size <= 512:
             raise ValueError(f"size is {size}; the phantom is drawn at 64 to 512 pixels a side")
         if not 0 <= self.seed <= 2**63:
             raise ValueError(f"seed is {seed}; it must lie in 0 to 2**63")
 
+    def _plan(self, index: int) -> tuple[Scene, int]:  # what to render, and the number of the patient
+        scene, owner = _plan_study(self.seed, index)
+        if not self.exposure:
+            return scene, owner
+        centre, window = np.clip(stream(self.seed, 5, index).standard_normal(2), -2.2, 2.2).tolist()
+        pose = scene.pose
+        pose = replace(
+            pose,
+            centre=pose.centre + self.exposure * centre,
+            window=pose.window * float(np.exp(self.exposure * window)),
+        )
+        return replace(scene, pose=pose), owner
+
     def scene(self, index: int) -> Scene:
         "What study `index` shows, before it is drawn."
-        return _plan_study(self.seed, index)[0]
+        return self._plan(index)[0]
 
     def render(self, index: int, findings: list[Planted] | None = None) -> tuple[np.ndarray, list[Finding]]:
         "The radiograph of study `index`, if you like with other findings than its own."
         scene = self.scene(index)
-        return render(scene if findings is None else replace(scene, findings=tuple(findings)), self.size)
+        scene = scene if findings is None else replace(scene, findings=tuple(findings))
+        return render(scene, self.size, self.contrast)
 
     def __getitem__(self, index: int) -> PhantomStudy:
-        scene, owner = _plan_study(self.seed, index)
+        scene, owner = self._plan(index)
         view, female = scene.pose.view, scene.patient.female
         report, sentences = write_report(stream(self.seed, 4, index), list(scene.findings), view, female)
-        image, findings = render(scene, self.size)
+        image, findings = render(scene, self.size, self.contrast)
         labels = read_labels(sentences)
         severities = stated_severities(labels, findings, sentences)
         names = f"patient-{owner:07d}", f"phantom-{index:07d}"
@@ -264,4 +297,6 @@ class Phantom:
         return build_chest(scene.patient, scene.pose, self.size).air > 0.15
 
     def __repr__(self) -> str:
-        return f"Phantom(size={self.size}, seed={self.seed})"
+        harder = {"contrast": self.contrast} if self.contrast != 1 else {}
+        harder |= {"exposure": self.exposure} if self.exposure else {}
+        return f"Phantom(size={self.size}, seed={self.seed}{''.join(f', {k}={v:g}' for k, v in harder.items())})"
