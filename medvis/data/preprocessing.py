@@ -153,7 +153,7 @@ class Preprocessing:
     std: float | tuple[float, ...] = 0.5
     """Divided by."""
     scale: Literal["unit", "max", "range"] = "unit"
-    """What becomes 1 before that: grey level 255 (unit) or the image's own maximum (max; local-mi; range: its minimum 0)."""
+    """What becomes 1 before that: grey level 255 (unit) or the image's own maximum (max; range: its minimum 0 too)."""
     fit: Literal["pad", "pad-first", "crop", "stretch"] | None = None
     """How the squares were made that the encoder was trained on (see `to_square`); None = unknown, or of no matter."""
 

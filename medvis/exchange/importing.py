@@ -219,7 +219,7 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase | None, text: dict[str, 
             f"would be read as another. Pass a folder of {found.layout.tokenizer}"
         )
 
-
+# %% ../../nbs/exchange/05_import.ipynb #70ce0f11
 def tokenizer_of(found: Found, tokenizer: Any, text: str | Path | None) -> PreTrainedTokenizerBase | None:
     "The tokenizer that is given, or that of the folder of the text model, or of the model."
     if isinstance(tokenizer, PreTrainedTokenizerBase):

@@ -465,8 +465,8 @@ def _scale_of(state: State) -> dict[str, Any]:
     "The temperature of the loss, from the logarithm of the scale; and SigLIP's bias."
     scale = state.get("logit_scale")
     bias = state.get("logit_bias")
-    told = {} if scale is None else {"temperature": 1 / math.exp(float(scale.reshape(-1)[0]))}
-    return told | ({} if bias is None else {"bias": float(bias.reshape(-1)[0])})
+    loss = {} if scale is None else {"temperature": 1 / math.exp(float(scale.reshape(-1)[0]))}
+    return loss | ({} if bias is None else {"bias": float(bias.reshape(-1)[0])})
 
 
 _CLIP_MEAN, _CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -508,7 +508,10 @@ _OPENAI = (
     (r"input_resolution|context_length|vocab_size|attn_mask", ""),
 )
 _READ_WHOLE = dict(max_tokens=512, punctuation=True)
-_CELLS = "its loss saw whole images alone: maps are the projections of single cells, which nothing has trained to agree with words"
+_CELLS = (
+    "its loss saw whole images alone: maps are the projections of single cells, "
+    "which nothing has trained to agree with words"
+)
 
 
 def _open_clip_view(said: dict[str, Any]) -> dict[str, Any]:

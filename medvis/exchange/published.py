@@ -48,7 +48,7 @@ class ImageTowerConfig:
     view: dict[str, Any] = field(default_factory=dict)
     "What it sees: `Preprocessing`."
 
-
+# %% ../../nbs/exchange/03_published.ipynb #d0a1c0f1
 @dataclass(frozen=True)
 class DualEncoderConfig(ImageTowerConfig):
     "Settings of a published model that sees and reads."
