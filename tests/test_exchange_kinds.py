@@ -271,7 +271,38 @@ def siglip(tmp_path):
     return tmp_path / "siglip", see, say, {}, 56
 
 
-DUAL = [biovil, biovil_t, medclip, medclip_swin, cxr_clip, cxr_clip_swin, biomedclip, chexzero, openai_clip, clip, siglip]
+def afloc(tmp_path):
+    "The whole and the cells have heads of their own; a text is the mean of all tokens, summed over the last four layers."
+    network, text, whole, bias, local = resnet(), bert(4), linear(64, 2048), torch.randn(64), linear(64, 1024)
+    state = under("afloc.img_encoder.model.", network.state_dict()) | under("afloc.text_encoder.model.", old_bert(text))
+    state |= {"afloc.img_encoder.global_embedder.weight": whole, "afloc.img_encoder.global_embedder.bias": bias, "afloc.img_encoder.local_embedder.weight": local[..., None, None], "afloc.img_encoder.local2_embedder.weight": linear(64, 512)[..., None, None]}
+
+    def see(image):
+        third, fourth = stages(network, F.interpolate(image, size=(299, 299), mode="bilinear", align_corners=True))
+        return F.linear(fourth.mean((2, 3)), whole, bias), cells(third) @ local.T
+
+    return {"state_dict": state}, see, lambda one: torch.stack(read(text, one)[-4:]).sum(0).mean(1)[0], dict(tokenizer=WORDS), 224
+
+
+def maco(tmp_path):
+    "A text in small letters behind [CLS], without [SEP]; its vector is that of BERT's pooler."
+    network = with_numbers(timm.models.VisionTransformer(img_size=48, patch_size=16, embed_dim=64, depth=2, num_heads=1, num_classes=0))
+    text, head, bias, bare = bert(), linear(64, 64), torch.randn(64), phantom_tokenizer(60)
+    state = network.state_dict() | under("bert_encoder.model.bert.", old_bert(text)) | {"img_mlp.weight": head, "img_mlp.bias": bias, "pos_weight_img.weight": torch.rand(1, 9), "pos_weight_img.bias": torch.zeros(1)}
+    state |= {"Tpar": torch.tensor(14.0), "decoder_embed.weight": torch.ones(2), "mask_token": torch.ones(2), "bert_encoder.model.cls.predictions.bias": torch.ones(2)}
+
+    def see(image):
+        x = F.linear(network.forward_features(image)[:, 1:], head, bias)
+        return x.mean(1), x
+
+    def say(one):
+        ids = torch.tensor([[bare.cls_token_id, *bare(one.lower(), add_special_tokens=False).input_ids]])
+        return text(input_ids=ids).pooler_output[0]
+
+    return {"model": state}, see, say, dict(tokenizer=bare), 48
+
+
+DUAL = [afloc, maco, biovil, biovil_t, medclip, medclip_swin, cxr_clip, cxr_clip_swin, biomedclip, chexzero, openai_clip, clip, siglip]
 
 
 def as_file(content, path):

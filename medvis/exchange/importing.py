@@ -95,7 +95,7 @@ def find_model(
 _MADE = re.compile(
     r".*(num_batches_tracked|image_encoder\.body\.fc\.\w+|token_type_embeddings\.weight|relative_position_index)"
 )
-_SETTINGS_OF_LOSS = ("logit_scale", "logit_bias")
+_SETTINGS_OF_LOSS = ("logit_scale", "logit_bias", "Tpar")
 
 
 def _fitted(name: str, value: Tensor, wanted: Tensor) -> Tensor:

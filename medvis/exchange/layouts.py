@@ -835,6 +835,81 @@ _CXR_CLIP = Layout(
     source="Soombit-ai/cxr-clip: model/clip.py, model/modules, evaluator.py",
 )
 
+# %% ../../nbs/exchange/04_layouts.ipynb #af10c3ac
+def _afloc_settings(state: State, said: dict[str, Any]) -> dict[str, Any]:
+    heads = dict(image_head=[_linear(state, "image_head.layers.0")], whole_head=[_linear(state, "whole_head.layers.0")])
+    text = dict(text_settings=_bert_sizes(state), reading=dict(pool="four", max_tokens=97))
+    return _resnet_sizes(state, "layer3", 299) | heads | text | dict(view=_view(224, 0.875, 0.5, 0.5, "pad"))
+
+
+_AFLOC = Layout(
+    "afloc",
+    "AFLoc (Nature BME 2025), ResNet-50",
+    (r"afloc\.img_encoder\..*", r"afloc\.text_encoder\..*"),
+    (
+        (r"afloc\.img_encoder\.model\.fc\..*", ""),
+        (r"afloc\.img_encoder\.model\.(.*)", r"image_encoder.body.\1"),
+        (r"afloc\.img_encoder\.local_embedder\.(.*)", r"image_head.layers.0.\1"),
+        (r"afloc\.img_encoder\.global_embedder\.(.*)", r"whole_head.layers.0.\1"),
+        (r"afloc\.img_encoder\.(?:local2|local_f)_embedder\..*", ""),
+        *_under(r"afloc\.text_encoder\.model\.", _OLD_BERT),
+    ),
+    _afloc_settings,
+    train=_READ_WHOLE,
+    tokenizer="emilyalsentzer/Bio_ClinicalBERT",
+    trained_on=("mimic train",),
+    recipe="gaussian",
+    fit="pad",
+    notes=(
+        "its maps are cells of layer 3, trained with sentences, against the vector of the whole text; "
+        "the cells of layer 2, trained with words, are left out",
+    ),
+    source="YH0517/AFLoc: models/vision_model.py, models/text_model.py, config.yaml",
+)
+
+
+def _maco_settings(state: State, said: dict[str, Any]) -> dict[str, Any]:
+    head, layers = [_linear(state, "image_head.layers.0")], [_linear(state, "text_encoder.head.layers.0"), ["tanh"]]
+    reading = dict(pool="cls", max_tokens=100, before="[CLS] ", lower=True)
+    tower, text = _vit_sizes(state), dict(text_settings=_bert_sizes(state), reading=reading, text_head=layers)
+    view = _view(tower["image_settings"]["size"], 1.0, 0.4978, 0.2449, "stretch")
+    return (
+        tower
+        | text
+        | dict(view=view, image_head=head, pooled="cells", temperature=1 / float(state["Tpar"].reshape(-1)[0]))
+    )
+
+
+_MACO = Layout(
+    "maco",
+    "MaCo (Nature Communications 2024), ViT-B/16",
+    (r"pos_weight_img\.weight", r"img_mlp\.weight", r"bert_encoder\..*"),
+    (
+        (r"((?:cls_token|pos_embed|patch_embed|blocks|norm)(?:\..*)?)", r"image_encoder.body.\1"),
+        (r"img_mlp\.(.*)", r"image_head.layers.0.\1"),
+        (r"bert_encoder\.model\.bert\.pooler\.dense\.(.*)", r"text_encoder.head.layers.0.\1"),
+        *_under(r"bert_encoder\.model\.bert\.", _OLD_BERT),
+        (r"(Tpar)", r"\1"),
+        (
+            r"bert_encoder\.model\.cls\..*|decoder_.*|mask_token|logit_scale|WCE\.weight|pos_weight_\w+\..*|pos_cat\..*",
+            "",
+        ),
+    ),
+    _maco_settings,
+    train=_READ_WHOLE,
+    tokenizer="its mimic_wordpiece.json",
+    trained_on=("mimic train",),
+    recipe="gaussian",
+    fit="stretch",
+    notes=(
+        "its published maps are multiplied by softmax(pos_weight_img / 0.02), a prior of places that is the "
+        "same for every "
+        "image: it is left out here. Compare its published numbers with the best fixed map, not with chance",
+        "its text vector is BERT's pooler of a text written behind [CLS] in small letters, without [SEP]",
+    ),
+    source="SZUHvern/MaCo: model_MaCo.py, bert/bert.py, Phrase Grounding.py",
+)
+
 # %% ../../nbs/exchange/04_layouts.ipynb #04e13779
 _TOWER = "medvis.exchange.published:ImageTower"
 
@@ -917,6 +992,7 @@ LAYOUTS = {
     for layout in (
         _MGCA,
         _GLORIA,
+        _AFLOC,
         _LOVT,
         _BIOVIL_T,
         _BIOVIL,
@@ -927,6 +1003,7 @@ LAYOUTS = {
         _CXR_CLIP,
         _CHEXZERO,
         _OPENAI_CLIP,
+        _MACO,
         _DINOV2,
         _TIMM,
         _TORCHVISION,

@@ -55,6 +55,8 @@ class DualEncoderConfig(ImageTowerConfig):
 
     image_head: list[list[Any]] = field(default_factory=list)
     "Layers from a cell, or the whole image, to the shared space."
+    whole_head: list[list[Any]] = field(default_factory=list)
+    "Layers from the whole image, where they are others than those of a cell (AFLoc)."
     pooled: Literal["whole", "cells", "first"] = "whole"
     "Image vector: of the tower's own whole, the mean of the projected cells (BioViL), or the first cell "
     "(CXR-CLIP's Swin)."
@@ -96,7 +98,11 @@ class ImageTower(Method):
 
 # %% ../../nbs/exchange/03_published.ipynb #4baaad28
 def open_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
-    "The tokenizer of a folder or hub name. OSError says what to pass instead."
+    "The tokenizer of a folder, a file of `tokenizers` (.json) or a hub name. OSError says what to pass instead."
+    if Path(folder).is_file():
+        found = PreTrainedTokenizerFast(tokenizer_file=str(folder))
+        found.pad_token = found.convert_ids_to_tokens(0)
+        return found
     refuse_code(folder)
     try:
         found = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
@@ -144,6 +150,7 @@ class DualEncoder(ImageTower):
         tokenizer = tokenizer or open_tokenizer(config.text)
         self.text_encoder = TextTower(config.text_settings, tokenizer, **config.reading, layers=config.text_head)
         self.image_head = LayerList(config.image_head)
+        self.whole_head = LayerList(config.whole_head)
 
     def embed_texts(self, texts: Sequence[str]) -> Tensor:  # (n, d)
         """Vectors of texts as they stand; the same text is read once.
@@ -189,6 +196,8 @@ class DualEncoder(ImageTower):
         features = self.image_encoder(image)
         if self.config.pooled == "cells":
             return self.project_regions(features).mean(1)
+        if self.config.whole_head:
+            return self.whole_head(features.whole)
         return self.image_head(features.regions[:, 0] if self.config.pooled == "first" else features.whole)
 
     def embed_text(self, batch: Batch) -> Tensor:  # (B, d)

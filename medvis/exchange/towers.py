@@ -183,6 +183,7 @@ _LAYERS = {
     "gelu": nn.GELU,
     "relu": nn.ReLU,
     "norm": lambda width, eps=1e-5: nn.LayerNorm(width, eps),
+    "tanh": nn.Tanh,
     "batchnorm": BatchNorm,
     "append": _Append,
 }
@@ -253,7 +254,7 @@ class TextTransformer(nn.Module):
         return self.norm(self.blocks(x, mask=later))
 
 # %% ../../nbs/exchange/02_towers.ipynb #004901a9
-_POOLINGS = ("cls", "last", "mean", "three")
+_POOLINGS = ("cls", "last", "mean", "three", "four")
 
 
 class TextTower(nn.Module):
@@ -271,6 +272,10 @@ class TextTower(nn.Module):
         to max_tokens, and read the padding too (SigLIP)
     layers : Sequence[Sequence[Any]], default: ()
         to the shared space
+    before : str, default: ''
+        what is written before every text (MaCo)
+    lower : bool, default: False
+        texts are in small letters
     """
 
     def __init__(
@@ -281,6 +286,8 @@ class TextTower(nn.Module):
         max_tokens: int = 256,
         pad: bool = False,  # to max_tokens, and read the padding too (SigLIP)
         layers: Sequence[Sequence[Any]] = (),  # to the shared space
+        before: str = "",  # what is written before every text (MaCo)
+        lower: bool = False,  # texts are in small letters
     ) -> None:
         super().__init__()
         check_choice("pooling of a text", pool, _POOLINGS)
@@ -292,16 +299,18 @@ class TextTower(nn.Module):
             self.body = TextTransformer(**settings)
         room = settings.get("max_position_embeddings", settings.get("positions", max_tokens))
         self.tokenizer, self.pool, self.max_tokens, self.pad = tokenizer, pool, min(max_tokens, room), pad
-        self.head = LayerList(layers)
+        self.head, self.before, self.lower = LayerList(layers), before, lower
 
     def _vectors(self, ids: Tensor) -> Tensor:  # (B, T) without padding -> (B, D)
         if not self.foreign:
             tokens = self.body(ids)
         else:
-            out = self.body(input_ids=ids, output_hidden_states=self.pool == "three")
+            out = self.body(input_ids=ids, output_hidden_states=self.pool in ("three", "four"))
             tokens = out.last_hidden_state
         if self.pool == "three":
             tokens = (out.hidden_states[1] + out.hidden_states[2] + tokens) / 3
+        if self.pool == "four":
+            tokens = torch.stack(out.hidden_states[-4:]).sum(0)
         return {"cls": lambda: tokens[:, 0], "last": lambda: tokens[:, -1]}.get(self.pool, lambda: tokens.mean(1))()
 
     def forward(self, texts: Sequence[str]) -> Tensor:  # (n, D)
@@ -313,7 +322,8 @@ class TextTower(nn.Module):
             (n, D)
         """
         length = dict(padding="max_length") if self.pad else {}
-        coded = self.tokenizer(list(texts), truncation=True, max_length=self.max_tokens, **length)["input_ids"]
+        texts = [self.before + (text.lower() if self.lower else text) for text in texts]
+        coded = self.tokenizer(texts, truncation=True, max_length=self.max_tokens, **length)["input_ids"]
         coded = [ids or [self.tokenizer.pad_token_id] for ids in coded]
         device, found = next(self.parameters()).device, {}
         for size in sorted({len(ids) for ids in coded}):
