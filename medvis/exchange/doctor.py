@@ -76,7 +76,7 @@ def _what_it_needs(found: Found, tokenizer: Any, text: str | Path | None) -> Ite
         try:
             method = build_method(found, train_tokenizer(["a b"]) if reads else None, Path(folder), checked=False)
         except ValueError as error:
-            yield "stop", str(error)
+            yield "stop", str(error).replace(f"{found.checkpoint.path}", "the file")
             return
     seen = method.preprocessing
     yield (
@@ -97,13 +97,13 @@ def _passport(found: Found, pack: Pack | None) -> Iterator[tuple[str, str]]:
         if same is None:
             yield (
                 "is",
-                f"{pack.path} is not of a declared source; that its images were never seen is not known, only "
+                f"{pack.path.name} is not of a declared source; that its images were never seen is not known, only "
                 "not declared",
             )
         else:
             yield (
                 "beware" if seen else "is",
-                f"{pack.path} is of the same source ({same}): {seen} of its {total} images are in a split that "
+                f"{pack.path.name} is of the same source ({same}): {seen} of its {total} images are in a split that "
                 "the model was trained on",
             )
 
@@ -150,7 +150,7 @@ def examine(
         rows.append(
             (
                 "stop",
-                f"{pack.path} has images made square by {made!r}, the model expects {found.layout.fit!r}: "
+                f"{pack.path.name} has images made square by {made!r}, the model expects {found.layout.fit!r}: "
                 "prepare them so, or with a larger side",
             )
         )

@@ -59,7 +59,7 @@ class Found:
     checkpoint: Checkpoint
     published: State  # under the published names
 
-
+# %% ../../nbs/exchange/05_import.ipynb #f1d0de11
 def find_model(
     file: str | Path,  # or a folder
     kind: str | None = None,  # of LAYOUTS; None = by the names of its weights
