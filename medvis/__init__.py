@@ -5,8 +5,8 @@ learned?"""
 
 # %% auto #0
 __all__ = ['prepare', 'list_datasets', 'register_dataset', 'Pack', 'Phantom', 'create_method', 'list_methods',
-           'list_presets', 'register_method', 'register_encoder', 'fit', 'load_run', 'load_encoder', 'linear_probe',
-           'evaluate', 'retrieve', 'ground', 'Study', 'CorrespondenceWidget']
+           'list_presets', 'register_method', 'register_encoder', 'fit', 'load_run', 'load_encoder',
+           'import_checkpoint', 'linear_probe', 'evaluate', 'retrieve', 'ground', 'Study', 'CorrespondenceWidget']
 
 # %% ../nbs/00_medvis.ipynb #b895e103
 __version__ = "0.1.0"
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from medvis.evaluate.ground import ground
     from medvis.evaluate.protocol import evaluate
     from medvis.evaluate.retrieve import retrieve
+    from medvis.exchange.importing import import_checkpoint
     from medvis.methods.registry import register_method
     from medvis.methods.settings import list_methods, list_presets
     from medvis.studies.runner import Study
@@ -51,6 +52,7 @@ _all_ = [
     "fit",
     "load_run",
     "load_encoder",
+    "import_checkpoint",
     "linear_probe",
     "evaluate",
     "retrieve",

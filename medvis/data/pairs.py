@@ -137,20 +137,27 @@ def _encode_words(
     return out
 
 
+def _end_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    "What stands before and behind a text: [CLS] and [SEP] of BERT, else beginning and end (CLIP), or nothing."
+    before = [number for number in (tokenizer.cls_token_id, tokenizer.bos_token_id) if number is not None]
+    after = [number for number in (tokenizer.sep_token_id, tokenizer.eos_token_id) if number is not None]
+    return before[:1], after[:1]
+
+
 class _SentenceTokens:
     """The tokens of sentences: each sentence is tokenised when it is first asked for, and kept as one row of bytes.
 
-    ValueError for a tokenizer that does not give the place of its pieces, or has no [CLS] and [SEP]."""
+    ValueError for a tokenizer that does not give the place of its pieces."""
 
     def __init__(
         self,
-        tokenizer: PreTrainedTokenizerBase,  # a fast one, with cls_token and sep_token
+        tokenizer: PreTrainedTokenizerBase,  # a fast one
         punctuation: bool = False,  # keep punctuation marks, as words of their own
     ) -> None:
-        self.ends = tokenizer.cls_token_id, tokenizer.sep_token_id
-        if None in self.ends or not tokenizer.is_fast:
+        self.ends = _end_tokens(tokenizer)
+        if not tokenizer.is_fast:
             raise ValueError(
-                f"{type(tokenizer).__name__} cannot be used: expected a fast tokenizer with cls_token and sep_token"
+                f"{type(tokenizer).__name__} cannot be used: expected a fast tokenizer, with tokenizer.json"
             )
         self.tokenizer, self.punctuation, self.kept = tokenizer, punctuation, {}
 
@@ -195,14 +202,16 @@ class _SentenceTokens:
             word_of += [len(word_spans) + w for w in words]
             sentence_of += [s] * len(numbers)
             word_spans += [(s, start, end) for start, end in places]
-        room = tokens_kept([len(numbers) for _, (numbers, _, _) in kept], max_tokens - 2, overflow)
+        first, last = self.ends
+        limit = max_tokens - len(first) - len(last)
+        room = tokens_kept([len(numbers) for _, (numbers, _, _) in kept], limit, overflow)
         ids, word_of, sentence_of = ids[:room], word_of[:room], sentence_of[:room]
         n_words, n_sentences = (index[-1] + 1 if index else 0 for index in (word_of, sentence_of))
-        cls, sep = self.ends
+        before, after = [-1] * len(first), [-1] * len(last)
         return Report(
-            input_ids=[cls, *ids, sep],
-            word_index=[-1, *word_of, -1],
-            sentence_index=[-1, *sentence_of, -1],
+            input_ids=[*first, *ids, *last],
+            word_index=[*before, *word_of, *after],
+            sentence_index=[*before, *sentence_of, *after],
             sentences=[sentence for sentence, _ in kept[:n_sentences]],
             word_spans=word_spans[:n_words],
         )
@@ -210,7 +219,7 @@ class _SentenceTokens:
 # %% ../../nbs/data/15_pairs.ipynb #bd15e303
 def tokenise(
     sentences: Sequence[str],
-    tokenizer: PreTrainedTokenizerBase | None,  # a fast one, with cls_token and sep_token; None = nothing is read
+    tokenizer: PreTrainedTokenizerBase | None,  # a fast one; None = nothing is read
     max_tokens: int = 256,  # of the whole report, special tokens included
     punctuation: bool = False,  # keep punctuation marks, as words of their own
     overflow: str = "cut",  # how a longer report is shortened, see `tokens_kept`
@@ -218,13 +227,13 @@ def tokenise(
     """Tokenise sentences one by one. Sentences without words are dropped; no sentences at all give [CLS] [SEP].
 
     Without a tokenizer there are no tokens at all, for methods that read no text.
-    ValueError for a tokenizer that does not give the place of its pieces, or has no [CLS] and [SEP].
+    ValueError for a tokenizer that does not give the place of its pieces.
 
     Parameters
     ----------
     sentences : Sequence[str]
     tokenizer : PreTrainedTokenizerBase | None
-        a fast one, with cls_token and sep_token; None = nothing is read
+        a fast one; None = nothing is read
     max_tokens : int, default: 256
         of the whole report, special tokens included
     punctuation : bool, default: False

@@ -105,6 +105,14 @@ def _by_own_maximum(
     "Divide each image by its maximum, a black one by a thousandth (local-mi, released code)"
     return image / image.amax((-3, -2, -1), keepdim=True).clamp(min=1e-3)
 
+
+def _by_own_range(
+    film: torch.Tensor,  # (..., C, H, W) uint8
+) -> torch.Tensor:
+    "Stretch the grey levels of each whole film to 0 .. 255, rounded down, before anything is cut off (BioViL's code)"
+    low, high = film.amin((-3, -2, -1), keepdim=True), film.amax((-3, -2, -1), keepdim=True)
+    return ((film - low).double() * 255 / (high - low).clamp(min=1)).to(film.dtype)
+
 # %% ../../nbs/data/04_preprocessing.ipynb #23bba28f
 def _on_stack(
     masks: torch.Tensor,  # (..., H, W), also without leading dimensions
@@ -144,8 +152,8 @@ class Preprocessing:
     """Subtracted after scaling to 0 .. 1; one number, or one a channel (networks made for colour)."""
     std: float | tuple[float, ...] = 0.5
     """Divided by."""
-    scale: Literal["unit", "max"] = "unit"
-    """What becomes 1 before that: grey level 255 (unit), or the image's own maximum (max; local-mi)."""
+    scale: Literal["unit", "max", "range"] = "unit"
+    """What becomes 1 before that: grey level 255 (unit) or the image's own maximum (max; range: its minimum 0 too)."""
     fit: Literal["pad", "pad-first", "crop", "stretch"] | None = None
     """How the squares were made that the encoder was trained on (see `to_square`); None = unknown, or of no matter."""
 
@@ -156,19 +164,23 @@ class Preprocessing:
             and self.channels in (1, 3)
             and min(_values(self.std)) > 0
             and {len(_values(self.mean)), len(_values(self.std))} <= {1, self.channels}
-            and self.scale in ("unit", "max")
+            and self.scale in ("unit", "max", "range")
             and self.fit in (*FITS, None)
         ):
             raise ValueError(
                 "expected size >= 1, 0 < crop <= 1, 1 or 3 channels, mean and std one number or one a channel, "
-                f"std > 0, scale unit or max, fit one of {FITS} or None; found {self}"
+                f"std > 0, scale unit or max or range, fit one of {FITS} or None; found {self}"
             )
 
     def _steps(self, augment: str) -> list[v2.Transform]:
         return _augmentation(augment, self.size, self.crop)
 
+    def _start(self) -> list[Callable]:
+        return [_by_own_range] if self.scale == "range" else []
+
     def _finish(self) -> list[Callable]:
-        scaled = {"unit": [v2.ToDtype(torch.float32, scale=True)], "max": [v2.ToDtype(torch.float32), _by_own_maximum]}
+        unit = [v2.ToDtype(torch.float32, scale=True)]
+        scaled = {"unit": unit, "range": unit, "max": [v2.ToDtype(torch.float32), _by_own_maximum]}
         normalise, expand = v2.Normalize(_values(self.mean), _values(self.std)), v2.Grayscale(self.channels)
         grey = len(normalise.mean) == len(normalise.std) == 1
         return [*scaled[self.scale], *([normalise, expand] if grey else [expand, normalise])]
@@ -178,7 +190,7 @@ class Preprocessing:
 
         An augmentation takes the place of the crop, and draws from torch's global generator. ValueError for an unknown
         name."""
-        return v2.Compose(self._steps(augment) + self._finish())
+        return v2.Compose(self._start() + self._steps(augment) + self._finish())
 
     def draw(
         self,
@@ -222,6 +234,8 @@ class Preprocessing:
             (B, channels, size, size) float32
         """
         draws = films.new_zeros(len(films), 0, dtype=torch.float32) if draws is None else draws
+        for step in self._start():
+            films = step(films)
         return v2.Compose(self._finish())(apply_numbers(self._steps(augment), films, draws))
 
     def frames(

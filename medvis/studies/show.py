@@ -209,12 +209,20 @@ def _run_title(run: Run, data: Pack) -> str:
     'Method, preset and data: "mixture-mi tiny on 2 000 phantom pairs".'
     count = f"{(data.studies['split'] == 'train').sum():,}".replace(",", "\u202f")
     what = "phantom pairs" if pack_phantom(data) else f"studies of {data.path.name}"
+    if imported := run.manifest.get("imported"):
+        return f"{imported['title']} (imported), looked at on {count} {what}"
     return f"{run.config['method']} {run.config['preset']} on {count} {what}"
 
 
 def _how_to_repeat(run: Run, command: str | None = None) -> Section:
     "The command, seed and versions that make the run again, and for which machine its numbers are exact."
     manifest, config = run.manifest, run.config
+    if imported := manifest.get("imported"):
+        words = ["medvis", "import", manifest["data"]["path"], "--kind", imported["kind"], "--out", str(run.path)]
+        return Section(
+            "How to repeat it",
+            [Html(f"<pre>{escape(shlex.join(words))}</pre>"), f"File of sha256 {imported['sha256']}."],
+        )
     command = command or shlex.join(
         [
             "medvis",
@@ -308,7 +316,8 @@ def show_run(
         gains = _known_gains(run.path / "probe" / "predictions.parquet")
     facts = {"Configuration": run.config, "Machine and data": run.manifest}
     found = None if pointing is None else pointing.by_finding()
-    sections = _ordered_sections(run_sections(run.metrics, probe, found, cards, facts), run, command)
+    metrics = run.metrics if (run.path / "metrics.jsonl").exists() else None  # a model of somebody else has none
+    sections = _ordered_sections(run_sections(metrics, probe, found, cards, facts), run, command)
     subtitle = f"{len(data.studies)} studies in {data.path.name}. {exact_for(run.manifest)}"
     subtitle += "" if method.reads_text else " This method reads no text: there are no words to look up in the images."
     top = _top_numbers(probe, gains, pointing, control)

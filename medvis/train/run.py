@@ -476,6 +476,10 @@ def load_run(
 def training_pack(provenance: Provenance) -> Pack:
     "The Pack that weights were trained on. ValueError says where it was looked for."
     run, data = provenance.run, provenance.data
+    if "declared" in data:
+        raise ValueError(
+            f"{run} is a model of somebody else: name the Pack to measure on with --data (data= in Python)"
+        )
     path = Path(data["path"])
     for folder in dict.fromkeys(
         [path, *(above / path for above in run.resolve().parents), Path(data.get("absolute", path))]
