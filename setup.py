@@ -7,8 +7,8 @@ from setuptools import find_packages, setup
 config = ConfigParser(delimiters=["="])
 config.read("settings.ini", encoding="utf-8")
 settings = config["DEFAULT"]
-extras = {name: settings[f"{name}_requirements"].split() for name in ("dicom", "lab", "small", "cluster", "dev")}
-extras["dev"] += extras["dicom"] + extras["lab"]
+extras = {name: settings[f"{name}_requirements"].split() for name in ("dicom", "lab", "small", "export", "cluster", "dev")}
+extras["dev"] += extras["dicom"] + extras["lab"] + extras["export"]
 
 setup(
     name=settings["lib_name"],

@@ -6,7 +6,7 @@ learned?"""
 # %% auto #0
 __all__ = ['prepare', 'list_datasets', 'register_dataset', 'Pack', 'Phantom', 'create_method', 'list_methods',
            'list_presets', 'register_method', 'register_encoder', 'fit', 'load_run', 'load_encoder', 'linear_probe',
-           'evaluate', 'retrieve', 'ground', 'Study', 'CorrespondenceWidget']
+           'evaluate', 'retrieve', 'ground', 'export', 'wrap', 'Study', 'CorrespondenceWidget']
 
 # %% ../nbs/00_medvis.ipynb #b895e103
 __version__ = "0.1.0"
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from medvis.evaluate.ground import ground
     from medvis.evaluate.protocol import evaluate
     from medvis.evaluate.retrieve import retrieve
+    from medvis.exchange.outgoing import export
+    from medvis.exchange.wrapped import wrap
     from medvis.methods.registry import register_method
     from medvis.methods.settings import list_methods, list_presets
     from medvis.studies.runner import Study
@@ -55,6 +57,8 @@ _all_ = [
     "evaluate",
     "retrieve",
     "ground",
+    "export",
+    "wrap",
     "Study",
     "CorrespondenceWidget",
 ]

@@ -9,7 +9,7 @@ from IPython.core.inputtransformer2 import TransformerManager
 from notebooks import PATHS, ROOT, Cell, Notebook, label, read
 
 WINGS = {"data": ("phantom", "", "sets")}     # of a room, in reading order; "" is the room itself
-ROOMS = ("core", "data", "encoders", "objectives", "methods", "train", "evaluate", "analyse", "widgets", "studies", "cli")
+ROOMS = ("core", "data", "encoders", "objectives", "methods", "train", "evaluate", "analyse", "widgets", "exchange", "studies", "cli")
 LONGEST = 40  # lines of an exported function, without docstrings, comments and blank lines
 LONGEST_CLASS = 85  # of a class: several short methods
 LONGER = {"_Trainer": 100}  # a training run is one page, read from top to bottom

@@ -18,6 +18,7 @@ from torch import nn
 from ..core.choices import check_choice
 from ..data.guard import guard_measured
 from ..data.pack import Pack, open_pack
+from ..data.refit import as_fitted
 from ..train.run import RANDOM_INIT, load_encoder, load_method, training_pack
 
 # %% ../../nbs/evaluate/03_models.ipynb #5091c820
@@ -114,6 +115,12 @@ def as_encoders(
     return {name: as_encoder(one, **loading) for name, one in zip(names, several)}
 
 # %% ../../nbs/evaluate/03_models.ipynb #2d8dc515
+def _fitted(pack: Pack, model: nn.Module) -> Pack:
+    "A Pack with its squares made as a model wants them, if they are padded and it wants others."
+    encoder = getattr(model, "image_encoder", model)
+    return as_fitted(pack, encoder.preprocessing) if getattr(encoder, "preprocessing", None) is not None else pack
+
+
 def as_pack(
     data: Pack | str | PathLike | None,  # None: the Pack that the model was trained on
     model: nn.Module,
@@ -127,7 +134,7 @@ def as_pack(
     model : nn.Module
     """
     if data is not None:
-        return open_pack(data)
+        return _fitted(open_pack(data), model)
     if (provenance := getattr(model, "provenance", None)) is None:
         raise ValueError(
             "no run of medvis made this model, so the Pack that it was trained on is unknown: "

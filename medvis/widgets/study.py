@@ -9,7 +9,7 @@ __all__ = ['Span', 'word_spans', 'places_in', 'RunScores', 'Outline', 'StudyView
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from os import PathLike
 from pathlib import Path
 
@@ -25,6 +25,7 @@ from ..data.pairs import Pairs, Report, collate, tokenise
 from ..data.phantom import Phantom
 from ..data.phrases import Phrase, phrase_mask
 from ..data.prepare import pack_phantom
+from ..data.refit import RefittedPack, as_fitted
 from ..data.reports import find_words
 from ..data.targets import sentence_targets
 from ..evaluate.encoder import check_preprocessing, frozen
@@ -86,6 +87,8 @@ class RunScores:
         what scores are divided by before a softmax over regions
     tokens : int | None, default: None
         the most that the run reads; None = unknown
+    derived : tuple[str, ...], default: ()
+        of words and sentences: what no loss compared with regions
     """
 
     grid: tuple[int, int]  # (h, w), N = h*w
@@ -94,15 +97,19 @@ class RunScores:
     prototypes: list[int] = field(default_factory=list)  # numbers of the K prototypes
     temperature: float = 1.0  # what scores are divided by before a softmax over regions
     tokens: int | None = None  # the most that the run reads; None = unknown
+    derived: tuple[str, ...] = ()  # of words and sentences: what no loss compared with regions
 
 # %% ../../nbs/widgets/02_study.ipynb #0259fbf2
 def _visible_frame(
     preprocessing: Preprocessing,
+    square: tuple[float, float, float, float] = (0, 0, 1, 1),  # where the encoder's square lies in the picture
 ) -> tuple[float, float, float, float]:  # x0, y0, x1, y1 in shares of the picture
     "The part of a picture that is left after an encoder's centre crop."
     side = round(preprocessing.size / preprocessing.crop)
     start = int(round((side - preprocessing.size) / 2))
-    return start / side, start / side, (start + preprocessing.size) / side, (start + preprocessing.size) / side
+    (x0, y0, x1, y1), low, high = square, start / side, (start + preprocessing.size) / side
+    wide, tall = x1 - x0, y1 - y0
+    return x0 + low * wide, y0 + low * tall, x0 + high * wide, y0 + high * tall
 
 
 def _picked_rows(
@@ -125,7 +132,7 @@ def _run_scores(
     row: int,  # of the batch
     places: tuple[dict[int, int], dict[int, int]],  # as returned by `places_in`
     counts: tuple[int, int],  # our words and sentences
-    preprocessing: Preprocessing,
+    frame: tuple[float, float, float, float],  # see `RunScores`
 ) -> RunScores:
     "One row of a correspondence, in our numbering."
     scores = {
@@ -137,7 +144,9 @@ def _run_scores(
         near = correspondence.prototypes[row].float().cpu()
         numbers = near.max(0).values.argsort(descending=True)[:_PROTOTYPES].sort().values.tolist()
         scores["prototypes"] = np.ascontiguousarray(near[:, numbers].numpy().T)
-    return RunScores(correspondence.grid, _visible_frame(preprocessing), scores, numbers, correspondence.temperature)
+    derived = tuple(grain for grain in ("words", "sentences") if grain not in correspondence.learned)
+    temperature = correspondence.temperature
+    return RunScores(correspondence.grid, frame, scores, numbers, temperature, derived=derived)
 
 # %% ../../nbs/widgets/02_study.ipynb #5bc8445e
 @dataclass(frozen=True)
@@ -465,15 +474,34 @@ def _as_methods(
 def _study_pairs(method: Method, data: Pack, split: str | None) -> Pairs:
     "The studies of a split, whole; those without a report only in a data set that has none."
     sampling = replace(method.sampling, sentences="all", per="study")
-    return Pairs(data, method.tokenizer, method.preprocessing, sampling, split, need_text=_texts_of(data) == "report")
+    fitted = as_fitted(data, method.preprocessing)
+    return Pairs(fitted, method.tokenizer, method.preprocessing, sampling, split, need_text=_texts_of(data) == "report")
+
+
+def _refit(pairs: Pairs, position: int) -> Callable[[np.ndarray], np.ndarray]:
+    "What makes of a mask of a study's picture a mask of the square that an encoder is shown."
+    return (
+        partial(pairs.pack.refit, index=pairs.items[position][1])
+        if isinstance(pairs.pack, RefittedPack)
+        else np.asarray
+    )
+
+
+def _seen_frame(pairs: Pairs, position: int) -> tuple[float, float, float, float]:
+    "The part of a study's picture that an encoder sees, in shares of it, also where its squares are made anew."
+    image, pack = pairs.items[position][1], pairs.pack
+    return _visible_frame(pairs.preprocessing, pack.frame(image) if isinstance(pack, RefittedPack) else (0, 0, 1, 1))
 
 
 def _visible_cells(
-    outlines: Sequence[Outline], grid: tuple[int, int], preprocessing: Preprocessing
+    outlines: Sequence[Outline],
+    grid: tuple[int, int],
+    preprocessing: Preprocessing,
+    refit: Callable[[np.ndarray], np.ndarray] = np.asarray,  # a mask of the picture as a mask of the encoder's square
 ) -> tuple[np.ndarray, np.ndarray]:  # (outlines, N) bool, (outlines,) bool
     "Which regions of an encoder lie on each outline, and whether it sees any of the outline."
     view = preprocessing.mask()
-    masks = [view(torch.from_numpy(np.ascontiguousarray(outline.mask))).numpy() for outline in outlines]
+    masks = [view(torch.from_numpy(np.ascontiguousarray(refit(outline.mask)))).numpy() for outline in outlines]
     cells = on_target(np.stack(masks), grid) if masks else np.zeros((0, grid[0] * grid[1]), bool)
     return cells, np.array([mask.any() for mask in masks], bool)
 
@@ -494,7 +522,8 @@ def _batch_scores(
     for row, (position, sentences) in enumerate(zip(positions, reports)):
         spans = word_spans(sentences)
         places = places_in(pairs.report(position), sentences, spans, pairs.sampling.punctuation)
-        scores = _run_scores(correspondence, row, places, (len(spans), len(sentences)), method.preprocessing)
+        frame, counts = _seen_frame(pairs, position), (len(spans), len(sentences))
+        scores = _run_scores(correspondence, row, places, counts, frame)
         out.append(replace(scores, tokens=pairs.sampling.max_tokens))
     return out
 
@@ -523,7 +552,7 @@ def _phrase_scores(method: Method, pairs: Pairs, position: int, texts: Sequence[
         for row, (text, read) in enumerate(zip(some, reports)):
             places = places_in(read, [text], word_spans([text]), rules.punctuation)
             counts = len(word_spans([text])), 1
-            parts.append(_run_scores(correspondence, row, places, counts, method.preprocessing))
+            parts.append(_run_scores(correspondence, row, places, counts, _seen_frame(pairs, position)))
     scores = replace(_joined(parts), tokens=rules.max_tokens)
     nothing = {grain: scores.scores[grain][:0] for grain in ("words", "sentences")}
     return scores if texts else replace(scores, scores=scores.scores | nothing)
@@ -551,14 +580,17 @@ def _study_view(
     texts: Sequence[tuple[str, str]],  # with their kinds; those that were typed come last
     outlines: Sequence[Outline],
     runs: dict[str, RunScores],
-    methods: Mapping[str, Method],
+    pairs: Mapping[str, Pairs],  # of each run
     judged: str,
 ) -> StudyView:
     "A study with its scores, its outlines, and what each run sees of them."
     study, typed = pack.studies.iloc[row], [text for text, kind in texts if kind == "typed"]
     sentences = [text for text, _ in texts]
     outlines = _with_typed(outlines, sentences[: len(texts) - len(typed)], typed, _class_texts(pack) if typed else {})
-    held = {name: _visible_cells(outlines, run.grid, methods[name].preprocessing) for name, run in runs.items()}
+    held = {
+        name: _visible_cells(outlines, run.grid, pairs[name].preprocessing, _refit(pairs[name], position))
+        for name, run in runs.items()
+    }
     return StudyView(
         position,
         str(study["study_id"]),
@@ -617,7 +649,7 @@ class Studies:
         self.runs, self.data, self.texts = _as_methods(runs), data, _texts_of(data)
         self.judged = _judged(data) if outlines is None else "drawn"
         for method in self.runs.values():
-            check_preprocessing(method, data)
+            check_preprocessing(method, as_fitted(data, method.preprocessing))
         self.pairs = {name: _study_pairs(method, data, split) for name, method in self.runs.items()}
         self.rows = [row for row, _ in next(iter(self.pairs.values())).items]
         if not self.rows:
@@ -684,7 +716,7 @@ class Studies:
                 [*own[k], *asked],
                 self.outlines(p),
                 {name: scores[name][k] for name in runs},
-                runs,
+                self.pairs,
                 self.judged,
             )
             for k, p in enumerate(positions)
