@@ -6,7 +6,7 @@ learned?"""
 # %% auto #0
 __all__ = ['prepare', 'list_datasets', 'register_dataset', 'Pack', 'Phantom', 'create_method', 'list_methods',
            'list_presets', 'register_method', 'register_encoder', 'fit', 'load_run', 'load_encoder', 'linear_probe',
-           'evaluate', 'retrieve', 'ground', 'export', 'wrap', 'Study', 'CorrespondenceWidget']
+           'evaluate', 'retrieve', 'ground', 'export', 'wrap', 'Study', 'CorrespondenceWidget', 'edit_phantom']
 
 # %% ../nbs/00_medvis.ipynb #b895e103
 __version__ = "0.1.0"
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from medvis.train.loop import fit
     from medvis.train.run import load_encoder, load_run
     from medvis.widgets.correspondence import CorrespondenceWidget
+    from medvis.widgets.edit import edit_phantom
 else:
     __getattr__, __dir__ = lazy_door("medvis")
 
@@ -61,4 +62,5 @@ _all_ = [
     "wrap",
     "Study",
     "CorrespondenceWidget",
+    "edit_phantom",
 ]

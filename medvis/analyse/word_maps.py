@@ -47,7 +47,7 @@ class WordMaps:
         said = self.text - self.nothing
         return float(np.linalg.norm(said - self.words.sum(0)) / max(np.linalg.norm(said), 1e-12))
 
-
+# %% ../../nbs/analyse/11_word_maps.ipynb #f82f0d50
 def word_differences(
     score: Callable[[list[str]], np.ndarray],  # n texts -> (n, N) their maps on one image
     text: str,
