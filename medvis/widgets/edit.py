@@ -175,10 +175,12 @@ class PhantomEditor(Pictured, ipywidgets.VBox):
 
     def _list_findings(self) -> None:
         self.finding.options = list(dict.fromkeys(finding.name for finding in self.study.findings))
+        self.finding.value = next(iter(self.finding.options), None)
         self._list_places()
 
     def _list_places(self, _: dict | None = None) -> None:
         self.where.options = list(placements(self.finding.value)) if self.finding.value else []
+        self.where.value = next(iter(self.where.options), None)
 
     def _press(self, how: str) -> None:
         "What a button does; what cannot be done is said."
