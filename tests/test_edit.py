@@ -83,6 +83,7 @@ def test_a_model_that_looks_follows():
     before = editor.widget.study
     editor.edit("mirror", "Consolidation")
     after = editor.widget.study
+    assert [after.sentences[s] for s in editor.widget.selection["sentences"]] == ["left lung"], "what was asked stays pinned"
     assert after.typed == ["left lung"] and len(editor.widget.studies) == 2 and editor.widget.position == 1
     change = np.abs(after.runs["light"].scores["sentences"][-1] - before.runs["light"].scores["sentences"][-1])
     touched = before.cells["light"][0] | after.cells["light"][0]

@@ -59,7 +59,7 @@ def _trial_inputs(method: Method) -> dict[str, Tensor]:
 
 
 def _image_features(method: Method, given: Mapping[str, Any]) -> dict[str, Tensor]:
-    "Regions (B, N, D) and whole pictures (B, D'); where the method embeds pictures, their vectors."
+    "Regions (B, N, D) and whole pictures (B, D')."
     found = method.image_encoder(given["images"])
     return {"regions": found.regions, "whole": found.whole}
 
@@ -163,11 +163,8 @@ def _write_transformers_text(method: Method, folder: Path) -> None:
 # %% ../../nbs/exchange/13_outgoing.ipynb #823a00cb
 def _linear_heads(method: Method) -> tuple[nn.Linear, nn.Linear]:
     "The linear projections of whole pictures and texts. ValueError if there are others, or a pooling of its own."
-    pairs = (("image_head", "text_head"), ("global_image", "global_text"))
-    for names in pairs:
-        heads = [getattr(method, name, None) for name in names]
-        if all(isinstance(head, nn.Linear) for head in heads) and getattr(method, "pool", None) is None:
-            return tuple(heads)
+    if (heads := method.linear_heads()) is not None:
+        return heads
     raise ValueError(
         f"open_clip has linear projections of whole pictures and texts, {type(method).__name__} has others: choose "
         "--to transformers or --to onnx (to= in Python) for its towers"
@@ -227,7 +224,7 @@ def _write_open_clip(method: Method, folder: Path) -> None:
 
 # %% ../../nbs/exchange/13_outgoing.ipynb #ccd43c2f
 class _ImageGraph(nn.Module):
-    "The image tower with tensors as its result: regions, whole, and the vector in the shared space where there is one."
+    "The image tower with tensors as its result: regions and whole."
 
     def __init__(self, method: Method) -> None:
         super().__init__()
@@ -291,7 +288,7 @@ def _write_onnx_text(method: Method, file: Path) -> None:
 def _part(method: Method, name: str) -> dict[str, Tensor]:
     "The weights of the image backbone, of the text backbone, or of all that stands on them."
     if name != "heads":
-        state = getattr(getattr(method, f"{name}_encoder"), "body").state_dict()
+        state = {"image": method.image_encoder, "text": method.text_encoder}[name].body.state_dict()
     else:
         towers = "image_encoder.body.", "text_encoder.body."
         state = {key: value for key, value in method.state_dict().items() if not key.startswith(towers)}
@@ -520,7 +517,7 @@ def export(
     """
     method = as_method(run)
     pieces = _choose_pieces(method, to, tower)
-    if out is None and isinstance(run, Method):
+    if out is None and not isinstance(run, str | os.PathLike):
         raise ValueError("a method has no folder: say where to write it with out=")
     out = Path(out if out is not None else Path(run) / "export" / to)
     if out.exists():

@@ -205,15 +205,19 @@ class PhantomEditor(Pictured, ipywidgets.VBox):
         self._show(self.phantom[self.index], "as it is")
 
     def _show(self, study: PhantomStudy, name: str) -> None:
-        pinned = set(self.widget.selection.get("words", ())), self.widget.study.words
-        self.pack.add(study, name)
         widget = self.widget
+        pinned, before = widget.selection, widget.study
+        said = {before.words[word].lower() for word in pinned["words"]}
+        asked = {before.sentences[s] for s in pinned["sentences"]}
+        self.pack.add(study, name)
         widget.studies = Studies(self._runs, self.pack, None, self.pack.outlines)
-        asked = {"ask": "list", "query": widget.query, "finding": widget.finding, "order": "data", "run": 0}
-        widget.send(*answer(widget.studies, asked, widget.masked))
+        wish = {"ask": "list", "query": widget.query, "finding": widget.finding, "order": "data", "run": 0}
+        widget.send(*answer(widget.studies, wish, widget.masked))
         widget.position = len(self.pack.made) - 1
-        said = {pinned[1][word].lower() for word in pinned[0]}
-        widget.selection = {"words": [w for w, word in enumerate(widget.study.words) if word.lower() in said]}
+        view = widget.study
+        words = [w for w, word in enumerate(view.words) if word.lower() in said]
+        sentences = [s for s, sentence in enumerate(view.sentences) if sentence in asked]
+        widget.selection = {**pinned, "study": view.id, "words": words, "sentences": sentences}
         self._list_findings()
 
     def to_figure(self) -> Figure:
