@@ -5,8 +5,8 @@ learned?"""
 
 # %% auto #0
 __all__ = ['prepare', 'list_datasets', 'register_dataset', 'Pack', 'Phantom', 'create_method', 'list_methods',
-           'list_presets', 'register_method', 'register_encoder', 'fit', 'load_run', 'load_encoder',
-           'import_checkpoint', 'linear_probe', 'evaluate', 'retrieve', 'ground', 'Study', 'CorrespondenceWidget']
+           'list_presets', 'register_method', 'register_encoder', 'fit', 'load_run', 'load_encoder', 'linear_probe',
+           'evaluate', 'retrieve', 'ground', 'export', 'wrap', 'Study', 'CorrespondenceWidget', 'edit_phantom']
 
 # %% ../nbs/00_medvis.ipynb #b895e103
 __version__ = "0.1.0"
@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from medvis.evaluate.ground import ground
     from medvis.evaluate.protocol import evaluate
     from medvis.evaluate.retrieve import retrieve
-    from medvis.exchange.importing import import_checkpoint
+    from medvis.exchange.outgoing import export
+    from medvis.exchange.wrapped import wrap
     from medvis.methods.registry import register_method
     from medvis.methods.settings import list_methods, list_presets
     from medvis.studies.runner import Study
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from medvis.train.loop import fit
     from medvis.train.run import load_encoder, load_run
     from medvis.widgets.correspondence import CorrespondenceWidget
+    from medvis.widgets.edit import edit_phantom
 else:
     __getattr__, __dir__ = lazy_door("medvis")
 
@@ -52,11 +54,13 @@ _all_ = [
     "fit",
     "load_run",
     "load_encoder",
-    "import_checkpoint",
     "linear_probe",
     "evaluate",
     "retrieve",
     "ground",
+    "export",
+    "wrap",
     "Study",
     "CorrespondenceWidget",
+    "edit_phantom",
 ]

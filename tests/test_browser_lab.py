@@ -69,6 +69,25 @@ MANY = """from medvis.widgets import CorrespondenceWidget
 widget = CorrespondenceWidget({"mixture-mi": "run"}, "pack500")
 widget"""
 
+EDIT = """import torch
+import medvis as mv
+from medvis.data.phantom import Phantom
+from medvis.widgets import PhantomEditor
+
+class Dark:
+    "Dark cells go with air, bright ones with anything else: a stranger's model, wrapped."
+    def embed_regions(self, images):
+        cells = torch.nn.functional.adaptive_avg_pool2d(images, 8)[:, 0]
+        return torch.stack([-cells, cells], -1)
+    def embed_texts(self, texts):
+        return torch.tensor([[1.0, 0.0] if "pneumothorax" in text.lower() else [0.0, 1.0] for text in texts])
+
+phantom = Phantom(96)
+index = next(i for i in range(200) if [f.name for f in phantom.scene(i).findings] == ["Pneumothorax"] and phantom[i].labels["Pneumothorax"] == 1)
+editor = PhantomEditor({"dark": mv.wrap(Dark(), size=96, channels=1)}, phantom, index)
+widget = editor.widget
+editor"""
+
 
 @pytest.fixture(scope="module")
 def lab(browser, tmp_path_factory):  # noqa: F811
@@ -77,8 +96,9 @@ def lab(browser, tmp_path_factory):  # noqa: F811
     shutil.copy(ROOT / "nbs/widgets/07_tour.ipynb", folder / "tour.ipynb")
     shutil.copytree(ROOT / "nbs/widgets/run", folder / "run")
     write_pack(folder / "pack500", range(500), random_study, 64, {"kind": "random"}, ["Nodule"], progress=False)
-    cell = {"cell_type": "code", "id": "a", "metadata": {}, "source": MANY, "outputs": [], "execution_count": None}
-    (folder / "many.ipynb").write_text(json.dumps({"cells": [cell], "metadata": {"kernelspec": KERNELSPEC}, "nbformat": 4, "nbformat_minor": 5}))
+    for name, source in {"many": MANY, "edit": EDIT}.items():
+        cell = {"cell_type": "code", "id": "a", "metadata": {}, "source": source, "outputs": [], "execution_count": None}
+        (folder / f"{name}.ipynb").write_text(json.dumps({"cells": [cell], "metadata": {"kernelspec": KERNELSPEC}, "nbformat": 4, "nbformat_minor": 5}))
     with jupyter(folder, home) as address:
         page = browser.new_context(viewport={"width": 1280, "height": 1000}).new_page()
         page.asked, page.received = [], []
@@ -258,6 +278,40 @@ def test_500_studies_come_one_by_one(lab):
     lab.get_by_label("Search ids and words").fill("")
     lab.get_by_label("Order").select_option("alignment")
     lab.locator(".place", has_text="· 1 of 500").first.wait_for(timeout=120_000)
+
+
+def asked(page, code: str):
+    "A value of the kernel."
+    return json.loads(page.evaluate(EXECUTE, f"import json; print(json.dumps({code}))"))
+
+
+def test_a_phrase_is_typed_and_the_phantom_edited(lab):
+    "A stranger's model in a live kernel: what is typed is embedded there; a finding that is mirrored and erased takes map, outline and words along."
+    open_notebook(lab, "edit.ipynb")
+    run_all(lab)
+    assert "Derived maps" in lab.locator(".report").inner_text() and "words (dark)" in lab.locator(".report").inner_text()
+    lab.get_by_label("A phrase of your own").fill("is there a pneumothorax")
+    lab.get_by_label("A phrase of your own").press("Enter")
+    typed = lab.locator(".sentence[data-kind=typed] p")
+    typed.wait_for(timeout=60_000)
+    assert typed.all_text_contents() == ["is there a pneumothorax"] and asked(lab, "widget.typed") == ["is there a pneumothorax"]
+    peak = "int(widget.study.runs['dark'].scores['sentences'][-1].argmax())"
+    first, before = asked(lab, peak), pixels(lab, "dark")
+    shot(lab, "lab-typed")
+    side, words = asked(lab, "[editor.study.findings[0].side, widget.study.sentences]")
+
+    lab.get_by_role("button", name="Mirror").click()
+    lab.wait_for_selector("[data-ready='1: mirror Pneumothorax']", timeout=60_000)
+    assert asked(lab, "editor.study.findings[0].side") == {"left": "right", "right": "left"}[side] and asked(lab, "widget.typed")
+    assert asked(lab, "widget.study.sentences") != words and np.abs(pixels(lab, "dark") - before).max() > 20
+    shot(lab, "lab-mirrored")
+    lab.get_by_label("Keep the report").check()
+    lab.get_by_role("button", name="Erase").click()
+    lab.wait_for_selector("[data-ready='2: erase Pneumothorax']", timeout=60_000)
+    assert asked(lab, "widget.study.sentences")[:-1] == words[:-1] and not asked(lab, "len(widget.study.outlines)") and first >= 0
+    shot(lab, "lab-erased")
+    lab.get_by_role("button", name="Previous study").click()
+    lab.wait_for_selector("[data-ready='1: mirror Pneumothorax']")
 
 
 def test_nothing_left_this_machine(lab):

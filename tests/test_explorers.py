@@ -16,7 +16,7 @@ from medvis.data.prepare import PhantomConfig, prepare_phantom
 from medvis.widgets import shell
 from medvis.widgets.augmentation import AugmentationExplorer
 from medvis.widgets.embedding import EmbeddingView, _point_data
-from medvis.widgets.phantom import PhantomExplorer, _placements, plant, study_with
+from medvis.widgets.phantom import PhantomExplorer, placements, plant, study_with
 
 HOSTILE = "</script><script>document.title='owned'</script><img src=x onerror=alert(1)>&\"'`{{x}} $x_{2}$ عربى 🩻\u202e"
 
@@ -77,7 +77,7 @@ def test_a_slider_plants_what_it_says(phantom, name):
     assert (finding.name, finding.severity) == (name, 2) and "<path" in phantom.picture.value
     row.where.value = row.where.options[-1]
     (moved,) = phantom.study.findings
-    assert (moved.kind, moved.side, moved.zone) == _placements(name)[row.where.value]
+    assert (moved.kind, moved.side, moved.zone) == placements(name)[row.where.value]
 
 
 def test_own_findings_are_those_of_the_study(phantom):

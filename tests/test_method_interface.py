@@ -261,7 +261,7 @@ def test_an_image_option_that_is_not_set_stays_away():
 
 
 # Nobody asks what class a method is.
-ROOMS = ("train", "evaluate", "analyse", "widgets", "studies")
+ROOMS = ("train", "evaluate", "analyse", "widgets", "exchange", "studies")
 KINDS = {kind.__name__ for kind in HOUSE.values()}
 HOMES = {kind.__module__.rpartition(".")[2] for kind in HOUSE.values()}
 

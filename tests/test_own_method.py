@@ -22,6 +22,7 @@ from medvis.data.phrases import phantom_phrases
 from medvis.data.prepare import PhantomConfig, prepare_phantom
 from medvis.encoders.image import IMAGE_ENCODERS
 from medvis.evaluate import ground_phrases, linear_probe
+from medvis.exchange import export
 from medvis.methods import METHODS, list_methods, list_presets, register_method
 from medvis.methods.settings import SETTINGS
 from medvis.train import Run, TrainConfig, create_method, fit, load_encoder, load_method
@@ -207,8 +208,8 @@ def test_in_the_library(home, own, tmp_path):
     again = create_method("their_package.own:Mine", init=run.path)
     assert all(torch.equal(value, run.method().state_dict()[name]) for name, value in again.state_dict().items())
     assert load_encoder("random-init", image="patches", width=4).whole_dim == 4
-    run.export_encoder(tmp_path / "encoder.safetensors")
-    exported = load_encoder(tmp_path / "encoder.safetensors", image="patches")
+    export(run, "safetensors", tmp_path / "out")
+    exported = load_encoder(tmp_path / "out" / "image.safetensors", image="patches")
     assert torch.equal(exported.body.weight, run.method().image_encoder.body.weight)
     table = linear_probe(exported, pack, fractions=(1.0,), seeds=(0,))
     assert table.auroc.between(0, 1).any()

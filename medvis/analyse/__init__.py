@@ -9,7 +9,8 @@ __all__ = ['alignment_distances', 'alignment_numbers', 'draw_alignment', 'draw_k
            'draw_map', 'pick_words', 'Section', 'correspondence_card', 'curves_figure', 'headlines', 'pointing_figure',
            'probe_figure', 'run_sections', 'write_page', 'cluster_agreement', 'draw_diseases_and_prototypes',
            'draw_usage', 'prototype_usage', 'choice_numbers', 'chosen_regions', 'draw_choice', 'draw_mean_weights',
-           'weight_numbers', 'aligned_studies', 'image_features', 'draw_spread', 'spread_table']
+           'weight_numbers', 'aligned_studies', 'image_features', 'draw_spread', 'spread_table', 'pooling_gap',
+           'word_differences']
 
 # %% ../../nbs/analyse/00_doors.ipynb #7ee9448d
 from .alignment import alignment_distances, alignment_numbers, draw_alignment
@@ -39,6 +40,7 @@ from .prototypes import cluster_agreement, draw_diseases_and_prototypes, draw_us
 from .regions import choice_numbers, chosen_regions, draw_choice, draw_mean_weights, weight_numbers
 from .represent import aligned_studies, image_features
 from .spread import draw_spread, spread_table
+from .word_maps import pooling_gap, word_differences
 
 # %% ../../nbs/analyse/00_doors.ipynb #82e07141
 _all_ = [
@@ -82,4 +84,6 @@ _all_ = [
     "image_features",
     "draw_spread",
     "spread_table",
+    "pooling_gap",
+    "word_differences",
 ]

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FITS', 'ImageError', 'exif_orientation', 'decode_image', 'read_bytes', 'read_image', 'equalise',
-           'to_square', 'check_not_blank', 'boxes_to_square', 'mask_to_square']
+           'square_frame', 'to_square', 'check_not_blank', 'boxes_to_square', 'mask_to_square']
 
 # %% ../../nbs/data/03_images.ipynb #3a115512
 import io
@@ -421,7 +421,7 @@ def equalise(
 FITS = ("pad", "pad-first", "crop", "stretch")
 
 
-def _square_frame(
+def square_frame(
     height: int,
     width: int,
     size: int,
@@ -429,7 +429,16 @@ def _square_frame(
 ) -> tuple[float, float, float, float]:
     """Where an image lies in its square.
 
-    Its new height and width, and the rows above and columns left of it (negative: cut off)."""
+    Its new height and width, and the rows above and columns left of it (negative: cut off).
+
+    Parameters
+    ----------
+    height : int
+    width : int
+    size : int
+    fit : str, default: 'pad'
+        of FITS, see `to_square`
+    """
     if fit not in FITS:
         raise ValueError(f"unknown fit {fit!r}; choose from {', '.join(FITS)}")
     longest, shortest = max(height, width), min(height, width)
@@ -470,7 +479,7 @@ def to_square(
     np.ndarray
         (size, size), same type
     """
-    height, width, top, left = _square_frame(*image.shape, size, fit)
+    height, width, top, left = square_frame(*image.shape, size, fit)
     if fit == "pad-first":
         rows, columns = ((max(image.shape) - side) // 2 for side in image.shape)
         image = np.pad(image, ((rows, rows), (columns, columns)))
@@ -533,7 +542,7 @@ def boxes_to_square(
     np.ndarray
         (K, 4) float64, in pixels of the square; with "crop" they may lie outside
     """
-    new_height, new_width, top, left = _square_frame(height, width, size, fit)
+    new_height, new_width, top, left = square_frame(height, width, size, fit)
     scale, shift = np.array([new_width / width, new_height / height] * 2), np.array([left, top] * 2)
     return np.asarray(boxes, dtype=np.float64).reshape(-1, 4) * scale + shift
 
@@ -573,7 +582,7 @@ def mask_to_square(
     if not covered.any():
         return covered > 0
     moved = covered >= min(0.5, covered.max())
-    height, width, top, left = _square_frame(*mask.shape, size, fit)
+    height, width, top, left = square_frame(*mask.shape, size, fit)
     # `covered.any`: not what the crop cut off
     rows = np.flatnonzero(_crossed(mask.any(1), height, top, size) & ~moved.any(1) & covered.any(1))
     columns = np.flatnonzero(_crossed(mask.any(0), width, left, size) & ~moved.any(0) & covered.any(0))

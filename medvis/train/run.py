@@ -32,7 +32,7 @@ from ..encoders.weights import read_state
 from ..methods import METHODS
 from ..methods.settings import idle_settings
 from ..methods.method import Method
-from .checkpoint import read_settings, read_weights, save_weights, write_settings
+from .checkpoint import read_settings, read_weights, write_settings
 from .config import OPEN_ENDED, TrainConfig
 
 # %% ../../nbs/train/05_run.ipynb #85336133
@@ -450,10 +450,6 @@ class Run:
 
     def method(self, which: Literal["best", "last"] = "best") -> Method:
         return load_method(self.path, which)
-
-    def export_encoder(self, path: str | Path) -> None:
-        "Write the image backbone as a plain torchvision or timm state dict (.safetensors)."
-        save_weights(path, self.method().image_encoder.body)
 
 # %% ../../nbs/train/05_run.ipynb #1c17622a
 def load_run(

@@ -80,6 +80,7 @@ def pack_study(
             "prototypes": run.prototypes,
             "temperature": run.temperature,
             "tokens": run.tokens,
+            "derived": run.derived,
             "cells": [np.flatnonzero(view.cells[name][o]).tolist() for o in kept],
             "targets": [kept.index(o) for o in view.targets(name) if o in kept],
         }

@@ -434,6 +434,8 @@ function buildReport(app) {
   parts.report.replaceChildren(...textElements(app));
   const cut = [...new Set(app.items.words.flatMap((_, word) => unreadBy(app, word)))];
   if (cut.length) parts.report.append(h("p", { class: "legend" }, `Dimmed: ${beyond(app, cut)}.`));
+  const derived = shownRuns(app).filter((k) => study.runs[k].derived?.length).map((k) => `${study.runs[k].derived.join(" and ")} (${get(app, "runs")[k]})`);
+  if (derived.length) parts.report.append(h("p", { class: "legend derived" }, `Derived maps, which no training compared with regions: ${derived.join("; ")}.`));
   const numbers = study.runs[app.active]?.prototypes ?? [];
   parts.prototypes.replaceChildren(...numbers.map((number, k) =>
     itemElement(app, "prototypes", k, "span", { class: "prototype" }, `prototype ${number}`)));
