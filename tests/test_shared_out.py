@@ -69,13 +69,13 @@ def exact(tmp_path_factory) -> dict[str, dict[str, torch.Tensor]]:
 
 @pytest.mark.parametrize("case", STEPS)
 def test_three_steps_are_those_of_one_process(case, exact):
-    "In double precision, of batches that do not divide evenly, also where encoders read in chunks, and where a momentum copy follows: losses (fetched in single precision), weights, moments."
+    "In double precision, of batches that do not divide evenly, also where encoders read in chunks, and where a momentum copy follows: losses (fetched in single precision), weights, moments. A weight whose gradient is nought moves by the rounding of it over Adam's 1e-8: less than 1e-8, of steps of 1e-3."
     words = phantom_tokenizer(60)
     wanted = three_steps(case, words, make_accelerator(TrainConfig(run=Path("run"), device="cpu")))
     start = in_evaluation(case.split(",")[0], words).state_dict()
     assert exact[case].keys() == wanted.keys() and sum(not torch.allclose(wanted[name], value) for name, value in start.items()) > 20
     for name, value in wanted.items():
-        loose = dict(rtol=1e-6, atol=1e-6) if ", step " in name else dict(rtol=1e-9, atol=1e-11)
+        loose = dict(rtol=1e-6, atol=1e-6) if ", step " in name else dict(rtol=1e-9, atol=1e-8 if name in start else 1e-10)
         torch.testing.assert_close(exact[case][name].double(), value.double(), **loose, msg=lambda text, name=name: f"{name}: {text}")
 
 
