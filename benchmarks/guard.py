@@ -116,13 +116,15 @@ def looks(real: leaks.Prints) -> dict[str, float]:
 
 def measure(real: leaks.Prints, counts: Sequence[int], most_plain: int, views: int, repeats: int) -> Iterator[dict[str, float]]:
     "One line a number of images."
-    prints, before = synthesise(real, max(counts), views), None
+    prints, before, first = synthesise(real, max(counts), views), None, None
     print("bits apart, real", apart(real.hashes[0]), "synthetic", apart(prints.hashes[0]), flush=True)
     for count in counts:
         seconds, found = (median(values) for values in zip(*(compare(prints, count) for _ in range(repeats))))
         line = {"images": count, "seconds": seconds, "candidates": found}
         for name, of in (("slope", "seconds"), ("slope of candidates", "candidates")):
             line[name] = np.log(line[of] / before[of]) / np.log(count / before["images"]) if before else np.nan
+        first = first or line
+        line["slope from the smallest"] = np.log(seconds / first["seconds"]) / np.log(count / first["images"]) if before else np.nan
         line["seconds, pair by pair"], line["candidates, pair by pair"] = compare(prints, count, 10**9) if count <= most_plain else (np.nan, np.nan)
         before = line
         yield line | {"peak memory, GB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
