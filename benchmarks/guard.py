@@ -102,14 +102,29 @@ def both_ways(real: leaks.Prints) -> dict:
     return {"images": len(real.rows), "found pair by pair": len(found), "found by bands": len(found & found_too), "found by bands only": len(found_too - found), "proposed": recall}
 
 
+def looks(real: leaks.Prints) -> dict[str, float]:
+    "Milliseconds of a pair that is laid upon each other, on 32 pixels of memory and on 64 of the images, and how many of each there are among real images."
+    candidates = np.concatenate(list(leaks._candidates(real, real)))
+    candidates = candidates[candidates[:, 0] < candidates[:, 1]]
+    start = time.process_time()
+    near = leaks._most_alike(leaks._best([leaks._look(real, real, candidates[first : first + 256]) for first in range(0, len(candidates), 256)]))
+    first, start = time.process_time() - start, time.process_time()
+    for some in range(0, len(near), 256):
+        leaks._look_closely(real, real, near[some : some + 256])
+    return {"candidates": len(candidates), "ms each": 1000 * first / len(candidates), "closely": len(near), "ms each, closely": 1000 * (time.process_time() - start) / max(len(near), 1)}
+
+
 def measure(real: leaks.Prints, counts: Sequence[int], most_plain: int, views: int, repeats: int) -> Iterator[dict[str, float]]:
     "One line a number of images."
-    prints, before = synthesise(real, max(counts), views), None
+    prints, before, first = synthesise(real, max(counts), views), None, None
     print("bits apart, real", apart(real.hashes[0]), "synthetic", apart(prints.hashes[0]), flush=True)
     for count in counts:
         seconds, found = (median(values) for values in zip(*(compare(prints, count) for _ in range(repeats))))
         line = {"images": count, "seconds": seconds, "candidates": found}
-        line["slope"] = np.log(seconds / before["seconds"]) / np.log(count / before["images"]) if before else np.nan
+        for name, of in (("slope", "seconds"), ("slope of candidates", "candidates")):
+            line[name] = np.log(line[of] / before[of]) / np.log(count / before["images"]) if before else np.nan
+        first = first or line
+        line["slope from the smallest"] = np.log(seconds / first["seconds"]) / np.log(count / first["images"]) if before else np.nan
         line["seconds, pair by pair"], line["candidates, pair by pair"] = compare(prints, count, 10**9) if count <= most_plain else (np.nan, np.nan)
         before = line
         yield line | {"peak memory, GB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
@@ -130,9 +145,11 @@ if __name__ == "__main__":
     prints = 1000 * (time.process_time() - start) / len(pixels)
     found = both_ways(real)
     print(json.dumps(found), flush=True)
+    laid = looks(real)
+    print(json.dumps(laid), flush=True)
     for line in measure(real, asked.counts, asked.plain, asked.views, asked.repeats):
         lines.append(line)
         pd.DataFrame(lines).round(3).to_csv(asked.out, index=False)
         print(line, flush=True)
-    told = {"prints, ms an image": prints, "real images": found, "bits apart, real": apart(real.hashes[0]), "bits apart, synthetic": apart(synthesise(real, 20_000, 0).hashes[0]), "views": asked.views}
+    told = {"prints, ms an image": prints, "real images": found, "laid upon each other": laid, "bits apart, real": apart(real.hashes[0]), "bits apart, synthetic": apart(synthesise(real, 20_000, 0).hashes[0]), "views": asked.views}
     asked.out.with_suffix(".json").write_text(json.dumps(told | describe_machine(), indent=1) + "\n")

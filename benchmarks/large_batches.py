@@ -67,7 +67,7 @@ def encoders() -> Iterator[dict]:
     words = phantom_tokenizer()
     for name in NAMES:
         torch.manual_seed(0)
-        room = {"score_memory": 32.0} if name in ("gloria", "local-mi") else {}
+        room = {"score_memory": 32.0} if name in ("gloria", "local-mi", "mixture-mi") else {}
         method = METHODS.find(name).from_preset("tiny", words, image="resnet256", layer=None, **room).train()
         plain, few, many = (memory(step(method, *size)) for size in ((SMALL, None), (TIMED, CHUNK), (LARGE, CHUNK)))
         slope = max((many - few) / (LARGE - TIMED), 1e-9)
@@ -98,9 +98,11 @@ def objectives() -> dict[str, tuple[Callable[[int, int, int], tuple[Callable[[],
             return loss, [regions, sentence, *judge.parameters()]
         return make
 
-    def mixture(B, W, N):
-        critic, regions, sentence = CosineCritic(64, 64, 64, 64), vectors(B, N, 64), vectors(B, 64)
-        return lambda: -cpc_bound(mixture_scores(critic, regions, sentence)), [regions, sentence, *critic.parameters()]
+    def mixture(memory: float | None):
+        def make(B, W, N):
+            critic, regions, sentence = CosineCritic(64, 64, 64, 64), vectors(B, N, 64), vectors(B, 64)
+            return lambda: -cpc_bound(mixture_scores(critic, regions, sentence, memory)), [regions, sentence, *critic.parameters()]
+        return make
 
     def cta(B, W, N):
         regions, words, mask = vectors(B, N, 64), vectors(B, W, 64), torch.ones(B, W, dtype=torch.bool)
@@ -109,7 +111,7 @@ def objectives() -> dict[str, tuple[Callable[[int, int, int], tuple[Callable[[],
     return {"gloria": (gloria(None), lambda B, W, N: B * B * W * N), "gloria, 64 MB": (gloria(64), lambda B, W, N: B * B * W * N),
             "local-mi": (judged(None, False), lambda B, W, N: B * (B + N)), "local-mi, 16 MB": (judged(16, False), lambda B, W, N: B * (B + N)),
             "local-mi, negatives' best regions, 16 MB": (judged(16, True), lambda B, W, N: B * B * N),
-            "mixture-mi": (mixture, lambda B, W, N: B * B * N), "mgca, tokens": (cta, lambda B, W, N: B * N * (N + 2 * W) + B * W * W)}
+            "mixture-mi": (mixture(None), lambda B, W, N: B * B * N), "mixture-mi, 1 MB": (mixture(1), lambda B, W, N: B * B * N), "mgca, tokens": (cta, lambda B, W, N: B * N * (N + 2 * W) + B * W * W)}
 
 
 def growth(repeats: int) -> Iterator[dict]:

@@ -33,7 +33,7 @@ MODELS = {  # method -> image tower, millions of weights (BERT with 29 000 piece
     "lovt": ("ResNet-50", 169, 109, 1.03),
     "mgca": ("ViT-B/16", 201, 168, 1.022),
 }
-MEASURED = {"prepare": (17.8, "ms an image of 2 000 px, one core"), "prints": (0.31, "ms an image, benchmarks/guard.py"), "guard": (354, "s of one core, hashes of 400 000 images in three splits (guard.md)")}
+MEASURED = {"prepare": (17.8, "ms an image of 2 000 px, one core"), "prints": (0.31, "ms an image, benchmarks/guard.py"), "guard": (193, "s of one core, hashes of 400 000 images in three splits (guard.md)")}
 
 
 def table(name: str) -> pd.DataFrame:

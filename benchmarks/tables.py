@@ -35,7 +35,7 @@ def keep(lines: Iterable[dict], out: Path, **facts: Any) -> None:
     kept: list[dict] = []
     for line in lines:
         kept.append(line)
-        pd.DataFrame(kept).round(4).to_csv(out, index=False)
+        pd.DataFrame(kept).to_csv(out, index=False, float_format="%.6g")
         print(line, flush=True)
     out.with_suffix(".json").write_text(json.dumps(facts | describe_machine(), indent=1) + "\n")
 

@@ -13,6 +13,7 @@ import pandas as pd
 import pytest
 import torch
 import torch.distributed.run
+import tyro
 from accelerate.commands.launch import launch_command_parser
 from PIL import Image
 
@@ -416,6 +417,14 @@ def test_help_and_typos_do_not_wait_for_torch(tmp_path):
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
     assert result.returncode == 0, result.stderr[-600:]
     assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("words", [["prepare", "phantm"], ["data", "check", "phantm", "--root", "r"]])
+def test_a_mistyped_data_set_is_answered_before_any_option_is_read(words, capsys, monkeypatch):
+    "To read those of all data sets takes half a second"
+    monkeypatch.setattr(tyro, "cli", lambda *given, **more: pytest.fail("options were read"))
+    message = fails(capsys, *words)
+    assert "unknown data set 'phantm'; choose from " in message and all(name in message for name in ("rsna", "openi", "class-folder"))
 
 
 @pytest.mark.parametrize("home, name", [

@@ -152,6 +152,31 @@ def test_a_crowd_is_not_a_square():
     assert len(i) == 600 * leaks._CROWD + 1 and set(i[:-1]) == set(range(600)) and (i[-1], j[-1]) == (600, 600)
 
 
+@pytest.mark.parametrize("plain", [leaks._PLAIN, 0])
+def test_what_is_laid_upon_each_other_grows_with_the_images(plain, monkeypatch):
+    "60 and 50 copies of one image are 3 000 pairs: each is laid upon 16 in detail, and all are named, and so is one copy of another image"
+    random = np.random.default_rng(0)
+    copies = (PIXELS[:1] + random.integers(0, 3, (110, 1, 1)) + random.integers(0, 2, (110, *PIXELS.shape[1:]))).clip(0, 255).astype(np.uint8)
+    a = leaks.take_prints(np.concatenate([copies[:60], PIXELS[5:6]]), np.arange(61))
+    b = leaks.take_prints(np.concatenate([copies[60:], PIXELS[5:6]]), np.arange(51))
+    looked, look = [], leaks._look_closely
+    monkeypatch.setattr(leaks, "_PLAIN", plain)
+    monkeypatch.setattr(leaks, "_look_closely", lambda a, b, near: looked.append(len(near)) or look(a, b, near))
+    found = leaks.near_duplicates(a, b)
+    assert len(found) == sum(looked) <= leaks._NEAREST * (60 + 50) + 1
+    assert set(found.row_a) == set(range(61)) and set(found.row_b) == set(range(51)) and found.iloc[-1, :2].tolist() == [60, 50]
+
+
+def test_the_nearest_of_each_are_kept():
+    "As counted pair by pair"
+    random = np.random.default_rng(0)
+    pairs = np.unique(random.integers(0, 40, (1200, 2)), axis=0)
+    distance = random.permutation(len(pairs))
+    kept = leaks._nearest(*pairs.T, distance)
+    nearer = [[sum((pairs[:, side] == pair[side]) & (distance < own)) for side in (0, 1)] for pair, own in zip(pairs, distance, strict=True)]
+    assert kept.tolist() == [min(counts) < leaks._NEAREST for counts in nearer] and 0 < kept.mean() < 1
+
+
 @pytest.mark.parametrize("turned", [False, True])
 @pytest.mark.parametrize("words", [2, 4])
 @pytest.mark.parametrize("flips", [0, 9, leaks._HALF_REACH - 1, leaks._HALF_REACH, leaks._HALF_REACH + 1, leaks._REACH - 1, leaks._REACH, leaks._REACH + 1, 39])

@@ -1,4 +1,4 @@
-"""Words and regions in a given memory: GLoRIA and local-mi score and learn the same, whatever they may take at a time, and take no more."""
+"""Words and regions in a given memory: GLoRIA, local-mi and mixture-mi score and learn the same, whatever they may take at a time, and take no more."""
 from collections.abc import Callable
 
 import pytest
@@ -7,11 +7,12 @@ from torch import Tensor
 
 from medvis.methods import METHODS
 from medvis.methods.method import phantom_tokenizer
+from medvis.objectives.mixture import mix_pairs, side_prior
 from medvis.objectives.mutual_information import Discriminator, cpc_bound, local_scores, region_scores, reselect_negatives, select_regions
 from medvis.objectives.tables import tiled_scores
 from medvis.objectives.tokens import gloria_loss
 from medvis.testing import PeakBytes
-from test_gathered import PATIENTS, TEXTS, some_rows
+from test_gathered import CASES, PATIENTS, TEXTS, some_rows
 
 B, N, W = 40, 49, 12
 MEMORY = 1.0      # MB
@@ -38,14 +39,20 @@ def judged(of_pairs: bool) -> tuple[Callable, list[Tensor]]:
     return loss, [regions, sentence, *judge.parameters()]
 
 
-WAYS = {"gloria": gloria, "local-mi": lambda: judged(False), "local-mi, regions of pairs": lambda: judged(True)}
+def mixture(of_sides: bool) -> tuple[Callable, list[Tensor]]:
+    regions, sentence = random(B, N, 8), random(5 * B, 8)      # texts beyond the images' are rivals
+    prior = side_prior(torch.arange(5 * B) % 4, (7, 7)).double() if of_sides else None
+    return lambda memory: -cpc_bound(mix_pairs(regions, sentence, prior, memory)), [regions, sentence]
+
+
+WAYS = {"mixture-mi": lambda: mixture(False), "mixture-mi, sides": lambda: mixture(True), "gloria": gloria, "local-mi": lambda: judged(False), "local-mi, regions of pairs": lambda: judged(True)}
 
 
 @pytest.mark.parametrize("way", WAYS)
 def test_memory_is_bounded_and_changes_nothing(way):
     "At a time: what is allowed, and what does not grow with the pairs. The largest tensor of the pairs fits several times."
     loss, leaves = WAYS[way]()
-    tables = 8 * B * B * (N if way == "local-mi, regions of pairs" else 1)      # of scores, which are asked for
+    tables = 8 * B * B * {"local-mi, regions of pairs": N, "mixture-mi": 5, "mixture-mi, sides": 5}.get(way, 1)      # of scores, which are asked for
     apart = 8 * 4 * sum(leaf.numel() for leaf in leaves) + 4 * tables       # and copies and gradients of what is compared
 
     def learn(memory: float | None) -> tuple[list[Tensor], PeakBytes]:
@@ -63,12 +70,12 @@ def test_memory_is_bounded_and_changes_nothing(way):
         assert peak.largest <= max(1e6 * memory / 2, tables, 8 * max(leaf.numel() for leaf in leaves))
 
 
-@pytest.mark.parametrize("name", ["gloria", "local-mi", "global-mi"])
-def test_a_method_is_the_same_in_any_memory(name):
-    words, found = phantom_tokenizer(60), []
+@pytest.mark.parametrize("case", ["gloria", "local-mi", "global-mi", "mixture-mi", "mixture-mi, all that is asked"])
+def test_a_method_is_the_same_in_any_memory(case):
+    words, found, (name, changes) = phantom_tokenizer(60), [], CASES[case]
     for memory in (1000.0, 0.05):
         torch.manual_seed(0)
-        method = METHODS.find(name).from_preset("tiny", words, score_memory=memory).double().train()
+        method = METHODS.find(name).from_preset("tiny", words, score_memory=memory, **changes).double().train()
         batch = some_rows(method, len(TEXTS))
         torch.manual_seed(1)
         losses = method(batch)

@@ -27,6 +27,8 @@ import tyro
 
 from .. import __version__
 from medvis.cli.options import (
+    CHECK,
+    PREPARE,
     CheckConfig,
     DataConfig,
     GetConfig,
@@ -41,6 +43,7 @@ from medvis.cli.options import (
     ShowConfig,
     pretrain_options,
 )
+from ..core.choices import check_choice
 from ..data.guard import find_pack_leaks
 from ..data.pack import Pack
 from ..data.sets.registry import DATASETS, prepare_data, prepare_options, simulate
@@ -492,8 +495,17 @@ def _run_any(argv: Sequence[str]) -> None:
     resolve_name(work)(config)
 
 
+def _check_data_set(argv: Sequence[str]) -> None:
+    "ValueError for a data set that is none, before the options of all of them are read."
+    for words, names in ((["prepare"], PREPARE), (["data", "check"], CHECK)):
+        name = next(iter(argv[len(words) :]), "-")
+        if argv[: len(words)] == words and not name.startswith("-") and ":" not in name:
+            check_choice("data set", name, names)
+
+
 def _run_command(argv: Sequence[str]) -> None:
     "Parse the arguments and do what they say."
+    _check_data_set(argv)
     if argv == ["--version"]:
         print(f"medvis {__version__}")
     elif argv[:1] == ["pretrain"] and argv[1:2] and (argv[1] in SETTINGS or ":" in argv[1]):

@@ -270,6 +270,15 @@ def _choose_bands(
     return drawn[np.argsort([np.square(count).sum() for count in counts], kind="stable")[:_BANDS]]
 
 
+def _sorted_keys(
+    keys: np.ndarray,  # (n,) uint32
+    which: np.ndarray,  # (k,) int64 numbers of them, below 2 ** 32
+) -> tuple[np.ndarray, np.ndarray]:  # (k,) keys, (k,) numbers
+    "Keys in order, the smaller number first among equal ones; sorting both as one integer is several times as fast"
+    both = np.sort(keys[which].astype(np.uint64) << np.uint64(32) | which.astype(np.uint64))
+    return (both >> np.uint64(32)).astype(np.uint32), (both & np.uint64(0xFFFFFFFF)).astype(np.int64)
+
+
 def _agree(
     a: np.ndarray,  # (n,) uint32 keys
     b: np.ndarray,  # (m,)
@@ -278,10 +287,10 @@ def _agree(
     "Pairs of equal keys, so many at a time; each of a with at most CROWD of b"
     slots_a, slots_b = ((keys * np.uint32(2654435761)) >> np.uint32(32 - _SLOTS) for keys in (a, b))
     seen[slots_b] = True
-    i = np.flatnonzero(seen[slots_a])
+    asked, i = _sorted_keys(a, np.flatnonzero(seen[slots_a]))
     seen[slots_b] = False
-    order = np.argsort(b, kind="stable")
-    low, high = (np.searchsorted(b[order], a[i], side) for side in ("left", "right"))
+    table, order = _sorted_keys(b, np.arange(len(b)))
+    low, high = (np.searchsorted(table, asked, side) for side in ("left", "right"))
     counts = np.minimum(high - low, _CROWD)
     for start in range(0, len(i), _AT_ONCE // _CROWD):
         some = slice(start, start + _AT_ONCE // _CROWD)
@@ -325,6 +334,33 @@ def _by_bands(
 
 # %% ../../nbs/data/06_leaks.ipynb #18d532d7
 _PLAIN = 4000  # images on either side (as n m / (n + m)), up to which every pair is compared
+_NEAREST = 16  # others, that are laid upon an image
+
+
+def _nearest(
+    i: np.ndarray,  # (k,) images of a
+    j: np.ndarray,  # (k,) images of b
+    distance: np.ndarray,  # (k,)
+) -> np.ndarray:  # (k,) bool
+    "Which pairs are among the NEAREST of one of their two images at least: a number that grows with the images alone"
+    kept = np.zeros(len(i), bool)
+    for side in (i, j):
+        order = np.lexsort((distance, side))
+        ordered = side[order]
+        kept[order[np.arange(len(order)) - np.searchsorted(ordered, ordered) < _NEAREST]] = True
+    return kept
+
+
+def _few_by_bands(
+    a: np.ndarray,  # (4, n) uint64
+    b: np.ndarray,  # (4, m)
+    bands: np.ndarray,  # (k, 4) of _choose_bands
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # as of _close
+    "Of the pairs of hashes that are near and agree in a band, the nearest of each"
+    i, j, sign = _by_bands(a, b, bands)
+    apart = np.bitwise_count(a[:, i] ^ b[:, j]).sum(0, dtype=np.int64)
+    kept = _nearest(i, j, np.minimum(apart, _BITS - apart))
+    return i[kept], j[kept], sign[kept]
 
 
 def _every_pair(
@@ -351,7 +387,7 @@ def _candidates(
     compared = [(0, 0), *((0, view) for view in views), *((view, 0) for view in views)]
     for va, vb in tqdm(compared, "near duplicates", disable=not progress):
         of = a.hashes[va], b.hashes[vb]
-        for i, j, sign in [_by_bands(*of, bands)] if many else _every_pair(*of, block):
+        for i, j, sign in [_few_by_bands(*of, bands)] if many else _every_pair(*of, block):
             if len(i):
                 pairs.append(np.stack([i, j, np.full_like(i, va), np.full_like(i, vb), sign], axis=1))
             if sum(map(len, pairs)) > 1000:
@@ -411,6 +447,11 @@ def _best(
     return pd.concat(tables).sort_values("correlation", ascending=False, kind="stable").drop_duplicates(["a", "b"])
 
 
+def _most_alike(near: pd.DataFrame) -> pd.DataFrame:
+    "Of a table of _best: what an image is laid upon in detail"
+    return near[_nearest(near.a.to_numpy(int), near.b.to_numpy(int), -near.correlation.to_numpy())]
+
+
 def _look(
     a: Prints,
     b: Prints,
@@ -463,8 +504,8 @@ def near_duplicates(
     near = [_look(a, b, np.empty((0, 5), int))]
     for candidates in _candidates(a, b, progress=progress):
         near += [_look(a, b, candidates[start : start + block]) for start in range(0, len(candidates), block)]
-        near = [_best(near)] if len(near) > 100 else near
-    near = _best(near)
+        near = [_most_alike(_best(near))] if len(near) > 100 + len(near[0]) / 100 else near
+    near = _most_alike(_best(near))
     close = [_look_closely(a, b, near[start : start + block]) for start in range(0, len(near), block)]
     table = pd.DataFrame(
         {"row_a": a.rows[near.a], "row_b": b.rows[near.b], "distance": (1 - np.concatenate([[], *close])).clip(0)}

@@ -158,7 +158,8 @@ def pool_tokens(
     if mode == "max":
         pooled = per_slot.scatter_reduce(0, slot[:, None].expand_as(flat), flat, "amax", include_self=False)
     else:
-        pooled = per_slot.index_add(0, slot, flat) / {"sum": 1, "mean": size.clamp(min=1)}[mode]
+        pooled = per_slot.index_add_(0, slot, flat)
+        pooled = {"sum": lambda: pooled, "mean": lambda: pooled / size.clamp(min=1)}[mode]()
     pooled, size = (value.unflatten(0, (batch, groups))[:, 1:] for value in (pooled, size))  # the first: of no group
     return pooled.to(tokens.dtype), size[..., 0] > 0
 

@@ -6,7 +6,6 @@
 __all__ = ['MixtureMI']
 
 # %% ../../nbs/methods/09_mixture_mi.ipynb #aa89e294
-import math
 from collections.abc import Sequence
 import torch
 from torch import Tensor
@@ -37,8 +36,8 @@ from medvis.methods.method import (
     negatives,
 )
 from .settings import MIXTURE_MI_PRESETS, MixtureMIConfig
-from ..objectives.contrastive import at_least_float32, l2_normalize
-from ..objectives.mixture import CosineCritic, mix_regions, phrase_loss, side_negative_loss, side_prior
+from ..objectives.contrastive import l2_normalize
+from ..objectives.mixture import CosineCritic, mix_pairs, mix_regions, phrase_loss, side_negative_loss, side_prior
 from ..objectives.mutual_information import cpc_bound
 
 # %% ../../nbs/methods/09_mixture_mi.ipynb #528e68c7
@@ -189,7 +188,8 @@ class _Asked:
 
     def losses(
         self,
-        scores: Tensor,  # (B, N, S + k) of every region with the sentences, and with `texts`
+        image: Tensor,  # (B, N, d) as the critic projects regions
+        text: Tensor,  # (S + k, d) and sentences, and `texts`
         mixed: Tensor,  # (S, S) F, row = the image of sentence s
         grid: tuple[int, int],
         valid: Tensor | None,  # (B, B) bool
@@ -198,18 +198,20 @@ class _Asked:
         parts, sided, sentences = {}, self.sided, len(self.owner)
         if self.config.side_negatives:
             places = sentences + torch.arange(len(sided), device=sided.device) if self.exchange else sided
-            own = scores[self.here[sided], :, places][..., None]  # (K, N, 1)
+            own = (image[self.here[sided]] * text[places][:, None]).sum(-1, keepdim=True)  # (K, N, 1)
             prior = self.prior(3 - self.sides[sided], grid)
             other = mix_regions(own, None if prior is None else prior.T[..., None])[:, 0]
             loss = side_negative_loss(mixed[sided, sided], other)
             parts["side_negatives"] = self.config.side_negatives * loss
         if self.phrases:
-            table, halves = scores[..., -self.phrases :], torch.arange(3, device=scores.device)
+            asking, halves = (image, text[-self.phrases :]), torch.arange(3, device=image.device)
             priors = [self.prior(half.expand(self.phrases), grid) for half in halves]
             asserted, absent = self.findings
             if self.config.region_prior == "uniform":
                 asserted = asserted.clamp(max=0)
-            table = torch.stack([mix_regions(table, prior) for prior in priors], 1)  # (B, 3, K)
+            table = torch.stack(
+                [mix_pairs(*asking, prior, self.config.score_memory) for prior in priors], 1
+            )  # (B, 3, K)
             parts["finding_phrases"] = self.config.finding_phrases * phrase_loss(table, asserted, absent, valid)
         return parts
 
@@ -255,15 +257,15 @@ class MixtureMI(Method):
         asked = _Asked(self.config, batch, owner, self.training)
         if asked.texts and len(owner):
             vectors = torch.cat([vectors, self._read_texts(asked.texts, batch.image.device)])
-        scores = self.critic.scores(image.regions.flatten(0, 1), vectors).unflatten(0, image.regions.shape[:2])
-        scores = at_least_float32(scores)  # (B, N, S and what is asked)
-        mixed = mix_regions(scores[..., : len(owner)], asked.prior(asked.sides, image.grid))[asked.here]
+        regions, said = self.critic.project(image.regions, vectors)
+        prior = asked.prior(asked.sides, image.grid)
+        mixed = mix_pairs(regions, said[: len(owner)], prior, self.config.score_memory)[asked.here]
         if not len(owner):
             return add_up(mutual_information=0 * (image.regions.sum() + vectors.sum()))
         valid = negatives(batch, self.config.negatives)
         pairs = asked.pairs(valid)
         bounds = cpc_bound(mixed, pairs) + cpc_bound(mixed.T, pairs.T)
-        return add_up(mutual_information=-bounds / 2, **asked.losses(scores, mixed, image.grid, valid))
+        return add_up(mutual_information=-bounds / 2, **asked.losses(regions, said, mixed, image.grid, valid))
 
     def _read_vectors(self, batch: Batch) -> tuple[Tensor, Tensor]:  # (S,) int64 owner, on the CPU; (S, D)
         "The row and the vector of every sentence of a batch, for training."
@@ -323,5 +325,4 @@ class MixtureMI(Method):
         """Mixture scores F in nats, every region equally likely beforehand, whatever the region_prior of training.
 
         Between the highest region's cosine over the temperature, and that less log N."""
-        scores = image @ text.T / self.config.temperature  # (I, N, T)
-        return scores.logsumexp(1) - math.log(scores.shape[1])
+        return mix_pairs(image, text / self.config.temperature, memory=self.config.score_memory)

@@ -693,6 +693,8 @@ class MixtureMIConfig(MethodConfig):
     "Leave sentences that read like one of the image's own out of its negatives."
     negatives: Literal["all", "other-study", "other-patient"] = "other-patient"
     "Which mismatched pairs are contrasted: all, other-study, other-patient."
+    score_memory: float = 1000.0
+    "MB that the scores of regions may take at a time; what needs more is scored again in the backward pass."
 
 # %% ../../nbs/methods/01_settings.ipynb #e418e1d0
 _MIXTURE_MI_FULL_RECIPE = dict(

@@ -6,8 +6,6 @@
 __all__ = ['sinkhorn', 'prototype_loss']
 
 # %% ../../nbs/objectives/03_prototypes.ipynb #5ac7077e
-import math
-
 import torch
 from torch import Tensor
 
@@ -35,12 +33,16 @@ def sinkhorn(
     Tensor
         (B, K) codes, rows sum to 1; no gradient
     """
-    B, K = scores.shape
-    log_q = at_least_float32(scores) / epsilon
-    for _ in range(iterations):
-        log_q = log_q - log_q.logsumexp(0, keepdim=True) - math.log(K)
-        log_q = log_q - log_q.logsumexp(1, keepdim=True) - math.log(B)
-    return log_q.softmax(1)
+    logits = at_least_float32(scores) / epsilon
+    if not iterations:
+        return logits.softmax(1)
+    # the first time in logarithms, however far apart scores are; after it no column is smaller than 1 / (K B B)
+    codes = logits.log_softmax(0).softmax(1)
+    B, K = codes.shape
+    for _ in range(iterations - 1):
+        codes = codes * (B / K / codes.sum(0))
+        codes = codes / codes.sum(1, keepdim=True)
+    return codes
 
 # %% ../../nbs/objectives/03_prototypes.ipynb #25f71756
 def prototype_loss(
