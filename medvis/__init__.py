@@ -5,8 +5,9 @@ learned?"""
 
 # %% auto #0
 __all__ = ['prepare', 'list_datasets', 'register_dataset', 'Pack', 'Phantom', 'create_method', 'list_methods',
-           'list_presets', 'register_method', 'register_encoder', 'fit', 'load_run', 'load_encoder', 'linear_probe',
-           'evaluate', 'retrieve', 'ground', 'export', 'wrap', 'Study', 'CorrespondenceWidget', 'edit_phantom']
+           'list_presets', 'register_method', 'register_encoder', 'fit', 'load_run', 'load_encoder',
+           'import_checkpoint', 'linear_probe', 'evaluate', 'retrieve', 'ground', 'export', 'wrap', 'Study',
+           'CorrespondenceWidget', 'edit_phantom']
 
 # %% ../nbs/00_medvis.ipynb #b895e103
 __version__ = "0.1.0"
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from medvis.evaluate.ground import ground
     from medvis.evaluate.protocol import evaluate
     from medvis.evaluate.retrieve import retrieve
+    from medvis.exchange.importing import import_checkpoint
     from medvis.exchange.outgoing import export
     from medvis.exchange.wrapped import wrap
     from medvis.methods.registry import register_method
@@ -54,6 +56,7 @@ _all_ = [
     "fit",
     "load_run",
     "load_encoder",
+    "import_checkpoint",
     "linear_probe",
     "evaluate",
     "retrieve",

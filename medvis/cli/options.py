@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PREPARE', 'CHECK', 'pretrain_options', 'PretrainConfig', 'PresetsConfig', 'ProbeConfig', 'RetrieveConfig',
-           'PhrasesConfig', 'ShowConfig', 'ExportConfig', 'PrepareConfig', 'CheckConfig', 'GetConfig', 'SimulateConfig',
-           'LeaksConfig', 'DataConfig']
+           'PhrasesConfig', 'ShowConfig', 'DoctorConfig', 'ImportConfig', 'PrepareConfig', 'CheckConfig', 'GetConfig',
+           'SimulateConfig', 'LeaksConfig', 'DataConfig']
 
 # %% ../../nbs/cli/01_options.ipynb #60db6edd
 from dataclasses import dataclass, field, make_dataclass
@@ -214,21 +214,45 @@ class ShowConfig:
     show_text: Annotated[bool | None, default_text("only the phantom's")] = None
     "Show the text of reports."
 
-# %% ../../nbs/cli/01_options.ipynb #e8c1a9d0
+# %% ../../nbs/cli/01_options.ipynb #d0c7ca11
 @dataclass
-class ExportConfig:
-    """Write a run in the layout of another library, with its preprocessing and a model card, and check it there."""
+class DoctorConfig:
+    "Say what a published checkpoint is, what fits, and what is wrong with using it naively. Nothing in it is run."
 
-    run: tyro.conf.Positional[Path]
+    file: tyro.conf.Positional[Path]
+    "File of weights (.pt, .pth, .ckpt, .bin, .safetensors), or a folder of Hugging Face or open_clip."
+    kind: Annotated[str | None, default_text("by the names of its weights")] = None
+    "What it is, if that is not plain; a wrong name is answered with the choices."
+    tokenizer: Annotated[Path | None, default_text("that of the folder")] = None
+    "Folder of the published tokenizer."
+    text: Annotated[Path | None, default_text("in the file")] = None
+    "Folder of the text model, where it is published apart (BioViL)."
+    part: Annotated[str | None, default_text("the model")] = None
+    "Which weights of the file, if it holds several: ema, ..."
+    data: Annotated[Path | None, default_text("none")] = None
+    "Folder of a Pack that it is to be measured on."
+
+# %% ../../nbs/cli/01_options.ipynb #1290ca11
+@dataclass
+class ImportConfig:
+    "Write a published checkpoint as a run, for show, probe, evaluate, retrieve and phrases. Nothing in it is run."
+
+    file: tyro.conf.Positional[Path]
+    "File of weights (.pt, .pth, .ckpt, .bin, .safetensors), or a folder of Hugging Face or open_clip."
+    out: Path
     "Run folder."
-    to: Literal["torchvision", "timm", "transformers", "open_clip", "onnx", "safetensors"]
-    "Layout: of torchvision, timm, transformers, open_clip; ONNX; or plain tensors."
-    out: Annotated[Path | None, default_text("the folder export/<to> in the run")] = None
-    "Folder to write; it must not be there."
-    tower: Annotated[Literal["image", "text"] | None, default_text("all that the layout has")] = None
-    "Write one tower alone."
-    push_to_hub: Annotated[str | None, default_text("nothing is sent")] = None
-    "Upload it too, as a private model of this name (me/my-model) on the Hugging Face hub."
+    kind: Annotated[str | None, default_text("by the names of its weights")] = None
+    "What it is, if that is not plain; a wrong name is answered with the choices."
+    tokenizer: Annotated[Path | None, default_text("that of the folder")] = None
+    "Folder of the published tokenizer."
+    text: Annotated[Path | None, default_text("in the file")] = None
+    "Folder of the text model, where it is published apart (BioViL)."
+    part: Annotated[str | None, default_text("the model")] = None
+    "Which weights of the file, if it holds several: ema, ..."
+    size: Annotated[int | None, default_text("as published")] = None
+    "Side of the image in pixels; positions are interpolated."
+    leave_unknown: bool = False
+    "Go on if the file holds weights that have no place in its layout."
 
 # %% ../../nbs/cli/01_options.ipynb #65e78e85
 PREPARE = {name: prepare_options(name) for name in list_datasets()}

@@ -16,10 +16,10 @@ import pandas as pd
 from torch import nn
 
 from ..core.choices import check_choice
-from ..data.guard import guard_measured
+from ..data.guard import declared_overlap, guard_measured
 from ..data.pack import Pack, open_pack
 from ..data.refit import as_fitted
-from ..train.run import RANDOM_INIT, load_encoder, load_method, training_pack
+from ..train.run import RANDOM_INIT, Provenance, load_encoder, load_method, training_pack
 
 # %% ../../nbs/evaluate/03_models.ipynb #5091c820
 def as_method(
@@ -162,6 +162,27 @@ def as_split(
     return split
 
 # %% ../../nbs/evaluate/03_models.ipynb #71c08fbe
+def _check_declared(provenance: Provenance, pack: Pack, allow_leaks: bool, images: Sequence[int]) -> None:
+    "What can be said of a model of somebody else: ValueError if images in a split that it declares are measured."
+    declared = provenance.data["declared"]
+    same, seen, total = declared_overlap(pack, declared, images if len(images) else None)
+    if same and seen and len(images) and not allow_leaks:
+        raise ValueError(
+            f"{provenance.run} declares to have been trained on {same}: {seen} of the {total} images to "
+            "measure on are in "
+            f"that split of {pack.path}. Measure another split (--split, split= in Python), or go on with "
+            "--allow-leaks "
+            "(allow_leaks=True)"
+        )
+    what = f"{seen} of {total} images of {pack.path} are in it" if same else f"it cannot be compared with {pack.path}"
+    said = (
+        f"it declares to have been trained on {', '.join(declared)}"
+        if declared
+        else "it does not say what it was trained on"
+    )
+    warnings.warn(f"{provenance.run} is somebody else's model: {said}; {what}", stacklevel=4)
+
+
 def check_unseen(
     pack: Pack,  # that is measured on
     models: Iterable[nn.Module],  # methods or encoders
@@ -186,6 +207,9 @@ def check_unseen(
     """
     provenances = {one.run: one for model in models if (one := getattr(model, "provenance", None))}.values()
     for provenance in (replace(one, data=data) for one in provenances for data in (one.data, *one.init)):
+        if "declared" in provenance.data:
+            _check_declared(provenance, pack, allow_leaks, images)
+            continue
         try:
             own = provenance.data["hash"] == pack.manifest["hash"]
             trained = pack if own else training_pack(provenance)
