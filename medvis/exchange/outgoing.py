@@ -163,7 +163,9 @@ def _write_transformers_text(method: Method, folder: Path) -> None:
 # %% ../../nbs/exchange/13_outgoing.ipynb #823a00cb
 def _linear_heads(method: Method) -> tuple[nn.Linear, nn.Linear]:
     "The linear projections of whole pictures and texts. ValueError if there are others, or a pooling of its own."
-    if (heads := method.linear_heads()) is not None:
+    parts = dict(method.named_children())
+    heads = parts.get("image_head"), parts.get("text_head")
+    if all(isinstance(head, nn.Linear) for head in heads) and "pool" not in parts:
         return heads
     raise ValueError(
         f"open_clip has linear projections of whole pictures and texts, {type(method).__name__} has others: choose "

@@ -372,10 +372,6 @@ class Method(nn.Module):
         "Regions and texts in the space where they are compared; None for a method without one."
         return None
 
-    def linear_heads(self) -> tuple[nn.Linear, nn.Linear] | None:
-        "The linear maps of whole images and whole texts to the shared space; None for a method that has others."
-        return None
-
     def embed_image(self, image: Tensor) -> Any:  # (B, C, H, W) -> B images in the form that `similarity` expects
         """Returns
         -------

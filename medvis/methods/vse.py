@@ -28,10 +28,6 @@ class VSE(ConVIRT):
         nn.init.zeros_(linear.bias)
         return linear
 
-    def linear_heads(self) -> tuple[nn.Linear, nn.Linear] | None:
-        "Its two heads, unless images are pooled in another way than the encoder's own."
-        return (self.image_head, self.text_head) if self.pool is None else None
-
     def forward(self, batch: Batch) -> Losses:
         "The hinge loss of a batch."
         c, scores = self.config, self.similarity(self.embed_image(batch.image), self.embed_text(batch))
