@@ -521,8 +521,8 @@ def _run_any(argv: Sequence[str]) -> Any:
         prog="medvis",
         config=_FLAT,
         description="Learn chest X-ray representations from image-report pairs, measure them, and see which words "
-        "go with which regions. medvis --version prints the version; python -m medvis is the same command. Among the words "
-        "of any command, --quiet leaves errors and warnings alone, and --json prints one line for scripts.",
+        "go with which regions. medvis --version prints the version; python -m medvis is the same command. "
+        "With every command, --quiet leaves errors and warnings alone, and --json prints one line for scripts.",
     )
     work = next(work for kind, work in _COMMANDS.values() if isinstance(config, kind))
     if work is None:

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PREPARE', 'CHECK', 'pretrain_options', 'PretrainConfig', 'PresetsConfig', 'ProbeConfig', 'RetrieveConfig',
-           'PhrasesConfig', 'ShowConfig', 'DoctorConfig', 'ImportConfig', 'PrepareConfig', 'CheckConfig', 'GetConfig',
-           'SimulateConfig', 'LeaksConfig', 'DataConfig']
+           'PhrasesConfig', 'ShowConfig', 'DoctorConfig', 'ImportConfig', 'ExportConfig', 'PrepareConfig',
+           'CheckConfig', 'GetConfig', 'SimulateConfig', 'LeaksConfig', 'DataConfig']
 
 # %% ../../nbs/cli/01_options.ipynb #60db6edd
 from dataclasses import dataclass, field, make_dataclass
@@ -253,6 +253,22 @@ class ImportConfig:
     "Side of the image in pixels; positions are interpolated."
     leave_unknown: bool = False
     "Go on if the file holds weights that have no place in its layout."
+
+# %% ../../nbs/cli/01_options.ipynb #e8c1a9d0
+@dataclass
+class ExportConfig:
+    """Write a run in the layout of another library, with its preprocessing and a model card, and check it there."""
+
+    run: tyro.conf.Positional[Path]
+    "Run folder."
+    to: Literal["torchvision", "timm", "transformers", "open_clip", "onnx", "safetensors"]
+    "Layout: of torchvision, timm, transformers, open_clip; ONNX; or plain tensors."
+    out: Annotated[Path | None, default_text("the folder export/<to> in the run")] = None
+    "Folder to write; it must not be there."
+    tower: Annotated[Literal["image", "text"] | None, default_text("all that the layout has")] = None
+    "Write one tower alone."
+    push_to_hub: Annotated[str | None, default_text("nothing is sent")] = None
+    "Upload it too, as a private model of this name (me/my-model) on the Hugging Face hub."
 
 # %% ../../nbs/cli/01_options.ipynb #65e78e85
 PREPARE = {name: prepare_options(name) for name in list_datasets()}
