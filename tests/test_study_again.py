@@ -27,7 +27,7 @@ KIND = ("processor", "cpu_capability", "python", "packages")  # of a machine
 def run(*command: str, root: Path = Path(medvis.__file__).parents[1], check: bool = True) -> str:
     "What a new process with one thread prints."
     environment = {**os.environ, "PYTHONPATH": f"{root}{os.pathsep}{HERE}", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, env=environment)
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, env=environment, cwd=root)
     assert not check or done.returncode == 0, done.stderr
     return done.stdout
 
@@ -74,6 +74,7 @@ def code():
     return sources.sources_hash("medvis.studies.paper_tables", "medvis.studies.runner")
 
 before, root = code(), Path(medvis.__file__).parent
+assert root.parent == Path.cwd(), 'a copy, and not the library that is tested'
 for name in sys.argv[1:]:
     path = root / name
     text = path.read_text()
@@ -83,7 +84,7 @@ for name in sys.argv[1:]:
 assert code() == before
 """
 RUN = "studies/paper_tables studies/runner objectives/contrastive methods/clip data/augment train/loop encoders/small evaluate/finetune"
-NOT_RUN = "cli/commands widgets/tour analyse/page studies/claims studies/lovt_ablation studies/config data/sets/mimic studies/real_pairs __init__ train/__init__"
+NOT_RUN = "cli/commands widgets/tour analyse/page studies/claims studies/lovt_ablation studies/config analyse/embed studies/real_pairs __init__ train/__init__"
 
 
 def test_what_a_cell_runs_is_its_code_and_nothing_else(tmp_path):
