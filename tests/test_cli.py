@@ -243,7 +243,7 @@ def test_unknown_words(home, tmp_path, capsys):
     assert "--schedule" in misused(capsys, "pretrain", "mgca", *here, "--schedule", "nonsense")
     assert "--epochs" in misused(capsys, "pretrain", "mgca", *here, "--epochs", "many")
     assert "--data" in misused(capsys, "pretrain", "mgca", "--run", tmp_path / "run")
-    assert "nonsense" in misused(capsys, "prepare", "nonsense")
+    assert "nonsense" in fails(capsys, "prepare", "nonsense")
     assert "--nonsense" in misused(capsys, "demo", "--nonsense")
     assert not any(tmp_path.iterdir())
 

@@ -178,7 +178,7 @@ def retrieve(config: RetrieveConfig) -> pd.DataFrame:  # as returned by evaluate
     """
     data = None if config.data is None else Pack(config.data)
     import medvis.evaluate.retrieve as library
-    from medvis.evaluate.models import as_method
+    from medvis.evaluate.models import as_method, as_pack
 
     method, out = as_method(config.run), config.out or config.run / "retrieval"
     prompts = None if config.prompts is None else library.read_prompts(config.prompts)
@@ -192,9 +192,12 @@ def retrieve(config: RetrieveConfig) -> pd.DataFrame:  # as returned by evaluate
         out=out,
     )
     table = library.retrieve(method, data, per_class=config.per_class, **rules)
-    zero_shot = library.zero_shot(method, data, prompts, **rules)["findings"]
-    for rows in (table.drop(columns="reported_by"), zero_shot[zero_shot.metric == "AUROC"]):
-        print(rows.round(3).to_string(index=False))
+    print(table.drop(columns="reported_by").round(3).to_string(index=False))
+    if len(as_pack(data, method).labels.columns):
+        zero_shot = library.zero_shot(method, data, prompts, **rules)["findings"]
+        print(zero_shot[zero_shot.metric == "AUROC"].round(3).to_string(index=False))
+    else:
+        print("No findings are named by prompts: the Pack has no labels to hold them to.")
     print(f"Tables: {out}")
     return table
 

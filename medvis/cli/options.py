@@ -263,7 +263,7 @@ class ExportConfig:
     "Run folder."
     to: Literal["torchvision", "timm", "transformers", "open_clip", "onnx", "safetensors"]
     "Layout: of torchvision, timm, transformers, open_clip; ONNX; or plain tensors."
-    out: Annotated[Path | None, default_text("the folder export/<to> in the run")] = None
+    out: Annotated[Path | None, default_text("the folder export/TO in the run")] = None
     "Folder to write; it must not be there."
     tower: Annotated[Literal["image", "text"] | None, default_text("all that the layout has")] = None
     "Write one tower alone."

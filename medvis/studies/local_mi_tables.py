@@ -22,7 +22,7 @@ _ROWS = {
 }
 
 # %% ../../nbs/studies/11_local_mi_tables.ipynb #382e8db0
-_BRIEF = {"lrs": (1e-3,), "epochs": 20}  # of heads: the rate that was as good as any for the untrained network
+_BRIEF = {"lrs": (1e-3,), "epochs": 20}  # of heads: one rate, chosen on early runs of an untrained network
 _COLUMNS = {
     "pathology9, tuned": Column(
         "tiny-finetune", 0.1, PATHOLOGY9, head=_BRIEF, published=Column("localmi_tuned", 1.0, PATHOLOGY9)
