@@ -9,7 +9,7 @@ os.environ.setdefault("MKL_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-LONGEST = ("cli", "damage", "gathered", "resume", "survive", "full_size", "browser_lab", "mutual_information", "browser_correspondence", "every_setting", "one_answer", "frozen")
+LONGEST = ("cli", "pages", "site", "damage", "gathered", "resume", "survive", "full_size", "browser_lab", "mutual_information", "browser_correspondence", "every_setting", "one_answer", "frozen")
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -1,16 +1,13 @@
-"""The site's pages: what they say to type is typed, in an empty folder."""
+"""The site: it is built without a warning, its links lead somewhere, its search finds, its widgets live, and nothing is fetched."""
 import importlib
 import inspect
-import os
-import re
-import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import pytest
-from browser import browser, opened  # noqa: F401
+from browser import browser  # noqa: F401
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tools"))
@@ -21,28 +18,6 @@ QUESTIONS = {  # what is typed into the search box -> the page that should be am
     "SLURM": "howto/many", "resume": "howto/resume", "MIMIC": "howto/mimic", "DICOM": "start/install", "booktabs": "howto/figure", "my own folder": "howto/folder",
     "laterality": "glossary", "sinkhorn": "notebooks/objectives/03_prototypes", "mutual information": "notebooks/objectives/04_mutual_information", "SigLIP": "howto/model",
 }
-
-PAGES = sorted(path.relative_to(ROOT / "docs").as_posix() for folder in ("howto", "start") for path in (ROOT / "docs" / folder).glob("*.md") if path.stem != "index")
-
-
-def blocks(page: str) -> list[tuple[str, str]]:
-    "Language and text of the blocks that a reader is to run."
-    return re.findall(r"^```(sh|python)\n(.*?)^```", (ROOT / "docs" / page).read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
-
-
-@pytest.mark.parametrize("page", PAGES)
-def test_a_page_can_be_followed(page, tmp_path):
-    (tmp_path / "siglip.py").write_text(site_pages.own_method(), encoding="utf-8")
-    found = blocks(page)
-    assert found, f"{page} has nothing to run"
-    home = tmp_path / "home"
-    home.mkdir()
-    environment = {**os.environ, "HOME": str(home), "PYTHONPATH": os.pathsep.join([str(ROOT), str(tmp_path)]), "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])}
-    shell = "\n".join(text for kind, text in found if kind == "sh")
-    code = "\n".join(text for kind, text in found if kind == "python")
-    for command in [["bash", "-euo", "pipefail", "-c", shell]] * bool(shell) + [[sys.executable, "-c", code]] * bool(code):
-        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
 
 
 @pytest.fixture(scope="module")

@@ -395,10 +395,16 @@ def test_pieces_are_those_of_running_text(kind, vocabulary):
             assert short.input_ids == [*report.input_ids[:n], report.input_ids[-1]] and len(short.words) == max(short.word_index) + 1
 
 
-def test_a_tokenizer_without_cls_is_refused_in_words():
+def test_a_tokenizer_without_cls_and_sep_is_read_without_them():
+    "As those of CLIP and SigLIP are; what they have is kept."
     tokenizer = train_tokenizer([TEXT], 200)
+    whole = tokenise([TEXT], tokenizer)
+    tokenizer.cls_token = None
+    half = tokenise([TEXT], tokenizer)
     tokenizer.sep_token = None
-    one_line(lambda: tokenise([TEXT], tokenizer), "cls_token and sep_token", kind=ValueError)
+    bare = tokenise([TEXT], tokenizer)
+    assert half.input_ids == whole.input_ids[1:] and bare.input_ids == whole.input_ids[1:-1]
+    assert bare.word_index == whole.word_index[1:-1] and bare.words == whole.words
 
 
 # ---------------------------------------------------------------- half precision, and which width is whose
