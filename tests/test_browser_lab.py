@@ -120,7 +120,7 @@ def run_all(page) -> None:
     "As a person does it: Run, Run All Cells."
     page.get_by_role("menuitem", name="Run", exact=True).click()
     page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
-    page.wait_for_selector(".correspondence [data-item]", timeout=120_000)
+    page.wait_for_selector(".correspondence [data-item]", timeout=300_000)     # two other workers may be at work
     page.wait_for_function(f"{KERNEL}?.status === 'idle'", timeout=120_000)
 
 
