@@ -15,8 +15,8 @@ import site_pages  # noqa: E402
 
 SHOWN = ["objectives", "widgets"]  # rooms of the small site that is built here; `make docs` builds the whole
 QUESTIONS = {  # what is typed into the search box -> the page that should be among the first five
-    "SLURM": "howto/many", "resume": "howto/resume", "MIMIC": "howto/mimic", "DICOM": "start/install", "booktabs": "howto/figure", "my own folder": "howto/folder",
-    "laterality": "glossary", "sinkhorn": "notebooks/objectives/03_prototypes", "mutual information": "notebooks/objectives/04_mutual_information", "SigLIP": "howto/model",
+    "SLURM": "howto/many", "resume": "howto/resume", "mimic download": "howto/mimic", "install dicom": "start/install", "booktabs": "howto/figure", "my own folder": "howto/folder",
+    "laterality": "glossary", "sinkhorn": "notebooks/objectives/03_prototypes", "mutual information": "notebooks/objectives/04_mutual_information", "my own model": "howto/model",
 }
 
 
