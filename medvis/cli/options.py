@@ -216,8 +216,8 @@ class ShowConfig:
 
 # %% ../../nbs/cli/01_options.ipynb #d0c7ca11
 @dataclass
-class DoctorConfig:
-    "Say what a published checkpoint is, what fits, and what is wrong with using it naively. Nothing in it is run."
+class _Published:
+    "A published checkpoint."
 
     file: tyro.conf.Positional[Path]
     "File of weights (.pt, .pth, .ckpt, .bin, .safetensors), or a folder of Hugging Face or open_clip."
@@ -229,26 +229,22 @@ class DoctorConfig:
     "Folder of the text model, where it is published apart (BioViL)."
     part: Annotated[str | None, default_text("the model")] = None
     "Which weights of the file, if it holds several: ema, ..."
+
+
+@dataclass
+class DoctorConfig(_Published):
+    "Say what a published checkpoint is, what fits, and what is wrong with using it naively. Nothing in it is run."
+
     data: Annotated[Path | None, default_text("none")] = None
     "Folder of a Pack that it is to be measured on."
 
 # %% ../../nbs/cli/01_options.ipynb #1290ca11
 @dataclass
-class ImportConfig:
+class ImportConfig(_Published):
     "Write a published checkpoint as a run, for show, probe, evaluate, retrieve and phrases. Nothing in it is run."
 
-    file: tyro.conf.Positional[Path]
-    "File of weights (.pt, .pth, .ckpt, .bin, .safetensors), or a folder of Hugging Face or open_clip."
-    out: Path
+    out: Path = field(kw_only=True)
     "Run folder."
-    kind: Annotated[str | None, default_text("by the names of its weights")] = None
-    "What it is, if that is not plain; a wrong name is answered with the choices."
-    tokenizer: Annotated[Path | None, default_text("that of the folder")] = None
-    "Folder of the published tokenizer."
-    text: Annotated[Path | None, default_text("in the file")] = None
-    "Folder of the text model, where it is published apart (BioViL)."
-    part: Annotated[str | None, default_text("the model")] = None
-    "Which weights of the file, if it holds several: ema, ..."
     size: Annotated[int | None, default_text("as published")] = None
     "Side of the image in pixels; positions are interpolated."
     leave_unknown: bool = False
