@@ -1,15 +1,20 @@
 """Every published layout: random tensors under the published names -> import -> the same vectors as a small restatement of the published forward,
 written here from the facts, or as the library that the model was made with."""
+import json
 import math
 import re
 
 import pytest
 import timm
 import torch
+from safetensors.torch import save_file
 from tokenizers import processors
 from torch.nn import functional as F
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
-from transformers import BertConfig, BertModel, CLIPConfig, CLIPModel, Dinov2Config, Dinov2Model, SiglipConfig, SiglipModel, SwinConfig, SwinModel
+from torchvision import models as tv
+from torchvision.models.convnext import CNBlockConfig
+from transformers import BertConfig, BertModel, CLIPConfig, CLIPModel, Dinov2Config, Dinov2Model, Dinov2WithRegistersConfig, Dinov2WithRegistersModel, DINOv3ConvNextConfig, DINOv3ConvNextModel
+from transformers import DINOv3ViTConfig, DINOv3ViTModel, MPNetConfig, MPNetModel, SiglipConfig, SiglipModel, SwinConfig, SwinModel
 
 from medvis.data.pairs import Pairs, collate
 from medvis.encoders.image import IMAGE_ENCODERS, ResNetEncoder, ViTEncoder
@@ -372,6 +377,357 @@ def test_timm(pool, tmp_path):
     torch.testing.assert_close(method.embed_image(image), tokens[:, 0] if pool == "token" else tokens.mean(1), **CLOSE)
 
 
+# ---------------------------------------------------------------- models whose texts look for themselves
+
+
+def small_vit(side=48, **more):
+    return with_numbers(timm.models.VisionTransformer(img_size=side, patch_size=16, embed_dim=64, depth=2, num_heads=1, num_classes=0, **more))
+
+
+def old_dino(state):
+    "Names of Hugging Face's DINOv2 before transformers 5, which published files have."
+    for new, old in (("attention.q_proj", "attention.attention.query"), ("attention.k_proj", "attention.attention.key"), ("attention.v_proj", "attention.attention.value"), ("attention.o_proj", "attention.output.dense")):
+        state = {name.replace(new, old): value for name, value in state.items()}
+    return state
+
+
+def carzero_file():
+    "Its state dict; with the self-attention that is never called, and the last normalisation twice."
+    eye, text, width = small_vit(), bert(4), 64
+    decoder = {f"decoder.layers.{n}.{name}": value for n in range(2) for name, value in (
+        ("self_attn.in_proj_weight", linear(3 * width, width)), ("norm1.weight", torch.ones(width)), ("multihead_attn.in_proj_weight", linear(3 * width, width)), ("multihead_attn.in_proj_bias", torch.randn(3 * width)),
+        ("multihead_attn.out_proj.weight", linear(width, width)), ("multihead_attn.out_proj.bias", torch.randn(width)), ("linear1.weight", linear(40, width)), ("linear1.bias", torch.randn(40)),
+        ("linear2.weight", linear(width, 40)), ("linear2.bias", torch.randn(width)), *((f"norm{k}.{kind}", torch.randn(width)) for k in (2, 3) for kind in ("weight", "bias")))}
+    head = {"mlp_head.0.weight": linear(24, width), "mlp_head.0.bias": torch.randn(24), "mlp_head.3.weight": linear(12, 24), "mlp_head.3.bias": torch.randn(12), "mlp_head.6.weight": linear(1, 12), "mlp_head.6.bias": torch.randn(1)}
+    norm = {"decoder_norm.weight": torch.randn(width), "decoder_norm.bias": torch.randn(width)}
+    fusion = decoder | head | norm | {name.replace("decoder_norm", "decoder.norm"): value for name, value in norm.items()} | {"logit_scale": torch.tensor(2.6)}
+    return under("CARZero.img_encoder.model.", eye.state_dict()) | under("CARZero.text_encoder.model.", old_bert(text)) | under("CARZero.fusion_module.", fusion), eye, text, fusion
+
+
+def carzero_text(text, one):
+    "Words as sums of their pieces ([CLS] and [SEP] are words), filled to 97 with zeros, and their mean: what the text is."
+    ids = WORDS(" ".join(re.findall(r"\w+", one.lower())))["input_ids"]
+    tokens = torch.stack(text(input_ids=torch.tensor([ids]), output_hidden_states=True).hidden_states[-4:]).sum(0)[0]
+    words = []
+    for token, vector in zip(WORDS.convert_ids_to_tokens(ids), tokens):
+        if token.startswith("##"):
+            words[-1] = words[-1] + vector
+        else:
+            words.append(vector)
+    words = torch.cat([torch.stack(words), torch.zeros(97 - len(words), 64)])
+    return torch.cat([words.mean(0, keepdim=True), words])
+
+
+def carzero_fusion(parts, memory, query):
+    "One query and one memory: the score, and the mean attention."
+    norm = lambda x, name: F.layer_norm(x, (64,), parts[f"{name}.weight"], parts[f"{name}.bias"])
+    memory, x, looked = norm(memory, "decoder_norm"), norm(query, "decoder_norm"), 0
+    for n in range(2):
+        own = lambda name: parts[f"decoder.layers.{n}.{name}"]
+        q, k, v = (F.linear(y, w, b).view(-1, 4, 16).transpose(0, 1) for y, w, b in zip(
+            (norm(x, f"decoder.layers.{n}.norm2")[None], memory, memory), own("multihead_attn.in_proj_weight").chunk(3), own("multihead_attn.in_proj_bias").chunk(3)))
+        weights = (q @ k.mT / 4).softmax(-1)
+        x = x + F.linear((weights @ v).transpose(0, 1).reshape(64), own("multihead_attn.out_proj.weight"), own("multihead_attn.out_proj.bias"))
+        x = x + F.linear(F.linear(norm(x, f"decoder.layers.{n}.norm3"), own("linear1.weight"), own("linear1.bias")).relu(), own("linear2.weight"), own("linear2.bias"))
+        looked = looked + weights.mean(0)[0] / 2
+    x = norm(x, "decoder_norm")
+    for place in (0, 3, 6):
+        x = F.linear(x, parts[f"mlp_head.{place}.weight"], parts[f"mlp_head.{place}.bias"])
+        x = x if place == 6 else x.relu()
+    return x[0], looked
+
+
+@torch.no_grad()
+def test_carzero(tmp_path):
+    torch.manual_seed(0)
+    state, eye, text, fusion = carzero_file()
+    torch.save({"state_dict": state, "epoch": 3}, tmp_path / "CARZero_best_model.ckpt")
+    run = import_checkpoint(tmp_path / "CARZero_best_model.ckpt", tmp_path / "run", tokenizer=WORDS)
+    method = load_method(run)
+    batch = phantom_batch(method)
+    seen = eye.forward_features(batch.image)                   # CLS, then cells
+    torch.testing.assert_close(method.embed_image(batch.image), seen, **CLOSE)
+    texts = torch.stack([carzero_text(text, one) for one in TEXTS])
+    torch.testing.assert_close(method.embed_texts(TEXTS), texts[:, 0], **CLOSE)
+    assert any(token.startswith("##") for token in WORDS.tokenize(" ".join(TEXTS).lower()))         # some words have several pieces
+    said = torch.stack([carzero_text(text, " ".join(sentences)) for sentences in batch.sentences])
+    torch.testing.assert_close(method.embed_text(batch), said, **CLOSE)
+    wanted = torch.stack([torch.stack([(carzero_fusion(fusion, image, one[0])[0] + carzero_fusion(fusion, one, image[0])[0]) / 2 for one in said]) for image in seen])
+    torch.testing.assert_close(method.similarity(method.embed_image(batch.image), method.embed_text(batch)), wanted, **CLOSE)
+    maps = method.correspondence(batch)
+    for row, column in ((0, 0), (2, 0), (1, len(batch.sentences[1]) - 1)):
+        looked = carzero_fusion(fusion, seen[row], carzero_text(text, batch.sentences[row][column])[0])[1]
+        torch.testing.assert_close(maps.sentences[row, :, column], looked[1:], **CLOSE)
+    assert maps.learned == ("sentences",) and run.manifest["data"] | {"fit": "pad", "declared": ["mimic train"]} == run.manifest["data"]
+    assert run.manifest["imported"]["kind"] == "carzero" and method.preprocessing.mean == 0.4978
+
+
+def radzero_file(image_size=56):
+    dino = dict(hidden_size=64, num_attention_heads=1, patch_size=14, image_size=image_size)
+    eye, more = with_numbers(Dinov2Model(Dinov2Config(num_hidden_layers=2, **dino))), with_numbers(Dinov2Model(Dinov2Config(num_hidden_layers=2, **dino)).encoder)
+    text = with_numbers(MPNetModel(MPNetConfig(vocab_size=len(WORDS), hidden_size=64, num_hidden_layers=2, num_attention_heads=1, intermediate_size=96)))
+    norm = {"weight": torch.randn(64), "bias": torch.randn(64)}
+    state = under("vision_model.", old_dino(eye.state_dict())) | under("align_transformer.transformer_layers.", old_dino(more.state_dict())) | under("text_model.", text.state_dict())
+    return state | under("loss_fns.RadZeroLoss.layer_norm.", norm) | {"loss_fns.RadZeroLoss.loss_temperature": torch.tensor([math.log(0.07)])}, eye, more, text, norm
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("size", [56, 84])
+def test_radzero(size, tmp_path):
+    "Also where its places are stored for fewer pixels than it sees."
+    torch.manual_seed(0)
+    state, eye, more, text, norm = radzero_file()
+    (tmp_path / "radzero").mkdir()
+    save_file({name: value.contiguous() for name, value in state.items()}, tmp_path / "radzero/model.safetensors")
+    WORDS.save_pretrained(tmp_path / "radzero")
+    (tmp_path / "radzero/config.json").write_text('{"vision_config": {"model_type": "dinov2", "img_size": %d}}' % size)
+    run = import_checkpoint(tmp_path / "radzero", tmp_path / "run")
+    method = load_method(run)
+    batch = phantom_batch(method)
+    normed = lambda x: F.layer_norm(x, (64,), norm["weight"], norm["bias"])
+    say = lambda one: normed(text(**WORDS(one, return_tensors="pt", return_token_type_ids=False)).last_hidden_state.mean(1))[0]
+    tokens = normed(more(eye(batch.image).last_hidden_state).last_hidden_state)
+    assert batch.image.shape[-1] == method.preprocessing.size == size and method.preprocessing.fit == "stretch"
+    torch.testing.assert_close(method.embed_regions(batch.image)[0], tokens[:, 1:], **CLOSE)
+    torch.testing.assert_close(method.embed_texts(TEXTS), torch.stack([say(one) for one in TEXTS]), **CLOSE)
+    unit = F.normalize(tokens, dim=-1)
+    said = F.normalize(torch.stack([say(" ".join(sentences)) for sentences in batch.sentences]), dim=-1)
+    shares = (torch.einsum("td,ind->itn", said, unit) / 0.07).softmax(-1)
+    wanted = (F.normalize(shares @ unit, dim=-1) * said).sum(-1)
+    torch.testing.assert_close(method.similarity(method.embed_image(batch.image), method.embed_text(batch)), wanted, **CLOSE)
+    maps = method.correspondence(batch)
+    torch.testing.assert_close(maps.sentences[1, :, 0], unit[1, 1:] @ F.normalize(say(batch.sentences[1][0]), dim=0), **CLOSE)
+    assert maps.temperature == pytest.approx(0.07) and method.config.bias == 0 and maps.learned == ("sentences",) and run.manifest["imported"]["kind"] == "radzero"
+
+
+# ---------------------------------------------------------------- image-only models: content of the file, and what their library sees (whole, cells)
+
+
+def eva_x(names="timm", inner=False):
+    "Tiny and small have one matrix of queries, keys and values and one of the gate; base has them apart, and a normalisation between."
+    network = with_numbers(timm.models.Eva(img_size=48, patch_size=16, embed_dim=64, depth=2, num_heads=1, mlp_ratio=4 * 2 / 3, swiglu_mlp=True, scale_mlp=inner, qkv_fused=not inner, use_rot_pos_emb=True, ref_feat_shape=(3, 3), num_classes=0))
+    state = network.state_dict() | {"mask_token": torch.ones(1, 1, 64), "lm_head.weight": torch.ones(2, 64), "rope.freqs_cos": torch.ones(9, 64)}
+    if names == "authors":
+        for new, old in (("fc_norm", "norm"), ("mlp.norm", "mlp.ffn_ln"), ("mlp.fc1_g", "mlp.w1"), ("mlp.fc1_x", "mlp.w2"), ("mlp.fc1.", "mlp.w12."), ("mlp.fc2", "mlp.w3"), ("q_proj.bias", "q_bias"), ("v_proj.bias", "v_bias")):
+            state = {name.replace(new, old): value for name, value in state.items()}
+
+    def see(image):
+        cells = network.forward_features(image)[:, 1:]
+        return network.fc_norm(cells.mean(1)), network.fc_norm(cells)
+
+    return {"module": state}, see, 48
+
+
+def dinov3(names="transformers", gated=False):
+    network = with_numbers(DINOv3ViTModel(DINOv3ViTConfig(hidden_size=64, num_hidden_layers=2, num_attention_heads=1, intermediate_size=96, image_size=32, patch_size=16, num_register_tokens=4, use_gated_mlp=gated, hidden_act="silu" if gated else "gelu")))
+    state = network.state_dict()
+    if names == "published":                                   # the folders of Hugging Face
+        state = {name.removeprefix("model."): value for name, value in state.items()}
+    if names == "authors":
+        theirs, state = state, {"cls_token": state["embeddings.cls_token"], "storage_tokens": state["embeddings.register_tokens"], "mask_token": torch.ones(1, 64), "rope_embed.periods": torch.ones(16)}
+        for kind in ("weight", "bias"):
+            state |= {f"patch_embed.proj.{kind}": theirs[f"embeddings.patch_embeddings.{kind}"], f"norm.{kind}": theirs[f"norm.{kind}"]}
+            for n in range(2):
+                old, new = f"model.layer.{n}.", f"blocks.{n}."
+                parts = [theirs.get(f"{old}attention.{part}_proj.{kind}", torch.full((64,), 7.0)) for part in "qkv"]
+                state |= {f"{new}attn.qkv.{kind}": torch.cat(parts), f"{new}attn.qkv.bias_mask": torch.ones(192), f"{new}attn.proj.{kind}": theirs[f"{old}attention.o_proj.{kind}"]}
+                state |= {f"{new}norm{k}.{kind}": theirs[f"{old}norm{k}.{kind}"] for k in (1, 2)} | {f"{new}ls{k}.gamma": theirs[f"{old}layer_scale{k}.lambda1"] for k in (1, 2)}
+                mlp = {"gate_proj": "w1", "up_proj": "w2", "down_proj": "w3"} if gated else {"up_proj": "fc1", "down_proj": "fc2"}
+                state |= {f"{new}mlp.{ours}.{kind}": theirs[f"{old}mlp.{part}.{kind}"] for part, ours in mlp.items()}
+
+    def see(image):
+        tokens = network(image).last_hidden_state
+        return tokens[:, 0], tokens[:, 5:]
+
+    return state, see, 224
+
+
+def dinov2_registers():
+    network = with_numbers(Dinov2WithRegistersModel(Dinov2WithRegistersConfig(hidden_size=64, num_hidden_layers=2, num_attention_heads=1, image_size=70, patch_size=14, num_register_tokens=4)))
+
+    def see(image):
+        tokens = network(image).last_hidden_state
+        return tokens[:, 0], tokens[:, 5:]
+
+    return old_dino(network.state_dict()), see, 70
+
+
+def torchvision_convnext():
+    network = with_numbers(tv.ConvNeXt([CNBlockConfig(8, 16, 1), CNBlockConfig(16, 24, 1), CNBlockConfig(24, 32, 2), CNBlockConfig(32, None, 1)], num_classes=5))
+    end = lambda x: network.classifier[1](network.classifier[0](x))
+
+    def see(image):
+        x = network.features(image)
+        return end(network.avgpool(x)), torch.stack([end(x[:, :, i, j, None, None]) for i in range(x.shape[2]) for j in range(x.shape[3])], 1)
+
+    return network.state_dict(), see, 224
+
+
+def timm_convnext(version=1, names="timm"):
+    network = with_numbers(timm.models.ConvNeXt(depths=(1, 1, 2, 1), dims=(8, 16, 24, 32), num_classes=5, **(dict(use_grn=True, ls_init_value=None) if version == 2 else {})))
+    state = network.state_dict()
+    if names == "authors":
+        for new, old in ((r"^stem\.", "downsample_layers.0."), (r"stages\.(\d)\.downsample", r"downsample_layers.\1"), (r"\.blocks\.", "."), ("conv_dw", "dwconv"), (r"mlp\.fc", "pwconv"), (r"mlp\.grn\.weight", "grn.gamma"), (r"mlp\.grn\.bias", "grn.beta"), (r"head\.norm", "norm"), (r"head\.fc", "head")):
+            state = {re.sub(new, old, name): value for name, value in state.items()}
+        state = {name: value[None, None, None] if ".grn." in name else value for name, value in state.items()}
+
+    def see(image):
+        x = network.forward_features(image)
+        return network.forward_head(x, pre_logits=True), F.layer_norm(cells(x), (32,), network.head.norm.weight, network.head.norm.bias, 1e-6)
+
+    return state, see, 224
+
+
+def dinov3_convnext():
+    network = with_numbers(DINOv3ConvNextModel(DINOv3ConvNextConfig(hidden_sizes=[8, 16, 24, 32], depths=[1, 1, 2, 1])))
+
+    def see(image):
+        tokens = network(image).last_hidden_state
+        return tokens[:, 0], tokens[:, 1:]
+
+    return {name.removeprefix("model."): value for name, value in network.state_dict().items()}, see, 224
+
+
+def torchvision_swin():
+    network = with_numbers(tv.SwinTransformer([4, 4], 16, [1, 2, 1, 1], [1, 2, 4, 8], [7, 7], num_classes=5))
+
+    def see(image):
+        x = network.norm(network.features(image)).flatten(1, 2)
+        return x.mean(1), x
+
+    return network.state_dict(), see, 224
+
+
+def timm_swin(names="timm"):
+    network = with_numbers(timm.models.SwinTransformer(img_size=224, embed_dim=16, depths=(1, 2, 1, 1), num_heads=(1, 2, 4, 8), num_classes=5))
+    state = network.state_dict()
+    if names == "authors":
+        state = {re.sub(r"layers\.(\d)\.downsample", lambda found: f"layers.{int(found[1]) - 1}.downsample", name).replace("head.fc", "head"): value for name, value in state.items()}
+        state |= {"layers.0.blocks.0.attn_mask": torch.ones(64, 49, 49), "layers.0.blocks.0.attn.relative_position_index": torch.ones(49, 49)}
+
+    def see(image):
+        x = network.forward_features(image).flatten(1, 2)
+        return x.mean(1), x
+
+    return state, see, 224
+
+
+def hf_swin():
+    network = swin()
+    return old_swin(network), lambda image: (network(image).pooler_output, network(image).last_hidden_state), 224
+
+
+def densenet(names="torchvision"):
+    network = tv.DenseNet(8, (1, 2, 1, 1), 16, num_classes=5)
+    if names == "torchxrayvision":
+        network.features.conv0 = torch.nn.Conv2d(1, 16, 7, 2, 3, bias=False)
+    state = with_numbers(network).state_dict()
+    if names == "chexnet":                                     # before torchvision 0.3
+        state = {re.sub(r"(norm|conv)([12])\.", r"\1.\2.", name) if "denselayer" in name else name: value for name, value in state.items()}
+    if names == "torchxrayvision":
+        state |= {"op_threshs": torch.rand(18)}
+
+    def see(image):
+        x = network.features(image).relu()
+        return x.mean((2, 3)), cells(x)
+
+    return state, see, 224
+
+
+def efficientnet(name="efficientnet_b0"):
+    network = with_numbers(tv.get_model(name, weights=None))
+
+    def see(image):
+        x = network.features(image)
+        return x.mean((2, 3)), cells(x)
+
+    return network.state_dict(), see, 224
+
+
+def torchvision_vit(old=False):
+    network = with_numbers(tv.VisionTransformer(48, 16, 2, 1, 64, 96, num_classes=5))
+    state = network.state_dict()
+    if old:
+        state = {name.replace("mlp.0.", "mlp.linear_1.").replace("mlp.3.", "mlp.linear_2."): value for name, value in state.items()}
+
+    def see(image):
+        x = network.encoder(torch.cat([network.class_token.expand(len(image), -1, -1), network._process_input(image)], 1))
+        return x[:, 0], x[:, 1:]
+
+    return state, see, 48
+
+
+ONLY_SEE = {
+    "eva-x tiny": eva_x, "eva-x base": lambda: eva_x(inner=True), "eva-x tiny as published": lambda: eva_x("authors"), "eva-x base as published": lambda: eva_x("authors", True),
+    "dinov3": dinov3, "dinov3 as published": lambda: dinov3("published"), "dinov3 gated": lambda: dinov3("published", True), "dinov3 of its authors": lambda: dinov3("authors"), "dinov3 of its authors, gated": lambda: dinov3("authors", True),
+    "dinov2 with registers": dinov2_registers, "convnext of torchvision": torchvision_convnext, "convnext of timm": timm_convnext, "convnext of its authors": lambda: timm_convnext(names="authors"),
+    "convnext V2": lambda: timm_convnext(2), "convnext V2 of its authors": lambda: timm_convnext(2, "authors"), "convnext of DINOv3": dinov3_convnext,
+    "swin of torchvision": torchvision_swin, "swin of timm": timm_swin, "swin of its authors": lambda: timm_swin("authors"), "swin of Hugging Face": hf_swin,
+    "densenet": densenet, "densenet of CheXNet": lambda: densenet("chexnet"), "densenet of torchxrayvision": lambda: densenet("torchxrayvision"),
+    "torchvision-efficientnet": efficientnet, "torchvision-vit": torchvision_vit, "torchvision-vit, older": lambda: torchvision_vit(True),
+}
+
+
+@pytest.mark.parametrize("name", ONLY_SEE)
+@torch.no_grad()
+def test_models_that_only_see(name, tmp_path):
+    torch.manual_seed(len(name))
+    content, see, size = ONLY_SEE[name]()
+    run = import_checkpoint(as_file(content, tmp_path), tmp_path / "run")
+    method = load_method(run)
+    image = torch.rand(2, method.preprocessing.channels, size, size)
+    whole, local = see(image)
+    found = method.image_encoder(image)
+    assert run.manifest["imported"]["kind"] == re.split("[ ,]", name)[0] and method.preprocessing.size == size and found.grid[0] * found.grid[1] == local.shape[1]
+    torch.testing.assert_close(found.regions, local, **CLOSE)
+    torch.testing.assert_close(method.embed_image(image), whole, **CLOSE)
+    assert method.reads_text is False and not run.manifest["imported"]["unknown"]
+
+
+@pytest.mark.parametrize("architecture", ["resnet18d", "vit_tiny_patch16_224", "mobilenetv3_small_050"])
+@torch.no_grad()
+def test_a_folder_of_timm(architecture, tmp_path):
+    "Any architecture, by its name; the folder says what it sees."
+    options = {"img_size": 64} if architecture.startswith("vit") else {}
+    network = with_numbers(timm.create_model(architecture, **options))
+    (tmp_path / "folder").mkdir()
+    save_file(network.state_dict(), tmp_path / "folder/model.safetensors")
+    seen = {"input_size": [3, 64, 64], "mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6], "crop_pct": 0.5}
+    (tmp_path / "folder/config.json").write_text(json.dumps({"architecture": architecture, "model_args": options, "pretrained_cfg": seen}))
+    run = import_checkpoint(tmp_path / "folder", tmp_path / "run")
+    method, image = load_method(run), torch.rand(2, 3, 64, 64)
+    torch.testing.assert_close(method.embed_image(image), network.forward_head(network.forward_features(image), pre_logits=True), **CLOSE)
+    assert run.manifest["imported"]["kind"] == "timm" and (method.preprocessing.mean, method.preprocessing.crop, method.preprocessing.fit) == ((0.1, 0.2, 0.3), 0.5, "crop")
+
+
+@pytest.mark.parametrize(("config", "words"), [
+    ({"architecture": "hf-hub:someone/else"}, "knows no architecture"), ({"architecture": "../evil"}, "knows no architecture"), ({"architecture": "resnet34"}, "is half of a model"),
+    ({"architecture": "vit_tiny_patch16_224", "model_args": {"img_size": "large"}}, "timm makes no vit_tiny_patch16_224"), ({"architecture": 3, "pretrained_cfg": None}, "none of the published kinds")])
+def test_a_folder_of_timm_that_lies(config, words, tmp_path):
+    (tmp_path / "folder").mkdir()
+    save_file({"stem.weight": torch.ones(2)}, tmp_path / "folder/model.safetensors")
+    (tmp_path / "folder/config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=words):
+        import_checkpoint(tmp_path / "folder", tmp_path / "run")
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
+@pytest.mark.parametrize("name", ["carzero", "radzero", *ONLY_SEE])
+def test_half_and_changed_files_of_them(name, tmp_path):
+    "A weight less, a weight more, a weight of another shape: each is named, and nothing is written."
+    made = {"carzero": carzero_file, "radzero": radzero_file}.get(name) or ONLY_SEE[name]
+    state = made()[0]
+    state = state.get("module", state)
+    ask = dict(tokenizer=WORDS, kind=None if name in LAYOUTS else next(kind for kind in LAYOUTS if name.startswith(kind)))
+    weights = sorted(key for key, value in state.items() if value.ndim > 1 and re.search(r"(blocks?|layers?|stages|features)\W?.*weight", key) and "lm_head" not in key and "self_attn" not in key)
+    lost = weights[len(weights) // 2]
+    for change, words in (({lost: None}, "half of"), ({"adapter.weight": torch.ones(2, 2)}, "adapter.weight"), ({lost: state[lost][:-1]}, "shape|half of")):
+        torch.save({key: value for key, value in (state | change).items() if value is not None}, tmp_path / "model.pt")
+        with pytest.raises(ValueError, match=words):
+            import_checkpoint(tmp_path / "model.pt", tmp_path / "run", **ask)
+    assert [path.name for path in tmp_path.iterdir()] == ["model.pt"]
+
+
 # ---------------------------------------------------------------- methods of medvis: renamed only
 
 
@@ -501,7 +857,8 @@ def test_lovt(tmp_path, small_eyes):
 
 
 def test_every_layout_has_a_test():
-    tested = {make.__name__.removesuffix("_swin").replace("_", "-") for make in DUAL} | {"dinov2", "torchvision-resnet", "timm-vit", "mgca", "gloria", "lovt"}
+    tested = {make.__name__.removesuffix("_swin").replace("_", "-") for make in DUAL} | {re.split("[ ,]", name)[0] for name in ONLY_SEE}
+    tested |= {"dinov2", "torchvision-resnet", "timm-vit", "timm", "mgca", "gloria", "lovt", "carzero", "radzero"}
     assert tested == LAYOUTS.keys()
 
 

@@ -81,7 +81,7 @@ def find_model(
     """
     checkpoint = read_checkpoint(file, part)
     try:
-        layout, published = sniff(checkpoint.state, kind)
+        layout, published = sniff(checkpoint.state, kind, checkpoint.settings)
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from None
     said = dict(checkpoint.settings)
@@ -95,7 +95,7 @@ def find_model(
 _MADE = re.compile(
     r".*(num_batches_tracked|image_encoder\.body\.fc\.\w+|token_type_embeddings\.weight|relative_position_index)"
 )
-_SETTINGS_OF_LOSS = ("logit_scale", "logit_bias", "Tpar")
+_SETTINGS_OF_LOSS = ("logit_scale", "logit_bias", "Tpar", "loss_temperature")
 
 
 def _fitted(name: str, value: Tensor, wanted: Tensor) -> Tensor:

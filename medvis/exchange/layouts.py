@@ -13,10 +13,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torchvision
 from torch import Tensor
+from torch.nn import functional as F
 
 from ..core.choices import check_choice
 from ..encoders.pretrained import read_preprocessing
+from .towers import EFFICIENTNETS
 from ..methods.settings import GLORIA_PRESETS, LOVT_PRESETS, MGCA_PRESETS
 
 # %% ../../nbs/exchange/04_layouts.ipynb #400677c8
@@ -54,6 +57,8 @@ class Layout:
         what goes wrong when it is used naively
     checks : Callable[[State, dict[str, Any]], list[str]], default: lambda state, said: []
         the same, where it depends on the file
+    says : str, default: ''
+        what the config.json of its folder must name
     source : str, default: ''
         where the facts were read
     """
@@ -73,6 +78,7 @@ class Layout:
     checks: Callable[[State, dict[str, Any]], list[str]] = (
         lambda state, said: []
     )  # the same, where it depends on the file
+    says: str = ""  # what the config.json of its folder must name
     source: str = ""  # where the facts were read
 
 # %% ../../nbs/exchange/04_layouts.ipynb #6c0ee0a7
@@ -138,18 +144,23 @@ def _depth(state: State, pattern: str) -> int:
     return len({match[1] for key in state if (match := re.match(pattern, key))})
 
 
+def _heads(width: int) -> int:
+    "Of a vision transformer: 64 wide each, but for the shapes of SigLIP So400m, ViT-H, -g and -G."
+    return {1152: 16, 1280: 16, 1408: 16, 1664: 16}.get(width, max(1, width // 64))
+
+
 def _vit_sizes(state: State, **more: Any) -> dict[str, Any]:
     "Tower and sizes of a vision transformer."
     part = {key.removeprefix(_IMAGE): value for key, value in state.items() if key.startswith(_IMAGE)}
     width, channels, patch, _ = part["patch_embed.proj.weight"].shape
-    cells = part["pos_embed"].shape[-2] - ("cls_token" in part)
-    heads = {1152: 16}.get(width, max(1, width // 64))
+    # a place of CLS is one more than a square
+    side = math.isqrt(part["pos_embed"].shape[-2])
     sizes = dict(
-        size=math.isqrt(cells) * patch,
+        size=side * patch,
         patch=patch,
         width=width,
         depth=_depth(part, r"blocks\.(\d+)\."),
-        heads=heads,
+        heads=_heads(width),
         hidden=len(part["blocks.0.mlp.fc1.weight"]),
         pool="map" if "attn_pool.latent" in part else "token" if "cls_token" in part else "avg",
         pre_norm="norm_pre.weight" in part,
@@ -178,6 +189,59 @@ def _swin_sizes(state: State, size: int = 224) -> dict[str, Any]:
     return dict(
         image="medvis.exchange.towers:swin", image_settings=sizes | {"window": (math.isqrt(len(tables[0])) + 1) // 2}
     )
+
+
+def _eva_sizes(state: State, size: int | None = None, **more: Any) -> dict[str, Any]:
+    "Tower and sizes of a vision transformer with rotary places; where no places are learned, `size` is asked for."
+    part = {key.removeprefix(_IMAGE): value for key, value in state.items() if key.startswith(_IMAGE)}
+    width, channels, patch, _ = part["patch_embed.proj.weight"].shape
+    if size is None:
+        size = math.isqrt(part["pos_embed"].shape[-2]) * patch
+    sizes = dict(
+        size=size,
+        patch=patch,
+        width=width,
+        depth=_depth(part, r"blocks\.(\d+)\."),
+        heads={4096: 32}.get(width, max(1, width // 64)),
+        hidden=part["blocks.0.mlp.fc2.weight"].shape[1],
+        gated="blocks.0.mlp.fc1_g.weight" in part,
+        inner="blocks.0.mlp.norm.weight" in part,
+        bias="blocks.0.attn.q_proj.bias" in part,
+        positions="pos_embed" in part,
+        scales="blocks.0.gamma_1" in part,
+        registers=part["reg_token"].shape[1] if "reg_token" in part else 0,
+        reference=size // patch,
+        channels=channels,
+    )
+    return dict(image="medvis.exchange.towers:eva", image_settings=sizes | more)
+
+
+def _convnext_sizes(state: State) -> dict[str, Any]:
+    "Tower and sizes of a ConvNeXt."
+    part = {key.removeprefix(_IMAGE): value for key, value in state.items() if key.startswith(_IMAGE)}
+    sizes = dict(
+        widths=[len(part[f"stages.{stage}.blocks.0.conv_dw.weight"]) for stage in range(4)],
+        depths=[_depth(part, rf"stages\.{stage}\.blocks\.(\d+)\.") for stage in range(4)],
+        patch=part["stem.0.weight"].shape[-1],
+        scales="stages.0.blocks.0.gamma" in part,
+        responses="stages.0.blocks.0.mlp.grn.weight" in part,
+        channels=part["stem.0.weight"].shape[1],
+    )
+    return dict(image="medvis.exchange.towers:convnext", image_settings=sizes)
+
+
+def _densenet_sizes(state: State) -> dict[str, Any]:
+    "Tower and sizes of a DenseNet."
+    first = f"{_IMAGE}features.denseblock1.denselayer1.conv"
+    growth = len(state[f"{first}2.weight"])
+    block = rf"{re.escape(_IMAGE)}features\.denseblock"
+    sizes = dict(
+        growth=growth,
+        blocks=[_depth(state, rf"{block}{stage}\.denselayer(\d+)\.") for stage in (1, 2, 3, 4)],
+        bottleneck=len(state[f"{first}1.weight"]) // growth,
+        channels=state[f"{_IMAGE}features.conv0.weight"].shape[1],
+    )
+    return dict(image="medvis.exchange.towers:densenet", image_settings=sizes)
 
 # %% ../../nbs/exchange/04_layouts.ipynb #9d00ff52
 def _bert_sizes(state: State) -> dict[str, Any]:
@@ -310,9 +374,31 @@ _HF_TEXT = (
 )
 
 
+_DINO_BLOCK = (  # DINOv2 of Hugging Face before transformers 5, and since
+    (r"{p}layer\.(\d+)\.attention\.(?:attention\.query|q_proj)\.(.*)", _BLOCK + r"attn.qkv.\2#0"),
+    (r"{p}layer\.(\d+)\.attention\.(?:attention\.key|k_proj)\.(.*)", _BLOCK + r"attn.qkv.\2#1"),
+    (r"{p}layer\.(\d+)\.attention\.(?:attention\.value|v_proj)\.(.*)", _BLOCK + r"attn.qkv.\2#2"),
+    (r"{p}layer\.(\d+)\.attention\.(?:output\.dense|o_proj)\.(.*)", _BLOCK + r"attn.proj.\2"),
+    (r"{p}layer\.(\d+)\.norm([12])\.(.*)", _BLOCK + r"norm\2.\3"),
+    (r"{p}layer\.(\d+)\.layer_scale([12])\.lambda1", _BLOCK + r"ls\2.gamma"),
+    (r"{p}layer\.(\d+)\.mlp\.(fc[12]\..*)", _BLOCK + r"mlp.\2"),
+)
+
+
 def _under(prefix: str, names: tuple[tuple[str, str], ...]) -> tuple[tuple[str, str], ...]:
     "Shared names under a prefix (a pattern)."
     return tuple((pattern.replace("{p}", prefix), name) for pattern, name in names)
+
+
+_DINO = (
+    (r"{p}embeddings\.mask_token", ""),
+    (r"{p}embeddings\.cls_token", "image_encoder.body.cls_token"),
+    (r"{p}embeddings\.register_tokens", "image_encoder.body.reg_token"),
+    (r"{p}embeddings\.position_embeddings", "image_encoder.body.pos_embed"),
+    (r"{p}embeddings\.patch_embeddings\.projection\.(.*)", r"image_encoder.body.patch_embed.proj.\1"),
+    (r"{p}layernorm\.(.*)", r"image_encoder.body.norm.\1"),
+    *_under(r"{p}encoder\.", _DINO_BLOCK),
+)
 
 # %% ../../nbs/exchange/04_layouts.ipynb #ec4e08b0
 def _flag(said: dict[str, Any], name: str) -> Any:
@@ -469,6 +555,7 @@ def _scale_of(state: State) -> dict[str, Any]:
     return loss | ({} if bias is None else {"bias": float(bias.reshape(-1)[0])})
 
 
+_PHOTOGRAPHS = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _CLIP_MEAN, _CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
@@ -910,37 +997,122 @@ _MACO = Layout(
     source="SZUHvern/MaCo: model_MaCo.py, bert/bert.py, Phrase Grounding.py",
 )
 
+# %% ../../nbs/exchange/04_layouts.ipynb #28b23262
+def _carzero_settings(state: State, said: dict[str, Any]) -> dict[str, Any]:
+    "A head of linear layers, each but the last with ReLU and dropout."
+    places = sorted(
+        int(match[1]) for key in state if (match := re.fullmatch(r"questions\.head\.layers\.(\d+)\.weight", key))
+    )
+    layers = [_linear(state, f"questions.head.layers.{place}") for place in places]
+    head = [part for layer in layers[:-1] for part in (layer, ["relu"], ["dropout", 0.1])] + layers[-1:]
+    hidden, width = state["questions.layers.0.linear1.weight"].shape
+    asking = dict(width=width, depth=_depth(state, r"questions\.layers\.(\d+)\."), hidden=hidden, layers=head)
+    reading = dict(pool="words", max_tokens=_flag(said, "word_num") or 97, plain=True, lower=True)
+    tower, text = _vit_sizes(state), dict(text_settings=_bert_sizes(state), reading=reading)
+    view = _view(tower["image_settings"]["size"], 0.875, 0.4978, 0.2449, "pad")
+    return tower | text | dict(view=view, asking=asking)
+
+
+_FUSION = r"CARZero\.fusion_module\."
+_CARZERO = Layout(
+    "carzero",
+    "CARZero (CVPR 2024), ViT-B/16",
+    (r"CARZero\.img_encoder\.model\..*", r"CARZero\.fusion_module\.decoder\..*"),
+    (
+        (
+            r"CARZero\.img_encoder\.model\.((?:cls_token|pos_embed|patch_embed|blocks|norm)(?:\..*)?)",
+            r"image_encoder.body.\1",
+        ),
+        (r"CARZero\.img_encoder\.model\.(?:decoder_.*|mask_token|head\..*)", ""),
+        *_under(r"CARZero\.text_encoder\.model\.", _OLD_BERT),
+        (_FUSION + r"decoder_norm\.(.*)", r"questions.norm.\1"),
+        (_FUSION + r"(?:logit_scale|decoder\.norm\..*|decoder\.layers\.\d+\.(?:self_attn|norm1)\..*)", ""),
+        (_FUSION + r"decoder\.layers\.(\d+)\.multihead_attn\.(.*)", r"questions.layers.\1.attention.\2"),
+        (_FUSION + r"decoder\.layers\.(\d+)\.(.*)", r"questions.layers.\1.\2"),
+        (_FUSION + r"mlp_head\.(.*)", r"questions.head.layers.\1"),
+    ),
+    _carzero_settings,
+    "medvis.exchange.published:AskingEncoder",
+    train=dict(max_tokens=512, sentences="one"),
+    tokenizer="Laihaoran/BioClinicalMPBERT",
+    trained_on=("mimic train",),
+    fit="pad",
+    notes=(
+        "its maps are attention, the mean of its layers: they cannot be negative, and never say that a finding is absent",
+        'it was trained with prompts, "There is X.": a bare word is another question',
+        "its score attends to the padding of texts to 97 words, and a text is the sum of its tokens over 97: "
+        "both are done here as published",
+        "its layers hold a self-attention that its code never calls: it is left out",
+    ),
+    source="laihaoran/CARZero: CARZero.py, models/dqn_wo_self_atten_mlp.py, transformer_decoder.py, text_model.py",
+)
+
+
+def _radzero_settings(state: State, said: dict[str, Any]) -> dict[str, Any]:
+    "Its places are stretched to the size of its image, as transformers does."
+    tower, name = _vit_sizes(state), f"{_IMAGE}pos_embed"
+    own, patch = tower["image_settings"]["size"], tower["image_settings"]["patch"]
+    size = _flag(said.get("config.json", {}), "img_size") or own
+    if size != own:
+        places = state[name][:, 1:].float().unflatten(1, (own // patch,) * 2).movedim(-1, 1)
+        places = F.interpolate(places, (size // patch,) * 2, mode="bicubic", align_corners=False)
+        state[name] = torch.cat([state[name][:, :1].float(), places.flatten(2).mT], 1)
+    more = _depth(state, r"image_encoder\.more\.(\d+)\.")
+    tower["image_settings"] |= dict(size=size, scales=True, more=more)
+    norm = [["norm", len(state["image_head.layers.0.weight"]), 1e-5]]
+    text = dict(text_settings=_bert_sizes(state), reading=dict(pool="mean", max_tokens=512), text_head=norm)
+    view = _folder_view(said, size, *_PHOTOGRAPHS) | {"size": size}
+    loss = dict(temperature=math.exp(float(state["loss_temperature"])), bias=0.0)
+    return tower | text | loss | dict(view=view, image_head=norm)
+
+
+_RADZERO_LOSS = r"loss_fns\.RadZeroLoss\."
+_MORE = tuple((pattern, name.replace("body.blocks", "more")) for pattern, name in _DINO_BLOCK)
+_RADZERO = Layout(
+    "radzero",
+    "RadZero (NeurIPS 2025): a folder of Hugging Face",
+    (r"align_transformer\.transformer_layers\..*", r"loss_fns\.RadZeroLoss\.layer_norm\.weight"),
+    (
+        *_under(r"vision_model\.", _DINO),
+        *_under(r"align_transformer\.transformer_layers\.", _MORE),
+        *_under(r"text_model\.", _OLD_BERT),
+        (_RADZERO_LOSS + r"layer_norm\.(.*)", r"image_head.layers.0.\1 text_encoder.head.layers.0.\1"),
+        (_RADZERO_LOSS + r"(loss_temperature)", r"\1"),
+    ),
+    _radzero_settings,
+    "medvis.exchange.published:GatheringEncoder",
+    train=_READ_WHOLE | dict(sentences="one"),
+    tokenizer="sentence-transformers/all-mpnet-base-v2",
+    trained_on=("mimic train",),
+    notes=(
+        "it was trained with sentences of one finding each: the score of a report is the mean over its sentences",
+        "it saw 518 pixels on places that may be stored for 224: pass its folder, whose config.json says img_size; "
+        "a file alone is taken at the size of its places",
+        "a softmax over cells gathers what a text is compared with, CLS among them: CLS is not drawn",
+    ),
+    source="deepnoid-ai/RadZero: exp/cxr_pt/model/modeling.py, losses.py, align_transformers.py, processing.py",
+)
+
 # %% ../../nbs/exchange/04_layouts.ipynb #04e13779
 _TOWER = "medvis.exchange.published:ImageTower"
 
 
 def _dinov2_settings(state: State, said: dict[str, Any]) -> dict[str, Any]:
+    "Where there are registers, CLS takes its place along: timm has none for either."
+    cls, places = state[f"{_IMAGE}cls_token"], state[f"{_IMAGE}pos_embed"]
+    if f"{_IMAGE}reg_token" in state and math.isqrt(places.shape[1]) ** 2 != places.shape[1]:
+        state |= {f"{_IMAGE}cls_token": cls + places[:, :1], f"{_IMAGE}pos_embed": places[:, 1:]}
     tower = _vit_sizes(state)
     tower["image_settings"] |= {"scales": True}
-    view = _folder_view(said, tower["image_settings"]["size"], (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    view = _folder_view(said, tower["image_settings"]["size"], *_PHOTOGRAPHS)
     return tower | dict(view=view | {"size": tower["image_settings"]["size"]})
 
 
-_DINO_ATTENTION = r"(?:dinov2\.)?encoder\.layer\.(\d+)\.attention\."
 _DINOV2 = Layout(
     "dinov2",
     "DINOv2, also RAD-DINO: a folder of Hugging Face",
     (r"(dinov2\.)?embeddings\.patch_embeddings\.projection\.weight", r".*layer_scale1\.lambda1"),
-    (
-        (r"(?:dinov2\.)?embeddings\.mask_token", ""),
-        (r"(?:dinov2\.)?embeddings\.cls_token", "image_encoder.body.cls_token"),
-        (r"(?:dinov2\.)?embeddings\.register_tokens", "image_encoder.body.reg_token"),
-        (r"(?:dinov2\.)?embeddings\.position_embeddings", "image_encoder.body.pos_embed"),
-        (r"(?:dinov2\.)?embeddings\.patch_embeddings\.projection\.(.*)", r"image_encoder.body.patch_embed.proj.\1"),
-        (r"(?:dinov2\.)?layernorm\.(.*)", r"image_encoder.body.norm.\1"),
-        (_DINO_ATTENTION + r"(?:attention\.query|q_proj)\.(.*)", _BLOCK + r"attn.qkv.\2#0"),
-        (_DINO_ATTENTION + r"(?:attention\.key|k_proj)\.(.*)", _BLOCK + r"attn.qkv.\2#1"),
-        (_DINO_ATTENTION + r"(?:attention\.value|v_proj)\.(.*)", _BLOCK + r"attn.qkv.\2#2"),
-        (_DINO_ATTENTION + r"(?:output\.dense|o_proj)\.(.*)", _BLOCK + r"attn.proj.\2"),
-        (r"(?:dinov2\.)?encoder\.layer\.(\d+)\.norm([12])\.(.*)", _BLOCK + r"norm\2.\3"),
-        (r"(?:dinov2\.)?encoder\.layer\.(\d+)\.layer_scale([12])\.lambda1", _BLOCK + r"ls\2.gamma"),
-        (r"(?:dinov2\.)?encoder\.layer\.(\d+)\.mlp\.(fc[12]\..*)", _BLOCK + r"mlp.\2"),
-    ),
+    _under(r"(?:dinov2\.)?", _DINO),
     _dinov2_settings,
     _TOWER,
     trained_on=("mimic train", "chexpert train", "nih train", "padchest train", "brax train"),
@@ -978,12 +1150,332 @@ _TORCHVISION = Layout(
     "a ResNet of torchvision",
     (r"conv1\.weight", r"layer4\.0\.conv1\.weight"),
     ((r"fc\..*", ""), (_RESNET, r"image_encoder.body.\1.\2")),
-    lambda state, said: (
-        _resnet_sizes(state) | dict(view=_view(224, 0.875, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
-    ),
+    lambda state, said: _resnet_sizes(state) | dict(view=_view(224, 0.875, *_PHOTOGRAPHS)),
     _TOWER,
     notes=("the file does not say what it was trained to see: ImageNet's mean and deviation are assumed",),
     source="torchvision: resnet.py",
+)
+
+# %% ../../nbs/exchange/04_layouts.ipynb #5f7ac4ac
+_ONLY_SEES = "it reads no text: it can be probed, and is a frozen eye to train with"
+_SAME = r"image_encoder.body.blocks.\1.\2.\3"
+_GATES = (  # a gate and what it lets through, in one matrix or two
+    (r"blocks\.(\d+)\.mlp\.(?:w1|fc1_g)\.(.*)", _BLOCK + r"mlp.fc1_g.\2"),
+    (r"blocks\.(\d+)\.mlp\.(?:w2|fc1_x)\.(.*)", _BLOCK + r"mlp.fc1_x.\2"),
+    (r"blocks\.(\d+)\.mlp\.(?:w3|fc2)\.(.*)", _BLOCK + r"mlp.fc2.\2"),
+)
+_ROTARY = (  # queries and values have a bias, keys have none
+    (
+        r"blocks\.(\d+)\.attn\.qkv\.weight",
+        f"{_BLOCK}attn.q_proj.weight:1/3 {_BLOCK}attn.k_proj.weight:2/3 {_BLOCK}attn.v_proj.weight:3/3",
+    ),
+    (r"blocks\.(\d+)\.attn\.qkv\.bias", f"{_BLOCK}attn.q_proj.bias:1/3 {_BLOCK}attn.v_proj.bias:3/3"),
+    (r"blocks\.(\d+)\.attn\.([qv])_bias", _BLOCK + r"attn.\2_proj.bias"),
+    (r"blocks\.(\d+)\.(attn)\.((?:[qkv]_proj|proj)\..*)", _SAME),
+    (r"blocks\.(\d+)\.(norm[12])\.(.*)", _SAME),
+    *_GATES,
+)
+
+
+def _eva_x_settings(state: State, said: dict[str, Any]) -> dict[str, Any]:
+    tower = _eva_sizes(state)
+    size = tower["image_settings"]["size"]
+    return tower | dict(view=_view(size, 0.875, 0.49185243, 0.28509309, "crop"))
+
+
+_EVA_X = Layout(
+    "eva-x",
+    "EVA-X (npj Digital Medicine 2025), also EVA-02",
+    (r"blocks\.0\.mlp\.(?:w1|w12|fc1|fc1_g)\.weight", r"blocks\.0\.attn\.q_(?:bias|proj\.bias)", r"pos_embed"),
+    (
+        (r"mask_token|lm_head\..*|head\..*|.*rope\..*", ""),
+        (r"(cls_token|pos_embed|patch_embed\..*)", r"image_encoder.body.\1"),
+        (r"(?:fc_)?norm\.(.*)", r"image_encoder.body.fc_norm.\1"),
+        (r"blocks\.(\d+)\.mlp\.(?:w12|fc1)\.(.*)", f"{_BLOCK}mlp.fc1_g.\\2:1/2 {_BLOCK}mlp.fc1_x.\\2:2/2"),
+        (r"blocks\.(\d+)\.mlp\.(?:ffn_ln|norm)\.(.*)", _BLOCK + r"mlp.norm.\2"),
+        *_ROTARY,
+    ),
+    _eva_x_settings,
+    _TOWER,
+    trained_on=("nih train", "chexpert train", "mimic train"),
+    fit="crop",
+    notes=(
+        _ONLY_SEES,
+        "its code normalises the mean of the cells with what its training normalised every cell with: "
+        "here cells are normalised one by one, and the whole as in its code",
+        "an EVA-02 of photographs has the same names; what is declared, and the grey levels, are EVA-X's",
+    ),
+    source="hustvl/EVA-X: eva_x.py, classification/utils/datasets.py; timm: eva.py",
+)
+
+
+def _dinov3_settings(state: State, said: dict[str, Any]) -> dict[str, Any]:
+    "With a gate, what Hugging Face calls up_proj is what the gate lets through."
+    for key in [key for key in state if re.search(r"\.mlp\.fc1\.", key)]:
+        if f"{_IMAGE}blocks.0.mlp.fc1_g.weight" in state:
+            state[key.replace(".fc1.", ".fc1_x.")] = state.pop(key)
+    view = _folder_view(said, 224, *_PHOTOGRAPHS)
+    return _eva_sizes(state, view["size"], pool="token", rope="dinov3", eps=1e-5) | dict(view=view)
+
+
+_V3 = r"(?:model\.)?layer\.(\d+)\."
+_DINOV3 = Layout(
+    "dinov3",
+    "DINOv3, a vision transformer: a folder of Hugging Face, or a file of its authors or timm",
+    (
+        r"embeddings\.register_tokens|storage_tokens|reg_token",
+        r"(?:model\.)?layer\.0\.layer_scale1\.lambda1|rope_embed\.periods|blocks\.0\.gamma_1",
+    ),
+    (
+        (r"(?:embeddings\.)?mask_token|rope_embed\..*|.*\.bias_mask|head\..*|local_cls_norm\..*", ""),
+        (r"(?:embeddings\.)?cls_token", "image_encoder.body.cls_token"),
+        (r"embeddings\.register_tokens|storage_tokens|reg_token", "image_encoder.body.reg_token"),
+        (r"(?:embeddings\.patch_embeddings|patch_embed\.proj)\.(.*)", r"image_encoder.body.patch_embed.proj.\1"),
+        (r"norm\.(.*)", r"image_encoder.body.norm.\1"),
+        (_V3 + r"norm([12])\.(.*)", _BLOCK + r"norm\2.\3"),
+        (_V3 + r"attention\.([qkv])_proj\.(.*)", _BLOCK + r"attn.\2_proj.\3"),
+        (_V3 + r"attention\.o_proj\.(.*)", _BLOCK + r"attn.proj.\2"),
+        (_V3 + r"layer_scale([12])\.lambda1", _BLOCK + r"gamma_\2"),
+        (_V3 + r"mlp\.gate_proj\.(.*)", _BLOCK + r"mlp.fc1_g.\2"),
+        (_V3 + r"mlp\.up_proj\.(.*)", _BLOCK + r"mlp.fc1.\2"),
+        (_V3 + r"mlp\.down_proj\.(.*)", _BLOCK + r"mlp.fc2.\2"),
+        (r"blocks\.(\d+)\.(?:ls([12])\.gamma|gamma_([12]))", _BLOCK + r"gamma_\2\3"),
+        (r"blocks\.(\d+)\.mlp\.fc1\.(.*)", _BLOCK + r"mlp.fc1.\2"),
+        *_ROTARY,
+    ),
+    _dinov3_settings,
+    _TOWER,
+    notes=(
+        _ONLY_SEES,
+        "it has no learned places and takes any multiple of its patch: 224 pixels are assumed where no folder says "
+        "more; ask for size= (--size) to see finer",
+        "it was trained on photographs; users find that its cells, as they are, align with words badly",
+    ),
+    source="transformers: DINOv3ViTModel; timm: eva.py; facebookresearch/dinov3",
+)
+
+# %% ../../nbs/exchange/04_layouts.ipynb #01a9e194
+_ASSUMED = "the file does not say what it was trained to see: ImageNet's mean and deviation are assumed"
+_STAGES = tuple(enumerate((1, 3, 5, 7)))  # where torchvision keeps them; between them is what halves the map
+
+
+def _seen(state: State, said: dict[str, Any]) -> dict[str, Any]:
+    "As the folder says, else as networks of photographs do."
+    told = "preprocessor_config.json" in said
+    return dict(view=_folder_view(said, 224, *_PHOTOGRAPHS) if told else _view(224, 0.875, *_PHOTOGRAPHS))
+
+
+_TORCHVISION_CONVNEXT = (
+    *(
+        (rf"features\.{place}\.(\d+)\.{theirs}", rf"image_encoder.body.stages.{stage}.blocks.\1.{ours}")
+        for stage, place in _STAGES
+        for theirs, ours in (
+            (r"block\.0\.(.*)", r"conv_dw.\2"),
+            (r"block\.2\.(.*)", r"norm.\2"),
+            (r"block\.3\.(.*)", r"mlp.fc1.\2"),
+            (r"block\.5\.(.*)", r"mlp.fc2.\2"),
+            ("layer_scale", "gamma"),
+        )
+    ),
+    *((rf"features\.{place - 1}\.(.*)", rf"image_encoder.body.stages.{n}.downsample.\1") for n, place in _STAGES[1:]),
+    (r"features\.0\.(.*)", r"image_encoder.body.stem.\1"),
+    (r"classifier\.0\.(.*)", r"image_encoder.body.head.norm.\1"),
+)
+_STAGE = r"image_encoder.body.stages.\1.blocks.\2."
+_CONVNEXT = Layout(
+    "convnext",
+    "a ConvNeXt of torchvision, timm or its authors (also V2), or DINOv3's: a folder of Hugging Face",
+    (
+        r"stages\.0\.blocks\.0\.conv_dw\.weight|stages\.0\.0\.dwconv\.weight|features\.1\.0\.block\.0\.weight"
+        r"|(?:model\.)?stages\.0\.layers\.0\.depthwise_conv\.weight",
+    ),
+    (
+        (r"head\.(?:fc\..*|weight|bias)|classifier\.2\..*", ""),
+        *_TORCHVISION_CONVNEXT,
+        (r"downsample_layers\.0\.(.*)", r"image_encoder.body.stem.\1"),
+        (r"downsample_layers\.(\d)\.(.*)", r"image_encoder.body.stages.\1.downsample.\2"),
+        (r"(?:model\.)?stages\.0\.downsample_layers\.(.*)", r"image_encoder.body.stem.\1"),
+        (r"(?:model\.)?stages\.(\d)\.downsample_layers\.(.*)", r"image_encoder.body.stages.\1.downsample.\2"),
+        (r"(?:model\.)?stages\.(\d)\.(?:layers\.)?(\d+)\.(?:dwconv|depthwise_conv)\.(.*)", _STAGE + r"conv_dw.\3"),
+        (r"(?:model\.)?stages\.(\d)\.(?:layers\.)?(\d+)\.(?:norm|layer_norm)\.(.*)", _STAGE + r"norm.\3"),
+        (r"(?:model\.)?stages\.(\d)\.(?:layers\.)?(\d+)\.(?:pw|pointwise_)conv([12])\.(.*)", _STAGE + r"mlp.fc\3.\4"),
+        (r"(?:model\.)?stages\.(\d)\.(?:layers\.)?(\d+)\.gamma", _STAGE + "gamma"),
+        (r"stages\.(\d)\.(\d+)\.grn\.gamma", _STAGE + "mlp.grn.weight"),
+        (r"stages\.(\d)\.(\d+)\.grn\.beta", _STAGE + "mlp.grn.bias"),
+        (r"(?:norm|layer_norm|head\.norm)\.(.*)", r"image_encoder.body.head.norm.\1"),
+        (r"((?:stem|stages)\..*)", r"image_encoder.body.\1"),
+    ),
+    lambda state, said: _convnext_sizes(state) | _seen(state, said),
+    _TOWER,
+    notes=(
+        _ONLY_SEES,
+        _ASSUMED,
+        "it normalises the mean of its cells: here each cell is normalised alone, as DINOv3 does",
+    ),
+    source="torchvision: convnext.py; timm: convnext.py; facebookresearch/ConvNeXt; transformers: DINOv3ConvNextModel",
+)
+
+# %% ../../nbs/exchange/04_layouts.ipynb #2002bc2e
+_TORCHVISION_SWIN = (
+    (r"features\.0\.0\.(.*)", r"image_encoder.body.patch_embed.proj.\1"),
+    (r"features\.0\.2\.(.*)", r"image_encoder.body.patch_embed.norm.\1"),
+    *(
+        (rf"features\.{place}\.(\d+)\.{theirs}", rf"image_encoder.body.layers.{stage}.blocks.\1.{ours}")
+        for stage, place in _STAGES
+        for theirs, ours in (
+            (r"((?:norm[12]|attn\.qkv|attn\.proj)\..*)", r"\2"),
+            (r"(attn\.relative_position_bias_table)", r"\2"),
+            (r"mlp\.0\.(.*)", r"mlp.fc1.\2"),
+            (r"mlp\.3\.(.*)", r"mlp.fc2.\2"),
+        )
+    ),
+    *((rf"features\.{place - 1}\.(.*)", rf"image_encoder.body.layers.{n}.downsample.\1") for n, place in _STAGES[1:]),
+)
+
+
+def _swin_settings(state: State, said: dict[str, Any]) -> dict[str, Any]:
+    "Its authors halve a map at the end of a stage, timm at the start of the next."
+    if any(key.startswith(f"{_IMAGE}layers.0.downsample.") for key in state):
+        halve = re.compile(rf"({re.escape(_IMAGE)}layers\.)(\d+)(\.downsample\..*)")
+        for key in sorted((key for key in state if halve.fullmatch(key)), reverse=True):
+            state[halve.sub(lambda found: f"{found[1]}{int(found[2]) + 1}{found[3]}", key)] = state.pop(key)
+    view = _seen(state, said)
+    return _swin_sizes(state, view["view"]["size"]) | view
+
+
+_SWIN = Layout(
+    "swin",
+    "a Swin transformer of torchvision, timm, its authors or Hugging Face",
+    (
+        r"(?:layers\.0\.blocks\.0|features\.1\.0)\.attn\.relative_position_bias_table"
+        r"|(?:swin\.)?encoder\.layers\.0\.blocks\.0\.attention\..*relative_position_bias_table",
+    ),
+    (
+        (r"(?:head|classifier)\..*|.*\.(?:attn_mask|relative_position_index)", ""),
+        *_TORCHVISION_SWIN,
+        *_under(r"(?:swin\.)?", _OLD_SWIN),
+        (r"((?:patch_embed|layers|norm)\..*)", r"image_encoder.body.\1"),
+    ),
+    _swin_settings,
+    _TOWER,
+    notes=(
+        _ONLY_SEES,
+        _ASSUMED,
+        "it has no CLS: its first cell is the corner at the top left. Its weights do not tell the size of its image: "
+        "224 pixels are assumed",
+    ),
+    source="torchvision: swin_transformer.py; timm: swin_transformer.py; microsoft/Swin-Transformer",
+)
+
+
+def _densenet_settings(state: State, said: dict[str, Any]) -> dict[str, Any]:
+    "One of torchxrayvision has thresholds beside its weights, and sees grey levels from -1024 to 1024."
+    tower, thresholds = _densenet_sizes(state), state.pop("op_threshs", None)
+    view = _seen(state, said)["view"] if thresholds is None else _view(224, 1.0, 0.5, 1 / 2048, "crop")
+    return tower | dict(view=view | {"channels": tower["image_settings"]["channels"]})
+
+
+def _densenet_checks(state: State, said: dict[str, Any]) -> list[str]:
+    return ["it is of torchxrayvision: it sees grey levels from -1024 to 1024"] if "op_threshs" in state else [_ASSUMED]
+
+
+_DENSENET = Layout(
+    "densenet",
+    "a DenseNet of torchvision, timm or torchxrayvision (also CheXNet)",
+    (r"features\.denseblock1\.denselayer1\.conv\.?1\.weight",),
+    (
+        (r"classifier\..*", ""),
+        (r"(features\.denseblock\d\.denselayer\d+\.(?:norm|conv))\.([12]\..*)", r"image_encoder.body.\1\2"),
+        (r"(features\..*)", r"image_encoder.body.\1"),
+        (r"(op_threshs)", r"\1"),
+    ),
+    _densenet_settings,
+    _TOWER,
+    notes=(_ONLY_SEES,),
+    checks=_densenet_checks,
+    source="torchvision: densenet.py; mlmed/torchxrayvision: models.py",
+)
+
+
+def _efficientnet_settings(state: State, said: dict[str, Any]) -> dict[str, Any]:
+    "Which one it is, by its blocks and its width; its weights tell no strides. ValueError for another."
+    blocks = len({match[0] for key in state if (match := re.match(r".*features\.[1-7]\.\d+\.block", key))})
+    widths = [len(value) for key, value in state.items() if re.search(r"features\.\d\.1\.running_mean", key)]
+    if (blocks, max(widths)) not in EFFICIENTNETS:
+        raise ValueError(f"no EfficientNet of torchvision has {blocks} blocks and ends {max(widths)} wide")
+    version = EFFICIENTNETS[blocks, max(widths)]
+    seen = torchvision.models.get_model_weights(f"efficientnet_{version}").DEFAULT.transforms()
+    size, side = seen.crop_size[0], max(seen.resize_size[0], seen.crop_size[0])
+    view = _view(size, size / side, tuple(seen.mean), tuple(seen.std))
+    return dict(image="medvis.exchange.towers:efficientnet", image_settings=dict(version=version), view=view)
+
+
+_EFFICIENTNET = Layout(
+    "torchvision-efficientnet",
+    "an EfficientNet of torchvision, B0 to B7 or V2",
+    (r"features\.1\.0\.block\.0\.0\.weight", r"features\.0\.1\.running_mean"),
+    ((r"classifier\..*", ""), (r"(features\..*)", r"image_encoder.body.\1")),
+    _efficientnet_settings,
+    _TOWER,
+    notes=(_ONLY_SEES, "the file does not say what it was trained to see: what torchvision says of its own is assumed"),
+    source="torchvision: efficientnet.py",
+)
+
+
+def _torchvision_vit_settings(state: State, said: dict[str, Any]) -> dict[str, Any]:
+    tower = _vit_sizes(state)
+    return tower | dict(view=_view(tower["image_settings"]["size"], 0.875, *_PHOTOGRAPHS))
+
+
+_LAYERS_OF = r"encoder\.layers\.encoder_layer_(\d+)\."
+_TORCHVISION_VIT = Layout(
+    "torchvision-vit",
+    "a vision transformer of torchvision",
+    (r"conv_proj\.weight", r"encoder\.layers\.encoder_layer_0\..*"),
+    (
+        (r"heads\..*", ""),
+        (r"class_token", "image_encoder.body.cls_token"),
+        (r"conv_proj\.(.*)", r"image_encoder.body.patch_embed.proj.\1"),
+        (r"encoder\.pos_embedding", "image_encoder.body.pos_embed"),
+        (r"encoder\.ln\.(.*)", r"image_encoder.body.norm.\1"),
+        (_LAYERS_OF + r"ln_([12])\.(.*)", _BLOCK + r"norm\2.\3"),
+        (_LAYERS_OF + r"self_attention\.in_proj_(.*)", _BLOCK + r"attn.qkv.\2"),
+        (_LAYERS_OF + r"self_attention\.out_proj\.(.*)", _BLOCK + r"attn.proj.\2"),
+        (_LAYERS_OF + r"mlp\.(?:0|linear_1)\.(.*)", _BLOCK + r"mlp.fc1.\2"),
+        (_LAYERS_OF + r"mlp\.(?:3|linear_2)\.(.*)", _BLOCK + r"mlp.fc2.\2"),
+    ),
+    _torchvision_vit_settings,
+    _TOWER,
+    notes=(_ONLY_SEES, _ASSUMED),
+    source="torchvision: vision_transformer.py",
+)
+
+
+def _named_settings(state: State, said: dict[str, Any]) -> dict[str, Any]:
+    "A network of timm by the name in its folder."
+    config = said["config.json"]
+    seen, options = (config.get(name) or {} for name in ("pretrained_cfg", "model_args"))
+    channels, _, size = seen.get("input_size", (3, 224, 224))
+    mean, std = (tuple(seen.get(name, both)) for name, both in zip(("mean", "std"), _PHOTOGRAPHS))
+    view = _view(size, seen.get("crop_pct", 0.875), mean, std, "crop") | {"channels": channels}
+    image = dict(architecture=config["architecture"], options=options)
+    return dict(image="medvis.exchange.towers:named", image_settings=image, view=view)
+
+
+_NAMED = Layout(
+    "timm",
+    "any network of timm: a folder whose config.json names its architecture",
+    (r".*",),
+    (
+        (r"(?:fc|classifier|head\.fc|head\.l|head_dist)\..*|head\.(?:weight|bias)", ""),
+        (r"(.*)", r"image_encoder.body.\1"),
+    ),
+    _named_settings,
+    _TOWER,
+    fit="crop",
+    notes=(_ONLY_SEES, "its images are crops of the centre: what lies beyond the short side is not seen"),
+    says="architecture",
+    source="timm: create_model; the folder's config.json",
 )
 
 # %% ../../nbs/exchange/04_layouts.ipynb #38f08c55
@@ -993,6 +1485,8 @@ LAYOUTS = {
         _MGCA,
         _GLORIA,
         _AFLOC,
+        _CARZERO,
+        _RADZERO,
         _LOVT,
         _BIOVIL_T,
         _BIOVIL,
@@ -1004,20 +1498,31 @@ LAYOUTS = {
         _CHEXZERO,
         _OPENAI_CLIP,
         _MACO,
+        _NAMED,
         _DINOV2,
+        _DINOV3,
+        _EVA_X,
         _TIMM,
+        _CONVNEXT,
+        _SWIN,
+        _DENSENET,
+        _EFFICIENTNET,
+        _TORCHVISION_VIT,
         _TORCHVISION,
     )
 }
 
 
-def _marked(state: State, layout: Layout) -> bool:
+def _marked(state: State, layout: Layout, said: dict[str, Any]) -> bool:
+    if layout.says and not isinstance(said.get("config.json", {}).get(layout.says), str):
+        return False
     return all(any(re.fullmatch(mark, key) for key in state) for mark in layout.marks)
 
 
 def sniff(
     state: State,
     kind: str | None = None,  # of LAYOUTS; None = the first that fits
+    said: dict[str, Any] | None = None,  # what the file and its folder say
 ) -> tuple[Layout, State]:  # the layout, and the weights under its names
     """Which layout a file has. ValueError if none fits, or if the one that is asked for does not.
 
@@ -1026,6 +1531,8 @@ def sniff(
     state : State
     kind : str | None, default: None
         of LAYOUTS; None = the first that fits
+    said : dict[str, Any] | None, default: None
+        what the file and its folder say
 
     Returns
     -------
@@ -1038,7 +1545,7 @@ def sniff(
     bare = {key.partition(".")[2]: value for key, value in state.items()} if len(tops) == 1 else {}
     for weights in (state, bare):
         for layout in LAYOUTS.values() if kind is None else (LAYOUTS[kind],):
-            if weights and _marked(weights, layout):
+            if weights and _marked(weights, layout, said or {}):
                 return layout, weights
     starts = ", ".join(sorted({".".join(key.split(".")[:2]) for key in state})[:8])
     wanted = "none of the published kinds" if kind is None else f"not {LAYOUTS[kind].title}"

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['EFFICIENTNETS', 'resnet', 'resnet18', 'vit', 'swin', 'convnext', 'densenet', 'eva', 'named', 'efficientnet',
-           'continued_vit', 'LayerList', 'TextTransformer', 'TextTower', 'Questions']
+           'LayerList', 'TextTransformer', 'TextTower', 'Questions']
 
 # %% ../../nbs/exchange/02_towers.ipynb #79e49600
 import math
@@ -77,6 +77,25 @@ class _PooledViT(ViTEncoder):
         return self.body.attn_pool(regions.flatten(0, 1)[:, None]).view_as(regions)
 
 
+class _Continued(nn.Module):
+    "A vision transformer with more blocks behind its last normalisation."
+
+    def __init__(self, first: nn.Module, more: nn.Module) -> None:
+        super().__init__()
+        self.body, self.more, self.preprocessing = first.body, more, first.preprocessing
+        self.region_dim, self.whole_dim = first.region_dim, first.whole_dim
+        self.pyramid_dims, self.pyramid_strides = first.pyramid_dims, first.pyramid_strides
+
+    def forward(
+        self,
+        image: Tensor,  # (B, C, H, W) preprocessed
+    ) -> ImageFeatures:
+        x = self.more(self.body.forward_features(image))
+        return ImageFeatures(x[:, self.body.num_prefix_tokens :], x[:, 0], tuple(self.body.patch_embed.grid_size))
+
+    pyramid = ViTEncoder.pyramid
+
+
 def vit(
     size: int = 224,
     patch: int = 16,
@@ -91,8 +110,9 @@ def vit(
     scales: bool = False,  # scale what a block adds (DINOv2)
     registers: int = 0,
     channels: int = 3,
+    more: int = 0,  # blocks behind the last normalisation (RadZero)
 ) -> nn.Module:
-    """A vision transformer of timm.
+    """A vision transformer of timm; registers have no place in the image.
 
     Parameters
     ----------
@@ -115,10 +135,13 @@ def vit(
         scale what a block adds (DINOv2)
     registers : int, default: 0
     channels : int, default: 3
+    more : int, default: 0
+        blocks behind the last normalisation (RadZero)
     """
     check_choice("pooling of a vision transformer", pool, ("token", "map", "avg"))
-    names = dict(img_size=size, patch_size=patch, embed_dim=width, depth=depth, num_heads=heads, in_chans=channels)
-    body = timm.models.VisionTransformer(
+    names = dict(img_size=size, patch_size=patch, embed_dim=width, num_heads=heads, in_chans=channels)
+    make = partial(
+        timm.models.VisionTransformer,
         **names,
         mlp_ratio=hidden / width,
         num_classes=0,
@@ -130,8 +153,10 @@ def vit(
         norm_layer=partial(nn.LayerNorm, eps=eps),
         init_values=1.0 if scales else None,
         reg_tokens=registers,
+        no_embed_class=registers > 0,
     )
-    return (ViTEncoder if pool == "token" else _PooledViT)(body, Preprocessing())
+    encoder = (ViTEncoder if pool == "token" else _PooledViT)(make(depth=depth), Preprocessing())
+    return _Continued(encoder, make(depth=more).blocks) if more else encoder
 
 # %% ../../nbs/exchange/02_towers.ipynb #95ee9d2d
 class _CellEncoder(nn.Module):
@@ -318,22 +343,26 @@ _TIMM_OPTIONS = ("img_size", "global_pool", "class_token", "no_embed_class", "re
 
 
 def named(
-    name: str,  # of timm.list_models()
+    architecture: str,  # of timm.list_models()
     options: dict[str, Any] | None = None,  # of _TIMM_OPTIONS; others are left out
 ) -> nn.Module:
     """A network of timm by its name, without its classifier. ValueError for a name that timm does not know.
 
     Parameters
     ----------
-    name : str
+    architecture : str
         of timm.list_models()
     options : dict[str, Any] | None, default: None
         of _TIMM_OPTIONS; others are left out
     """
-    if not isinstance(name, str) or not name.isidentifier() or not timm.is_model(name):
-        raise ValueError(f"timm {timm.__version__} knows no architecture {name!r}")
+    if not (isinstance(architecture, str) and architecture.isidentifier() and timm.is_model(architecture)):
+        raise ValueError(f"timm {timm.__version__} knows no architecture {architecture!r}")
     options = {key: value for key, value in (options or {}).items() if key in _TIMM_OPTIONS}
-    return _CellEncoder(timm.create_model(name, pretrained=False, num_classes=0, **options), Preprocessing())
+    try:
+        body = timm.create_model(architecture, pretrained=False, num_classes=0, **options)
+    except Exception as error:
+        raise ValueError(f"timm makes no {architecture} with {options} ({type(error).__name__}: {error})") from error
+    return _CellEncoder(body, Preprocessing())
 
 
 class _EfficientNet(_CellEncoder):
@@ -351,7 +380,7 @@ class _EfficientNet(_CellEncoder):
         return x.mean((2, 3))
 
 
-EFFICIENTNETS = {  # blocks in all and width at the end -> name
+EFFICIENTNETS = {  # blocks in all and width at the end -> version
     (16, 1280): "b0",
     (23, 1280): "b1",
     (23, 1408): "b2",
@@ -367,51 +396,17 @@ EFFICIENTNETS = {  # blocks in all and width at the end -> name
 
 
 def efficientnet(
-    name: str = "b0",  # of EFFICIENTNETS
+    version: str = "b0",  # of EFFICIENTNETS
 ) -> nn.Module:
     """An EfficientNet of torchvision.
 
     Parameters
     ----------
-    name : str, default: 'b0'
+    version : str, default: 'b0'
         of EFFICIENTNETS
     """
-    check_choice("EfficientNet", name, list(EFFICIENTNETS.values()))
-    return _EfficientNet(torchvision.models.get_model(f"efficientnet_{name}", weights=None), Preprocessing())
-
-
-class _Continued(nn.Module):
-    "A vision transformer with more blocks behind its last normalisation."
-
-    def __init__(self, first: nn.Module, more: nn.Module) -> None:
-        super().__init__()
-        self.body, self.more, self.preprocessing = first.body, more, first.preprocessing
-        self.region_dim, self.whole_dim = first.region_dim, first.whole_dim
-        self.pyramid_dims, self.pyramid_strides = first.pyramid_dims, first.pyramid_strides
-
-    def forward(self, image: Tensor) -> ImageFeatures:
-        x = self.more(self.body.forward_features(image))
-        return ImageFeatures(x[:, self.body.num_prefix_tokens :], x[:, 0], tuple(self.body.patch_embed.grid_size))
-
-    pyramid = ViTEncoder.pyramid
-
-
-def continued_vit(
-    more: int = 2,  # blocks, of the same shape
-    **sizes: Any,  # of vit
-) -> nn.Module:
-    """A vision transformer of timm with more blocks behind its last normalisation (RadZero).
-
-    Parameters
-    ----------
-    more : int, default: 2
-        blocks, of the same shape
-    **sizes : Any
-        of vit
-    """
-    first = vit(**sizes)
-    more = vit(**{**sizes, "depth": more}).body.blocks
-    return _Continued(first, more)
+    check_choice("EfficientNet", version, list(EFFICIENTNETS.values()))
+    return _EfficientNet(torchvision.models.get_model(f"efficientnet_{version}", weights=None), Preprocessing())
 
 # %% ../../nbs/exchange/02_towers.ipynb #8986ad34
 class _Append(nn.Module):
