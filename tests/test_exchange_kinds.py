@@ -2,6 +2,7 @@
 written here from the facts, or as the library that the model was made with."""
 import json
 import math
+import os
 import re
 
 import pytest
@@ -21,6 +22,7 @@ from medvis.encoders.image import IMAGE_ENCODERS, ResNetEncoder, ViTEncoder
 from medvis.data.preprocessing import Preprocessing
 from medvis.exchange.importing import import_checkpoint
 from medvis.exchange.layouts import LAYOUTS
+from medvis.exchange.reader import UnsafeFile
 from medvis.methods.method import phantom_tokenizer
 from medvis.testing import small_phantom
 from medvis.train.run import load_method
@@ -449,7 +451,8 @@ def test_carzero(tmp_path):
     torch.testing.assert_close(method.embed_image(batch.image), seen, **CLOSE)
     texts = torch.stack([carzero_text(text, one) for one in TEXTS])
     torch.testing.assert_close(method.embed_texts(TEXTS), texts[:, 0], **CLOSE)
-    assert any(token.startswith("##") for token in WORDS.tokenize(" ".join(TEXTS).lower()))         # some words have several pieces
+    torch.testing.assert_close(method.text_encoder(["Smallest effusions."])[0], carzero_text(text, "Smallest effusions."), **CLOSE)
+    assert any(token.startswith("##") for token in WORDS.tokenize("smallest effusions"))           # a word of several pieces
     said = torch.stack([carzero_text(text, " ".join(sentences)) for sentences in batch.sentences])
     torch.testing.assert_close(method.embed_text(batch), said, **CLOSE)
     wanted = torch.stack([torch.stack([(carzero_fusion(fusion, image, one[0])[0] + carzero_fusion(fusion, one, image[0])[0]) / 2 for one in said]) for image in seen])
@@ -712,9 +715,19 @@ def test_a_folder_of_timm_that_lies(config, words, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["folder"]
 
 
+class Calls:
+    "Makes a folder when a pickle is trusted."
+
+    def __init__(self, mark):
+        self.mark = mark
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.mark),)
+
+
 @pytest.mark.parametrize("name", ["carzero", "radzero", *ONLY_SEE])
 def test_half_and_changed_files_of_them(name, tmp_path):
-    "A weight less, a weight more, a weight of another shape: each is named, and nothing is written."
+    "A weight less, a weight more, a weight of another shape, a call beside the weights: each is named, and nothing is written or run."
     made = {"carzero": carzero_file, "radzero": radzero_file}.get(name) or ONLY_SEE[name]
     state = made()[0]
     state = state.get("module", state)
@@ -725,6 +738,9 @@ def test_half_and_changed_files_of_them(name, tmp_path):
         torch.save({key: value for key, value in (state | change).items() if value is not None}, tmp_path / "model.pt")
         with pytest.raises(ValueError, match=words):
             import_checkpoint(tmp_path / "model.pt", tmp_path / "run", **ask)
+    torch.save({"model": state, "args": Calls(tmp_path / "mark")}, tmp_path / "model.pt")
+    with pytest.raises(UnsafeFile, match="Nothing of it was run"):
+        import_checkpoint(tmp_path / "model.pt", tmp_path / "run", **ask)
     assert [path.name for path in tmp_path.iterdir()] == ["model.pt"]
 
 

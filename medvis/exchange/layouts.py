@@ -1038,7 +1038,7 @@ _CARZERO = Layout(
     trained_on=("mimic train",),
     fit="pad",
     notes=(
-        "its maps are attention, the mean of its layers: they cannot be negative, and never say that a finding is absent",
+        "its maps are attention, the mean of its layers: never negative, they cannot say that a finding is absent",
         'it was trained with prompts, "There is X.": a bare word is another question',
         "its score attends to the padding of texts to 97 words, and a text is the sum of its tokens over 97: "
         "both are done here as published",
@@ -1261,8 +1261,9 @@ _STAGES = tuple(enumerate((1, 3, 5, 7)))  # where torchvision keeps them; betwee
 
 def _seen(state: State, said: dict[str, Any]) -> dict[str, Any]:
     "As the folder says, else as networks of photographs do."
-    told = "preprocessor_config.json" in said
-    return dict(view=_folder_view(said, 224, *_PHOTOGRAPHS) if told else _view(224, 0.875, *_PHOTOGRAPHS))
+    if "preprocessor_config.json" in said:
+        return dict(view=_folder_view(said, 224, *_PHOTOGRAPHS))
+    return dict(view=_view(224, 0.875, *_PHOTOGRAPHS))
 
 
 _TORCHVISION_CONVNEXT = (

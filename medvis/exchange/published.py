@@ -281,7 +281,7 @@ class AskingEncoderConfig(DualEncoderConfig):
     asking: dict[str, Any] = field(default_factory=dict)
     "Sizes of `towers.Questions`."
 
-
+# %% ../../nbs/exchange/03_published.ipynb #8372c34d
 class AskingEncoder(DualEncoder):
     "A published model in which texts ask the tokens of an image, and images the words of a text (CARZero)."
 

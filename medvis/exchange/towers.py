@@ -160,7 +160,7 @@ def vit(
 
 # %% ../../nbs/exchange/02_towers.ipynb #95ee9d2d
 class _CellEncoder(nn.Module):
-    "A network of timm: every cell of its last map as if it were the image alone, and what its own pooling makes of all."
+    "A network of timm: each cell of its last map as if it were the image alone, and what its own pooling makes of all."
 
     def __init__(self, body: nn.Module, preprocessing: Preprocessing) -> None:
         super().__init__()
@@ -237,7 +237,7 @@ def convnext(
     body = timm.models.ConvNeXt(**shape, ls_init_value=1.0 if scales else None, use_grn=responses, num_classes=0)
     return _CellEncoder(body, Preprocessing())
 
-
+# %% ../../nbs/exchange/02_towers.ipynb #04000950
 def densenet(
     growth: int = 32,
     blocks: Sequence[int] = (6, 12, 24, 16),
@@ -312,29 +312,19 @@ def eva(
     check_choice("pooling of a vision transformer with rotary places", pool, ("avg", "token"))
     check_choice("rotation", rope, ("cat", "dinov3"))
     dino = dict(rope_temperature=100.0, rope_rotate_half=True) if rope == "dinov3" else {}
+    shape = dict(embed_dim=width, depth=depth, num_heads=heads, mlp_ratio=(hidden + 0.5) / width, in_chans=channels)
+    gate = dict(swiglu_mlp=gated, swiglu_align_to=1, scale_mlp=inner, qkv_bias=bias, qkv_fused=False)
+    turned = dict(use_rot_pos_emb=True, rope_type=rope, ref_feat_shape=reference or size // patch)
     body = timm.models.Eva(
         size,
         patch,
-        channels,
         num_classes=0,
         global_pool=pool,
-        embed_dim=width,
-        depth=depth,
-        num_heads=heads,
-        mlp_ratio=(hidden + 0.5) / width,
-        qkv_bias=bias,
-        qkv_fused=False,
-        swiglu_mlp=gated,
-        swiglu_align_to=1,
-        scale_mlp=inner,
         norm_layer=partial(nn.LayerNorm, eps=eps),
         init_values=1.0 if scales else None,
         num_reg_tokens=registers,
         use_abs_pos_emb=positions,
-        use_rot_pos_emb=True,
-        rope_type=rope,
-        ref_feat_shape=reference or size // patch,
-        **dino,
+        **(shape | gate | turned | dino),
     )
     return _CellEncoder(body, Preprocessing())
 
@@ -364,7 +354,7 @@ def named(
         raise ValueError(f"timm makes no {architecture} with {options} ({type(error).__name__}: {error})") from error
     return _CellEncoder(body, Preprocessing())
 
-
+# %% ../../nbs/exchange/02_towers.ipynb #db671c4a
 class _EfficientNet(_CellEncoder):
     "An EfficientNet of torchvision: its last map, and the mean of that."
 
