@@ -22,6 +22,7 @@ from medvis.encoders.image import IMAGE_ENCODERS, ResNetEncoder, ViTEncoder
 from medvis.data.preprocessing import Preprocessing
 from medvis.exchange.importing import import_checkpoint
 from medvis.exchange.layouts import LAYOUTS
+from medvis.exchange.outgoing import export
 from medvis.exchange.reader import UnsafeFile
 from medvis.methods.method import phantom_tokenizer
 from medvis.testing import small_phantom
@@ -701,6 +702,28 @@ def test_a_folder_of_timm(architecture, tmp_path):
     method, image = load_method(run), torch.rand(2, 3, 64, 64)
     torch.testing.assert_close(method.embed_image(image), network.forward_head(network.forward_features(image), pre_logits=True), **CLOSE)
     assert run.manifest["imported"]["kind"] == "timm" and (method.preprocessing.mean, method.preprocessing.crop, method.preprocessing.fit) == ((0.1, 0.2, 0.3), 0.5, "crop")
+
+
+@torch.no_grad()
+def test_what_goes_out_as_timm_comes_back(tmp_path):
+    torch.save(small_vit().state_dict(), tmp_path / "vit.pt")
+    here = import_checkpoint(tmp_path / "vit.pt", tmp_path / "here")
+    back = import_checkpoint(export(here.path, to="timm", out=tmp_path / "timm"), tmp_path / "back")
+    image = torch.rand(2, 3, 48, 48)
+    assert (here.manifest["imported"]["kind"], back.manifest["imported"]["kind"]) == ("timm-vit", "timm")
+    first, again = load_method(here).image_encoder(image), load_method(back).image_encoder(image)
+    torch.testing.assert_close(again.regions, first.regions, **CLOSE)
+    torch.testing.assert_close(again.whole, first.whole, **CLOSE)
+
+
+@pytest.mark.parametrize("to", ["timm", "torchvision", "transformers", "open_clip"])
+def test_models_with_no_place_elsewhere_say_so(to, tmp_path):
+    "Blocks behind a vision transformer, and the reading of others' texts, are no other library's."
+    torch.save(radzero_file()[0], tmp_path / "model.pt")
+    run = import_checkpoint(tmp_path / "model.pt", tmp_path / "run", tokenizer=WORDS)
+    with pytest.raises(ValueError):
+        export(run.path, to=to, out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(("config", "words"), [

@@ -148,7 +148,12 @@ def _with_ends(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
 
 # %% ../../nbs/exchange/13_outgoing.ipynb #1dafb32d
 def _write_transformers_text(method: Method, folder: Path) -> None:
-    encoder: TextEncoder = method.text_encoder
+    encoder = method.text_encoder
+    if not isinstance(encoder, TextEncoder):
+        raise ValueError(
+            "the text tower of an imported model stays as its authors published it: choose --to safetensors or onnx "
+            "(to= in Python), or --tower image"
+        )
     encoder.body.save_pretrained(folder)
     tokenizer = encoder.tokenizer
     _with_ends(tokenizer).save_pretrained(folder)

@@ -14,6 +14,8 @@ import torchvision
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
+from ..encoders.image import ViTEncoder
+
 # %% ../../nbs/exchange/11_places.ipynb #90c94997
 @dataclass(frozen=True)
 class Place:
@@ -104,6 +106,16 @@ def _vit_arguments(body: nn.Module) -> dict:
     }
 
 
+def _is_plain_vit(encoder: nn.Module) -> bool:
+    "Whether it is timm's vit_base_patch16_224 but for sizes: no scales, registers or pools, and nothing behind it."
+    body = getattr(encoder, "body", None)
+    if type(encoder) is not ViTEncoder or not isinstance(body, timm.models.VisionTransformer):
+        return False
+    with torch.device("meta"):
+        fresh = timm.create_model("vit_base_patch16_224", num_classes=0, **_vit_arguments(body))
+    return fresh.state_dict().keys() == body.state_dict().keys()
+
+
 def timm_place(
     encoder: nn.Module,  # of images
 ) -> Place:
@@ -117,7 +129,7 @@ def timm_place(
     body = getattr(encoder, "body", None)
     if name := _resnet_name(body):
         return Place(name, {}, _plain(body), int(encoder.layer.removeprefix("layer")))
-    if isinstance(body, timm.models.VisionTransformer):
+    if _is_plain_vit(encoder):
         return Place("vit_base_patch16_224", _vit_arguments(body), _plain(body), len(body.blocks) - 1)
     name = (getattr(body, "pretrained_cfg", None) or {}).get("architecture", "")
     if not timm.is_model(name):
@@ -219,6 +231,6 @@ def transformers_model(
     body = getattr(encoder, "body", None)
     if _resnet_name(body):
         return _transformers_resnet(body, encoder.layer).eval()
-    if isinstance(body, timm.models.VisionTransformer):
+    if _is_plain_vit(encoder):
         return _transformers_vit(body).eval()
     raise _no_place(encoder, "transformers")

@@ -330,6 +330,7 @@ def eva(
 
 # %% ../../nbs/exchange/02_towers.ipynb #305b1454
 _TIMM_OPTIONS = ("img_size", "global_pool", "class_token", "no_embed_class", "reg_tokens", "fc_norm", "init_values")
+_TIMM_OPTIONS += ("patch_size", "in_chans", "embed_dim", "depth", "num_heads", "mlp_ratio")
 
 
 def named(
