@@ -20,6 +20,7 @@ from transformers import DINOv3ViTConfig, DINOv3ViTModel, MPNetConfig, MPNetMode
 from medvis.data.pairs import Pairs, collate
 from medvis.encoders.image import IMAGE_ENCODERS, ResNetEncoder, ViTEncoder
 from medvis.data.preprocessing import Preprocessing
+from medvis.exchange.doctor import examine
 from medvis.exchange.importing import import_checkpoint
 from medvis.exchange.layouts import LAYOUTS
 from medvis.exchange.outgoing import export
@@ -463,6 +464,8 @@ def test_carzero(tmp_path):
         looked = carzero_fusion(fusion, seen[row], carzero_text(text, batch.sentences[row][column])[0])[1]
         torch.testing.assert_close(maps.sentences[row, :, column], looked[1:], **CLOSE)
     assert maps.learned == ("sentences",) and run.manifest["data"] | {"fit": "pad", "declared": ["mimic train"]} == run.manifest["data"]
+    told = " ".join(examine(tmp_path / "CARZero_best_model.ckpt", tokenizer=WORDS)["finding"])
+    assert "it is whole" in told and "they cannot say that a finding is absent" in told and "a self-attention that its code never calls" in told
     assert run.manifest["imported"]["kind"] == "carzero" and method.preprocessing.mean == 0.4978
 
 
@@ -501,6 +504,8 @@ def test_radzero(size, tmp_path):
     torch.testing.assert_close(method.similarity(method.embed_image(batch.image), method.embed_text(batch)), wanted, **CLOSE)
     maps = method.correspondence(batch)
     torch.testing.assert_close(maps.sentences[1, :, 0], unit[1, 1:] @ F.normalize(say(batch.sentences[1][0]), dim=0), **CLOSE)
+    told = " ".join(examine(tmp_path / "radzero")["finding"])
+    assert f"it is whole, and sees {size} x {size} pixels" in told and "CLS is not drawn" in told
     assert maps.temperature == pytest.approx(0.07) and method.config.bias == 0 and maps.learned == ("sentences",) and run.manifest["imported"]["kind"] == "radzero"
 
 
@@ -686,6 +691,8 @@ def test_models_that_only_see(name, tmp_path):
     torch.testing.assert_close(found.regions, local, **CLOSE)
     torch.testing.assert_close(method.embed_image(image), whole, **CLOSE)
     assert method.reads_text is False and not run.manifest["imported"]["unknown"]
+    table = examine(as_file(content, tmp_path))
+    assert "stop" not in set(table["weight"]) and table["finding"].str.startswith(f"it is whole, and sees {size} x {size} pixels").any() and table["finding"].str.contains("it reads no text").any()
 
 
 @pytest.mark.parametrize("architecture", ["resnet18d", "vit_tiny_patch16_224", "mobilenetv3_small_050"])
