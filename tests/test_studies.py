@@ -103,7 +103,7 @@ def test_a_subject_is_trained_and_measured_once(data, tmp_path, monkeypatch):
         return pd.DataFrame({"encoder": ["trained", "trained", "random-init"], "finding": ["macro", "Edema", "macro"], "fraction": 0.1, "auroc": [0.7, 0.6, 0.5]})
 
     def fit(method, pack, config):
-        asked.append((type(method).__name__, config.run.name, config.run.parent.name, config.seed, config.progress))
+        asked.append((type(method).__name__, config.run.name, config.seed, config.progress))
 
     monkeypatch.setattr(grounding, "linear_probe", probe)
     monkeypatch.setattr(grounding, "fit", fit)
@@ -112,7 +112,7 @@ def test_a_subject_is_trained_and_measured_once(data, tmp_path, monkeypatch):
     config = GroundingConfig(out=tmp_path, subjects=("random-init", "convirt"), seeds=(5,), studies=120, progress=False)
     table = grounding.run_grounding(config)
     measured = [(["trained"], (0.01, 0.1, 1.0), (0, 1, 2))]
-    taken_up = [("ConVIRT", "run", "convirt-5", 5, False)]
+    taken_up = [("ConVIRT", "convirt-5", 5, False)]
     assert asked == [(tmp_path / "pack", 120, 64, 0, False), *measured, *taken_up * 2, *measured, *taken_up * 2], "for pointing it is trained, then taken up"
     assert set(table.index) == {"random-init", "convirt"} and table.auroc.tolist() == [0.7, 0.7] and table["random-init"].tolist() == [0.5, 0.5]
     probes = read_task(tmp_path, "probe")
@@ -154,13 +154,13 @@ def test_on_equal_footing_only_the_objective_differs(tmp_path, data, monkeypatch
     config = GroundingConfig(out=tmp_path, subjects=("random-init", "clip"), seeds=(3, 4), footing="equal", progress=False)
     study = grounding.grounding_study(config)
     tried = run_study(replace(study.first, prepare=None), progress=False)
-    assert trained == [("run", rate, sentences, 3) for rate, sentences in points] and len(set(tried.variant)) == 4
+    assert trained == [(f"clip@{rate}-{sentences}-3", rate, sentences, 3) for rate, sentences in points] and len(set(tried.variant)) == 4
     assert {"subject", "lr", "sentences", "word", "sentence"} <= set(tried)
     best = grounding._best_settings(study.first.out, "clip")
     assert best == {"lr": 0.001, "sentences": "all"} and grounding._best_settings(study.first.out, "random-init") == {}
     assert grounding._best_settings(None, "clip") == {}, "nothing is tuned at the presets"
     grounding._trained_subject(study.variants["clip"], 4, data, best, tmp_path / "clip-4")
-    assert trained[-1] == ("run", 0.001, "all", 4)
+    assert trained[-1] == ("clip-4", 0.001, "all", 4)
 
 
 def test_the_demo_goes_the_whole_way(tmp_path, data, monkeypatch, capsys):

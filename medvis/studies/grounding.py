@@ -154,7 +154,7 @@ def _trained_subject(
     method = _make_subject(settings["subject"], data, seed, settings["footing"])
     method.training_settings |= tuned
     if settings["subject"] != RANDOM_INIT:
-        fit(method, data, TrainConfig.of(method, folder / "run", seed=seed, progress=False))
+        fit(method, data, TrainConfig.of(method, folder, seed=seed, progress=False))
     return method.eval()
 
 
