@@ -17,7 +17,7 @@ from medvis.methods.settings import methods_with_text
 from medvis.studies import demo, grounding, mgca_figures, show
 from medvis.train import TrainConfig
 from medvis.studies.config import DemoConfig, GroundingConfig
-from medvis.studies.runner import read_task, run_study
+from medvis.studies.runner import study_rows, run_study
 
 
 @pytest.fixture(scope="module")
@@ -115,10 +115,10 @@ def test_a_subject_is_trained_and_measured_once(data, tmp_path, monkeypatch):
     taken_up = [("ConVIRT", "convirt-5", 5, False)]
     assert asked == [(tmp_path / "pack", 120, 64, 0, False), *measured, *taken_up * 2, *measured, *taken_up * 2], "for pointing it is trained, then taken up"
     assert set(table.index) == {"random-init", "convirt"} and table.auroc.tolist() == [0.7, 0.7] and table["random-init"].tolist() == [0.5, 0.5]
-    probes = read_task(tmp_path, "probe")
+    probes = study_rows(tmp_path, "probe")
     assert set(probes) == {"variant", "seed", "encoder", "finding", "fraction", "auroc"} and set(probes.finding) == {"macro"} and set(probes.seed) == {5}
-    assert set(read_task(tmp_path, "maps").variant) == {"random-init", "convirt"} and "hit_rate" in read_task(tmp_path, "pointing")
-    assert set(read_task(tmp_path, "loss")) == {"variant", "seed", "part", "own", "other_image"}
+    assert set(study_rows(tmp_path, "maps").variant) == {"random-init", "convirt"} and "hit_rate" in study_rows(tmp_path, "pointing")
+    assert set(study_rows(tmp_path, "loss")) == {"variant", "seed", "part", "own", "other_image"}
     count = len(asked)
     grounding.run_grounding(config)
     assert len(asked) == count, "done already"

@@ -9,7 +9,7 @@ __all__ = ['STUDIES', 'benchmark_verdicts', 'claims_table', 'compare_with_papers
            'fit_keeping_epochs', 'measure_runs', 'rank_correlations', 'draw_examples', 'draw_findings', 'draw_summary',
            'grounding_study', 'run_grounding', 'local_mi_pictures', 'FiguresConfig', 'figure_study', 'lovt_pictures',
            'mgca_pictures', 'draw_curve', 'draw_headlines', 'headline_table', 'run_real_pairs', 'verdict_table', 'Cell',
-           'Study', 'dask_workers', 'find_study', 'read_task', 'run_study', 'say_status', 'study_cost', 'study_status',
+           'Study', 'dask_workers', 'find_study', 'study_rows', 'run_study', 'say_status', 'study_cost', 'study_status',
            'study_table', 'show_run']
 
 # %% ../../nbs/studies/00_doors.ipynb #d4065c6b
@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from medvis.studies.runner import (
         Cell,
         Study,
-        read_task,
+        study_rows,
         run_study,
         say_status,
         study_cost,
@@ -102,8 +102,8 @@ _all_ = [
     "Study",
     "dask_workers",
     "find_study",
-    "read_task",
-    "read_task",
+    "study_rows",
+    "study_rows",
     "run_study",
     "say_status",
     "study_cost",

@@ -19,14 +19,14 @@ from ..analyse.page import exact_for
 from ..data.pack import Pack
 from ..data.tasks import phantom_task
 from ..evaluate import phantom_pointing
-from ..evaluate.protocol import HEADLINE, compare_runs, run_protocol
+from ..evaluate.protocol import HEADLINE, over_patients, run_protocol
 from ..evaluate.retrieve import retrieve
 from ..train.run import RANDOM_INIT
 from ..evaluate.stats import compare
 from ..methods import Method
 from .config import DownstreamConfig
 from .figures import run_facts
-from .runner import Cell, Study, run_study
+from .runner import Cell, Study, _work, run_study
 from .show import held_out_pairs
 from ..train import load_method
 from ..core.files import write_atomic
@@ -71,15 +71,13 @@ _WITHOUT_HEAD: dict[str, Callable[[Method, Pack, Path], dict[str, float]]] = {
 
 # %% ../../nbs/studies/04_downstream.ipynb #0317954b
 def _head_rows(cell: Cell, method: Method, data: Pack, config: DownstreamConfig, heads: Path) -> pd.DataFrame:
-    "The headline numbers of a family that needs a head; `run` is where its predictions are, below the study's folder."
+    "The headline numbers of a family that needs a head."
     kind, protocol = _TASKS[cell.task]
     found = {} if kind == "labels" else {"findings": config.findings}
     task = phantom_task(data, kind, **found, progress=False)
     encoders, seeds = {cell.variant: method.image_encoder}, (cell.seed,)
     table = run_protocol(encoders, task, protocol, heads, config.fractions, seeds, progress=False)
-    place = (heads / "runs").relative_to(config.out)
-    table = table[table.metric == HEADLINE[kind]].drop(columns=["encoder", "seed", "task"])
-    return table.assign(run=[str(place / run) for run in table["run"]])
+    return table[table.metric == HEADLINE[kind]].drop(columns=["encoder", "seed", "task"])
 
 
 def _fill(cell: Cell, settings: Mapping[str, Any], folder: Path, config: DownstreamConfig) -> pd.DataFrame:
@@ -88,7 +86,7 @@ def _fill(cell: Cell, settings: Mapping[str, Any], folder: Path, config: Downstr
     if cell.variant == RANDOM_INIT:
         method = _random_init(method, cell.seed)
     if cell.task in _TASKS:
-        return _head_rows(cell, method, data, config, folder / "heads")
+        return _head_rows(cell, method, data, config, folder.parent / "heads")
     numbers = _WITHOUT_HEAD[cell.task](method, data, folder / "without-head")
     rows = [{"protocol": cell.task, "fraction": 1.0, "metric": name, "value": value} for name, value in numbers.items()]
     return pd.DataFrame(rows)
@@ -104,16 +102,6 @@ def downstream_study(config: DownstreamConfig) -> Study:
     )
 
 # %% ../../nbs/studies/04_downstream.ipynb #e41d0d5d
-def _over_patients(table: pd.DataFrame, config: DownstreamConfig) -> pd.DataFrame:
-    "Pre-trained against random-init at the largest share, means over seeds, with intervals over test patients."
-    heads, tables = table[table["task"].isin(_TASKS) & (table["fraction"] == max(config.fractions))], []
-    for (family, protocol, fraction), group in heads.groupby(["task", "protocol", "fraction"], sort=False):
-        folders = {name: [config.out / run for run in own["run"]] for name, own in group.groupby("variant", sort=False)}
-        rows = compare_runs(folders, RANDOM_INIT, resamples=config.resamples)
-        tables.append(rows.assign(family=family, protocol=protocol, fraction=fraction))
-    return pd.concat(tables, ignore_index=True)
-
-
 def run_downstream(
     config: DownstreamConfig,
 ) -> pd.DataFrame:  # family, metric, encoder, mean, low, high, gain, ...: see stats.compare
@@ -126,8 +114,11 @@ def run_downstream(
     pd.DataFrame
         family, metric, encoder, mean, low, high, gain, ...: see stats.compare
     """
-    table = run_study(downstream_study(config), config.jobs, progress=config.progress)
-    patients = _over_patients(table, config)
+    study = downstream_study(config)
+    table = run_study(study, config.jobs, progress=config.progress)
+    most = table[table["task"].isin(_TASKS) & (table["fraction"] == max(config.fractions))]
+    heads = _work(study, study.cells()[0]).parent / "heads"
+    patients = over_patients(most.rename(columns={"variant": "encoder"}), heads, RANDOM_INIT, config.resamples)
     write_atomic(config.out / "patients.csv", lambda file: patients.to_csv(file, index=False))
     comparison = compare_families(table)
     print(comparison.to_string(), exact_for(describe_machine(), len(config.runs)), sep="\n")

@@ -28,7 +28,7 @@ from ..evaluate.ground import RECIPE, other_patient_images, phantom_targets
 from ..train.run import RANDOM_INIT
 from ..methods import METHODS, Correspondence, Method
 from .config import GroundingConfig
-from .runner import Cell, Study, read_task, run_study
+from .runner import Cell, Study, study_rows, run_study
 from .show import held_out_pairs, pick_targets
 from ..train import TrainConfig, create_method, fit
 from ..core.choices import check_choice
@@ -201,7 +201,7 @@ def _best_settings(
     "The settings that pointed best."
     if tuned is None or subject == RANDOM_INIT:
         return {}
-    tried = read_task(tuned, "tuning").query("subject == @subject")
+    tried = study_rows(tuned, "tuning").query("subject == @subject")
     best = tried.loc[(tried.word + tried.sentence).idxmax()]
     return {"lr": float(best.lr), "sentences": str(best.sentences)}
 
@@ -230,7 +230,7 @@ def grounding_study(config: GroundingConfig) -> Study:
 # %% ../../nbs/studies/03_grounding.ipynb #c5a1f542
 def _rows(out: str | Path, task: str) -> pd.DataFrame:  # subject, seed, and the columns of the task
     "What the study in a folder has measured."
-    return read_task(Path(out), task).rename(columns={"variant": "subject"})
+    return study_rows(Path(out), task).rename(columns={"variant": "subject"})
 
 
 def run_grounding(config: GroundingConfig) -> pd.DataFrame:  # the table of `_subject_table`
