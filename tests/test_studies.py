@@ -1,4 +1,5 @@
 """The studies' parts with a randomly initialised network and planted trainings: what is asked of whom, and what is written."""
+import shutil
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -13,9 +14,10 @@ from medvis.data.prepare import PhantomConfig, prepare_phantom
 from medvis.evaluate import phantom_pointing, phantom_targets
 from medvis.methods import METHODS
 from medvis.methods.settings import methods_with_text
-from medvis.studies import demo, grounding, lovt_figures, mgca_figures, show
+from medvis.studies import demo, grounding, mgca_figures, show
 from medvis.train import TrainConfig
 from medvis.studies.config import DemoConfig, GroundingConfig
+from medvis.studies.runner import study_rows, run_study
 
 
 @pytest.fixture(scope="module")
@@ -98,25 +100,28 @@ def test_a_subject_is_trained_and_measured_once(data, tmp_path, monkeypatch):
 
     def probe(encoders, pack, fractions, seeds):
         asked.append((list(encoders), fractions, seeds))
-        return pd.DataFrame({"encoder": ["clip", "clip", "random-init"], "finding": ["macro", "Edema", "macro"], "fraction": 0.1, "auroc": [0.7, 0.6, 0.5]})
+        return pd.DataFrame({"encoder": ["trained", "trained", "random-init"], "finding": ["macro", "Edema", "macro"], "fraction": 0.1, "auroc": [0.7, 0.6, 0.5]})
 
     def fit(method, pack, config):
-        asked.append((type(method).__name__, str(config.run), config.seed, config.progress))
+        asked.append((type(method).__name__, config.run.name, config.seed, config.progress))
 
     monkeypatch.setattr(grounding, "linear_probe", probe)
     monkeypatch.setattr(grounding, "fit", fit)
+    monkeypatch.setattr(grounding, "prepare_phantom", lambda settings: asked.append((settings.out, settings.studies, settings.size, settings.seed, settings.progress)))
+    shutil.copytree(data.path, tmp_path / "pack")
     config = GroundingConfig(out=tmp_path, subjects=("random-init", "convirt"), seeds=(5,), studies=120, progress=False)
-    monkeypatch.setattr(grounding, "prepare_phantom", lambda settings: asked.append((settings.out, settings.studies, settings.size, settings.seed, settings.progress)) or data)
     table = grounding.run_grounding(config)
-    assert asked == [(tmp_path / "pack", 120, 64, 0, False), (["random-init-5"], (0.01, 0.1, 1.0), (0, 1, 2)),
-                     ("ConVIRT", str(tmp_path / "runs" / "convirt-5"), 5, False), (["convirt-5"], (0.01, 0.1, 1.0), (0, 1, 2))]
+    measured = [(["trained"], (0.01, 0.1, 1.0), (0, 1, 2))]
+    taken_up = [("ConVIRT", "convirt-5", 5, False)]
+    assert asked == [(tmp_path / "pack", 120, 64, 0, False), *measured, *taken_up * 2, *measured, *taken_up * 2], "for pointing it is trained, then taken up"
     assert set(table.index) == {"random-init", "convirt"} and table.auroc.tolist() == [0.7, 0.7] and table["random-init"].tolist() == [0.5, 0.5]
-    probes = pd.read_csv(tmp_path / "probe.csv")
-    assert probes.columns.tolist() == ["encoder", "finding", "fraction", "auroc", "subject", "seed"] and set(probes.finding) == {"macro"} and set(probes.seed) == {5}
-    assert pd.read_csv(tmp_path / "pointing.csv").columns[0] == "finding" and set(pd.read_parquet(tmp_path / "maps.parquet").subject) == {"random-init", "convirt"}
-    assert pd.read_csv(tmp_path / "loss.csv").columns.tolist() == ["part", "own", "other_image", "subject", "seed"] and (tmp_path / "manifest.json").exists()
-    grounding._run_subject("convirt", 5, data, config)
-    assert len(asked) == 4, "done already"
+    probes = study_rows(tmp_path, "probe")
+    assert set(probes) == {"variant", "seed", "encoder", "finding", "fraction", "auroc"} and set(probes.finding) == {"macro"} and set(probes.seed) == {5}
+    assert set(study_rows(tmp_path, "maps").variant) == {"random-init", "convirt"} and "hit_rate" in study_rows(tmp_path, "pointing")
+    assert set(study_rows(tmp_path, "loss")) == {"variant", "seed", "part", "own", "other_image"}
+    count = len(asked)
+    grounding.run_grounding(config)
+    assert len(asked) == count, "done already"
 
 
 def test_on_equal_footing_only_the_objective_differs(tmp_path, data, monkeypatch):
@@ -145,14 +150,17 @@ def test_on_equal_footing_only_the_objective_differs(tmp_path, data, monkeypatch
 
     monkeypatch.setattr(grounding, "fit", fit)
     monkeypatch.setattr(grounding, "phantom_pointing", Pointing)
-    config = GroundingConfig(out=tmp_path, seeds=(3, 4), footing="equal", progress=False)
-    best = grounding._tune_subject("clip", data, config)
-    assert best == {"lr": 0.001, "sentences": "all"} and grounding._tune_subject("random-init", data, config) == {}
-    assert trained == [(f"clip-3-{rate}-{sentences}", rate, sentences, 3) for rate, sentences in points]
-    assert pd.read_csv(tmp_path / "tuning" / "clip.csv").columns.tolist() == ["subject", "lr", "sentences", "word", "sentence"]
-    assert grounding._tune_subject("clip", data, config) == best and len(trained) == 4, "tried once"
-    grounding._train_subject("clip", 4, data, config, best)
-    assert trained[-1] == ("clip-4-0.001-all", 0.001, "all", 4)
+    shutil.copytree(data.path, tmp_path / "pack")
+    config = GroundingConfig(out=tmp_path, subjects=("random-init", "clip"), seeds=(3, 4), footing="equal", progress=False)
+    study = grounding.grounding_study(config)
+    tried = run_study(replace(study.first, prepare=None), progress=False)
+    assert trained == [(f"clip@{rate}-{sentences}-3", rate, sentences, 3) for rate, sentences in points] and len(set(tried.variant)) == 4
+    assert {"subject", "lr", "sentences", "word", "sentence"} <= set(tried)
+    best = grounding._best_settings(study.first.out, "clip")
+    assert best == {"lr": 0.001, "sentences": "all"} and grounding._best_settings(study.first.out, "random-init") == {}
+    assert grounding._best_settings(None, "clip") == {}, "nothing is tuned at the presets"
+    grounding._trained_subject(study.variants["clip"], 4, data, best, tmp_path / "clip-4")
+    assert trained[-1] == ("clip-4", 0.001, "all", 4)
 
 
 def test_the_demo_goes_the_whole_way(tmp_path, data, monkeypatch, capsys):
@@ -183,8 +191,3 @@ def test_single_findings_and_vectors(method):
     found = mgca_figures._single_findings(phantom, 4, start=50)
     assert [index for index, _ in found] == [index for index in range(50, found[-1][0] + 1) if len(phantom.scene(index).findings) == 1]
     assert [name for _, name in found] == [phantom.scene(index).findings[0].name for index, _ in found] and len(found) == 4
-
-
-def test_rows_are_written_by_run(tmp_path):
-    lovt_figures.save_table(tmp_path / "x.csv", {"a": {"b": 1 / 3, "c": 2}, "d": {"b": 1.0, "c": 4}})
-    assert (tmp_path / "x.csv").read_text() == "run,b,c\na,0.33333,2\nd,1,4\n"

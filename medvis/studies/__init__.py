@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['STUDIES', 'benchmark_verdicts', 'claims_table', 'compare_with_papers', 'listed_claims', 'tables_overview',
            'DemoConfig', 'DownstreamConfig', 'GroundingConfig', 'RealPairsConfig', 'run_demo', 'compare_families',
-           'draw_families', 'run_downstream', 'draw_ranks', 'epoch_correlations', 'fit_keeping_epochs', 'measure_runs',
-           'rank_correlations', 'draw_examples', 'draw_findings', 'draw_summary', 'gather', 'run_grounding',
-           'run_local_mi_figures', 'FiguresConfig', 'run_lovt_figures', 'run_mgca_figures', 'draw_curve',
-           'draw_headlines', 'headline_table', 'run_real_pairs', 'verdict_table', 'Cell', 'Study', 'dask_workers',
-           'find_study', 'run_study', 'say_status', 'study_cost', 'study_status', 'study_table', 'show_run']
+           'downstream_study', 'draw_families', 'run_downstream', 'draw_ranks', 'epoch_correlations',
+           'fit_keeping_epochs', 'measure_runs', 'rank_correlations', 'draw_examples', 'draw_findings', 'draw_summary',
+           'grounding_study', 'run_grounding', 'local_mi_pictures', 'FiguresConfig', 'figure_study', 'lovt_pictures',
+           'mgca_pictures', 'draw_curve', 'draw_headlines', 'headline_table', 'run_real_pairs', 'verdict_table', 'Cell',
+           'Study', 'dask_workers', 'find_study', 'study_rows', 'run_study', 'say_status', 'study_cost', 'study_status',
+           'study_table', 'show_run']
 
 # %% ../../nbs/studies/00_doors.ipynb #d4065c6b
 from typing import TYPE_CHECKING
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
         find_study,
     )
     from medvis.studies.demo import run_demo
-    from medvis.studies.downstream import compare_families, draw_families, run_downstream
+    from medvis.studies.downstream import compare_families, downstream_study, draw_families, run_downstream
     from medvis.studies.free_measure import (
         draw_ranks,
         epoch_correlations,
@@ -38,12 +39,22 @@ if TYPE_CHECKING:
         measure_runs,
         rank_correlations,
     )
-    from medvis.studies.grounding import draw_examples, draw_findings, draw_summary, gather, run_grounding
-    from medvis.studies.local_mi_figures import run_local_mi_figures
-    from medvis.studies.lovt_figures import FiguresConfig, run_lovt_figures
-    from medvis.studies.mgca_figures import run_mgca_figures
+    from medvis.studies.grounding import draw_examples, draw_findings, draw_summary, grounding_study, run_grounding
+    from medvis.studies.local_mi_figures import local_mi_pictures
+    from medvis.studies.figures import FiguresConfig, figure_study
+    from medvis.studies.lovt_figures import lovt_pictures
+    from medvis.studies.mgca_figures import mgca_pictures
     from medvis.studies.real_pairs import draw_curve, draw_headlines, headline_table, run_real_pairs, verdict_table
-    from medvis.studies.runner import Cell, Study, run_study, say_status, study_cost, study_status, study_table
+    from medvis.studies.runner import (
+        Cell,
+        Study,
+        study_rows,
+        run_study,
+        say_status,
+        study_cost,
+        study_status,
+        study_table,
+    )
     from medvis.studies.show import show_run
 else:
     __getattr__, __dir__ = lazy_door("medvis.studies")
@@ -62,6 +73,8 @@ _all_ = [
     "RealPairsConfig",
     "run_demo",
     "compare_families",
+    "downstream_study",
+    "downstream_study",
     "draw_families",
     "run_downstream",
     "draw_ranks",
@@ -72,12 +85,14 @@ _all_ = [
     "draw_examples",
     "draw_findings",
     "draw_summary",
-    "gather",
+    "grounding_study",
     "run_grounding",
-    "run_local_mi_figures",
+    "local_mi_pictures",
     "FiguresConfig",
-    "run_lovt_figures",
-    "run_mgca_figures",
+    "figure_study",
+    "figure_study",
+    "lovt_pictures",
+    "mgca_pictures",
     "draw_curve",
     "draw_headlines",
     "headline_table",
@@ -87,6 +102,8 @@ _all_ = [
     "Study",
     "dask_workers",
     "find_study",
+    "study_rows",
+    "study_rows",
     "run_study",
     "say_status",
     "study_cost",

@@ -63,6 +63,8 @@ class GroundingConfig:
     "Side of the phantom's images in pixels."
     footing: Literal["own", "equal"] = "own"
     "own: each method as its preset is; equal: the same image encoder, sentences, epochs and tuning for all."
+    jobs: int = 1
+    "Processes of this machine, of one thread each."
     progress: bool = True
     "Show progress bars."
 
@@ -86,6 +88,8 @@ class DownstreamConfig:
     "Shares of the training patients whose labels, masks or boxes are used."
     resamples: int = 200
     "Bootstrap draws of test patients, for intervals at the largest share."
+    jobs: int = 1
+    "Processes of this machine, of one thread each."
     progress: bool = True
     "Show progress bars."
 

@@ -44,7 +44,6 @@ from ..evaluate.stats import bootstrap_mean
 from ..methods.settings import idle_settings
 from ..methods import METHODS, Method
 from .config import RealPairsConfig
-from .grounding import gather
 from ..train import TrainConfig, create_method, fit, load_method
 from ..train.run import RANDOM_INIT
 
@@ -618,7 +617,12 @@ def _check_study(config: RealPairsConfig) -> None:
     write_json(path, {**written, **study})
 
 
-def run_real_pairs(config: RealPairsConfig) -> pd.DataFrame:  # of all results, see `gather`
+def _gather(results: Path) -> pd.DataFrame:
+    "The results that exist, of all runs."
+    return pd.concat([read_csv(path) for path in sorted(results.glob("*/results.csv"))], ignore_index=True)
+
+
+def run_real_pairs(config: RealPairsConfig) -> pd.DataFrame:  # all results
     """Train and measure what is missing, seed by seed, until the deadline; goes on where it was stopped.
 
     ValueError if the folder holds a study of other data or settings.
@@ -626,7 +630,7 @@ def run_real_pairs(config: RealPairsConfig) -> pd.DataFrame:  # of all results, 
     Returns
     -------
     pd.DataFrame
-        of all results, see `gather`
+        all results
     """
     _check_study(config)
     started, study = time.monotonic(), _Study(config)
@@ -641,12 +645,12 @@ def run_real_pairs(config: RealPairsConfig) -> pd.DataFrame:  # of all results, 
         f"{len(done)} of {len(jobs)} runs are measured"
         + ("; the same command goes on" if len(done) < len(jobs) else "")
     )
-    return gather(config.out / "results", "results") if done else pd.DataFrame(columns=[*_KEYS, *_COLUMNS])
+    return _gather(config.out / "results") if done else pd.DataFrame(columns=[*_KEYS, *_COLUMNS])
 
 # %% ../../nbs/studies/08_real_pairs.ipynb #2cdebbe3
 def _total_seconds(out: Path) -> float:
     "Processor seconds of all results, of the tries that were not chosen, and of the frozen features."
-    results = gather(out / "results", "results")
+    results = _gather(out / "results")
     spent = results.loc[results["family"] == "cost", "value"].sum()
     for path in sorted((out / "tuning").glob("*.csv")):
         tried = read_csv(path)
