@@ -21,7 +21,7 @@ from .runner import Cell, Study
 from .show import held_out_pairs
 from ..train import Run
 
-# %% ../../nbs/studies/02_figures.ipynb #55800526
+# %% ../../nbs/studies/02_figures.ipynb #21c7bd15
 @dataclass
 class FiguresConfig:
     "Which runs a set of figures is drawn from, and where its numbers go."
@@ -35,14 +35,14 @@ class FiguresConfig:
     most: int = 1600
     "Images or studies that a table is of, at most."
 
-
+# %% ../../nbs/studies/02_figures.ipynb #1cf3efe0
 def run_facts(path: str | Path) -> dict[str, Any]:
     "What a run is of: method, seed, epochs, data, commit; not where it lies."
     run = Run(Path(path))
     of = {"method": run.config["method"], "seed": run.manifest["seed"], "epochs": run.config["train"]["epochs"]}
     return {**of, "data": run.manifest["data"]["hash"], "commit": run.manifest["commit"]}
 
-
+# %% ../../nbs/studies/02_figures.ipynb #67656438
 def figure_study(
     name: str,
     fill: Callable[..., pd.DataFrame],  # `fill_figure` with a notebook's own tables, and a function of that notebook
@@ -65,7 +65,7 @@ def figure_study(
     of = {"pack": data.manifest["hash"], "source": data.manifest["source"], "most": config.most}
     return Study(name, Path(config.out), partial(fill, config=config), variants, (0,), tuple(tables), of)
 
-# %% ../../nbs/studies/02_figures.ipynb #93d5c6ae
+# %% ../../nbs/studies/02_figures.ipynb #d0ccacba
 @dataclass(frozen=True)
 class Shown:
     "A trained run, and the held-out studies that it is drawn with."
@@ -82,7 +82,7 @@ class Shown:
 
 FigureTable = Callable[[Shown], pd.DataFrame]
 
-
+# %% ../../nbs/studies/02_figures.ipynb #be651f87
 def fill_figure(tables: Mapping[str, FigureTable], cell: Cell, config: FiguresConfig) -> pd.DataFrame:
     "One table of one run."
     run = Run(Path(config.runs[cell.variant]))
