@@ -9,6 +9,7 @@ __all__ = ['gather', 'run_grounding', 'draw_summary', 'draw_findings', 'draw_exa
 import json
 from collections.abc import Mapping
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import pandas as pd
 import torch
 from matplotlib.figure import Figure
 
+from ..core.bars import bar
 from ..analyse.page import exact_for
 from ..analyse.maps import common_limits, draw_map
 from ..data.files import read_csv
@@ -231,13 +233,13 @@ def run_grounding(config: GroundingConfig) -> pd.DataFrame:  # the table of `_su
         raise ValueError(f"{out} holds a study of another {' and '.join(differing)}; choose another folder with --out")
     facts = {"source": data.manifest["source"], "recipe": RECIPE, **describe_machine()}
     write_json(path, {**study, **facts})
-    for seed in config.seeds:
-        for subject in config.subjects:
-            _run_subject(subject, seed, data, config)
-            for kind in ("pointing", "probe", "loss", "maps"):  # after every run, so that one sees how far it is
-                table = gather(out / "results", kind)
-                suffix, write = ("parquet", table.to_parquet) if kind == "maps" else ("csv", table.to_csv)
-                write_atomic(out / f"{kind}.{suffix}", lambda file: write(file, index=False))
+    runs = list(product(config.seeds, config.subjects))
+    for seed, subject in bar(runs, "runs", show=config.progress, keep=True):
+        _run_subject(subject, seed, data, config)
+        for kind in ("pointing", "probe", "loss", "maps"):  # after every run, so that one sees how far it is
+            table = gather(out / "results", kind)
+            suffix, write = ("parquet", table.to_parquet) if kind == "maps" else ("csv", table.to_csv)
+            write_atomic(out / f"{kind}.{suffix}", lambda file: write(file, index=False))
     table = _subject_table(gather(out / "results", "pointing"), gather(out / "results", "probe"))
     print(table.to_string(), exact_for(describe_machine(), len(config.seeds)), sep="\n")
     return table
