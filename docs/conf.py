@@ -35,7 +35,7 @@ napoleon_preprocess_types = False
 
 html_theme = "pydata_sphinx_theme"
 html_title = project
-exclude_patterns = ["DATA_USE.md", "CHANGELOG.md"]
+exclude_patterns = ["DATA_USE.md", "CHANGELOG.md", "MODEL_CARD.md"]
 html_static_path = ["_static"]
 html_css_files = ["medvis.css"]
 html_show_sourcelink = False

@@ -2,8 +2,8 @@
 
 d = { 'settings': { 'branch': 'main',
                 'doc_baseurl': '/medvis',
-                'doc_host': 'https://medvis.github.io',
-                'git_url': 'https://github.com/medvis/medvis',
+                'doc_host': 'https://medvis.invalid',
+                'git_url': 'https://medvis.invalid/medvis',
                 'lib_path': 'medvis'},
   'syms': { 'medvis.analyse.alignment': { 'medvis.analyse.alignment._other_samples': ( 'analyse/alignment.html#_other_samples',
                                                                                        'medvis/analyse/alignment.py'),

@@ -209,7 +209,7 @@ def page_of(kind: str, path: Path, left_out: bool) -> tuple[str, str] | None:
 def put_together(source: Path, only: list[str] | None = None) -> None:
     "Write the sources of the site; with `only`, the pages of other rooms are left out: there is a title in their place."
     shutil.copytree(ROOT / "docs", source)
-    for name in ("settings.ini", "DATA_USE.md", "CHANGELOG.md"):
+    for name in ("settings.ini", "DATA_USE.md", "CHANGELOG.md", "MODEL_CARD.md"):
         shutil.copy(ROOT / name, source)
     (source / "howto/siglip.py").write_text(own_method(), encoding="utf-8")
     for kind, title, index in (("notebooks", "All notebooks", "rooms"), ("reference", "Reference", "index")):

@@ -166,9 +166,7 @@ def _self_test(again: str) -> Iterator[tuple[str, str, str, str]]:
     start = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="medvis-") as name:
         folder = Path(name)
-        write = (
-            "export TMPDIR=a folder that can be written, with 100 MB free; else pip install --force-reinstall medvis"
-        )
+        write = "export TMPDIR=a folder that can be written, with 100 MB free; else install medvis again"
         row = _tried("a Pack", lambda: _pack_again(folder), write)
         yield row
         if row[1] == "fine":
@@ -185,7 +183,7 @@ def check_installation() -> pd.DataFrame:  # check, state (fine, beware, wrong),
         check, state (fine, beware, wrong), finding, todo
     """
     start = time.perf_counter()
-    again = "pip install --force-reinstall torch torchvision medvis; if it stays, tell us with all these lines"
+    again = "pip install --force-reinstall torch torchvision; if it stays, tell us with all these lines"
     heavy = _tried("imports", lambda: f"{_import_heavy()}, {time.perf_counter() - start:.1f} seconds", again)
     rows = [*_version_rows(), heavy]
     if heavy[1] == "fine":
