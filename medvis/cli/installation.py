@@ -14,8 +14,8 @@ import time
 from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import pandas as pd
 import psutil
 from packaging.requirements import Requirement
@@ -83,7 +83,7 @@ def _device_rows() -> Iterator[tuple[str, str, str, str]]:
         yield "accelerator", "fine", "none: presets tiny and laptop are for the processor alone", ""
 
 
-def _eight_ones(ones: "torch.Tensor") -> int:
+def _eight_ones(ones: Any) -> int:  # of a tensor
     if (total := int(ones.sum())) != 8:
         raise ValueError(f"eight ones add up to {total}")
     return total

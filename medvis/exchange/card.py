@@ -151,15 +151,15 @@ _CARD = {  # heading -> what stands under it as long as nobody has written anyth
     "How to load it": "Code that needs nothing but the library named above, and was run.",
     "Preprocessing": "What becomes of a picture and of a text before the network sees them, in words and as code.",
     "Parity": "How far the features of this file are from those of the run that it was made of.",
-    "Measured": "Tables with intervals: task, data, split, seeds, and random initialisation beside it. Leave out a number "
-    "that has no interval.",
-    "Data it was trained on": "Name, content hash, number of patients, and terms of each; also of the weights that training "
-    "began with.",
+    "Measured": "Tables with intervals: task, data, split, seeds, and random initialisation beside it. Leave out a "
+    "number that has no interval.",
+    "Data it was trained on": "Name, content hash, number of patients, and terms of each; also of the weights that "
+    "training began with.",
     "Intended use, and what it is not for": None,
-    "Where it fails": "Groups of patients, views, scanners or findings for which it is worse, with numbers; what you looked "
-    "for and did not find; what you did not look for.",
-    "Who made it, licence, and how to cite it": "Names and an address for questions; the licence of the weights, which the "
-    "terms of the data may decide; the paper of the method (CITATION.cff of medvis).",
+    "Where it fails": "Groups of patients, views, scanners or findings for which it is worse, with numbers; what you "
+    "looked for and did not find; what you did not look for.",
+    "Who made it, licence, and how to cite it": "Names and an address for questions; the licence of the weights, which "
+    "the terms of the data may decide; the paper of the method (CITATION.cff of medvis).",
 }
 _YOURS = "*Yours to fill in:*"
 
@@ -169,7 +169,7 @@ def card_text(
     library: str = "LIBRARY",  # that reads the file
     sections: Mapping[str, str] = MappingProxyType({}),  # heading -> Markdown
 ) -> str:
-    """A model card in Markdown, with the head that the Hugging Face hub reads; what is not given is marked as the reader's.
+    """A model card in Markdown, with the head that the Hugging Face hub reads; what is not given is marked as yours.
 
     Without sections it is the template, MODEL_CARD.md. ValueError for a heading that no card has.
 
