@@ -10,6 +10,10 @@ settings = config["DEFAULT"]
 extras = {name: settings[f"{name}_requirements"].split() for name in ("dicom", "lab", "small", "export", "cluster", "docs", "dev")}
 extras["dev"] += extras["dicom"] + extras["lab"] + extras["export"] + extras["docs"]
 
+home = settings["git_url"]
+addresses = {"Changes": f"{home}/blob/{settings['branch']}/CHANGELOG.md", "Issues": f"{home}/issues"}
+published = {} if ".invalid" in home else dict(url=home, author_email=settings["author_email"], project_urls=addresses)
+
 setup(
     name=settings["lib_name"],
     version=settings["version"],
@@ -18,9 +22,7 @@ setup(
     long_description_content_type="text/markdown",
     keywords=settings["keywords"],
     author=settings["author"],
-    author_email=settings["author_email"],
-    url=settings["git_url"],
-    project_urls={"Changes": f"{settings['git_url']}/blob/main/CHANGELOG.md", "Issues": f"{settings['git_url']}/issues"},
+    **published,
     classifiers=[
         "Development Status :: 3 - Alpha",
         f"Intended Audience :: {settings['audience']}",

@@ -14,7 +14,7 @@ settings = settings["DEFAULT"]
 
 project, author, release = settings["title"], settings["author"], settings["version"]
 copyright = settings["copyright"]
-extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_design", "sphinx_copybutton"]
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.viewcode", "sphinx.ext.napoleon", "sphinx_design", "sphinx_copybutton"]
 
 # Notebooks are shown as they are kept, outputs included: nbdev_test runs them, the site does not.
 nb_execution_mode = "off"
@@ -35,7 +35,7 @@ napoleon_preprocess_types = False
 
 html_theme = "pydata_sphinx_theme"
 html_title = project
-exclude_patterns = ["DATA_USE.md", "CHANGELOG.md"]
+exclude_patterns = ["DATA_USE.md", "CHANGELOG.md", "MODEL_CARD.md"]
 html_static_path = ["_static"]
 html_css_files = ["medvis.css"]
 html_show_sourcelink = False

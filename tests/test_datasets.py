@@ -280,8 +280,8 @@ def test_a_share_that_is_none_is_told(mimic, capsys):
     assert seen["lovt-30"]["images"] == len(Pack(mimic / "lovt-30")) < seen["lovt"]["images"] and sum(seen["lovt"][what] for what in ("images", "dropped by rules")) == sum(seen["lovt-30"][what] for what in ("images", "dropped by rules"))
 
 
-def test_the_readme_lists_data_sets_and_recipes():
-    lines = (Path(__file__).parent.parent / "README.md").read_text().splitlines()
+def test_the_start_lists_data_sets_and_recipes():
+    lines = (Path(__file__).parent.parent / "docs/start/data.md").read_text().splitlines()
     for name, data_set in DATASETS.items():
         row = next(line for line in lines if line.startswith(f"| `{name}` |"))
         assert row.split("|")[3].strip() == ", ".join(data_set.recipes), name

@@ -224,7 +224,7 @@ def test_the_command_line(tmp_path):
     torch.save(vit(), tmp_path / "vit.pth")
     ask = lambda *words: subprocess.run([sys.executable, "-m", "medvis", *map(str, words)], capture_output=True, text=True)
     done = ask("import", tmp_path / "vit.pth", "--out", tmp_path / "run")
-    assert done.returncode == 0 and done.stdout.endswith(f"Run: {tmp_path / 'run'}\n") and (tmp_path / "run/weights.safetensors").is_file()
+    assert done.returncode == 0 and f"Run: {tmp_path / 'run'}\nNext: medvis probe" in done.stdout and (tmp_path / "run/weights.safetensors").is_file()
     torch.save({"model": vit(), "x": Calls(builtins.print, 1)}, tmp_path / "hostile.pth")
     sick = ask("doctor", tmp_path / "hostile.pth")
     assert sick.returncode == 1 and "builtins.print" in sick.stderr and "Traceback" not in sick.stderr

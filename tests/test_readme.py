@@ -1,8 +1,9 @@
-"""What README.md shows: its Python is run and prints what stands below it, its commands are taken by the parser of the command line."""
+"""What README.md shows: its Python is run and prints what stands below it; its commands, and those of docs/, are taken by the parser of the command line."""
 import contextlib
 import io
 import re
 import shlex
+from importlib.util import find_spec
 
 import matplotlib
 import pytest
@@ -33,7 +34,24 @@ def test_the_first_screen_is_ten_lines():
     assert kind == "python" and code.startswith("import medvis as mv\n") and len(code.splitlines()) == 10
 
 
-LINES = [line.split("#")[0].strip() for kind, code in FENCES if kind == "sh" for line in code.replace("\\\n", "").splitlines() if line.split("#")[0].strip()]
+def test_it_is_one_screen_without_badges():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 60 and "![" not in text and "<img" not in text
+    links = re.findall(r"\]\(([^)]+)\)", text)
+    assert len(links) > 15 and not [link for link in links if not (ROOT / link).is_file()]
+
+
+KNOWN = ("medvis", "make", "pip", "torchrun", "accelerate", "python -m medvis", "tensorboard", "sbatch")
+
+
+def commands_of(fences: list[tuple[str, str]], kinds: tuple[str, ...]) -> list[str]:
+    "Command lines of fenced blocks, without comments."
+    lines = [line.split("#")[0].strip() for kind, code in fences if kind in kinds for line in code.replace("\\\n", "").splitlines()]
+    return [line for line in lines if line.startswith(KNOWN)]
+
+
+SHOWN = [line for path in sorted((ROOT / "docs").rglob("*.md")) for line in commands_of(re.findall(r"^```(\w*)\n(.*?)^```", path.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL), ("text",))]    # those of `sh` are run: test_pages.py
+LINES = list(dict.fromkeys([*commands_of(FENCES, ("sh",)), *SHOWN]))
 
 
 def understood(argv, monkeypatch) -> bool:
@@ -42,8 +60,9 @@ def understood(argv, monkeypatch) -> bool:
     monkeypatch.setattr(commands, "resolve_name", lambda name: done.append)
     monkeypatch.setattr(commands, "pretrain", lambda method, options: done.append(options))
     monkeypatch.setattr(commands, "_start_processes", lambda count, argv: done.append(argv))
+    monkeypatch.setattr(commands, "ending_of", lambda *given: None)
     try:
-        commands._run_command(argv)
+        commands._run_command(argv, False)
     except SystemExit as stop:
         return not stop.code
     return bool(done) or argv == ["--version"]
@@ -65,8 +84,13 @@ def test_commands_are_understood(line, monkeypatch, capsys):
         assert understood(words[1:3], monkeypatch) and "medvis" in capsys.readouterr().out
     elif words[0] == "medvis":
         assert understood(words[1:], monkeypatch)
+    elif words[0] == "sbatch":
+        assert (ROOT / words[1]).is_file() and understood(["pretrain", words[2], "--data", words[3], "--run", *words[4:]], monkeypatch)
+    elif words[0] == "pip":
+        where = words[2].partition("[")[0]
+        assert words[1] == "install" and (where == "." or find_spec(where)), f"{where}: nothing of this name is ours to install"
     else:
-        assert words[:2] == ["pip", "install"], f"a command that no test knows: {line}"
+        assert words[:2] == ["tensorboard", "--logdir"], f"a command that no test knows: {line}"
 
 
 def test_a_wrong_command_is_not_understood(monkeypatch, capsys):

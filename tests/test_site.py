@@ -77,6 +77,26 @@ def test_every_public_name_is_documented():
     assert not bare, f"{len(bare)} names are not documented: {', '.join(bare)}"
 
 
+def test_every_function_and_class_has_an_example_that_was_run():
+    "A cell of its notebook, which nbdev_test runs; of a constant the page shows the value."
+    without, counted = [], 0
+    for path in site_pages.notebook_paths():
+        notebook = site_pages.read_notebook(path)
+        module, made_in = site_pages.module_of(notebook), dict(site_pages.definitions(notebook))
+        loaded = importlib.import_module(module) if module else None
+        for name in () if module is None or hasattr(loaded, "__path__") else site_pages.public_names(module):
+            if inspect.isclass(getattr(loaded, name)) or inspect.isroutine(getattr(loaded, name)):
+                counted += 1
+                without += [f"{module}.{name}"] * (site_pages.example_of(name, notebook["cells"], made_in[name]) is None)
+    assert counted > 800 and not without, f"{len(without)} of {counted}: {', '.join(without)}"
+
+
+def test_what_is_not_documented_and_not_shown_is_found():
+    cells = [{"cell_type": "code", "source": source} for source in ("#| export\nclass Batch:\n    x: int\n\n\nLONE = 3", "LON = 1", "#| export\ndef collate(x) -> Batch:\n    return Batch()", "assert collate(3)")]
+    assert site_pages.example_of("Batch", cells, 0) == "assert collate(3)" and site_pages.example_of("LONE", cells, 0) is None
+    assert site_pages.said_of("LONE", cells, 0) == ""
+
+
 def test_search_finds_what_is_asked_without_a_network(site, browser):  # noqa: F811
     missed = {}
     with browser.new_context(offline=True) as session:

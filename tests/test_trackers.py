@@ -70,3 +70,6 @@ def test_the_others_run_without_a_network(pack, tmp_path, monkeypatch, name):
     run = trained(pack, tmp_path / "run", name)
     written = [path for path in tmp_path.rglob("*") if path.is_file() and path.suffix in (".wandb", ".db", ".jsonl", ".parquet") or path.name == "loss"]
     assert run.path.exists() and len(written) > 1, "it has written its log on this disk"
+    sent = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
+    secrets = {sentence.encode() for sentences in pack.studies["sentences"] for sentence in sentences if len(sentence) > 12}
+    assert secrets and not [secret for secret in secrets if secret in sent], "no sentence, in whatever form it writes"

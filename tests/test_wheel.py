@@ -114,7 +114,8 @@ def test_metadata(metadata):
     assert metadata["License-Expression"] == "Apache-2.0"
     assert metadata["Description-Content-Type"] == "text/markdown"
     assert {"Typing :: Typed", "Intended Audience :: Science/Research"} <= set(metadata.get_all("Classifier"))
-    assert any(url.startswith("Changes, ") for url in metadata.get_all("Project-URL"))
+    addresses = [*(metadata.get_all("Project-URL") or ()), metadata["Home-page"], metadata["Author-email"]]
+    assert not any(".invalid" in (address or "") for address in addresses), "an address that leads nowhere is none"
 
 
 def test_environment_has_no_development_tools(installed: Path, alone):

@@ -98,14 +98,26 @@ def room_of(path: Path) -> str:
     return path.parent.relative_to(NOTEBOOKS).as_posix().removeprefix(".")
 
 
-def example_of(name: str, cells: list[dict], made_in: int) -> str | None:
+def naming(name: str) -> re.Pattern:
+    "Finds a name in code, but not as an attribute of something."
+    return re.compile(rf"(?<![\w.]){re.escape(name)}\b")
+
+
+def cell_with(name: str, cells: list[dict], made_in: int) -> str | None:
     "The first cell after a definition that uses it: what the notebook shows and tests it with."
-    word = re.compile(rf"(?<![\w.]){re.escape(name)}\b")
     for cell in cells[made_in + 1:]:
         source = DIRECTIVE.sub("", source_of(cell)).strip()
-        if cell["cell_type"] == "code" and not is_exported(cell) and word.search(source):
+        if cell["cell_type"] == "code" and not is_exported(cell) and naming(name).search(source):
             return source
     return None
+
+
+def example_of(name: str, cells: list[dict], made_in: int) -> str | None:
+    "A cell that uses a name, else one that uses what is made of it: a class that nobody calls is what some function takes or gives."
+    if shown := cell_with(name, cells, made_in):
+        return shown
+    users = [user for user, number in definitions({"cells": cells}) if number >= made_in and user != name and naming(name).search(source_of(cells[number]))]
+    return next(filter(None, (cell_with(user, cells, made_in) for user in users)), None)
 
 
 def definitions(notebook: dict) -> Iterator[tuple[str, int]]:
@@ -209,7 +221,7 @@ def page_of(kind: str, path: Path, left_out: bool) -> tuple[str, str] | None:
 def put_together(source: Path, only: list[str] | None = None) -> None:
     "Write the sources of the site; with `only`, the pages of other rooms are left out: there is a title in their place."
     shutil.copytree(ROOT / "docs", source)
-    for name in ("settings.ini", "DATA_USE.md", "CHANGELOG.md"):
+    for name in ("settings.ini", "DATA_USE.md", "CHANGELOG.md", "MODEL_CARD.md"):
         shutil.copy(ROOT / name, source)
     (source / "howto/siglip.py").write_text(own_method(), encoding="utf-8")
     for kind, title, index in (("notebooks", "All notebooks", "rooms"), ("reference", "Reference", "index")):

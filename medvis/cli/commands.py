@@ -28,6 +28,7 @@ import pandas as pd
 import tyro
 
 from .. import __version__
+from .endings import Ending, ending_of
 from medvis.cli.options import (
     CHECK,
     PREPARE,
@@ -73,7 +74,7 @@ if TYPE_CHECKING:
 def prepare(config: PrepareConfig) -> Pack:
     "Make a Pack; print what is in it, and what was left out and why."
     pack = prepare_data(config.source)
-    print(f"Pack: {pack.path}", describe_pack(pack), sep="\n")
+    print(describe_pack(pack))
     return pack
 
 # %% ../../nbs/cli/02_commands.ipynb #0b870ef3
@@ -81,7 +82,7 @@ def pretrain(
     method: str,  # a name, or my_package.my_module:MyMethod
     options: Any,  # of the class that `pretrain_options` makes
 ) -> "Run":
-    """Pre-train a method and print the run's folder.
+    """Pre-train a method.
 
     Parameters
     ----------
@@ -91,14 +92,10 @@ def pretrain(
         of the class that `pretrain_options` makes
     """
     data = Pack(options.data)
-    from accelerate import PartialState
-
     from medvis.train import create_method, fit
 
     created = create_method(method, options.preset, data, options.train.seed, options.init, **vars(options.settings))
-    run = fit(created, data, options.train)
-    PartialState().print(f"Run: {run.path}")  # once, whatever the number of processes
-    return run
+    return fit(created, data, options.train)
 
 # %% ../../nbs/cli/02_commands.ipynb #9299869c
 def presets(config: PresetsConfig) -> pd.DataFrame:  # as returned by methods.settings.preset_table
@@ -146,8 +143,7 @@ def probe(config: ProbeConfig) -> pd.DataFrame:  # as returned by evaluate.linea
     from medvis.studies.demo import probe_lines
 
     encoders = as_encoders(config.encoders, config.names, image=config.image, size=config.size)
-    first = Path(config.encoders[0])
-    out = config.out or (first / "probe" if first.is_dir() else Path("probe"))
+    out = config.place
     taught = _taught_runs(config, list(encoders)) if config.heads else {}
     rules = dict(uncertain=config.uncertain, blank=config.blank, allow_leaks=config.allow_leaks, out=out)
     table = linear_probe(
@@ -161,7 +157,6 @@ def probe(config: ProbeConfig) -> pd.DataFrame:  # as returned by evaluate.linea
         **rules,
     )
     print("\n".join(probe_lines(table, paired_gain(pd.read_parquet(out / "predictions.parquet")))))
-    print(f"Table: {out / 'probe.csv'}")
     if taught:
         heads = head_table(taught, data, **rules).round(3)
         print("Layers of their own:", heads.to_string(index=False), f"Table: {out / 'heads.csv'}", sep="\n")
@@ -169,7 +164,7 @@ def probe(config: ProbeConfig) -> pd.DataFrame:  # as returned by evaluate.linea
 
 # %% ../../nbs/cli/02_commands.ipynb #ce4815fd
 def retrieve(config: RetrieveConfig) -> pd.DataFrame:  # as returned by evaluate.retrieve.retrieve
-    """Retrieval and zero-shot classification of a run; print the tables and their folder.
+    """Retrieval and zero-shot classification of a run; print the tables.
 
     Returns
     -------
@@ -180,7 +175,7 @@ def retrieve(config: RetrieveConfig) -> pd.DataFrame:  # as returned by evaluate
     import medvis.evaluate.retrieve as library
     from medvis.evaluate.models import as_method, as_pack
 
-    method, out = as_method(config.run), config.out or config.run / "retrieval"
+    method, out = as_method(config.run), config.place
     prompts = None if config.prompts is None else library.read_prompts(config.prompts)
     rules = dict(
         findings=config.findings or None,
@@ -198,7 +193,6 @@ def retrieve(config: RetrieveConfig) -> pd.DataFrame:  # as returned by evaluate
         print(zero_shot[zero_shot.metric == "AUROC"].round(3).to_string(index=False))
     else:
         print("No findings are named by prompts: the Pack has no labels to hold them to.")
-    print(f"Tables: {out}")
     return table
 
 # %% ../../nbs/cli/02_commands.ipynb #984fc3b7
@@ -252,7 +246,7 @@ def phrases(config: PhrasesConfig) -> pd.DataFrame:  # as returned by evaluate.g
     _check_phrases(config)
     from medvis.evaluate.models import as_method, as_pack, as_split
 
-    method, out = as_method(config.run), config.out or config.run / ("labels" if config.from_labels else "phrases")
+    method, out = as_method(config.run), config.place
     data = as_pack(data, method)
     split = as_split(None if config.split == "all" else config.split, data)
     rules = dict(out=out, split=split, allow_leaks=config.allow_leaks)
@@ -276,7 +270,6 @@ def phrases(config: PhrasesConfig) -> pd.DataFrame:  # as returned by evaluate.g
         from medvis.evaluate.audit import audit, verdict
 
         print(f"Audit: {verdict(audit(method, data, given, **rules))}")
-    print(f"Tables: {out}")
     return table
 
 # %% ../../nbs/cli/02_commands.ipynb #6996f557
@@ -339,39 +332,67 @@ def evaluate(config: EvaluateConfig) -> pd.DataFrame:  # as returned by evaluate
     given = ("names", "baseline", "resamples", "allow_leaks", "image", "size", "device", "cache", "progress")
     table = library.evaluate(config.encoder, task, rules, config.out, **{name: getattr(config, name) for name in given})
     _print_summary(table)
-    patients = ", patients.csv" if (config.out / "patients.csv").exists() else ""
-    print(f"Tables: {config.out / 'results.csv'}{patients}")
+    if (config.out / "patients.csv").exists():
+        print(f"Over patients: {config.out / 'patients.csv'}")
     return table
 
 # %% ../../nbs/cli/02_commands.ipynb #199c1d90
 def show(config: ShowConfig) -> Path:
-    "Write the page of a run and print its path."
+    "Write the page of a run."
     data = None if config.data is None else Pack(config.data)
     from medvis.studies.show import show_run
     from medvis.train import Run
 
-    page = show_run(Run(config.run), data, config.out, config.studies, config.show_text)
-    print(f"Page: {page}")
-    return page
+    return show_run(Run(config.run), data, config.out, config.studies, config.show_text)
 
 # %% ../../nbs/cli/02_commands.ipynb #e8c1a9d1
 def export(config: ExportConfig) -> Path:
-    "Write a run for another library and print the folder."
+    "Write a run for another library."
     from medvis.exchange.outgoing import export as write
 
     folder = write(config.run, config.to, config.out, config.tower, config.push_to_hub)
-    print(f"{config.to}: {folder} (how it is loaded, and how it was checked, is in its README.md)")
+    print(
+        f"How it is loaded, and how it was checked, is in {folder / 'README.md'}; what is yours to add is marked there."
+    )
     return folder
 
 # %% ../../nbs/cli/02_commands.ipynb #d0c7ca12
+class _Unusable(ValueError):
+    "An installation that does not work, with the table of what was found."
+
+    def __init__(self, table: pd.DataFrame) -> None:
+        wrong = table[table["state"] == "wrong"]
+        said = "; ".join(f"{row.check}: {row.finding}. Do: {row.todo}" for row in wrong.itertuples())
+        super().__init__(f"{len(wrong)} of {len(table)} checks failed: {said}")
+        self.result = table
+
+
+def _examine_installation(config: DoctorConfig) -> pd.DataFrame:
+    "Print what is found, and what to do. _Unusable if anything is wrong."
+    if given := [f"--{name}" for name, value in vars(config).items() if value is not None]:
+        raise ValueError(f"{given[0]} is said of a checkpoint: medvis doctor FILE {given[0]} ...")
+    from medvis.cli.installation import check_installation
+
+    table = check_installation()
+    for row in table.itertuples():
+        print(f"{row.state:<6}  {row.check}: {row.finding}" + (f"\n        {row.todo}" if row.todo else ""))
+    if (table["state"] == "wrong").any():
+        raise _Unusable(table)
+    return table
+
+
 def examine(config: DoctorConfig) -> pd.DataFrame:  # as returned by exchange.examine
     """Print what a published checkpoint is, what fits, and what is wrong with using it naively.
+
+    Without a file: what is wrong with the installation. Unusable, with the table, if anything is.
 
     Returns
     -------
     pd.DataFrame
         as returned by exchange.examine
     """
+    if config.file is None:
+        return _examine_installation(config)
     from medvis.exchange import doctor
 
     table = doctor.examine(**vars(config))
@@ -381,13 +402,12 @@ def examine(config: DoctorConfig) -> pd.DataFrame:  # as returned by exchange.ex
 
 # %% ../../nbs/cli/02_commands.ipynb #1290ca12
 def import_checkpoint(config: ImportConfig) -> "Run":
-    "Write a published checkpoint as a run; print the run's folder, and what to beware of."
+    "Write a published checkpoint as a run; print what to beware of."
     from medvis.exchange import importing, warnings_of
 
     run = importing.import_checkpoint(**vars(config))
     for warning in warnings_of(run):
         print(f"beware  {warning}")
-    print(f"Run: {run.path}")
     return run
 
 # %% ../../nbs/cli/02_commands.ipynb #be8809a2
@@ -406,7 +426,7 @@ def _check_data(config: CheckConfig) -> None:
 def _find_leaks(config: LeaksConfig) -> None:
     "Print that no patients and images leak. ValueError lists those that do."
     pack = Pack(config.pack)
-    leaks = find_pack_leaks(pack, [Pack(path) for path in config.against])
+    leaks = find_pack_leaks(pack, [Pack(path) for path in config.against], progress=True)
     if len(leaks):
         raise ValueError(f"{len(leaks)} leaks:\n{leaks.to_string(index=False, max_rows=40)}")
     print(f"No leaks between the splits of {pack.path}" + "".join(f", nor with {path}" for path in config.against))
@@ -423,10 +443,7 @@ def data(config: DataConfig) -> None:
         _find_leaks(what)
     else:
         simulate(what.name, what.root, what.studies, what.size, what.seed)
-        print(
-            f"{what.root}: {what.studies} phantom studies as {what.name}; "
-            f"go on with medvis prepare {what.name} --root {what.root}"
-        )
+        print(f"{what.studies} phantom studies as {what.name}")
 
 # %% ../../nbs/cli/02_commands.ipynb #21285412
 def study(config: StudyConfig) -> pd.DataFrame:  # of `study_status` for status and run, else the numbers
@@ -498,7 +515,7 @@ def _start_processes(
         raise ValueError(f"one of {count} processes has failed: what it said stands above") from error
 
 
-def _run_pretrain(argv: Sequence[str]) -> "Run | None":  # None: other processes have trained
+def _run_pretrain(argv: Sequence[str], silent: bool) -> tuple[Any, Ending | None]:  # None: others have said it
     "Parse the words after `medvis pretrain` and pre-train."
     following = dict(zip(argv, [*argv[1:], None]))
     following |= dict(word.split("=", 1) for word in argv if word.startswith("--preset="))
@@ -507,11 +524,14 @@ def _run_pretrain(argv: Sequence[str]) -> "Run | None":  # None: other processes
     if asked.processes < 1:
         raise ValueError(f"--processes is {asked.processes}: at least one has to train")
     if asked.processes > 1 and "WORLD_SIZE" not in os.environ:  # those that are started have it
-        return _start_processes(asked.processes, argv)
-    return pretrain(argv[0], asked)
+        _start_processes(asked.processes, [*argv, *["--quiet"] * silent])
+        result = asked.train.run if silent else None
+    else:
+        result = pretrain(argv[0], asked)
+    return result, ending_of("pretrain", asked, result)
 
 
-def _run_any(argv: Sequence[str]) -> Any:
+def _run_any(argv: Sequence[str]) -> tuple[Any, Ending]:
     "Parse the words after `medvis` and call the command's function."
     asked = next(iter(argv), "-")
     kinds = [
@@ -527,11 +547,12 @@ def _run_any(argv: Sequence[str]) -> Any:
         "go with which regions. medvis --version prints the version; python -m medvis is the same command. "
         "With every command, --quiet leaves errors and warnings alone, and --json prints one line for scripts.",
     )
-    work = next(work for kind, work in _COMMANDS.values() if isinstance(config, kind))
+    name, work = next((name, work) for name, (kind, work) in _COMMANDS.items() if isinstance(config, kind))
     if work is None:
         needed = f"medvis pretrain {config.method}"
         raise ValueError(f"{needed} needs --data and --run; see {needed} --help")
-    return resolve_name(work)(config)
+    result = resolve_name(work)(config)
+    return result, ending_of(name, config, result)
 
 
 def _check_data_set(argv: Sequence[str]) -> None:
@@ -542,16 +563,19 @@ def _check_data_set(argv: Sequence[str]) -> None:
             check_choice("data set", name, names)
 
 
-def _run_command(argv: Sequence[str]) -> Any:  # a table, what has a path, a path or nothing
+def _run_command(
+    argv: Sequence[str], silent: bool
+) -> tuple[Any, Ending | None]:  # a table, what has a path, a path or nothing
     "Parse the arguments and do what they say."
     _check_data_set(argv)
     if argv == ["--version"]:
-        return print(f"medvis {__version__}")
+        return print(f"medvis {__version__}"), None
     if argv[:1] == ["pretrain"] and argv[1:2] and (argv[1] in SETTINGS or ":" in argv[1]):
-        return _run_pretrain(argv[1:])
+        return _run_pretrain(argv[1:], silent)
     if argv[:1] == ["prepare"] and ":" in "".join(argv[1:2]):
         options = tyro.cli(prepare_options(argv[1]), args=argv[2:], prog=f"medvis prepare {argv[1]}", config=_FLAT)
-        return prepare(PrepareConfig(options))
+        pack = prepare(PrepareConfig(options))
+        return pack, ending_of("prepare", options, pack)
     return _run_any(argv)
 
 
@@ -562,12 +586,16 @@ def _answer(result: Any) -> dict[str, Any]:
     return {} if result is None else {"path": str(getattr(result, "path", result))}
 
 
-def _attempt(argv: Sequence[str]) -> tuple[int, dict[str, Any]]:
+def _attempt(argv: Sequence[str], silent: bool = False) -> tuple[int, dict[str, Any]]:
     "Exit code and answer of a command; an error that the user can mend is part of it."
     try:
-        return 0, _answer(_run_command(argv))
+        result, end = _run_command(argv, silent)
+        if end and os.environ.get("RANK", "0") == "0":  # once, whatever the number of processes
+            print(end)
+        said = {"written": str(end.path) if end.path else None, "next": end.then} if end else {}
+        return 0, _answer(result) | said
     except (ValueError, OSError, ModuleNotFoundError, Diverged) as error:
-        return 1, {"error": str(error)}
+        return 1, _answer(getattr(error, "result", None)) | {"error": str(error)}
     except KeyboardInterrupt as error:  # if it says something, it was said
         interrupted = "interrupted; the same command goes on from the last checkpoint"
         return 130, {} if str(error) else {"error": interrupted}
@@ -577,7 +605,7 @@ def _attempt_silently(argv: Sequence[str]) -> tuple[int, dict[str, Any]]:
     "The same without bars and without talk; warnings are part of the answer."
     nowhere = io.StringIO()
     with redirect_stdout(nowhere), redirect_stderr(nowhere), warnings.catch_warnings(record=True) as caught:
-        code, answer = _attempt(argv)
+        code, answer = _attempt(argv, silent=True)
     said = list(dict.fromkeys(str(warning.message) for warning in caught))
     return code, answer | ({"warnings": said} if said else {})
 

@@ -142,6 +142,12 @@ class ProbeConfig:
     allow_leaks: bool = False
     "Measure even if a run was trained on patients or images of the validation or test split; the manifest lists them."
 
+    @property
+    def place(self) -> Path:
+        "Folder that is written."
+        first = Path(self.encoders[0])
+        return self.out or (first / "probe" if first.is_dir() else Path("probe"))
+
 # %% ../../nbs/cli/01_options.ipynb #48105e72
 @dataclass
 class RetrieveConfig:
@@ -170,6 +176,11 @@ class RetrieveConfig:
     allow_leaks: bool = False
     "Measure even if a run was trained on patients or images of the validation or test split; the manifest lists them."
 
+    @property
+    def place(self) -> Path:
+        "Folder that is written."
+        return self.out or self.run / "retrieval"
+
 # %% ../../nbs/cli/01_options.ipynb #4604a59f
 @dataclass
 class PhrasesConfig:
@@ -197,6 +208,11 @@ class PhrasesConfig:
     "With --from-labels: table (.csv: finding, prompt) of what a report calls each class."
     threshold: Annotated[float | None, default_text("of each class, chosen on validation images")] = None
     "With --from-labels: the score above which a map says that there is something."
+
+    @property
+    def place(self) -> Path:
+        "Folder that is written."
+        return self.out or self.run / ("labels" if self.from_labels else "phrases")
 
 # %% ../../nbs/cli/01_options.ipynb #076a0fdc
 @dataclass
@@ -233,8 +249,14 @@ class _Published:
 
 @dataclass
 class DoctorConfig(_Published):
-    "Say what a published checkpoint is, what fits, and what is wrong with using it naively. Nothing in it is run."
+    """Say what a published checkpoint is, what fits, and what is wrong with using it naively. Nothing in it is run.
 
+    Without FILE: is medvis well installed here? Versions, devices, memory, threads, and a self-test of two seconds."""
+
+    file: tyro.conf.Positional[
+        Annotated[Path | None, tyro.conf.arg(metavar="[FILE]", help_behavior_hint="(default: none, the installation)")]
+    ] = None
+    "File of weights (.pt, .pth, .ckpt, .bin, .safetensors), or a folder of Hugging Face or open_clip."
     data: Annotated[Path | None, default_text("none")] = None
     "Folder of a Pack that it is to be measured on."
 

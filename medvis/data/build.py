@@ -27,8 +27,8 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
-from tqdm.auto import tqdm
 
+from ..core.bars import bar
 from ..core.files import lock_folder, naming, write_atomic
 from ..core.machine import package_versions
 from .files import RejectCode, reject_sentence
@@ -683,12 +683,12 @@ def _all_parts(
     missing = {number: job for number, job in jobs.items() if parts[number] is None}
     finished, done = len(items) - sum(map(len, missing.values())), Counter()
     title = f"prepare {plan.folder.name.removesuffix('.partial')}"
-    with tqdm(total=len(items), initial=finished, desc=title, unit=" studies", disable=not progress) as bar:
+    with bar(None, title, len(items), progress, keep=True, initial=finished, unit=" studies") as shown:
         for number in _build_parts(plan, missing, workers):
             parts[number] = _count_part(plan, number)
             done.update({what: parts[number][what] for what in ("images", "rejects")})
-            bar.set_postfix(done, refresh=False)
-            bar.update(len(jobs[number]))
+            shown.set_postfix(done, refresh=False)
+            shown.update(len(jobs[number]))
     _check_rejects(plan, list(parts.values()), max_rejects)
     return list(parts.values())
 

@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from PIL import Image
-from tqdm.auto import tqdm
 
+from ..core.bars import bar
 from .files import DataError
 
 # %% ../../nbs/data/06_leaks.ipynb #b7e7269f
@@ -385,7 +385,7 @@ def _candidates(
     many = len(a.rows) * len(b.rows) > _PLAIN * (len(a.rows) + len(b.rows))
     bands = _choose_bands(a.hashes[0]) if many else None
     compared = [(0, 0), *((0, view) for view in views), *((view, 0) for view in views)]
-    for va, vb in tqdm(compared, "near duplicates", disable=not progress):
+    for va, vb in bar(compared, "near duplicates", show=progress):
         of = a.hashes[va], b.hashes[vb]
         for i, j, sign in [_few_by_bands(*of, bands)] if many else _every_pair(*of, block):
             if len(i):

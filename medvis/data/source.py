@@ -23,6 +23,7 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
+from ..core.bars import bar
 from ..core.choices import default_text
 from ..core.workers import dask_workers
 from .annotations import decode_mask
@@ -798,7 +799,7 @@ def check_source(data_set: DataSet, read: ReadConfig) -> tuple[dict[str, int], l
             "--allow-leaks of medvis prepare takes them as they are"
         )
     named = list(dict.fromkeys(name for item in source.items for name in _files_of(item)))
-    if lost := [name for name in named if not os.path.isfile(Path(read.root) / name)]:
+    if lost := [name for name in bar(named, "files") if not os.path.isfile(Path(read.root) / name)]:
         problems.append(
             f"{len(lost)} of {len(named)} files are not there: {', '.join(lost[:3])}{', …' if len(lost) > 3 else ''}"
         )

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
-from tqdm.auto import tqdm
 
+from ..core.bars import bar
 from ..core.choices import check_choice
 from .images import boxes_to_square
 from .pack import Pack, list_hash, note_files
@@ -580,7 +580,7 @@ def phantom_task(
             f"the findings are {', '.join(FINDINGS)}" + ("; name one of them" if kind == "ordinal" else "")
         )
     targets, images = [], pack_images(pack)
-    for image in tqdm(images.itertuples(), f"draw {kind}", len(images), delay=2, disable=not progress):
+    for image in bar(images.itertuples(), f"draw {kind}", len(images), progress):
         study = phantom.study(image.study_id)
         if not np.array_equal(study.image, pack.image(image.image)):
             raise ValueError(

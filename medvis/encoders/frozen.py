@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
+from ..core.bars import bar
 from ..core.files import lock_folder, naming, write_json
 from ..core.randomness import seeded
 from ..data.pack import Pack
@@ -81,7 +81,7 @@ def fill_store(
         shapes = {name: part.shape[1:] for name, part in compute(np.arange(min(CHUNK, rows))).items()}
         partial.mkdir(parents=True, exist_ok=True)
         start = _written(partial, {name: math.prod(shape) for name, shape in shapes.items()})
-        for first in tqdm(range(start, rows, CHUNK), desc="encode", disable=not progress):
+        for first in bar(range(start, rows, CHUNK), "encode", show=progress):
             for name, part in compute(np.arange(first, min(first + CHUNK, rows))).items():
                 _append(partial / f"{name}.f16", part)
         write_json(partial / "about.json", {"rows": rows, "shapes": shapes, **(about or {})})

@@ -15,6 +15,7 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
+from ..core.bars import bar
 from ..core.files import write_atomic, write_json
 from ..data.pack import Pack, open_pack
 from ..data.splits import check_leaks, nested_subsets
@@ -144,7 +145,7 @@ def probe_predictions(
             (baseline, random_like(first, seed), [subset for subset in subsets if subset[0] == seed]) for seed in seeds
         ]
     tables = []
-    for name, model, chosen in jobs:
+    for name, model, chosen in bar(jobs, "probe"):
         features = [encode(model, data, rows, device, cache) for rows in split]
         tables += _probe_encoder(name, features, [targets.iloc[rows] for rows in split], studies, chosen)
     return pd.concat(tables, ignore_index=True).astype(
@@ -351,7 +352,7 @@ def _own_scores(method: Method, pack: Pack, rows: np.ndarray, batch_size: int) -
     of_study = pack.studies["image_rows"].iloc[rows]
     images, counts = [image for some in of_study for image in some], of_study.map(len).to_numpy()
     with frozen(method):
-        starts = range(0, len(images), batch_size)
+        starts = bar(range(0, len(images), batch_size), "images")
         parts = [method.classify(read_images(method, pack, images[start : start + batch_size])) for start in starts]
     scores = torch.cat(parts).float().cpu().numpy()
     return np.add.reduceat(scores, counts.cumsum() - counts) / counts[:, None]

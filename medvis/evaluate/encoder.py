@@ -22,8 +22,8 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
+from ..core.bars import bar
 from ..data.pack import Pack
 from ..core.files import naming, write_atomic
 from ..core.machine import describe_machine
@@ -364,7 +364,7 @@ def fill_cache(
         return
     images = np.unique(features.images[rows])
     missing = images[~features.filled[images]]
-    for start in tqdm(range(0, len(missing), 8 * _CHUNK), desc="encode", leave=False, disable=not progress, delay=2):
+    for start in bar(range(0, len(missing), 8 * _CHUNK), "encode", show=progress):
         chosen = missing[start : start + 8 * _CHUNK]
         for store, part in zip(features.stores, features.encode(chosen)):
             _write_rows(store, chosen, part.float().cpu().numpy())
@@ -408,7 +408,7 @@ def encode(
     images = np.concatenate([np.asarray(of, dtype=np.int64) for of in studies["image_rows"]])
     features, step = FrozenFeatures(encoder, pack, images, folder=cache), 8 * _CHUNK
     fill_cache(features, slice(None), progress=True)
-    blocks = tqdm(range(0, len(images), step), desc="encode", leave=False, delay=2)
+    blocks = bar(range(0, len(images), step), "encode")
     whole = np.concatenate([features[start : start + step].float().cpu().numpy() for start in blocks])
     starts = np.concatenate([[0], np.cumsum(counts)[:-1]])
     whole = np.add.reduceat(whole, starts) / counts[:, None]

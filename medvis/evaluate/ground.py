@@ -25,6 +25,7 @@ from numpy.typing import ArrayLike
 from torch import nn
 from torch.nn.functional import interpolate
 
+from ..core.bars import bar
 from ..core.choices import check_choice
 from ..data.pack import Pack
 from ..data.pairs import Pairs, Report, Sample, collate, tokenise
@@ -680,7 +681,7 @@ def phantom_pointing(
         [],
     )
     with frozen(method.to(device)):
-        for start in range(0, len(items), batch_size):
+        for start in bar(range(0, len(items), batch_size), "reports"):
             samples = [(item, pairs[item]) for item in items[start : start + batch_size]]
             patients = {item: sample.patient_id for item, sample in samples if not sample.error}
             if not patients:
@@ -816,7 +817,7 @@ def phrase_maps(
         scores (K, N), and the grid
     """
     parts = []
-    for start in range(0, len(texts), batch_size):
+    for start in bar(range(0, len(texts), batch_size), "phrases"):
         part = slice(start, start + batch_size)
         correspondence = phrase_correspondence(method, pack, texts[part], images[part])
         parts.append(correspondence.sentences[:, :, 0].double().cpu().numpy())

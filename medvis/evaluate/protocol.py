@@ -20,8 +20,8 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import nn
-from tqdm.auto import tqdm
 
+from ..core.bars import bar
 from ..core.choices import check_choice
 from ..data.files import read_csv
 from ..data.pack import Pack
@@ -243,7 +243,7 @@ def run_protocol(
     out, tables = Path(out), []
     how = {"cache": out / "features" if cache else None, "limit": float(cache), "progress": progress}
     todo = [(name, each, fraction) for name, each in by_seed.items() for fraction in protocol.fractions]
-    for name, each, fraction in tqdm(todo, desc=f"{protocol.name} on {task.name}", disable=not progress):
+    for name, each, fraction in bar(todo, f"{protocol.name} on {task.name}", show=progress, keep=True):
         lr = _tune(each[0], task, protocol, fraction, seeds[0], out, **how)
         for encoder, seed in zip(each, seeds):
             rows = _run_rows(_run_one(encoder, task, protocol, lr, fraction, seed, out, **how))

@@ -17,8 +17,8 @@ import torch
 from numpy.typing import ArrayLike
 from scipy.stats import hypergeom
 from sklearn.metrics import average_precision_score
-from tqdm import tqdm
 
+from ..core.bars import bar
 from ..core.choices import check_choice
 from ..data.files import read_csv
 from ..data.pack import Pack
@@ -105,7 +105,7 @@ def _embed_images(
     check_preprocessing(method, pack)
     prepare, device, found = method.preprocessing.transform(), next(method.parameters()).device, []
     with frozen(method):
-        for start in tqdm(range(0, len(rows), batch_size), desc="images", leave=False, delay=2):
+        for start in bar(range(0, len(rows), batch_size), "images"):
             images = np.stack([pack.image(row) for row in rows[start : start + batch_size]])
             found.append(method.embed_image(prepare(torch.from_numpy(images)[:, None].to(device))))
     return found
@@ -133,7 +133,7 @@ def _embed_texts(
         )
     samples, found = [Sample(t, t, torch.zeros(1, 1, 1), report) for t, report in pieces], []
     with frozen(method):
-        for start in tqdm(range(0, len(samples), batch_size), desc="texts", leave=False, delay=2):
+        for start in bar(range(0, len(samples), batch_size), "texts"):
             found.append(method.embed_text(collate(samples[start : start + batch_size]).to(device)))
     return found, np.array([t for t, _ in pieces], dtype=int)
 
@@ -150,7 +150,7 @@ def _similarity_table(
     with frozen(method):
         blocks = [
             np.concatenate([method.similarity(image, text).float().cpu().numpy() for text in texts], 1) @ share
-            for image in tqdm(images, desc="pairs", leave=False, delay=2)
+            for image in bar(images, "pairs")
         ]
     return np.concatenate(blocks)
 

@@ -10,12 +10,14 @@ import inspect
 import math
 import re
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pandas as pd
 
+from ..core.choices import check_choice
 from ..data.preprocessing import Preprocessing
 from ..data.sets.registry import DATASETS
 
@@ -144,21 +146,43 @@ alone; on other scanners, ages, views and languages of reports nothing is promis
 can hold traces of what they were trained on: the terms of the data apply to passing them on."""
 
 
+_CARD = {  # heading -> what stands under it as long as nobody has written anything
+    "What it is": "Method and preset, what it reads and returns, the version of medvis, the date.",
+    "How to load it": "Code that needs nothing but the library named above, and was run.",
+    "Preprocessing": "What becomes of a picture and of a text before the network sees them, in words and as code.",
+    "Parity": "How far the features of this file are from those of the run that it was made of.",
+    "Measured": "Tables with intervals: task, data, split, seeds, and random initialisation beside it. Leave out a "
+    "number that has no interval.",
+    "Data it was trained on": "Name, content hash, number of patients, and terms of each; also of the weights that "
+    "training began with.",
+    "Intended use, and what it is not for": None,
+    "Where it fails": "Groups of patients, views, scanners or findings for which it is worse, with numbers; what you "
+    "looked for and did not find; what you did not look for.",
+    "Who made it, licence, and how to cite it": "Names and an address for questions; the licence of the weights, which "
+    "the terms of the data may decide; the paper of the method (CITATION.cff of medvis).",
+}
+_YOURS = "*Yours to fill in:*"
+
+
 def card_text(
-    title: str,
-    library: str,  # that reads the file
-    sections: dict[str, str],  # heading -> Markdown
+    title: str = "NAME OF THE MODEL",
+    library: str = "LIBRARY",  # that reads the file
+    sections: Mapping[str, str] = MappingProxyType({}),  # heading -> Markdown
 ) -> str:
-    """A model card in Markdown, with the head that the Hugging Face hub reads.
+    """A model card in Markdown, with the head that the Hugging Face hub reads; what is not given is marked as yours.
+
+    Without sections it is the template, MODEL_CARD.md. ValueError for a heading that no card has.
 
     Parameters
     ----------
-    title : str
-    library : str
+    title : str, default: 'NAME OF THE MODEL'
+    library : str, default: 'LIBRARY'
         that reads the file
-    sections : dict[str, str]
+    sections : Mapping[str, str], default: MappingProxyType({})
         heading -> Markdown
     """
+    for heading in sections:
+        check_choice("heading of a model card", heading, _CARD)
     head = f"---\nlibrary_name: {library}\ntags:\n- chest-x-ray\n- medvis\n---\n\n# {title}\n"
-    parts = {**sections, "Intended use, and what it is not for": _USE}
+    parts = {heading: _USE if asked is None else f"{_YOURS} {asked}" for heading, asked in _CARD.items()} | {**sections}
     return head + "".join(f"\n## {heading}\n\n{text.strip()}\n" for heading, text in parts.items())

@@ -76,5 +76,5 @@ def run_demo(config: DemoConfig) -> Path:  # of the page
     print("\n".join(str(pointing.rate(grain=grain)) for grain in ("sentence", "word")))
     print(f"\n{exact_for(run.manifest)}")
     page = show_run(run, data, pointing=pointing, command=_demo_command(config))
-    print(f"\nPage: {page}   ({(time.time() - start) / 60:.1f} minutes)")
+    print(f"\n({(time.time() - start) / 60:.1f} minutes)")
     return page

@@ -22,6 +22,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from ..core.bars import bar
 from ..core.choices import check_choice
 from ..core.files import write_atomic, write_json
 from ..core.machine import describe_machine
@@ -636,7 +637,7 @@ def run_real_pairs(config: RealPairsConfig) -> pd.DataFrame:  # all results
     started, study = time.monotonic(), _Study(config)
     end = np.inf if config.deadline_minutes is None else started + 60 * config.deadline_minutes
     jobs = list(_jobs(config))
-    for done in (done for job in jobs for done in _run_job(job, study)):
+    for done in (done for job in bar(jobs, "runs", show=config.progress, keep=True) for done in _run_job(job, study)):
         print(f"{(time.monotonic() - started) / 60:.0f} min: {done}", flush=True)
         if time.monotonic() > end:
             break

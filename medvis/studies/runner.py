@@ -23,8 +23,8 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from tqdm.auto import tqdm
 
+from ..core.bars import bar
 from ..core.choices import check_choice
 from ..core.files import lock_folder, write_atomic, write_json
 from ..core.machine import describe_machine, package_versions
@@ -399,17 +399,17 @@ def run_study(
         if study_status(study.first)["state"].ne("done").any():  # it was late
             return study_table(study)
     groups, failed = _missing_groups(study, redo), {}
-    bar = tqdm(total=sum(map(len, groups)), desc=study.name, unit="cell", disable=not progress)
+    shown = bar(None, study.name, sum(map(len, groups)), progress, keep=True, unit="cell")
     if groups and study.prepare is not None:
         study.prepare()
-    with _workers(jobs, executor) as pool, bar:
+    with _workers(jobs, executor) as pool, shown:
         for group, result in _finished(study, groups, pool):
             try:
                 result()
             except Exception as error:  # the others go on
                 failed[f"{group[0].variant}, seed {group[0].seed}"] = f"{type(error).__name__}: {error}"
             _gather(study)
-            bar.update(len(group))
+            shown.update(len(group))
             if time.monotonic() > end:
                 break
     if failed:

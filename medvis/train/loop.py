@@ -26,8 +26,8 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from tqdm.auto import tqdm
 
+from ..core.bars import bar
 from ..core.randomness import counter_seed
 from ..data.pack import Pack, open_pack
 from ..data.loader import BatchLoader
@@ -612,16 +612,16 @@ class _Trainer(_RunState):
         c, a = self.config, self.accelerator
         total, hidden = c.epochs * self.steps_per_epoch, not (c.progress and a.is_main_process)
         self.method.start_run(total)
-        with tqdm(total=total, initial=self.step, desc=c.run.name, disable=hidden) as bar:
+        with bar(None, c.run.name, total, not hidden, keep=True, initial=self.step) as shown:
             while len(self.history) < c.epochs and not stopped_improving(self.history, c.patience):
-                self.train_epoch(bar)
+                self.train_epoch(shown)
                 self.end_epoch()
                 if each_epoch:
                     on_main(a, lambda: (self.writer.wait(), each_epoch(Run(c.run)))[1])
                 self.ask_around()
                 self.stop_if_asked()
 
-    def train_epoch(self, bar: tqdm) -> None:
+    def train_epoch(self, shown: Any) -> None:
         "The steps of the running epoch that are not done yet. ValueError when too many samples cannot be read."
         c, epoch, count, bad = self.config, len(self.history), 0, 0
         self.method.start_epoch(epoch)
@@ -641,8 +641,8 @@ class _Trainer(_RunState):
                 )
             self.step += 1
             self.log("train", **losses)
-            bar.update()
-            bar.set_postfix({name: f"{value:.3f}" for name, value in losses.items() if name != "lr"}, refresh=False)
+            shown.update()
+            shown.set_postfix({name: f"{value:.3f}" for name, value in losses.items() if name != "lr"}, refresh=False)
             if (self.step % c.save_every == 0 or self.due[0]) and self.step < (epoch + 1) * self.steps_per_epoch:
                 self.save()  # the end of an epoch saves by itself
             self.stop_if_asked()

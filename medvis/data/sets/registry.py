@@ -15,6 +15,7 @@ from typing import Any, get_args
 
 import pandas as pd
 
+from ...core.bars import bar
 from ...core.registry import Registry
 from .chexpert import CHEXPERT
 from .class_folder import CLASS_FOLDER
@@ -244,4 +245,5 @@ def simulate(
         raise FileExistsError(f"{root} is not empty; name another folder")
     root.mkdir(parents=True, exist_ok=True)
     phantom = Phantom(size, seed)
-    data_set.simulate(root, [phantom[index] for index in _choose_studies(data_set, phantom, studies)])
+    chosen = bar(_choose_studies(data_set, phantom, studies), "draw")
+    data_set.simulate(root, [phantom[index] for index in chosen])
