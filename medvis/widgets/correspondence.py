@@ -260,6 +260,13 @@ def _beyond(view: StudyView, shown: Sequence[str]) -> str:
 _SAID = "#d9a8ff"  # of the places that a report names
 
 
+def _draw_frame(ax: Axes, frame: tuple[float, float, float, float]) -> None:
+    "A dotted line around what an encoder sees, where that is a part of the picture."
+    x0, y0, x1, y1 = frame
+    if min(1 - x0, 1 - y0, x1, y1) < 0.995:
+        ax.fill((x0, x1, x1, x0), (y0, y0, y1, y1), fill=False, edgecolor="white", alpha=0.75, lw=1, ls=":")
+
+
 def _verdict(
     view: StudyView,
     name: str,  # of the run
@@ -303,6 +310,7 @@ def _draw_run(
             colour = {"hit": "#00735c", "miss": "#b3401f"}.get(verdict, "#5b6775")
             counted = f" ({view.judged})" if verdict in ("hit", "miss") else ""
             ax.set_title(f"{verdict}{counted}", size=10, loc="right", color=colour)
+    _draw_frame(ax, run.frame)
     shown = [one for _, one in outlines if one.kind not in state["hidden"]] if state["outlines"] else []
     for outline in shown:
         look = dict(edgecolor=_SAID, lw=1.2, ls="--") if outline.said else dict(edgecolor=OUTLINE, lw=1.4)
