@@ -54,6 +54,17 @@ def _pieces(
     return [[(show(text), word) for text, word in line if text] for show, line in zip(shown, out)]
 
 
+def _said_how(run: RunScores) -> list[str]:
+    "In words, how maps of a run are derived, and how much that leaves open."
+    said = []
+    for grain in (grain for grain in run.derived if grain in run.how):
+        shares = run.left_open.get(grain, np.zeros(0))
+        shares = shares[np.isfinite(shares)]
+        left = f" (leaves {np.median(shares):.0%} open)" if len(shares) else ""
+        said.append(f"{grain}: {run.how[grain]}{left}")
+    return said
+
+
 def pack_study(
     view: StudyView,
     masked: bool = False,  # leave the report's words out
@@ -81,6 +92,7 @@ def pack_study(
             "temperature": run.temperature,
             "tokens": run.tokens,
             "derived": run.derived,
+            "how": _said_how(run),
             "cells": [np.flatnonzero(view.cells[name][o]).tolist() for o in kept],
             "targets": [kept.index(o) for o in view.targets(name) if o in kept],
         }

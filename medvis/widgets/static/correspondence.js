@@ -448,6 +448,12 @@ function buildReport(app) {
   if (cut.length) parts.report.append(h("p", { class: "legend" }, `Dimmed: ${beyond(app, cut)}.`));
   const derived = shownRuns(app).filter((k) => study.runs[k].derived?.length).map((k) => `${study.runs[k].derived.join(" and ")} (${get(app, "runs")[k]})`);
   if (derived.length) parts.report.append(h("p", { class: "legend derived" }, `Derived maps, which no training compared with regions: ${derived.join("; ")}.`));
+  const means = new Map();
+  for (const k of shownRuns(app).filter((k) => study.runs[k].how?.length)) {
+    const how = study.runs[k].how.join("; ");
+    means.set(how, [...(means.get(how) ?? []), get(app, "runs")[k]]);
+  }
+  for (const [how, runs] of means) parts.report.append(h("p", { class: "legend how" }, `${runs.join(", ")} – ${how}.`));
   const parted = shownRuns(app).filter((k) => isPart(study.runs[k])).map((k) => get(app, "runs")[k]);
   if (parted.length) parts.report.append(h("p", { class: "legend frames" }, `Dotted frame: the part of the picture that a model sees (${parted.join(", ")}).`));
   const numbers = study.runs[app.active]?.prototypes ?? [];
