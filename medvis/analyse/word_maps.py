@@ -101,7 +101,7 @@ def difference_vectors(
         for text in texts
     ]
 
-
+# %% ../../nbs/analyse/11_word_maps.ipynb #b11a0001
 def open_shares(
     embed: Callable[[list[str]], np.ndarray],  # n texts -> (n, D) unit vectors
     texts: Sequence[str],

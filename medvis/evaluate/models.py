@@ -163,28 +163,7 @@ def as_split(
     check_choice(f"split of {pack.path}", split, names)
     return split
 
-# %% ../../nbs/evaluate/03_models.ipynb #71c08fbe
-def _check_declared(provenance: Provenance, pack: Pack, allow_leaks: bool, images: Sequence[int]) -> None:
-    "What can be said of a model of somebody else: ValueError if images in a split that it declares are measured."
-    declared = provenance.data["declared"]
-    same, seen, total = declared_overlap(pack, declared, images if len(images) else None)
-    if same and seen and len(images) and not allow_leaks:
-        raise ValueError(
-            f"{provenance.run} declares to have been trained on {same}: {seen} of the {total} images to "
-            "measure on are in "
-            f"that split of {pack.path}. Measure another split (--split, split= in Python), or go on with "
-            "--allow-leaks "
-            "(allow_leaks=True)"
-        )
-    what = f"{seen} of {total} images of {pack.path} are in it" if same else f"it cannot be compared with {pack.path}"
-    said = (
-        f"it declares to have been trained on {', '.join(declared)}"
-        if declared
-        else "it does not say what it was trained on"
-    )
-    warnings.warn(f"{provenance.run} is somebody else's model: {said}; {what}", stacklevel=4)
-
-
+# %% ../../nbs/evaluate/03_models.ipynb #b03a0001
 def split_images(
     pack: Pack,
     split: str | Sequence[str] | None,  # None: all
@@ -206,6 +185,27 @@ def split_images(
     kept = slice(None) if names is None else pack.studies["split"].isin(names).to_numpy()
     own = [np.asarray(some, dtype=int) for some in pack.studies["image_rows"][kept]]
     return np.unique(np.concatenate([np.zeros(0, int), *own]))
+
+# %% ../../nbs/evaluate/03_models.ipynb #71c08fbe
+def _check_declared(provenance: Provenance, pack: Pack, allow_leaks: bool, images: Sequence[int]) -> None:
+    "What can be said of a model of somebody else: ValueError if images in a split that it declares are measured."
+    declared = provenance.data["declared"]
+    same, seen, total = declared_overlap(pack, declared, images if len(images) else None)
+    if same and seen and len(images) and not allow_leaks:
+        raise ValueError(
+            f"{provenance.run} declares to have been trained on {same}: {seen} of the {total} images to "
+            "measure on are in "
+            f"that split of {pack.path}. Measure another split (--split, split= in Python), or go on with "
+            "--allow-leaks "
+            "(allow_leaks=True)"
+        )
+    what = f"{seen} of {total} images of {pack.path} are in it" if same else f"it cannot be compared with {pack.path}"
+    said = (
+        f"it declares to have been trained on {', '.join(declared)}"
+        if declared
+        else "it does not say what it was trained on"
+    )
+    warnings.warn(f"{provenance.run} is somebody else's model: {said}; {what}", stacklevel=4)
 
 
 def check_unseen(

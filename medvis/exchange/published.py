@@ -132,16 +132,7 @@ def open_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
         found.pad_token = found.eos_token or found.sep_token or found.convert_ids_to_tokens(0)
     return found
 
-# %% ../../nbs/exchange/03_published.ipynb #6a3c7fcd
-def _spread(vectors: Tensor, counts: Sequence[int]) -> tuple[Tensor, Tensor]:  # (B, K, D); (B, K) mask
-    "Rows of several samples, one behind the other, as padded rows of each."
-    width = max(1, *counts)
-    mask = torch.arange(width, device=vectors.device) < torch.tensor(counts, device=vectors.device)[:, None]
-    out = vectors.new_zeros(len(counts), width, vectors.shape[-1])
-    out[mask] = vectors
-    return out, mask
-
-
+# %% ../../nbs/exchange/03_published.ipynb #b03b0001
 ADDED = "what each adds to its sentence, by leaving it out"
 
 
@@ -159,6 +150,15 @@ class WordsLater(Correspondence):
             raise AttributeError(f"{type(self).__name__} has no {name}")
         self.words, self.left_open = vars(self)["_words"]()
         return vars(self)[name]
+
+# %% ../../nbs/exchange/03_published.ipynb #6a3c7fcd
+def _spread(vectors: Tensor, counts: Sequence[int]) -> tuple[Tensor, Tensor]:  # (B, K, D); (B, K) mask
+    "Rows of several samples, one behind the other, as padded rows of each."
+    width = max(1, *counts)
+    mask = torch.arange(width, device=vectors.device) < torch.tensor(counts, device=vectors.device)[:, None]
+    out = vectors.new_zeros(len(counts), width, vectors.shape[-1])
+    out[mask] = vectors
+    return out, mask
 
 
 class DualEncoder(ImageTower):
@@ -257,12 +257,12 @@ class DualEncoder(ImageTower):
         tuple[Tensor, Tensor, Tensor]
             (B, W, d), (B, W) mask, (B, M)
         """
-        known, marks, width = {}, self.sampling.punctuation, self._width()
+        vectors, marks, width = {}, self.sampling.punctuation, self._width()
 
         def embed(texts: list[str]) -> np.ndarray:
-            if new := [text for text in texts if text not in known]:
-                known.update(zip(new, l2_normalize(self.embed_texts(new)).detach().cpu().numpy()))
-            return np.stack([known[text] for text in texts])
+            if new := [text for text in texts if text not in vectors]:
+                vectors.update(zip(new, l2_normalize(self.embed_texts(new)).detach().cpu().numpy()))
+            return np.stack([vectors[text] for text in texts])
 
         texts = [text for some in batch.sentences for text in some]
         added = difference_vectors(embed, texts, punctuation=marks)
