@@ -272,6 +272,14 @@ def _beyond(view: StudyView, shown: Sequence[str]) -> str:
 _SAID = "#d9a8ff"  # of the places that a report names
 
 
+def _draw_outlines(ax: Axes, outlines: Sequence[Outline]) -> None:
+    "Lines around what is drawn, dashed around the places that a report names."
+    for outline in outlines:
+        look = dict(edgecolor=_SAID, lw=1.2, ls="--") if outline.said else dict(edgecolor=OUTLINE, lw=1.4)
+        for path in outline.paths:
+            ax.fill(*zip(*path), fill=False, **look)
+
+
 def _draw_frame(ax: Axes, frame: tuple[float, float, float, float]) -> None:
     "A dotted line around what an encoder sees, where that is a part of the picture."
     x0, y0, x1, y1 = frame
@@ -324,10 +332,7 @@ def _draw_run(
             ax.set_title(f"{verdict}{counted}", size=10, loc="right", color=colour)
     _draw_frame(ax, run.frame)
     shown = [one for _, one in outlines if one.kind not in state["hidden"]] if state["outlines"] else []
-    for outline in shown:
-        look = dict(edgecolor=_SAID, lw=1.2, ls="--") if outline.said else dict(edgecolor=OUTLINE, lw=1.4)
-        for path in outline.paths:
-            ax.fill(*zip(*path), fill=False, **look)
+    _draw_outlines(ax, shown)
     for a, b, c, d in selection["boxes"]:
         ax.fill((a, c, c, a), (b, b, d, d), fill=False, edgecolor="#ffd54a", lw=1.6)
     ax.set(xlim=(0, 1), ylim=(1, 0), xticks=[], yticks=[])
