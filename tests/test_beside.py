@@ -33,6 +33,8 @@ def runs(tmp_path_factory):
         config = getattr(transformers, f"{kind}Config")(text_config=text, vision_config=dict(side, image_size=64, patch_size=16))
         getattr(transformers, f"{kind}Model")(config).save_pretrained(home / name)
         words.save_pretrained(home / name)
+    crop = {"do_resize": True, "size": {"shortest_edge": 64}, "do_center_crop": True, "crop_size": {"height": 64, "width": 64}, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    (home / "clip/preprocessor_config.json").write_text(json.dumps(crop))
     words.save_pretrained(home / "words")
     parts = {"text_model": transformers.BertModel(transformers.BertConfig(**text)), "vision_model": transformers.SwinModel(transformers.SwinConfig(image_size=64, embed_dim=24, depths=[1, 1], num_heads=[1, 2], window_size=4))}
     state = {f"{part}.model.{key}": value for part, network in parts.items() for key, value in network.state_dict().items()}
