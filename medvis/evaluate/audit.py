@@ -451,7 +451,7 @@ def audit_runs(
     resamples: int = 500,
     allow_leaks: bool = False,
 ) -> pd.DataFrame:  # a line a run: hit, chance, seen (share lost on another image), answers, verdict
-    """The audits of several runs in one table, on the phrases that all of them see. ValueError as of `audit`, or if none.
+    """The audits of several runs in one table, on the phrases that all of them see. ValueError as of `audit`.
 
     Parameters
     ----------
