@@ -7,8 +7,8 @@ from setuptools import find_packages, setup
 config = ConfigParser(delimiters=["="])
 config.read("settings.ini", encoding="utf-8")
 settings = config["DEFAULT"]
-extras = {name: settings[f"{name}_requirements"].split() for name in ("dicom", "lab", "small", "export", "cluster", "docs", "dev")}
-extras["dev"] += extras["dicom"] + extras["lab"] + extras["export"] + extras["docs"]
+extras = {name: settings[f"{name}_requirements"].split() for name in ("dicom", "lab", "small", "export", "attribution", "cluster", "docs", "dev")}
+extras["dev"] += extras["dicom"] + extras["lab"] + extras["export"] + extras["attribution"] + extras["docs"]
 
 home = settings["git_url"]
 addresses = {"Changes": f"{home}/blob/{settings['branch']}/CHANGELOG.md", "Issues": f"{home}/issues"}

@@ -20,7 +20,7 @@ from medvis.evaluate.models import as_method, check_unseen
 from medvis.evaluate.retrieve import PairScores, retrieve, _zero_shot_targets
 from medvis.train import TrainConfig, create_method, fit, load_encoder
 from medvis.train.checkpoint import write_json
-from medvis.train.run import Run
+from medvis.train.run import Provenance, Run, note_provenance
 
 PROBE = dict(fractions=(0.2, 1.0), seeds=(0,))
 OPTIONS = "--fractions 0.2 1.0 --seeds 0".split()
@@ -175,3 +175,24 @@ def test_leaks_are_refused_at_every_door(home, data, tmp_path):
             with pytest.raises(ValueError, match="--allow-leaks"):
                 door()
     check_unseen(other, [load_encoder("random-init", "tiny_resnet")])
+
+
+def test_what_somebody_else_declares_is_refused_at_every_door(home, data, tmp_path):
+    "A model that declares the split that is measured is refused; one that declares another split, or no data, is said to be so."
+    method, rules = as_method(home / "run"), dict(allow_leaks=False)
+    doors = {"probe": lambda **more: linear_probe({"it": method}, data, **PROBE, **more), "encoder": lambda **more: linear_probe(method.image_encoder, data, **PROBE, **more),
+             "retrieve": lambda **more: retrieve(method, data, resamples=5, **more), "zero-shot": lambda **more: zero_shot(method, data, resamples=5, **more),
+             "some studies": lambda **more: retrieve(method, data, resamples=5, studies=5, **more),
+             "evaluate": lambda **more: evaluate({"it": method}, data, "tiny-linear", tmp_path / "out", progress=False, **more)}
+    for declared, refused in (["mimic test"], True), (["mimic"], True), (["mimic train"], False), ([], False):
+        note_provenance(method, Provenance(tmp_path / "foreign", {"hash": "declared 0", "path": "file.pt", "declared": declared}))
+        for name, door in doors.items():
+            if refused:
+                with pytest.raises(ValueError, match="declares to have been trained on mimic.*--allow-leaks"):
+                    door(**rules)
+            else:
+                with pytest.warns(UserWarning, match="somebody else's model"):
+                    door(**rules)
+    note_provenance(method, Provenance(tmp_path / "foreign", {"hash": "declared 0", "path": "file.pt", "declared": ["mimic test"]}))
+    with pytest.warns(UserWarning, match="somebody else's model"):
+        doors["retrieve"](allow_leaks=True)

@@ -199,6 +199,8 @@ def retrieve(config: RetrieveConfig) -> pd.DataFrame:  # as returned by evaluate
 def _check_phrases(config: PhrasesConfig) -> None:
     "ValueError for options that do not go together."
     given = {"--prompts": config.prompts is not None, "--threshold": config.threshold is not None}
+    if config.beside and not config.audit:
+        raise ValueError("--beside names the runs of one table of audits and goes with --audit; add that")
     if config.from_labels and config.phrases is not None:
         raise ValueError("phrases come from --phrases or --from-labels, not from both; leave one out")
     if not config.from_labels and any(given.values()):
@@ -230,6 +232,21 @@ def _print_recipes(table: pd.DataFrame) -> None:
     }
     print("The same under every recipe:")
     print(pd.DataFrame(columns).rename_axis("recipe").reset_index().round(3).to_string(index=False))
+
+
+def _print_audits(config: PhrasesConfig, given: Any, rules: dict[str, Any]) -> None:
+    "The audits of a run and of those beside it, on the phrases that all of them see."
+    from medvis.evaluate.audit import audit_runs
+
+    paths = [config.run, *config.beside]
+    names = [path.resolve().name for path in paths]
+    if len(set(names)) < len(names):
+        raise ValueError(f"the runs of one table need folders of different names; found {', '.join(names)}")
+    table = audit_runs(dict(zip(names, paths)), config.data, given, **rules)
+    print(
+        f"Audits on the {table['phrases'].iloc[0]} phrases whose places all of them see (shares of hits above chance):"
+    )
+    print(table.drop(columns=["recipe", "verdict"]).round(3).to_string(index=False))
 
 # %% ../../nbs/cli/02_commands.ipynb #0c0d1a36
 def phrases(config: PhrasesConfig) -> pd.DataFrame:  # as returned by evaluate.ground.ground
@@ -270,6 +287,8 @@ def phrases(config: PhrasesConfig) -> pd.DataFrame:  # as returned by evaluate.g
         from medvis.evaluate.audit import audit, verdict
 
         print(f"Audit: {verdict(audit(method, data, given, **rules))}")
+    if config.beside:
+        _print_audits(config, given, rules)
     return table
 
 # %% ../../nbs/cli/02_commands.ipynb #6996f557

@@ -200,6 +200,8 @@ class PhrasesConfig:
     "Measure under every recipe and convention too (smoothing, softmax, drawing, boxes, CNR, mIoU): recipes.csv."
     audit: bool = False
     "Ask in one line what the score is owed to (image, finding, side, 'no', box or mask). Takes five times as long."
+    beside: Annotated[tuple[Path, ...], default_text("none")] = ()
+    "With --audit: other runs, for one table of the audits of all on the phrases that all of them see: audits.csv."
     allow_leaks: bool = False
     "Measure even if a run was trained on patients or images of the validation or test split; the manifest lists them."
     from_labels: bool = False

@@ -180,8 +180,11 @@ def as_fitted(
     preprocessing : Preprocessing
         of a network
     """
-    wanted, fit = preprocessing.fit, pack.manifest["source"].get("fit")
-    if not wanted or not fit or wanted == fit:
+    base, wanted = getattr(pack, "base", pack), preprocessing.fit
+    fit = base.manifest["source"].get("fit")
+    if not wanted or not fit:
         return pack
+    if wanted == fit:
+        return base
     side = round(preprocessing.size / preprocessing.crop)
-    return RefittedPack(getattr(pack, "base", pack), wanted, min(side, pack.size) if wanted in _PADDED else side)
+    return RefittedPack(base, wanted, min(side, base.size) if wanted in _PADDED else side)

@@ -6,10 +6,10 @@
 __all__ = ['Claim', 'forest_plot', 'format_table', 'judge', 'seeds_needed', 'check_preprocessing', 'encode',
            'head_predictions', 'head_table', 'linear_probe', 'paired_gain', 'probe_predictions', 'probe_table',
            'random_like', 'YoloV3', 'yolo_loss', 'Pointing', 'contrast_to_noise', 'ground_phrases', 'grounding_table',
-           'phantom_pointing', 'phantom_targets', 'pointing_game', 'upsample_map', 'measure_places', 'audit_table',
-           'verdict', 'RECIPES', 'draw_maps', 'ground_recipes', 'recipe_maps', 'map_recipe_table', 'Boxes',
-           'classification_table', 'count_pixels', 'detection_table', 'dice_table', 'froc', 'mean_ap', 'as_encoders',
-           'as_method', 'as_pack', 'check_unseen', 'ground_labels', 'presence_rules', 'presence_scores',
+           'phantom_pointing', 'phantom_targets', 'pointing_game', 'upsample_map', 'measure_places', 'audit_runs',
+           'audit_table', 'verdict', 'RECIPES', 'draw_maps', 'ground_recipes', 'recipe_maps', 'map_recipe_table',
+           'Boxes', 'classification_table', 'count_pixels', 'detection_table', 'dice_table', 'froc', 'mean_ap',
+           'as_encoders', 'as_method', 'as_pack', 'check_unseen', 'ground_labels', 'presence_rules', 'presence_scores',
            'presence_table', 'Predictions', 'load_predictions', 'score_table', 'compare_runs', 'evaluate',
            'protocol_task', 'run_protocol', 'summary_table', 'PROTOCOLS', 'Protocol', 'prompt_table', 'retrieval_table',
            'zero_shot', 'zero_shot_table', 'LinearSegmenter', 'SetrDecoder', 'SmpUNet', 'UNet', 'dice_loss',
@@ -22,7 +22,7 @@ from ..core.doors import callable_door, lazy_door
 
 # %% ../../nbs/evaluate/00_doors.ipynb #ab1d0f36
 if TYPE_CHECKING:
-    from medvis.evaluate.audit import audit_table, verdict
+    from medvis.evaluate.audit import audit_runs, audit_table, verdict
     from medvis.evaluate.claims import Claim, forest_plot, format_table, judge, seeds_needed
     from medvis.evaluate.classify import (
         head_predictions,
@@ -94,6 +94,7 @@ _all_ = [
     "pointing_game",
     "upsample_map",
     "measure_places",
+    "audit_runs",
     "audit_table",
     "verdict",
     "RECIPES",

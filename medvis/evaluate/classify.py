@@ -21,7 +21,7 @@ from ..data.pack import Pack, open_pack
 from ..data.splits import check_leaks, nested_subsets
 from ..data.tasks import label_policy, study_targets
 from .encoder import check_preprocessing, describe_inputs, encode, frozen, random_like, read_images
-from .models import as_encoders, as_method, as_pack, as_split, check_unseen
+from .models import as_encoders, as_method, as_pack, as_split, check_unseen, split_images
 from .stats import auroc, interval, resample
 from ..methods.method import Method
 from ..train.run import Run
@@ -132,7 +132,7 @@ def probe_predictions(
     """
     encoders = as_encoders(encoder)
     targets = study_targets(data, findings, uncertain, blank)
-    check_unseen(data, encoders.values(), allow_leaks)
+    check_unseen(data, encoders.values(), allow_leaks, images=split_images(data, "test"))
     split = _split_rows(data.studies)
     studies = data.studies[["study_id", "patient_id"]].iloc[split[1]].astype(str)
     patients = data.studies["patient_id"].to_numpy()[split[0]]
@@ -399,7 +399,7 @@ def head_predictions(
         )
     pack = as_pack(data, method)
     split, targets = as_split(split, pack), study_targets(pack, names, uncertain, blank)
-    check_unseen(pack, [method], allow_leaks)
+    check_unseen(pack, [method], allow_leaks, images=split_images(pack, split))
     check_preprocessing(method, pack)
     rows = np.flatnonzero(pack.studies["split"].isin([split]) | (split is None))
     scores = _own_scores(method, pack, rows, batch_size)

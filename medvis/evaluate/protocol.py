@@ -574,7 +574,8 @@ def evaluate(
     if not isinstance(task, Task):
         task = protocol_task(Pack(task) if isinstance(task, str | Path) else task, protocol, progress=progress)
     given = as_encoders(encoders, names, image=image, size=size)
-    check_unseen(task.pack, given.values(), allow_leaks, progress)
+    measured = task.images["image"][task.images["split"] != "train"]
+    check_unseen(task.pack, given.values(), allow_leaks, progress, measured)
     if device == "auto" and torch.accelerator.is_available():
         given = {name: one.to(torch.accelerator.current_accelerator()) for name, one in given.items()}
     several = _as_list(encoders)

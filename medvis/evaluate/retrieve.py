@@ -202,7 +202,12 @@ def _retrieval_scores(
 def _images_of(pack: Pack, rows: np.ndarray) -> pd.DataFrame:  # as pack_images has them
     "All images of some studies, study by study."
     own = pack.studies["image_rows"].iloc[rows]
-    return pack_images(pack).iloc[np.concatenate([np.asarray(some, dtype=int) for some in own])]
+    return pack_images(pack).iloc[np.concatenate([np.zeros(0, int), *(np.asarray(some, dtype=int) for some in own)])]
+
+
+def _drawn_images(pack: Pack, split: str, studies: int | None, seed: int, reports: bool = False) -> np.ndarray:  # rows
+    "The images that are measured: those of `_drawn_studies`."
+    return _images_of(pack, _drawn_studies(pack, split, studies, seed, reports))["image"].to_numpy()
 
 
 _IMAGE = ["image_id", "study_id", "patient_id"]
@@ -679,7 +684,7 @@ def retrieve(
     """
     method = as_method(run)
     pack = as_pack(data, method)
-    check_unseen(pack, [method], allow_leaks)
+    check_unseen(pack, [method], allow_leaks, images=_drawn_images(pack, split, studies, seed, reports=True))
     pairs = _retrieval_scores(method, pack, split, studies, seed, batch_size)
     names = pack.studies["study_id"].astype(str)
     here = names.isin(pairs.texts["study_id"].astype(str)).to_numpy()
@@ -745,7 +750,7 @@ def zero_shot(
     """
     method = as_method(run)
     pack = as_pack(data, method)
-    check_unseen(pack, [method], allow_leaks)
+    check_unseen(pack, [method], allow_leaks, images=_drawn_images(pack, split, studies, seed))
     policy = label_policy(pack, findings if prompts is None else list(pd.unique(prompts["finding"])), uncertain, blank)
     prompts = prompt_table([name for name in policy.findings if name in _NAMES]) if prompts is None else prompts
     pairs = _zero_shot_scores(method, pack, prompts, split, studies, seed, batch_size)

@@ -20,13 +20,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerFast
 
-from ..analyse.word_maps import difference_vectors, pooling_gap
+from ..analyse.attribution import integrated_gradients
+from ..analyse.word_maps import difference_vectors, open_shares, pooling_gap
+from ..core.choices import check_choice
 from ..data.pairs import Batch
 from ..data.phantom import Phantom
 from ..data.preprocessing import Preprocessing
 from ..encoders.features import ImageFeatures
+from .published import ADDED, WordsLater
 from ..methods.method import Aligned, Correspondence, Method, cross_attend
 from ..objectives.contrastive import l2_normalize
+from ..train.run import note_provenance
 
 # %% ../../nbs/exchange/14_wrapped.ipynb #b9b1f113
 @cache
@@ -79,10 +83,9 @@ def _as_vectors(value: Any, count: int, what: str) -> Tensor:  # (count, D)
 class _WrappedImages(nn.Module):
     "The image side of a wrapped model, as an image encoder: regions, whole, grid."
 
-    def __init__(self, model: Any, preprocessing: Preprocessing, squares: int) -> None:
+    def __init__(self, model: Any, preprocessing: Preprocessing, squares: int, attribution: str | None) -> None:
         super().__init__()
-        self.model, self.preprocessing, self.squares = model, preprocessing, squares
-        self.occlusion = not callable(getattr(model, "embed_regions", None))
+        self.model, self.preprocessing, self.squares, self.attribution = model, preprocessing, squares, attribution
         if not (isinstance(model, nn.Module) and any(True for _ in model.parameters())):
             self.place = nn.Parameter(torch.zeros(0), requires_grad=False)  # tells on which device images are wanted
 
@@ -90,8 +93,11 @@ class _WrappedImages(nn.Module):
         self,
         image: Tensor,  # (B, C, H, W) preprocessed
     ) -> ImageFeatures:
-        if self.occlusion:
+        if self.attribution == "occlusion":
             return self._occluded(image)
+        if self.attribution == "gradients":  # of the score, not of a vector: the image is one region
+            whole = self.embed(image)
+            return ImageFeatures(whole[:, None], whole, (1, 1))
         regions, grid = _as_regions(self.model.embed_regions(image), len(image))
         if callable(getattr(self.model, "embed_images", None)):
             whole = _as_vectors(self.model.embed_images(image), len(image), "embed_images(images)")
@@ -99,10 +105,13 @@ class _WrappedImages(nn.Module):
             whole = regions.mean(1)
         return ImageFeatures(regions.to(image.device), whole.to(image.device), grid)
 
+    def embed(self, image: Tensor) -> Tensor:  # (B, D)
+        "The vectors of whole images, as the model gives them."
+        return _as_vectors(self.model.embed_images(image), len(image), "embed_images(images)").to(image.device)
+
     def _occluded(self, image: Tensor) -> ImageFeatures:
         "Regions are what the unit vector of an image loses when a square of it is covered by its mean."
-        k, side = self.squares, image.shape[-1]
-        embed = lambda shown: _as_vectors(self.model.embed_images(shown), len(shown), "embed_images(images)")  # noqa: E731
+        k, side, embed = self.squares, image.shape[-1], self.embed
         whole, lost = embed(image), []
         ends = torch.linspace(0, side, k + 1).round().int().tolist()
         for top, bottom in zip(ends, ends[1:]):
@@ -113,21 +122,10 @@ class _WrappedImages(nn.Module):
         return ImageFeatures(torch.stack(lost, 1).to(image.device), whole.to(image.device), (k, k))
 
 # %% ../../nbs/exchange/14_wrapped.ipynb #fa773828
-class _WordsLater(Correspondence):
-    "A correspondence whose words are scored when they are first asked for."
-
-    @classmethod
-    def of(cls, words: Callable[[], Tensor], **parts: Any) -> "_WordsLater":
-        made = object.__new__(cls)
-        vars(made).update(prototypes=None, **parts)
-        vars(made)["_words"] = words
-        return made
-
-    def __getattr__(self, name: str) -> Tensor:  # only of what is not there yet
-        if name != "words":
-            raise AttributeError(f"{type(self).__name__} has no {name}")
-        self.words = vars(self)["_words"]()
-        return self.words
+_WAYS = {
+    "occlusion": "what the score loses where a square is covered (occlusion)",
+    "gradients": "what each square adds to the score of a blank image (integrated gradients)",
+}
 
 
 @dataclass(frozen=True)
@@ -140,6 +138,22 @@ class _WrappedConfig:
     temperature: float
     squares: int
     nothing: str
+    attribution: str | None
+    steps: int
+
+
+class _Run(nn.Module):
+    "An imported run as a model to be wrapped: its whole images and texts, and not its cells."
+
+    def __init__(self, method: Method) -> None:
+        super().__init__()
+        self.method = method
+
+    def embed_images(self, images: Tensor) -> Tensor:  # (B, D)
+        return self.method.embed_image(images)
+
+    def embed_texts(self, texts: Sequence[str]) -> Tensor:  # (n, D)
+        return self.method.embed_texts(texts)
 
 
 class Wrapped(Method):
@@ -151,7 +165,7 @@ class Wrapped(Method):
         self.config = _WrappedConfig(name, asdict(preprocessing), **settings)
         self.preset, self.prototypes, self.model = None, None, model
         self.training_settings = {"sentences": "one" if settings["reads"] == "sentence" else "all"}
-        self.image_encoder = _WrappedImages(model, preprocessing, settings["squares"])
+        self.image_encoder = _WrappedImages(model, preprocessing, settings["squares"], settings["attribution"])
         self.text_encoder = SimpleNamespace(tokenizer=_word_tokenizer())
         self._read: dict[str, Tensor] = {}
 
@@ -199,34 +213,63 @@ class Wrapped(Method):
 
     def _unit_regions(self, features: ImageFeatures) -> Tensor:  # (B, N, D)
         "What is multiplied with unit vectors of texts: unit regions, or differences as they are."
-        return features.regions if self.image_encoder.occlusion else l2_normalize(features.regions)
+        return l2_normalize(features.regions) if self.config.attribution is None else features.regions
 
-    def _word_vectors(self, batch: Batch) -> Tensor:  # (B, W, D)
-        "What each word adds to the unit vector of its sentence."
-        embed = lambda texts: l2_normalize(self.embed_strings(texts)).cpu().numpy()  # noqa: E731
-        rows = [difference_vectors(embed, one, self.config.nothing) for one in batch.sentences]
+    def _embed(self, texts: Sequence[str]) -> np.ndarray:  # (n, D) unit vectors
+        return l2_normalize(self.embed_strings(texts)).cpu().numpy()
+
+    def _word_vectors(self, batch: Batch) -> tuple[Tensor, Tensor]:  # (B, W, D), (B, M)
+        "What each word adds to the unit vector of its sentence, and the share of each sentence that is left open."
+        nothing, embed = self.config.nothing, self._embed
+        rows = [difference_vectors(embed, one, nothing) for one in batch.sentences]
+        shares = [open_shares(embed, one, row, nothing) for one, row in zip(batch.sentences, rows)]
+        left = np.zeros((len(rows), max(map(len, shares), default=1) or 1), np.float32)
+        for row, some in zip(left, shares):
+            row[: len(some)] = some
         flat = [np.concatenate([part for part in row if part.size] or [np.zeros((0, 1))]) for row in rows]
         width = max((part.shape[1] for part in flat), default=1)
         most = int(batch.word_index.max()) + 1
         out = np.zeros((len(flat), max(most, 1), width), np.float32)
         for row, part in zip(out, flat):
             row[: len(part[:most])] = part[:most]
-        return torch.from_numpy(out).to(self.device)
+        return torch.from_numpy(out).to(self.device), torch.from_numpy(left).to(self.device)
+
+    def _scorer(self, image: Tensor) -> tuple[Callable[[Tensor], tuple[Tensor, Tensor | None]], tuple[int, int]]:
+        "What gives the maps (B, N, Q) of vectors (B, Q, D), and perhaps what they leave open (B, Q); and the grid."
+        encoder, k = self.image_encoder, self.config.squares
+        if self.config.attribution == "gradients":
+            unit = lambda shown: l2_normalize(encoder.embed(shown))  # noqa: E731
+
+            def asked(vectors: Tensor) -> tuple[Tensor, Tensor]:
+                found = integrated_gradients(unit, image, vectors, k, self.config.steps)
+                return found.maps, found.left_open
+
+            return asked, (k, k)
+        features = encoder(image)
+        regions = self._unit_regions(features)
+        return lambda vectors: (regions @ vectors.mT, None), features.grid
 
     def correspondence(self, batch: Batch) -> Correspondence:
-        "Regions with sentences by the model itself; with words, by leaving them out."
-        features = self.image_encoder(batch.image)
-        regions, (sentences, mask) = self._unit_regions(features), self._sentences(batch)
+        "Regions with sentences by the model itself, or by attribution; with words, by leaving them out."
+        (score, grid), (sentences, mask) = self._scorer(batch.image), self._sentences(batch)
         count = max(int(batch.word_index.max()) + 1, 1)
         held = torch.arange(count, device=self.device) <= batch.word_index.amax(1, keepdim=True).to(self.device)
-        return _WordsLater.of(
-            lambda: regions @ self._word_vectors(batch).mT,
-            sentences=regions @ l2_normalize(sentences).mT,
+        way = self.config.attribution
+        maps, left = score(l2_normalize(sentences))
+
+        def words() -> tuple[Tensor, dict[str, Tensor]]:
+            added, shares = self._word_vectors(batch)
+            return score(added)[0], {"words": shares} | ({} if left is None else {"sentences": left})
+
+        return WordsLater.of(
+            words,
+            sentences=maps,
             word_mask=held,
             sentence_mask=mask,
-            grid=features.grid,
+            grid=grid,
             temperature=self.config.temperature,
-            learned=() if self.image_encoder.occlusion else ("sentences",),
+            learned=("sentences",) if way is None else (),
+            how={"words": ADDED} | ({} if way is None else {"sentences": _WAYS[way]}),
         )
 
     def align(self, batch: Batch) -> Aligned:
@@ -262,13 +305,27 @@ def _check_wrapped(method: Wrapped) -> None:
     encoder.pooling_gap = pooling_gap(features.regions.cpu().numpy(), features.whole.cpu().numpy())
 
 
+def _attribution(model: Any, attribution: str | None) -> str | None:
+    "How a model gets its maps. ValueError for a name, or if it has no vectors of images to ask."
+    if attribution is None:
+        return None if callable(getattr(model, "embed_regions", None)) else "occlusion"
+    check_choice("attribution", attribution, _WAYS)
+    if not callable(getattr(model, "embed_images", None)):
+        raise ValueError(
+            f"{attribution} asks for vectors of images: {type(model).__name__} has no embed_images(images)"
+        )
+    return attribution
+
+
 def wrap(
     model: Any,  # has embed_texts, and embed_regions or embed_images
     preprocessing: Preprocessing | None = None,  # what its images are made like; None = by the changes
     *,
     reads: str = "report",  # what one text is to it: a whole "report", or a "sentence"
     temperature: float = 0.1,  # of its loss: scores are divided by it where maps become shares
-    squares: int = 7,  # side of the grid that is occluded, for a model without embed_regions
+    attribution: str | None = None,  # "occlusion" or "gradients"; None = its regions, without embed_regions occlusion
+    squares: int = 7,  # side of the grid of an attribution
+    steps: int = 32,  # of integrated gradients
     nothing: str = "",  # the text that says nothing, for one-word sentences
     **changes: Any,  # of Preprocessing: size, crop, channels, mean, std, scale, fit
 ) -> Wrapped:
@@ -286,13 +343,21 @@ def wrap(
         what one text is to it: a whole "report", or a "sentence"
     temperature : float, default: 0.1
         of its loss: scores are divided by it where maps become shares
+    attribution : str | None, default: None
+        "occlusion" or "gradients"; None = its regions, without embed_regions occlusion
     squares : int, default: 7
-        side of the grid that is occluded, for a model without embed_regions
+        side of the grid of an attribution
+    steps : int, default: 32
+        of integrated gradients
     nothing : str, default: ''
         the text that says nothing, for one-word sentences
     **changes : Any
         of Preprocessing: size, crop, channels, mean, std, scale, fit
     """
+    p, provenance = asdict(preprocessing or Preprocessing(crop=1.0)) | changes, None
+    if isinstance(model, Method) and callable(getattr(model, "embed_texts", None)):
+        p, provenance = asdict(preprocessing or model.preprocessing) | changes, getattr(model, "provenance", None)
+        model, temperature, attribution = _Run(model.eval()), model.config.temperature, attribution or "occlusion"
     lacking = [] if callable(getattr(model, "embed_texts", None)) else ["embed_texts(list of str) -> (n, D)"]
     if not any(callable(getattr(model, name, None)) for name in ("embed_regions", "embed_images")):
         lacking.append("embed_regions(images) -> (B, N, D), or embed_images(images) -> (B, D)")
@@ -300,7 +365,9 @@ def wrap(
         raise ValueError(f"{type(model).__name__} has no {' and no '.join(lacking)}")
     if reads not in ("report", "sentence"):
         raise ValueError(f"reads is {reads!r}; expected report or sentence")
-    p = asdict(preprocessing or Preprocessing(crop=1.0)) | changes
-    method = Wrapped(model, Preprocessing(**p), reads=reads, temperature=temperature, squares=squares, nothing=nothing)
+    given = dict(reads=reads, temperature=temperature, squares=squares, nothing=nothing, steps=steps)
+    method = Wrapped(model, Preprocessing(**p), attribution=_attribution(model, attribution), **given)
+    if provenance is not None:
+        note_provenance(method, provenance)
     _check_wrapped(method.eval())
     return method

@@ -83,6 +83,10 @@ class Correspondence:
         scores are divided by it before a softmax over regions makes maps of them; 1 for logits
     learned : tuple[str, ...], default: ()
         which of words and sentences a loss compared with regions; the scores of others are derived
+    how : dict[str, str], default: field(default_factory=dict)
+        words or sentences -> how their scores are derived
+    left_open : dict[str, Tensor], default: field(default_factory=dict)
+        the same -> (B, M) share that a derivation leaves open
     """
 
     words: Tensor  # (B, N, W) scores
@@ -95,6 +99,8 @@ class Correspondence:
     learned: tuple[
         str, ...
     ] = ()  # which of words and sentences a loss compared with regions; the scores of others are derived
+    how: dict[str, str] = field(default_factory=dict)  # words or sentences -> how their scores are derived
+    left_open: dict[str, Tensor] = field(default_factory=dict)  # the same -> (B, M) share that a derivation leaves open
 
 # %% ../../nbs/methods/02_method.ipynb #96132b62
 class NoCorrespondence(NotImplementedError, ValueError):

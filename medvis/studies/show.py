@@ -32,6 +32,7 @@ from ..data.label_phrases import class_prompts
 from ..data.pack import Pack
 from ..data.pairs import Pairs, collate
 from ..data.prepare import pack_phantom
+from ..data.refit import as_fitted
 from ..evaluate import paired_gain, phantom_pointing, phantom_targets
 from ..evaluate.ground import PhantomPointing, Target
 from ..evaluate.models import rename_old_baselines
@@ -45,7 +46,8 @@ from ..widgets.shell import state_json, static
 # %% ../../nbs/studies/01_show.ipynb #31b32b96
 def held_out_pairs(method: Method, data: Pack, split: str = "test") -> Pairs:
     "A split that was not trained on as a method sees it, with whole reports."
-    return Pairs(data, method.tokenizer, method.preprocessing, replace(method.sampling, sentences="all"), split)
+    sampling, fitted = replace(method.sampling, sentences="all"), as_fitted(data, method.preprocessing)
+    return Pairs(fitted, method.tokenizer, method.preprocessing, sampling, split)
 
 # %% ../../nbs/studies/01_show.ipynb #f37b6ce2
 def pick_targets(
@@ -96,8 +98,10 @@ def _study_cards(
 
 _CARD = (
     "Hover a word, or a sentence's number, to see where the trained network places it; click to keep it. Point at the "
-    "image to see which words belong to that place. The studies took no part in training; "
+    "image to see which words belong to that place. "
 )
+_UNSEEN = "The studies took no part in training; "
+_PERHAPS_SEEN = "Whether the studies took part in training is not known here; "  # of a model of somebody else
 _CHOSEN = {
     "rarest": "the first of each of the rarest findings is shown.",
     "report": "the first of them are shown.",
@@ -134,7 +138,12 @@ def _live_card(
         widget.typed = [text for label in data.manifest["labels"] for text in class_prompts(label)]
     phrases = [s for s, kind in enumerate(widget.study.kinds) if kind != "report"][:1]
     widget.selection = {"study": widget.study.id, "words": words, "sentences": phrases}
-    about = _CARD + _CHOSEN["rarest" if any(chosen.values()) else widget.studies.texts]
+    foreign = "declared" in getattr(getattr(method, "provenance", None), "data", {})
+    about = (
+        _CARD
+        + (_PERHAPS_SEEN if foreign else _UNSEEN)
+        + _CHOSEN["rarest" if any(chosen.values()) else widget.studies.texts]
+    )
     state = {name: getattr(widget, name) for name in Display.class_own_traits(sync=True)}
     held = page_state(
         state, [pack_study(widget.studies.view(position, widget.typed), widget.masked) for position in positions]
@@ -207,9 +216,10 @@ def _diagnostics_section(run: Run) -> list[Section]:
 # %% ../../nbs/studies/01_show.ipynb #cf4e59ec
 def _run_title(run: Run, data: Pack) -> str:
     'Method, preset and data: "mixture-mi tiny on 2 000 phantom pairs".'
-    count = f"{(data.studies['split'] == 'train').sum():,}".replace(",", "\u202f")
+    imported = run.manifest.get("imported")
+    count = f"{(data.studies['split'] == ('test' if imported else 'train')).sum():,}".replace(",", "\u202f")
     what = "phantom pairs" if pack_phantom(data) else f"studies of {data.path.name}"
-    if imported := run.manifest.get("imported"):
+    if imported:
         return f"{imported['title']} (imported), looked at on {count} {what}"
     return f"{run.config['method']} {run.config['preset']} on {count} {what}"
 
@@ -258,11 +268,20 @@ def _known_gains(predictions: Path) -> pd.DataFrame | None:
     return paired_gain(table) if RANDOM_INIT in set(table["encoder"]) else None
 
 # %% ../../nbs/studies/01_show.ipynb #d6c2c5b0
+def _imported_section(run: Run) -> list[Section]:
+    "What a model of somebody else is, what it declares, and what to beware of; nothing for a run of ours."
+    if not (imported := run.manifest.get("imported")):
+        return []
+    declared = ", ".join(run.manifest["data"]["declared"]) or "nothing"
+    said = [f"{imported['title']}. It declares to have been trained on: {declared}."]
+    return [Section("What it is", [*said, *(f"Beware: {note}." for note in imported["beware"])])]
+
+
 def _ordered_sections(sections: list[Section], run: Run, command: str | None) -> list[Section]:
     "The sections with the diagnostics before the word maps, and how to repeat the run before what is folded."
     titles = [section.title for section in sections]
     last = next((k for k, title in enumerate(titles) if title in ("Words and regions", "Configuration")), len(titles))
-    sections = [*sections[:last], *_diagnostics_section(run), *sections[last:]]
+    sections = [*sections[:last], *_imported_section(run), *_diagnostics_section(run), *sections[last:]]
     folded = next(k for k, section in enumerate(sections) if section.folded)
     return [*sections[:folded], _how_to_repeat(run, command), *sections[folded:]]
 
@@ -310,7 +329,8 @@ def show_run(
             control = phantom_pointing(_initial_network(run), pairs)
         cards = _study_cards(method, pairs, chosen, shown)
         rows = {pairs.items[item][0]: targets for item, targets in chosen.items()} or _without_reports(data, studies)
-        live = _live_card(run.config["method"], method, data, rows, shown) if rows else None
+        name = run.manifest.get("imported", {}).get("kind") or run.config["method"]
+        live = _live_card(name, method, data, rows, shown) if rows else None
     if (run.path / "probe" / "probe.csv").exists():
         probe = rename_old_baselines(read_csv(run.path / "probe" / "probe.csv", ("finding",)))
         gains = _known_gains(run.path / "probe" / "predictions.parquet")

@@ -54,6 +54,17 @@ def _pieces(
     return [[(show(text), word) for text, word in line if text] for show, line in zip(shown, out)]
 
 
+def _said_how(run: RunScores) -> list[str]:
+    "In words, how maps of a run are derived, and how much that leaves open."
+    said = []
+    for grain in (grain for grain in run.derived if grain in run.how):
+        shares = run.left_open.get(grain, np.zeros(0))
+        shares = shares[np.isfinite(shares)]
+        left = f" (leaves {np.median(shares):.0%} open)" if len(shares) else ""
+        said.append(f"{grain}: {run.how[grain]}{left}")
+    return said
+
+
 def pack_study(
     view: StudyView,
     masked: bool = False,  # leave the report's words out
@@ -81,6 +92,7 @@ def pack_study(
             "temperature": run.temperature,
             "tokens": run.tokens,
             "derived": run.derived,
+            "how": _said_how(run),
             "cells": [np.flatnonzero(view.cells[name][o]).tolist() for o in kept],
             "targets": [kept.index(o) for o in view.targets(name) if o in kept],
         }
@@ -260,6 +272,21 @@ def _beyond(view: StudyView, shown: Sequence[str]) -> str:
 _SAID = "#d9a8ff"  # of the places that a report names
 
 
+def _draw_outlines(ax: Axes, outlines: Sequence[Outline]) -> None:
+    "Lines around what is drawn, dashed around the places that a report names."
+    for outline in outlines:
+        look = dict(edgecolor=_SAID, lw=1.2, ls="--") if outline.said else dict(edgecolor=OUTLINE, lw=1.4)
+        for path in outline.paths:
+            ax.fill(*zip(*path), fill=False, **look)
+
+
+def _draw_frame(ax: Axes, frame: tuple[float, float, float, float]) -> None:
+    "A dotted line around what an encoder sees, where that is a part of the picture."
+    x0, y0, x1, y1 = frame
+    if min(1 - x0, 1 - y0, x1, y1) < 0.995:
+        ax.fill((x0, x1, x1, x0), (y0, y0, y1, y1), fill=False, edgecolor="white", alpha=0.75, lw=1, ls=":")
+
+
 def _verdict(
     view: StudyView,
     name: str,  # of the run
@@ -303,11 +330,9 @@ def _draw_run(
             colour = {"hit": "#00735c", "miss": "#b3401f"}.get(verdict, "#5b6775")
             counted = f" ({view.judged})" if verdict in ("hit", "miss") else ""
             ax.set_title(f"{verdict}{counted}", size=10, loc="right", color=colour)
+    _draw_frame(ax, run.frame)
     shown = [one for _, one in outlines if one.kind not in state["hidden"]] if state["outlines"] else []
-    for outline in shown:
-        look = dict(edgecolor=_SAID, lw=1.2, ls="--") if outline.said else dict(edgecolor=OUTLINE, lw=1.4)
-        for path in outline.paths:
-            ax.fill(*zip(*path), fill=False, **look)
+    _draw_outlines(ax, shown)
     for a, b, c, d in selection["boxes"]:
         ax.fill((a, c, c, a), (b, b, d, d), fill=False, edgecolor="#ffd54a", lw=1.6)
     ax.set(xlim=(0, 1), ylim=(1, 0), xticks=[], yticks=[])

@@ -89,6 +89,10 @@ class RunScores:
         the most that the run reads; None = unknown
     derived : tuple[str, ...], default: ()
         of words and sentences: what no loss compared with regions
+    how : dict[str, str], default: field(default_factory=dict)
+        of these: how they are derived, in words
+    left_open : dict[str, np.ndarray], default: field(default_factory=dict)
+        and the share (M,) that this leaves open of each
     """
 
     grid: tuple[int, int]  # (h, w), N = h*w
@@ -98,6 +102,8 @@ class RunScores:
     temperature: float = 1.0  # what scores are divided by before a softmax over regions
     tokens: int | None = None  # the most that the run reads; None = unknown
     derived: tuple[str, ...] = ()  # of words and sentences: what no loss compared with regions
+    how: dict[str, str] = field(default_factory=dict)  # of these: how they are derived, in words
+    left_open: dict[str, np.ndarray] = field(default_factory=dict)  # and the share (M,) that this leaves open of each
 
 # %% ../../nbs/widgets/02_study.ipynb #0259fbf2
 def _visible_frame(
@@ -145,8 +151,12 @@ def _run_scores(
         numbers = near.max(0).values.argsort(descending=True)[:_PROTOTYPES].sort().values.tolist()
         scores["prototypes"] = np.ascontiguousarray(near[:, numbers].numpy().T)
     derived = tuple(grain for grain in ("words", "sentences") if grain not in correspondence.learned)
-    temperature = correspondence.temperature
-    return RunScores(correspondence.grid, frame, scores, numbers, temperature, derived=derived)
+    left = {
+        grain: _picked_rows(shares[row][None], places[1], counts[1])[:, 0]
+        for grain, shares in correspondence.left_open.items()
+    }
+    given = dict(derived=derived, how=dict(correspondence.how), left_open=left)
+    return RunScores(correspondence.grid, frame, scores, numbers, correspondence.temperature, **given)
 
 # %% ../../nbs/widgets/02_study.ipynb #5bc8445e
 @dataclass(frozen=True)
@@ -548,7 +558,8 @@ _TOGETHER = 32  # phrases in a batch
 def _joined(parts: Sequence[RunScores]) -> RunScores:
     "The scores of texts one after the other; the prototypes, which are those of the image, once."
     scores = {grain: np.concatenate([part.scores[grain] for part in parts]) for grain in ("words", "sentences")}
-    return replace(parts[0], scores=parts[0].scores | scores)
+    left = {grain: np.concatenate([part.left_open[grain] for part in parts]) for grain in parts[0].left_open}
+    return replace(parts[0], scores=parts[0].scores | scores, left_open=left)
 
 
 def _phrase_scores(method: Method, pairs: Pairs, position: int, texts: Sequence[str]) -> RunScores:
@@ -569,7 +580,7 @@ def _phrase_scores(method: Method, pairs: Pairs, position: int, texts: Sequence[
             parts.append(_run_scores(correspondence, row, places, counts, _seen_frame(pairs, position)))
     scores = replace(_joined(parts), tokens=rules.max_tokens)
     nothing = {grain: scores.scores[grain][:0] for grain in ("words", "sentences")}
-    return scores if texts else replace(scores, scores=scores.scores | nothing)
+    return scores if texts else replace(scores, scores=scores.scores | nothing, left_open={})
 
 
 def _text_scores(

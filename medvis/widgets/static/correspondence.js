@@ -252,6 +252,17 @@ function strokeTwice(context, pixel, colour, width, draw) {
   }
 }
 
+// A model of another fit, or with a centre crop, sees a part of the picture alone.
+const isPart = ({ frame: [x0, y0, x1, y1] }) => Math.min(1 - x0, 1 - y0, x1, y1) < 0.995;
+
+function drawFrame(context, pixel, [x0, y0, x1, y1]) {
+  context.setLineDash([2 * pixel, 4 * pixel]);
+  context.strokeStyle = "rgba(255,255,255,.75)";
+  context.lineWidth = 1.2 * pixel;
+  context.strokeRect(x0, y0, x1 - x0, y1 - y0);
+  context.setLineDash([]);
+}
+
 function drawOutlines(app, context, pixel, linked) {
   const names = new Set((linked ?? []).map((outline) => outline.name));
   for (const { name, said, paths } of shownOutlines(app)) {
@@ -308,6 +319,7 @@ function drawPanel(app, panel) {
     context.imageSmoothingEnabled = get(app, "smooth");
     context.drawImage(panel.heat, fx, fy, gx - fx, gy - fy);
   }
+  if (isPart(app.study.runs[panel.k])) drawFrame(context, pixel, app.study.runs[panel.k].frame);
   if (get(app, "outlines")) drawOutlines(app, context, pixel, result.linked);
   drawBoxes(app, context, pixel);
   if (result.map) {
@@ -436,6 +448,14 @@ function buildReport(app) {
   if (cut.length) parts.report.append(h("p", { class: "legend" }, `Dimmed: ${beyond(app, cut)}.`));
   const derived = shownRuns(app).filter((k) => study.runs[k].derived?.length).map((k) => `${study.runs[k].derived.join(" and ")} (${get(app, "runs")[k]})`);
   if (derived.length) parts.report.append(h("p", { class: "legend derived" }, `Derived maps, which no training compared with regions: ${derived.join("; ")}.`));
+  const means = new Map();
+  for (const k of shownRuns(app).filter((k) => study.runs[k].how?.length)) {
+    const how = study.runs[k].how.join("; ");
+    means.set(how, [...(means.get(how) ?? []), get(app, "runs")[k]]);
+  }
+  for (const [how, runs] of means) parts.report.append(h("p", { class: "legend how" }, `${runs.join(", ")} – ${how}.`));
+  const parted = shownRuns(app).filter((k) => isPart(study.runs[k])).map((k) => get(app, "runs")[k]);
+  if (parted.length) parts.report.append(h("p", { class: "legend frames" }, `Dotted frame: the part of the picture that a model sees (${parted.join(", ")}).`));
   const numbers = study.runs[app.active]?.prototypes ?? [];
   parts.prototypes.replaceChildren(...numbers.map((number, k) =>
     itemElement(app, "prototypes", k, "span", { class: "prototype" }, `prototype ${number}`)));
