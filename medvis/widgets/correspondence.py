@@ -54,6 +54,9 @@ def _pieces(
     return [[(show(text), word) for text, word in line if text] for show, line in zip(shown, out)]
 
 
+_OUTLINED = ("name", "kind", "said", "fits", "paths", "words", "sentences")
+
+
 def _said_how(run: RunScores) -> list[str]:
     "In words, how maps of a run are derived, and how much that leaves open."
     said = []
@@ -98,8 +101,7 @@ def pack_study(
         }
         for name, run in view.runs.items()
     ]
-    fields = ("name", "kind", "said", "fits", "paths", "words", "sentences")
-    outlines = [{name: getattr(view.outlines[o], name) for name in fields} for o in kept]
+    outlines = [{name: getattr(view.outlines[o], name) for name in _OUTLINED} for o in kept]
     head = {
         "masked": masked,
         "position": view.position,
@@ -117,8 +119,8 @@ def pack_study(
         "alignment": [view.alignment(name) for name in view.runs],
         "misses": [-view.misses(name) for name in view.runs],
     }
-    bodies = [np.ascontiguousarray(rows, "<f4").tobytes() for run in view.runs.values() for rows in run.scores.values()]
-    return head, [view.picture.tobytes(), *bodies]
+    scores = (rows for run in view.runs.values() for rows in run.scores.values())
+    return head, [view.picture.tobytes(), *(np.ascontiguousarray(rows, "<f4").tobytes() for rows in scores)]
 
 # %% ../../nbs/widgets/03_correspondence.ipynb #a5ed9340
 _PINNABLE = ("words", "sentences", "prototypes")
