@@ -26,7 +26,7 @@ from ..encoders.features import ImageFeatures, TextFeatures
 from ..encoders.image import image_encoder
 from ..encoders.weights import refuse_code
 from .towers import LayerList, Questions, TextTower
-from ..methods.method import Correspondence, Method, cosine_correspondence
+from ..methods.method import Correspondence, Method
 from ..objectives.contrastive import l2_normalize
 
 # %% ../../nbs/exchange/03_published.ipynb #6e1bd874

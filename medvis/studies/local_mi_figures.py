@@ -21,7 +21,6 @@ from ..evaluate.ground import phantom_targets
 from ..methods import Method
 from .figures import FiguresConfig, FigureTable, Shown, figure_study, fill_figure
 from .runner import Cell, Study
-from ..train import Run
 
 # %% ../../nbs/studies/07_local_mi_figures.ipynb #864c1c25
 @torch.no_grad()

@@ -18,7 +18,6 @@ from ..analyse.embed import embedding_table, neighbour_purity, tsne
 from ..analyse.maps import common_limits, draw_map
 from ..analyse.prototypes import cluster_agreement, nearest_prototype, prototype_usage
 from ..analyse.regions import share_inside
-from ..data.pack import Pack
 from ..data.pairs import Pairs, collate
 from ..data.phantom import Phantom
 from ..data.prepare import pack_phantom
@@ -27,7 +26,6 @@ from ..methods import Method
 from .figures import FiguresConfig, FigureTable, Shown, figure_study, fill_figure
 from .runner import Cell, Study
 from .show import pick_targets
-from ..train import Run
 
 # %% ../../nbs/studies/06_mgca_figures.ipynb #6626aa10
 @torch.no_grad()
