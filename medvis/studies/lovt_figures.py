@@ -26,7 +26,8 @@ from ..data.pairs import Pairs
 from ..methods import Method
 from ..methods.method import Aligned
 from .figures import FiguresConfig, FigureTable, Shown, figure_study, fill_figure
-from .runner import Cell, Study, TrainConfig, create_method, fit
+from .runner import Cell, Study
+from ..train import TrainConfig, create_method, fit
 
 # %% ../../nbs/studies/05_lovt_figures.ipynb #7692da4e
 _VARIANTS = {
