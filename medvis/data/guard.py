@@ -214,13 +214,12 @@ def guard_measured(
     noted, name = pack.manifest.get("guard"), trained.manifest["hash"]
     if noted is None or "guard" not in trained.manifest:
         return
+    if name != pack.manifest["hash"] and (name not in noted["against"] or noted["leaks"]):
+        leaks = find_pack_leaks(pack, [trained], within=False, both=False, progress=progress)
+        if len(leaks) and not allow_leaks:
+            refuse_leaks(leaks, pack.path)
+        if name not in noted["against"]:
+            with suppress(OSError):  # in a folder that is read-only, they are compared every time
+                _note_guard(pack, [trained], leaks)
     if len(images) and not allow_leaks:
         _refuse_learned(pack, trained, images)
-    if name == pack.manifest["hash"] or (name in noted["against"] and not noted["leaks"]):
-        return
-    leaks = find_pack_leaks(pack, [trained], within=False, both=False, progress=progress)
-    if len(leaks) and not allow_leaks:
-        refuse_leaks(leaks, pack.path)
-    if name not in noted["against"]:
-        with suppress(OSError):  # in a folder that is read-only, they are compared every time
-            _note_guard(pack, [trained], leaks)
