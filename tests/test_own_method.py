@@ -150,7 +150,8 @@ def own(home, monkeypatch):
 
 def test_its_presets_are_listed(home, own):
     said = json.loads((home / "output.json").read_text())["medvis presets their_package.own:Mine"]
-    assert said.split() == ["their_package.own:Mine", "tiny"]
+    listed, _, advice = said.partition("Next: ")
+    assert listed.split() == ["their_package.own:Mine", "tiny"] and advice.startswith("medvis pretrain")
     assert list_presets("their_package.own:Mine") == ["tiny"]
     for name, missing in (("their_package.own:Nothing", "Nothing"), ("nowhere:Mine", "which cannot be imported"), ("their_package.own:Patches", "is no method")):
         code, said = run_line(f"medvis presets {name}")
