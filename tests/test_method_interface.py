@@ -20,7 +20,8 @@ from medvis.methods import METHODS, Correspondence, Method
 from medvis.methods.settings import SETTINGS
 from medvis.methods.method import NoCorrespondence, add_up, cosine_correspondence, cross_attend, phantom_tokenizer
 from medvis.objectives.contrastive import clip_loss, l2_normalize
-from medvis.studies.lovt_figures import _weights_table
+from medvis.studies.figures import Shown
+from medvis.studies.lovt_figures import _weight_map, _weights
 from medvis.studies.mgca_figures import _pair_embeddings, _word_map_rows
 from medvis.train.diagnostics import alignment, _attention_entropy, _dead_prototypes, diagnose, spread
 from medvis.widgets.embedding import study_points
@@ -172,8 +173,8 @@ def test_the_figures_of_a_method_of_ones_own(make):
     for k in range(12):    # what a sentence gathers, by hand
         by_hand = l2_normalize((scores[k] / 0.2).softmax(0).T @ met.regions[k])
         torch.testing.assert_close(met.from_image[k][met.mask[k]], by_hand[met.mask[k]], rtol=1e-3, atol=1e-4)
-    arrays, numbers = _weights_table(method, pairs, 12)
-    assert np.allclose(arrays["weights"], shares.mean(0), atol=1e-5) and 0 < numbers["in_lungs"] < 1
+    drawn = Shown(None, method, pairs, 12)
+    assert np.allclose(_weight_map(drawn).weights.item(), image_features(method, pairs).weights.mean(0), atol=1e-5) and 0 < _weights(drawn).in_lungs.item() < 1
     images, texts = _pair_embeddings(method, pairs)
     assert np.allclose(images[:12], pair[0], atol=1e-4) and texts.shape == images.shape == (len(pairs), 16)
     figures = [draw_spread(spread_table({"own": seen})), draw_alignment({"own": alignment_distances(met)}),

@@ -201,6 +201,9 @@ def _check_phrases(config: PhrasesConfig) -> None:
     given = {"--prompts": config.prompts is not None, "--threshold": config.threshold is not None}
     if config.beside and not config.audit:
         raise ValueError("--beside names the runs of one table of audits and goes with --audit; add that")
+    names = [path.resolve().name for path in (config.run, *config.beside)]
+    if len(set(names)) < len(names):
+        raise ValueError(f"the runs of one table need folders of different names; found {', '.join(names)}")
     if config.from_labels and config.phrases is not None:
         raise ValueError("phrases come from --phrases or --from-labels, not from both; leave one out")
     if not config.from_labels and any(given.values()):
@@ -238,11 +241,8 @@ def _print_audits(config: PhrasesConfig, given: Any, rules: dict[str, Any]) -> N
     "The audits of a run and of those beside it, on the phrases that all of them see."
     from medvis.evaluate.audit import audit_runs
 
-    paths = [config.run, *config.beside]
-    names = [path.resolve().name for path in paths]
-    if len(set(names)) < len(names):
-        raise ValueError(f"the runs of one table need folders of different names; found {', '.join(names)}")
-    table = audit_runs(dict(zip(names, paths)), config.data, given, **rules)
+    runs = {path.resolve().name: path for path in (config.run, *config.beside)}
+    table = audit_runs(runs, config.data, given, **rules)
     print(
         f"Audits on the {table['phrases'].iloc[0]} phrases whose places all of them see (shares of hits above chance):"
     )
