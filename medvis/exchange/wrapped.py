@@ -355,8 +355,8 @@ def wrap(
         of Preprocessing: size, crop, channels, mean, std, scale, fit
     """
     p, provenance = asdict(preprocessing or Preprocessing(crop=1.0)) | changes, None
-    if isinstance(model, Method) and callable(getattr(model, "embed_texts", None)):
-        p, provenance = asdict(preprocessing or model.preprocessing) | changes, getattr(model, "provenance", None)
+    if all(callable(getattr(model, name, None)) for name in ("embed_image", "embed_texts")):  # an imported run
+        p, provenance = asdict(preprocessing or model.preprocessing) | changes, model.provenance
         model, temperature, attribution = _Run(model.eval()), model.config.temperature, attribution or "occlusion"
     lacking = [] if callable(getattr(model, "embed_texts", None)) else ["embed_texts(list of str) -> (n, D)"]
     if not any(callable(getattr(model, name, None)) for name in ("embed_regions", "embed_images")):

@@ -138,7 +138,7 @@ def _live_card(
         widget.typed = [text for label in data.manifest["labels"] for text in class_prompts(label)]
     phrases = [s for s, kind in enumerate(widget.study.kinds) if kind != "report"][:1]
     widget.selection = {"study": widget.study.id, "words": words, "sentences": phrases}
-    foreign = "declared" in getattr(getattr(method, "provenance", None), "data", {})
+    foreign = method.provenance is not None and "declared" in method.provenance.data
     about = (
         _CARD
         + (_PERHAPS_SEEN if foreign else _UNSEEN)
