@@ -108,7 +108,7 @@ def test_metadata(metadata):
     requirements = [Requirement(line) for line in metadata.get_all("Requires-Dist")]
     plain = {canonicalize_name(one.name) for one in requirements if not one.marker}
     assert "torch" in plain and not plain & DEVELOPMENT
-    assert set(metadata.get_all("Provides-Extra")) == {"dicom", "lab", "small", "export", "cluster", "docs", "dev"}
+    assert set(metadata.get_all("Provides-Extra")) == {"dicom", "lab", "small", "export", "attribution", "cluster", "docs", "dev"}
     assert any(one.name == "pydicom" and one.marker.evaluate({"extra": "dicom"}) for one in requirements)
     assert metadata["Requires-Python"] == ">=3.11"
     assert metadata["License-Expression"] == "Apache-2.0"
