@@ -70,8 +70,8 @@ def figure_study(
 class Shown:
     "A trained run, and the held-out studies that it is drawn with."
 
-    run: Run
-    "Its folder."
+    trained: Run
+    "The folder of the run."
     method: Method
     "Its method, with the weights of its best epoch."
     pairs: Pairs

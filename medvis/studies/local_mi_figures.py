@@ -38,7 +38,7 @@ _STUDIES = 300  # whose sentences are looked at
 
 def _information(shown: Shown) -> pd.DataFrame:
     "Estimates of mutual information during training."
-    return information_curve(shown.run).astype({"nats": np.float32})
+    return information_curve(shown.trained).astype({"nats": np.float32})
 
 
 def _chosen(shown: Shown) -> pd.DataFrame:
