@@ -14,7 +14,7 @@ settings = settings["DEFAULT"]
 
 project, author, release = settings["title"], settings["author"], settings["version"]
 copyright = settings["copyright"]
-extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.viewcode", "sphinx.ext.napoleon", "sphinx_design", "sphinx_copybutton"]
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_design", "sphinx_copybutton"]
 
 # Notebooks are shown as they are kept, outputs included: nbdev_test runs them, the site does not.
 nb_execution_mode = "off"
