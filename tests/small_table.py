@@ -9,5 +9,5 @@ SAYS = Claim("CLIP helps", "nowhere", "AUROC, macro", {("CLIP", "findings"): 1.0
 TABLE = PaperTable("small", ROWS, {"findings": Column("tiny-linear", 1.0, head={"lrs": (0.1,), "epochs": 5})}, (0,), (SAYS,), rates=(1e-3,))
 
 
-def make(out: Path, packs=None):
+def make(out: Path, packs=None, scale="paper"):
     return _phantom_study(TABLE, Path(out), {"pairs": {"studies": 90, "size": 64, "seed": 5}})

@@ -479,7 +479,7 @@ def study(config: StudyConfig) -> pd.DataFrame:  # of `study_status` for status 
     from medvis.studies.config import find_study
     from medvis.studies.runner import run_study, say_status, study_status, study_table
 
-    asked = find_study(what.name, what.out, what.packs, what.variants, what.seeds, what.tasks)
+    asked = find_study(what.name, what.out, what.packs, what.variants, what.seeds, what.tasks, what.scale)
     if isinstance(what, StudyTableConfig):
         table = study_table(asked)
         nothing = f"{what.name} in {asked.out}: no cell is filled yet; `medvis study run {what.name}` does"

@@ -163,7 +163,8 @@ def judge(
 ) -> pd.DataFrame:  # claim, source, effect, low, high, p, p_corrected, p_equivalence, margin, seeds, needed, verdict
     """What runs say of claims, by one rule: see this module's notebook.
 
-    `needed`: the seeds with which an effect of this size and spread would be found in 80 % of all studies.
+    `needed`: the seeds with which an effect of this size and spread would be found in 80 % of all studies, at the
+    level that is left if it were the least of all claims (Bonferroni).
 
     ValueError if a claim's numbers are missing.
 
@@ -185,7 +186,7 @@ def judge(
         check_choice("claim", claim.says, ("larger", "alike", "no larger", "steady"))
         values = _contrast_values(results, claim).to_numpy()
         tests, std = _tests(claim, values), values.std(ddof=1) if len(values) > 1 else np.nan
-        needed = np.nan if claim.says == "steady" else seeds_needed(tests["effect"], std)
+        needed = np.nan if claim.says == "steady" else seeds_needed(tests["effect"], std, level=level / len(claims))
         row = {"claim": claim.text, "source": claim.source, **tests, "margin": claim.margin}
         rows.append({**row, "seeds": len(values), "needed": needed})
     table = pd.DataFrame(rows)
@@ -247,5 +248,6 @@ def forest_plot(
     ax.axvline(0, color="black", lw=0.8)
     ax.set_yticks(range(len(table)), table["claim"][::-1], fontsize=8)
     ax.set_xlabel("effect, as claimed to the right")
+    ax.locator_params(axis="x", nbins=6)
     ax.spines[["top", "right"]].set_visible(False)
     return figure

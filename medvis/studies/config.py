@@ -148,7 +148,7 @@ class RealPairsConfig:
 # %% ../../nbs/studies/00_config.ipynb #65faef86
 STUDIES = Registry(
     "study",
-    "a function of a folder and of Packs (or None) that returns a Study",
+    "a function of a folder, of Packs (or None) and of a scale (paper or tiny) that returns a Study",
     callable,
     {
         "local-mi": "medvis.studies.local_mi_tables:LOCAL_MI_TABLES",
@@ -169,6 +169,7 @@ def find_study(
     variants: Sequence[str] = (),  # this and the next: some of them only; none: all
     seeds: Sequence[int] = (),
     tasks: Sequence[str] = (),
+    scale: str = "paper",  # or "tiny": rows and columns for these Packs as small as for the phantom
 ) -> Any:  # a Study
     """A study by its name. ValueError for an unknown study, variant or task.
 
@@ -184,13 +185,15 @@ def find_study(
         this and the next: some of them only; none: all
     seeds : Sequence[int], default: ()
     tasks : Sequence[str], default: ()
+    scale : str, default: 'paper'
+        or "tiny": rows and columns for these Packs as small as for the phantom
 
     Returns
     -------
     Any
         a Study
     """
-    study = STUDIES.find(name)(Path(out or Path("studies") / name.rpartition(":")[2]), packs or None)
+    study = STUDIES.find(name)(Path(out or Path("studies") / name.rpartition(":")[2]), packs or None, scale)
     return study.narrowed(variants, seeds, tasks)
 
 # %% ../../nbs/studies/00_config.ipynb #92c666e1
@@ -202,6 +205,8 @@ class _ChosenCells:
     "Folder of its results."
     packs: Annotated[dict[str, Path], default_text("none: a phantom, with tiny networks")] = field(default_factory=dict)
     "Packs of the paper's data, by the names that the study has for them, such as: pairs packs/mimic rsna packs/rsna."
+    scale: Literal["paper", "tiny"] = "paper"
+    "Of what is done with these Packs: as the paper has it; or as small as on the phantom, as far as their labels go."
     variants: Annotated[tuple[str, ...], default_text("all")] = ()
     "What is compared."
     seeds: Annotated[tuple[int, ...], default_text("all")] = ()

@@ -24,10 +24,10 @@ from ..core.machine import package_versions
 from ..core.sources import sources_hash
 from ..data.pack import Pack
 from ..data.prepare import PhantomConfig, prepare_phantom
-from ..data.tasks import Task
+from ..data.tasks import Task, held_kinds
 from ..evaluate.claims import Claim
-from ..evaluate.protocol import HEADLINE, compare_runs, protocol_task, run_protocol
-from ..evaluate.recipes import find_protocol
+from ..evaluate.protocol import HEADLINE, asked_kind, compare_runs, protocol_task, run_protocol
+from ..evaluate.recipes import PROTOCOLS, find_protocol
 from ..evaluate.stats import compare
 from ..methods.method import Method
 from .runner import Cell, Study
@@ -237,8 +237,11 @@ class PaperTable:
             if claim.margin <= 0 or (difference and abs(sum(claim.contrast.values())) > 1e-9):
                 raise ValueError(f"{claim.text!r} is no contrast: its weights add up to 0, and its margin is positive")
 
-    def __call__(self, out: Path, packs: Mapping[str, Path] | None = None) -> Study:
-        return _phantom_study(self, Path(out)) if packs is None else _published_study(self, Path(out), packs)
+    def __call__(self, out: Path, packs: Mapping[str, Path] | None = None, scale: str = "paper") -> Study:
+        check_choice("scale", scale, ("paper", "tiny"))
+        if packs is None:
+            return _phantom_study(self, Path(out))
+        return (_published_study if scale == "paper" else _small_study)(self, Path(out), packs)
 
 # %% ../../nbs/studies/10_paper_tables.ipynb #4a605468
 def _published_study(
@@ -267,16 +270,15 @@ def _tasks(columns: Mapping[str, Column]) -> dict[str, dict]:
     return {name: {"column": _settings(column)} for name, column in columns.items()}
 
 
-def _phantom_study(
+def _tuned_study(
     table: PaperTable,
-    out: Path,  # folder of the results; networks and Packs lie beside it
-    phantoms: Mapping[str, Mapping[str, Any]] = _PHANTOMS,
+    out: Path,  # folder of the results; networks lie beside it
+    columns: Mapping[str, Column],  # of the table
+    packs: Mapping[str, Path],  # those that columns name, and pairs
+    tuning: Column,
+    **shared: Any,  # data, prepare: see `Study`
 ) -> Study:
-    """A paper's table as a study of the phantom, whose tuning comes first."""
-    tuning = table.tuning or next(iter(table.columns.values()))
-    names = dict.fromkeys(["pairs", tuning.pack, *(column.pack for column in table.columns.values())])
-    packs = {name: out.parent / "packs" / name for name in names}
-    shared = dict(data={name: dict(phantoms[name]) for name in names}, prepare=partial(_make_phantoms, packs, phantoms))
+    "A paper's table with tiny networks, whose tuning comes first."
     where = dict(packs=packs, networks=out.parent / "networks")
     needs = {name: [f"{name}@{rate:g}" for rate in table.rates] for name, row in table.rows.items() if row.trained}
     tries = {
@@ -286,9 +288,53 @@ def _phantom_study(
     }
     trials = partial(_fill_cell, **where), _variants(tries), (_TUNING_SEED,), _tasks({"tuning": tuning})
     first = Study(f"{table.name}-rates", out / "rates", *trials, **shared)
-    fill = partial(table.fill, **where, tuned=out / "rates")
-    own = fill, _variants(table.rows), table.seeds, _tasks(table.columns)
+    own = partial(table.fill, **where, tuned=out / "rates"), _variants(table.rows), table.seeds, _tasks(columns)
     return Study(table.name, out, *own, **shared, first=first, needs=needs)
+
+
+def _phantom_study(
+    table: PaperTable,
+    out: Path,  # Packs lie beside it, too
+    phantoms: Mapping[str, Mapping[str, Any]] = _PHANTOMS,
+) -> Study:
+    """A paper's table as a study of the phantom."""
+    tuning = table.tuning or next(iter(table.columns.values()))
+    names = dict.fromkeys(["pairs", tuning.pack, *(column.pack for column in table.columns.values())])
+    packs = {name: out.parent / "packs" / name for name in names}
+    drawn = dict(data={name: dict(phantoms[name]) for name in names}, prepare=partial(_make_phantoms, packs, phantoms))
+    return _tuned_study(table, out, table.columns, packs, tuning, **drawn)
+
+# %% ../../nbs/studies/10_paper_tables.ipynb #740b3594
+def _held_columns(columns: Mapping[str, Column], packs: Mapping[str, Path]) -> dict[str, Column]:
+    "The columns that Packs have answers for, each with the classes that are there."
+    held, found = {name: held_kinds(Pack(path)) for name, path in packs.items()}, {}
+    for name, column in columns.items():
+        protocol = PROTOCOLS.get(column.protocol)  # what else fills cells asks for places: see `picture_cells`
+        kind = column.kind or (asked_kind(protocol) if protocol else "masks")
+        names = held.get(column.pack, {}).get(kind, [])
+        classes = tuple(name for name in column.classes if name in names)
+        if classes or (names and not column.classes):
+            found[name] = replace(column, classes=classes)
+    return found
+
+
+def _small_study(
+    table: PaperTable,
+    out: Path,  # folder of the results; networks lie beside it
+    packs: Mapping[str, Path],  # pairs, and others that columns name
+) -> Study:
+    """A paper's table with tiny networks on real pairs. ValueError if they hold no column's labels."""
+    if "pairs" not in packs:
+        raise ValueError(f"{table.name} needs the Pack pairs; there is {', '.join(packs) or 'none'}")
+    columns = _held_columns(table.columns, packs)
+    if not columns:
+        kinds = {name: ", ".join(held_kinds(Pack(path))) or "nothing" for name, path in packs.items()}
+        told = "; ".join(f"{name} holds {held}" for name, held in kinds.items())
+        raise ValueError(f"no column of {table.name} can be asked of these Packs: {told}")
+    asked = _held_columns({"tuning": table.tuning} if table.tuning else {}, packs)
+    tuning = asked.get("tuning", next(iter(columns.values())))
+    data = {name: Pack(path).manifest["hash"] for name, path in packs.items()}
+    return _tuned_study(table, out, columns, packs, tuning, data=data)
 
 # %% ../../nbs/studies/10_paper_tables.ipynb #ff19715e
 def _spread(mean: float, low: float, high: float, digits: int) -> str:
