@@ -24,7 +24,7 @@ from ..core.machine import package_versions
 from ..core.sources import sources_hash
 from ..data.pack import Pack
 from ..data.prepare import PhantomConfig, prepare_phantom
-from ..data.tasks import Task, held_kinds
+from ..data.tasks import Task, held_kinds, study_targets
 from ..evaluate.claims import Claim
 from ..evaluate.protocol import HEADLINE, asked_kind, compare_runs, protocol_task, run_protocol
 from ..evaluate.recipes import PROTOCOLS, find_protocol
@@ -305,15 +305,28 @@ def _phantom_study(
     return _tuned_study(table, out, table.columns, packs, tuning, **drawn)
 
 # %% ../../nbs/studies/10_paper_tables.ipynb #740b3594
+_FEWEST = 5  # studies of a label in every split: with fewer its AUROC says little
+
+
+def _answers(path: Path) -> dict[str, list[str]]:
+    "What a Pack has answers for, without labels that are too rare."
+    pack = Pack(path)
+    held = held_kinds(pack)
+    if "labels" in held:
+        counts = (study_targets(pack) == 1).groupby(pack.studies["split"]).sum()
+        held["labels"] = [name for name in counts if counts[name].min() >= _FEWEST]
+    return held
+
+
 def _held_columns(columns: Mapping[str, Column], packs: Mapping[str, Path]) -> dict[str, Column]:
     "The columns that Packs have answers for, each with the classes that are there."
-    held, found = {name: held_kinds(Pack(path)) for name, path in packs.items()}, {}
+    held, found = {name: _answers(path) for name, path in packs.items()}, {}
     for name, column in columns.items():
         protocol = PROTOCOLS.get(column.protocol)  # what else fills cells asks for places: see `picture_cells`
         kind = column.kind or (asked_kind(protocol) if protocol else "masks")
         names = held.get(column.pack, {}).get(kind, [])
-        classes = tuple(name for name in column.classes if name in names)
-        if classes or (names and not column.classes):
+        classes = tuple(name for name in column.classes or names if name in names)
+        if classes:
             found[name] = replace(column, classes=classes)
     return found
 
