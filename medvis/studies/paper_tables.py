@@ -341,9 +341,8 @@ def _small_study(
         raise ValueError(f"{table.name} needs the Pack pairs; there is {', '.join(packs) or 'none'}")
     columns = _held_columns(table.columns, packs)
     if not columns:
-        kinds = {name: ", ".join(held_kinds(Pack(path))) or "nothing" for name, path in packs.items()}
-        told = "; ".join(f"{name} holds {held}" for name, held in kinds.items())
-        raise ValueError(f"no column of {table.name} can be asked of these Packs: {told}")
+        holdings = [f"{name} holds {', '.join(held_kinds(Pack(path))) or 'nothing'}" for name, path in packs.items()]
+        raise ValueError(f"no column of {table.name} can be asked of these Packs: {'; '.join(holdings)}")
     asked = _held_columns({"tuning": table.tuning} if table.tuning else {}, packs)
     tuning = asked.get("tuning", next(iter(columns.values())))
     data = {name: Pack(path).manifest["hash"] for name, path in packs.items()}
