@@ -471,7 +471,8 @@ def _origin_text(method: Method, run: Path | None) -> tuple[str, str]:
         beware = "".join(f"\n- Beware: {note}" for note in found["beware"])
         return f"{found['title'].partition(':')[0]}, imported", (
             f"of a published model, {found['title']}. medvis did not train it: it was imported from the file "
-            f"`{found['file']}` (SHA-256 `{found['sha256']}`); what it expects was read from {found['source']}.\n{beware}"
+            f"`{found['file']}` (SHA-256 `{found['sha256']}`); what it expects was read from {found['source']}.\n"
+            f"{beware}"
         )
     if run is None:
         return kind, f"of a {kind}{preset} of medvis, which is of no run: whether it was trained is not known."
