@@ -52,6 +52,22 @@ def test_completeness_of_a_network():
     assert not any(parameter.grad is not None and parameter.grad.any() for parameter in network.parameters())
 
 
+@needs_captum
+def test_occlusion_is_that_of_captum():
+    "One pass for all texts says what captum says text by text."
+    from captum.attr import Occlusion
+    torch.manual_seed(0)
+    network = torch.nn.Sequential(torch.nn.Conv2d(1, 8, 5, stride=2), torch.nn.GELU(), torch.nn.Flatten(), torch.nn.Linear(8 * 14 * 14, 6))
+    whole = type("Whole", (), {"embed_images": lambda self, images: network(images), "embed_texts": lambda self, texts: np.ones((len(texts), 6))})()
+    method, image, texts = mv.wrap(whole, size=32, channels=1, squares=4), torch.randn(2, 1, 32, 32), F.normalize(torch.randn(2, 3, 6), dim=-1)
+    with torch.no_grad():
+        ours = method._scorer(image)[0](texts)[0]
+        for number, text in enumerate(texts.unbind(1)):
+            score = lambda images, text=text: (F.normalize(network(images), dim=-1) * text).sum(-1)
+            theirs = Occlusion(score).attribute(image, (1, 8, 8), strides=(1, 8, 8), baselines=image.mean((-2, -1), keepdim=True).expand_as(image))
+            torch.testing.assert_close(ours[..., number], theirs[:, 0, ::8, ::8].flatten(1), atol=1e-6, rtol=0)
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     from transformers import CLIPConfig, CLIPModel

@@ -8,7 +8,6 @@ import os
 import pickle
 import struct
 import subprocess
-import sys
 import types
 import zipfile
 from pathlib import Path
@@ -17,6 +16,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from commands import run_line
 from safetensors.torch import save_file
 
 from medvis.exchange.doctor import examine
@@ -222,9 +222,53 @@ def test_safetensors_with_a_false_header(tmp_path):
 
 def test_the_command_line(tmp_path):
     torch.save(vit(), tmp_path / "vit.pth")
-    ask = lambda *words: subprocess.run([sys.executable, "-m", "medvis", *map(str, words)], capture_output=True, text=True)
-    done = ask("import", tmp_path / "vit.pth", "--out", tmp_path / "run")
-    assert done.returncode == 0 and f"Run: {tmp_path / 'run'}\nNext: medvis probe" in done.stdout and (tmp_path / "run/weights.safetensors").is_file()
+    code, said = run_line(f"medvis import {tmp_path / 'vit.pth'} --out {tmp_path / 'run'}")
+    assert code == 0 and f"Run: {tmp_path / 'run'}\nNext: medvis probe" in said and (tmp_path / "run/weights.safetensors").is_file()
     torch.save({"model": vit(), "x": Calls(builtins.print, 1)}, tmp_path / "hostile.pth")
-    sick = ask("doctor", tmp_path / "hostile.pth")
-    assert sick.returncode == 1 and "builtins.print" in sick.stderr and "Traceback" not in sick.stderr
+    code, said = run_line(f"medvis doctor {tmp_path / 'hostile.pth'}")
+    assert code == 1 and "builtins.print" in said and "Traceback" not in said
+
+
+@pytest.mark.parametrize(("file", "content", "words"), [
+    ("config.json", b"{bad", "it is no JSON"), ("config.json", b"[1]", "it holds a list"), ("preprocessor_config.json", b"\xff\xfe{", "it is no JSON"), ("config.json", b"[" * 100_000, "it is no JSON"),
+    ("model.safetensors.index.json", b"{}", "it says of no weight"), ("model.safetensors.index.json", b'{"weight_map": {"a": 3}}', "it says of no weight"), ("model.safetensors.index.json", b"nope", "it is no JSON")])
+def test_a_folder_whose_settings_are_damaged(file, content, words, tmp_path):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    if "index" not in file:
+        save_file(vit(), folder / "model.safetensors")
+    (folder / file).write_bytes(content)
+    for work in (read_checkpoint, examine, lambda place: import_checkpoint(place, tmp_path / "run")):
+        with pytest.raises(ValueError, match=f"folder/{file} cannot be read: {words}"):
+            work(folder)
+
+
+@pytest.mark.parametrize("change", [{"pos_embed": torch.tensor(1.0)}, {"patch_embed.proj.weight": torch.zeros(9)}, {"patch_embed.proj.weight": torch.zeros(0)}, {"blocks.0.attn.qkv.weight": torch.tensor(1.0)},
+                                    {"cls_token": torch.zeros(0)}, {"pos_embed": torch.zeros(1, 2, 3, 64)}], ids=str)
+def test_a_weight_of_another_rank_is_a_fault_of_the_file(change, tmp_path):
+    "Sizes are read from the shapes of weights; what a false one runs into is said of the file, and by the doctor too."
+    torch.save(vit() | change, tmp_path / "false.pt")
+    with pytest.raises(ValueError, match="false.pt"):
+        import_checkpoint(tmp_path / "false.pt", tmp_path / "run")
+    try:
+        assert "stop" in set(examine(tmp_path / "false.pt")["weight"])
+    except ValueError as error:
+        assert "false.pt" in str(error)
+    assert [path.name for path in tmp_path.iterdir()] == ["false.pt"]
+
+
+def test_arrays_of_numpy_beside_the_weights(tmp_path):
+    "The state of a random generator is no reason to refuse a file; nothing is made of it."
+    torch.save({"state_dict": vit(), "rng": np.random.RandomState(0).get_state(), "best": np.ones(3)}, tmp_path / "model.pt")
+    assert read_checkpoint(tmp_path / "model.pt").state.keys() == vit().keys()
+
+
+def test_what_lies_beside_the_run_stays(tmp_path):
+    torch.save(vit(), tmp_path / "model.pt")
+    (tmp_path / "run.partial").mkdir()
+    (tmp_path / "run.partial/mine.txt").write_text("mine")
+    for size in (0, -16, 17):
+        with pytest.raises(ValueError, match=f"size is {size}"):
+            import_checkpoint(tmp_path / "model.pt", tmp_path / "run", size=size)
+    import_checkpoint(tmp_path / "model.pt", tmp_path / "run")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.pt", "run", "run.partial"] and (tmp_path / "run.partial/mine.txt").is_file()

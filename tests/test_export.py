@@ -1,8 +1,10 @@
 """What leaves the house: every layout is read back by its own library alone, in a process without medvis, and computes what the run computes."""
+import functools
 import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -19,7 +21,7 @@ from medvis.data.pairs import tokenise
 from medvis.data.phantom import Phantom
 from medvis.data.prepare import PhantomConfig, prepare_phantom
 from medvis.encoders.heads import BatchNorm
-from medvis.exchange import export, outgoing, readers
+from medvis.exchange import export, import_checkpoint, outgoing, readers, wrap
 from medvis.methods import METHODS
 from medvis.methods.method import phantom_tokenizer
 from medvis.train import TrainConfig, create_method, fit, load_encoder
@@ -70,35 +72,65 @@ CASES = [("convirt", dict(image="tiny_vit", layer=None), "timm"), ("convirt", di
          pytest.param("vse", dict(image="efficientnet_lite0", layer=None, dim=24, whole_text="cls"), "open_clip", marks=OPEN_CLIP)]
 
 
-@pytest.mark.parametrize("name, changes, to", CASES)
-def test_a_stranger_computes_the_same(name, changes, to, tmp_path):
-    "The code of the card runs where medvis cannot be imported, and its features are those of the method, computed here."
-    method = make(name, **changes)
-    folder = export(method, to, tmp_path / "out")
-    card = (folder / "README.md").read_text()
-    code = re.search(r"## How to load it\n\n```python\n(.*?)```", card, re.DOTALL)[1]
-    given = outgoing._trial_inputs(method)
-    pieces = outgoing._choose_pieces(method, to, None)
+@functools.cache
+def made(name: str, changes: str):
+    "The same weights for all layouts of one case."
+    return make(name, **json.loads(changes))
+
+
+def card_lines(folder: Path, pieces, given, place: Path) -> tuple[list[str], list[Path]]:
+    "The code of a card, between reading what it is given and writing what it finds; and the files that it writes."
+    code = re.search(r"## How to load it\n\n```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)[1]
     sources, calls = code.rsplit("\n\n\n", 1)
     assert len(calls.strip().splitlines()) == len(pieces)
-    lines = [f"from safetensors.torch import load_file, save_file\nfrom pathlib import Path\n{WITHOUT}{sources}"]
+    lines, found = [f"os.chdir({str(folder)!r})\n{sources}"], []
     for number, (piece, call) in enumerate(zip(pieces.values(), calls.strip().splitlines())):
         inputs = {argument: given[source].contiguous() for argument, source in piece.inputs.items()}
-        save_file(inputs or {"none": torch.zeros(1)}, tmp_path / f"in{number}.safetensors")
-        lines.append(f"globals().update(load_file({str(tmp_path / f'in{number}.safetensors')!r}))\n{call}\n"
-                     f"save_file({{k: v.contiguous().clone() for k, v in features.items()}}, {str(tmp_path / f'out{number}.safetensors')!r})")
-    done = subprocess.run([sys.executable, "-c", "\n".join(lines)], cwd=folder, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    for number, piece in enumerate(pieces.values()):
+        taken, gives = place / f"in{number}.safetensors", place / f"out{number}.safetensors"
+        save_file(inputs or {"none": torch.zeros(1)}, taken)
+        lines.append(f"globals().update(load_file({str(taken)!r}))\n{call}\nsave_file({{k: v.contiguous().clone() for k, v in features.items()}}, {str(gives)!r})")
+        found.append(gives)
+    return lines, found
+
+
+@pytest.fixture(scope="module")
+def stranger(tmp_path_factory):
+    "What the cards of all cases find, by the packages that they need: one process for each, as libraries take seconds to import."
+    @functools.cache
+    def run_all(needed: tuple[str, ...]) -> dict[str, list]:
+        lines, told, home = [f"import os\nfrom safetensors.torch import load_file, save_file\nfrom pathlib import Path\n{WITHOUT}"], {}, tmp_path_factory.mktemp("strangers")
+        for name, changes, to in (case for case in ALL if outgoing._LAYOUTS[case[2]].needs == needed):
+            method, case = made(name, json.dumps(changes)), f"{name}-{to}-{changes}"
+            place = home / str(len(told))
+            place.mkdir()
+            folder, pieces, given = export(method, to, place / "out"), outgoing._choose_pieces(method, to, None), outgoing._trial_inputs(method)
+            more, found = card_lines(folder, pieces, given, place)
+            lines += more
+            told[case] = method, given, list(zip(pieces.values(), found))
+        done = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
+        return told
+
+    return run_all
+
+
+@pytest.mark.parametrize("name, changes, to", CASES)
+def test_a_stranger_computes_the_same(name, changes, to, stranger):
+    "The code of the card runs where medvis cannot be imported, and its features are those of the method, computed here."
+    method, given, pieces = stranger(outgoing._LAYOUTS[to].needs)[f"{name}-{to}-{changes}"]
+    for piece, file in pieces:
         with torch.no_grad():
             wanted = piece.features(method, given)
-        found = load_file(tmp_path / f"out{number}.safetensors")
+        found = load_file(file)
         assert found and found.keys() <= wanted.keys()
         for feature, value in found.items():
             close = 1e-5 * max(1.0, float(wanted[feature].abs().max())) if wanted[feature].numel() else 0
             torch.testing.assert_close(value, wanted[feature].to(value.dtype), atol=close, rtol=0)
             if piece.inputs:
                 assert value.std() > 0, "features that tell something"
+
+
+ALL = [getattr(case, "values", case) for case in CASES]
 
 
 @pytest.mark.parametrize("to, changes, said", [
@@ -154,6 +186,7 @@ def test_the_card_of_a_run(run, pack):
     card = (run.path / "export" / "timm" / "README.md").read_text()
     assert pack.manifest["hash"] in card and "| one | Edema | 0.75 | 0.5 | 0.875 |" in card and "Generated by medvis: no patient" in card
     assert "Not a medical device" in card and "| image | whole |" in card and card.startswith("---\nlibrary_name: timm\n")
+    assert "2 epochs" not in card and "run `one` of 20" in card and ", 1 epochs, seed" in card and f"{pack.manifest['counts']['patients']} patients" in card and "cosines between pictures and texts need" in card
     assert str(run.path) not in card and "medvis." not in re.search(r"```python\n(.*?)```", card, re.DOTALL)[1]
     code, said = run_line(f"medvis export {run.path} --to timm")
     assert code == 1 and "exists: delete it" in said and "Traceback" not in said
@@ -230,3 +263,47 @@ def test_preprocessing_is_stated_everywhere(run, tmp_path):
     for to in ("timm", "transformers", "safetensors"):
         folder = export(run, to, tmp_path / to)
         assert json.loads((folder / "preprocessing.json").read_text())["size"] == run.method().preprocessing.size
+
+
+@pytest.fixture(scope="module")
+def imported(tmp_path_factory):
+    "A small SigLIP as a folder of Hugging Face, imported."
+    from transformers import SiglipConfig, SiglipModel
+    home, words = tmp_path_factory.mktemp("imported"), phantom_tokenizer(60)
+    side = dict(hidden_size=64, num_hidden_layers=1, num_attention_heads=1, intermediate_size=64)
+    SiglipModel(SiglipConfig(text_config=side | dict(vocab_size=len(words), max_position_embeddings=24), vision_config=side | dict(image_size=32, patch_size=16))).save_pretrained(home / "theirs")
+    words.save_pretrained(home / "theirs")
+    return import_checkpoint(home / "theirs", home / "run")
+
+
+def test_the_card_of_an_imported_model(imported, tmp_path):
+    "It says whose the model is, what it was made of and what to beware of; and calls no file a Pack, nor medvis its trainer."
+    card = (export(imported, "safetensors", tmp_path / "out") / "README.md").read_text()
+    said = imported.manifest["imported"]
+    assert "# SigLIP, also MedSigLIP, imported\n" in card and "medvis did not train it" in card and f"`theirs` (SHA-256 `{said['sha256']}`)" in card
+    assert all(f"\n- Beware: {note}" in card for note in said["beware"]) and "As its authors declare it: nothing is known" in card
+    assert not re.search(r"Pack `|preset|trained by medvis|\bNone\b", card) and str(tmp_path.parent) not in card
+
+
+@pytest.mark.parametrize("to", ["transformers", pytest.param("onnx", marks=ONNX)])
+def test_the_texts_of_an_imported_model_are_read_by_its_authors_code(imported, to, tmp_path):
+    with pytest.raises(ValueError, match="the code of its authors does.*--to safetensors .*--tower image"):
+        export(imported, to, tmp_path / "out", tower="text")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_wrapped_model_stays_where_it_is(tmp_path):
+    model = type("Mine", (), {"embed_images": lambda self, x: x.mean((2, 3)).repeat(1, 2), "embed_texts": lambda self, texts: np.ones((len(texts), 2))})()
+    for to in outgoing._LAYOUTS:
+        with pytest.raises(ValueError, match="Mine is wrapped"):
+            export(wrap(model, size=16, channels=1), to, tmp_path / "out")
+
+
+@pytest.mark.parametrize("scale, words", [("max", "divided by the largest"), ("range", "the darkest of the picture to 0")])
+def test_grey_levels_that_the_other_library_does_not_know(scale, words, tmp_path):
+    "No file of the export claims that pictures are divided by 255, where they are not."
+    method = make("convirt", image="tiny_vit", layer=None)
+    method.image_encoder.preprocessing = replace(method.preprocessing, scale=scale)
+    folder = export(method, "transformers", tmp_path / "out", tower="image")
+    card = (folder / "README.md").read_text()
+    assert words in card and "transformers has no such scale of grey levels" in card and not (folder / "image/preprocessor_config.json").exists()

@@ -110,7 +110,7 @@ def test_what_one_text_is(pack):
     assert alone.text_unit == "sentence"
     retrieve(alone, pack, resamples=20)
     sentences = {sentence for row in pack.studies.sentences for sentence in row}
-    assert set(alone.model.asked) <= sentences | {"no pleural effusion", "left lower lobe opacity"}
+    assert set(alone.model.asked) <= sentences | {"no pleural effusion", "left lower lobe opacity", ""}
 
 
 def test_which_grain_is_derived(mine, pack):
@@ -153,6 +153,11 @@ def changed(**functions):
     (changed(embed_texts=lambda self, texts: np.zeros((len(texts), 3))), "regions in 16 dimensions and texts in 3"),
     (changed(embed_texts=lambda self, texts: np.zeros((1, 16))), r"embed_texts.list of str. returned shape \(1, 16\) for 2"),
     (changed(embed_texts=lambda self, texts: [[None]]), "embed_texts.list of str. returned list"),
+    (Mine, "Mine is a class: pass a model that it makes"), (changed(embed_texts=lambda self, texts: 1 / 0), "fails on .*ZeroDivisionError"),
+    (changed(embed_regions=lambda self, images: images.nothing_like_it), "Changed fails on images .*AttributeError"),
+    (changed(embed_regions=lambda self, images: torch.zeros(len(images), 0, 16)), r"returned shape \(2, 0, 16\); expected"),
+    (changed(embed_texts=lambda self, texts: Mine.embed_texts(self, texts) if all(texts) else int("x")), "Changed cannot read '', which is the text without its words: pass another, such as nothing="),
+    (changed(embed_regions=lambda self, images: self.patch(images)), "embeds regions in 4 dimensions and texts in 16.*the dimension comes last"),
     (changed(embed_regions=lambda self, images: self.patch(images).flatten(2).mT / 0), "returned NaN or infinite"),
     (changed(embed_regions=lambda self, images: self.patch(images[:, :, :3])), "fails on images of shape .2, 1, 64, 64.*RuntimeError"),
 ])

@@ -108,7 +108,7 @@ _ENDINGS: dict[str, Callable[[Any, Any], Ending]] = {  # command -> what it was 
         (_line("import", asked.file, "--out", Path("runs") / asked.file.stem) if asked.file else _line("demo"),),
     ),
     "import": lambda asked, run: Ending("Run", run.path, (_line("probe", "--data", "PACK", "--encoders", run.path),)),
-    "export": lambda asked, folder: Ending("Files", folder, (_line("doctor", folder),)),
+    "export": lambda asked, folder: Ending("Files", folder, (_line("show", asked.run),)),
     "grounding": lambda asked, table: Ending(
         "Tables", asked.out, (_line("show", asked.out / "runs/RUN", "--data", asked.out / "pack"),)
     ),

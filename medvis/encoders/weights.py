@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['unwrap_state', 'weight_files', 'read_state', 'package_folder', 'ManyPrefixes', 'strip_prefix',
-           'check_numbers', 'refuse_code', 'complete', 'network_hash']
+           'check_numbers', 'refuse_code', 'quiet_transformers', 'complete', 'network_hash']
 
 # %% ../../nbs/encoders/02_weights.ipynb #f1985ad0
 import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -228,6 +229,20 @@ def refuse_code(
             )
 
 # %% ../../nbs/encoders/02_weights.ipynb #a43d1ef2
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    "Without the notes and progress bars of transformers; what fails is raised as ever."
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
 def _lost(model: nn.Module, report: dict, needed: Callable[[str], bool]) -> tuple[list[str], list[str]]:
     "Needed weights that a folder lacks, and those of another shape."
     return (
@@ -242,16 +257,14 @@ def _under_prefix(model: nn.Module, name: str, needed: Callable[[str], bool]) ->
     parts = [key.split(".") for key in state]
     sizes = Counter(".".join(part[:n]) + "." for part in parts for n in range(1, len(part)))
     least = sum(map(needed, model.state_dict())) / 2  # some are merged while they are renamed
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()  # transformers draws a table of each trial
     for prefix in (prefix for prefix, size in sizes.items() if size >= least):
         held = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-        filled, report = type(model).from_pretrained(
-            None, config=model.config, state_dict=held, output_loading_info=True, ignore_mismatched_sizes=True
-        )
+        with quiet_transformers():  # it draws a table of each trial
+            filled, report = type(model).from_pretrained(
+                None, config=model.config, state_dict=held, output_loading_info=True, ignore_mismatched_sizes=True
+            )
         if not any(_lost(filled, report, needed)) and not prefix.startswith(tuple(fits)):
             fits[prefix] = filled
-    logging.set_verbosity(level)
     if len(fits) > 1:
         raise ManyPrefixes(
             f"{name} holds the model {len(fits)} times, under {', '.join(fits)}: save the one you mean alone"

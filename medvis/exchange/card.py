@@ -7,6 +7,7 @@ __all__ = ['preprocessing_text', 'data_terms', 'measured_text', 'usage_text', 'c
 
 # %% ../../nbs/exchange/12_card.ipynb #5e85ee34
 import inspect
+import json
 import math
 import re
 import textwrap
@@ -29,6 +30,11 @@ _SQUARE = {
     "stretch": "stretched to a square",
     None: "made square (how the training pictures were is not known, or of no matter)",
 }
+_GREY = {
+    "unit": "grey levels divided by 255,",
+    "max": "grey levels divided by the largest of the picture,",
+    "range": "grey levels stretched first, the darkest of the picture to 0 and the brightest to 255; divided by 255,",
+}
 
 
 def preprocessing_text(
@@ -47,7 +53,7 @@ def preprocessing_text(
     words = [
         f"One grey picture of 8 bits, {_SQUARE[p.fit]};",
         f"resized to {side} x {side} (bilinear, antialiased), its centre of {p.size} x {p.size} kept;",
-        "grey levels divided by 255," if p.scale == "unit" else "grey levels divided by the largest of the picture,",
+        _GREY[p.scale],
         f"then minus {p.mean}, divided by {p.std}; {p.channels} {'equal channels' if p.channels > 1 else 'channel'}.",
     ]
     if upsample:
@@ -58,6 +64,10 @@ def preprocessing_text(
     scale = "v2.ToDtype(torch.float32, scale=True)"
     if p.scale == "max":
         scale = "v2.Lambda(lambda x: x.float() / x.float().amax((-3, -2, -1), keepdim=True).clamp(min=1e-3))"
+    if p.scale == "range":
+        low, high = "x.amin((-3, -2, -1), keepdim=True)", "x.amax((-3, -2, -1), keepdim=True)"
+        stretch = f"((x - {low}).double() * 255 / ({high} - {low}).clamp(min=1)).to(x.dtype)"
+        steps.insert(0, f"v2.Lambda(lambda x: {stretch})")
     steps += [scale, *([normal, grey] if len(lists[0]) == len(lists[1]) == 1 else [grey, normal])]
     code = "preprocess = v2.Compose([  # uint8 (..., 1, H, W), square\n" + "".join(f"    {s},\n" for s in steps) + "])"
     return f"{' '.join(words)}\n\n```python\nimport torch\nfrom torchvision.transforms import v2\n\n{code}\n```"
@@ -91,7 +101,7 @@ _MOST_ROWS = 40
 def _cell(value: Any) -> str:
     "One entry of a table."
     if isinstance(value, float):
-        return "" if math.isnan(value) else f"{value:.4g}"
+        return "" if math.isnan(value) else f"{value:.4g}" if abs(value) > 1e-9 else "0"
     return str(value).replace("|", "\\|")
 
 
@@ -105,10 +115,29 @@ def _table_text(table: pd.DataFrame) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
+def _measured_on(path: Path) -> str:
+    "What a table was measured on, and how, as the record beside it says; empty if there is none."
+    records = [path.with_suffix(".json"), path.parent / f"{path.parent.name}.json"]
+    said = next((json.loads(one.read_text(encoding="utf-8")) for one in records if one.is_file()), {})
+    data, metric = said.get("data"), said.get("metric")
+    where = ""
+    if isinstance(data, dict):
+        where = f"on the Pack `{data.get('name', '?')}` (SHA-256 `{data.get('hash', '?')}`)"
+    split = f"split `{said['split']}`" if isinstance(said.get("split"), str) else ""
+    parts = [part for part in (where, split, str(metric or "")) if part]
+    return f", {'; '.join(parts)}" if parts else ""
+
+
+def _first_rows(table: pd.DataFrame) -> pd.DataFrame:
+    "The rows that are shown of a long table: those over all findings before those of one."
+    over_all = table.isin(["macro", "all"]).any(axis=1)
+    return pd.concat([table[over_all], table[~over_all]])[:_MOST_ROWS]
+
+
 def measured_text(
     run: Path | None,  # folder of the run, if there is one
 ) -> str:
-    """All tables with intervals that lie in a run folder, in Markdown.
+    """All tables with intervals that lie in a run folder, in Markdown, with the data and the metric of each.
 
     Parameters
     ----------
@@ -120,7 +149,11 @@ def measured_text(
         table = pd.read_csv(path)
         if {"low", "high"} <= set(table.columns) and len(table):
             more = f"\n\n({len(table) - _MOST_ROWS} more rows in the run.)" if len(table) > _MOST_ROWS else ""
-            parts.append(f"`{path.parent.name}/{path.name}`:\n\n{_table_text(table[:_MOST_ROWS])}{more}")
+            head = f"`{path.parent.name}/{path.name}`{_measured_on(path)}"
+            shown = _first_rows(table) if len(table) > _MOST_ROWS else table
+            parts.append(f"{head}:\n\n{_table_text(shown)}{more}")
+    if parts:
+        parts.insert(0, "From `low` to `high` is the interval of 95 % over patients.")
     return "\n\n".join(parts) or "Nothing with an interval was measured for this run: trust it with nothing yet."
 
 # %% ../../nbs/exchange/12_card.ipynb #b66f7a3b

@@ -15,8 +15,20 @@ import pandas as pd
 
 from ..data.guard import declared_overlap
 from ..data.pack import Pack, open_pack
+from ..data.preprocessing import Preprocessing
+from ..data.refit import as_fitted
 from ..encoders.text import train_tokenizer
-from .importing import Found, build_method, check_vocabulary, find_model, tokenizer_of
+from ..evaluate.encoder import check_preprocessing
+from medvis.exchange.importing import (
+    Found,
+    beware_of,
+    build_method,
+    check_vocabulary,
+    find_model,
+    sensible,
+    tokenizer_of,
+)
+from ..methods.method import Method
 from .layouts import text_sizes_of
 from ..train.run import Run
 
@@ -54,7 +66,32 @@ def _what_it_is(found: Found) -> Iterator[tuple[str, str]]:
         )
 
 
-def _what_it_needs(found: Found, tokenizer: Any, text: str | Path | None) -> Iterator[tuple[str, str]]:
+def _which_pack(seen: Preprocessing) -> str:
+    "Of which Packs the model can make what it sees."
+    side = round(seen.size / seen.crop)
+    if seen.fit is None:
+        return f"it needs a Pack of side {side} or more, of any fit: how the pictures of its training were is not known"
+    padded = {
+        "stretch": f", or a padded one of side {side} or more",
+        "crop": f", or a padded one whose pictures have a short side of {side} or more (side 640 for 512)",
+    }
+    return f"it needs a Pack of fit {seen.fit} and side {side} or more{padded.get(seen.fit, '')}"
+
+
+def _of_this_pack(method: Method, pack: Pack) -> tuple[str, str]:
+    "Can the model look at the pictures of a Pack?"
+    try:
+        fitted = as_fitted(pack, method.preprocessing)
+        check_preprocessing(method, fitted)
+    except ValueError as error:
+        return "stop", f"{pack.path.name} does not serve it: {error}"
+    anew = "" if fitted is pack else f": its pictures are made square anew by {method.preprocessing.fit}"
+    return "is", f"{pack.path.name} serves it{anew}"
+
+
+def _what_it_needs(
+    found: Found, tokenizer: Any, text: str | Path | None, pack: Pack | None
+) -> Iterator[tuple[str, str]]:
     "Is it whole, and what must it be given?"
     reads = any(key.startswith("text_encoder.") for key in found.state)
     needs_text = found.layout.method.rpartition(":")[2] != "ImageTower"
@@ -69,9 +106,11 @@ def _what_it_needs(found: Found, tokenizer: Any, text: str | Path | None) -> Ite
         )
     if words is not None:
         try:
-            check_vocabulary(words, text_sizes_of(found.state), found)
+            with sensible(found.checkpoint.path, found.layout.title):
+                sizes = text_sizes_of(found.state)
+            check_vocabulary(words, sizes, found)
         except ValueError as error:
-            yield "stop", str(error)
+            yield "stop", str(error).replace(f"{found.checkpoint.path}", "the file")
     with tempfile.TemporaryDirectory() as folder:
         try:
             method = build_method(found, train_tokenizer(["a b"]) if reads else None, Path(folder), checked=False)
@@ -84,8 +123,9 @@ def _what_it_needs(found: Found, tokenizer: Any, text: str | Path | None) -> Ite
         f"it is whole, and sees {seen.size} x {seen.size} pixels of images made square by "
         f"{seen.fit or 'an unknown fit'} (crop {seen.crop:.3g}, grey levels by {seen.scale})",
     )
-    side = round(seen.size / seen.crop)
-    yield "is", f"it needs a Pack of fit {seen.fit or 'any'} and side {side} or more"
+    yield "is", _which_pack(seen)
+    if pack is not None:
+        yield _of_this_pack(method, pack)
 
 # %% ../../nbs/exchange/06_doctor.ipynb #c416f04f
 def _passport(found: Found, pack: Pack | None) -> Iterator[tuple[str, str]]:
@@ -138,22 +178,10 @@ def examine(
         columns weight (is, beware, stop) and finding
     """
     found = find_model(file, kind, text, part)
-    rows = [*_what_it_is(found), *_what_it_needs(found, tokenizer, text)]
-    rows += [("beware", note) for note in (*found.layout.notes, *found.layout.checks(found.published, found.said))]
     pack = None if data is None else open_pack(data)
+    rows = [*_what_it_is(found), *_what_it_needs(found, tokenizer, text, pack)]
+    rows += [("beware", note) for note in beware_of(found)]
     rows += _passport(found, pack)
-    if (
-        pack is not None
-        and found.layout.fit
-        and (made := pack.manifest["source"].get("fit")) not in (None, found.layout.fit)
-    ):
-        rows.append(
-            (
-                "stop",
-                f"{pack.path.name} has images made square by {made!r}, the model expects {found.layout.fit!r}: "
-                "prepare them so, or with a larger side",
-            )
-        )
     rows.append(
         (
             "is",

@@ -10,6 +10,7 @@ import copy
 import json
 import math
 import os
+import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -29,16 +30,20 @@ from transformers import PreTrainedTokenizerBase
 
 from ..core.choices import check_choice
 from ..core.files import write_json
+from ..core.machine import describe_machine
+from ..data.pack import Pack
 from ..data.pairs import Sample, collate, tokenise
 from ..data.preprocessing import Preprocessing
 from ..encoders.text import TextEncoder
+from ..encoders.weights import quiet_transformers
 from ..evaluate.encoder import frozen
 from ..evaluate.models import as_method
 from . import readers
 from .card import card_text, data_terms, measured_text, preprocessing_text, usage_text
 from .places import timm_place, torchvision_place, transformers_model
 from ..methods.method import Method
-from ..train.run import training_pack
+from .wrapped import Wrapped
+from ..train.run import load_run, training_pack
 
 # %% ../../nbs/exchange/13_outgoing.ipynb #5a5d6327
 _TEXTS = ("No pleural effusion.", "There is a small opacity in the left lower lung, unchanged.")
@@ -78,19 +83,9 @@ def _shared_features(method: Method, given: Mapping[str, Any]) -> dict[str, Tens
 @contextmanager
 def _quiet() -> Iterator[None]:
     "Without the progress bars and notes of transformers and torch.onnx."
-    from transformers.utils import logging
-
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
+    with quiet_transformers(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 # %% ../../nbs/exchange/13_outgoing.ipynb #ac6768b8
 def _values(preprocessing: Preprocessing) -> dict[str, list[float]]:
@@ -133,7 +128,8 @@ def _processor(preprocessing: Preprocessing) -> dict[str, Any]:
 
 def _write_transformers_image(method: Method, folder: Path) -> None:
     transformers_model(method.image_encoder).save_pretrained(folder)
-    write_json(folder / "preprocessor_config.json", _processor(method.preprocessing))
+    if method.preprocessing.scale == "unit":  # it knows no other
+        write_json(folder / "preprocessor_config.json", _processor(method.preprocessing))
 
 # %% ../../nbs/exchange/13_outgoing.ipynb #70791b7f
 def _with_ends(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
@@ -147,13 +143,18 @@ def _with_ends(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
     return out
 
 # %% ../../nbs/exchange/13_outgoing.ipynb #1dafb32d
-def _write_transformers_text(method: Method, folder: Path) -> None:
-    encoder = method.text_encoder
-    if not isinstance(encoder, TextEncoder):
+def _own_text(method: Method) -> TextEncoder:
+    "The text tower. ValueError for that of an imported model, which reads as its authors' code does."
+    if not isinstance(method.text_encoder, TextEncoder):
         raise ValueError(
-            "the text tower of an imported model stays as its authors published it: choose --to safetensors or onnx "
-            "(to= in Python), or --tower image"
+            "the text tower of an imported model reads as the code of its authors does, which no other library has: "
+            "choose --to safetensors (to= in Python), or --tower image"
         )
+    return method.text_encoder
+
+
+def _write_transformers_text(method: Method, folder: Path) -> None:
+    encoder = _own_text(method)
     encoder.body.save_pretrained(folder)
     tokenizer = encoder.tokenizer
     _with_ends(tokenizer).save_pretrained(folder)
@@ -174,7 +175,7 @@ def _linear_heads(method: Method) -> tuple[nn.Linear, nn.Linear]:
         return heads
     raise ValueError(
         f"open_clip has linear projections of whole pictures and texts, {type(method).__name__} has others: choose "
-        "--to transformers or --to onnx (to= in Python) for its towers"
+        "--to transformers, --to onnx or --to safetensors (to= in Python) for its towers"
     )
 
 
@@ -287,6 +288,7 @@ def _write_onnx_image(method: Method, file: Path) -> None:
 
 
 def _write_onnx_text(method: Method, file: Path) -> None:
+    _own_text(method)
     given = _trial_inputs(method)
     inputs = {name: given[name] for name in ("input_ids", "attention_mask")}
     _write_graph(_TextGraph(method), inputs, ("tokens", "whole"), file)
@@ -412,19 +414,37 @@ def _differences(piece: _Piece, method: Method, folder: Path) -> dict[str, float
     return out
 
 # %% ../../nbs/exchange/13_outgoing.ipynb #4dbc60ca
+_COUNTED = ("patients", "studies", "images", "sentences")
+
+
+def _held_text(pack: Pack) -> str:
+    "How much a Pack holds, and in which splits."
+    counts = pack.manifest["counts"]
+    held = ", ".join(f"{counts[name]} {name}" for name in _COUNTED if name in counts)
+    splits = ", ".join(f"{name} {count}" for name, count in (counts.get("splits") or {}).items())
+    return f"; {held}" + (f" (studies by split: {splits})" if splits else "")
+
+
 def _data_text(method: Method) -> str:
     "What the card says of the training data."
     provenance = method.provenance
     if provenance is None:
         return "Not known: the weights come from no run of medvis."
     data = provenance.data
-    try:
-        terms = data_terms(training_pack(provenance).manifest["source"])
-    except (ValueError, OSError):
-        terms = (
-            "The Pack is not here any more: its terms could not be read. Ask its owner before you pass the weights on."
+    if "declared" in data:
+        declared = ", ".join(data["declared"]) or "nothing is known"
+        return (
+            f"- As its authors declare it: {declared}. medvis has not seen these data, and cannot tell which patients "
+            "are in them.\n- Terms: those of these data and of the published weights. Both are with the authors, and "
+            "apply to passing this file on."
         )
-    lines = [f"- Pack `{Path(data['path']).name}`, SHA-256 of its content `{data['hash']}`", f"- Terms: {terms}"]
+    try:
+        pack = training_pack(provenance)
+        terms, held = data_terms(pack.manifest["source"]), _held_text(pack)
+    except (ValueError, OSError):
+        held = "; it is not here any more: what it holds could not be read"
+        terms = "not known, for the same reason. Ask its owner before you pass the weights on."
+    lines = [f"- Pack `{Path(data['path']).name}`, SHA-256 of its content `{data['hash']}`{held}", f"- Terms: {terms}"]
     lines += [
         f"- Weights it began with were trained on the Pack `{one.get('hash', 'unknown')}`" for one in provenance.init
     ]
@@ -440,6 +460,53 @@ def _parity_text(gaps: Mapping[str, Mapping[str, float]]) -> str:
     return "\n".join(["Read back with this library alone, and compared with the run:\n", head, *shown, *rest])
 
 
+_TOWERS = {"image": "image tower", "text": "text tower", "both": "two towers", "heads": "projection heads"}
+
+
+def _origin_text(method: Method, run: Path | None) -> tuple[str, str]:
+    "The title of the card, and where the model is from."
+    kind, preset = type(method).__name__, f" (preset {method.preset})" if method.preset else ""
+    manifest = load_run(run).manifest if run else {}
+    if found := manifest.get("imported"):
+        beware = "".join(f"\n- Beware: {note}" for note in found["beware"])
+        return f"{found['title'].partition(':')[0]}, imported", (
+            f"of a published model, {found['title']}. medvis did not train it: it was imported from the file "
+            f"`{found['file']}` (SHA-256 `{found['sha256']}`); what it expects was read from {found['source']}.\n"
+            f"{beware}"
+        )
+    if run is None:
+        return kind, f"of a {kind}{preset} of medvis, which is of no run: whether it was trained is not known."
+    epochs = load_run(run).config["train"].get("epochs")
+    made = f"run `{run.name}` of {manifest['started'][:10]}, {epochs or '?'} epochs, seed {manifest.get('seed')}"
+    reads = "pictures and reports" if method.reads_text else "pictures"
+    return f"{kind} {run.name}", f"of a {kind}{preset} of medvis, trained on {reads} of the data named below: {made}."
+
+
+def _returned_text(method: Method, pieces: Mapping[str, _Piece], given: Mapping[str, Any]) -> str:
+    "What the code of the card returns."
+    if "heads" in pieces:
+        return "The files hold weights under the names of medvis; what they compute needs its code, or yours."
+    if "both" in pieces:
+        return "It returns vectors of pictures and texts in the space where they are compared, not normalised."
+    lines = []
+    if "image" in pieces:
+        with frozen(method):
+            found = method.image_encoder(given["images"])
+        (high, wide), size = found.grid, method.preprocessing.size
+        lines.append(
+            f"Of a picture of {size} x {size}: `regions`, {high * wide} vectors of {found.regions.shape[-1]} numbers, "
+            f"a grid of {high} x {wide} row by row from the top left; `whole`, one vector of {found.whole.shape[-1]}."
+        )
+    if "text" in pieces:
+        lines.append("Of a text: `tokens`, one vector each, and `whole`.")
+    if method.reads_text:
+        lines.append(
+            "**These are features of the backbones: cosines between pictures and texts need the projections behind "
+            "them**, which `medvis export --to safetensors` writes as `heads`."
+        )
+    return " ".join(lines)
+
+
 def _texts_text(method: Method) -> str:
     "What the card says of the preparation of texts."
     view, unit = method.sampling, method.text_unit
@@ -451,23 +518,25 @@ def _write_card(
     method: Method, to: str, pieces: Mapping[str, _Piece], gaps: Mapping[str, Mapping], folder: Path
 ) -> None:
     "The model card, as README.md."
-    run, kind = getattr(method.provenance, "run", None), type(method).__name__
-    upsample = getattr(method.image_encoder, "upsample", None)
-    about = (
-        f"The {' and '.join(pieces)} of a {kind} (preset {method.preset}), pre-trained by medvis on chest radiographs"
-    )
-    about += f" and reports, for {_LAYOUTS[to].library}." if method.reads_text else f", for {_LAYOUTS[to].library}."
+    run, library = getattr(method.provenance, "run", None), _LAYOUTS[to].library
+    seen = preprocessing_text(method.preprocessing, getattr(method.image_encoder, "upsample", None))
+    if method.preprocessing.scale != "unit" and to in ("timm", "transformers", "open_clip"):
+        seen += f"\n\n**{library} has no such scale of grey levels**: its own transform makes other pictures."
+    if {"text", "both"} & pieces.keys() and isinstance(method.text_encoder, TextEncoder):
+        seen += _texts_text(method)
+    title, origin = _origin_text(method, None if run is None else Path(run))
+    towers, version = " and ".join(_TOWERS[name] for name in pieces), describe_machine()["packages"]["medvis"]
+    written = f"Written for {library} on {time.strftime('%Y-%m-%d', time.gmtime())} by medvis {version}."
+    returned = _returned_text(method, pieces, _trial_inputs(method))
     sections = {
-        "What it is": about,
+        "What it is": f"The {towers} {origin}\n\n{returned}\n\n{written}",
         "How to load it": usage_text([(piece.reader, piece.call) for piece in pieces.values()]),
-        "Preprocessing": preprocessing_text(method.preprocessing, upsample)
-        + (_texts_text(method) if method.reads_text else ""),
+        "Preprocessing": seen,
         "Parity": _parity_text(gaps),
         "Measured": measured_text(None if run is None else Path(run)),
         "Data it was trained on": _data_text(method),
     }
-    title = f"{kind} {Path(run).name if run else ''}".strip()
-    (folder / "README.md").write_text(card_text(title, _LAYOUTS[to].library, sections), encoding="utf-8")
+    (folder / "README.md").write_text(card_text(title, library, sections), encoding="utf-8")
 
 # %% ../../nbs/exchange/13_outgoing.ipynb #a201a7a7
 def _choose_pieces(method: Method, to: str, tower: str | None) -> dict[str, _Piece]:
@@ -523,6 +592,11 @@ def export(
         "me/my-model" on the Hugging Face hub, made private; None = nothing is sent
     """
     method = as_method(run)
+    if isinstance(method, Wrapped):
+        raise ValueError(
+            f"{method.config.image} is wrapped: it stays where it is defined, and is exported from there. What medvis "
+            "writes is a run of its own, or one that it imported"
+        )
     pieces = _choose_pieces(method, to, tower)
     if out is None and not isinstance(run, str | os.PathLike):
         raise ValueError("a method has no folder: say where to write it with out=")

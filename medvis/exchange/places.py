@@ -86,7 +86,7 @@ def torchvision_place(
     encoder : nn.Module
         of images
     """
-    name = _resnet_name(encoder.body)
+    name = _resnet_name(getattr(encoder, "body", None))
     if name is None:
         raise _no_place(encoder, "torchvision")
     return Place(name, {}, _plain(encoder.body), encoder.layer)

@@ -24,7 +24,7 @@ from ..data.pairs import Batch
 from ..data.preprocessing import Preprocessing
 from ..encoders.features import ImageFeatures, TextFeatures
 from ..encoders.image import image_encoder
-from ..encoders.weights import refuse_code
+from ..encoders.weights import quiet_transformers, refuse_code
 from .towers import LayerList, Questions, TextTower
 from ..methods.method import Correspondence, Method
 from ..objectives.contrastive import l2_normalize
@@ -110,7 +110,8 @@ def open_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
         return found
     refuse_code(folder)
     try:
-        found = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+        with quiet_transformers():  # notes on the model's own configuration, which is not used
+            found = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
     except Exception as error:
         file = Path(folder) / "tokenizer.json"
         if not file.is_file():

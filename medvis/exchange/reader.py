@@ -130,6 +130,8 @@ def _admitted(module: str, name: str) -> Any:
         "_codecs.encode": lambda text, coding: bytes(text, "latin1"),
         "collections.defaultdict": lambda *made: OrderedDict(),
         "copyreg._reconstructor": lambda kind, base, state: kind.__new__(kind),
+        "numpy.core.multiarray._reconstruct": lambda kind, *rest: kind.__new__(kind),
+        "numpy._core.multiarray._reconstruct": lambda kind, *rest: kind.__new__(kind),
     }
     if full in makers:
         maker = makers[full]
@@ -142,7 +144,7 @@ def _admitted(module: str, name: str) -> Any:
         return OrderedDict
     if module == "builtins" and name in ("set", "frozenset"):
         return {"set": set, "frozenset": frozenset}[name]
-    inert = module == "builtins" and name in _PLAIN_CLASSES or full == "numpy.dtype"
+    inert = module == "builtins" and name in _PLAIN_CLASSES or full in ("numpy.dtype", "numpy.ndarray")
     if inert or full.startswith(_SETTINGS):
         return type(name, (_Inert,), {"__module__": module})
     raise UnsafeFile(full)
@@ -422,6 +424,17 @@ _INDICES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 _SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".tar")
 
 
+def _json_of(file: Path) -> dict[str, Any]:
+    "What a file of settings says. ValueError names the file if it is no JSON object."
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file} cannot be read: it is no JSON ({str(error).splitlines()[0]})") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{file} cannot be read: it holds a {type(found).__name__}, expected names and values")
+    return found
+
+
 def _files_of(path: Path) -> list[Path]:
     "The files of weights: the file, those that the index of a folder lists, or the one in it. ValueError if unclear."
     if path.is_file():
@@ -435,9 +448,10 @@ def _files_of(path: Path) -> list[Path]:
             return [path / name]
     for name in _INDICES:
         if (path / name).is_file():
-            listed = sorted(
-                {str(Path(one).name) for one in json.loads((path / name).read_text())["weight_map"].values()}
-            )
+            places = _json_of(path / name).get("weight_map")
+            if not isinstance(places, dict) or not all(isinstance(one, str) for one in places.values()):
+                raise ValueError(f"{path / name} cannot be read: it says of no weight in which file it stands")
+            listed = sorted({Path(one).name for one in places.values()})
             if missing := [one for one in listed if not (path / one).is_file()]:
                 raise ValueError(
                     f"{path} lacks {missing[0]}, which {name} lists: it is half downloaded, fetch that file too"
@@ -453,7 +467,7 @@ def _files_of(path: Path) -> list[Path]:
 def _folder_settings(path: Path) -> dict[str, Any]:
     "What the settings files of a folder say, by the names of the files."
     held = [path / name for name in ("config.json", "open_clip_config.json", "preprocessor_config.json")]
-    return {one.name: json.loads(one.read_text(encoding="utf-8")) for one in held if one.is_file()}
+    return {one.name: _json_of(one) for one in held if one.is_file()}
 
 
 def _file_hash(path: Path) -> str:

@@ -45,27 +45,31 @@ def _word_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=made, **names)
 
 # %% ../../nbs/exchange/14_wrapped.ipynb #8d79f568
+class _Misfit(ValueError):
+    "What a model returned is not what was asked for."
+
+
 def _as_tensor(value: Any, what: str) -> Tensor:
     "What a model returned, as float32. ValueError if it is no array of finite numbers."
     try:
         found = torch.as_tensor(value).float()
     except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{what} returned {type(value).__name__}; expected a tensor or array of numbers") from error
+        raise _Misfit(f"{what} returned {type(value).__name__}; expected a tensor or array of numbers") from error
     if not found.isfinite().all():
-        raise ValueError(f"{what} returned NaN or infinite numbers")
+        raise _Misfit(f"{what} returned NaN or infinite numbers")
     return found
 
 
 def _as_regions(value: Any, count: int) -> tuple[Tensor, tuple[int, int]]:  # (B, N, D), (h, w)
     "Regions and their grid. ValueError for a shape that does not say where they are."
     found, what = _as_tensor(value, "embed_regions(images)"), f"embed_regions({count} images)"
-    if found.ndim == 4 and len(found) == count:
+    if found.ndim == 4 and len(found) == count and found.numel():
         return found.flatten(1, 2), tuple(found.shape[1:3])
     side = round(found.shape[1] ** 0.5) if found.ndim == 3 else 0
-    if found.ndim != 3 or len(found) != count:
-        raise ValueError(f"{what} returned shape {tuple(found.shape)}; expected ({count}, N, D), or ({count}, h, w, D)")
+    if found.ndim != 3 or len(found) != count or not found.numel():
+        raise _Misfit(f"{what} returned shape {tuple(found.shape)}; expected ({count}, N, D), or ({count}, h, w, D)")
     if side**2 != found.shape[1]:
-        raise ValueError(
+        raise _Misfit(
             f"{what} returned {found.shape[1]} regions, which are no square grid: "
             f"return ({count}, h, w, D), and leave out [CLS] and other tokens that are no regions"
         )
@@ -76,7 +80,7 @@ def _as_vectors(value: Any, count: int, what: str) -> Tensor:  # (count, D)
     "Vectors, one each. ValueError for another shape."
     found = _as_tensor(value, what)
     if found.ndim != 2 or len(found) != count:
-        raise ValueError(f"{what} returned shape {tuple(found.shape)} for {count}; expected ({count}, D)")
+        raise _Misfit(f"{what} returned shape {tuple(found.shape)} for {count}; expected ({count}, D)")
     return found
 
 # %% ../../nbs/exchange/14_wrapped.ipynb #4551ba2f
@@ -286,16 +290,25 @@ def _check_wrapped(method: Wrapped) -> None:
         try:
             features = encoder(noise)
             texts = method.embed_strings(["no pleural effusion", "left lower lobe opacity"])
-        except (RuntimeError, TypeError, IndexError, AttributeError, KeyError) as error:
+        except _Misfit:
+            raise
+        except Exception as error:  # whatever somebody's code runs into
             raise ValueError(
                 f"{method.config.image} fails on images of shape {tuple(noise.shape)} or on a list of two texts: "
                 f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            ) from error
+        try:
+            method.embed_strings([method.config.nothing])
+        except Exception as error:
+            raise ValueError(
+                f"{method.config.image} cannot read {method.config.nothing!r}, which is the text without its words: "
+                f"pass another, such as nothing='.' ({type(error).__name__}: {error})"
             ) from error
     for what, value in (("regions", features.regions), ("images", features.whole)):
         if value.shape[-1] != texts.shape[1]:
             raise ValueError(
                 f"{method.config.image} embeds {what} in {value.shape[-1]} dimensions and texts in "
-                f"{texts.shape[1]}: project both to the space where they are compared"
+                f"{texts.shape[1]}: project both to the space where they are compared; the dimension comes last"
             )
     encoder.region_dim, encoder.whole_dim, encoder.grid = (
         features.regions.shape[-1],
@@ -361,6 +374,8 @@ def wrap(
     lacking = [] if callable(getattr(model, "embed_texts", None)) else ["embed_texts(list of str) -> (n, D)"]
     if not any(callable(getattr(model, name, None)) for name in ("embed_regions", "embed_images")):
         lacking.append("embed_regions(images) -> (B, N, D), or embed_images(images) -> (B, D)")
+    if isinstance(model, type):
+        raise ValueError(f"{model.__name__} is a class: pass a model that it makes, {model.__name__}(...)")
     if lacking:
         raise ValueError(f"{type(model).__name__} has no {' and no '.join(lacking)}")
     if reads not in ("report", "sentence"):
