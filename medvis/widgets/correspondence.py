@@ -6,6 +6,7 @@
 __all__ = ['pack_study', 'page_state', 'Display', 'answer', 'CorrespondenceWidget']
 
 # %% ../../nbs/widgets/03_correspondence.ipynb #45d9fef3
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
@@ -239,6 +240,12 @@ def _draw_report(
     return True
 
 # %% ../../nbs/widgets/03_correspondence.ipynb #42d2a063
+def _decimals(ends: tuple[float, float]) -> int:
+    "Decimals with which the larger end of a scale has two digits, and at least two."
+    most = max(map(abs, ends))
+    return max(2, 1 - math.floor(math.log10(most))) if most > 0 else 2
+
+
 def _draw_scale(ax: Axes, ends: tuple[float, float], colours: str, threshold: float) -> None:
     "A colour bar under a picture, with the scores at its ends and a stroke at the threshold."
     bar = ax.inset_axes((0.14, -0.075, 0.72, 0.03))
@@ -248,7 +255,7 @@ def _draw_scale(ax: Axes, ends: tuple[float, float], colours: str, threshold: fl
     if threshold:
         bar.axvline(threshold, color="black", lw=1.5)
     for x, align, value in ((-0.03, "right", ends[0]), (1.03, "left", ends[1])):
-        bar.text(x, 0.5, f"{value:.2f}", ha=align, va="center", size=8, transform=bar.transAxes)
+        bar.text(x, 0.5, f"{value:.{_decimals(ends)}f}", ha=align, va="center", size=8, transform=bar.transAxes)
 
 
 def _draw_heat(ax: Axes, run: RunScores, scores: np.ndarray, state: Mapping) -> None:

@@ -330,6 +330,12 @@ function drawPanel(app, panel) {
   tellPanel(app, panel, result);
 }
 
+// Decimals with which the largest of some numbers has two digits, and at least two.
+function decimals(numbers) {
+  const most = Math.max(...numbers.map(Math.abs));
+  return most > 0 ? Math.max(2, 1 - Math.floor(Math.log10(most))) : 2;
+}
+
 const SIGNS = { hit: "✓", miss: "✗", "unknown fit": "?" };
 
 // Colour bar, badge and the panel's name for those who do not see it.
@@ -338,8 +344,7 @@ function tellPanel(app, panel, { run, map, scale, judged, verdict, peak }) {
   panel.badge.hidden = !verdict;
   if (map) {
     const threshold = get(app, "threshold");
-    panel.low.textContent = scale[0].toFixed(2);
-    panel.high.textContent = scale[1].toFixed(2);
+    [panel.low.textContent, panel.high.textContent] = scale.map((end) => end.toFixed(decimals(scale)));
     panel.tick.hidden = !threshold;
     panel.tick.style.left = `${100 * threshold}%`;
   }
@@ -521,12 +526,12 @@ function tell(app) {
   let text = "";
   if (picks) {
     const [grain] = GRAINS.filter((one) => picks[one].length);
-    text = `${nameOf(app, grain, picks[grain][0])}: ` + app.panels.map(({ k, result: { map, peak, verdict } }) =>
-      `${names[k]} ${map ? map[peak].toFixed(2) + (verdict && `, ${verdict}`) : "does not read it"}`).join(" · ");
+    text = `${nameOf(app, grain, picks[grain][0])}: ` + app.panels.map(({ k, result: { map, peak, verdict, scale } }) =>
+      `${names[k]} ${map ? map[peak].toFixed(decimals(scale)) + (verdict && `, ${verdict}`) : "does not read it"}`).join(" · ");
   } else if (box) {
     const run = app.study.runs[app.active], grain = items(run, get(app, "grain")) ? get(app, "grain") : "words";
     const scores = profile(run, grain, regionsIn(run, [box])), read = [...scores.keys()].filter((i) => !Number.isNaN(scores[i]));
-    const best = read.sort((a, b) => scores[b] - scores[a]).slice(0, 3).map((i) => `${nameOf(app, grain, i)} ${scores[i].toFixed(2)}`);
+    const best = read.sort((a, b) => scores[b] - scores[a]).slice(0, 3).map((i) => `${nameOf(app, grain, i)} ${scores[i].toFixed(decimals([scores[read[0]]]))}`);
     text = `${names[app.active]}: ${best.join(", ")}`;
   }
   app.parts.status.textContent = text || app.note;
