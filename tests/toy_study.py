@@ -22,7 +22,7 @@ def measure(cell, settings, folder):
     return pd.DataFrame({"measure": ["value", "threads"], "value": [value, float(torch.get_num_threads())]})
 
 
-def make(out: Path, waits: bool = False, **changes) -> Study:
+def make(out: Path, packs=None, scale="paper", waits: bool = False, **changes) -> Study:
     variants = {"a": {"shift": 0.0}, "b": {"shift": 1.0}, **({"slow": {"shift": 2.0, "waits": True}} if waits else {})}
     return Study("toy", out, measure, **{"variants": variants, "seeds": (0, 1), "tasks": ("first", "second"), **changes})
 
