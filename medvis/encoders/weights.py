@@ -228,7 +228,7 @@ def refuse_code(
                 "take auto_map out if transformers knows the model type, or pass another model"
             )
 
-# %% ../../nbs/encoders/02_weights.ipynb #a43d1ef2
+# %% ../../nbs/encoders/02_weights.ipynb #4f70ae26
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
     "Without the notes and progress bars of transformers; what fails is raised as ever."
@@ -242,7 +242,7 @@ def quiet_transformers() -> Iterator[None]:
         if bars:
             logging.enable_progress_bar()
 
-
+# %% ../../nbs/encoders/02_weights.ipynb #a43d1ef2
 def _lost(model: nn.Module, report: dict, needed: Callable[[str], bool]) -> tuple[list[str], list[str]]:
     "Needed weights that a folder lacks, and those of another shape."
     return (

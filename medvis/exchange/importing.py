@@ -60,7 +60,7 @@ class Found:
     checkpoint: Checkpoint
     published: State  # under the published names
 
-# %% ../../nbs/exchange/05_import.ipynb #f1d0de11
+# %% ../../nbs/exchange/05_import.ipynb #155a6bce
 @contextmanager
 def sensible(path: Path, title: str) -> Iterator[None]:
     "Whatever a weight of a false shape, or a false setting, runs into becomes a ValueError that names the file."
@@ -76,7 +76,7 @@ def sensible(path: Path, title: str) -> Iterator[None]:
             f"{path} is half of {title}, of another kind, or has sizes that cannot be ({type(error).__name__}: {words})"
         ) from error
 
-
+# %% ../../nbs/exchange/05_import.ipynb #f1d0de11
 def find_model(
     file: str | Path,  # or a folder
     kind: str | None = None,  # of LAYOUTS; None = by the names of its weights
@@ -245,6 +245,12 @@ def tokenizer_of(found: Found, tokenizer: Any, text: str | Path | None) -> PreTr
             return open_tokenizer(place)
     return None
 
+# %% ../../nbs/exchange/05_import.ipynb #80b72b73
+def beware_of(found: Found) -> list[str]:
+    "What goes wrong with a published model that is used naively. ValueError for a file that makes no sense."
+    with sensible(found.checkpoint.path, found.layout.title):
+        return [*found.layout.notes, *found.layout.checks(found.published, found.said)]
+
 # %% ../../nbs/exchange/05_import.ipynb #01dd2e39
 @contextmanager
 def _new_folder(out: Path) -> Iterator[Path]:
@@ -259,12 +265,6 @@ def _new_folder(out: Path) -> Iterator[Path]:
         if out.exists():
             out.rmdir()
         folder.rename(out)
-
-
-def beware_of(found: Found) -> list[str]:
-    "What goes wrong with a published model that is used naively. ValueError for a file that makes no sense."
-    with sensible(found.checkpoint.path, found.layout.title):
-        return [*found.layout.notes, *found.layout.checks(found.published, found.said)]
 
 
 def _manifest(found: Found, fit: str | None) -> dict[str, Any]:

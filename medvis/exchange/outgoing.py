@@ -42,7 +42,6 @@ from . import readers
 from .card import card_text, data_terms, measured_text, preprocessing_text, usage_text
 from .places import timm_place, torchvision_place, transformers_model
 from ..methods.method import Method
-from .wrapped import Wrapped
 from ..train.run import load_run, training_pack
 
 # %% ../../nbs/exchange/13_outgoing.ipynb #5a5d6327
@@ -592,7 +591,7 @@ def export(
         "me/my-model" on the Hugging Face hub, made private; None = nothing is sent
     """
     method = as_method(run)
-    if isinstance(method, Wrapped):
+    if not method.exportable:
         raise ValueError(
             f"{method.config.image} is wrapped: it stays where it is defined, and is exported from there. What medvis "
             "writes is a run of its own, or one that it imported"

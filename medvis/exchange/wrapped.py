@@ -163,6 +163,8 @@ class _Run(nn.Module):
 class Wrapped(Method):
     "A model of another make as a method: it embeds, compares and points, and cannot be trained here."
 
+    exportable = False
+
     def __init__(self, model: Any, preprocessing: Preprocessing, **settings: Any) -> None:
         nn.Module.__init__(self)
         name = f"{type(model).__module__}:{type(model).__qualname__}"

@@ -271,6 +271,7 @@ class Method(nn.Module):
     contrasts = True  # whether its losses compare a sample with the others of its batch: it gets that of all processes
     unused_parameters = False  # whether a step may leave some of what learns without a gradient
     reads_sides = False  # whether its losses take left and right from reports: no picture may be flipped alone
+    exportable = True  # whether its weights can be written for others; those of a wrapped model stay where they are
     shared_space = True  # whether the vectors of `pair_vectors` live in one space, so that their distance has a meaning
     provenance: Any = None  # the run and data that the weights come from, noted by `fit` and `load_method`
     vocabulary_of: str | None = None  # hash of the Pack that gave `create_method` the words; None = they were given
