@@ -271,7 +271,7 @@ class Method(nn.Module):
     contrasts = True  # whether its losses compare a sample with the others of its batch: it gets that of all processes
     unused_parameters = False  # whether a step may leave some of what learns without a gradient
     reads_sides = False  # whether its losses take left and right from reports: no picture may be flipped alone
-    exportable = True  # whether its weights can be written for others; those of a wrapped model stay where they are
+    exportable = True  # whether its weights can be written for others; a wrapped model's stay where they are
     shared_space = True  # whether the vectors of `pair_vectors` live in one space, so that their distance has a meaning
     provenance: Any = None  # the run and data that the weights come from, noted by `fit` and `load_method`
     vocabulary_of: str | None = None  # hash of the Pack that gave `create_method` the words; None = they were given
@@ -279,9 +279,9 @@ class Method(nn.Module):
     def __init__(self, config: ImageMethodConfig, tokenizer: PreTrainedTokenizerBase | None = None, **pooling) -> None:
         super().__init__()
         check_choice("rule for negatives", vars(config).get("negatives") or "all", NEGATIVES)
-        self.config, self.preset = config, None
+        self.config, self.preset, self.text_encoder = config, None, None
         self.training_settings: dict[str, Any] = {}
-        self.prototypes, self.text_encoder = None, None  # (K, D) in the space of `pair_vectors`; read by `read`
+        self.prototypes = None  # (K, D) in the space of `pair_vectors`
         self.image_encoder = image_encoder(config.image, config.image_weights, **config.image_options)
         if self.reads_text:
             options = config.text_layers, config.freeze_text, config.text_weights
@@ -318,8 +318,7 @@ class Method(nn.Module):
     @property
     def sampling(self) -> Sampling:
         "How training samples are drawn from a study, by the training settings."
-        settings = self.training_settings
-        return Sampling(**{name: settings[name] for name in Sampling.__dataclass_fields__ if name in settings})
+        return Sampling(**{k: v for k, v in self.training_settings.items() if k in Sampling.__dataclass_fields__})
 
     @property
     def text_unit(self) -> str:
