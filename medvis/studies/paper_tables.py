@@ -322,8 +322,9 @@ def _held_columns(columns: Mapping[str, Column], packs: Mapping[str, Path]) -> d
     "The columns that Packs have answers for, each with the classes that are there."
     held, found = {name: _answers(path) for name, path in packs.items()}, {}
     for name, column in columns.items():
-        protocol = PROTOCOLS.get(column.protocol)  # what else fills cells asks for places: see `picture_cells`
-        kind = column.kind or (asked_kind(protocol) if protocol else "masks")
+        if column.protocol not in PROTOCOLS:  # it asks what only a phantom knows: see `picture_cells`
+            continue
+        kind = column.kind or asked_kind(PROTOCOLS[column.protocol])
         names = held.get(column.pack, {}).get(kind, [])
         classes = tuple(name for name in column.classes or names if name in names)
         if classes:
