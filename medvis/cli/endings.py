@@ -73,10 +73,18 @@ def _of_data(asked: Any, written: Path | None) -> Ending:
     return Ending("Files", root, (_line("data", "check", name, "--root", root), then))
 
 
+def _which_cells(asked: Any) -> list:
+    "What was asked of a study, for a line that is to ask the same."
+    packs = [word for pair in asked.packs.items() for word in pair]
+    given = {"out": [asked.out] if asked.out else [], "packs": packs, "scale": [asked.scale] if packs else []}
+    given |= {name: getattr(asked, name) for name in ("variants", "seeds", "tasks")}
+    return [word for name, words in given.items() if words for word in (f"--{name}", *words)]
+
+
 def _of_study(asked: Any, table: Any) -> Ending:
     "`study run`, `status` and `table`."
     asked, kind = asked.what, type(asked.what).__name__
-    where = () if asked.out is None else ("--out", asked.out)
+    where = _which_cells(asked)
     if kind == "StudyRunConfig":
         folder = asked.out or Path("studies") / asked.name.rpartition(":")[2]
         return Ending("Cells", folder, (_line("study", "table", asked.name, *where),))
